@@ -1,0 +1,1 @@
+"""What every pillar stands on; knows no pillar."""

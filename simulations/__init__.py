@@ -1,0 +1,1 @@
+"""Commands that stand in for a network: a federation on one machine, a slow link."""

@@ -1,0 +1,1 @@
+"""One model cut over several machines: inference and training across the cut."""

@@ -1,0 +1,1 @@
+"""How activations travel from shard to shard."""
