@@ -1,0 +1,214 @@
+"""Sampling as a function of position: who draws a token does not matter, only where it stands.
+
+A token is ``argmax(logits / temperature + g(seed, position, token))`` over the tokens that top-k and top-p leave, with
+``g`` Gumbel noise from a counter-based hash. There is no generator state: a drafter and a target that share the seed
+draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 + TV)`` (TV: the total
+variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to travel.
+
+Knows nothing about models, sessions or networks.
+
+Shapes: R rows (one position of one session each), V vocabulary, N surviving (row, token) pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LANE = 0xFFFFFFFF  # 32-bit arithmetic in int64 lanes: MPS has no uint64, and torch has few uint32 operations
+_WORD = 0xFFFFFFFFFFFFFFFF
+_FIRST_NUCLEUS = 256
+"""How many best tokens are sorted first to find the nucleus; 16 times more as long as they are too few."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one session draws its tokens. Equal settings and equal logits give equal text."""
+
+    seed: int
+    """Which noise, in [0, 2^63)."""
+    temperature: float
+    """Divides the logits; 0 takes the best token, and the lowest id among equals."""
+    top_k: int
+    """Only the k best tokens can be drawn (all that equal the k-th); 0 switches it off."""
+    top_p: float
+    """Only the best tokens whose probabilities, after top-k, first add up to this can be drawn; 1 switches it off."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    @classmethod
+    def greedy(cls) -> Sampling:
+        """Always the best token."""
+        return cls(seed=0, temperature=0.0, top_k=0, top_p=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was drawn in each of R rows."""
+
+    ids: list[int]
+    """The token drawn."""
+    nll: list[float]
+    """Cross-entropy of the drawn token under the plain softmax of the logits (no temperature, no top-k), in nats."""
+    margins: list[float]
+    """Gap between the two best candidates, noise included, in units of the logits: an error in the logits can change the
+    token only when it exceeds half of this. Infinite when only one candidate was left."""
+
+
+def choose(logits_RV: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Choice:
+    """Draw one token in every row.
+
+    Args:
+        logits_RV: Plain logits, of any floating dtype and device. Not changed.
+        samplings: The settings of the session that each row belongs to.
+        positions: Where each drawn token will stand in its text, counted from the first prompt token.
+
+    Returns:
+        R ids, their cross-entropies and margins. A row's result does not depend on the other rows.
+    """
+    logits_RV = _wide(logits_RV)
+    log_total_R = logits_RV.logsumexp(-1)
+    ids_R = torch.empty(len(samplings), dtype=torch.int64, device=logits_RV.device)
+    margins_R = torch.empty_like(log_total_R)
+    for rule, rows in _rows_by_rule(samplings).items():
+        whole = len(rows) == len(samplings)
+        index_R = torch.tensor(rows, device=logits_RV.device)
+        seeds = [samplings[row].seed for row in rows]
+        places = [positions[row] for row in rows]
+        ids, margins = _choose_by_one_rule(logits_RV if whole else logits_RV[index_R], rule, seeds, places)
+        ids_R[index_R], margins_R[index_R] = ids, margins
+    nll_R = log_total_R - logits_RV.gather(-1, ids_R[:, None])[:, 0]
+    return Choice(ids_R.tolist(), nll_R.tolist(), margins_R.tolist())
+
+
+def nll(logits_RV: Tensor, ids: Sequence[int]) -> list[float]:
+    """Cross-entropy, in nats, of one given token under the softmax of each row."""
+    logits_RV = _wide(logits_RV)
+    ids_R = torch.tensor(ids, dtype=torch.int64, device=logits_RV.device)
+    nll_R: list[float] = (logits_RV.logsumexp(-1) - logits_RV.gather(-1, ids_R[:, None])[:, 0]).tolist()
+    return nll_R
+
+
+def mix64(value: int) -> int:
+    """Scramble 64 bits: the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable generators, 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _WORD
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD
+    return value ^ (value >> 31)
+
+
+def noise_keys(seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
+    """A 64-bit key of each (seed, position), as R x 2 lanes of 32 bits in int64."""
+    keys = [mix64(mix64(seed) ^ position) for seed, position in zip(seeds, positions, strict=True)]
+    return torch.tensor([(key & _LANE, key >> 32) for key in keys], dtype=torch.int64, device=device)
+
+
+def noise_bits(keys_x2: Tensor, tokens_x: Tensor) -> Tensor:
+    """32 random bits for each token under its key, as int64; the same integers on every device.
+
+    Two rounds of mixing. For one key they are a bijection of 32-bit tokens, so that no two tokens of a row tie.
+
+    Args:
+        keys_x2: From `noise_keys`; its leading dimensions broadcast with the tokens.
+        tokens_x: int64 token ids.
+    """
+    return _mix32(_mix32(tokens_x ^ keys_x2[..., 0]) ^ keys_x2[..., 1])
+
+
+def gumbel(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Standard Gumbel noise from 32-bit integers.
+
+    ``-log(-log(1 - v))`` with ``v`` the uniform number: the best candidates have a small ``v``, where floats are dense,
+    so that the upper tail keeps all its 32 bits even in float32. ``v`` is never 0 or 1.
+    """
+    uniform = ((bits.to(dtype) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _mix32(lanes: Tensor) -> Tensor:
+    """One round of mixing of 32-bit lanes: lowbias32 by Chris Wellons, nullprogram.com/blog/2018/07/31.
+
+    The second constant, 0x846ca68b, stands as its negative equal modulo 2^32: then no product leaves int64.
+    """
+    lanes = ((lanes ^ (lanes >> 16)) * 0x7FEB352D) & _LANE
+    lanes = ((lanes ^ (lanes >> 15)) * (0x846CA68B - 2**32)) & _LANE
+    return lanes ^ (lanes >> 16)
+
+
+def _wide(logits_RV: Tensor) -> Tensor:
+    return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+
+
+_Rule = tuple[float, int, float]
+
+
+def _rows_by_rule(samplings: Sequence[Sampling]) -> dict[_Rule, list[int]]:
+    rows: dict[_Rule, list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        rows.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(row)
+    return rows
+
+
+def _choose_by_one_rule(
+    logits_RV: Tensor, rule: _Rule, seeds: Sequence[int], positions: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    temperature, top_k, top_p = rule
+    if temperature == 0:
+        return _best_and_margin(logits_RV.clone())
+    scores_RV = logits_RV / temperature
+    if 0 < top_k < scores_RV.shape[-1]:
+        scores_RV = _drop_below(scores_RV, scores_RV.topk(top_k).values[:, -1:])
+    if top_p < 1:
+        scores_RV = _drop_below(scores_RV, _nucleus_threshold(scores_RV, top_p))
+    keys_R2 = noise_keys(seeds, positions, scores_RV.device)
+    if top_k or top_p < 1:
+        row_N, token_N = (scores_RV > -math.inf).nonzero(as_tuple=True)
+        scores_RV[row_N, token_N] += gumbel(noise_bits(keys_R2[row_N], token_N), scores_RV.dtype)
+    else:
+        tokens_V = torch.arange(scores_RV.shape[-1], device=scores_RV.device)
+        scores_RV += gumbel(noise_bits(keys_R2[:, None], tokens_V), scores_RV.dtype)
+    ids_R, margins_R = _best_and_margin(scores_RV)
+    return ids_R, margins_R * temperature
+
+
+def _best_and_margin(scores_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The best id and its lead over the next one. Overwrites the scores, which is far cheaper than a top-2."""
+    ids_R = scores_RV.argmax(-1)  # torch documents: the first of equals
+    best_R1 = scores_RV.gather(-1, ids_R[:, None])
+    scores_RV.scatter_(-1, ids_R[:, None], -math.inf)
+    return ids_R, best_R1[:, 0] - scores_RV.amax(-1)
+
+
+def _drop_below(scores_RV: Tensor, threshold_R1: Tensor) -> Tensor:
+    return scores_RV.masked_fill(scores_RV < threshold_R1, -math.inf)
+
+
+def _nucleus_threshold(scores_RV: Tensor, top_p: float) -> Tensor:
+    """The lowest score that is still in the nucleus of each row, R x 1.
+
+    A threshold, not a count: which of several equal tokens a sort puts first differs between devices.
+    """
+    log_total_R1 = scores_RV.logsumexp(-1, keepdim=True)
+    count = min(_FIRST_NUCLEUS, scores_RV.shape[-1])
+    while True:
+        best_RK = scores_RV.topk(count).values
+        probability_RK = (best_RK - log_total_R1).exp()
+        mass_before_RK = probability_RK.cumsum(-1) - probability_RK
+        inside_RK = (mass_before_RK < top_p) & (probability_RK > 0)
+        if count == scores_RV.shape[-1] or not bool(inside_RK[:, -1].any()):
+            last_R1 = inside_RK.sum(-1, keepdim=True).clamp_(min=1) - 1
+            return best_RK.gather(-1, last_R1)
+        count = min(16 * count, scores_RV.shape[-1])
+
