@@ -1,0 +1,68 @@
+"""What every benchmark shares: warm-up, interleaved runs, median with spread, environment, JSON.
+
+Timings on a shared machine drift, so cases run in turn (A, B, A, B, ...) and are compared by ratios of the same turn.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lab.environment import describe_environment
+
+
+@dataclass(frozen=True)
+class Sample:
+    """n repeated readings of one figure."""
+
+    median: float
+    low: float
+    """Smallest of the n."""
+    high: float
+    """Largest of the n."""
+    n: int
+
+    @classmethod
+    def of(cls, readings: Sequence[float]) -> Sample:
+        """ValueError when there is no reading."""
+        if not readings:
+            raise ValueError("readings must hold at least one figure, got none")
+        return cls(statistics.median(readings), min(readings), max(readings), len(readings))
+
+
+def interleaved(cases: Mapping[str, Callable[[], float | None]], warmup: int, repeats: int) -> dict[str, list[float]]:
+    """Readings of every case, in turn: `warmup` turns thrown away, then `repeats` kept.
+
+    A case returns its own figure, or None to be timed by the wall clock (seconds).
+    """
+    readings: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + repeats):
+        for name, case in cases.items():
+            begin = time.perf_counter()
+            figure = case()
+            seconds = time.perf_counter() - begin
+            if turn >= warmup:
+                readings[name].append(seconds if figure is None else figure)
+    return readings
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> Sample:
+    """over / under turn by turn: drift of the machine falls out."""
+    return Sample.of([a / b for a, b in zip(over, under, strict=True)])
+
+
+def write_report(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The benchmark's document (rows beside where they were measured), written to `path` and returned."""
+    document = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), **describe_environment(), "rows": [_plain(row) for row in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    return document
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: asdict(value) if isinstance(value, Sample) else value for key, value in row.items()}

@@ -1,0 +1,110 @@
+"""What computes here: cuda > mps > cpu, its precision, its threads, its memory."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from lab.settings import DeviceName, DeviceSettings, Dtype, UserError
+
+log = logging.getLogger(__name__)
+
+TORCH_DTYPES = {
+    Dtype.float64: torch.float64,
+    Dtype.float32: torch.float32,
+    Dtype.bfloat16: torch.bfloat16,
+    Dtype.float16: torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One reading, in bytes; device figures are None where the device is the CPU."""
+
+    rss_bytes: int
+    """Resident now (memory-mapped weights included)."""
+    peak_rss_bytes: int
+    """Largest resident size of this process so far."""
+    device_used_bytes: int | None
+    device_peak_bytes: int | None
+    """Largest so far; MPS keeps no such counter, there it is the driver's allocation now."""
+    device_total_bytes: int | None
+
+
+def available() -> list[DeviceName]:
+    """Devices of this machine, best first; the CPU is always there."""
+    found = []
+    if torch.cuda.is_available():
+        found.append(DeviceName.cuda)
+    if torch.backends.mps.is_available():
+        found.append(DeviceName.mps)
+    return [*found, DeviceName.cpu]
+
+
+def open_device(settings: DeviceSettings) -> torch.device:
+    """The device that `settings` ask for, with this process's thread count set; UserError when it is not there."""
+    present = available()
+    name = present[0] if settings.name is DeviceName.auto else settings.name
+    if name not in present:
+        names = ", ".join(device.name for device in present)
+        raise UserError(f"device.name must be one of auto, {names} on this machine, got {name.name}")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return torch.device(name.name)
+
+
+def check_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
+    """The torch dtype, or a UserError where the device cannot compute in it."""
+    if device.type == "mps" and dtype is Dtype.float64:
+        raise UserError("model.dtype must be float32, bfloat16 or float16 on mps, got float64")
+    return TORCH_DTYPES[dtype]
+
+
+def read_memory(device: torch.device) -> Memory:
+    """Memory of this process and of its device, now."""
+    rss = int(psutil.Process().memory_info().rss)
+    used, peak, total = _device_memory(device)
+    return Memory(rss, max(rss, peak_rss_bytes()), used, peak, total)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    try:  # VmHWM counts from exec; ru_maxrss on Linux would inherit the parent's size across fork
+        status = Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024
+    except (OSError, StopIteration):
+        return _peak_rss_elsewhere()
+
+
+def _peak_rss_elsewhere() -> int:
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if platform.system() == "Darwin" else peak * 1024)
+
+
+def _device_memory(device: torch.device) -> tuple[int | None, int | None, int | None]:
+    """Used, peak, total."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), int(total)
+    if device.type == "mps":
+        driver = torch.mps.driver_allocated_memory()
+        return torch.mps.current_allocated_memory(), driver, torch.mps.recommended_max_memory()
+    return None, None, None
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished what was asked of it, so that a clock read after it is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

