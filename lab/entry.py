@@ -104,7 +104,9 @@ def log_to_stderr(level: int = logging.INFO) -> None:
         if terminal
         else logging.StreamHandler(sys.stderr)
     )
-    handler.setFormatter(logging.Formatter("%(message)s" if terminal else "%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(
+        logging.Formatter("%(message)s" if terminal else "%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("lab", "fl", "speculative", "split", "simulations", "__main__"):
         logging.getLogger(package).setLevel(level)

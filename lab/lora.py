@@ -28,11 +28,13 @@ def lora_config(targets: list[str], lora: LoraSettings) -> LoraConfig:
 
 
 def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraSettings, seed: int) -> PeftModel:
-    """A fresh adapter on `model`: A from `seed`, B zero; UserError when a target is not one of the model's linear modules."""
+    """A fresh adapter on `model`: A from `seed`, B zero; UserError when the model lacks a target."""
     present = linear_names(model)
     for target in targets:
         if target not in present:
-            raise UserError(f"model.lora_targets must be linear modules of the model ({', '.join(present)}), got {target!r}")
+            raise UserError(
+                f"model.lora_targets must be linear modules of the model ({', '.join(present)}), got {target!r}"
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, lora_config(targets, lora))
@@ -45,17 +47,19 @@ def linear_names(model: torch.nn.Module) -> list[str]:
 
 
 def apply_adapter(base: LoadedModel, folder: str) -> PeftModel:
-    """The frozen adapter of a PEFT folder on `base`; UserError when the folder is none or belongs to another base model."""
+    """The frozen adapter of a PEFT folder on `base`; UserError when it is none or of another base model."""
     place = Path(folder).expanduser().absolute()
     check_adapter_folder(place, base.checkpoint.identity)
     try:
         return PeftModel.from_pretrained(base.model, place, is_trainable=False).eval()
     except RuntimeError as error:  # PEFT's answer to tensors of other shapes
-        raise UserError(f"model.adapter must fit the base model, got {str(place)!r} ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"model.adapter must fit the base model, got {str(place)!r} ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def check_adapter_folder(place: Path, identity: str) -> None:
-    """UserError unless `place` is a PEFT folder for the base model `identity` (folders that do not say are let through)."""
+    """UserError unless `place` is a PEFT folder for base model `identity` (one that does not say is let through)."""
     if not (place / "adapter_config.json").exists() or not (place / "adapter_model.safetensors").exists():
         raise UserError(
             f"model.adapter must be a PEFT folder (adapter_config.json, adapter_model.safetensors), got {str(place)!r}"
@@ -63,4 +67,6 @@ def check_adapter_folder(place: Path, identity: str) -> None:
     record = place / "lab_adapter.json"
     trained_on = json.loads(record.read_text()).get(IDENTITY_KEY) if record.exists() else None
     if trained_on not in (None, identity):
-        raise UserError(f"model.adapter must belong to base model {identity}, got {str(place)!r} trained on {trained_on}")
+        raise UserError(
+            f"model.adapter must belong to base model {identity}, got {str(place)!r} trained on {trained_on}"
+        )

@@ -63,7 +63,8 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     checkpoint = prepare_checkpoint(settings)
     placement = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True, **placement)
-    model = model.to(device) if quantization is None else model
+    if quantization is None:
+        model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
     model.requires_grad_(False)
     return LoadedModel(model.eval(), load_tokenizer(checkpoint), checkpoint, device)
 
@@ -108,7 +109,9 @@ def _quantization(settings: ModelSettings, device: torch.device, dtype: torch.dt
     if settings.quantization is Quantization.none:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantization must be none where bitsandbytes is not installed (pip install bitsandbytes), got nf4")
+        raise UserError(
+            "model.quantization must be none where bitsandbytes is not installed (pip install bitsandbytes), got nf4"
+        )
     if device.type not in ("cuda", "mps", "cpu"):
         raise UserError(f"model.quantization must be none on {device.type}, got nf4")
     if dtype is torch.float64:
@@ -124,7 +127,9 @@ def _from_hub(settings: ModelSettings) -> Checkpoint:
         folder = snapshot_download(str(settings.repo), allow_patterns=patterns)
     except Exception as error:  # the hub's client has a dozen ways to say no; all are the user's to mend
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.repo must be a repository that this machine can reach, got {settings.repo!r} ({reason})") from None
+        raise UserError(
+            f"model.repo must be a repository that this machine can reach, got {settings.repo!r} ({reason})"
+        ) from None
     return Checkpoint(Path(folder), f"hub:{settings.repo}@{Path(folder).name}")
 
 
@@ -248,7 +253,9 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 
 def _converted(settings: ModelSettings, source: str, write: Any) -> Path:
     """`<cache>/<source>-<dtype>`, written once whoever comes first; readers see all of it or nothing."""
-    stored = Dtype.float32 if settings.dtype is Dtype.float64 else settings.dtype  # float64 is read from float32, exactly
+    stored = (
+        Dtype.float32 if settings.dtype is Dtype.float64 else settings.dtype
+    )  # float64 is read from float32, exactly
     cache = Path(settings.cache_dir).expanduser().absolute()
     target = cache / f"{source}-v{CONVERSION}-{stored.name}"
     if target.exists():

@@ -93,7 +93,16 @@ class ArchitectureSettings:
     """Positions the model was made for."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "vocabulary", "context"):
+        for name in (
+            "layers",
+            "hidden_size",
+            "intermediate_size",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "vocabulary",
+            "context",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(self.heads % self.kv_heads == 0, f"heads must be a multiple of kv_heads={self.kv_heads}", self.heads)
 
@@ -167,7 +176,12 @@ class NetworkSettings:
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "port must be in [0, 65535]", self.port)
-        for name in ("connect_timeout_seconds", "handshake_timeout_seconds", "request_timeout_seconds", "heartbeat_seconds"):
+        for name in (
+            "connect_timeout_seconds",
+            "handshake_timeout_seconds",
+            "request_timeout_seconds",
+            "heartbeat_seconds",
+        ):
             require(getattr(self, name) > 0, f"{name} must be greater than 0", getattr(self, name))
         require(
             self.dead_after_seconds > self.heartbeat_seconds,
@@ -323,7 +337,9 @@ def to_settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
     try:
         for node in _structured_nodes(config):
             _convert(node)
-        values = {str(key): _convert(value) if isinstance(value, DictConfig) else value for key, value in config.items()}
+        values = {
+            str(key): _convert(value) if isinstance(value, DictConfig) else value for key, value in config.items()
+        }
         settings = settings_type(**values)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key or _missing_key(error)} must be set, got ???") from None
@@ -331,7 +347,9 @@ def to_settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
         raise UserError(describe(error)) from None
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None
-    expected = {field.name: field.type for field in fields(settings_type)}["project"] if hasattr(settings, "project") else ""
+    expected = (
+        {field.name: field.type for field in fields(settings_type)}["project"] if hasattr(settings, "project") else ""
+    )
     given = type(getattr(settings, "project", None)).__name__
     if expected and given not in str(expected):
         raise UserError(f"project must be a {expected}, got {given}: choose the one that belongs to this command")
@@ -369,9 +387,10 @@ def _convert(node: DictConfig) -> Any:
     except ValueError as error:
         raise UserError(f"{path}.{error}") from None
     if is_dataclass(converted):
-        unknown = set(vars(converted)) - {field.name for field in fields(converted)}
+        unknown = sorted(set(vars(converted)) - {field.name for field in fields(converted)})
         if unknown:  # "+project.bogus=1": Hydra lets it in, nobody would ever read it
-            raise UserError(f"{path}.{min(unknown)} is not a key of {type(converted).__name__}, got {vars(converted)[min(unknown)]!r}")
+            value = vars(converted)[unknown[0]]
+            raise UserError(f"{path}.{unknown[0]} is not a key of {type(converted).__name__}, got {value!r}")
     return converted
 
 

@@ -62,7 +62,7 @@ class Wandb:
         import wandb
 
         self._run = wandb.init(
-            mode=settings.tracking.wandb.name,
+            mode=settings.tracking.wandb.value,
             project=settings.tracking.wandb_project,
             group=settings.tracking.wandb_group or group,
             dir=str(folder),
@@ -71,7 +71,9 @@ class Wandb:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Logs the row's numbers at its step; what is no number goes to the run's summary."""
-        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key not in ("step", "time")}
+        numbers = {
+            key: value for key, value in row.items() if isinstance(value, int | float) and key not in ("step", "time")
+        }
         self._run.log(numbers, step=row.get("step"))
         self._run.summary.update({key: value for key, value in row.items() if key not in numbers})
 
@@ -100,7 +102,9 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._jsonl.close()
         if self._wandb is not None:
             self._never_fatal("close", self._wandb.close)
@@ -116,14 +120,23 @@ class Tracker:
         try:
             return Wandb(settings, name, folder)
         except Exception as error:  # absent, offline, broken: a run goes on without it
-            log.warning("Weights & Biases is off for this run (%s: %s); metrics.jsonl holds every figure", type(error).__name__, error)
+            log.warning(
+                "Weights & Biases is off for this run (%s: %s); metrics.jsonl holds every figure",
+                type(error).__name__,
+                error,
+            )
             return None
 
     def _never_fatal(self, what: str, call: Any) -> None:
         try:
             call()
         except Exception as error:
-            log.warning("could not %s Weights & Biases (%s: %s); off for the rest of this run", what, type(error).__name__, error)
+            log.warning(
+                "could not %s Weights & Biases (%s: %s); off for the rest of this run",
+                what,
+                type(error).__name__,
+                error,
+            )
             self._wandb = None
 
     def _finite(self, figures: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +174,13 @@ def progress(title: str, total: int, enabled: bool) -> Iterator[Counter]:
     if not enabled:
         yield Counter(lambda detail: None)
     elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=total, detail="")
             yield Counter(lambda detail: bar.update(task, advance=1, detail=detail))
@@ -175,6 +194,10 @@ def _plain_lines(title: str, total: int) -> Counter:
     def advance(detail: str) -> None:
         nonlocal done
         done += 1
-        print(f"{title} {done}/{total} after {time.monotonic() - since:.0f} s {detail}".rstrip(), file=sys.stderr, flush=True)
+        print(
+            f"{title} {done}/{total} after {time.monotonic() - since:.0f} s {detail}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
 
     return Counter(advance)
