@@ -140,7 +140,7 @@ def pack(state: Adapter, index: AdapterIndex) -> Packed:
 
 
 def unpack(packed: Packed, index: AdapterIndex) -> dict[str, torch.Tensor]:
-    """The adapter's tensors in the wire's type, as views of one copy of the array. ValueError when type or size differ."""
+    """The adapter's tensors in the wire's type, views of one copy of the array. ValueError when type or size differ."""
     if packed.dtype != index.dtype.numpy or packed.shape != (index.size,):
         expected = f"{index.dtype.numpy} ({index.size},)"
         raise ValueError(f"packed adapter must be {expected}, got {packed.dtype} {packed.shape}")
@@ -327,7 +327,7 @@ def _is_number(part: str) -> bool:
 
 
 def _axes(numbers: Sequence[tuple[int, ...]]) -> list[Any]:
-    """Numbers of one template: per position its values if every combination occurs, else the combinations themselves."""
+    """Numbers of one template: the values at each position if every combination occurs, else the combinations."""
     axes = [sorted(set(column)) for column in zip(*numbers)]
     if math.prod(len(axis) for axis in axes) == len(numbers):
         return [_runs(axis) for axis in axes]

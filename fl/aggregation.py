@@ -9,8 +9,8 @@ Why any order gives the same bytes
     each whole number is added to an int64. Integer addition is associative and commutative, so the integers are a
     function of the *set* of replies, and the mean is a function of the integers.
 
-    The cut is the old trick of adding a large constant: `t = y + 1.5 * 2**52 * u` has `round(y / u)` in its low bits, so
-    the bit pattern of `t`, added as an integer, adds `round(y / u)` plus a constant that is taken off once, in `mean`.
+    The cut is the old trick of adding a large constant: `t = y + 1.5 * 2**52 * u` has `round(y / u)` in its low bits,
+    so the bit pattern of `t`, added as an integer, adds `round(y / u)` plus a constant that `mean` takes off once.
     (Rump, Ogita, Oishi: Accurate floating-point summation, SIAM J. Sci. Comput. 31(1), 2008; Demmel and Nguyen: Fast
     reproducible floating-point summation, ARITH 2013.) Adapters as they are trained fill the first two units only; the
     other two exist just where a value is smaller than about 4.5e-13.
@@ -25,7 +25,7 @@ Error
     the result, so within `2**-24 * sum(w * abs(x)) / sum(w)` (plus 2**-150 among the denormals).
 
 Cost
-    16 bytes of state per element, whatever the number of replies; about nine passes over blocks that stay in the L2 cache.
+    16 bytes of state per element, whatever the number of replies; ten passes over blocks that stay in the L2 cache.
 """
 
 import math
@@ -70,7 +70,7 @@ def check_weight(weight: object) -> int:
 
 
 class ExactMean:
-    """The weighted mean of float32 vectors, folded in one by one and not kept; see the module for how and in what range.
+    """The weighted mean of float32 vectors, folded in one by one and not kept; the module says how and in what range.
 
     size: number of elements of each vector. `count` and `total_weight` say what has been folded in.
     """
@@ -201,7 +201,8 @@ def _side(limbs: Int64, middle: Float64, total_weight: int) -> Int64:
             product -= digit * unit
     signs = np.sign(_carry(limbs))
     leading = np.argmax(signs != 0, axis=0)
-    return np.take_along_axis(signs, leading[None], axis=0)[0]
+    side: Int64 = np.take_along_axis(signs, leading[None], axis=0)[0]
+    return side
 
 
 class MetricMean:
