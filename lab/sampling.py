@@ -2,8 +2,8 @@
 
 A token is ``argmax(logits / temperature + g(seed, position, token))`` over the tokens that top-k and top-p leave, with
 ``g`` Gumbel noise from a counter-based hash. There is no generator state: a drafter and a target that share the seed
-draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 + TV)`` (TV: the total
-variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to travel.
+draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 + TV)`` (TV: the
+total variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to travel.
 
 Knows nothing about models, sessions or networks.
 
@@ -63,17 +63,22 @@ class Choice:
     nll: list[float]
     """Cross-entropy of the drawn token under the plain softmax of the logits (no temperature, no top-k), in nats."""
     margins: list[float]
-    """Gap between the two best candidates, noise included, in units of the logits: an error in the logits can change the
-    token only when it exceeds half of this. Infinite when only one candidate was left."""
+    """Gap between the two best candidates, noise included, in units of the logits: while top-k and top-p leave the same
+    tokens, only an error of more than half of it can change the choice. Infinite when one candidate was left."""
+    follower_nll: list[float]
+    """Cross-entropy of the token that follows in the text instead; NaN where none was given."""
 
 
-def choose(logits_RV: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Choice:
+def choose(
+    logits_RV: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], followers: Sequence[int]
+) -> Choice:
     """Draw one token in every row.
 
     Args:
         logits_RV: Plain logits, of any floating dtype and device. Not changed.
         samplings: The settings of the session that each row belongs to.
         positions: Where each drawn token will stand in its text, counted from the first prompt token.
+        followers: The token that stands there already (a guess), -1 where there is none.
 
     Returns:
         R ids, their cross-entropies and margins. A row's result does not depend on the other rows.
@@ -89,15 +94,17 @@ def choose(logits_RV: Tensor, samplings: Sequence[Sampling], positions: Sequence
         places = [positions[row] for row in rows]
         ids, margins = _choose_by_one_rule(logits_RV if whole else logits_RV[index_R], rule, seeds, places)
         ids_R[index_R], margins_R[index_R] = ids, margins
-    nll_R = log_total_R - logits_RV.gather(-1, ids_R[:, None])[:, 0]
-    return Choice(ids_R.tolist(), nll_R.tolist(), margins_R.tolist())
+    follower_R = torch.tensor(followers, dtype=torch.int64, device=logits_RV.device)
+    follower_nll_R = (log_total_R - _pick(logits_RV, follower_R.clamp(min=0))).masked_fill(follower_R < 0, math.nan)
+    nll_R = log_total_R - _pick(logits_RV, ids_R)
+    return Choice(ids_R.tolist(), nll_R.tolist(), margins_R.tolist(), follower_nll_R.tolist())
 
 
 def nll(logits_RV: Tensor, ids: Sequence[int]) -> list[float]:
     """Cross-entropy, in nats, of one given token under the softmax of each row."""
     logits_RV = _wide(logits_RV)
     ids_R = torch.tensor(ids, dtype=torch.int64, device=logits_RV.device)
-    nll_R: list[float] = (logits_RV.logsumexp(-1) - logits_RV.gather(-1, ids_R[:, None])[:, 0]).tolist()
+    nll_R: list[float] = (logits_RV.logsumexp(-1) - _pick(logits_RV, ids_R)).tolist()
     return nll_R
 
 
@@ -145,6 +152,10 @@ def _mix32(lanes: Tensor) -> Tensor:
     lanes = ((lanes ^ (lanes >> 16)) * 0x7FEB352D) & _LANE
     lanes = ((lanes ^ (lanes >> 15)) * (0x846CA68B - 2**32)) & _LANE
     return lanes ^ (lanes >> 16)
+
+
+def _pick(logits_RV: Tensor, ids_R: Tensor) -> Tensor:
+    return logits_RV.gather(-1, ids_R[:, None])[:, 0]
 
 
 def _wide(logits_RV: Tensor) -> Tensor:
@@ -211,4 +222,3 @@ def _nucleus_threshold(scores_RV: Tensor, top_p: float) -> Tensor:
             last_R1 = inside_RK.sum(-1, keepdim=True).clamp_(min=1) - 1
             return best_RK.gather(-1, last_R1)
         count = min(16 * count, scores_RV.shape[-1])
-
