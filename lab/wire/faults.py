@@ -1,0 +1,75 @@
+"""What can go wrong on a wire, each with a name, and each text saying who, what, and during what."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Peer:
+    """Who is at the other end and what we are doing with them; the text of every fault is made from it."""
+
+    role: str
+    """What the peer is to us: "verifier", "drafter", "shard"; "peer" until it has said so."""
+    address: str
+    """`host:port` of the other end."""
+    phase: str
+    """What is going on: "connect", "handshake", "DRAFT"; whoever owns the connection keeps it up to date."""
+    state: str = ""
+    """More about the phase for the reader of an error: "epoch 3, position 118"; empty when there is nothing to add."""
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.address}"
+
+
+class WireError(Exception):
+    """A fault between us and one peer; ends that connection and nothing else."""
+
+    def __init__(self, peer: Peer, what: str) -> None:
+        self.role, self.address, self.phase, self.state = peer.role, peer.address, peer.phase, peer.state
+        self.what = what
+        state = f" ({peer.state})" if peer.state else ""
+        super().__init__(f"{peer} {what} during {peer.phase}{state}")
+
+
+class Unreachable(WireError):
+    """Nobody answered at that address in time."""
+
+
+class PeerGone(WireError):
+    """The peer closed or reset the connection."""
+
+
+class PeerSilent(WireError):
+    """The peer is connected but missed a deadline: a handshake, a heartbeat, room for what we send."""
+
+
+class PeerRefused(WireError):
+    """The peer told us in an ERROR frame why it ends the connection; `code` is its word for the reason."""
+
+    def __init__(self, peer: Peer, code: str, text: str) -> None:
+        self.code = code
+        super().__init__(peer, f"refused ({printable(code)}): {printable(text)}")
+
+
+class BadFrame(WireError):
+    """The peer sent bytes that are not a frame we accept; nothing was allocated for them."""
+
+
+class WrongKey(WireError):
+    """The peer does not hold our key."""
+
+
+class VersionMismatch(WireError):
+    """The two ends have no protocol version in common."""
+
+
+class TlsRefused(WireError):
+    """TLS could not be agreed on: another certificate, another name, no TLS at the other end."""
+
+
+class PeerMismatch(WireError):
+    """The peer has a role we do not talk to, or another model, tokenizer or revision."""
+
+
+def printable(text: str) -> str:
+    """Return `text` fit for a terminal and a log line: what a peer sent may hold control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,275 @@
+"""The asyncio end of a wire: one connection of a server, or of a server that connects to the next one."""
+
+import asyncio
+import ssl
+from collections import deque
+
+from lab.wire.conversation import Conversation
+from lab.wire.endpoint import Endpoint
+from lab.wire.faults import Peer, PeerGone, PeerSilent, TlsRefused, Unreachable, WireError
+from lab.wire.frames import Buffer, Frame, Head, encode
+from lab.wire.handshake import Agreement
+
+
+class FrameConnection(asyncio.BufferedProtocol):
+    """Frames over an asyncio transport. Belongs to its loop: other threads go through `loop.call_soon_threadsafe`.
+
+    A callback protocol rather than asyncio streams: it reads into one buffer that is used again, and a received frame
+    wakes its reader at once. When the application does not take its frames, the socket is not read.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, listening: bool) -> None:
+        self.endpoint = endpoint
+        self.peer = Peer(role=endpoint.expected_role, address="?", phase="connect")
+        self.bytes_sent = 0
+        self._listening = listening
+        self._loop = asyncio.get_running_loop()
+        self._conversation: Conversation
+        self._transport: asyncio.Transport
+        self._backlog: deque[Frame] = deque()
+        self._backlog_bytes = 0
+        self._reading = True
+        self._fault: WireError | None = None
+        self._reader: asyncio.Future[None] | None = None  # the one task that waits for a frame
+        self._room = asyncio.Event()  # set while the transport takes what we write
+        self._room.set()
+        self._closed = self._loop.create_future()
+        self._tick: asyncio.TimerHandle | None = None
+
+    # For the application
+
+    @property
+    def agreed(self) -> Agreement:
+        """Protocol version and the peer's fingerprints, after the handshake."""
+        assert self._conversation.agreed is not None
+        return self._conversation.agreed
+
+    @property
+    def rtt_seconds(self) -> float | None:
+        """Smoothed round-trip time; None before the first PONG."""
+        return self._conversation.heartbeat.rtt_seconds
+
+    @property
+    def rtt_min_seconds(self) -> float | None:
+        """Shortest round-trip time seen; None before the first PONG."""
+        return self._conversation.heartbeat.rtt_min_seconds
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes read from the socket so far, headers, handshake and heartbeats included."""
+        return self._conversation.bytes_received
+
+    @property
+    def fault(self) -> WireError | None:
+        """What ended the connection; None while it lives."""
+        return self._fault
+
+    async def shake_hands(self) -> None:
+        """Wait for the end of the handshake; once, before anything else. Raises a `WireError`."""
+        seconds = self.endpoint.deadlines.handshake_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                while self._conversation.agreed is None:
+                    await self._wake()
+        except TimeoutError:
+            self._fail(PeerSilent(self.peer, f"did not finish the handshake in {seconds:g} s"))
+            assert self._fault is not None
+            raise self._fault from None
+        self._beat()
+
+    async def recv(self) -> Frame:
+        """Return the next frame of the application. Waits as long as the peer lives. One task at a time.
+
+        Raises `PeerSilent`, `PeerGone`, `PeerRefused`, `BadFrame`, after the frames that came before.
+        """
+        while not self._backlog:
+            await self._wake()
+        frame = self._backlog.popleft()
+        self._backlog_bytes -= _weight(frame)
+        if not self._reading and self._backlog_bytes <= self.endpoint.limits.backlog_bytes // 2 and self._fault is None:
+            self._reading = True
+            self._transport.resume_reading()
+        return frame
+
+    def send(self, number: int, session: int, head: Head, *body: Buffer) -> None:
+        """Send one frame in one write, without waiting. Raises `PeerSilent` when too much waits for the peer already.
+
+        After large frames, `await drain()`.
+        """
+        if self._fault is not None:
+            raise self._fault
+        frame = encode(self.endpoint.table, number, session, head, *body)
+        waiting = self._transport.get_write_buffer_size()
+        if waiting and waiting + len(frame) > self.endpoint.limits.outgoing_bytes:
+            self._fail(PeerSilent(self.peer, f"does not read: {waiting} bytes wait for it"))
+            raise PeerSilent(self.peer, "does not read")
+        self._write(frame)
+
+    async def drain(self) -> None:
+        """Wait until the peer has taken most of what was sent. Raises `PeerSilent`, `PeerGone`."""
+        seconds = self.endpoint.deadlines.send_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self._room.wait()
+        except TimeoutError:
+            self._fail(PeerSilent(self.peer, f"took nothing of what we sent for {seconds:g} s"))
+        if self._fault is not None:
+            raise self._fault
+
+    def close(self) -> None:
+        """Close the connection after what was sent has left, within `send_seconds`. Closing twice does nothing."""
+        self._end(PeerGone(self.peer, "was left by us"))
+
+    async def wait_closed(self) -> None:
+        """Wait until the socket is closed."""
+        await asyncio.shield(self._closed)
+
+    # For asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin the handshake."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.peer.address = address(transport)
+        self._conversation = Conversation(self.endpoint, self.peer, listening=self._listening, now=self._loop.time())
+        self._flush()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Say where the next bytes go."""
+        return self._conversation.reader.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take `nbytes` that were put into the buffer."""
+        if self._fault is not None:  # what a peer says after we refused it
+            self._conversation.reader.forget()
+            return
+        now = self._loop.time()
+        conversation = self._conversation
+        conversation.received(nbytes, now)
+        try:
+            while (frame := conversation.next_frame(now)) is not None:
+                self._backlog.append(frame)
+                self._backlog_bytes += _weight(frame)
+        except WireError as error:
+            self._fail(error)
+            return
+        if conversation.outbox:
+            self._flush()
+        if self._backlog_bytes > self.endpoint.limits.backlog_bytes and self._reading:
+            self._reading = False
+            self._transport.pause_reading()
+        self._wake_reader()
+
+    def eof_received(self) -> bool:
+        """Take the peer's end for the connection's: nobody here half-closes."""
+        where = " in the middle of a frame" if self._conversation.reader.in_frame else ""
+        self._end(PeerGone(self.peer, f"closed the connection{where}"))
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wake whoever waits."""
+        self._end(PeerGone(self.peer, f"broke the connection ({exc})" if exc else "closed the connection"))
+        self._room.set()
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    def pause_writing(self) -> None:
+        """Note that the transport holds much."""
+        self._room.clear()
+
+    def resume_writing(self) -> None:
+        """Note that the transport has room again."""
+        self._room.set()
+
+    # Inside
+
+    async def _wake(self) -> None:
+        """Wait until something arrived or the connection ended; raise its fault then."""
+        if self._fault is not None:
+            raise self._fault
+        assert self._reader is None, "one task receives from a connection"
+        self._reader = self._loop.create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _beat(self) -> None:
+        if self._fault is not None:
+            return
+        now = self._loop.time()
+        if not self._reading:  # we do not listen to it: its silence proves nothing
+            self._conversation.heartbeat.heard(now)
+        try:
+            self._conversation.beat(now)
+        except PeerSilent as silent:
+            self._fail(silent)
+            return
+        self._flush()
+        self._tick = self._loop.call_at(self._conversation.heartbeat.next_event(), self._beat)
+
+    def _flush(self) -> None:
+        outbox = self._conversation.outbox
+        # Heartbeats may be dropped: to a peer that does not read they would only pile up.
+        if outbox and (self._conversation.agreed is None or self._room.is_set()):
+            self._write(bytearray().join(outbox))
+        outbox.clear()
+
+    def _write(self, data: bytearray) -> None:
+        self.bytes_sent += len(data)
+        self._transport.write(data)
+
+    def _fail(self, error: WireError) -> None:
+        """End the connection for a reason of ours and tell the peer."""
+        if self._fault is None:
+            farewell = self._conversation.farewell(error)
+            if farewell is not None:
+                self._write(farewell)
+        self._end(error)
+        if isinstance(error, PeerSilent):
+            self._transport.abort()
+
+    def _end(self, error: WireError) -> None:
+        if self._fault is not None:
+            return
+        self._fault = error
+        if self._tick is not None:
+            self._tick.cancel()
+        self._transport.close()
+        if self._transport.get_write_buffer_size():  # give it that long to leave, then drop it
+            self._tick = self._loop.call_later(self.endpoint.deadlines.send_seconds, self._transport.abort)
+        self._wake_reader()
+
+
+async def connect(host: str, port: int, endpoint: Endpoint, *, tls: ssl.SSLContext | None) -> FrameConnection:
+    """Connect from a running loop and shake hands. Raises `Unreachable`, `TlsRefused` or what the handshake found."""
+    peer = Peer(role=endpoint.expected_role, address=f"{host}:{port}", phase="connect")
+    seconds = endpoint.deadlines.connect_seconds
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(seconds):
+            _, connection = await loop.create_connection(
+                lambda: FrameConnection(endpoint, listening=False), host, port, ssl=tls
+            )
+    except ssl.SSLError as error:
+        raise TlsRefused(peer, f"could not agree on TLS ({error})") from None
+    except OSError as error:  # TimeoutError is one
+        raise Unreachable(peer, f"could not be reached within {seconds:g} s ({error or 'no answer'})") from None
+    connection.peer.address = peer.address
+    await connection.shake_hands()
+    return connection
+
+
+def address(transport: asyncio.BaseTransport) -> str:
+    """Return the other end of `transport` as `host:port`."""
+    name = transport.get_extra_info("peername")
+    return f"{name[0]}:{name[1]}" if name else "?"
+
+
+def _weight(frame: Frame) -> int:
+    """Return about what a waiting frame costs; an empty one is not free."""
+    return 512 + len(frame.body)

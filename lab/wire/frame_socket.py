@@ -1,0 +1,241 @@
+"""The blocking end of a wire: a thread waits in `recv`, any thread may `send`. For drafters, clients, benchmarks."""
+
+import contextlib
+import math
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from lab.wire.conversation import Conversation
+from lab.wire.endpoint import Endpoint
+from lab.wire.faults import Peer, PeerGone, PeerSilent, TlsRefused, Unreachable, WireError
+from lab.wire.frames import Buffer, Frame, Head, encode_start
+from lab.wire.handshake import Agreement
+from lab.wire.waiting import can_read, can_write
+
+JOIN_BYTES = 64 * 1024  # below it one copy is cheaper than a gathering write
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class FrameSocket:
+    """A connection that has agreed on key, version and fingerprints. A context manager: it closes its socket.
+
+    Heartbeats live in `recv` and `poll`: a client that is to notice a dead peer, and not to look dead itself, keeps one
+    thread in them. The socket never blocks; every wait has a deadline.
+    """
+
+    def __init__(self, connected: socket.socket, endpoint: Endpoint, peer: Peer, *, listening: bool) -> None:
+        """Take over `connected` and shake hands. Raises a `WireError`; the socket is closed then."""
+        self.peer = peer
+        self.endpoint = endpoint
+        self.bytes_sent = 0
+        self._socket = connected
+        self._gathers = hasattr(connected, "sendmsg") and not isinstance(connected, ssl.SSLSocket)
+        self._sending = threading.Lock()
+        self._io = threading.Lock()  # OpenSSL wants one call at a time; no call under it waits
+        self._fault: WireError | None = None
+        connected.setblocking(False)
+        if connected.family in (socket.AF_INET, socket.AF_INET6):
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._conversation = Conversation(endpoint, peer, listening=listening, now=time.monotonic())
+        with self._failing():
+            self._shake_hands()
+
+    @classmethod
+    def connect(cls, host: str, port: int, endpoint: Endpoint, *, tls: ssl.SSLContext | None) -> Self:
+        """Connect and shake hands. Raises `Unreachable`, `TlsRefused` or what the handshake found; one attempt."""
+        peer = Peer(role=endpoint.expected_role, address=f"{host}:{port}", phase="connect")
+        seconds = endpoint.deadlines.connect_seconds
+        try:
+            connected = socket.create_connection((host, port), timeout=seconds)
+        except OSError as error:
+            raise Unreachable(peer, f"could not be reached within {seconds:g} s ({error})") from None
+        if tls is not None:
+            connected = _wrap(connected, tls, host, peer, endpoint.deadlines.handshake_seconds)
+        return cls(connected, endpoint, peer, listening=False)
+
+    @property
+    def agreed(self) -> Agreement:
+        """Protocol version and the peer's fingerprints."""
+        assert self._conversation.agreed is not None
+        return self._conversation.agreed
+
+    @property
+    def rtt_seconds(self) -> float | None:
+        """Smoothed round-trip time; None before the first PONG was received."""
+        return self._conversation.heartbeat.rtt_seconds
+
+    @property
+    def rtt_min_seconds(self) -> float | None:
+        """Shortest round-trip time seen; None before the first PONG was received."""
+        return self._conversation.heartbeat.rtt_min_seconds
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes read from the socket so far, headers, handshake and heartbeats included."""
+        return self._conversation.bytes_received
+
+    def send(self, number: int, session: int, head: Head, *body: Buffer) -> None:
+        """Send one frame in one write. Any thread; whole frames of several threads never mix.
+
+        Raises `PeerSilent` when the peer does not take it in time, `PeerGone`, or what ended the connection before.
+        """
+        start = encode_start(self.endpoint.table, number, session, head, sum(len(part) for part in body))
+        with self._sending, self._failing():
+            self._write([start, *body])
+
+    def recv(self) -> Frame:
+        """Return the next frame of the application. Waits as long as the peer lives. One thread at a time.
+
+        Raises `PeerSilent`, `PeerGone`, `PeerRefused`, `BadFrame`.
+        """
+        frame = self.poll(math.inf)
+        assert frame is not None
+        return frame
+
+    def poll(self, timeout_seconds: float) -> Frame | None:
+        """Return the next frame, None when none came in time. Raises as `recv`; one thread at a time."""
+        deadline = time.monotonic() + timeout_seconds
+        with self._failing():
+            while True:
+                now = time.monotonic()
+                frame = self._conversation.next_frame(now)
+                self._flush()
+                if frame is not None or (not self._read() and not self._await_bytes(deadline)):
+                    return frame
+
+    def close(self) -> None:
+        """Close the connection; a thread in `recv` gets `PeerGone`. Closing twice does nothing."""
+        if self._fault is None:
+            self._fault = PeerGone(self.peer, "was left by us")
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _shake_hands(self) -> None:
+        deadline = time.monotonic() + self.endpoint.deadlines.handshake_seconds
+        while not self._conversation.shake_hands(time.monotonic()):
+            self._flush()
+            if not self._read() and not self._await_bytes(deadline):
+                seconds = self.endpoint.deadlines.handshake_seconds
+                raise PeerSilent(self.peer, f"did not finish the handshake in {seconds:g} s")
+        self._flush()
+
+    def _read(self) -> bool:
+        """Read what is there; return whether there was anything."""
+        try:
+            with self._io:
+                count = self._socket.recv_into(self._conversation.reader.buffer())
+        except _WOULD_BLOCK:
+            return False
+        except OSError as error:
+            raise PeerGone(self.peer, f"broke the connection ({error.strerror or error})") from None
+        if not count:
+            where = " in the middle of a frame" if self._conversation.reader.in_frame else ""
+            raise PeerGone(self.peer, f"closed the connection{where}")
+        self._conversation.received(count, time.monotonic())
+        return True
+
+    def _await_bytes(self, deadline: float) -> bool:
+        """Wait for bytes, sending heartbeats; return False at the deadline."""
+        now = time.monotonic()
+        if now >= deadline:
+            return False
+        self._conversation.beat(now)
+        self._flush()
+        self._wait(can_read, min(deadline, self._conversation.heartbeat.next_event()) - now)
+        return True
+
+    def _flush(self) -> None:
+        """Send what the conversation has to say, unless that would wait: bytes under way prove as well that we live."""
+        outbox = self._conversation.outbox
+        if not outbox:
+            return
+        if self._sending.acquire(blocking=False):
+            try:
+                if self._wait(can_write, 0):
+                    self._write([b"".join(outbox)])
+            finally:
+                self._sending.release()
+        outbox.clear()
+
+    def _write(self, parts: Sequence[Buffer]) -> None:
+        """Write `parts` as one; the caller holds `_sending`."""
+        deadline = time.monotonic() + self.endpoint.deadlines.send_seconds
+        if not self._gathers or sum(len(part) for part in parts) <= JOIN_BYTES:
+            parts = [b"".join(parts)]
+        left = [memoryview(part) for part in parts]
+        while left:
+            try:
+                with self._io:
+                    count = self._socket.sendmsg(left) if self._gathers else self._socket.send(left[0])
+            except _WOULD_BLOCK:
+                self._await_room(deadline)
+                continue
+            except OSError as error:
+                raise PeerGone(self.peer, f"broke the connection ({error.strerror or error})") from None
+            self.bytes_sent += count
+            left = _without(left, count)
+
+    def _await_room(self, deadline: float) -> None:
+        if not self._wait(can_write, max(0.0, deadline - time.monotonic())):
+            seconds = self.endpoint.deadlines.send_seconds
+            raise PeerSilent(self.peer, f"took nothing of what we sent for {seconds:g} s")
+
+    def _wait(self, wait: Callable[[socket.socket, float], bool], timeout_seconds: float) -> bool:
+        try:
+            return wait(self._socket, timeout_seconds)
+        except (OSError, ValueError):  # another thread has closed it
+            raise PeerGone(self.peer, "was left by us") from None
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """The first fault is the one everybody sees, and it ends the connection."""
+        if self._fault is not None:
+            raise self._fault
+        try:
+            yield
+        except WireError as error:
+            if self._fault is None:
+                self._fault = error
+                self._say_farewell(error)
+                self.close()
+            raise self._fault from None
+
+    def _say_farewell(self, error: WireError) -> None:
+        farewell = self._conversation.farewell(error)
+        if farewell is not None and self._sending.acquire(blocking=False):
+            with contextlib.suppress(OSError), self._io:
+                self._socket.send(farewell)
+            self._sending.release()
+
+
+def _without(parts: list[memoryview], count: int) -> list[memoryview]:
+    """Return `parts` less their first `count` bytes."""
+    for index, part in enumerate(parts):
+        if count < len(part):
+            return [part[count:], *parts[index + 1 :]]
+        count -= len(part)
+    return []
+
+
+def _wrap(connected: socket.socket, tls: ssl.SSLContext, host: str, peer: Peer, seconds: float) -> ssl.SSLSocket:
+    peer.phase = "TLS handshake"
+    connected.settimeout(seconds)
+    try:
+        return tls.wrap_socket(connected, server_hostname=host)
+    except OSError as error:  # ssl.SSLError and time-outs are
+        connected.close()
+        raise TlsRefused(peer, f"could not agree on TLS ({error})") from None

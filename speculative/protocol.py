@@ -1,0 +1,219 @@
+"""The lab's first protocol (v0): ask with text, be answered with token ids. Any client may speak it, in any language.
+
+    request    [4 bytes length][UTF-8 text]
+    response   [4 bytes count][count x int32]
+
+All integers in network byte order; any number of requests on a connection, one after the other; an error closes it. The
+answer is the target's own greedy continuation of the plain text. It has no key, no version and no session: those are
+the frames of `lab.wire`, on the same port; the two are told apart by the first four bytes (`lab.wire.sniff`).
+
+A client:
+
+    with socket.create_connection((host, port)) as server:
+        send_msg(server, "def fibonacci(n):")
+        print(recv_tokens(server))
+"""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Iterator, Sequence
+
+from lab.wire import BadFrame, Peer, PeerGone, PeerSilent
+from lab.wire.waiting import can_read, can_write
+
+MAX_TEXT_BYTES = 2**20
+"""Longest request, part of the protocol: `lab.wire.MAGIC` read as a length is 3,000 times as much."""
+MAX_TOKENS = 2**16
+"""Longest response, part of the protocol."""
+TIMEOUT_SECONDS = 300.0
+"""For one whole message, when neither the caller nor the socket says another time; an answer must be computed."""
+
+_LENGTH = struct.Struct("!I")
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+def send_msg(connection: socket.socket, text: str, *, timeout_seconds: float | None = None) -> None:
+    """Send a request. Raises `ValueError` for text over the cap, `PeerGone`, `PeerSilent`.
+
+    Works on blocking and non-blocking sockets, TLS or not; one thread at a time. `timeout_seconds` None is the socket's
+    own time-out, or `TIMEOUT_SECONDS` where it has none.
+    """
+    _Turn(connection, "request", timeout_seconds).write(encode_msg(text))
+
+
+def recv_msg(
+    connection: socket.socket, *, max_bytes: int = MAX_TEXT_BYTES, timeout_seconds: float | None = None
+) -> str:
+    """Return the next request. Sockets and time as in `send_msg`.
+
+    Raises `BadFrame` for a length over `max_bytes` (nothing is allocated for it) or bytes that are not UTF-8,
+    `PeerGone` when the peer left (`LeftBetweenMessages` where it may), `PeerSilent` when it took too long.
+    """
+    turn = _Turn(connection, "request", timeout_seconds)
+    length = _checked_length(turn.read(_LENGTH.size), max_bytes, turn.peer)
+    return _decode_text(turn.read(length), turn.peer)
+
+
+def send_tokens(connection: socket.socket, ids: Sequence[int], *, timeout_seconds: float | None = None) -> None:
+    """Send a response. Raises `ValueError` for an id that is no int32 or too many of them, `PeerGone`, `PeerSilent`."""
+    _Turn(connection, "response", timeout_seconds).write(encode_tokens(ids))
+
+
+def recv_tokens(
+    connection: socket.socket, *, max_tokens: int = MAX_TOKENS, timeout_seconds: float | None = None
+) -> list[int]:
+    """Return the next response. Sockets and time as in `send_msg`, errors as in `recv_msg`."""
+    turn = _Turn(connection, "response", timeout_seconds)
+    count = _checked_length(turn.read(_LENGTH.size), max_tokens, turn.peer)
+    return list(struct.unpack(f"!{count}i", turn.read(4 * count)))
+
+
+def encode_msg(text: str) -> bytes:
+    """Return a request as it travels. Raises `ValueError` when it is over the cap."""
+    encoded = text.encode()
+    if len(encoded) > MAX_TEXT_BYTES:
+        raise ValueError(f"prompt must be at most {MAX_TEXT_BYTES} bytes of UTF-8, got {len(encoded)}")
+    return _LENGTH.pack(len(encoded)) + encoded
+
+
+def encode_tokens(ids: Sequence[int]) -> bytes:
+    """Return a response as it travels. Raises `ValueError` when an id is no int32 or there are too many."""
+    if len(ids) > MAX_TOKENS:
+        raise ValueError(f"a response must be at most {MAX_TOKENS} tokens, got {len(ids)}")
+    try:
+        return struct.pack(f"!I{len(ids)}i", len(ids), *ids)
+    except struct.error as error:
+        raise ValueError(f"token ids must be in [-2147483648, 2147483647]: {error}") from None
+
+
+async def read_msg(reader: asyncio.StreamReader, *, peer: Peer, max_bytes: int, timeout_seconds: float) -> str:
+    """Return the next request from an asyncio stream; for servers. Errors as in `recv_msg`."""
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            length = _checked_length(await _exactly(reader, _LENGTH.size, peer), max_bytes, peer)
+            return _decode_text(await _exactly(reader, length, peer, within=True), peer)
+    except TimeoutError:
+        raise PeerSilent(peer, f"sent no whole request in {timeout_seconds:g} s") from None
+
+
+async def write_tokens(writer: asyncio.StreamWriter, ids: Sequence[int], *, peer: Peer, timeout_seconds: float) -> None:
+    """Send a response over an asyncio stream; for servers. Errors as in `send_tokens`."""
+    writer.write(encode_tokens(ids))
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            await writer.drain()
+    except TimeoutError:
+        raise PeerSilent(peer, f"took no response in {timeout_seconds:g} s") from None
+    except OSError as error:
+        raise PeerGone(peer, f"broke the connection ({error.strerror or error})") from None
+
+
+class LeftBetweenMessages(PeerGone):
+    """The peer closed the connection where it may: after a whole message."""
+
+
+async def _exactly(reader: asyncio.StreamReader, count: int, peer: Peer, *, within: bool = False) -> bytes:
+    try:
+        return await reader.readexactly(count)
+    except asyncio.IncompleteReadError as error:
+        raise _left(peer, clean=not error.partial and not within) from None
+    except OSError as error:
+        raise PeerGone(peer, f"broke the connection ({error.strerror or error})") from None
+
+
+def _left(peer: Peer, *, clean: bool) -> PeerGone:
+    if clean:
+        return LeftBetweenMessages(peer, "closed the connection")
+    return PeerGone(peer, "closed the connection in the middle of a message")
+
+
+def _checked_length(encoded: bytes | bytearray, cap: int, peer: Peer) -> int:
+    length = int(_LENGTH.unpack(encoded)[0])
+    if length > cap:
+        raise BadFrame(peer, f"announced {length}, cap is {cap}")
+    return length
+
+
+def _decode_text(encoded: bytes | bytearray, peer: Peer) -> str:
+    try:
+        return encoded.decode()
+    except UnicodeDecodeError as error:
+        raise BadFrame(peer, f"sent text that is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+class _Turn:
+    """One message on one socket, whatever kind of socket it is, within one deadline."""
+
+    def __init__(self, connection: socket.socket, phase: str, timeout_seconds: float | None) -> None:
+        self.connection = connection
+        own = connection.gettimeout() or TIMEOUT_SECONDS  # None: blocking, 0: non-blocking
+        self.seconds = own if timeout_seconds is None else timeout_seconds
+        self.deadline = time.monotonic() + self.seconds
+        self.peer = Peer(role="peer", address=_address(connection), phase=phase)
+        self.begun = False
+
+    def write(self, message: bytes) -> None:
+        """Write all of `message`."""
+        if self.connection.family in (socket.AF_INET, socket.AF_INET6):
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        left = memoryview(message)
+        with _not_blocking(self.connection), self._named_faults():
+            while left:
+                try:
+                    left = left[self.connection.send(left) :]
+                except _WOULD_BLOCK:
+                    self._wait(writing=True)
+
+    def read(self, count: int) -> bytearray:
+        """Return exactly `count` bytes."""
+        memory = bytearray(count)
+        left = memoryview(memory)
+        with _not_blocking(self.connection), self._named_faults():
+            while left:
+                try:
+                    arrived = self.connection.recv_into(left)
+                except _WOULD_BLOCK:
+                    self._wait(writing=False)
+                    continue
+                if not arrived:
+                    raise _left(self.peer, clean=not self.begun)
+                self.begun = True
+                left = left[arrived:]
+        return memory
+
+    def _wait(self, *, writing: bool) -> None:
+        wait = can_write if writing else can_read
+        if not wait(self.connection, max(0.0, self.deadline - time.monotonic())):
+            did = "took" if writing else "sent"
+            raise PeerSilent(self.peer, f"{did} no whole message in {self.seconds:g} s")
+
+    @contextlib.contextmanager
+    def _named_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PeerGone(self.peer, f"broke the connection ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def _not_blocking(connection: socket.socket) -> Iterator[None]:
+    """Make every call on `connection` return at once, and give it back as it was."""
+    own = connection.gettimeout()
+    connection.settimeout(0.0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            connection.settimeout(own)
+
+
+def _address(connection: socket.socket) -> str:
+    try:
+        name = connection.getpeername()
+    except OSError:
+        return "?"
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "?")
