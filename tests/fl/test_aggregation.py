@@ -42,8 +42,7 @@ def rounded(exact: Fraction) -> np.float32:
     """A fraction to the nearest float32, ties to even, by comparing with the neighbours of a guess."""
     guess = np.float32(float(exact))
     around = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
-    even = lambda x: int(x.view(np.uint32)) % 2 == 0  # noqa: E731
-    return min(around, key=lambda x: (abs(Fraction(float(x)) - exact), not even(x)))
+    return min(around, key=lambda x: (abs(Fraction(float(x)) - exact), int(x.view(np.uint32)) % 2))
 
 
 def random_replies(seed: int, count: int, size: int) -> list[Reply]:
@@ -185,7 +184,7 @@ def test_no_reply_has_no_mean() -> None:
 
 
 def fold_peak_bytes(replies: int, size: int) -> int:
-    """tracemalloc's peak while that many random replies of `size` floats are folded; also for the full-size benchmark."""
+    """tracemalloc's peak while that many random replies of `size` floats are folded; full size is a benchmark's."""
     rng = np.random.default_rng(0)
     tracemalloc.start()
     try:
