@@ -1,0 +1,79 @@
+"""The baseline of a federation: the same number of steps on the union of its data, in one place.
+
+R rounds x H steps at batch N x b, on the same examples, schedule and seed, with one optimizer that keeps its state.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from fl.adapters import AdapterIndex, load_into, read_from
+from fl.aggregation import MetricMean
+from fl.client import Base, Site, open_base, read_split
+from fl.report import RoundFigures
+from fl.server import adapter_folders, finish, first_adapter
+from fl.settings import FederatedSettings
+from lab.data import Example, Split, batches
+from lab.entry import Run
+from lab.settings import OptimizationSettings
+from lab.tracking import Tracker, progress
+from lab.training import adamw, derive_seed, evaluate, train_steps
+
+
+def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
+    """Trains in this process and returns the figures of the last line, those of a federated run."""
+    begin = time.perf_counter()
+    project = settings.project
+    base = open_base(settings)
+    splits = [read_split(settings, Site(index), base.tokenizer) for index in range(project.num_clients)]
+    initial = first_adapter(settings)
+    load_into(base.model, initial)
+    folders = adapter_folders(settings, place)
+    optimization = union_batches(project.optimization, project.num_clients)
+    optimizer = adamw(base.model, optimization)
+    everything: list[Example] = [example for split in splits for example in split.train]
+    order = batches(everything, optimization.batch_size, derive_seed(settings.seed, "order", "central"))
+    states = [state(0, base, splits, optimization)]
+    with Tracker(settings, "fed_learn", place.folder) as tracker:
+        with progress("round", project.rounds, settings.tracking.progress) as counter:
+            for number in range(1, project.rounds + 1):
+                figures = train_steps(
+                    base.model,
+                    order,
+                    optimization,
+                    first_step=(number - 1) * project.local_steps,
+                    total_steps=project.rounds * project.local_steps,
+                    steps=project.local_steps,
+                    seed=derive_seed(settings.seed, "dropout", number, "central"),
+                    optimizer=optimizer,
+                )
+                after = state(number, base, splits, optimization)
+                states.append(replace(after, train_loss=figures.loss, train_seconds={0: figures.seconds}))
+                written = folders.write(
+                    number, read_from(base.model), {"train_loss": figures.loss, "eval_loss": after.eval_loss}
+                )
+                tracker.log(number, train_loss=figures.loss, eval_loss=after.eval_loss)
+                counter.advance(f"held-out loss {after.eval_loss:.4f}")
+        index = AdapterIndex.of(initial, project.wire_dtype)
+        result = finish(settings, place, states, index, written)
+        result |= {"wall_seconds": time.perf_counter() - begin}
+        tracker.result(result)
+    return result
+
+
+def union_batches(optimization: OptimizationSettings, num_clients: int) -> OptimizationSettings:
+    """Batch N x b as N times the accumulation: the same gradient in the memory of one client."""
+    return replace(optimization, accumulation=optimization.accumulation * num_clients)
+
+
+def state(number: int, base: Base, splits: list[Split], optimization: OptimizationSettings) -> RoundFigures:
+    """Held-out loss of the model as it is now, per client and weighted as a federation weights it."""
+    losses = {}
+    mean = MetricMean()
+    for index, split in enumerate(splits):
+        figures = evaluate(base.model, split.held_out, optimization.batch_size)
+        losses[index] = figures.loss
+        mean.fold({"eval_loss": figures.loss}, figures.examples)
+    return RoundFigures(round=number, eval_loss=mean.means()["eval_loss"], client_losses=losses)

@@ -1,0 +1,90 @@
+"""Flower's side of a client: a message in, a LoRAClient's work, a message out.
+
+In a simulation the settings come with the app (`make_client_app`); in a deployment `app` composes them from the run's
+configuration (`config-name`, `overrides`), and the node's own `--node-config` names its data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fl.adapters import Adapter, from_records, pack, to_records
+from fl.client import LoRAClient, Site, open_client
+from fl.settings import FederatedSettings
+from fl.strategy import CONFIG, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
+from lab.entry import compose_settings
+
+
+def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> ClientApp:
+    """A ClientApp that answers train, evaluate and query messages with the settings that `settings_of` gives."""
+    client_app = ClientApp()
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        return answer_train(message, open_client(settings_of(context), site_of(context)))
+
+    @client_app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return answer_evaluate(message, open_client(settings_of(context), site_of(context)))
+
+    @client_app.query()
+    def query(message: Message, context: Context) -> Message:
+        return Message(RecordDict({METRICS: MetricRecord({PARTITION: site_of(context).index})}), reply_to=message)
+
+    return client_app
+
+
+def answer_train(message: Message, client: LoRAClient) -> Message:
+    """Evaluates the adapter received, trains it, and answers with both."""
+    received, index = from_records(message.content)
+    evaluation = evaluate_record(client, received)
+    adapter, figures = client.train(received, int(str(message.content.config_records[CONFIG][SERVER_ROUND])))
+    content = to_records(pack(adapter, index), index)
+    content[METRICS] = MetricRecord(
+        {
+            PARTITION: client.site.index,
+            WEIGHT: len(client.split.train),
+            "train_loss": figures.loss,
+            "train_tokens": figures.tokens,
+            "train_seconds": figures.seconds,
+            "gradient_norm": figures.gradient_norm,
+            "peak_rss_bytes": client.peak_rss_bytes(),
+        }
+    )
+    content[EVALUATE] = evaluation
+    return Message(content, reply_to=message)
+
+
+def answer_evaluate(message: Message, client: LoRAClient) -> Message:
+    """Evaluates the adapter received."""
+    received, _ = from_records(message.content)
+    metrics = MetricRecord({PARTITION: client.site.index})
+    return Message(RecordDict({METRICS: metrics, EVALUATE: evaluate_record(client, received)}), reply_to=message)
+
+
+def evaluate_record(client: LoRAClient, received: Adapter) -> MetricRecord:
+    """The received adapter's loss on the client's held-out part."""
+    begin = time.perf_counter()
+    figures = client.evaluate(received)
+    return MetricRecord(
+        {WEIGHT: figures.examples, "eval_loss": figures.loss, "eval_seconds": time.perf_counter() - begin}
+    )
+
+
+def site_of(context: Context) -> Site:
+    """Which site a node is: `partition-id`, and `data-path` when the node has a file of its own."""
+    path = context.node_config.get("data-path")
+    return Site(int(context.node_config["partition-id"]), None if path is None else str(path))
+
+
+def settings_from_run(context: Context) -> FederatedSettings:
+    """Settings out of `flwr run --run-config`: a config name and a string of Hydra overrides."""
+    overrides = str(context.run_config.get("overrides", ""))
+    return compose_settings(str(context.run_config["config-name"]), overrides, FederatedSettings)
+
+
+app = make_client_app(settings_from_run)

@@ -1,0 +1,85 @@
+"""The picture of a federated run: held-out loss per round and client, bytes on the wire, where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fl.report import RoundFigures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import Locator
+
+MAX_LABELLED_CLIENTS = 12
+"""More lines than this are drawn as one grey crowd without a legend."""
+
+
+def draw_run(states: Sequence[RoundFigures], title: str, base_bytes: int, path: Path) -> Path:
+    """Three panels as a PNG at `path`; `base_bytes` is what did not have to travel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="notebook")
+    figure, (loss, sizes, seconds) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    _draw_loss(loss, states)
+    _draw_bytes(sizes, states, base_bytes)
+    _draw_seconds(seconds, states)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return path
+
+
+def _whole_numbers() -> Locator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
+
+
+def _draw_loss(axes: Axes, states: Sequence[RoundFigures]) -> None:
+    clients = sorted({client for state in states for client in state.client_losses})
+    crowd = len(clients) > MAX_LABELLED_CLIENTS
+    for client in clients:
+        known = [(state.round, state.client_losses[client]) for state in states if client in state.client_losses]
+        style = {"color": "0.75", "linewidth": 0.7} if crowd else {"linewidth": 1.2, "alpha": 0.8}
+        axes.plot(*zip(*known), marker="" if crowd else ".", label=None if crowd else f"client {client}", **style)
+    everyone = [(state.round, state.eval_loss) for state in states]
+    axes.plot(*zip(*everyone), color="black", linewidth=2.5, marker="o", label="weighted mean")
+    axes.set(
+        xlabel="round (0: before training)", ylabel="held-out loss (nats per token)", title="Loss: lower is better"
+    )
+    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.legend(fontsize="small")
+
+
+def _draw_bytes(axes: Axes, states: Sequence[RoundFigures], base_bytes: int) -> None:
+    up = sum(state.uplink_bytes for state in states) / 1e6
+    down = sum(state.downlink_bytes for state in states) / 1e6
+    names, values = ["up, all rounds", "down, all rounds", "base model\n(stays)"], [up, down, base_bytes / 1e6]
+    bars = axes.barh(names, values, color=["#4c72b0", "#55a868", "0.75"])
+    axes.bar_label(bars, labels=[f" {value:,.1f} MB" for value in values])
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set(xlabel="megabytes (1 MB = 10⁶ bytes)", title="What travelled")
+
+
+def _draw_seconds(axes: Axes, states: Sequence[RoundFigures]) -> None:
+    rounds = [state.round for state in states[1:]]
+    slowest = [max(state.train_seconds.values(), default=0.0) for state in states[1:]]
+    aggregate = [state.aggregate_seconds for state in states[1:]]
+    rest = [max(0.0, state.round_seconds - a - b) for state, a, b in zip(states[1:], slowest, aggregate, strict=True)]
+    below = [0.0] * len(rounds)
+    parts = {"training (slowest client)": slowest, "evaluating, loading, waiting": rest, "aggregating": aggregate}
+    for name, values in parts.items():
+        axes.bar(rounds, values, bottom=below, label=name, width=0.6)
+        below = [a + b for a, b in zip(below, values, strict=True)]
+    axes.set(xlabel="round", ylabel="seconds", title="Where the time went")
+    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.set_ylim(top=max([*below, 1e-3]) * 1.25)
+    axes.legend(fontsize="small", loc="upper center", ncols=1)

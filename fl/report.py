@@ -1,0 +1,87 @@
+"""What a run was: its history round by round, the figures of the last line, the picture of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fl.strategy import ClientRow, RoundReport, RunReport
+from lab.device import peak_rss_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundFigures:
+    """The state after one round; round 0 is the state before the first."""
+
+    round: int
+    eval_loss: float
+    """Held-out loss of this round's adapter, mean over clients weighted by held-out examples."""
+    client_losses: dict[int, float]
+    """The same per client."""
+    train_loss: float | None = None
+    train_seconds: dict[int, float] = field(default_factory=dict)
+    """Seconds that each client trained."""
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+    messages: int = 0
+    round_seconds: float = 0.0
+    aggregate_seconds: float = 0.0
+    refused: list[str] = field(default_factory=list)
+
+
+def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures]:
+    """States 0..R. Clients evaluate the adapter they receive, so a report speaks of the state before its round."""
+    losses = [report.evaluate["eval_loss"] for report in reports] + [run.evaluate["eval_loss"]]
+    clients = [_losses(report.clients) for report in reports] + [_losses(run.evaluate_clients)]
+    states = [RoundFigures(round=0, eval_loss=losses[0], client_losses=clients[0])]
+    for report, loss, by_client in zip(reports, losses[1:], clients[1:], strict=True):
+        states.append(
+            RoundFigures(
+                round=report.round,
+                eval_loss=loss,
+                client_losses=by_client,
+                train_loss=report.train["train_loss"],
+                train_seconds={_name(row): row.train["train_seconds"] for row in report.clients},
+                uplink_bytes=report.uplink_bytes,
+                downlink_bytes=report.downlink_bytes,
+                messages=len(report.clients),
+                round_seconds=report.round_seconds,
+                aggregate_seconds=report.aggregate_seconds,
+                refused=[f"node {refusal.node_id}: {refusal.reason}" for refusal in report.refused],
+            )
+        )
+    return states
+
+
+def summary(
+    states: Sequence[RoundFigures], adapter_bytes: int, adapter_path: Path, plots: list[Path]
+) -> dict[str, Any]:
+    """The figures of the last line that come out of a history; bytes per client and round are means over messages."""
+    rounds = states[1:]
+    messages = max(1, sum(state.messages for state in rounds))
+    return {
+        "rounds_completed": len(rounds),
+        "adapter_bytes": adapter_bytes,
+        "uplink_bytes_per_client_round": round(sum(state.uplink_bytes for state in rounds) / messages),
+        "downlink_bytes_per_client_round": round(sum(state.downlink_bytes for state in rounds) / messages),
+        "eval_loss_before": states[0].eval_loss,
+        "eval_loss_after": states[-1].eval_loss,
+        "eval_loss_by_round": [state.eval_loss for state in rounds],
+        "train_loss_by_round": [state.train_loss for state in rounds],
+        "train_seconds": sum(sum(state.train_seconds.values()) for state in rounds),
+        "aggregate_seconds": sum(state.aggregate_seconds for state in rounds),
+        "refused": [line for state in rounds for line in state.refused],
+        "peak_rss_bytes": peak_rss_bytes(),
+        "adapter_path": adapter_path,
+        "plots": plots,
+    }
+
+
+def _losses(rows: Sequence[ClientRow]) -> dict[int, float]:
+    return {_name(row): row.evaluate["eval_loss"] for row in rows}
+
+
+def _name(row: ClientRow) -> int:
+    return row.node_id if row.partition_id is None else row.partition_id

@@ -1,0 +1,169 @@
+"""The one seam around Flower's simulation, which is deprecated upstream: swap it here when it goes.
+
+Every client is a message to one of `project.workers` long-lived Ray workers; each worker holds one base model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fl.client_app import make_client_app
+from fl.partition import client_documents
+from fl.server import serve
+from fl.server_app import make_server_app
+from fl.settings import FederatedSettings
+from lab import entry
+from lab.data import open_source
+from lab.device import open_device
+from lab.lora import fresh_adapter
+
+log = logging.getLogger(__name__)
+
+
+def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
+    """Runs the federation here and returns the figures of the last line.
+
+    Raises what the server raises, and KeyboardInterrupt after Ctrl+C, when every worker has ended.
+    """
+    check(settings)
+    # A long-lived worker that loads and trains in turn otherwise keeps much of what it freed (glibc's arenas).
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "100000")
+    from flwr.simulation import run_simulation
+
+    figures: dict[str, Any] = {}
+    stop = threading.Event()
+
+    def work(grid: Grid, context: Context) -> None:
+        figures.update(serve(StoppableGrid(grid, stop), settings, place))
+
+    with quiet_flower(), interruptible(stop):
+        try:
+            run_simulation(
+                make_server_app(work),
+                make_client_app(lambda context: settings),
+                num_supernodes=settings.project.num_clients,
+                backend_config=backend(settings),
+            )
+        except Exception:
+            if not stop.is_set():
+                raise
+    if stop.is_set():
+        raise KeyboardInterrupt
+    return figures
+
+
+def check(settings: FederatedSettings) -> None:
+    """UserError now for what every client would run into later: data, model, adapter, device."""
+    project = settings.project
+    client_documents(open_source(project.data), 0, project.num_clients, project.partition_by, settings.seed)
+    fresh_adapter(settings.model, project.lora, settings.seed)
+    open_device(settings.device)
+
+
+def backend(settings: FederatedSettings) -> dict[str, Any]:
+    """Ray's resources: one core a worker, and an equal share of the GPUs where there are any."""
+    clients = settings.project.num_clients
+    workers = min(settings.project.workers or os.cpu_count() or 1, clients)
+    gpus = torch.cuda.device_count() if open_device(settings.device).type == "cuda" else 0
+    log.info("simulating %d clients on %d Ray workers (1 core, %.2f GPU each)", clients, workers, gpus / workers)
+    return {
+        "init_args": {"num_cpus": workers, "num_gpus": gpus, "logging_level": "ERROR", "log_to_driver": False},
+        "client_resources": {"num_cpus": 1, "num_gpus": gpus / workers},
+    }
+
+
+class Stopped(RuntimeError):
+    """Ctrl+C reached the server."""
+
+
+class StoppableGrid(Grid):
+    """A Grid that stops its server at the next look for replies: the server runs in a thread that no signal reaches."""
+
+    def __init__(self, grid: Grid, stop: threading.Event) -> None:
+        self._grid = grid
+        self._stop = stop
+
+    def set_run(self, run: Run) -> None:
+        """As the Grid behind."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """As the Grid behind."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """As the Grid behind."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """As the Grid behind; raises Stopped after Ctrl+C."""
+        return self._going_on().get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """As the Grid behind; raises Stopped after Ctrl+C."""
+        return self._going_on().get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the Grid behind; raises Stopped after Ctrl+C."""
+        return self._going_on().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the Grid behind; raises Stopped after Ctrl+C."""
+        return self._going_on().pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """As the Grid behind; raises Stopped after Ctrl+C."""
+        return self._going_on().send_and_receive(messages, timeout=timeout)
+
+    def _going_on(self) -> Grid:
+        if self._stop.is_set():
+            raise Stopped("stopped by Ctrl+C")
+        return self._grid
+
+
+@contextmanager
+def interruptible(stop: threading.Event) -> Iterator[None]:
+    """On Ctrl+C: stops the server and ends the workers at once, whatever they are computing."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        import ray
+
+        stop.set()
+        # Flower waits for its workers on the way out, so they must go while it waits.
+        threading.Thread(target=ray.shutdown, daemon=True).start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Flower's own log reports every step and its deprecation; ours says what a user needs."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

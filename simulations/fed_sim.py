@@ -1,0 +1,28 @@
+"""A federation on one machine: Flower on Ray. `python simulations/fed_sim.py project.num_clients=4`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fl.settings import Baseline, FederatedSettings
+from lab import entry
+
+
+def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
+    """The federated run, or its central baseline."""
+    if settings.project.baseline is Baseline.central:
+        from fl.central import train_centrally
+
+        return train_centrally(settings, place)
+    from fl.simulation import simulate
+
+    return simulate(settings, place)
+
+
+def main() -> None:
+    """Composes `conf/fed_learn.yaml` and runs."""
+    entry.main("fed_learn", FederatedSettings, run)
+
+
+if __name__ == "__main__":
+    main()
