@@ -34,7 +34,7 @@ class RoundFigures:
 def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures]:
     """States 0..R. Clients evaluate the adapter they receive, so a report speaks of the state before its round."""
     losses = [report.evaluate["eval_loss"] for report in reports] + [run.evaluate["eval_loss"]]
-    clients = [_losses(report.clients) for report in reports] + [_losses(run.evaluate_clients)]
+    clients = [_losses(report.clients) for report in reports] + [_losses(run.clients)]
     states = [RoundFigures(round=0, eval_loss=losses[0], client_losses=clients[0])]
     for report, loss, by_client in zip(reports, losses[1:], clients[1:], strict=True):
         states.append(
