@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -29,9 +29,9 @@ from lab.sampling import Sampling, choose, mix64, nll
 Want = Literal["last", "all"]
 """`all`: a step for every id given; `last`: only for the last one, so that a long prompt costs the head once."""
 
-_SWEEP_ROWS = 32
-"""A pass is mostly one sweep over the weights, which costs about as much as computing this many padded rows more: a
-session that would need more padding than this to join a longer one gets a pass of its own."""
+_SWEEP_ROWS = 16
+"""A pass is mostly one sweep over the weights, which costs about as much as this many rows more (a CPU, bfloat16):
+where sessions of different lengths would need more padding than this to share a pass, they take two."""
 
 
 class ShapeDependence(RuntimeError):
@@ -353,15 +353,17 @@ class LocalEngine:
         """Drop model and cache; the engine is of no use afterwards."""
         del self._model, self.cache
 
-    def _together(self, pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+    def _together(self, pieces: list[_Piece]) -> list[list[_Piece]]:
         """The pieces that share a pass: all of them in exact shapes, else those of about the same length."""
-        rest = sorted(pieces, key=lambda piece: len(piece.ids), reverse=True)
-        while rest:
-            longest = len(rest[0].ids)
-            padding_allowed = longest if self._exact_rows else _SWEEP_ROWS
-            together = [piece for piece in rest if longest - len(piece.ids) <= padding_allowed]
-            yield together
-            rest = rest[len(together) :]
+        groups: list[list[_Piece]] = []
+        padding = 0
+        for piece in sorted(pieces, key=lambda piece: len(piece.ids), reverse=True):
+            padding += len(groups[-1][0].ids) - len(piece.ids) if groups else 0
+            if not groups or (padding > _SWEEP_ROWS and not self._exact_rows):
+                groups.append([])
+                padding = 0
+            groups[-1].append(piece)
+        return groups
 
     def _pass(self, pieces: Sequence[_Piece], want: Want) -> None:
         """Run some pieces together, and read the rows of logits that are asked for."""

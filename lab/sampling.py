@@ -7,7 +7,7 @@ total variation between their distributions; Daliri et al., arXiv 2408.07978) an
 
 Knows nothing about models, sessions or networks.
 
-Shapes: R rows (one position of one session each), V vocabulary, N surviving (row, token) pairs.
+Shapes: R rows (one position of one session each), V vocabulary, M tokens that are looked at.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 _LANE = 0xFFFFFFFF  # 32-bit arithmetic in int64 lanes: MPS has no uint64, and torch has few uint32 operations
 _WORD = 0xFFFFFFFFFFFFFFFF
-_FIRST_NUCLEUS = 256
-"""How many best tokens are sorted first to find the nucleus; 16 times more as long as they are too few."""
+_FIRST_SORTED = 256
+"""How many of the best tokens are sorted first for top-k and top-p; 16 times more as long as they are too few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,47 +178,48 @@ def _choose_by_one_rule(
     temperature, top_k, top_p = rule
     if temperature == 0:
         return _best_and_margin(logits_RV.clone())
-    scores_RV = logits_RV / temperature
-    if 0 < top_k < scores_RV.shape[-1]:
-        scores_RV = _drop_below(scores_RV, scores_RV.topk(top_k).values[:, -1:])
-    if top_p < 1:
-        scores_RV = _drop_below(scores_RV, _nucleus_threshold(scores_RV, top_p))
-    keys_R2 = noise_keys(seeds, positions, scores_RV.device)
-    if top_k or top_p < 1:
-        row_N, token_N = (scores_RV > -math.inf).nonzero(as_tuple=True)
-        scores_RV[row_N, token_N] += gumbel(noise_bits(keys_R2[row_N], token_N), scores_RV.dtype)
-    else:
-        tokens_V = torch.arange(scores_RV.shape[-1], device=scores_RV.device)
-        scores_RV += gumbel(noise_bits(keys_R2[:, None], tokens_V), scores_RV.dtype)
-    ids_R, margins_R = _best_and_margin(scores_RV)
+    scores_RM, tokens_RM = _survivors(logits_RV / temperature, top_k, top_p)
+    bits_RM = noise_bits(noise_keys(seeds, positions, logits_RV.device)[:, None], tokens_RM)
+    best_R, margins_R = _best_and_margin(scores_RM + gumbel(bits_RM, scores_RM.dtype))
+    ids_R = tokens_RM.expand(len(seeds), -1).gather(-1, best_R[:, None])[:, 0]
     return ids_R, margins_R * temperature
 
 
-def _best_and_margin(scores_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """The best id and its lead over the next one. Overwrites the scores, which is far cheaper than a top-2."""
-    ids_R = scores_RV.argmax(-1)  # torch documents: the first of equals
-    best_R1 = scores_RV.gather(-1, ids_R[:, None])
-    scores_RV.scatter_(-1, ids_R[:, None], -math.inf)
-    return ids_R, best_R1[:, 0] - scores_RV.amax(-1)
+def _best_and_margin(scores_RM: Tensor) -> tuple[Tensor, Tensor]:
+    """The best index and its lead over the next one. Overwrites the scores, which is far cheaper than a top-2."""
+    best_R = scores_RM.argmax(-1)  # torch documents: the first of equals
+    best_R1 = scores_RM.gather(-1, best_R[:, None])
+    scores_RM.scatter_(-1, best_R[:, None], -math.inf)
+    return best_R, best_R1[:, 0] - scores_RM.amax(-1)
 
 
-def _drop_below(scores_RV: Tensor, threshold_R1: Tensor) -> Tensor:
-    return scores_RV.masked_fill(scores_RV < threshold_R1, -math.inf)
+def _survivors(scores_RV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """What can be drawn: scores (-inf: cannot) and token ids, of all tokens or of the M best. Only these need noise.
 
-
-def _nucleus_threshold(scores_RV: Tensor, top_p: float) -> Tensor:
-    """The lowest score that is still in the nucleus of each row, R x 1.
-
-    A threshold, not a count: which of several equal tokens a sort puts first differs between devices.
+    Both rules keep what reaches a threshold and do not count: which of several equal tokens a sort puts first differs
+    between devices. So M must reach below the threshold.
     """
-    log_total_R1 = scores_RV.logsumexp(-1, keepdim=True)
-    count = min(_FIRST_NUCLEUS, scores_RV.shape[-1])
+    vocabulary_size = scores_RV.shape[-1]
+    if top_k >= vocabulary_size:
+        top_k = 0
+    if not top_k and top_p == 1:
+        return scores_RV, torch.arange(vocabulary_size, device=scores_RV.device)[None]
+    count = max(_FIRST_SORTED, top_k + 1)
     while True:
-        best_RK = scores_RV.topk(count).values
-        probability_RK = (best_RK - log_total_R1).exp()
-        mass_before_RK = probability_RK.cumsum(-1) - probability_RK
-        inside_RK = (mass_before_RK < top_p) & (probability_RK > 0)
-        if count == scores_RV.shape[-1] or not bool(inside_RK[:, -1].any()):
-            last_R1 = inside_RK.sum(-1, keepdim=True).clamp_(min=1) - 1
-            return best_RK.gather(-1, last_R1)
-        count = min(16 * count, scores_RV.shape[-1])
+        best_RM, tokens_RM = scores_RV.topk(min(count, vocabulary_size))
+        by_count_RM = best_RM >= best_RM[:, top_k - 1, None]  # top_k = 0: the last one, so that all remain
+        inside_RM = by_count_RM
+        if top_p < 1:
+            log_total_R1 = (best_RM.masked_fill(~by_count_RM, -math.inf) if top_k else scores_RV).logsumexp(-1, True)
+            inside_RM = by_count_RM & (best_RM >= _nucleus_threshold(best_RM, log_total_R1, top_p))
+        cut_off_RM = by_count_RM if top_k else inside_RM
+        if count >= vocabulary_size or not bool(cut_off_RM[:, -1].any()):
+            return best_RM.masked_fill(~inside_RM, -math.inf), tokens_RM
+        count *= 16
+
+
+def _nucleus_threshold(best_RM: Tensor, log_total_R1: Tensor, top_p: float) -> Tensor:
+    """The last of the sorted scores that is needed to reach the probability, R x 1."""
+    probability_RM = (best_RM - log_total_R1).exp()
+    needed_RM = probability_RM.cumsum(-1) - probability_RM < top_p
+    return best_RM.gather(-1, needed_RM.sum(-1, True).clamp_(min=1) - 1)
