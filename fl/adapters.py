@@ -173,8 +173,8 @@ def to_records(packed: Packed, index: AdapterIndex) -> RecordDict:
 
 def index_from(content: RecordDict) -> AdapterIndex:
     """The index a message carries. ValueError when it has none, or one that does not decode."""
-    record = content.config_records.get(INDEX)
-    data = None if record is None else record.get(INDEX)
+    record = content.get(INDEX)
+    data = record.get(INDEX) if isinstance(record, ConfigRecord) else None
     if not isinstance(data, bytes):
         raise ValueError(f"{INDEX} must be a ConfigRecord with bytes under {INDEX!r}, got {_names(content)}")
     return AdapterIndex.decode(data)
@@ -185,8 +185,9 @@ def packed_from(content: RecordDict, index: AdapterIndex) -> Packed:
 
     ValueError when the record is missing, or type, size or serialisation are not what the index says.
     """
-    record = content.array_records.get(ARRAYS)
-    if record is None or list(record) != [ADAPTER]:
+    # Not content.array_records: that view refers to itself, and so keeps the whole reply until the garbage collector runs.
+    record = content.get(ARRAYS)
+    if not isinstance(record, ArrayRecord) or list(record) != [ADAPTER]:
         raise ValueError(f"{ARRAYS} must be an ArrayRecord with the one array {ADAPTER!r}, got {_names(content)}")
     packed = _read_npy(record[ADAPTER])
     if packed.dtype != index.dtype.numpy or packed.shape != (index.size,):

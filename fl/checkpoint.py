@@ -1,13 +1,32 @@
-"""Adapters on disk: after every round a PEFT folder that any program with peft can load, whole or not there at all."""
+"""Adapters on disk: after every round a PEFT folder that any program with peft can load, whole or not there at all.
 
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's own, and the tensor file depends on the tensors alone;
+`README.md` is a model card; `federated.json` records the base model, which a later run checks before it starts from the
+folder. Knows nothing about rounds but their number.
+"""
+
+import copy
+import json
+import logging
+import os
+import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from fl.adapters import Adapter
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+RECORD_FILE = "federated.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,26 +40,133 @@ class BaseModel:
 
 
 class AdapterFolders:
-    """`root/round-0000`, `root/round-0001`, ...: one PEFT folder a round. The highest is the latest.
+    """`root/round-0000`, `root/round-0001`, ...: one PEFT folder a round, the highest the latest.
 
-    commit: of the program that wrote it. data_source: what the clients trained on, for the model card.
+    A folder is written under a hidden name and renamed when it is complete and on disk, so that whatever happens (Ctrl+C,
+    a crash, a full disk) every `round-*` folder can be loaded.
+
+    lora: the adapter's own configuration. commit: of the program that writes. data_source: what was trained on, for the
+    model card.
     """
 
     def __init__(
         self, root: Path, *, lora: LoraConfig, base: BaseModel, data_source: str, num_clients: int, commit: str
     ) -> None:
-        raise NotImplementedError
+        self.root = root.absolute()
+        self.base = base
+        self.data_source = data_source
+        self.num_clients = num_clients
+        self.commit = commit
+        self._lora = copy.deepcopy(lora)
+        self._lora.base_model_name_or_path = base.name
+        self._lora.inference_mode = True
+        if isinstance(lora.target_modules, set):  # a set has another order in every process
+            self._lora.target_modules = sorted(lora.target_modules)
 
     def write(self, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> Path:
-        """Write one round's folder and return its absolute path. FileExistsError when the round is there already."""
-        raise NotImplementedError
+        """Write one round's folder and return its absolute path; round 0 is the adapter that the run starts from.
+
+        metrics: figures for the model card. FileExistsError when the round is there already.
+        """
+        folder = self.root / f"round-{server_round:04d}"
+        if folder.exists():
+            raise FileExistsError(f"{folder} is there already: an adapter of another run?")
+        unfinished = self.root / f".{folder.name}.{os.getpid()}"
+        try:
+            self._fill(unfinished, server_round, adapter, metrics)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        _sync(self.root)
+        return folder
+
+    def _fill(self, folder: Path, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> None:
+        folder.mkdir(parents=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+        self._lora.save_pretrained(str(folder))
+        record = {"base_model": asdict(self.base), "round": server_round, "commit": self.commit}
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / CARD_FILE).write_text(self._card(server_round, metrics), encoding="utf-8")
+        for file in folder.iterdir():
+            _sync(file)
+        _sync(folder)
+
+    def _card(self, server_round: int, metrics: Mapping[str, float]) -> str:
+        figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())
+        return f"""---
+base_model: {json.dumps(self.base.name)}
+library_name: peft
+tags: [lora, federated-learning]
+---
+
+# Adapter after {server_round} federated rounds
+
+A LoRA adapter (rank {self._lora.r}) for `{self.base.name}`, trained by {self.num_clients} clients on their own data,
+which stayed with them; only adapters were exchanged and averaged, weighted by the clients' numbers of examples.
+
+| | |
+|---|---|
+| base model digest | `{self.base.digest}` |
+| data | {self.data_source} |
+| rounds | {server_round} |
+| commit | `{self.commit}` |
+{figures}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({self.base.name!r}), "this folder")
+```
+"""
 
 
 def latest_adapter(root: Path) -> Path | None:
     """The folder of the highest round under root; None when there is none."""
-    raise NotImplementedError
+    rounds = {
+        int(found[1]): path for path in root.glob("round-*") if (found := re.fullmatch(r"round-(\d+)", path.name))
+    }
+    return rounds[max(rounds)].absolute() if rounds else None
 
 
-def load_adapter(folder: Path, base: BaseModel) -> dict[str, torch.Tensor]:
-    """The tensors of a PEFT folder, for a warm start on `base`. ValueError naming both when it is of another model."""
-    raise NotImplementedError
+def load_adapter(folder: Path, *, base: BaseModel, lora: LoraConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a PEFT folder, to start from on `base` with `lora`.
+
+    ValueError naming both sides when the folder is of another model (by digest; by name in a folder that we did not
+    write) or of another rank, scale or kind of LoRA, which the tensors alone do not show; ValueError when files are
+    missing.
+    """
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"adapter folder {folder} must contain {name}, and does not")
+    saved = LoraConfig.from_pretrained(str(folder))
+    _check_base(folder, saved, base)
+    for field in ("r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out"):
+        if getattr(saved, field) != getattr(lora, field):
+            raise ValueError(f"adapter {folder} has {field}={getattr(saved, field)}, the run {getattr(lora, field)}")
+    tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS_FILE)
+    return tensors
+
+
+def _check_base(folder: Path, saved: LoraConfig, base: BaseModel) -> None:
+    if (folder / RECORD_FILE).is_file():
+        theirs = BaseModel(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["base_model"])
+        if theirs.digest != base.digest:
+            ours = f"{base.name} (digest {base.digest})"
+            raise ValueError(f"adapter {folder} is for {theirs.name} (digest {theirs.digest}), the run uses {ours}")
+    elif saved.base_model_name_or_path != base.name:
+        raise ValueError(f"adapter {folder} is for {saved.base_model_name_or_path}, the run uses {base.name}")
+    else:
+        log.warning("adapter %s records no digest of its base model; only the name %s was compared", folder, base.name)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on disk before what depends on it; Windows cannot open folders, and does without."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

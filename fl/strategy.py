@@ -199,8 +199,7 @@ class RoundFold:
 
     def _fold(self, node_id: int, content: RecordDict, uplink_bytes: int) -> ClientRow:
         """Everything is checked before anything is added, so that a refused reply leaves no trace."""
-        train: dict[str, object] = {**content.metric_records.get(METRICS, {})}
-        evaluate: dict[str, object] = {**content.metric_records.get(EVALUATE, {})}
+        train, evaluate = _metrics(content, METRICS), _metrics(content, EVALUATE)
         row = ClientRow(
             node_id=node_id,
             partition_id=_partition(train.pop(PARTITION, None)),
@@ -417,7 +416,7 @@ class WeightedFedAvg(Strategy):
             try:
                 if reply is None or reply.has_error():
                     raise ValueError("no reply" if reply is None else _describe_error(reply))
-                partition = _partition(reply.content.metric_records.get(METRICS, MetricRecord()).get(PARTITION))
+                partition = _partition(_metrics(reply.content, METRICS).get(PARTITION))
                 if partition is None:
                     raise ValueError(f"{METRICS}.{PARTITION} is missing")
                 self._partitions[node_id] = partition
@@ -481,6 +480,12 @@ def _describe_error(reply: Message) -> str:
     code, reason = reply.error.code, reply.error.reason or ""
     last_line = (reason.strip().splitlines() or ["no reason given"])[-1]
     return f"{ERRORS.get(code, 'failed')} (Flower code {code}: {last_line[-300:]})"
+
+
+def _metrics(content: RecordDict, name: str) -> dict[str, object]:
+    """A copy of one MetricRecord; empty when there is none."""
+    record = content.get(name)  # not content.metric_records: see fl.adapters.packed_from
+    return {**record} if isinstance(record, MetricRecord) else {}
 
 
 def _partition(value: object) -> int | None:
