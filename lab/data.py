@@ -179,7 +179,7 @@ class PythonLibrary:
         self._root = root
 
     def documents(self) -> list[Document]:
-        """Every .py file that is not empty, sorted by path."""
+        """Every .py file that is not empty, in the order of a sorted walk."""
         files = _files(self._root, (".py",), NOT_LIBRARY_FOLDERS)
         found = [_file_document(self._root, file) for file in files]
         return [d for d in found if d.size_bytes and not d.unit.startswith(("_sysconfigdata", "config-"))]
@@ -198,7 +198,7 @@ class TextFolder:
         self._root = root
 
     def documents(self) -> list[Document]:
-        """Every file of TEXT_SUFFIXES that is not empty, sorted by path; other files are counted in a warning."""
+        """Every file of TEXT_SUFFIXES that is not empty, from a sorted walk; other files are counted in a warning."""
         files = list(_files(self._root))
         texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
         if len(texts) < len(files):

@@ -1,0 +1,126 @@
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fl.partition import client_documents, partition
+from fl.settings import PartitionBy
+from lab.data import Document, Record, Text, records
+from lab.settings import UserError
+
+PACKAGE, IID = PartitionBy.package, PartitionBy.iid
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> list[Document]:
+    units = draw(st.lists(st.integers(0, 8), min_size=1, max_size=30))
+    sizes = draw(st.lists(st.integers(0, 10**6), min_size=len(units), max_size=len(units)))
+    return [Document(name=f"{i}.py", unit=f"u{u}", size_bytes=s) for i, (u, s) in enumerate(zip(units, sizes))]
+
+
+def shares(documents: list[Document], by: PartitionBy) -> int:
+    return len({document.unit for document in documents}) if by is PACKAGE else len(documents)
+
+
+def size(documents: list[Document]) -> int:
+    return sum(document.size_bytes for document in documents)
+
+
+@given(corpora(), st.integers(1, 30), st.sampled_from(PartitionBy), st.integers(0, 2**31 - 1))
+@settings(max_examples=200, deadline=None)
+def test_every_document_goes_to_one_client_and_every_client_has_one(
+    documents: list[Document], num_clients: int, by: PartitionBy, seed: int
+) -> None:
+    if num_clients > shares(documents, by):
+        with pytest.raises(UserError, match=rf"project\.num_clients must be in \[1, \d+\].*got {num_clients}$"):
+            partition(documents, num_clients, by, seed)
+        return
+    clients = partition(documents, num_clients, by, seed)
+    assert len(clients) == num_clients
+    assert all(clients)
+    assert sorted((d for client in clients for d in client), key=documents.index) == documents
+    assert all(client == sorted(client, key=documents.index) for client in clients)
+    assert clients == partition(documents, num_clients, by, seed)
+
+
+@given(corpora(), st.integers(1, 9), st.sampled_from(PartitionBy))
+@settings(max_examples=100, deadline=None)
+def test_sizes_differ_by_at_most_one_share(documents: list[Document], num_clients: int, by: PartitionBy) -> None:
+    if num_clients > shares(documents, by):
+        return
+    sizes = [size(client) for client in partition(documents, num_clients, by, 0)]
+    units = {d.unit if by is PACKAGE else d.name: 0 for d in documents}
+    for document in documents:
+        units[document.unit if by is PACKAGE else document.name] += document.size_bytes
+    assert max(sizes) - min(sizes) <= max(units.values())
+
+
+@given(corpora(), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_by_package_a_unit_is_never_torn(documents: list[Document], num_clients: int) -> None:
+    if num_clients > shares(documents, PACKAGE):
+        return
+    owners: dict[str, set[int]] = {}
+    for index, client in enumerate(partition(documents, num_clients, PACKAGE, 0)):
+        for document in client:
+            owners.setdefault(document.unit, set()).add(index)
+    assert all(len(clients) == 1 for clients in owners.values())
+
+
+def two_packages() -> list[Document]:
+    return [Document(name=f"{unit}/{i}.py", unit=unit, size_bytes=100) for unit in "ab" for i in range(50)]
+
+
+def test_iid_mixes_units_where_package_keeps_them() -> None:
+    """Control for the test above: iid does tear units."""
+    mixed = partition(two_packages(), 2, IID, 0)
+    whole = partition(two_packages(), 2, PACKAGE, 0)
+    assert all({document.unit for document in client} == {"a", "b"} for client in mixed)
+    assert [{document.unit for document in client} for client in whole] == [{"a"}, {"b"}]
+
+
+def test_the_seed_matters_to_iid_alone() -> None:
+    assert partition(two_packages(), 2, IID, 0) != partition(two_packages(), 2, IID, 1)
+    assert partition(two_packages(), 2, PACKAGE, 0) == partition(two_packages(), 2, PACKAGE, 1)
+
+
+@pytest.mark.parametrize(("by", "limit", "what"), [(PACKAGE, 2, "units"), (IID, 100, "documents")])
+def test_more_clients_than_there_is_to_deal(by: PartitionBy, limit: int, what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        partition(two_packages(), limit + 1, by, 0)
+    rule = f"in [1, {limit}], the {what} of project.data with partition_by={by.name}"
+    assert str(caught.value) == f"project.num_clients must be {rule}, got {limit + 1}"
+
+
+class CountingSource:
+    """A source that remembers which texts were opened."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+
+    def documents(self) -> list[Document]:
+        return two_packages()
+
+    def read(self, document: Document) -> Iterator[Record]:
+        self.opened.append(document.name)
+        yield Text(document.name)
+
+
+@pytest.mark.parametrize("by", PartitionBy)
+def test_a_client_opens_its_own_documents_only(by: PartitionBy) -> None:
+    opened = []
+    for index in range(2):
+        source = CountingSource()
+        mine = client_documents(source, index, 2, by, seed=0)
+        assert source.opened == [], "the partition itself reads nothing"
+        assert len(list(records(source, mine))) == len(mine)
+        opened.append(set(source.opened))
+    assert not opened[0] & opened[1]
+    assert opened[0] | opened[1] == {document.name for document in two_packages()}
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_partition_that_does_not_exist(index: int) -> None:
+    with pytest.raises(UserError, match=rf"partition-id must be in \[0, 2\), got {index}"):
+        client_documents(CountingSource(), index, 2, IID, seed=0)
