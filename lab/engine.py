@@ -33,6 +33,10 @@ _SWEEP_ROWS = 16
 """A pass is mostly one sweep over the weights, which costs about as much as this many rows more (a CPU, bfloat16):
 where sessions of different lengths would need more padding than this to share a pass, they take two."""
 
+_BLOCK_ROWS = 8
+"""Matrix kernels compute rows in small blocks, and the rows left over by other code, which may round differently: in
+float64 on a CPU the fifth of five rows did."""
+
 
 class ShapeDependence(RuntimeError):
     """On this device and dtype a row's result depends on its place in the pass: exact shapes would promise nothing."""
@@ -272,8 +276,9 @@ class LocalEngine:
         bucket: The cache grows, and is attended to, in multiples of this many positions.
         kv_limit_bytes: The most that keys and values of all sessions may take.
         prefill_chunk: The most tokens of a session in one pass; a longer extend takes several. Bounds the memory.
-        exact_rows: None, or exact shapes: every pass computes so many positions of `sessions` sessions over the whole
-            context, whatever was asked, so that a token's bits do not depend on how it was asked for. Probed here.
+        exact_rows: None, or exact shapes: every pass computes so many positions (rounded up to a multiple of 8) of
+            `sessions` sessions over the whole context, whatever was asked, so that a token's bits do not depend on how
+            it was asked for. Probed here.
 
     Raises:
         ValueError: a context the model was not made for, an attention that takes no masks, more than one CPU thread
@@ -305,8 +310,8 @@ class LocalEngine:
         self.vocabulary_size = int(config.vocab_size)
         self.context = context
         self._device: torch.device = self._model.device
-        self._exact_rows = exact_rows
-        self._chunk = exact_rows or prefill_chunk
+        self._exact_rows = exact_rows and -(-exact_rows // _BLOCK_ROWS) * _BLOCK_ROWS
+        self._chunk = self._exact_rows or prefill_chunk
         self.cache = SlotCache.for_model(
             config,
             slots=sessions,
@@ -314,10 +319,10 @@ class LocalEngine:
             limit_bytes=kv_limit_bytes,
             dtype=self._model.dtype,
             device=self._device,
-            exact=None if exact_rows is None else ExactShape(rows=exact_rows, columns=context),
+            exact=ExactShape(rows=self._exact_rows, columns=context) if self._exact_rows else None,
         )
-        if exact_rows is not None:
-            self._probe_exact_shapes(sessions, exact_rows)
+        if self._exact_rows:
+            self._probe_exact_shapes(sessions, self._exact_rows)
 
     @torch.inference_mode()
     def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> Session:
