@@ -9,11 +9,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lab.environment import describe_environment
+from lab.settings import to_plain
+from lab.tracking import finite
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Sample:
 
 def write_report(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The benchmark's document (rows beside where they were measured), written to `path` and returned."""
-    document = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), **describe_environment(), "rows": [_plain(row) for row in rows]}
+    figures = {
+        "benchmark": name,
+        "date": time.strftime("%Y-%m-%d"),
+        **describe_environment(),
+        "rows": list(rows),
+    }
+    document: dict[str, Any] = finite(to_plain(figures))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return document
-
-
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: asdict(value) if isinstance(value, Sample) else value for key, value in row.items()}

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
 from lab.environment import describe_environment
-from lab.settings import LabSettings, UserError, describe, digest, to_plain, to_settings
+from lab.explain import explain
+from lab.settings import LabSettings, UserError, digest, to_plain, to_settings
+from lab.tracking import finite
 
 Settings = TypeVar("Settings", bound=LabSettings)
 
@@ -56,9 +60,12 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
     log_to_stderr()
 
     def task(config: DictConfig) -> None:
-        settings = to_settings(config, settings_type)
         place = Run(Path(HydraConfig.get().runtime.output_dir).absolute())
-        finish(run(settings, place), settings, place)
+        try:
+            settings = to_settings(config, settings_type)
+            finish(run(settings, place), settings, place)
+        except UserError as error:  # here and not outside, where Hydra has put a line of its own before ours
+            _leave(2, str(error))
 
     try:
         sys.argv[1:] = literal_prompt(sys.argv[1:])
@@ -72,26 +79,37 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
     raise SystemExit(0)
 
 
+def compose_settings(config_name: str, overrides: str, settings_type: type[Settings]) -> Settings:
+    """Settings for a process that has no command line of its own: a config name and a string of Hydra overrides."""
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_module("conf", version_base="1.3"):
+            return to_settings(compose(config_name, overrides=shlex.split(overrides)), settings_type)
+    except HydraException as error:
+        raise UserError(explain(error)) from None
+
+
 def _leave(code: int, line: str) -> NoReturn:
     print(f"error: {line}" if code == 2 else line, file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
 def finish(figures: dict[str, Any], settings: LabSettings, place: Run) -> None:
-    """Writes result.json and prints the same document as the last line on stdout."""
-    document = to_plain(
-        {
-            "status": "ok",
-            **figures,
-            "settings_digest": digest(settings),
-            "run_folder": place.folder,
-            **describe_environment(),
-        }
-    )
-    text = json.dumps(document, allow_nan=False)
+    """Writes result.json and prints the same document as the last line on stdout; a NaN becomes the text "nan"."""
+    from lab.device import open_device  # imports torch, which `--help` can do without
+
+    document = {
+        "status": "ok",
+        "device": open_device(settings.device).type,
+        **figures,
+        "settings_digest": digest(settings),
+        "run_folder": place.folder,
+        **describe_environment(),
+    }
+    text = json.dumps(finite(to_plain(document)), allow_nan=False)
     place.folder.mkdir(parents=True, exist_ok=True)
     temporary = place.folder / ".result.json"
-    temporary.write_text(text + "\n")
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(place.folder / "result.json")
     print(text, flush=True)
 
@@ -108,6 +126,7 @@ def log_to_stderr(level: int = logging.INFO) -> None:
         logging.Formatter("%(message)s" if terminal else "%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU path works; that a faster one exists is no news
     for package in ("lab", "fl", "speculative", "split", "simulations", "__main__"):
         logging.getLogger(package).setLevel(level)
 
@@ -124,30 +143,16 @@ def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in ("prompt", "prompt_file"):
         return argument
-    if key == "prompt_file":
-        value = _read_prompt(value)
-    elif value == "-":
-        value = sys.stdin.read()
+    if key == "prompt_file" or value == "-":
+        value = _read_prompt(key, value)
     # Backslashes are plain text to Hydra except in a run before a quote; OmegaConf unescapes those before `${`.
     value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     value = re.sub(r'(\\*)("|$(?!\n))', lambda found: found[1] * 2 + (r"\"" if found[2] else ""), value)
     return f'prompt="{value}"'
 
 
-def _read_prompt(path: str) -> str:
+def _read_prompt(key: str, path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return sys.stdin.read() if key == "prompt" else Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt_file must be a readable UTF-8 file, got {path!r} ({error})") from None
-
-
-def explain(error: HydraException) -> str:
-    """One line for a Hydra error: dotted key, rule, value."""
-    cause = error.__cause__
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    line = " ".join(part.strip() for part in str(error).strip().splitlines() if part.strip())
-    if isinstance(cause, OmegaConfBaseException):
-        detail = describe(cause)
-        return detail if detail in line and len(line) > 400 else f"{line} ({detail})" if detail not in line else line
-    return line
+        raise UserError(f"{key} must be readable UTF-8 text, got {path!r} ({error})") from None

@@ -10,20 +10,25 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -43,7 +48,7 @@ class Checkpoint:
     folder: Path
     """config.json, safetensors and tokenizer files."""
     identity: str
-    """Says which weights these are, whatever their precision; an adapter belongs to one identity."""
+    """`model_identity` of its settings."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +79,50 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
 
 
-def load_config(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's transformers config."""
-    return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+def load_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The model's config alone: for hub models nothing else is downloaded."""
+    config: PreTrainedConfig
+    if settings.source is ModelSource.hub:
+        try:
+            config = AutoConfig.from_pretrained(str(settings.repo))
+            return config
+        except OSError as error:
+            raise _unreachable(settings, error) from None
+    if settings.source is ModelSource.random:
+        return random_config(settings)
+    config = AutoConfig.from_pretrained(prepare_checkpoint(settings).folder, local_files_only=True)
+    return config
+
+
+def model_identity(settings: ModelSettings) -> str:
+    """Which weights `settings` name, whatever their precision; an adapter belongs to one identity."""
+    match settings.source:
+        case ModelSource.hub:
+            return f"hub:{settings.repo}"
+        case ModelSource.path:
+            return f"path:{_folder_digest(_model_folder(settings))}"
+        case ModelSource.gguf:
+            return f"gguf:{_file_digest(gguf_file(settings))}"
+        case ModelSource.random:
+            return f"random:{digest({'architecture': asdict(settings.architecture), 'seed': settings.seed})}"
 
 
 def prepare_checkpoint(settings: ModelSettings) -> Checkpoint:
     """The folder of a model, converted first where its source is no folder."""
+    identity = model_identity(settings)
     match settings.source:
         case ModelSource.hub:
-            return _from_hub(settings)
+            return Checkpoint(_from_hub(settings), identity)
         case ModelSource.path:
-            return _from_path(settings)
+            return Checkpoint(_model_folder(settings), identity)
         case ModelSource.gguf:
-            return _from_gguf(settings)
+            return Checkpoint(
+                _converted(settings, identity, lambda folder, dtype: _write_gguf(settings, folder, dtype)), identity
+            )
         case ModelSource.random:
-            return _from_seed(settings)
+            return Checkpoint(
+                _converted(settings, identity, lambda folder, dtype: _write_random(settings, folder, dtype)), identity
+            )
 
 
 def tensor_digests(folder: Path) -> dict[str, str]:
@@ -119,43 +152,65 @@ def _quantization(settings: ModelSettings, device: torch.device, dtype: torch.dt
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _from_hub(settings: ModelSettings) -> Checkpoint:
+def _from_hub(settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
         folder = snapshot_download(str(settings.repo), allow_patterns=patterns)
     except Exception as error:  # the hub's client has a dozen ways to say no; all are the user's to mend
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.repo must be a repository that this machine can reach, got {settings.repo!r} ({reason})"
-        ) from None
-    return Checkpoint(Path(folder), f"hub:{settings.repo}@{Path(folder).name}")
+        raise _unreachable(settings, error) from None
+    return Path(folder)
 
 
-def _from_path(settings: ModelSettings) -> Checkpoint:
+def _unreachable(settings: ModelSettings, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"model.repo must be a repository that this machine can reach, got {settings.repo!r} ({reason})")
+
+
+def _model_folder(settings: ModelSettings) -> Path:
     folder = Path(str(settings.path)).expanduser().absolute()
     if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
         raise UserError(f"model.path must be a folder with config.json and safetensors, got {str(folder)!r}")
-    return Checkpoint(folder, f"path:{_folder_digest(folder)}")
+    return folder
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def _folder_digest(folder: Path) -> str:
-    """Over the config and every safetensors header and size: names, shapes, offsets, without reading the weights."""
+    """Over the config, every safetensors header (names, shapes, offsets) and the first KiB of every tensor.
+
+    The weights are not read whole, yet a model that an adapter was merged into is another one.
+    """
     sha = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            sha.update(stream.read(min(length, file.stat().st_size)) + str(file.stat().st_size).encode())
-            sha.update(stream.read(4096))
+            header = stream.read(min(length, file.stat().st_size))
+            sha.update(header)
+            for begin, end in _tensor_spans(header, file):
+                stream.seek(8 + length + begin)
+                sha.update(stream.read(min(1024, end - begin)))
     return sha.hexdigest()[:16]
+
+
+def _tensor_spans(header: bytes, file: Path) -> list[tuple[int, int]]:
+    """Where each tensor begins and ends after the header (https://huggingface.co/docs/safetensors, Format)."""
+    try:
+        tensors = json.loads(header)
+        return sorted(tuple(tensor["data_offsets"]) for name, tensor in tensors.items() if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"model.path must hold whole safetensors files, got {str(file)!r}") from None
 
 
 def gguf_file(settings: ModelSettings) -> Path:
     """The .gguf file, found inside an installed package without importing it; UserError with the remedy otherwise."""
     path = Path(str(settings.path)).expanduser()
     if settings.package is None:
-        if not path.is_file():
+        if not _is_gguf(path):
             raise UserError(f"model.path must be a .gguf file, got {str(path)!r}")
         return path
     package = importlib.util.find_spec(settings.package)
@@ -168,34 +223,29 @@ def gguf_file(settings: ModelSettings) -> Path:
     )
 
 
-def _from_gguf(settings: ModelSettings) -> Checkpoint:
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
     file = gguf_file(settings)
-    with file.open("rb") as stream:
-        source = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-
-    def write(folder: Path, dtype: torch.dtype) -> None:
-        log.info("converting %s once (about 20 s for 135M parameters)", file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        # A GGUF-loaded model refuses to be saved; its tensors are plain, only the config still says gguf.
-        del model.config.quantization_config
-        model.config._name_or_path = settings.name
-        _write_model(folder, model, dtype)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-    return Checkpoint(_converted(settings, source, write), f"gguf:{source}")
+    log.info("converting %s once (about 20 s for 135M parameters)", file.name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # A GGUF-loaded model refuses to be saved; its tensors are plain, only the config still says gguf.
+    del model.config.quantization_config
+    _write_model(folder, model, dtype)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-def _from_seed(settings: ModelSettings) -> Checkpoint:
-    source = digest({"architecture": asdict(settings.architecture), "seed": settings.seed})
-
-    def write(folder: Path, dtype: torch.dtype) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            model = AutoModelForCausalLM.from_config(random_config(settings))
-        _write_model(folder, model, dtype)
-        byte_tokenizer().save_pretrained(folder)
-
-    return Checkpoint(_converted(settings, source, write), f"random:{source}")
+def _write_random(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = AutoModelForCausalLM.from_config(random_config(settings))
+    _write_model(folder, model, dtype)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def random_config(settings: ModelSettings) -> LlamaConfig:
@@ -251,23 +301,30 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _converted(settings: ModelSettings, source: str, write: Any) -> Path:
-    """`<cache>/<source>-<dtype>`, written once whoever comes first; readers see all of it or nothing."""
-    stored = (
-        Dtype.float32 if settings.dtype is Dtype.float64 else settings.dtype
-    )  # float64 is read from float32, exactly
+def converted_folder(settings: ModelSettings, identity: str) -> Path:
+    """`<cache>/<digest>-<dtype>`: where a model of source gguf or random is kept once it was converted."""
     cache = Path(settings.cache_dir).expanduser().absolute()
-    target = cache / f"{source}-v{CONVERSION}-{stored.name}"
+    return cache / f"{identity.partition(':')[2]}-v{CONVERSION}-{_stored_dtype(settings).name}"
+
+
+def _stored_dtype(settings: ModelSettings) -> Dtype:
+    """float64 is read from float32, exactly."""
+    return Dtype.float32 if settings.dtype is Dtype.float64 else settings.dtype
+
+
+def _converted(settings: ModelSettings, identity: str, write: Callable[[Path, torch.dtype], None]) -> Path:
+    """`converted_folder`, written once whoever comes first; readers see all of it or nothing."""
+    target = converted_folder(settings, identity)
     if target.exists():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with _alone(cache / f".{target.name}.lock", f"{settings.name} is being converted by another process"):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target.parent / f".{target.name}.lock", f"{settings.name} is being converted by another process"):
         if not target.exists():
-            temporary = cache / f".{target.name}.{os.getpid()}"
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary = target.parent / f".{target.name}.partial"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: the lock is ours
             temporary.mkdir()
             try:
-                write(temporary, TORCH_DTYPES[stored])
+                write(temporary, TORCH_DTYPES[_stored_dtype(settings)])
                 temporary.replace(target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -278,12 +335,12 @@ def _converted(settings: ModelSettings, source: str, write: Any) -> Path:
 def _alone(lock_file: Path, waiting_for: str) -> Iterator[None]:
     """Holds an operating-system lock (it falls with its holder), saying what it waits for every ten seconds."""
     lock, since = FileLock(lock_file), time.monotonic()
-    while True:
+    while not lock.is_locked:
         try:
             lock.acquire(timeout=10)
-            break
         except Timeout:
             log.info("waiting: %s (%.0f s so far)", waiting_for, time.monotonic() - since)
-    with lock:
-        lock.release()  # `with` holds it once more
+    try:
         yield
+    finally:
+        lock.release()

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lab.explain import describe, unknown_key
 
 Settings = TypeVar("Settings", bound="LabSettings")
 
@@ -326,9 +329,12 @@ class MainSchema(LabSettings):
 
 ConfigStore.instance().store(name="base_main", node=MainSchema)
 
+_PROJECTS: dict[type, str] = {}
+
 
 def register_project(name: str, schema: type) -> None:
     """Makes `base_<name>` available to `conf/project/<name>.yaml`."""
+    _PROJECTS[schema] = name
     ConfigStore.instance().store(group="project", name=f"base_{name}", node=schema)
 
 
@@ -340,27 +346,26 @@ def to_settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
         values = {
             str(key): _convert(value) if isinstance(value, DictConfig) else value for key, value in config.items()
         }
-        settings = settings_type(**values)
+        _check_roots(values, get_type_hints(settings_type))
+        return settings_type(**values)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key or _missing_key(error)} must be set, got ???") from None
     except OmegaConfBaseException as error:
         raise UserError(describe(error)) from None
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None
-    expected = (
-        {field.name: field.type for field in fields(settings_type)}["project"] if hasattr(settings, "project") else ""
-    )
-    given = type(getattr(settings, "project", None)).__name__
-    if expected and given not in str(expected):
-        raise UserError(f"project must be a {expected}, got {given}: choose the one that belongs to this command")
-    return settings
 
 
-def describe(error: OmegaConfBaseException) -> str:
-    """One line with dotted key, rule and value, from OmegaConf's several."""
-    first = str(error.msg or error).strip().splitlines()[0]
-    key = error.full_key or ""
-    return first if not key or key in first else f"{key}: {first}"
+def _check_roots(values: dict[str, Any], roots: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if key not in roots:  # "+bogus=1"
+            raise UserError(unknown_key(key, roots, value))
+    for root, expected in roots.items():
+        if root not in values:
+            raise UserError(f"{root} must be set, got ~{root}")
+        if root == "project" and not isinstance(values[root], expected):
+            given = _PROJECTS.get(type(values[root]), type(values[root]).__name__)
+            raise UserError(f"project must be {_PROJECTS.get(expected)} for this command, got {given!r}")
 
 
 def _missing_key(error: MissingMandatoryValue) -> str:
@@ -387,15 +392,17 @@ def _convert(node: DictConfig) -> Any:
     except ValueError as error:
         raise UserError(f"{path}.{error}") from None
     if is_dataclass(converted):
-        unknown = sorted(set(vars(converted)) - {field.name for field in fields(converted)})
-        if unknown:  # "+project.bogus=1": Hydra lets it in, nobody would ever read it
-            value = vars(converted)[unknown[0]]
-            raise UserError(f"{path}.{unknown[0]} is not a key of {type(converted).__name__}, got {value!r}")
+        known = [field.name for field in fields(converted)]
+        for name, value in vars(converted).items():
+            if name not in known:  # "+project.bogus=1": Hydra lets it in, nobody would ever read it
+                raise UserError(unknown_key(f"{path}.{name}", known, value))
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{path}.{name} must be finite, got {value}")
     return converted
 
 
 def to_plain(value: Any) -> Any:
-    """Settings (or figures) as JSON values: enum members by name, paths as text."""
+    """Settings (or figures) as JSON values: enum members by name, paths absolute; NaN and infinity stay floats."""
     if is_dataclass(value) and not isinstance(value, type):
         return to_plain(asdict(value))
     if isinstance(value, dict):
@@ -404,7 +411,12 @@ def to_plain(value: Any) -> Any:
         return [to_plain(item) for item in value]
     if isinstance(value, Enum):
         return value.name
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    # A scalar of numpy or torch; whatever else it may be, no long run dies of a figure that JSON has no form for.
+    return value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else str(value)
 
 
 def digest(settings: Any) -> str:
