@@ -4,17 +4,16 @@ An adapter (a *state*) is a `dict[str, torch.Tensor]` whose names are PEFT's own
 adapter's name), in the canonical order: sorted by name. Knows nothing about rounds, weights or files.
 """
 
-import io
 import itertools
-import json
 import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -31,6 +30,13 @@ INDEX = "index"
 
 MAX_INDEX_BYTES = 1 << 20  # inflated; a real one is a few hundred
 MAX_TENSORS = 1 << 16
+HOLE = "#"  # stands for a number in a template
+
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([^']{1,8})', 'fortran_order': False, 'shape': \(([0-9]{1,18}),\), \} *\n",
+    re.DOTALL,
+)
+"""Start of a version 1.0 .npy file of one dimension: what numpy.save writes (numpy.lib.format)."""
 
 Adapter = Mapping[str, torch.Tensor]
 Packed = npt.NDArray[Any]
@@ -72,6 +78,8 @@ class AdapterIndex:
             raise ValueError("adapter must have at least 1 tensor, got 0")
         if list(self.names) != sorted(set(self.names)) or len(self.shapes) != len(self.names):
             raise ValueError(f"index names must be distinct, sorted and have one shape each, got {self.names[:3]}...")
+        if odd := [name for name in self.names if HOLE in name.split(".")]:
+            raise ValueError(f"tensor names must not have a component {HOLE}, got {odd[0]}")
 
     @classmethod
     def of(cls, state: Adapter, dtype: WireDtype) -> "AdapterIndex":
@@ -95,8 +103,8 @@ class AdapterIndex:
         for name, shape in zip(self.names, self.shapes):
             template, numbers = _template(name)
             groups.setdefault((template, shape), []).append(numbers)
-        entries = [[template, list(shape), _axes(numbers)] for (template, shape), numbers in sorted(groups.items())]
-        return zlib.compress(json.dumps([self.dtype.name, entries], separators=(",", ":")).encode(), 9)
+        entries = [_Entry(template, shape, _boxes(found)) for (template, shape), found in sorted(groups.items())]
+        return zlib.compress(msgspec.json.encode(_Index(self.dtype, entries)), 9)
 
     @classmethod
     def decode(cls, data: bytes) -> "AdapterIndex":
@@ -105,12 +113,12 @@ class AdapterIndex:
             inflater = zlib.decompressobj()
             text = inflater.decompress(data, MAX_INDEX_BYTES)
             if not inflater.eof or inflater.unused_data:
-                raise ValueError("bytes left over, or too many of them")
-            dtype, entries = json.loads(text)
-            shapes = _expand(entries)
+                raise ValueError("it does not end where it should")
+            index = msgspec.json.decode(text, type=_Index)
+            shapes = _expand(index.entries)
             names = tuple(sorted(shapes))
-            return cls(names, tuple(shapes[name] for name in names), WireDtype[dtype])
-        except (zlib.error, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            return cls(names, tuple(shapes[name] for name in names), index.dtype)
+        except (zlib.error, msgspec.DecodeError, ValueError) as error:
             raise ValueError(f"index must be an encoded adapter index, got {len(data)} bytes: {error}") from error
 
     def difference(self, other: "AdapterIndex") -> str | None:
@@ -185,15 +193,11 @@ def packed_from(content: RecordDict, index: AdapterIndex) -> Packed:
 
     ValueError when the record is missing, or type, size or serialisation are not what the index says.
     """
-    # Not content.array_records: that view refers to itself, and so keeps the whole reply until the garbage collector runs.
+    # Not content.array_records: that view refers to itself, and keeps the whole reply until the garbage collector runs.
     record = content.get(ARRAYS)
     if not isinstance(record, ArrayRecord) or list(record) != [ADAPTER]:
         raise ValueError(f"{ARRAYS} must be an ArrayRecord with the one array {ADAPTER!r}, got {_names(content)}")
-    packed = _read_npy(record[ADAPTER])
-    if packed.dtype != index.dtype.numpy or packed.shape != (index.size,):
-        expected = f"{index.dtype.numpy} ({index.size},)"
-        raise ValueError(f"{ARRAYS}.{ADAPTER} must be {expected}, got {packed.dtype} {packed.shape}")
-    return packed
+    return _read_npy(record[ADAPTER], index)
 
 
 def from_records(content: RecordDict) -> tuple[dict[str, torch.Tensor], AdapterIndex]:
@@ -316,63 +320,76 @@ def linear_shapes(
     }
 
 
+_Extent = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
+_Box = list[list[tuple[_Number, _Number]]]  # for each number in a template: half-open runs of its values
+
+
+class _Entry(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """All tensors of one shape whose names fit one template."""
+
+    template: str
+    shape: tuple[_Extent, ...]
+    boxes: list[_Box]
+
+
+class _Index(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """What an encoded index consists of."""
+
+    dtype: WireDtype
+    entries: list[_Entry]
+
+
 def _template(name: str) -> tuple[str, tuple[int, ...]]:
-    """`a.12.b` -> (`a.#.b`, (12,)): whole dotted components that are canonical decimal numbers become `#`."""
+    """`a.12.b` -> (`a.#.b`, (12,)): whole dotted components that are plain decimal numbers become `#`."""
     parts = name.split(".")
     numbers = tuple(int(part) for part in parts if _is_number(part))
-    return ".".join("#" if _is_number(part) else part for part in parts), numbers
+    return ".".join(HOLE if _is_number(part) else part for part in parts), numbers
 
 
 def _is_number(part: str) -> bool:
     return re.fullmatch(r"0|[1-9][0-9]{0,8}", part) is not None
 
 
-def _axes(numbers: Sequence[tuple[int, ...]]) -> list[Any]:
-    """Numbers of one template: the values at each position if every combination occurs, else the combinations."""
-    axes = [sorted(set(column)) for column in zip(*numbers)]
-    if math.prod(len(axis) for axis in axes) == len(numbers):
-        return [_runs(axis) for axis in axes]
-    return [{"list": [list(combination) for combination in sorted(numbers)]}]
+def _boxes(found: Sequence[tuple[int, ...]]) -> list[_Box]:
+    """The numbers of one template: one box if every combination of their values occurs, else one for each."""
+    axes = [sorted(set(column)) for column in zip(*found)]
+    if math.prod(len(axis) for axis in axes) == len(found):
+        return [[_runs(axis) for axis in axes]]
+    return [[[(number, number + 1)] for number in numbers] for numbers in sorted(found)]
 
 
-def _runs(values: Sequence[int]) -> list[list[int]]:
-    """[0, 1, 2, 7] -> [[0, 3], [7, 8]]: half-open runs of consecutive numbers."""
-    runs: list[list[int]] = []
+def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
+    """[0, 1, 2, 7] -> [(0, 3), (7, 8)]: half-open runs of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
     for value in values:
         if runs and runs[-1][1] == value:
-            runs[-1][1] += 1
+            runs[-1] = (runs[-1][0], value + 1)
         else:
-            runs.append([value, value + 1])
+            runs.append((value, value + 1))
     return runs
 
 
-def _expand(entries: Any) -> dict[str, Shape]:
+def _expand(entries: Iterable[_Entry]) -> dict[str, Shape]:
     """Names and shapes of an index's entries; counts before it expands."""
     shapes: dict[str, Shape] = {}
-    for template, shape, axes in entries:
-        for numbers in _combinations(axes, MAX_TENSORS - len(shapes)):
-            parts = iter(numbers)
-            name = ".".join(str(next(parts)) if part == "#" else part for part in template.split("."))
-            if name in shapes or next(parts, None) is not None:
-                raise ValueError(f"{name} is named twice or has numbers to spare")
-            if not all(type(extent) is int and 0 < extent < 2**31 for extent in shape):
-                raise ValueError(f"{name} has shape {shape}")
-            shapes[name] = tuple(shape)
+    for entry in entries:
+        for box in entry.boxes:
+            if entry.template.split(".").count(HOLE) != len(box):
+                raise ValueError(f"{entry.template} has another number of holes than {len(box)}")
+            if any(start >= stop for runs in box for start, stop in runs):
+                raise ValueError(f"{entry.template} has an empty run")
+            count = math.prod(sum(stop - start for start, stop in runs) for runs in box)
+            if count > MAX_TENSORS - len(shapes):
+                raise ValueError(f"it names more than {MAX_TENSORS} tensors")
+            axes = ([number for start, stop in runs for number in range(start, stop)] for runs in box)
+            for numbers in itertools.product(*axes):
+                parts = iter(numbers)
+                name = ".".join(str(next(parts)) if part == HOLE else part for part in entry.template.split("."))
+                if name in shapes:
+                    raise ValueError(f"{name} is named twice")
+                shapes[name] = entry.shape
     return shapes
-
-
-def _combinations(axes: Any, limit: int) -> list[tuple[int, ...]]:
-    if len(axes) == 1 and isinstance(axes[0], dict):
-        listed = [tuple(int(number) for number in numbers) for numbers in axes[0]["list"]]
-        count = len(listed)
-    else:
-        listed = []
-        count = math.prod(sum(stop - start for start, stop in runs) for runs in axes)
-    if not 0 < count <= limit:
-        raise ValueError(f"index must name at most {MAX_TENSORS} tensors")
-    return listed or list(
-        itertools.product(*([n for start, stop in runs for n in range(start, stop)] for runs in axes))
-    )
 
 
 def _object_bytes(item: InflatableObject) -> int:
@@ -385,17 +402,19 @@ def _to_numpy(flat: torch.Tensor) -> Packed:
     return array
 
 
-def _read_npy(array: Array) -> Packed:
-    """Flower's Array as numpy, without the copy that `Array.numpy` makes (its data is one .npy file)."""
-    if array.stype != "numpy.ndarray":
-        raise ValueError(f"{ARRAYS}.{ADAPTER} must be serialised as numpy.ndarray, got {array.stype}")
-    file = io.BytesIO(array.data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError(f"{ARRAYS}.{ADAPTER} must be a version 1.0 .npy file")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject or len(shape) != 1 or len(array.data) - file.tell() != shape[0] * dtype.itemsize:
-        raise ValueError(f"{ARRAYS}.{ADAPTER} must be a flat array of numbers, got {dtype} {shape}")
-    packed: Packed = np.frombuffer(array.data, dtype, offset=file.tell())
+def _read_npy(array: Array, index: AdapterIndex) -> Packed:
+    """Flower's Array (one .npy file) as numpy: no copy and, unlike numpy's own reader, no evaluation of its header."""
+    where = f"{ARRAYS}.{ADAPTER}"
+    header = NPY_HEADER.match(array.data)
+    if array.stype != "numpy.ndarray" or header is None:
+        raise ValueError(f"{where} must be a flat numpy array, got {array.dtype} {array.shape} {array.stype}")
+    expected = (index.dtype.numpy.str, str(index.size))
+    found = (header[1].decode("latin-1"), header[2].decode("latin-1"))
+    if found != expected:
+        raise ValueError(f"{where} must be {' x '.join(expected)}, got {' x '.join(found)}")
+    if (data_bytes := len(array.data) - header.end()) != index.tensor_bytes:
+        raise ValueError(f"{where} must hold {index.tensor_bytes} bytes, got {data_bytes}")
+    packed: Packed = np.frombuffer(array.data, index.dtype.numpy, offset=header.end())
     return packed
 
 

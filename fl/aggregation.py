@@ -51,6 +51,8 @@ BLOCK = (
 )
 TILE = 1_024
 
+LARGEST = float(np.finfo(np.float64).max)
+
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -218,7 +220,7 @@ class MetricMean:
     def check(metrics: Mapping[str, object]) -> dict[str, float]:
         """The metrics as floats, or ValueError naming the first that is not one finite number."""
         for name, value in metrics.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
                 raise ValueError(f"{name} must be one finite number, got {value!r}")
         return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 

@@ -42,8 +42,8 @@ class BaseModel:
 class AdapterFolders:
     """`root/round-0000`, `root/round-0001`, ...: one PEFT folder a round, the highest the latest.
 
-    A folder is written under a hidden name and renamed when it is complete and on disk, so that whatever happens (Ctrl+C,
-    a crash, a full disk) every `round-*` folder can be loaded.
+    A folder is written under a hidden name and renamed when it is complete and on disk, so that whatever happens
+    (Ctrl+C, a crash, a full disk) every `round-*` folder can be loaded.
 
     lora: the adapter's own configuration. commit: of the program that writes. data_source: what was trained on, for the
     model card.
@@ -130,7 +130,7 @@ def latest_adapter(root: Path) -> Path | None:
     return rounds[max(rounds)].absolute() if rounds else None
 
 
-def load_adapter(folder: Path, *, base: BaseModel, lora: LoraConfig) -> dict[str, torch.Tensor]:
+def load_adapter(folder: Path, base: BaseModel, lora: LoraConfig) -> dict[str, torch.Tensor]:
     """The tensors of a PEFT folder, to start from on `base` with `lora`.
 
     ValueError naming both sides when the folder is of another model (by digest; by name in a folder that we did not

@@ -232,7 +232,7 @@ def test_a_metric_is_averaged_over_the_replies_that_have_it() -> None:
     assert mean.means() == {"loss": 3.0, "steps": 4.0}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, [1.0], True, "1"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 10**400, [1.0], True, "1"])
 def test_a_metric_that_is_not_one_finite_number_is_refused(value: object) -> None:
     mean = MetricMean()
     with pytest.raises(ValueError, match="loss must be one finite number"):
