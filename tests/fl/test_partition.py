@@ -72,6 +72,18 @@ def two_packages() -> list[Document]:
     return [Document(name=f"{unit}/{i}.py", unit=unit, size_bytes=100) for unit in "ab" for i in range(50)]
 
 
+def test_the_largest_unit_is_dealt_first() -> None:
+    sizes = {"a": 1, "b": 1, "c": 1, "d": 1, "e": 4}
+    documents = [Document(name=unit, unit=unit, size_bytes=size) for unit, size in sizes.items()]
+    assert sorted(size(client) for client in partition(documents, 2, PACKAGE, 0)) == [4, 4]
+
+
+@pytest.mark.parametrize("by", PartitionBy)
+def test_documents_of_unknown_size_are_dealt_evenly(by: PartitionBy) -> None:
+    documents = [Document(name=f"{i}", unit=f"{i}", size_bytes=0) for i in range(6)]
+    assert [len(client) for client in partition(documents, 3, by, 0)] == [2, 2, 2]
+
+
 def test_iid_mixes_units_where_package_keeps_them() -> None:
     """Control for the test above: iid does tear units."""
     mixed = partition(two_packages(), 2, IID, 0)

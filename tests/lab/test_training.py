@@ -320,16 +320,20 @@ def test_figures_of_a_run_are_token_weighted() -> None:
     assert total.seconds > 0
 
 
-def test_a_step_is_one_adamw_step_on_the_clipped_gradient_of_all_its_batches() -> None:
-    found = [collate(some_examples(3, seed=s)) for s in range(2)]
+def test_steps_are_adamw_steps_on_the_clipped_gradients_of_all_their_batches() -> None:
+    found = [collate(some_examples(3, seed=s)) for s in range(4)]
     ours, oracle = small_model(), small_model()
     own = optimization(accumulation=2, max_gradient_norm=0.05, warmup_steps=0, weight_decay=0.01)
-    train_steps(ours, iter(found), own, first_step=0, total_steps=1, steps=1, seed=0)
+    train_steps(ours, iter(found), own, first_step=0, total_steps=2, steps=2, seed=0)
 
     stepper = torch.optim.AdamW(oracle.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
-    (sum(batch_loss(oracle, batch) for batch in found) / sum(batch.targets for batch in found)).backward()  # type: ignore[union-attr]
-    torch.nn.utils.clip_grad_norm_(oracle.parameters(), 0.05)
-    stepper.step()
+    for pair, learning_rate in ((found[:2], 1e-3), (found[2:], 1e-4)):
+        oracle.zero_grad()
+        loss = torch.stack([batch_loss(oracle, batch) for batch in pair]).sum()
+        (loss / sum(batch.targets for batch in pair)).backward()
+        torch.nn.utils.clip_grad_norm_(oracle.parameters(), 0.05)
+        stepper.param_groups[0]["lr"] = learning_rate
+        stepper.step()
     assert largest_difference(list(ours.parameters()), list(oracle.parameters())) < 1e-12
 
 
