@@ -1,0 +1,196 @@
+"""SlotCache alone: slots, lengths, masks, growth and limits. Its numbers in a model are in test_engine.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.random_models import WINDOW, random_model
+
+from lab.kv import CacheFull, ExactShape, LayerShape, SlotCache, layer_shapes, masks_are_added
+
+HEADS, SIZE = 2, 4
+BYTES_PER_POSITION = 2 * 2 * HEADS * SIZE * 4  # keys and values, two layers, float32
+
+
+def _cache(
+    *, slots: int = 3, limit_bytes: int = 10**6, window: int | None = None, exact: ExactShape | None = None
+) -> SlotCache:
+    full = LayerShape(heads=HEADS, head_size=SIZE, window=None)
+    return SlotCache(
+        [full, LayerShape(heads=HEADS, head_size=SIZE, window=window)],
+        slots=slots,
+        bucket=8,
+        limit_bytes=limit_bytes,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        additive_masks=False,
+        exact=exact,
+    )
+
+
+def _run(cache: SlotCache, slots: list[int], counts: list[int], value: float) -> torch.Tensor:
+    """One pass that writes one value everywhere it may; what the first layer then reads, B x H x L x D."""
+    plan = cache.begin(slots, counts)
+    batch, width = plan.position_ids_BT.shape
+    new_BHTD = torch.full((batch, HEADS, width, SIZE), value)
+    keys, _ = cache.update(new_BHTD, -new_BHTD, 0)
+    cache.update(new_BHTD, -new_BHTD, 1)
+    cache.commit()
+    return keys
+
+
+def _column_values(keys_BHLD: torch.Tensor, row: int) -> list[float]:
+    values: list[float] = keys_BHLD[row, 0, :, 0].tolist()
+    return values
+
+
+def test_each_slot_writes_at_its_own_position_and_padding_is_not_written() -> None:
+    cache = _cache()
+    first, second = cache.acquire(), cache.acquire()
+    _run(cache, [first], [3], 1.0)
+    keys = _run(cache, [first, second], [1, 4], 2.0)
+    assert _column_values(keys, 0) == [1, 1, 1, 2, 0, 0, 0, 0]
+    assert _column_values(keys, 1) == [2, 2, 2, 2, 0, 0, 0, 0]
+    assert cache.lengths[:2] == [4, 4]
+
+
+def test_rewinding_is_an_assignment() -> None:
+    cache = _cache()
+    slot = cache.acquire()
+    _run(cache, [slot], [6], 1.0)
+    cache.lengths[slot] = 2
+    plan = cache.begin([slot], [2])
+    assert plan.position_ids_BT.tolist() == [[2, 3]]
+    assert isinstance(plan.attention_mask, torch.Tensor)
+    assert plan.attention_mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+    assert _column_values(_run(cache, [slot], [2], 5.0), 0) == [1, 1, 5, 5, 1, 1, 0, 0]
+
+
+def test_a_position_beyond_what_was_written_is_refused() -> None:
+    cache = _cache()
+    slot = cache.acquire()
+    _run(cache, [slot], [3], 1.0)
+    cache.lengths[slot] = 4
+    with pytest.raises(ValueError, match=r"position must be in \[0, 3\].*got 4"):
+        cache.begin([slot], [1])
+
+
+def test_masks_are_those_of_the_definition() -> None:
+    cache = _cache(window=3)
+    slots = [cache.acquire(), cache.acquire(), cache.acquire()]
+    _run(cache, slots, [5, 0, 1], 1.0)
+    plan = cache.begin(slots, [2, 4, 3])
+    assert isinstance(plan.attention_mask, dict)
+    for row, length in enumerate([5, 0, 1]):
+        for step in range([2, 4, 3][row]):
+            position = length + step
+            past = [column <= position for column in range(8)]
+            window = [position - 3 < column <= position for column in range(8)]
+            assert plan.attention_mask["full_attention"][row, 0, step].tolist() == past
+            assert plan.attention_mask["sliding_attention"][row, 0, step].tolist() == window
+
+
+def test_slots_that_are_not_side_by_side_keep_their_order() -> None:
+    cache = _cache()
+    slots = [cache.acquire(), cache.acquire(), cache.acquire()]
+    for slot in slots:
+        _run(cache, [slot], [2], float(slot + 1))
+    plan = cache.begin([2, 0], [1, 1])
+    assert plan.rows == [1, 0]
+    keys = _run(cache, [2, 0], [1, 1], 9.0)
+    assert _column_values(keys, plan.rows[0])[:3] == [3, 3, 9]
+    assert _column_values(keys, plan.rows[1])[:3] == [1, 1, 9]
+
+
+def test_growing_keeps_what_was_written() -> None:
+    cache = _cache()
+    first = cache.acquire()
+    _run(cache, [first], [7], 1.0)
+    assert cache.allocated_bytes == 8 * BYTES_PER_POSITION
+    second = cache.acquire()
+    keys = _run(cache, [first, second], [4, 9], 2.0)
+    assert _column_values(keys, 0) == [1.0] * 7 + [2.0] * 4 + [0.0] * 5
+    assert cache.allocated_bytes == 2 * 16 * BYTES_PER_POSITION
+    assert cache.used_bytes == (11 + 9) * BYTES_PER_POSITION
+    assert cache.bytes_per_position == BYTES_PER_POSITION
+
+
+def test_a_full_cache_refuses_and_nothing_changes() -> None:
+    cache = _cache(limit_bytes=2 * 16 * BYTES_PER_POSITION)
+    first, second = cache.acquire(), cache.acquire()
+    _run(cache, [first, second], [16, 3], 1.0)
+    needed = 2 * 24 * BYTES_PER_POSITION
+    with pytest.raises(CacheFull, match=f"need {needed} bytes, the limit is {2 * 16 * BYTES_PER_POSITION}"):
+        cache.begin([first], [1])
+    assert cache.lengths[:2] == [16, 3]
+    assert _column_values(_run(cache, [first, second], [0, 1], 2.0), 0) == [1.0] * 16
+    cache.acquire()
+    with pytest.raises(CacheFull, match="all 3 slots"):
+        cache.acquire()
+
+
+def test_a_long_text_that_has_gone_gives_its_columns_back() -> None:
+    cache = _cache(limit_bytes=3 * 8 * BYTES_PER_POSITION)
+    long = cache.acquire()
+    _run(cache, [long], [24], 1.0)
+    cache.release(long)
+    slots = [cache.acquire(), cache.acquire(), cache.acquire()]
+    _run(cache, slots, [8, 8, 8], 2.0)
+    assert cache.allocated_bytes == 3 * 8 * BYTES_PER_POSITION
+
+
+def test_a_reused_slot_holds_nothing_of_the_text_before() -> None:
+    cache = _cache()
+    slot = cache.acquire()
+    _run(cache, [slot], [6], float("inf"))
+    cache.lengths[slot] = 1  # a rewind must not hide the rest from the wiping
+    cache.release(slot)
+    assert cache.acquire() == slot
+    assert _column_values(_run(cache, [slot], [2], 3.0), 0) == [3, 3, 0, 0, 0, 0, 0, 0]
+
+
+def test_exact_shapes_are_always_the_same() -> None:
+    cache = _cache(exact=ExactShape(rows=4, columns=10))
+    allocated = cache.allocated_bytes
+    slots = [cache.acquire(), cache.acquire()]
+    for asked, counts in (([slots[1]], [1]), (slots, [4, 2]), ([slots[0]], [3])):
+        plan = cache.begin(asked, counts)
+        assert plan.position_ids_BT.shape == (3, 4)
+        assert plan.rows == asked
+        assert isinstance(plan.attention_mask, torch.Tensor)
+        assert plan.attention_mask.shape == (3, 1, 4, 10)
+        assert _run(cache, asked, counts, 1.0).shape == (3, HEADS, 10, SIZE)
+    assert cache.lengths == [7, 3, 0]
+    assert cache.allocated_bytes == allocated == 3 * 10 * BYTES_PER_POSITION
+    with pytest.raises(ValueError, match="counts must be at most 4"):
+        cache.begin([slots[0]], [5])
+    with pytest.raises(ValueError, match="positions must be at most 10 in exact shapes, got 11"):
+        cache.begin([slots[0]], [4])
+    with pytest.raises(CacheFull):
+        _cache(exact=ExactShape(rows=4, columns=10), limit_bytes=10)
+
+
+def test_shapes_come_from_the_config_and_from_the_config_of_a_slice() -> None:
+    config = random_model("gemma3", torch.float32).config
+    assert [shape.window for shape in layer_shapes(config)] == [WINDOW, None, WINDOW, None]
+    assert {(shape.heads, shape.head_size) for shape in layer_shapes(config)} == {(2, 16)}
+    config.layer_types, config.num_hidden_layers = config.layer_types[1:2], 1
+    assert layer_shapes(config) == [LayerShape(heads=2, head_size=16, window=None)]
+    assert [shape.window for shape in layer_shapes(random_model("mistral", torch.float32).config)] == [WINDOW] * 4
+    assert [shape.window for shape in layer_shapes(random_model("llama", torch.float32).config)] == [None] * 4
+
+
+def test_what_it_cannot_serve_is_refused() -> None:
+    config = random_model("llama", torch.float32).config
+    config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="attn_implementation must be sdpa or eager, got flex_attention"):
+        masks_are_added(config)
+    config.layer_types = ["full_attention", "linear_attention", "full_attention", "full_attention"]
+    with pytest.raises(ValueError, match="layer_types must be"):
+        layer_shapes(config)
+    cache = _cache()
+    slot = cache.acquire()
+    with pytest.raises(ValueError, match="slots must be different"):
+        cache.begin([slot, slot], [1, 1])
+    with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
+        _cache(slots=0)
