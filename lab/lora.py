@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.models import LoadedModel
-from lab.settings import LoraSettings, UserError
+from lab.models import LoadedModel, load_config
+from lab.settings import LoraSettings, ModelSettings, UserError
 
 IDENTITY_KEY = "base_model_identity"
 """Key of lab_adapter.json beside a PEFT folder: which weights the adapter was trained on."""
@@ -27,17 +30,45 @@ def lora_config(targets: list[str], lora: LoraSettings) -> LoraConfig:
     )
 
 
-def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraSettings, seed: int) -> PeftModel:
-    """A fresh adapter on `model`: A from `seed`, B zero; UserError when the model lacks a target."""
+def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraSettings) -> PeftModel:
+    """An adapter on `model`, to be filled by the caller; UserError when the model lacks a target."""
     present = linear_names(model)
     for target in targets:
         if target not in present:
-            raise UserError(
-                f"model.lora_targets must be linear modules of the model ({', '.join(present)}), got {target!r}"
-            )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return get_peft_model(model, lora_config(targets, lora))
+            known = ", ".join(present)
+            raise UserError(f"model.lora_targets must be linear modules of the model ({known}), got {target!r}")
+    keep_differentiable(model)
+    return get_peft_model(model, lora_config(targets, lora))
+
+
+def keep_differentiable(model: torch.nn.Module) -> None:
+    """Keeps 4-bit layers from repacking their weights for inference.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first forward pass in evaluation mode, and the
+    kernel for the packed form has no gradient: training after an evaluation would run on silently wrong gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def fresh_adapter(settings: ModelSettings, lora: LoraSettings, seed: int) -> dict[str, torch.Tensor]:
+    """The adapter that training starts from, in float32: A uniform in +-1/sqrt(inputs), as PEFT's own, B zero.
+
+    Needs the model's config only: whoever starts a federation holds no weights.
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(load_config(settings))
+    shapes = get_peft_model_state_dict(add_lora(skeleton, settings.lora_targets, lora), save_embedding_layers=False)
+    generator = torch.Generator().manual_seed(seed)
+    return {name: _initial(name, tuple(shapes[name].shape), generator) for name in sorted(shapes)}
+
+
+def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
@@ -51,11 +82,19 @@ def apply_adapter(base: LoadedModel, folder: str) -> PeftModel:
     place = Path(folder).expanduser().absolute()
     check_adapter_folder(place, base.checkpoint.identity)
     try:
-        return PeftModel.from_pretrained(base.model, place, is_trainable=False).eval()
-    except RuntimeError as error:  # PEFT's answer to tensors of other shapes
-        raise UserError(
-            f"model.adapter must fit the base model, got {str(place)!r} ({str(error).splitlines()[0]})"
-        ) from None
+        model = PeftModel.from_pretrained(base.model, place, is_trainable=False)
+    except (RuntimeError, ValueError) as error:  # PEFT's answers to tensors of other shapes, to modules that are none
+        raise _misfit(place, " ".join(str(error).split())[:300]) from None
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(place / "adapter_model.safetensors", framework="pt") as tensors:
+        odd = sorted(wanted ^ set(tensors.keys()))
+    if odd:  # PEFT drops unknown keys and leaves missing ones as they were, both without an error
+        raise _misfit(place, f"{len(odd)} tensors are unknown or missing, {odd[0]} first")
+    return model.eval()
+
+
+def _misfit(place: Path, reason: str) -> UserError:
+    return UserError(f"model.adapter must fit the base model, got {str(place)!r} ({reason})")
 
 
 def check_adapter_folder(place: Path, identity: str) -> None:
@@ -65,7 +104,10 @@ def check_adapter_folder(place: Path, identity: str) -> None:
             f"model.adapter must be a PEFT folder (adapter_config.json, adapter_model.safetensors), got {str(place)!r}"
         )
     record = place / "lab_adapter.json"
-    trained_on = json.loads(record.read_text()).get(IDENTITY_KEY) if record.exists() else None
+    try:
+        trained_on = json.loads(record.read_text()).get(IDENTITY_KEY) if record.exists() else None
+    except (ValueError, AttributeError):
+        raise UserError(f"model.adapter must hold a lab_adapter.json that is JSON, got {str(record)!r}") from None
     if trained_on not in (None, identity):
         raise UserError(
             f"model.adapter must belong to base model {identity}, got {str(place)!r} trained on {trained_on}"
