@@ -1,0 +1,281 @@
+"""What this machine has, and the remedy for what it lacks: `python -m lab.doctor [model=...] [device.name=...]`.
+
+Looks only: nothing is downloaded, converted or sent. A check that fails is a line of the table, never an end.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lab import entry
+from lab.device import TORCH_DTYPES, available, open_device, read_memory, synchronize
+from lab.environment import describe_environment
+from lab.settings import Dtype, LabSettings, ModelSettings, ModelSource, UserError, WandbMode, register_project, require
+
+GIB = 2**30
+
+
+@dataclass(kw_only=True)
+class DoctorProjectSettings:
+    """What is looked at besides the other settings."""
+
+    ports: list[int]
+    """TCP ports to try on `network.host`, besides `network.port` and one that the system chooses."""
+    matrix_size: int
+    """Rows and columns of the matrices that precisions are compared with."""
+
+    def __post_init__(self) -> None:
+        require(all(1 <= port <= 65535 for port in self.ports), "ports must be in [1, 65535]", self.ports)
+        require(64 <= self.matrix_size <= 8192, "matrix_size must be in [64, 8192]", self.matrix_size)
+        require(self.matrix_size % 64 == 0, "matrix_size must be a multiple of NF4's block, 64", self.matrix_size)
+
+
+@dataclass(kw_only=True)
+class DoctorSettings(LabSettings):
+    """Everything `lab.doctor` reads."""
+
+    project: DoctorProjectSettings
+
+
+register_project("doctor", DoctorProjectSettings)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    found: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What the last line says of it."""
+    remedy: str | None = None
+    """None when nothing is missing."""
+
+
+def run(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+    """Shows the table on stderr and returns every finding, `missing` naming the lines that have a remedy."""
+    findings = examine(settings)
+    show(findings)
+    missing = [name for name, finding in findings.items() if finding.remedy]
+    return {"missing": missing} | {
+        "checks": {
+            name: {"found": finding.found, "remedy": finding.remedy, **finding.figures}
+            for name, finding in findings.items()
+        }
+    }
+
+
+def examine(settings: DoctorSettings) -> dict[str, Finding]:
+    """Every check's finding, by name, in the order of the table."""
+    device = open_device(settings.device)
+    checks: dict[str, Callable[[], Finding]] = {
+        "python": check_python,
+        "packages": check_packages,
+        "device": lambda: check_device(device),
+        "dtypes": lambda: check_dtypes(device, settings.project.matrix_size),
+        "memory": lambda: check_memory(device),
+        "cores": check_cores,
+        "nf4": lambda: check_nf4(device, settings.project.matrix_size),
+        "torch_rpc": check_torch_rpc,
+        "model": lambda: check_model(settings.model),
+        "ports": lambda: check_ports(settings.network.host, [settings.network.port, *settings.project.ports]),
+        "wandb": lambda: check_wandb(settings.tracking.wandb),
+    }
+    return {name: _guarded(check) for name, check in checks.items()}
+
+
+def _guarded(check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except UserError as error:  # says its own remedy
+        return Finding("missing", {"ok": False}, str(error))
+    except Exception as error:  # whatever is broken here is what the reader wants to see
+        return Finding(f"failed: {type(error).__name__}", {"ok": False}, " ".join(str(error).split())[:300] or "-")
+
+
+def show(findings: dict[str, Finding]) -> None:
+    """The table, on stderr: stdout belongs to the last line."""
+    table = Table(title=f"distributed-llm-lab on {platform.node()}", title_justify="left")
+    for column in ("", "what", "found", "remedy"):
+        table.add_column(column, overflow="fold")
+    for name, finding in findings.items():
+        table.add_row("!" if finding.remedy else "+", name.replace("_", " "), finding.found, finding.remedy or "")
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 160  # a log file has no width of its own
+    console.print(table, markup=False)
+
+
+def check_python() -> Finding:
+    """The interpreter."""
+    enough = sys.version_info >= (3, 11)
+    version = platform.python_version()
+    remedy = None if enough else "install Python 3.11 or later: make setup PYTHON=python3.11"
+    return Finding(f"{version} ({sys.executable})", {"version": version}, remedy)
+
+
+def check_packages() -> Finding:
+    """Versions of what the pillars stand on."""
+    versions: dict[str, str | None] = describe_environment()["versions"]
+    absent = [name for name, version in versions.items() if version is None]
+    found = ", ".join(f"{name} {version or '-'}" for name, version in versions.items() if name != "python")
+    remedy = f"pip install --constraint constraints.txt {' '.join(absent)}" if absent else None
+    return Finding(found, {"absent": absent}, remedy)
+
+
+def check_device(device: torch.device) -> Finding:
+    """What computes when `device.name` is as now."""
+    names = [name.name for name in available()]
+    kind = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else describe_environment()["machine"]["processor"]
+    )
+    return Finding(f"{device.type}: {kind} (available: {', '.join(names)})", {"name": device.type, "available": names})
+
+
+def check_dtypes(device: torch.device, size: int) -> Finding:
+    """Which precisions work, and how much faster than float32 a product of two matrices is in each."""
+    seconds = {dtype: _product_seconds(device, dtype, size) for dtype in TORCH_DTYPES}
+    base = seconds[Dtype.float32] or float("nan")
+    speed = {dtype.name: base / taken for dtype, taken in seconds.items() if taken}
+    found = "speed against float32: " + ", ".join(f"{name} {ratio:.2g}" for name, ratio in speed.items())
+    return Finding(found, {"speed_over_float32": speed})
+
+
+def _product_seconds(device: torch.device, dtype: Dtype, size: int) -> float | None:
+    try:
+        matrix = torch.ones(size, size, dtype=TORCH_DTYPES[dtype], device=device)
+        return statistics.median(_seconds(lambda: matrix @ matrix, device) for _ in range(5))
+    except (RuntimeError, TypeError):  # torch's two ways to say that the device lacks it
+        return None
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    begin = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def check_memory(device: torch.device) -> Finding:
+    """Main memory, and the device's own."""
+    main, own = psutil.virtual_memory(), read_memory(device).device_total_bytes
+    found = f"{main.available / GIB:.1f} of {main.total / GIB:.1f} GiB free"
+    figures = {"total_bytes": main.total, "available_bytes": main.available, "device_total_bytes": own}
+    return Finding(found + (f", {device.type} {own / GIB:.1f} GiB" if own else ""), figures)
+
+
+def check_cores() -> Finding:
+    """Cores, and the threads that torch would use of them."""
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    remedy = f"device.threads={cores}, or 1 for each of several processes" if threads > cores else None
+    return Finding(f"{cores} cores, torch uses {threads} threads", {"cores": cores, "threads": threads}, remedy)
+
+
+def check_nf4(device: torch.device, size: int) -> Finding:
+    """Stores a matrix in 4 bits with bitsandbytes on `device` and multiplies with it."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return Finding("bitsandbytes is not installed", {"ok": False}, "pip install bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, size, generator=generator).to(device)
+    rows = torch.randn(4, size, generator=generator).to(device)
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
+    product, exact = bnb.matmul_4bit(rows, packed.t(), quant_state=state), rows @ weight.t()
+    error = float((product - exact).norm() / exact.norm())
+    ok = (
+        error < 0.15
+    )  # NF4 rounds normal weights by about 9 % of their size (arXiv 2305.14314); rubbish is off by > 100 %
+    found = f"works on {device.type}: {packed.numel() * 8 / weight.numel():.0f} bits a weight, {error:.1%} off"
+    figures = {"ok": ok, "relative_error": error}
+    return Finding(found, figures, None if ok else "model.quantization=none: this device's NF4 kernel is wrong")
+
+
+def check_torch_rpc() -> Finding:
+    """torch.distributed.rpc, which `split` can use between trusted machines."""
+    if torch.distributed.is_available() and torch.distributed.rpc.is_available():
+        return Finding("built in", {"ok": True})
+    return Finding("not built into torch on this system", {"ok": False}, "use the tcp transport")
+
+
+def check_model(model: ModelSettings) -> Finding:
+    """Whether the model's files are here; UserError with the remedy when its source is not."""
+    from lab.models import converted_folder, gguf_file, model_identity
+
+    title = f"{model.name} ({model.source.name})"
+    if model.source is ModelSource.hub:
+        return _check_hub_cache(model, title)
+    identity = model_identity(model)
+    if model.source is ModelSource.path:
+        return Finding(f"{title}: {model.path}", {"ok": True, "identity": identity, "folder": model.path})
+    folder = converted_folder(model, identity)
+    origin = f"{gguf_file(model).name} installed" if model.source is ModelSource.gguf else "made from its seed"
+    state = f"converted to {folder}" if folder.exists() else "converted once at its first use"
+    figures = {"ok": True, "identity": identity, "folder": folder, "converted": folder.exists()}
+    return Finding(f"{title}: {origin}, {state}", figures)
+
+
+def _check_hub_cache(model: ModelSettings, title: str) -> Finding:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(str(model.repo), local_files_only=True))
+    except LocalEntryNotFoundError:
+        remedy = f"its first use downloads it, or now: hf download {model.repo}"
+        return Finding(f"{title}: not on this machine", {"ok": False}, remedy)
+    return Finding(f"{title}: {folder}", {"ok": True, "folder": folder})
+
+
+def check_ports(host: str, ports: list[int]) -> Finding:
+    """Which ports a role could listen on, at `host`."""
+    busy = [port for port in ports if not _is_free(host, port)]
+    named = [str(port) for port in ports if port and port not in busy]
+    found = f"free on {host}: {', '.join(named) or '-'}" + (" and one of the system's choice" if 0 not in busy else "")
+    remedy = f"something listens on {', '.join(map(str, busy))}: end it, or choose another port" if busy else None
+    return Finding(found, {"host": host, "busy": busy}, remedy)
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        if sys.platform != "win32":  # as our listeners do; on Windows it would take a port away from its owner
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def check_wandb(mode: WandbMode) -> Finding:
+    """Whether Weights & Biases would get figures; metrics.jsonl does without it."""
+    version = describe_environment()["versions"]["wandb"]
+    figures = {"mode": mode.name, "version": version}
+    if version is None and mode is not WandbMode.disabled:
+        return Finding(f"not installed, mode {mode.name}", figures, "pip install wandb, or tracking=none")
+    return Finding(f"mode {mode.name}, version {version or '-'}", figures)
+
+
+def main() -> None:
+    """Composes `conf/doctor.yaml` and looks."""
+    entry.main("doctor", DoctorSettings, run)
+
+
+if __name__ == "__main__":
+    main()
