@@ -10,7 +10,6 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Annotated, Any
 
 import msgspec
@@ -21,6 +20,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from peft import get_peft_model_state_dict
 from torch import nn
+
+from fl.settings import WireDtype
 
 ARRAYS = "arrays"
 """Record of a message that holds the adapter: an ArrayRecord with the one array ADAPTER."""
@@ -41,28 +42,6 @@ NPY_HEADER = re.compile(
 Adapter = Mapping[str, torch.Tensor]
 Packed = npt.NDArray[Any]
 Shape = tuple[int, ...]
-
-
-class WireDtype(Enum):
-    """Number format of an adapter on the wire; bfloat16 travels as uint16, because numpy (and so Flower) has none."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-    @property
-    def torch(self) -> torch.dtype:
-        """The torch type of the tensors."""
-        return torch.float32 if self is WireDtype.float32 else torch.bfloat16
-
-    @property
-    def numpy(self) -> np.dtype[Any]:
-        """The numpy type of the packed array."""
-        return np.dtype(np.float32 if self is WireDtype.float32 else np.uint16)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per value."""
-        return self.numpy.itemsize
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lab.entry import Run
 from lab.environment import commit
 from lab.lora import fresh_adapter, lora_config
 from lab.models import model_identity
+from lab.settings import UserError
 from lab.tracking import Tracker, progress
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,15 @@ def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg
 def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
     """A fresh adapter, or that of `project.warm_start`."""
     if settings.project.warm_start is not None:
-        return load_adapter(Path(settings.project.warm_start).expanduser(), base_model(settings))
+        folder = Path(settings.project.warm_start).expanduser()
+        try:
+            return load_adapter(
+                folder, base_model(settings), lora_config(settings.model.lora_targets, settings.project.lora)
+            )
+        except ValueError as error:
+            raise UserError(
+                f"project.warm_start must be an adapter of this run's kind, got {str(folder)!r}: {error}"
+            ) from None
     return fresh_adapter(settings.model, settings.project.lora, settings.seed)
 
 

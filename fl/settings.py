@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
 
 from lab.settings import (
     DataSettings,
@@ -23,10 +27,25 @@ class PartitionBy(Enum):
 
 
 class WireDtype(Enum):
-    """Precision of adapter tensors in messages; aggregation is exact in either."""
+    """Number format of an adapter on the wire; bfloat16 travels as uint16, because numpy (and so Flower) has none."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The torch type of the tensors."""
+        return torch.float32 if self is WireDtype.float32 else torch.bfloat16
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The numpy type of the packed array."""
+        return np.dtype(np.float32 if self is WireDtype.float32 else np.uint16)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per value."""
+        return self.numpy.itemsize
 
 
 class Baseline(Enum):

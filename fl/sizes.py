@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fl.adapters import WireDtype, adapter_bytes, base_model_bytes
-from fl.settings import FederatedSettings
+from fl.adapters import adapter_bytes, base_model_bytes
+from fl.settings import FederatedSettings, WireDtype
 from lab import entry
 from lab.settings import Dtype, ModelSettings
 
