@@ -48,7 +48,11 @@ def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]
         with progress("round", project.rounds, settings.tracking.progress) as counter:
 
             def on_round(report: RoundReport) -> None:
-                written.append(folders.write(report.round, report.adapter, report.train | report.evaluate))
+                card = {
+                    "train_loss": report.train["train_loss"],
+                    "eval_loss_before_round": report.evaluate["eval_loss"],
+                }
+                written.append(folders.write(report.round, report.adapter, card))
                 reports.append(replace(report, adapter={}))  # the history keeps figures, no tensors
                 tracker.log(
                     report.round, **report.train, **{f"{key}_before": value for key, value in report.evaluate.items()}
