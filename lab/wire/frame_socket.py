@@ -6,7 +6,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +15,7 @@ from lab.wire.endpoint import Endpoint
 from lab.wire.faults import Peer, PeerGone, PeerSilent, TlsRefused, Unreachable, WireError
 from lab.wire.frames import Buffer, Frame, Head, encode_start
 from lab.wire.handshake import Agreement
-from lab.wire.waiting import can_read, can_write
+from lab.wire.waiting import Arrival, can_write
 
 JOIN_BYTES = 64 * 1024  # below it one copy is cheaper than a gathering write
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -39,11 +39,14 @@ class FrameSocket:
         self._io = threading.Lock()  # OpenSSL wants one call at a time; no call under it waits
         self._fault: WireError | None = None
         connected.setblocking(False)
+        self._arrival = Arrival(connected)
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._conversation = Conversation(endpoint, peer, listening=listening, now=time.monotonic())
-        with self._failing():
+        try:
             self._shake_hands()
+        except WireError as error:
+            raise self._end(error) from None
 
     @classmethod
     def connect(cls, host: str, port: int, endpoint: Endpoint, *, tls: ssl.SSLContext | None) -> Self:
@@ -84,9 +87,12 @@ class FrameSocket:
 
         Raises `PeerSilent` when the peer does not take it in time, `PeerGone`, or what ended the connection before.
         """
-        start = encode_start(self.endpoint.table, number, session, head, sum(len(part) for part in body))
-        with self._sending, self._failing():
-            self._write([start, *body])
+        start = encode_start(self.endpoint.table, number, session, head, sum(map(len, body)))
+        try:
+            with self._sending:
+                self._write([start, *body])
+        except WireError as error:
+            raise self._end(error) from None
 
     def recv(self) -> Frame:
         """Return the next frame of the application. Waits as long as the peer lives. One thread at a time.
@@ -100,13 +106,15 @@ class FrameSocket:
     def poll(self, timeout_seconds: float) -> Frame | None:
         """Return the next frame, None when none came in time. Raises as `recv`; one thread at a time."""
         deadline = time.monotonic() + timeout_seconds
-        with self._failing():
+        try:
             while True:
-                now = time.monotonic()
-                frame = self._conversation.next_frame(now)
+                frame = self._conversation.next_frame(time.monotonic())
                 self._flush()
-                if frame is not None or (not self._read() and not self._await_bytes(deadline)):
+                if frame is not None or not self._await_bytes(deadline):
                     return frame
+                self._read()
+        except WireError as error:
+            raise self._end(error) from None
 
     def close(self) -> None:
         """Close the connection; a thread in `recv` gets `PeerGone`. Closing twice does nothing."""
@@ -128,35 +136,42 @@ class FrameSocket:
         deadline = time.monotonic() + self.endpoint.deadlines.handshake_seconds
         while not self._conversation.shake_hands(time.monotonic()):
             self._flush()
-            if not self._read() and not self._await_bytes(deadline):
+            if not self._await_bytes(deadline):
                 seconds = self.endpoint.deadlines.handshake_seconds
                 raise PeerSilent(self.peer, f"did not finish the handshake in {seconds:g} s")
+            self._read()
         self._flush()
 
-    def _read(self) -> bool:
-        """Read what is there; return whether there was anything."""
+    def _read(self) -> None:
+        """Take what has arrived."""
         try:
             with self._io:
                 count = self._socket.recv_into(self._conversation.reader.buffer())
         except _WOULD_BLOCK:
-            return False
+            return
         except OSError as error:
             raise PeerGone(self.peer, f"broke the connection ({error.strerror or error})") from None
         if not count:
             where = " in the middle of a frame" if self._conversation.reader.in_frame else ""
             raise PeerGone(self.peer, f"closed the connection{where}")
         self._conversation.received(count, time.monotonic())
-        return True
 
     def _await_bytes(self, deadline: float) -> bool:
         """Wait for bytes, sending heartbeats; return False at the deadline."""
-        now = time.monotonic()
-        if now >= deadline:
-            return False
-        self._conversation.beat(now)
-        self._flush()
-        self._wait(can_read, min(deadline, self._conversation.heartbeat.next_event()) - now)
-        return True
+        while True:
+            until = min(deadline, self._conversation.heartbeat.next_event())
+            if self._can_read(max(0.0, until - time.monotonic())):
+                return True
+            now = time.monotonic()
+            self._conversation.beat(now)  # after looking: bytes that nobody had taken yet are no silence
+            self._flush()
+            if now >= deadline:
+                return False
+
+    def _can_read(self, timeout_seconds: float) -> bool:
+        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():  # read already, below us
+            return True
+        return self._arrival.wait(timeout_seconds)
 
     def _flush(self) -> None:
         """Send what the conversation has to say, unless that would wait: bytes under way prove as well that we live."""
@@ -165,7 +180,7 @@ class FrameSocket:
             return
         if self._sending.acquire(blocking=False):
             try:
-                if self._wait(can_write, 0):
+                if can_write(self._socket, 0):
                     self._write([b"".join(outbox)])
             finally:
                 self._sending.release()
@@ -173,46 +188,42 @@ class FrameSocket:
 
     def _write(self, parts: Sequence[Buffer]) -> None:
         """Write `parts` as one; the caller holds `_sending`."""
-        deadline = time.monotonic() + self.endpoint.deadlines.send_seconds
-        if not self._gathers or sum(len(part) for part in parts) <= JOIN_BYTES:
+        if self._fault is not None:
+            raise self._fault
+        if not self._gathers or sum(map(len, parts)) <= JOIN_BYTES:
             parts = [b"".join(parts)]
+        deadline = time.monotonic() + self.endpoint.deadlines.send_seconds
         left = [memoryview(part) for part in parts]
         while left:
-            try:
-                with self._io:
-                    count = self._socket.sendmsg(left) if self._gathers else self._socket.send(left[0])
-            except _WOULD_BLOCK:
+            count = self._write_some(left)
+            if count is None:
                 self._await_room(deadline)
-                continue
-            except OSError as error:
-                raise PeerGone(self.peer, f"broke the connection ({error.strerror or error})") from None
-            self.bytes_sent += count
-            left = _without(left, count)
+            else:
+                self.bytes_sent += count
+                left = _without(left, count)
+
+    def _write_some(self, parts: list[memoryview]) -> int | None:
+        """Write what the socket takes at once; return how much, None when it takes nothing."""
+        try:
+            with self._io:
+                return self._socket.send(parts[0]) if len(parts) == 1 else self._socket.sendmsg(parts)
+        except _WOULD_BLOCK:
+            return None
+        except OSError as error:
+            raise PeerGone(self.peer, f"broke the connection ({error.strerror or error})") from None
 
     def _await_room(self, deadline: float) -> None:
-        if not self._wait(can_write, max(0.0, deadline - time.monotonic())):
+        if not can_write(self._socket, max(0.0, deadline - time.monotonic())):
             seconds = self.endpoint.deadlines.send_seconds
             raise PeerSilent(self.peer, f"took nothing of what we sent for {seconds:g} s")
 
-    def _wait(self, wait: Callable[[socket.socket, float], bool], timeout_seconds: float) -> bool:
-        try:
-            return wait(self._socket, timeout_seconds)
-        except (OSError, ValueError):  # another thread has closed it
-            raise PeerGone(self.peer, "was left by us") from None
-
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        """The first fault is the one everybody sees, and it ends the connection."""
-        if self._fault is not None:
-            raise self._fault
-        try:
-            yield
-        except WireError as error:
-            if self._fault is None:
-                self._fault = error
-                self._say_farewell(error)
-                self.close()
-            raise self._fault from None
+    def _end(self, error: WireError) -> WireError:
+        """End the connection; return why: the first fault is the one that every thread sees."""
+        if self._fault is None:
+            self._fault = error
+            self._say_farewell(error)
+            self.close()
+        return self._fault
 
     def _say_farewell(self, error: WireError) -> None:
         farewell = self._conversation.farewell(error)

@@ -1,7 +1,23 @@
-"""Waiting for one socket, for at most so long, on every system."""
+"""Waiting for one socket, for at most so long, on every system. A closed socket counts as ready: using it says so."""
 
 import select
 import socket
+
+_AT_MOST_SECONDS = 3600.0  # callers look at their deadline again; an infinite one is no number for the system
+
+
+class Arrival:
+    """Waits for bytes, or the end, of one socket; for one thread that does so again and again."""
+
+    def __init__(self, waited_for: socket.socket) -> None:
+        self._socket = waited_for
+        self._poll = _registered(waited_for, writing=False)
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Return whether there is something to read within the time."""
+        if self._poll is None or self._socket.fileno() < 0:
+            return can_read(self._socket, timeout_seconds)
+        return bool(self._poll.poll(min(timeout_seconds, _AT_MOST_SECONDS) * 1000))
 
 
 def can_read(waited_for: socket.socket, timeout_seconds: float) -> bool:
@@ -15,12 +31,19 @@ def can_write(waited_for: socket.socket, timeout_seconds: float) -> bool:
 
 
 def _wait(waited_for: socket.socket, timeout_seconds: float, *, writing: bool) -> bool:
-    seconds = min(
-        timeout_seconds, 3600.0
-    )  # callers look at their deadline again; an infinite one is no number to pass on
+    if waited_for.fileno() < 0:
+        return True
+    seconds = min(timeout_seconds, _AT_MOST_SECONDS)
+    poll = _registered(waited_for, writing=writing)
+    if poll is not None:
+        return bool(poll.poll(seconds * 1000))
+    lists = select.select([] if writing else [waited_for], [waited_for] if writing else [], [waited_for], seconds)
+    return any(lists)
+
+
+def _registered(waited_for: socket.socket, *, writing: bool) -> "select.poll | None":
     if not hasattr(select, "poll"):  # Windows
-        lists = select.select([] if writing else [waited_for], [waited_for] if writing else [], [waited_for], seconds)
-        return any(lists)
+        return None
     poll = select.poll()
     poll.register(waited_for, select.POLLOUT if writing else select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+    return poll
