@@ -177,6 +177,31 @@ def autocast(model: torch.nn.Module) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def keep_differentiable(model: torch.nn.Module) -> None:
+    """Keeps 4-bit layers in the form that has a gradient; to be called before the first pass in evaluation mode.
+
+    On a CPU with AVX512-BF16, bitsandbytes (seen in 0.50.2) repacks a 4-bit layer for good at its first pass in
+    evaluation mode, and the kernel for that packing has no backward: a model that is evaluated and then trained
+    would learn with gradients that stop at every 4-bit layer, and only a warning. The repacked layer also rounds to
+    bfloat16, so that its loss would not be the one that is trained.
+    """
+    for module in model.modules():
+        if hasattr(module, _MAY_REPACK):
+            setattr(module, _MAY_REPACK, False)
+
+
+_MAY_REPACK = "support_avx512bf16_for_cpu"
+
+
+def _refuse_repacked(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"{name} was repacked for inference and has no gradient: call keep_differentiable before the model's "
+                "first pass in evaluation mode"
+            )
+
+
 def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -207,6 +232,8 @@ def train_steps(
     at zero. Raises Diverged when loss or gradient is not finite; the weights are then those before that step.
     """
     assert steps >= 1, f"steps {steps}"
+    keep_differentiable(model)
+    _refuse_repacked(model)
     optimizer = optimizer or adamw(model, optimization)
     seed_everything(seed)
     started = time.perf_counter()
@@ -282,6 +309,7 @@ def evaluate(model: torch.nn.Module, examples: Iterable[Example], batch_size: in
     """Token-weighted mean loss over `examples`; the same, but for rounding, for every batch size."""
     ordered = sorted(examples, key=lambda example: len(example.ids_T))  # little padding in a batch
     assert ordered, "evaluation needs at least one example"
+    keep_differentiable(model)
     loss, tokens = 0.0, 0
     with _mode(model, training=False), torch.no_grad():
         for start in range(0, len(ordered), batch_size):

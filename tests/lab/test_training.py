@@ -439,6 +439,59 @@ def test_a_mean_over_batches_would_depend_on_it() -> None:
     assert mean_of_means(1) != pytest.approx(mean_of_means(4), rel=1e-4)
 
 
+# --- 4-bit layers
+
+
+class WithNF4(torch.nn.Module):
+    """A trainable layer below a frozen 4-bit one: its gradient has to come through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import bitsandbytes
+
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(VOCABULARY, 64)
+        weight = torch.nn.Linear(64, 64, bias=False).weight.data
+        self.frozen = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        self.frozen.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
+        self.head = torch.nn.Linear(64, VOCABULARY).requires_grad_(False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.frozen(self.embedding(input_ids))))
+
+
+def evaluate_unguarded(model: torch.nn.Module) -> None:
+    """What everybody does between two rounds."""
+    batch = collate(some_examples(4))
+    with torch.no_grad():
+        batch_loss(model.eval(), batch)
+    model.train()
+
+
+def test_evaluation_leaves_4_bit_layers_their_gradient() -> None:
+    model, batch = WithNF4(), collate(some_examples(4))
+    before = gradients(model, [batch])
+    loss = batch_loss(model, batch).item() / batch.targets
+    assert evaluate(model, some_examples(4), 4).loss == pytest.approx(loss, rel=1e-5)
+    after = gradients(model, [batch])
+    assert float(before[0].abs().max()) > 0
+    assert largest_difference(after, before) == 0
+
+
+def test_a_4_bit_layer_that_was_repacked_for_inference_is_refused() -> None:
+    """Control: without the guard there is no gradient any more, on CPUs where bitsandbytes repacks."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 only")
+    model = WithNF4()
+    evaluate_unguarded(model)
+    loss = batch_loss(model, collate(some_examples(4)))
+    assert not loss.requires_grad or torch.autograd.grad(loss, model.embedding.weight, allow_unused=True)[0] is None
+    with pytest.raises(RuntimeError, match=r"frozen\.weight was repacked for inference and has no gradient"):
+        run(model)
+
+
 # --- precision
 
 
