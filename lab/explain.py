@@ -45,18 +45,25 @@ def explain(error: HydraException) -> str:
         return (
             f"{error.override!r} must be key=value ({text.removeprefix(f'Error parsing override {error.override!r} ')})"
         )
-    cause = error.__cause__
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
-        value = re.search(r"\+\S+?=(.*)$", text)
-        return unknown_key(str(cause.full_key), map(str, cause.parent_node), value[1] if value else "nothing")
-    if isinstance(cause, OmegaConfBaseException):
-        return describe(cause)
+    if cause := _from_omegaconf(error):
+        file = re.match(r"In '.*?': (?=\w+ raised while composing)", text)  # the value stands in a YAML file
+        return (file[0] if file else "") + _describe_override(cause, text)
     for pattern, ours in REWORDED:
         if found := re.match(pattern, text):
             return ours.format(*found.groups())
     return text
+
+
+def _from_omegaconf(error: BaseException) -> OmegaConfBaseException | None:
+    cause = error.__cause__ or error.__context__
+    return cause if cause is None or isinstance(cause, OmegaConfBaseException) else _from_omegaconf(cause)
+
+
+def _describe_override(cause: OmegaConfBaseException, text: str) -> str:
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+        value = re.search(r"\+\S+?=(.*)$", text)
+        return unknown_key(str(cause.full_key), map(str, cause.parent_node), value[1] if value else str(cause.key))
+    return describe(cause)
 
 
 def describe(error: OmegaConfBaseException) -> str:

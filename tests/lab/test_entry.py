@@ -1,0 +1,286 @@
+"""What every command does around its work: last line, exit codes, one line for mistakes, prompts taken literally."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import OverrideParseException
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lab import entry
+from lab.doctor import DoctorSettings
+from lab.settings import UserError, digest, to_settings
+
+Work = Callable[[DoctorSettings, entry.Run], dict[str, Any]]
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE = 120.0
+
+
+@pytest.fixture(autouse=True)
+def _undo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command sets variables and loggers of its whole process; results go to a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+    for name in [*entry.QUIET, "HYDRA_FULL_ERROR"]:
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    root, level = logging.getLogger(), logging.getLogger().level
+    handlers = root.handlers[:]
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    GlobalHydra.instance().clear()
+
+
+def command(monkeypatch: pytest.MonkeyPatch, work: Work, *arguments: str) -> int:
+    """Runs a whole command in this process and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lab-test", "tracking=none", *arguments])
+    with pytest.raises(SystemExit) as left:
+        entry.main("doctor", DoctorSettings, work)
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+def nothing(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+    return {}
+
+
+def test_last_line_is_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+
+    def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        seen.append((settings, place))
+        print("something on the way")
+        return {"answer": 42, "adapter_path": Path("adapter"), "losses": [1.5, None]}
+
+    assert command(monkeypatch, work, "seed=5") == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    settings, place = seen[0]
+    assert settings.seed == 5
+    assert place.folder.is_absolute()
+    assert place.folder.is_relative_to(tmp_path / "results" / "doctor")
+    assert last == json.loads((place.folder / "result.json").read_text())
+    assert (last["status"], last["answer"], last["losses"]) == ("ok", 42, [1.5, None])
+    assert last["adapter_path"] == str(tmp_path / "adapter")
+    assert last["run_folder"] == str(place.folder)
+    assert last["settings_digest"] == digest(settings)
+    assert last["device"] in ("cpu", "cuda", "mps")
+    assert {"commit", "versions", "machine"} <= last.keys()
+
+
+def test_figures_that_json_lacks_do_not_lose_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"eval_loss": math.nan, "by_round": [1.0, math.inf, -math.inf], "odd": object()}
+    assert command(monkeypatch, lambda settings, place: figures) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+    assert (last["eval_loss"], last["by_round"]) == ("nan", [1.0, "inf", "-inf"])
+    assert last["odd"].startswith("<object")
+
+
+def test_result_appears_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """result.json is only ever renamed to: whoever reads it finds all of it or nothing."""
+    written: list[str] = []
+    write = Path.write_text
+
+    def watch(self: Path, *arguments: Any, **options: Any) -> int:
+        written.append(self.name)
+        return write(self, *arguments, **options)
+
+    folders: list[Path] = []
+    monkeypatch.setattr(Path, "write_text", watch)
+    assert command(monkeypatch, lambda settings, place: folders.append(place.folder) or {}) == 0
+    assert written == [".result.json"]
+    assert [file.name for file in folders[0].glob("*result*")] == ["result.json"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("seed=-1", "seed must be in [0, 2**31), got -1"),
+        ("seed=abc", "seed must be an integer, got 'abc'"),
+        ("sed=1", "sed must be a setting (did you mean seed?), got '1'"),
+        ("+network.prot=1", "network.prot must be a setting (did you mean network.port?), got 1"),
+        ("model=nope", "model must be one of "),
+        ("prompt_file=nowhere.txt", "prompt_file must be readable UTF-8 text, got 'nowhere.txt' ("),
+        ("project=fed_learn", "project must be "),
+        ("--config-name=nope", "Cannot find primary config 'nope'"),
+    ],
+)
+def test_mistake_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str, line: str
+) -> None:
+    assert command(monkeypatch, lambda settings, place: pytest.fail("must not run"), argument) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"error: {line}")
+    assert output.err.count("\n") == 1
+
+
+def test_mistake_found_while_running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        raise UserError("model.adapter must be a PEFT folder, got 'x'")
+
+    assert command(monkeypatch, work) == 2
+    assert capsys.readouterr().err == "error: model.adapter must be a PEFT folder, got 'x'\n"
+
+
+FAULTY = """
+import sys, time
+from lab import entry
+from lab.doctor import DoctorSettings
+
+def work(settings, place):
+    if settings.seed == 1:
+        raise RuntimeError("the disk is on fire")
+    print("working", flush=True)
+    time.sleep(100)
+
+entry.main("doctor", DoctorSettings, work)
+"""
+
+
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_fault_and_interrupt_of_real_processes(tmp_path: Path) -> None:
+    fault, interrupted = start(tmp_path, "seed=1"), start(tmp_path, "seed=2")
+    try:
+        _, errors = fault.communicate(timeout=DEADLINE)
+        assert fault.returncode == 1
+        assert "Traceback" in errors
+        assert errors.rstrip().endswith("RuntimeError: the disk is on fire")
+
+        assert interrupted.stdout is not None
+        assert interrupted.stdout.readline() == "working\n"
+        interrupted.send_signal(signal.SIGINT)
+        output, errors = interrupted.communicate(timeout=DEADLINE)
+        assert (interrupted.returncode, output, errors) == (130, "", "interrupted\n")
+    finally:
+        for process in (fault, interrupted):
+            process.kill()
+            process.wait(DEADLINE)
+
+
+def test_project_of_another_command_in_a_real_process(tmp_path: Path) -> None:
+    """Here the other project's schema is not even registered."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "simulations" / "fed_sim.py"), "project=doctor"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: project must be fed_learn for this command, got 'doctor'\n"
+
+
+def prompt_of(arguments: list[str]) -> str:
+    with initialize_config_module("conf", version_base="1.3"):
+        config = compose("doctor", overrides=entry.literal_prompt(arguments))
+    return to_settings(config, DoctorSettings).prompt
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet=st.one_of(st.sampled_from("ab ,'\"\\\n${}[]()=:-\t\r+~*?#@!"), st.characters()), max_size=12))
+@example("a,b'c\"d[e]\n${x} \\")
+@example("${a}\\${b}\\\\${c}")
+@example("\\\\\n\\")
+@example("null")
+@example("42")
+@example("")
+def test_prompt_is_taken_literally(text: str) -> None:
+    if text not in ("-", "???"):
+        assert prompt_of([f"prompt={text}"]) == text
+
+
+def test_the_one_prompt_that_cannot_be_said() -> None:
+    """`???` is what OmegaConf calls a missing value, quoted or not: refused, never read as something else."""
+    with pytest.raises(UserError, match=r"^prompt must be set, got \?\?\?$"):
+        prompt_of(["prompt=???"])
+
+
+LITERAL = 'Dear [reader], "it\'s" 5 = {five}: ${HOME}, \\\n\n#end '
+
+
+def test_prompt_from_stdin_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(LITERAL))
+    assert prompt_of(["prompt=-"]) == LITERAL
+    (tmp_path / "prompt, with comma.txt").write_text(LITERAL)
+    assert prompt_of([f"prompt_file={tmp_path}/prompt, with comma.txt"]) == LITERAL
+
+
+def test_prompt_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "picture").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(UserError, match=r"^prompt_file must be readable UTF-8 text, got '.*picture' \("):
+        prompt_of([f"prompt_file={tmp_path}/picture"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xd8\xff"), encoding="utf-8"))
+    with pytest.raises(UserError, match=r"^prompt must be readable UTF-8 text, got '-' \("):
+        prompt_of(["prompt=-"])
+
+
+def test_unquoted_prompt_would_fail() -> None:
+    """The negative control: Hydra itself does not take such a prompt."""
+    with initialize_config_module("conf", version_base="1.3"), pytest.raises(OverrideParseException):
+        compose("doctor", overrides=[f"prompt={LITERAL}"])
+
+
+def test_other_arguments_pass_unchanged() -> None:
+    arguments = ["seed=3", "model=random", "--cfg", "job", "project.ports=[1,2]", "+prompts=x", "prompt"]
+    assert entry.literal_prompt(arguments) == arguments
+
+
+def test_prompt_reaches_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        return {"prompt": settings.prompt}
+
+    assert command(monkeypatch, work, f"prompt={LITERAL}") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompt"] == LITERAL
+
+
+def test_nothing_phones_home(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in entry.QUIET:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    assert command(monkeypatch, nothing) == 0
+    assert os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1", "what the user set stays"
+
+
+def test_logs_go_to_stderr_plainly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        logging.getLogger("lab.test").info("told")
+        logging.getLogger("somebody.else").info("not told")
+        return {}
+
+    assert command(monkeypatch, work) == 0
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 1
+    assert output.err.rstrip().endswith("INFO lab.test: told")
+    assert output.err.count("\n") == 1
