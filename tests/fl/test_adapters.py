@@ -20,7 +20,6 @@ from fl.adapters import (
     ARRAYS,
     INDEX,
     AdapterIndex,
-    WireDtype,
     adapter_bytes,
     base_model_bytes,
     from_float32,
@@ -36,6 +35,7 @@ from fl.adapters import (
     to_records,
     unpack,
 )
+from fl.settings import WireDtype
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALL: dict[str, Any] = {

@@ -15,7 +15,8 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping a
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl.adapters import ADAPTER, ARRAYS, INDEX, AdapterIndex, WireDtype, from_records, pack, to_array_record, to_records
+from fl.adapters import ADAPTER, ARRAYS, INDEX, AdapterIndex, from_records, pack, to_array_record, to_records
+from fl.settings import WireDtype
 from fl.strategy import (
     CONFIG,
     EVALUATE,
