@@ -56,18 +56,28 @@ class Wandb:
     """A Weights & Biases run that keeps all its files in the run folder; scalars are logged, the rest is summary."""
 
     def __init__(self, settings: LabSettings, group: str, folder: Path) -> None:
-        for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
-            os.environ.setdefault(name, str(folder))
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
+        places = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
+        self._variables = {name: str(folder) for name in places if name not in os.environ}
+        self._variables |= {} if "WANDB_SILENT" in os.environ else {"WANDB_SILENT": "true"}
+        os.environ.update(self._variables)
+        try:
+            import wandb
 
-        self._run = wandb.init(
-            mode=settings.tracking.wandb.value,
-            project=settings.tracking.wandb_project,
-            group=settings.tracking.wandb_group or group,
-            dir=str(folder),
-            config=to_plain(settings) | {"settings_digest": digest(settings)},
-        )
+            self._run = wandb.init(
+                mode=settings.tracking.wandb.value,
+                project=settings.tracking.wandb_project,
+                group=settings.tracking.wandb_group or group,
+                dir=str(folder),
+                config=to_plain(settings) | {"settings_digest": digest(settings)},
+            )
+        except BaseException:
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        """Takes back our variables: the next run of this process has another folder."""
+        for name in self._variables:
+            os.environ.pop(name, None)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Logs the row's numbers at its step; what is no number goes to the run's summary."""
@@ -79,7 +89,10 @@ class Wandb:
 
     def close(self) -> None:
         """Finishes the run."""
-        self._run.finish()
+        try:
+            self._run.finish()
+        finally:
+            self._restore()
 
 
 class Tracker:
