@@ -275,7 +275,8 @@ class LocalEngine:
         context: The most tokens of a session; at most what the model was made for.
         bucket: The cache grows, and is attended to, in multiples of this many positions.
         kv_limit_bytes: The most that keys and values of all sessions may take.
-        prefill_chunk: The most tokens of a session in one pass; a longer extend takes several. Bounds the memory.
+        prefill_chunk: The most tokens of a session in one pass; a longer extend takes several. Bounds the memory. Exact
+            shapes take their rows instead.
         exact_rows: None, or exact shapes: every pass computes so many positions (rounded up to a multiple of 8) of
             `sessions` sessions over the whole context, whatever was asked, so that a token's bits do not depend on how
             it was asked for. Probed here.

@@ -48,6 +48,8 @@ def test_each_slot_writes_at_its_own_position_and_padding_is_not_written() -> No
     cache = _cache()
     first, second = cache.acquire(), cache.acquire()
     _run(cache, [first], [3], 1.0)
+    padded = cache.begin([first, second], [1, 4]).position_ids_BT
+    assert padded.tolist() == [[3, 3, 3, 3], [0, 1, 2, 3]], "padding must not look like a position beyond the context"
     keys = _run(cache, [first, second], [1, 4], 2.0)
     assert _column_values(keys, 0) == [1, 1, 1, 2, 0, 0, 0, 0]
     assert _column_values(keys, 1) == [2, 2, 2, 2, 0, 0, 0, 0]
