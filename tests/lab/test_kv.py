@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.random_models import WINDOW, random_model
 
 from lab.kv import CacheFull, ExactShape, LayerShape, SlotCache, layer_shapes, masks_are_added
+from tests.random_models import WINDOW, random_model
 
 HEADS, SIZE = 2, 4
 BYTES_PER_POSITION = 2 * 2 * HEADS * SIZE * 4  # keys and values, two layers, float32
