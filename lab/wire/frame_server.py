@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from lab.wire.endpoint import Endpoint
-from lab.wire.faults import PeerGone, WireError
+from lab.wire.faults import BadFrame, Peer, PeerGone, WireError
 from lab.wire.frame_connection import FrameConnection, address
 from lab.wire.frames import Opening, sniff
 
@@ -124,10 +124,14 @@ class _Doorman(asyncio.BufferedProtocol):
         except (TimeoutError, asyncio.CancelledError):
             self._transport.abort()
             return
-        if opening is Opening.first_protocol and self._server.handle_first_protocol is not None:
+        if opening is Opening.frames:
+            await self._speak_frames()
+        elif self._server.handle_first_protocol is not None:
             await self._speak_first_protocol(self._server.handle_first_protocol)
         else:
-            await self._speak_frames()
+            self._transport.abort()
+            peer = Peer(role="peer", address=address(self._transport), phase="opening")
+            raise BadFrame(peer, f"began with {self._first.hex()}, we take frames only")
 
     async def _speak_frames(self) -> None:
         connection = FrameConnection(self._server.endpoint, listening=True)
