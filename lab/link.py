@@ -99,7 +99,7 @@ class LinkSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a link has carried so far: payload of TCP, as both ends see it."""
+    """What has entered a link so far: payload of TCP, as the ends sent it."""
 
     connections: int
     up_bytes: int
@@ -141,7 +141,7 @@ class Link:
 
     @property
     def traffic(self) -> Traffic:
-        """What was carried so far."""
+        """What has entered the link so far."""
         return Traffic(connections=self._connections, up_bytes=self._up.carried, down_bytes=self._down.carried)
 
     def cut(self, kind: CutKind, *, duration_seconds: float) -> None:
@@ -272,7 +272,7 @@ def run(
     port: int,
     announce: Callable[[str, int], None],
 ) -> Traffic:
-    """Be a link until Ctrl+C; `announce(host, port)` is called when it listens. Returns what was carried."""
+    """Be a link until Ctrl+C; `announce(host, port)` is called when it listens. Returns what entered it."""
     with Link(target, settings, host=host, port=port) as link:
         announce(host, link.port)
         with contextlib.suppress(KeyboardInterrupt):
@@ -291,8 +291,9 @@ class _Direction:
         limit = settings.bytes_per_second / 1000
         self.piece_bytes = READ_BYTES if limit > READ_BYTES else max(PACKET_BYTES, int(limit))
 
-    def due(self, now: float, size_bytes: int) -> float:
-        """Return when a piece that is offered now comes out at the other end."""
+    def enter(self, now: float, size_bytes: int) -> float:
+        """Take a piece in; return when it comes out at the other end."""
+        self.carried += size_bytes
         self._free_at = max(self._free_at, now) + size_bytes / self._settings.bytes_per_second
         jitter = self._random.uniform(0.0, self._settings.jitter_seconds) if self._settings.jitter_seconds else 0.0
         return self._free_at + self._settings.delay_seconds + jitter
@@ -379,7 +380,7 @@ class _Pipe:
         self._queued_bytes = 0
 
     def _put(self, piece: memoryview | _End, now: float, size_bytes: int) -> None:
-        self._last_due = max(self._last_due, self._direction.due(now, size_bytes))
+        self._last_due = max(self._last_due, self._direction.enter(now, size_bytes))
         self._queued_bytes += size_bytes
         self._queue.append((self._last_due, piece))
 
@@ -390,7 +391,6 @@ class _Pipe:
             self.is_blocked = True
             return
         self._queued_bytes -= count
-        self._direction.carried += count
         due, _ = self._queue.popleft()
         if count < len(piece):
             self._queue.appendleft((due, piece[count:]))
