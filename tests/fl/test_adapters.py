@@ -184,8 +184,8 @@ def test_bytes_that_are_no_index_are_refused(data: bytes) -> None:
         '["float32", []]',
         '["float64", [["a", [1], [[]]]]]',
         '["float32", [["a", [1], [[]], 3]]]',
-        '["float32", [["a.#", [1], [[[[0, 999999999]]]]]]]',
-        '["float32", [["a.#", [1], [[[[0, 999999999], [999999999, 5]]]]]]]',
+        '["float32", [["a.#", [1], [[[[0, 9999999]]]]]]]',
+        '["float32", [["a.#", [1], [[[[0, 9999999], [9999999, 5]]]]]]]',
         '["float32", [["#.#.#", [1], [[[[0, 999]], [[0, 999]], [[0, 999]]]]]]]',
         '["float32", [["a.#", [1], [[]]]]]',
         '["float32", [["a", [1], [[[[0, 1]]]]]]]',
@@ -326,7 +326,7 @@ def test_an_adapter_read_from_one_model_and_loaded_into_another_makes_them_equal
     assert set(state) == set(read_from(second))
     with torch.no_grad():
         next(iter(lora_parameters(first).values())).zero_()
-    assert any(tensor.any() for tensor in state.values()), "what was read must not follow the model"
+    assert all(tensor.any() for tensor in state.values()), "what was read must not follow the model"
 
 
 @pytest.mark.parametrize("how", ["unknown", "missing", "shape"])
