@@ -6,18 +6,22 @@ is a memory-mapped read. Knows nothing of pillars, adapters or networks.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]  # ships no types
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,6 +35,7 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from lab.device import TORCH_DTYPES, check_dtype
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
@@ -63,6 +68,7 @@ class LoadedModel:
 
 def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     """The base model that `settings` describe, on `device`; UserError when it cannot be had."""
+    disable_progress_bar()  # weights are mapped, not read: its bar is over before it shows
     dtype = check_dtype(device, settings.dtype)
     quantization = _quantization(settings, device, dtype)
     checkpoint = prepare_checkpoint(settings)
@@ -77,6 +83,80 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, chat template included."""
     return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+
+
+def load_tokenizer_only(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """A model's tokenizer for who needs no weights: of a hub model nothing else is downloaded."""
+    if settings.source is not ModelSource.hub:
+        return load_tokenizer(prepare_checkpoint(settings))
+    try:
+        return AutoTokenizer.from_pretrained(str(settings.repo))
+    except (OSError, ValueError) as error:
+        raise _unreachable(settings, error) from None
+
+
+def load_layers(
+    settings: ModelSettings, device: torch.device, first: int, last: int, *, embedding: bool, head: bool
+) -> PreTrainedModel:
+    """Layers `first` to `last` - 1 of a model as a model of its own, frozen; no other tensor is read from the disk.
+
+    What the slice leaves out is an identity: without `embedding` it takes `inputs_embeds`, without `head` its
+    `last_hidden_state` is what the next slice takes (no final norm). Layers count from 0 within the slice, and so does
+    its config, so that a `SlotCache` of it is one of its own layers. A slice of all layers computes, bit by bit, what
+    `load_model` computes.
+
+    Raises:
+        UserError: layers the model does not have, a quantised slice, a checkpoint with other names of tensors.
+    """
+    dtype = check_dtype(device, settings.dtype)
+    if settings.quantization is not Quantization.none:
+        raise UserError(f"model.quantization must be none for a slice of layers, got {settings.quantization.name}")
+    folder = prepare_checkpoint(settings).folder
+    config = slice_config(AutoConfig.from_pretrained(folder, local_files_only=True), first, last)
+    with init_empty_weights(include_buffers=False):  # rotary frequencies are buffers that no checkpoint has
+        model = cast(Any, AutoModelForCausalLM.from_config(config, dtype=dtype))
+    if not head:
+        model.get_decoder().norm = torch.nn.Identity()
+        model.set_output_embeddings(torch.nn.Identity())
+    if not embedding:
+        model.set_input_embeddings(torch.nn.Identity())
+    # A tied head is stored under the embedding's name only.
+    stored = {"lm_head.weight": f"{model.base_model_prefix}.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    names = {name: _layer_of_whole(stored.get(name, name), first) for name in model.state_dict()}
+    read = _read_tensors(folder, set(names.values()))
+    tensors = {name: read[whole].to(device=device, dtype=dtype) for name, whole in names.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    if stored and embedding and head:
+        model.tie_weights()
+    return cast(PreTrainedModel, model.to(device).requires_grad_(False).eval())
+
+
+def slice_config(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
+    """The config of layers `first` to `last` - 1, counted from 0. UserError for layers the model does not have."""
+    text: Any = config.get_text_config(decoder=True)
+    count = int(text.num_hidden_layers)
+    if not 0 <= first < last <= count:
+        raise UserError(f"layers must be a range within the model's {count} layers, got {first} to {last}")
+    sliced: Any = copy.deepcopy(text)
+    if getattr(sliced, "layer_types", None) is not None:
+        sliced.layer_types = text.layer_types[first:last]
+    sliced.num_hidden_layers = last - first
+    return cast(PreTrainedConfig, sliced)
+
+
+def _layer_of_whole(name: str, first: int) -> str:
+    """The name in the checkpoint of a tensor of the slice."""
+    return re.sub(r"(\.layers\.)(\d+)(\.)", lambda found: f"{found[1]}{int(found[2]) + first}{found[3]}", name, count=1)
+
+
+def _read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
+    if missing := sorted(names - found.keys()):
+        raise UserError(f"model.path must hold the tensors of its architecture, got none named {missing[0]!r}")
+    return found
 
 
 def load_config(settings: ModelSettings) -> PreTrainedConfig:

@@ -1,0 +1,195 @@
+"""Who guesses: sources of guesses that hold their own copy of the text, and go back in it at no cost.
+
+A source is told the text as far as it is verified, proposes what may come next, and holds its own guesses as text until
+it is told otherwise: a rejection is `correct(position, ids)`. Knows nothing about networks or verifiers.
+
+Shapes: V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from lab.engine import Engine
+from lab.sampling import Sampling, mix64
+
+
+class Drafts(Protocol):
+    """A source of guesses for one text."""
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Take a new text."""
+        ...
+
+    def propose(self, count: int) -> list[int]:
+        """Guess up to `count` tokens behind what is held; they are held now, too. Fewer when there is no guess."""
+        ...
+
+    def correct(self, position: int, ids: Sequence[int]) -> None:
+        """From `position` on the text is `ids`: what was held there is forgotten."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class NoDrafts:
+    """Nobody guesses."""
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """See `Drafts.begin`."""
+
+    def propose(self, count: int) -> list[int]:
+        """See `Drafts.propose`."""
+        return []
+
+    def correct(self, position: int, ids: Sequence[int]) -> None:
+        """See `Drafts.correct`."""
+
+    def close(self) -> None:
+        """See `Drafts.close`."""
+
+
+class EngineDrafts:
+    """An engine guesses: a model, a slice of the target, a noisy target, a synthetic one.
+
+    It draws with the target's own sampling: with the same noise at each position it says what the target says far more
+    often than with noise of its own (`lab.sampling`).
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling, vocabulary_size: int) -> None:
+        """`vocabulary_size` is the target's: a guess outside of it, out of a longer padding, is none."""
+        self._engine = engine
+        self._vocabulary_size = vocabulary_size
+        self._session = engine.open([], sampling)
+        self._sampling = sampling
+        self._text: list[int] = []
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """See `Drafts.begin`."""
+        self._text = list(prompt_ids)
+        self._session.position = 0
+
+    def propose(self, count: int) -> list[int]:
+        """See `Drafts.propose`. One pass of the engine each; none when the text is beyond the drafter's context."""
+        guesses: list[int] = []
+        while len(guesses) < count and len(self._text) <= self._engine.context:
+            guess = self._next_id()
+            if guess >= self._vocabulary_size:
+                break
+            guesses.append(guess)
+            self._text.append(guess)
+        return guesses
+
+    def correct(self, position: int, ids: Sequence[int]) -> None:
+        """See `Drafts.correct`."""
+        del self._text[position:]
+        self._session.position = min(self._session.position, position)
+        self._text += ids
+
+    def close(self) -> None:
+        """See `Drafts.close`."""
+        self._session.close()
+        self._engine.shutdown()
+
+    def _next_id(self) -> int:
+        # The target's padding may be longer than ours: such an id is some token to us, which only costs guesses.
+        largest = self._engine.vocabulary_size - 1
+        unseen = [min(token, largest) for token in self._text[self._session.position :]]
+        [step] = self._engine.extend([(self._session, unseen)], "last")
+        return step.next_ids[-1]
+
+
+class NgramDrafts:
+    """Prompt lookup (Saxena, https://github.com/apoorvumang/prompt-lookup-decoding): what followed the last time.
+
+    The longest n-gram at the end of the text that stood in it before is looked up, and what followed it is the guess.
+    An index of places is kept by n-gram; adding and taking back a token costs the same at any length of the text.
+    """
+
+    def __init__(self, longest: int, shortest: int) -> None:
+        self._sizes = range(longest, shortest - 1, -1)
+        self._text: list[int] = []
+        self._places: dict[tuple[int, ...], list[int]] = {}
+        """Where what follows each n-gram stands, in order."""
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """See `Drafts.begin`."""
+        self._text, self._places = [], {}
+        self._append(prompt_ids)
+
+    def propose(self, count: int) -> list[int]:
+        """See `Drafts.propose`."""
+        guesses: list[int] = []
+        while len(guesses) < count and (place := self._look_up()) is not None:
+            found = self._text[place : place + count - len(guesses)]
+            self._append(found)
+            guesses += found
+        return guesses
+
+    def correct(self, position: int, ids: Sequence[int]) -> None:
+        """See `Drafts.correct`."""
+        while len(self._text) > position:
+            for gram in self._last_grams():
+                self._places[gram].pop()
+            self._text.pop()
+        self._append(ids)
+
+    def close(self) -> None:
+        """See `Drafts.close`."""
+
+    def _look_up(self) -> int | None:
+        for gram in self._last_grams():
+            places = self._places[gram]
+            if len(places) > 1:  # the last one is the end of the text itself
+                return places[-2]
+        return None
+
+    def _append(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            self._text.append(token)
+            for gram in self._last_grams():
+                self._places.setdefault(gram, []).append(len(self._text))
+
+    def _last_grams(self) -> list[tuple[int, ...]]:
+        return [tuple(self._text[-size:]) for size in self._sizes if size <= len(self._text)]
+
+
+class RandomDrafts:
+    """Ids from a hash of seed and position: hardly ever right."""
+
+    def __init__(self, seed: int, vocabulary_size: int) -> None:
+        self._seed, self._vocabulary_size = mix64(seed), vocabulary_size
+        self._length = 0
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """See `Drafts.begin`."""
+        self._length = len(prompt_ids)
+
+    def propose(self, count: int) -> list[int]:
+        """See `Drafts.propose`."""
+        places = range(self._length, self._length + count)
+        self._length += count
+        return [mix64(self._seed ^ place) % self._vocabulary_size for place in places]
+
+    def correct(self, position: int, ids: Sequence[int]) -> None:
+        """See `Drafts.correct`."""
+        self._length = position + len(ids)
+
+    def close(self) -> None:
+        """See `Drafts.close`."""
+
+
+def add_noise_to_head(model: PreTrainedModel, noise: float, seed: int) -> None:
+    """Give the model a head of its own with normal noise of `noise` times the head's standard deviation."""
+    head = cast(Any, model.get_output_embeddings())
+    weight_VH = head.weight.detach().float()
+    generator = torch.Generator().manual_seed(seed)
+    random_VH = torch.randn(weight_VH.shape, generator=generator).to(weight_VH.device)
+    noisy_VH = weight_VH + noise * weight_VH.std() * random_VH
+    head.weight = torch.nn.Parameter(noisy_VH.to(head.weight.dtype), requires_grad=False)

@@ -1,0 +1,201 @@
+"""Settings of the speculative pillar: what is asked of the target, who drafts, how much a verifier gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lab.engine import EngineKind
+from lab.settings import Dtype, LabSettings, register_project, require
+
+MAX_DRAFT_LENGTH = 64
+"""Guesses that one DRAFT can carry, part of the protocol; a verifier's own limit is `project.max_draft_length`."""
+
+
+class Mode(Enum):
+    """`sync`: draft, send, wait for the verdict; `target_only`: the target streams its text, nobody drafts."""
+
+    sync = "sync"
+    target_only = "target_only"
+
+
+class Rule(Enum):
+    """When a guess is accepted. `exact`: when it is what the target says, so that the text is the target's own.
+
+    `cross_entropy` also accepts a guess whose cross-entropy under the target is at most a threshold: LOSSY.
+    """
+
+    exact = "exact"
+    cross_entropy = "cross_entropy"
+
+
+class DraftSource(Enum):
+    """Who guesses."""
+
+    model = "model"
+    """Another, smaller model with the same tokenizer: `project.draft.model`."""
+    ngram = "ngram"
+    """What followed the last time these tokens stood in the text (prompt lookup); no model."""
+    layers = "layers"
+    """The first layers of the target's own checkpoint, with its head."""
+    noisy = "noisy"
+    """The target with noise on its head: partial acceptance from one checkpoint, for tests."""
+    random = "random"
+    """Ids from a hash, for tests."""
+    synthetic = "synthetic"
+    """A `SyntheticEngine` that agrees with a synthetic target as often as it is told to, for measurements."""
+    none = "none"
+    """Nobody: each round asks for one token."""
+
+
+@dataclass(kw_only=True)
+class DraftSettings:
+    """Who guesses, and how far ahead."""
+
+    source: DraftSource
+    model: str | None
+    """Name of a model in conf/model (source=model)."""
+    dtype: Dtype | None
+    """Precision of that model; null: the one its YAML says."""
+    length: int
+    """Guesses a round (k); fewer when the text ends before."""
+    layers: int
+    """How many of the target's layers draft (source=layers)."""
+    noise: float
+    """Standard deviation of the noise, in units of the head's own (source=noisy)."""
+    longest_ngram: int
+    """Tokens that must stand in the text already, at most (source=ngram); then fewer are tried."""
+    shortest_ngram: int
+    """Tokens that must stand in the text already, at least (source=ngram)."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.length <= MAX_DRAFT_LENGTH, f"length must be in [1, {MAX_DRAFT_LENGTH}]", self.length)
+        require(self.source is not DraftSource.model or bool(self.model), "model must be set for source=model", None)
+        require(self.layers >= 1, "layers must be at least 1", self.layers)
+        require(self.noise >= 0, "noise must be at least 0", self.noise)
+        require(self.shortest_ngram >= 1, "shortest_ngram must be at least 1", self.shortest_ngram)
+        require(
+            self.longest_ngram >= self.shortest_ngram,
+            f"longest_ngram must be at least shortest_ngram={self.shortest_ngram}",
+            self.longest_ngram,
+        )
+
+
+@dataclass(kw_only=True)
+class SyntheticSettings:
+    """Engines without a model, whose passes take the time they are told to (engine=synthetic, source=synthetic)."""
+
+    vocabulary_size: int
+    """Ids that a synthetic engine says; at most what the tokenizer of `model` has, to have a text."""
+    step_seconds: float
+    """Time of the target's pass over one row."""
+    row_seconds: float
+    """Time of each further row."""
+    draft_step_seconds: float
+    """Time of the drafter's pass."""
+    agreement: float
+    """Probability that the drafter guesses what the target says, independently at each prefix."""
+
+    def __post_init__(self) -> None:
+        require(self.vocabulary_size >= 2, "vocabulary_size must be at least 2", self.vocabulary_size)
+        for name in ("step_seconds", "row_seconds", "draft_step_seconds"):
+            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
+        require(0 <= self.agreement <= 1, "agreement must be in [0, 1]", self.agreement)
+
+
+@dataclass(kw_only=True)
+class BenchSettings:
+    """What `python -m speculative.bench` measures."""
+
+    rtt_seconds: list[float]
+    """Round-trip times that the link adds, half each way."""
+    draft_lengths: list[int]
+    new_tokens: int
+    """Of each run; the same for all."""
+    repeats: int
+    """Interleaved runs of each cell that count."""
+    frame_rounds: int
+    """Round trips of the frame comparison."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.rtt_seconds), "rtt_seconds must name at least one time", self.rtt_seconds)
+        require(min(self.rtt_seconds) >= 0, "rtt_seconds must be at least 0", self.rtt_seconds)
+        require(bool(self.draft_lengths), "draft_lengths must name at least one length", self.draft_lengths)
+        require(min(self.draft_lengths) >= 1, "draft_lengths must be at least 1", self.draft_lengths)
+        for name in ("new_tokens", "repeats", "frame_rounds"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+
+
+@dataclass(kw_only=True)
+class SpeculativeProjectSettings:
+    """Both roles read one config; each value says whose it is where only one of them uses it."""
+
+    mode: Mode
+    """Drafter."""
+    max_new_tokens: int
+    """Drafter: the text ends after so many new tokens. Verifier: the same for the first protocol's requests."""
+    temperature: float
+    """Drafter: 0 takes the target's best token."""
+    top_k: int
+    """Drafter: only the k best tokens can be drawn; 0: all."""
+    top_p: float
+    """Drafter: only the best tokens that together have this probability can be drawn; 1: all."""
+    chat: bool
+    """Drafter: put the prompt through the model's chat template when it has one."""
+    rule: Rule
+    """Drafter."""
+    cross_entropy_threshold: float
+    """Drafter: nats a guess may cost under rule=cross_entropy."""
+    report: bool
+    """Drafter: be told the cross-entropy of each guess and the margin of each token (12 to 60 bytes a round)."""
+    check: bool
+    """Drafter: afterwards let the target decode the text alone and count the tokens that differ (flips)."""
+    draft: DraftSettings
+    engine: EngineKind
+    """Verifier: what computes the target."""
+    synthetic: SyntheticSettings
+    sessions: int
+    """Verifier: texts at once."""
+    max_connections: int
+    """Verifier: connections at once."""
+    context: int
+    """Most tokens of one text, prompt included; 0: what the model was made for."""
+    max_draft_length: int
+    """Verifier: most guesses checked in one pass."""
+    cache_bucket: int
+    """The KV cache grows in multiples of this many positions."""
+    cache_limit_bytes: int
+    """Most that keys and values of all texts of one model may take."""
+    prefill_chunk: int
+    """Most tokens of a prompt in one pass, so that a long one does not hold up other texts."""
+    exact_shapes: bool
+    """Verifier: every pass has the same shape, so that every dtype gives the text that the target alone gives in this
+    mode; refuses to start where the device does not keep that promise."""
+    bench: BenchSettings
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "sessions", "max_connections", "cache_bucket", "prefill_chunk"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
+        require(self.top_k >= 0, "top_k must be at least 0", self.top_k)
+        require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
+        require(
+            self.cross_entropy_threshold >= 0,
+            "cross_entropy_threshold must be at least 0",
+            self.cross_entropy_threshold,
+        )
+        require(self.context >= 0, "context must be at least 0", self.context)
+        longest = self.max_draft_length
+        require(1 <= longest <= MAX_DRAFT_LENGTH, f"max_draft_length must be in [1, {MAX_DRAFT_LENGTH}]", longest)
+        require(self.cache_limit_bytes >= 2**20, "cache_limit_bytes must be at least 1 MiB", self.cache_limit_bytes)
+        require(self.engine is not EngineKind.split, "engine must be local or synthetic", self.engine.name)
+
+
+@dataclass(kw_only=True)
+class SpeculativeSettings(LabSettings):
+    """Everything the verifier and the drafter read."""
+
+    project: SpeculativeProjectSettings
+
+
+register_project("spec_decoding", SpeculativeProjectSettings)

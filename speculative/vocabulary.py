@@ -1,0 +1,38 @@
+"""Whether two tokenizers mean the same by the same id, and where they first differ.
+
+Only ids that the tokenizer has count: a model's matrix may be padded beyond them, differently in each size of a family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the tokenizer calls each id, in order; "" for an id it does not have."""
+    vocabulary = tokenizer.get_vocab()
+    texts = [""] * (1 + max(vocabulary.values(), default=-1))
+    for text, token in vocabulary.items():
+        texts[token] = text
+    return texts
+
+
+def fingerprint(texts: Sequence[str]) -> str:
+    """A digest of every id's text."""
+    sha = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode(errors="surrogatepass")
+        sha.update(len(encoded).to_bytes(4, "big") + encoded)
+    return sha.hexdigest()
+
+
+def first_difference(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
+    """Which id first differs and what it is on both sides, for people; None when they are the same."""
+    for token in range(max(len(ours), len(theirs))):
+        here, there = (repr(texts[token]) if token < len(texts) else "no token" for texts in (ours, theirs))
+        if here != there:
+            return f"id {token} is {here} here and {there} there"
+    return None
