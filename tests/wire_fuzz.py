@@ -94,12 +94,12 @@ async def echo(connection: FrameConnection) -> None:
         connection.send(ECHO, frame.session, frame.head, pack_tokens(ids))
 
 
-async def spell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def spell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, idle_seconds: float) -> None:
     """The first protocol's answer here: the bytes of the text."""
     peer = Peer(role="client", address=address(writer.transport), phase="request")
     while True:
-        text = await read_msg(reader, peer=peer, max_bytes=MAX_TEXT_BYTES, timeout_seconds=1)
-        await write_tokens(writer, list(text[:100].encode()), peer=peer, timeout_seconds=1)
+        text = await read_msg(reader, peer=peer, max_bytes=MAX_TEXT_BYTES, timeout_seconds=idle_seconds)
+        await write_tokens(writer, list(text[:100].encode()), peer=peer, timeout_seconds=idle_seconds)
 
 
 def allocate_first(monkey: type[FrameReader]) -> None:
@@ -116,6 +116,7 @@ def allocate_first(monkey: type[FrameReader]) -> None:
 
 
 async def serve(handshake_seconds: float) -> None:
+    idle_seconds = 4 * handshake_seconds  # long for a loaded machine, short enough to see slow senders end
     server = FrameServer(
         endpoint("server", "client", handshake_seconds=handshake_seconds),
         echo,
@@ -123,7 +124,7 @@ async def serve(handshake_seconds: float) -> None:
         port=0,
         max_connections=200,
         tls=None,
-        handle_first_protocol=spell,
+        handle_first_protocol=lambda reader, writer: spell(reader, writer, idle_seconds),
     )
     async with server:
         print(json.dumps({"port": server.port}), flush=True)

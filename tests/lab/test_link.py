@@ -48,6 +48,8 @@ class EchoServer:
                 self.ends.append("reset")
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # else the thread in accept keeps it open
         self._listener.close()
 
 
