@@ -158,6 +158,7 @@ class RoundFold:
         self._rows: list[ClientRow] = []
         self.refused: list[Refusal] = []
         self.seconds = 0.0
+        self.last_line = ""
 
     def add(self, node_id: int, reply: Message, uplink_bytes: int) -> None:
         """Check a reply and fold it in, or refuse it as a whole, saying so once."""
@@ -166,7 +167,8 @@ class RoundFold:
             self.refuse(node_id, _describe_error(reply))
         else:
             try:
-                self._rows.append(self._fold(node_id, reply.content, uplink_bytes))
+                self._rows.append(row := self._fold(node_id, reply.content, uplink_bytes))
+                self.last_line = _describe_row(row)
             except ValueError as error:
                 self.refuse(node_id, f"was refused: {error}")
         self.seconds += time.perf_counter() - started
@@ -174,6 +176,7 @@ class RoundFold:
     def refuse(self, node_id: int, reason: str) -> None:
         """Count a client out of this round."""
         self.refused.append(Refusal(node_id=node_id, reason=reason))
+        self.last_line = f"node {node_id} {reason}"
         log.warning("node %d %s; the round goes on without it", node_id, reason)
 
     @property
@@ -261,6 +264,7 @@ class WeightedFedAvg(Strategy):
         self.poll_seconds = poll_seconds
         self._partitions: dict[int, int] = {}
         self._asked: list[Message] = []
+        self._on_reply: Callable[[str], None] = lambda line: None
 
     def run(
         self,
@@ -271,12 +275,17 @@ class WeightedFedAvg(Strategy):
         train_config: ConfigValues,
         evaluate_config: ConfigValues,
         on_round: Callable[[RoundReport], None],
+        on_reply: Callable[[str], None] = lambda line: None,
     ) -> RunReport:
-        """Run all rounds, then evaluate the last adapter; `on_round` is called after every round, to write it down.
+        """Run all rounds, then evaluate the last adapter.
+
+        `on_round` is called after every round, to write it down; `on_reply` with one line for every client asked, as
+        soon as it has answered or was counted out, to show progress.
 
         Raises NodesMissing, and RoundFailed when a round (or the last evaluation) has no good reply.
         """
         packed = pack(initial, self.index)
+        self._on_reply = on_reply
         self.summary()
         for server_round in range(1, num_rounds + 1):
             packed, report = self._train_round(grid, server_round, packed, train_config)
@@ -434,6 +443,7 @@ class WeightedFedAvg(Strategy):
             else:
                 fold.add(node_id, reply, 0 if reply.has_error() else message_bytes(reply))
             del reply  # before the next one is pulled
+            self._on_reply(fold.last_line)
 
     def _replies(self, grid: Grid, messages: list[Message]) -> Iterator[tuple[int, Message | None]]:
         """(node, reply) as they arrive, None for a node that could not be asked or sent nothing in time.
@@ -473,6 +483,12 @@ class WeightedFedAvg(Strategy):
 
     def _last_sent(self) -> dict[str, torch.Tensor]:
         return unpack(packed_from(self._asked[0].content, self.index), self.index) if self._asked else {}
+
+
+def _describe_row(row: ClientRow) -> str:
+    """`client 2: train_loss 2.1301, eval_loss 2.2010`: the losses among a client's figures."""
+    losses = [f"{name} {value:.4f}" for name, value in (row.train | row.evaluate).items() if name.endswith("loss")]
+    return f"client {row.node_id if row.partition_id is None else row.partition_id}: {', '.join(losses)}"
 
 
 def _describe_error(reply: Message) -> str:

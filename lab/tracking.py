@@ -183,7 +183,7 @@ class Counter:
 
 @contextmanager
 def progress(title: str, total: int, enabled: bool) -> Iterator[Counter]:
-    """Counts to `total` on stderr: a live bar on a terminal, else a line a unit."""
+    """Counts to `total` on stderr: a live bar on a terminal, else a line a unit (at most about a hundred)."""
     if not enabled:
         yield Counter(lambda detail: None)
     elif sys.stderr.isatty():
@@ -203,10 +203,13 @@ def progress(title: str, total: int, enabled: bool) -> Iterator[Counter]:
 
 def _plain_lines(title: str, total: int) -> Counter:
     since, done = time.monotonic(), 0
+    every = max(1, total // 100)
 
     def advance(detail: str) -> None:
         nonlocal done
         done += 1
+        if done % every:
+            return
         print(
             f"{title} {done}/{total} after {time.monotonic() - since:.0f} s {detail}".rstrip(),
             file=sys.stderr,
