@@ -802,9 +802,10 @@ def test_a_peer_that_leaves_in_the_middle_of_a_frame() -> None:
         await asyncio.sleep(0.1)  # its first heartbeat is read: unread bytes would make a reset of the end
         connection._transport.write(bytes(encode(TABLE, NOTE, 1, Note(1)))[:10])
 
+    quiet = Deadlines(connect_seconds=5, handshake_seconds=5, send_seconds=5, ping_seconds=60, dead_seconds=120)
     with (
         Server(verifier(), leave) as server,
-        dial(server.port) as connection,
+        dial(server.port, endpoint(deadlines=quiet)) as connection,
         pytest.raises(PeerGone, match=r"^verifier .* closed the connection in the middle of a frame during session"),
     ):
         connection.recv()
