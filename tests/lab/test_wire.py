@@ -1061,9 +1061,9 @@ def test_tls_refuses_a_stranger_and_a_plain_peer(certificates: dict[str, Path]) 
 
 
 def test_tls_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"network\.tls_cert must be a PEM certificate"):
+    with pytest.raises(ValueError, match=r"network\.tls_certificate must be a PEM certificate"):
         server_tls(tmp_path / "none", tmp_path / "none", None)
-    with pytest.raises(ValueError, match=r"network\.tls_ca must be a PEM certificate"):
+    with pytest.raises(ValueError, match=r"network\.tls_authority must be a PEM certificate"):
         client_tls(tmp_path / "none", None, None)
 
 
