@@ -44,7 +44,7 @@ def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> Clie
 
     @client_app.query()
     def query(message: Message, context: Context) -> Message:
-        return Message(RecordDict({METRICS: MetricRecord({PARTITION: site_of(context).index})}), reply_to=message)
+        return guarded(message, lambda: answer_query(message, site_of(context)))
 
     return client_app
 
@@ -93,6 +93,11 @@ def answer_evaluate(message: Message, client: LoRAClient) -> Message:
     return Message(RecordDict({METRICS: metrics, EVALUATE: evaluate_record(client, received)}), reply_to=message)
 
 
+def answer_query(message: Message, site: Site) -> Message:
+    """Says which site it is."""
+    return Message(RecordDict({METRICS: MetricRecord({PARTITION: site.index})}), reply_to=message)
+
+
 def evaluate_record(client: LoRAClient, received: Adapter) -> MetricRecord:
     """The received adapter's loss on the client's held-out part."""
     begin = time.perf_counter()
@@ -104,8 +109,10 @@ def evaluate_record(client: LoRAClient, received: Adapter) -> MetricRecord:
 
 def site_of(context: Context) -> Site:
     """Which site a node is: `partition-id`, and `data-path` when the node has a file of its own."""
-    path = context.node_config.get("data-path")
-    return Site(int(context.node_config["partition-id"]), None if path is None else str(path))
+    index, path = context.node_config.get("partition-id"), context.node_config.get("data-path")
+    if not isinstance(index, int) or index < 0:
+        raise UserError(f"partition-id of --node-config must be a whole number from 0 on, got {index!r}")
+    return Site(index, None if path is None else str(path))
 
 
 def settings_from_run(context: Context) -> FederatedSettings:

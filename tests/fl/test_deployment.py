@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -23,13 +25,21 @@ from typing import Any
 
 import psutil
 import pytest
+from flwr.app import Context, RecordDict
 from flwr.cli.build import build_fab_from_disk
+from flwr.clientapp import ClientApp
 
 from fl import certificates
+from fl.client import Site, read_split
+from fl.client_app import site_of
 from fl.partition import client_documents
+from fl.server_app import deployed
 from fl.settings import FederatedSettings
 from lab.data import open_source
 from lab.entry import compose_settings
+from lab.models import byte_tokenizer
+from lab.settings import UserError
+from tests.federated import InProcessGrid
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(sys.executable).parent
@@ -139,7 +149,7 @@ def listening(port: int) -> bool:
 
 @dataclass
 class Deployment:
-    """A SuperLink that knows two sites' keys, their SuperNodes, and two runs: one good, one with a bad override."""
+    """A SuperLink that knows two sites' keys, their SuperNodes, and a run."""
 
     folder: Path
     port: int
@@ -147,7 +157,6 @@ class Deployment:
     superlink: Program
     nodes: dict[str, Program] = field(default_factory=dict)
     good_run: str = ""
-    bad_run: str = ""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -264,11 +273,32 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, simulated: Program) -> 
             assert registered.returncode == 0, registered.stdout + registered.stderr
             here.nodes[site] = here.node(site)
         here.good_run = here.run(f"project.num_clients={len(SITES)}")
-        here.bad_run = here.run("project.rounds=0")
         yield here
     finally:
         for program in (*here.nodes.values(), superlink):
             program.kill()
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_strangers_are_refused(deployment: Deployment, tmp_path: Path) -> None:
+    """The nodes of the run below are started in the same way, but for a key or a certificate, and take part."""
+    certificates.make_site(deployment.folder, "mallory")
+    other = certificates.make_server(tmp_path, ["localhost"], deployment.port)
+    refused = [
+        (deployment.node("mallory"), "Failed to activate SuperNode"),
+        (deployment.node("mallory", key=False), "must be registered"),
+        (deployment.node("mallory", "--max-retries", "1", authority=other.authority), "CERTIFICATE_VERIFY_FAILED"),
+    ]
+    try:
+        for node, reason in refused:
+            assert node.wait() == 1, node.text
+            assert reason in node.text
+    finally:
+        for node, _ in refused:
+            node.kill()
+    assert deployment.flwr("list", "lab", server=other).returncode == 1
+    assert deployment.flwr("list", "lab").returncode == 0
 
 
 @pytest.mark.real
@@ -287,38 +317,6 @@ def test_deployed_is_simulated(deployment: Deployment, simulated: Program) -> No
     assert Path(last["adapter_path"], "adapter_model.safetensors").read_bytes() == got["round-0002"]
     theirs = json.loads((simulated.output.parent / "result.json").read_text())
     assert last["eval_loss_by_round"] == theirs["eval_loss_by_round"]
-
-
-@pytest.mark.real
-@pytest.mark.timeout(600)
-def test_strangers_are_refused(deployment: Deployment, tmp_path: Path) -> None:
-    """The nodes of the run above, started in the same way but for a key or a certificate, were not."""
-    certificates.make_site(deployment.folder, "mallory")
-    other = certificates.make_server(tmp_path, ["localhost"], deployment.port)
-    refused = [
-        (deployment.node("mallory"), "Failed to activate SuperNode"),
-        (deployment.node("mallory", key=False), "must be registered"),
-        (deployment.node("mallory", "--max-retries", "1", authority=other.authority), "CERTIFICATE_VERIFY_FAILED"),
-    ]
-    try:
-        for node, reason in refused:
-            assert node.wait() == 1, node.text
-            assert reason in node.text
-    finally:
-        for node, _ in refused:
-            node.kill()
-    assert deployment.flwr("list", "lab", server=other).returncode == 1
-
-
-@pytest.mark.real
-@pytest.mark.timeout(600)
-def test_a_bad_override_is_named(deployment: Deployment) -> None:
-    log, status, details = deployment.finished(deployment.bad_run)
-    assert status == "finished:failed"
-    assert details.endswith("project.rounds must be at least 1, got 0")
-    assert [
-        line for line in log.splitlines() if line.endswith("the run failed: project.rounds must be at least 1, got 0")
-    ]
 
 
 @pytest.mark.real
@@ -348,6 +346,60 @@ def test_a_failed_run_keeps_its_rounds_and_nobody_leaves_a_process_behind(deploy
 def clients(node: Program) -> list[psutil.Process]:
     """The client processes of a SuperNode that are at work."""
     return [member for member in node.family() if any("flwr-clientapp" in word for word in member.cmdline())]
+
+
+def run_context(overrides: str, **node: Any) -> Context:
+    return Context(
+        run_id=7,
+        node_id=1,
+        node_config={key.replace("_", "-"): value for key, value in node.items()},
+        state=RecordDict(),
+        run_config={"config-name": "fed_learn", "overrides": overrides},
+    )
+
+
+@pytest.fixture
+def _logging_as_before() -> Iterator[None]:
+    """The app sets up the logging of a process that is its own."""
+    root, flower = logging.getLogger(), logging.getLogger("flwr")
+    before = root.handlers[:], root.level, flower.propagate
+    yield
+    root.handlers[:], root.level, flower.propagate = before
+
+
+@pytest.mark.usefixtures("_logging_as_before")
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ("project.rounds=0", "project.rounds must be at least 1, got 0"),
+        ("project.round=1", "project.round must be "),
+        ("project.data.source=jsonl", "project.data.path must be set for source=jsonl"),
+    ],
+)
+def test_a_bad_override_ends_the_run_with_one_line(
+    overrides: str, line: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower puts what is raised here into `flwr list`, as the failed run above shows."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(line)):
+        deployed(InProcessGrid(ClientApp(), 1), run_context(overrides))
+    printed = capfd.readouterr().err
+    assert f"the run failed: {line}" in printed
+    assert printed.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["zero", -1, 0.5, None])
+def test_a_node_says_which_site_it_is(value: object) -> None:
+    with pytest.raises(UserError, match="partition-id of --node-config must be a whole number from 0 on, got"):
+        site_of(run_context("", partition_id=value))
+
+
+def test_a_file_of_its_own_is_not_passed_over(tmp_path: Path) -> None:
+    """The default source is the Python library: a node that names a file must not train on that instead."""
+    settings = compose_settings("fed_learn", "model=random", FederatedSettings)
+    with pytest.raises(UserError, match="must be jsonl or text for sites' own files, got 'python_stdlib'"):
+        read_split(settings, Site(0, str(tmp_path / "own.jsonl")), byte_tokenizer())
 
 
 def test_the_app_bundle_is_small_and_whole() -> None:
