@@ -47,5 +47,10 @@ demo: setup ## four sites fine-tune one real model together, here
 bench: setup ## every pillar's benchmarks
 	$(BIN)/python -m fl.bench
 
+certificates: setup ## test certificates and keys for a federation on this machine, outside the repository
+	$(BIN)/python -m fl.certificates server localhost 127.0.0.1 --port 8443
+	$(BIN)/python -m fl.certificates site site0
+	$(BIN)/python -m fl.certificates site site1
+
 clean: ## remove what was made (results too), not the model cache
 	rm -rf $(VENV) results outputs .mypy_cache .ruff_cache .pytest_cache .hypothesis
