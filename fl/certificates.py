@@ -231,7 +231,8 @@ For each site, with the NAME.pub that it sent (no secret):
   flwr supernode register NAME.pub {CONNECTION}
 Give each site {quoted(files.authority)} (no secret) and the address {address(name, port)}.
 Then, in the checkout:
-  flwr run . {CONNECTION} --stream --run-config "overrides='project.num_clients=2 project.rounds=3'"
+  flwr run . {CONNECTION} --stream --run-config "overrides='project.num_clients=2 project.rounds=3 \
+project.data.source=jsonl project.data.path=each-sites-own.jsonl'"
 """
 
 

@@ -154,6 +154,8 @@ class Deployment:
     folder: Path
     port: int
     server: certificates.ServerFiles
+    steps: str
+    """What `certificates server` printed."""
     superlink: Program
     nodes: dict[str, Program] = field(default_factory=dict)
     good_run: str = ""
@@ -176,9 +178,10 @@ class Deployment:
         )
 
     def run(self, *overrides: str) -> str:
-        """Submits a run and returns its id; the sites' own files stand in for the source's path."""
-        text = shlex.join([*OVERRIDES, "project.data.path=each-sites-own.jsonl", *overrides])
-        answer = self.flwr("run", ".", "lab", "--format", "json", "--run-config", f"overrides='{text}'")
+        """Submits the printed run with other settings, which come after its own, and returns its id."""
+        command = line_of("flwr run", self.steps)
+        command[command.index("--stream")] = "--format=json"
+        answer = self.flwr(*command[1:-1], command[-1][:-1] + " " + shlex.join([*OVERRIDES, *overrides]) + "'")
         assert answer.returncode == 0, answer.stdout + answer.stderr
         document = json.loads(answer.stdout)
         assert document["success"], document
@@ -261,15 +264,18 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, simulated: Program) -> 
     folder, port = tmp_path_factory.mktemp("deployment"), free_port()
     write_data(folder)
     server = certificates.make_server(folder, ["localhost"], port)
-    command = line_of("flower-superlink", certificates.server_steps(server, "localhost", port))
+    steps = certificates.server_steps(server, "localhost", port)
+    command = line_of("flower-superlink", steps)
     command[command.index("0.0.0.0")] = "127.0.0.1"  # a test is nobody's server
     superlink = Program.start(command, folder / "superlink.log", folder, environment(server))
-    here = Deployment(folder, port, server, superlink)
+    here = Deployment(folder, port, server, steps, superlink)
     try:
         wait_for("SuperLink", lambda: listening(port), superlink)
         for site in SITES:
             files = certificates.make_site(folder, site)
-            registered = here.flwr("supernode", "register", str(files.public_key), "lab")
+            command = line_of("flwr supernode register", here.steps)
+            command[command.index("NAME.pub")] = str(files.public_key)
+            registered = here.flwr(*command[1:])
             assert registered.returncode == 0, registered.stdout + registered.stderr
             here.nodes[site] = here.node(site)
         here.good_run = here.run(f"project.num_clients={len(SITES)}")
