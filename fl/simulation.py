@@ -30,8 +30,9 @@ from fl.settings import FederatedSettings
 from fl.strategy import NodesMissing, RoundFailed
 from lab import entry
 from lab.data import open_source
-from lab.device import open_device
+from lab.device import check_dtype, open_device
 from lab.lora import fresh_adapter
+from lab.models import _quantization
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,9 @@ def check(settings: FederatedSettings) -> None:
     """UserError now for what every client would run into later: data, model, adapter, device."""
     project = settings.project
     client_documents(open_source(project.data), 0, project.num_clients, project.partition_by, settings.seed)
+    device = open_device(settings.device)
+    _quantization(settings.model, device, check_dtype(device, settings.model.dtype))
     fresh_adapter(settings.model, project.lora, settings.seed)
-    open_device(settings.device)
 
 
 def last_words(error: RoundFailed, place: entry.Run) -> str:

@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 
 from fl import client_app
 from fl.adapters import ARRAYS, INDEX, AdapterIndex, from_records, pack, to_array_record, to_records
-from fl.client import Site, open_client
+from fl.client import LoRAClient, Site, open_client
 from fl.client_app import make_client_app
 from fl.server import serve
 from fl.settings import FederatedSettings, WireDtype
@@ -95,7 +95,7 @@ def test_without_the_guard_the_text_of_an_error_would_travel(
     monkeypatch.setattr(client_app, "guarded", lambda message, answer: answer())
     grid = grid_of(settings, make_client_app(quoting))
     ask(grid, message_of(settings, "train"))
-    assert leaks(grid.wire) == {"text"}
+    assert "text" in leaks(grid.wire)
 
 
 def serve_here(settings: FederatedSettings, app: ClientApp, folder: Path) -> InProcessGrid:
@@ -110,7 +110,7 @@ def test_no_message_and_no_server_file_holds_a_clients_text(
     caplog.set_level("DEBUG")
     grid = serve_here(settings, make_client_app(lambda context: settings), tmp_path / "run")
     assert len(grid.wire) > 60, "every object of 12 messages and their replies was searched"
-    assert leaks([(tmp_path / "data.jsonl").read_bytes()]) == {"text"}, "it is in the clients' text"
+    assert "text" in leaks([(tmp_path / "data.jsonl").read_bytes()]), "it is in the clients' text"
     assert not leaks(grid.wire)
     assert not leaks(files_below(tmp_path / "run"))
     output = capfd.readouterr()
@@ -164,7 +164,7 @@ def test_a_client_that_leaks_on_purpose_is_found(
 ) -> None:
     honest = client_app.answer_train
 
-    def leaky(message: Message, client: client_app.LoRAClient) -> Message:
+    def leaky(message: Message, client: LoRAClient) -> Message:
         reply = honest(message, client)
         spoil(reply, settings)
         return reply
