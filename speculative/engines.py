@@ -125,7 +125,8 @@ def _with_adapter(loaded: LoadedModel, settings: ModelSettings) -> torch.nn.Modu
         return loaded.model
     from lab.lora import apply_adapter  # loads PEFT and bitsandbytes, which plain models can do without
 
-    return apply_adapter(loaded, settings.adapter)
+    adapted: torch.nn.Module = apply_adapter(loaded, settings.adapter)
+    return adapted
 
 
 def _synthetic_target(project: SpeculativeProjectSettings) -> SyntheticEngine:
