@@ -37,12 +37,6 @@ NEEDED = {
 SAMPLED = ("project.temperature=1.0", "seed=7", "project.top_k=60", "project.top_p=0.98")
 
 
-@pytest.fixture(scope="module")
-def random_verifier() -> Iterator[Role]:
-    with verifier(*RANDOM) as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
