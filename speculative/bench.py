@@ -284,6 +284,7 @@ def _listening(module: str, words: Sequence[str], folder: Path) -> Iterator[int]
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
+        watchdog.cancel()  # it has listened in time; how long it serves is not its affair
         if not line:
             raise RuntimeError(f"{module} did not listen within {START_SECONDS:g} s: {errors.name} says why")
         yield int(json.loads(line)["port"])
