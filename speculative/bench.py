@@ -15,7 +15,6 @@ Bytes are frames of the text, headers included; heartbeats are left out.
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import subprocess
 import sys
@@ -45,8 +44,6 @@ from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.tally import Tally
 from speculative.theory import sync_round_seconds, sync_speedup, verify_seconds
 from speculative.vocabulary import token_texts
-
-log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 WARM_UP_TOKENS = 5

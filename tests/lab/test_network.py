@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_the_key_comes_from_the_file_or_the_environment(
         ({"tls_certificate": "/no"}, r"^network\.tls_private_key must be set where network\.tls_certificate is"),
     ],
 )
-def test_listeners_that_are_refused(network: NetworkSettings, changes: dict[str, str], why: str) -> None:
+def test_listeners_that_are_refused(network: NetworkSettings, changes: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
         listener_tls(replace(network, **changes))
 
