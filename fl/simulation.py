@@ -5,13 +5,15 @@ Every client is a message to one of `project.workers` long-lived Ray workers; ea
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
 from typing import Any
 
@@ -59,7 +61,7 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     def work(grid: Grid, context: Context) -> None:
         figures.update(serve(StoppableGrid(grid, stop), settings, place))
 
-    with quiet_flower(), interruptible(stop):
+    with quiet_flower(), redirect_stdout(UntilStopped(stop)), interruptible(stop):
         try:
             run_simulation(
                 make_server_app(work),
@@ -199,6 +201,17 @@ def end_workers(done: threading.Event) -> None:
                 if process.cmdline()[0].startswith(WORKERS):
                     process.kill()
         done.wait(WORKERS_SECONDS)
+
+
+class UntilStopped(io.TextIOBase):
+    """A stdout for Ray, which prints there when a worker ends: to stderr, and no more once we ended the workers."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    def write(self, text: str) -> int:
+        """Hands `text` on to stderr."""
+        return len(text) if self._stop.is_set() else sys.stderr.write(text)
 
 
 @contextmanager
