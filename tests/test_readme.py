@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lab.entry import compose_settings, literal_prompt
+from simulations.link_settings import LinkRunSettings
+from speculative.settings import SpeculativeSettings
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -30,7 +34,12 @@ PROVED_ELSEWHERE = {
     "flwr list": "tests/fl/test_deployment.py",
     "python -m fl.certificates": "tests/fl/test_certificates.py",
 }
-SHELL = (". .venv/bin/activate", "export ", "mkdir ", "C=", "cd ")
+COMPOSED = {
+    "python -m speculative.": ("spec_decoding", SpeculativeSettings),
+    "python simulations/link.py": ("link", LinkRunSettings),
+}
+"""Roles that wait for a peer: their own tests run them, here their words compose."""
+SHELL = ("openssl ", ". .venv/bin/activate", "export ", "mkdir ", "C=", "cd ")
 BY_HAND = ("python3 -m venv", ".venv/bin/python")
 
 
@@ -56,7 +65,7 @@ def run(command: list[str], folder: Path) -> dict[str, object]:
 
 def test_every_command_is_known() -> None:
     assert len(commands()) >= 20
-    known = (*RUN_AS_THEY_STAND, *SHRUNK, *PROVED_ELSEWHERE, *SHELL, *BY_HAND, "make ")
+    known = (*RUN_AS_THEY_STAND, *SHRUNK, *PROVED_ELSEWHERE, *COMPOSED, *SHELL, *BY_HAND, "make ")
     unknown = [command for command in commands() if not command.startswith(known)]
     assert not unknown, f"say in this test how these are proved: {unknown}"
 
@@ -74,6 +83,14 @@ def test_a_federation_in_small(command: str, tmp_path: Path) -> None:
     result = run([*shlex.split(command), *TINY], tmp_path)
     assert result["status"] == "ok"
     assert result["rounds_completed"] == 1
+
+
+@pytest.mark.parametrize("command", starting_with(*COMPOSED))
+def test_the_words_of_a_role_compose(command: str) -> None:
+    config, settings_type = next(value for prefix, value in COMPOSED.items() if command.startswith(prefix))
+    words = [word for word in shlex.split(command.replace("<the verifier>", "10.0.0.2")) if "=" in word]
+    overrides = " ".join(shlex.quote(word) for word in literal_prompt(words))
+    assert compose_settings(config, overrides, settings_type).seed >= 0
 
 
 def test_make_targets_exist() -> None:
