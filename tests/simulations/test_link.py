@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -23,7 +24,7 @@ def echo() -> Iterator[int]:
 
         def serve() -> None:
             connection, _ = listener.accept()
-            with connection:
+            with connection, contextlib.suppress(ConnectionResetError):  # how the link ends what is open
                 while data := connection.recv(4096):
                     connection.sendall(data)
 
