@@ -1,0 +1,76 @@
+"""All shards in this process, one after the other: for tests, and for what a split costs without a network."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from lab.device import read_memory
+from split.stage import Stage
+from split.transport.base import Hop, Message, ShardReport
+
+
+class InProcess:
+    """A chain of stages, called in turn. Messages are bytes as on a wire; nothing is lost."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._stages = list(stages)
+        self._answers: deque[Message] = deque()
+        self._hops: list[dict[int, Hop]] = [{} for _ in self._stages]
+        self._sent = [0] * len(self._stages)
+
+    def submit(self, message: Message) -> None:
+        """See `Transport.submit`; the work is done here and now."""
+        on_its_way: Message | None = message
+        for index, stage in enumerate(self._stages):
+            if on_its_way is None:
+                return
+            began = time.monotonic()
+            on_its_way = stage.take(0, on_its_way)
+            ended = time.monotonic()
+            self._hops[index][message.number] = Hop(began, began, ended, ended)
+            self._sent[index] += len(on_its_way.body) if on_its_way else 0
+        if on_its_way is not None:
+            self._answers.append(on_its_way)
+
+    def collect(self) -> Message:
+        """See `Transport.collect`."""
+        return self._answers.popleft()
+
+    def restore(self, deadline: float) -> None:
+        """See `Transport.restore`."""
+        for stage in self._stages:
+            stage.forget(0)
+        self._answers.clear()
+
+    def reports(self) -> list[ShardReport]:
+        """See `Transport.reports`; the process's memory stands at every shard."""
+        last = len(self._stages) - 1
+        return [
+            report_of(stage, f"shard {index + 1}", hops, 0 if index == last else sent, sent if index == last else 0)
+            for index, (stage, hops, sent) in enumerate(zip(self._stages, self._hops, self._sent, strict=True))
+        ]
+
+    def shutdown(self) -> None:
+        """Drop the shards."""
+        self._stages.clear()
+
+
+def report_of(stage: Stage, name: str, hops: dict[int, Hop], boundary_bytes: int, answer_bytes: int) -> ShardReport:
+    """The figures of a stage in this process."""
+    memory = read_memory(stage.shard.device)
+    return ShardReport(
+        name=name,
+        layers=stage.shard.layers,
+        device=str(stage.shard.device),
+        weights_bytes=stage.shard.weights_bytes,
+        kv_bytes=stage.shard.cache.allocated_bytes,
+        rss_bytes=memory.rss_bytes,
+        peak_rss_bytes=memory.peak_rss_bytes,
+        device_memory_used_bytes=memory.device_used_bytes,
+        device_memory_total_bytes=memory.device_total_bytes,
+        boundary_bytes=boundary_bytes,
+        answer_bytes=answer_bytes,
+        hops=hops,
+    )
