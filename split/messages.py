@@ -6,9 +6,9 @@
                          <---------------------------   STEPS tokens, or FAULT
     CLOSE                ->    CLOSE              ->    frees the slot
 
-OPEN and PASS get exactly one answer each, in order: where one fails, a FAULT takes its place, and the shards behind hand
-that on. The frame's session number is the text's for OPEN and CLOSE, the pass's for PASS, and the same in the answer. A
-PASS says where each of its pieces stands, so that a rewind costs no message.
+OPEN and PASS get exactly one answer each, in order: where one fails, a FAULT takes its place, and the shards behind
+hand that on. The frame's session number is the text's for OPEN and CLOSE, the pass's for PASS, and the same in the
+answer. A PASS says where each of its pieces stands, so that a rewind costs no message.
 
 Only over tcp: ATTACH, WELCOME, JOIN, ASK and REPORT (`split.transport.tcp`).
 
@@ -42,7 +42,7 @@ MAX_ADDRESSES = 16
 class Open(Head):
     """A new text, and how its tokens are drawn. Only the last shard draws; the others take a slot."""
 
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     temperature: Annotated[float, msgspec.Meta(ge=0)]
     top_k: Uint32
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -116,7 +116,7 @@ class Fault(Head):
 class Attach(Head):
     """The client's first frame to each shard: who it is, and which shard comes next."""
 
-    client: Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+    client: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     """A random number of this attempt; JOIN names it to the next shard."""
     next: Annotated[list[ShortText], msgspec.Meta(max_length=MAX_ADDRESSES)]
     """Where the next shard may be found, `host:port`; a shard's own `project.next` goes first. Empty: the last one."""
@@ -140,7 +140,7 @@ class Welcome(Head):
 class Join(Head):
     """A shard's first frame to the next one."""
 
-    client: Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+    client: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Ask(Head):
@@ -160,10 +160,6 @@ class Report(Head):
     peak_rss_bytes: int
     device_memory_used_bytes: int | None
     device_memory_total_bytes: int | None
-    boundary_bytes: int
-    """Sent to the next shard for this client, headers included."""
-    answer_bytes: int
-    """Sent to the client as STEPS, headers included."""
 
 
 class MessageType(IntEnum):
@@ -203,16 +199,22 @@ def message_type(head: Head) -> MessageType:
 
 def table(body_bytes: int) -> MessageTable:
     """The frames of both roles; bodies up to `body_bytes`."""
-    with_body = {Pass: _HEAD_BYTES + body_bytes, Steps: 1 + body_bytes, Report: 1024 + REPORTED_PASSES * HOP.size}
-    small = {Open: 64, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8}
-    kinds = {_TYPE_OF[head]: MessageKind(head=head, max_bytes=size) for head, size in small.items()}
+    with_body: dict[type[Head], int] = {
+        Pass: _HEAD_BYTES + body_bytes,
+        Steps: 1 + body_bytes,
+        Report: 1024 + REPORTED_PASSES * HOP.size,
+    }
+    small: dict[type[Head], int] = {Open: 64, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8}
+    kinds: dict[int, MessageKind] = {
+        _TYPE_OF[head]: MessageKind(head=head, max_bytes=size) for head, size in small.items()
+    }
     kinds |= {_TYPE_OF[head]: MessageKind(head=head, max_bytes=size, has_body=True) for head, size in with_body.items()}
     return MessageTable(kinds)
 
 
-HOP = struct.Struct("<Idddd")
-"""One pass at one shard: its number, and when (monotonic seconds of that machine) it arrived, was begun, was computed,
-was handed on."""
+HOP = struct.Struct("<IdddddI")
+"""One pass at one shard: its number; when (monotonic seconds of that machine) it arrived, was begun, was computed, was
+handed on; how many of the seconds between the second and the third went into coding; the bytes handed on."""
 REPORTED_PASSES = 4096
 
 # Steps as bytes

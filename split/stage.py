@@ -6,6 +6,7 @@ Knows the encoding of the boundaries; knows nothing about networks.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Hashable
 
 import torch
@@ -16,7 +17,7 @@ from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES
 from split.boundary import Boundary, decode, encode
 from split.messages import Close, Fault, FaultCode, Open, Pass, Steps, pack_steps
-from split.shard import Entering, Shard, TextLost
+from split.shard import Entering, Leaving, Shard, TextLost
 from split.transport.base import Message
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ class Stage:
     def __init__(self, shard: Shard, boundary: Boundary) -> None:
         self.shard = shard
         self.boundary = boundary
+        self.coding_seconds = 0.0
+        """What the last message spent on turning bytes into tensors and back."""
         self._texts: dict[Hashable, set[int]] = {}
         """The open texts of each client."""
 
@@ -37,6 +40,7 @@ class Stage:
 
         Never raises for what a message holds: a `Fault` takes its place, which later shards hand on.
         """
+        self.coding_seconds = 0.0
         try:
             return self._do(client, message)
         except TextLost as lost:
@@ -70,13 +74,20 @@ class Stage:
         return message
 
     def _run(self, client: Hashable, number: int, run: Pass, body: memoryview) -> Message:
+        began = time.monotonic()
         entering = self._read(run, body)
+        decoded = time.monotonic()
         leaving = self.shard.run([(client, piece.session) for piece in run.pieces], entering)
+        computed = time.monotonic()
+        result = self._write(number, run, entering, leaving)
+        self.coding_seconds = decoded - began + time.monotonic() - computed
+        return result
+
+    def _write(self, number: int, run: Pass, entering: Entering, leaving: Leaving) -> Message:
         if not isinstance(leaving, torch.Tensor):
             return Message(number, Steps(), pack_steps(leaving))
-        ids = pack_tokens(entering.ids) if run.read_all else b""
         hidden = encode(leaving, self.boundary)
-        return Message(number, run, ids + bytes(hidden) if ids else hidden)
+        return Message(number, run, pack_tokens(entering.ids) + bytes(hidden) if run.read_all else hidden)
 
     def _read(self, run: Pass, body: memoryview) -> Entering:
         shard = self.shard

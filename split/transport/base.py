@@ -28,6 +28,10 @@ class Hop(NamedTuple):
     began: float
     computed: float
     sent: float
+    coding: float
+    """Seconds between `began` and `computed` that went into turning bytes into tensors and back."""
+    sent_bytes: int
+    """Handed on, headers included (in process: there are none)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,6 @@ class ShardReport:
     peak_rss_bytes: int
     device_memory_used_bytes: int | None
     device_memory_total_bytes: int | None
-    boundary_bytes: int
-    """Sent to the next shard for this client, headers included."""
-    answer_bytes: int
-    """Sent to the client as answers, headers included."""
     hops: dict[int, Hop]
     """Its last passes, by number."""
 

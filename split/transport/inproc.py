@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from lab.device import read_memory
+from split.messages import Pass
 from split.stage import Stage
 from split.transport.base import Hop, Message, ShardReport
 
@@ -18,7 +19,6 @@ class InProcess:
         self._stages = list(stages)
         self._answers: deque[Message] = deque()
         self._hops: list[dict[int, Hop]] = [{} for _ in self._stages]
-        self._sent = [0] * len(self._stages)
 
     def submit(self, message: Message) -> None:
         """See `Transport.submit`; the work is done here and now."""
@@ -29,8 +29,8 @@ class InProcess:
             began = time.monotonic()
             on_its_way = stage.take(0, on_its_way)
             ended = time.monotonic()
-            self._hops[index][message.number] = Hop(began, began, ended, ended)
-            self._sent[index] += len(on_its_way.body) if on_its_way else 0
+            if isinstance(message.head, Pass):
+                self._hops[index][message.number] = _hop(began, ended, stage, on_its_way)
         if on_its_way is not None:
             self._answers.append(on_its_way)
 
@@ -46,10 +46,9 @@ class InProcess:
 
     def reports(self) -> list[ShardReport]:
         """See `Transport.reports`; the process's memory stands at every shard."""
-        last = len(self._stages) - 1
         return [
-            report_of(stage, f"shard {index + 1}", hops, 0 if index == last else sent, sent if index == last else 0)
-            for index, (stage, hops, sent) in enumerate(zip(self._stages, self._hops, self._sent, strict=True))
+            report_of(stage, f"shard {index + 1}", hops)
+            for index, (stage, hops) in enumerate(zip(self._stages, self._hops, strict=True))
         ]
 
     def shutdown(self) -> None:
@@ -57,7 +56,12 @@ class InProcess:
         self._stages.clear()
 
 
-def report_of(stage: Stage, name: str, hops: dict[int, Hop], boundary_bytes: int, answer_bytes: int) -> ShardReport:
+def _hop(began: float, ended: float, stage: Stage, handed_on: Message | None) -> Hop:
+    sent_bytes = len(handed_on.body) if handed_on else 0
+    return Hop(began, began, ended, ended, stage.coding_seconds, sent_bytes)
+
+
+def report_of(stage: Stage, name: str, hops: dict[int, Hop]) -> ShardReport:
     """The figures of a stage in this process."""
     memory = read_memory(stage.shard.device)
     return ShardReport(
@@ -70,7 +74,5 @@ def report_of(stage: Stage, name: str, hops: dict[int, Hop], boundary_bytes: int
         peak_rss_bytes=memory.peak_rss_bytes,
         device_memory_used_bytes=memory.device_used_bytes,
         device_memory_total_bytes=memory.device_total_bytes,
-        boundary_bytes=boundary_bytes,
-        answer_bytes=answer_bytes,
         hops=hops,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,7 +49,7 @@ def saved_model(architecture: str, folder: Path, dtype: torch.dtype = torch.floa
 def shards(settings: ModelSettings, cuts: Sequence[int], limits: ShardLimits = LIMITS) -> list[Shard]:
     """Shards of layers [cuts[0], cuts[1]), [cuts[1], cuts[2]), ..."""
     made = []
-    for first, last in zip(cuts, cuts[1:]):
+    for first, last in itertools.pairwise(cuts):
         begins, ends = first == 0, last == cuts[-1]
         model = load_layers(settings, torch.device("cpu"), first, last, embedding=begins, head=ends)
         if settings.name == "gemma2":

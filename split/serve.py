@@ -1,0 +1,90 @@
+"""One shard of a split model behind a port. `python -m split.serve project.layers=15:30`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from lab import entry
+from lab.device import open_device
+from lab.network import address_for_peers, client_side_tls, listener_tls
+from lab.settings import UserError
+from split.network import endpoint
+from split.opening import load_stage, model_layers
+from split.serving import ShardServer
+from split.settings import SplitSettings, parse_layers
+from split.transport.tcp import Address
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
+    """Serves until Ctrl+C; the figures of the last line."""
+    project, network = settings.project, settings.network
+    if project.layers is None:
+        raise UserError("project.layers must be set for a shard, as first:last, got null")
+    tls = listener_tls(network)  # before a model is loaded for nothing
+    layers = parse_layers(project.layers)
+    stage = load_stage(settings, open_device(settings.device), layers)
+    server = ShardServer(
+        stage,
+        name=f"{settings.model.name} {project.layers}",
+        model_layers=model_layers(settings),
+        endpoint=endpoint(settings, "shard"),
+        next_addresses=[Address.parse(project.next)] if project.next else [],
+        client_tls=client_side_tls(network),
+    )
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    if project.follow_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    try:
+        asyncio.run(_serve(server, settings, tls))
+    except KeyboardInterrupt:
+        log.info("stopped")
+    return {"role": "shard", "layers": project.layers, "weights_bytes": stage.shard.weights_bytes}
+
+
+async def _serve(server: ShardServer, settings: SplitSettings, tls: Any) -> None:
+    network = settings.network
+
+    def announce(port: int) -> None:
+        ready = {"status": "listening", "role": "shard", "host": network.host, "port": port}
+        print(json.dumps(ready | {"layers": settings.project.layers}), flush=True)
+        address = f"{address_for_peers(network.host)}:{port}"
+        print(f"this shard's address in the client's project.shards=[...]: {address}", file=sys.stderr, flush=True)
+
+    try:
+        await server.serve(
+            host=network.host,
+            port=network.port,
+            max_connections=settings.project.max_connections,
+            tls=tls,
+            announce=announce,
+        )
+    except OSError as error:
+        raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with_stdin() -> None:
+    """The process that started us holds the other end of the pipe: when it is gone, however, so are we."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    """Composes `conf/split_inf.yaml` and serves."""
+    entry.main("split_inf", SplitSettings, run)
+
+
+if __name__ == "__main__":
+    main()
