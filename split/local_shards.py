@@ -36,15 +36,25 @@ class LocalShards:
 
     def __init__(self, layers: Sequence[range], folder: Path, start_seconds: float) -> None:
         self._layers, self._folder, self._start_seconds = layers, folder, start_seconds
+        self._group_port: int | None = None
         self.processes: list[subprocess.Popen[str]] = []
         self.addresses: list[Address] = []
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="local shards", daemon=True)
 
+    @classmethod
+    def of_group(cls, layers: Sequence[range], folder: Path, port: int) -> Self:
+        """Members of a torch RPC group that meets at `port`: they do not listen, and are not started again."""
+        shards = cls(layers, folder, start_seconds=0.0)
+        shards._group_port = port
+        return shards
+
     def __enter__(self) -> Self:
         try:
             for index in range(len(self._layers)):
-                self.processes.append(self._start(index, port=0))
+                self.processes.append(self._start(index, self._group_port or 0))
+            if self._group_port is not None:
+                return self
             deadline = time.monotonic() + self._start_seconds
             self.addresses = [self._address(index, deadline) for index in range(len(self.processes))]
         except BaseException:
@@ -82,7 +92,7 @@ class LocalShards:
             for index, process in enumerate(self.processes):
                 if process.poll() is not None:
                     log.warning("shard %d has ended with code %s; starting it again", index + 1, process.returncode)
-                    self.processes[index] = self._start(index, port=self.addresses[index].port)
+                    self.processes[index] = self._start(index, self.addresses[index].port)
 
     def _start(self, index: int, port: int) -> subprocess.Popen[str]:
         layers = self._layers[index]
@@ -93,6 +103,7 @@ class LocalShards:
             f"project.layers={layers.start}:{layers.stop}",
             "project.follow_stdin=true",
             f"network.port={port}",
+            *([f"project.rank={index + 1}", f"project.world_size={len(self._layers) + 1}"] if self._group_port else []),
             f"hydra.run.dir={folder}",
         ]
         with (folder / "stderr.log").open("a") as log_file:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,14 +15,17 @@ from lab.network import client_side_tls
 from lab.settings import UserError
 from lab.wire import WireError
 from split.local_shards import LocalShards
-from split.network import endpoint
+from split.network import endpoint, fingerprints
 from split.settings import SplitSettings, TransportKind
 from split.shard import ShardLimits, load_shard
 from split.sharded_model import ShardedModel
 from split.stage import Stage
-from split.transport.base import ShardLost, Transport
+from split.transport.base import ShardLost
 from split.transport.inproc import InProcess
 from split.transport.tcp import Address, ChainMismatch, TcpChain
+
+if TYPE_CHECKING:
+    from split.transport.rpc import RpcChain
 
 
 def model_layers(settings: SplitSettings) -> int:
@@ -76,6 +81,11 @@ def sharded_model(settings: SplitSettings, device: torch.device, folder: Path) -
     project = settings.project
     if project.shards and project.local_shards:
         raise UserError(f"project.local_shards must be 0 where project.shards is given, got {project.local_shards}")
+    if project.transport is TransportKind.rpc and not project.local_shards:
+        if project.shards or not project.world_size:
+            raise UserError("project.world_size must be set for transport=rpc (its shards come to us), got 0")
+        yield from _lasting(settings, _join_group(settings, project.world_size, settings.network.port))
+        return
     count = len(project.shards) or project.local_shards
     if not count:
         raise UserError("project.shards must name at least one shard (or set project.local_shards), got []")
@@ -84,14 +94,17 @@ def sharded_model(settings: SplitSettings, device: torch.device, folder: Path) -
         yield from _lasting(settings, InProcess(stages))
     elif project.shards:
         yield from _lasting(settings, _connect(settings, [Address.parse(text) for text in project.shards]))
+    elif project.transport is TransportKind.rpc:
+        with LocalShards.of_group(ranges(settings, count), folder, port := free_port()):
+            yield from _lasting(settings, _join_group(settings, count + 1, port))
     else:
         with LocalShards(ranges(settings, count), folder, project.start_seconds) as shards:
             yield from _lasting(settings, _connect(settings, shards.addresses))
 
 
-def _lasting(settings: SplitSettings, transport: Transport) -> Iterator[ShardedModel]:
+def _lasting(settings: SplitSettings, transport: InProcess | TcpChain | RpcChain) -> Iterator[ShardedModel]:
     config = load_config(settings.model).get_text_config(decoder=True)
-    context = transport.context if isinstance(transport, TcpChain) else context_of(settings)
+    context = context_of(settings) if isinstance(transport, InProcess) else transport.context
     engine = ShardedModel(
         transport,
         vocabulary_size=int(config.vocab_size),
@@ -103,6 +116,19 @@ def _lasting(settings: SplitSettings, transport: Transport) -> Iterator[ShardedM
         yield engine
     finally:
         engine.shutdown()
+
+
+def _join_group(settings: SplitSettings, world_size: int, port: int) -> RpcChain:
+    from split.transport.rpc import RpcChain, check_master  # some systems lack it
+
+    check_master(settings.network)
+    return RpcChain(world_size, settings.network, port, fingerprints(settings))
+
+
+def free_port() -> int:
+    """A port that was free just now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def _connect(settings: SplitSettings, addresses: Sequence[Address]) -> TcpChain:

@@ -15,10 +15,11 @@ from lab import entry
 from lab.device import open_device
 from lab.network import address_for_peers, client_side_tls, listener_tls
 from lab.settings import UserError
-from split.network import endpoint
+from split.network import endpoint, fingerprints
 from split.opening import load_stage, model_layers
 from split.serving import ShardServer
-from split.settings import SplitSettings, parse_layers
+from split.settings import SplitSettings, TransportKind, parse_layers
+from split.stage import Stage
 from split.transport.tcp import Address
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     project, network = settings.project, settings.network
     if project.layers is None:
         raise UserError("project.layers must be set for a shard, as first:last, got null")
+    if project.transport is TransportKind.rpc:
+        return _serve_group(settings)
     tls = listener_tls(network)  # before a model is loaded for nothing
     layers = parse_layers(project.layers)
     stage = load_stage(settings, open_device(settings.device), layers)
@@ -40,14 +43,47 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
         next_addresses=[Address.parse(project.next)] if project.next else [],
         client_tls=client_side_tls(network),
     )
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
-    if project.follow_stdin:
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    _listen_for_the_end(project.follow_stdin)
     try:
         asyncio.run(_serve(server, settings, tls))
     except KeyboardInterrupt:
         log.info("stopped")
-    return {"role": "shard", "layers": project.layers, "weights_bytes": stage.shard.weights_bytes}
+    return _result(project.layers, stage)
+
+
+def _serve_group(settings: SplitSettings) -> dict[str, Any]:
+    """A shard in a group of torch's RPC."""
+    from split.transport.rpc import Place, Seat, check_master, serve_seat  # some systems lack it
+
+    project = settings.project
+    assert project.layers is not None
+    check_master(settings.network)
+    if not 1 <= project.rank < project.world_size:
+        raise UserError(f"project.rank must be in [1, world_size={project.world_size}), got {project.rank}")
+    stage = load_stage(settings, open_device(settings.device), parse_layers(project.layers))
+    place = Place(
+        name=f"{settings.model.name} {project.layers}",
+        layers=stage.shard.layers,
+        model_layers=model_layers(settings),
+        context=stage.shard.limits.context,
+        fingerprints=fingerprints(settings),
+    )
+    _listen_for_the_end(project.follow_stdin)
+    try:
+        serve_seat(Seat(stage, place), project.rank, project.world_size, settings.network)
+    except KeyboardInterrupt:
+        log.info("stopped")
+    return _result(project.layers, stage)
+
+
+def _result(layers: str, stage: Stage) -> dict[str, Any]:
+    return {"role": "shard", "layers": layers, "weights_bytes": stage.shard.weights_bytes}
+
+
+def _listen_for_the_end(follow_stdin: bool) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    if follow_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
 
 
 async def _serve(server: ShardServer, settings: SplitSettings, tls: Any) -> None:

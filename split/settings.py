@@ -30,6 +30,10 @@ class SplitProjectSettings:
     """Shard: its layers, `first:last`, counted from 0, without the last."""
     next: str | None
     """Shard: where the next one listens, `host:port`, as seen from here; null: the client says it."""
+    rank: int
+    """Shard over rpc: its place in the group, 1 for the first one; the client is 0."""
+    world_size: int
+    """Over rpc: processes of the group, client included; `network.host` and `port` are where the client opens it."""
     follow_stdin: bool
     """Shard: end when standard input ends, so that it does not outlive the process that started it."""
     shards: list[str]
@@ -72,8 +76,9 @@ class SplitProjectSettings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "prefill_chunk", "sessions", "max_connections", "cache_bucket"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("local_shards", "temperature", "top_k", "recovery_seconds", "context", "idle_seconds"):
+        for name in ("local_shards", "temperature", "top_k", "recovery_seconds", "context", "idle_seconds", "rank"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
+        require(self.world_size == 0 or self.world_size >= 2, "world_size must be 0 or at least 2", self.world_size)
         require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
         require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)
         require(self.cache_limit_bytes >= 2**16, "cache_limit_bytes must be at least 64 KiB", self.cache_limit_bytes)

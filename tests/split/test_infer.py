@@ -73,6 +73,29 @@ def test_shards_that_are_killed_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+def test_rpc_says_the_same_text_and_notices_a_loss(tmp_path: Path) -> None:
+    words = [*WORDS, "project.local_shards=2", "project.max_new_tokens=60"]
+    runs = [_start("infer", tmp_path / name, [*words, f"project.transport={name}"]) for name in ("inproc", "rpc")]
+    (code, expected, err), (rpc_code, result, rpc_err) = (_finished(run) for run in runs)
+    assert (code, rpc_code) == (0, 0), err + rpc_err
+    assert result["token_ids"] == expected["token_ids"]
+    assert result["transport"] == "rpc"
+    longer = [*WORDS, "project.local_shards=2", "project.max_new_tokens=1000", "project.transport=rpc"]
+    process = _start("infer", tmp_path / "lost", longer)
+    shards = _shards_of(process, 2)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    shards[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    code, _, err = _finished(process)
+    assert code == 1
+    assert "transport=rpc cannot replace it" in err
+    assert time.monotonic() - killed < 20
+    _, alive = psutil.wait_procs(shards, timeout=10)
+    assert not alive
+
+
+@pytest.mark.real
 def test_ctrl_c_leaves_no_shard_behind(tmp_path: Path) -> None:
     words = [*WORDS, "project.local_shards=2", "project.max_new_tokens=1000"]
     process = _start("infer", tmp_path / "split", words)
@@ -92,6 +115,11 @@ def test_ctrl_c_leaves_no_shard_behind(tmp_path: Path) -> None:
         ("serve", ["project.layers=2:9"], "layers must be a range within the model's 4 layers, got 2 to 9"),
         ("serve", ["project.layers=0:2", "project.cache_limit_bytes=70000"], "1024 tokens of layers 0:2 need 1048576"),
         ("infer", ["project.local_shards=2", "project.cuts=[4]"], "project.cuts must be 1 numbers below"),
+        (
+            "infer",
+            ["project.local_shards=2", "project.transport=rpc", "network.host=192.0.2.1"],
+            "network.host must be loopback for transport=rpc (it is pickle",
+        ),
         ("infer", ["project.shards=[127.0.0.1:1]", "project.start_seconds=0.2"], "could not be reached"),
     ],
 )
