@@ -17,7 +17,7 @@ from typing import Self
 from hydra.core.hydra_config import HydraConfig
 
 from lab.settings import UserError
-from split.transport.tcp import Address
+from split.address import Address
 
 log = logging.getLogger(__name__)
 

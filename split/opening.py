@@ -14,6 +14,7 @@ from lab.models import load_config
 from lab.network import client_side_tls
 from lab.settings import UserError
 from lab.wire import WireError
+from split.address import Address
 from split.local_shards import LocalShards
 from split.network import endpoint, fingerprints
 from split.settings import SplitSettings, TransportKind
@@ -22,7 +23,7 @@ from split.sharded_model import ShardedModel
 from split.stage import Stage
 from split.transport.base import ShardLost
 from split.transport.inproc import InProcess
-from split.transport.tcp import Address, ChainMismatch, TcpChain
+from split.transport.tcp import ChainMismatch, TcpChain
 
 if TYPE_CHECKING:
     from split.transport.rpc import RpcChain

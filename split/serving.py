@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from lab.device import read_memory
 from lab.wire import BadFrame, Endpoint, Frame, FrameConnection, FrameServer, WireError, connect
+from split.address import Address
 from split.messages import (
     HOP,
     REPORTED_PASSES,
@@ -36,7 +37,6 @@ from split.messages import (
 )
 from split.stage import Stage
 from split.transport.base import Message
-from split.transport.tcp import Address
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lab.settings import LabSettings, register_project, require
+from split.address import Address
 from split.boundary import Boundary
-from split.transport.tcp import Address
 
 
 class TransportKind(Enum):

@@ -15,7 +15,8 @@ from lab.kv import CacheFull
 from lab.sampling import Sampling
 from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES
-from split.boundary import Boundary, decode, encode
+from split.boundary import Boundary
+from split.coding import decode, encode
 from split.messages import Close, Fault, FaultCode, Open, Pass, Steps, pack_steps
 from split.shard import Entering, Leaving, Shard, TextLost
 from split.transport.base import Message

@@ -14,9 +14,9 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from lab.wire import BadFrame, Endpoint, Frame, FrameSocket, PeerMismatch, PeerRefused, Unreachable, WireError, WrongKey
+from split.address import Address
 from split.messages import (
     HOP,
     Ask,
@@ -36,25 +36,6 @@ CLOCK_ROUNDS = 5
 """The shortest of so many round trips tells how far a shard's clock is from ours."""
 RETRY_SECONDS = 0.1
 _HOPELESS = (WrongKey, PeerMismatch, PeerRefused, BadFrame)
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a shard listens."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """From `host:port`; an IPv6 host stands in brackets. ValueError for anything else."""
-        host, colon, port = text.rpartition(":")
-        if not (colon and host and port.isdecimal() and 0 < int(port) <= 65535):
-            raise ValueError(f"must be host:port, got {text!r}")
-        return cls(host.removeprefix("[").removesuffix("]"), int(port))
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class ChainMismatch(ValueError):

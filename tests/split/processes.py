@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import Self
 
 from lab.wire import Deadlines, Endpoint, Limits
+from split.address import Address
 from split.boundary import Boundary
 from split.messages import PROTOCOL, table
 from split.serving import ShardServer
 from split.shard import Shard
 from split.stage import Stage
-from split.transport.tcp import Address, TcpChain
+from split.transport.tcp import TcpChain
 
 FINGERPRINTS = {"model": "tests:1", "dtype": "float32", "boundary": "float32"}
 MAX_BYTES = 2**22

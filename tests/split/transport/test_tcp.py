@@ -14,11 +14,12 @@ import torch
 from lab.link import CutKind, Link, LinkSettings, OneWay
 from lab.sampling import Sampling
 from lab.wire import PeerMismatch, PeerRefused, WrongKey
+from split.address import Address
 from split.boundary import Boundary
 from split.sharded_model import ShardedModel
 from split.times import take_apart
 from split.transport.base import ShardLost
-from split.transport.tcp import Address, ChainMismatch
+from split.transport.tcp import ChainMismatch
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
 from tests.split.processes import Process, chain, endpoint
 from tests.split.test_sharded_model import conversation
