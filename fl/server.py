@@ -22,6 +22,7 @@ from fl.report import RoundFigures, history, summary
 from fl.settings import FederatedSettings
 from fl.sizes import base_bytes
 from fl.strategy import RoundReport, WeightedFedAvg
+from lab.device import open_device, read_memory
 from lab.entry import Run
 from lab.environment import commit
 from lab.lora import fresh_adapter, lora_config
@@ -38,14 +39,14 @@ def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]
     Raises RoundFailed or NodesMissing (fl/strategy.py); every finished round's adapter is on disk then.
     """
     begin = time.perf_counter()
-    project = settings.project
+    project, device = settings.project, open_device(settings.device)
     initial = first_adapter(settings)
     index = AdapterIndex.of(initial, project.wire_dtype)
     folders = adapter_folders(settings, place)
     written = [folders.write(0, initial, {})]
     reports: list[RoundReport] = []
     with Tracker(settings, "fed_learn", place.folder) as tracker:
-        with progress("round", project.rounds, settings.tracking.progress) as counter:
+        with progress("client reply", replies_expected(settings), settings.tracking.progress) as counter:
 
             def on_round(report: RoundReport) -> None:
                 card = {
@@ -54,18 +55,46 @@ def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]
                 }
                 written.append(folders.write(report.round, report.adapter, card))
                 reports.append(replace(report, adapter={}))  # the history keeps figures, no tensors
-                tracker.log(
-                    report.round, **report.train, **{f"{key}_before": value for key, value in report.evaluate.items()}
+                tracker.log(report.round, **row(report), server_rss_bytes=read_memory(device).rss_bytes)
+                log.info(
+                    "round %d of %d: held-out loss was %.4f",
+                    report.round,
+                    project.rounds,
+                    card["eval_loss_before_round"],
                 )
-                counter.advance(f"held-out loss before it: {report.evaluate['eval_loss']:.4f}")
 
             run = strategy(settings, index).run(
-                grid, initial, num_rounds=project.rounds, train_config={}, evaluate_config={}, on_round=on_round
+                grid,
+                initial,
+                num_rounds=project.rounds,
+                train_config={},
+                evaluate_config={},
+                on_round=on_round,
+                on_reply=counter.advance,
             )
         figures = finish(settings, place, history(reports, run), index, written[-1])
         figures |= {"wall_seconds": time.perf_counter() - begin}
         tracker.result(figures)
     return figures
+
+
+def replies_expected(settings: FederatedSettings) -> int:
+    """Messages of a whole run: one a client a round, and the evaluation after the last."""
+    return (settings.project.rounds + 1) * max(1, round(settings.project.fraction * settings.project.num_clients))
+
+
+def row(report: RoundReport) -> dict[str, Any]:
+    """One round's figures for metrics.jsonl; held-out figures are those of the adapter the round began with."""
+    return {
+        **report.train,
+        **{f"{key}_before": value for key, value in report.evaluate.items()},
+        "uplink_bytes": report.uplink_bytes,
+        "downlink_bytes": report.downlink_bytes,
+        "round_seconds": report.round_seconds,
+        "aggregate_seconds": report.aggregate_seconds,
+        "replies": len(report.clients),
+        "refused": len(report.refused),
+    }
 
 
 def finish(

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,28 +21,36 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fl.checkpoint import latest_adapter
 from fl.client_app import make_client_app
 from fl.partition import client_documents
 from fl.server import serve
 from fl.server_app import make_server_app
 from fl.settings import FederatedSettings
+from fl.strategy import NodesMissing, RoundFailed
 from lab import entry
 from lab.data import open_source
-from lab.device import open_device
+from lab.device import check_dtype, open_device
 from lab.lora import fresh_adapter
+from lab.models import _quantization
 
 log = logging.getLogger(__name__)
+
+MAX_REASONS = 3
+"""Different reasons that a failed run's last words quote; every one is in the log."""
 
 
 def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     """Runs the federation here and returns the figures of the last line.
 
-    Raises what the server raises, and KeyboardInterrupt after Ctrl+C, when every worker has ended.
+    Raises what the server raises, SystemExit with one line (exit code 1) when the clients cannot go on, and
+    KeyboardInterrupt after Ctrl+C, when every worker has ended.
     """
     check(settings)
     # A long-lived worker that loads and trains in turn otherwise keeps much of what it freed (glibc's arenas).
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "100000")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a message that is under way at Ctrl+C would start Ray anew
     from flwr.simulation import run_simulation
 
     figures: dict[str, Any] = {}
@@ -58,6 +67,10 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
                 num_supernodes=settings.project.num_clients,
                 backend_config=backend(settings),
             )
+        except RoundFailed as error:
+            raise SystemExit(f"error: {last_words(error, place)}") from None
+        except NodesMissing as error:
+            raise SystemExit(f"error: {error}") from None
         except Exception:
             if not stop.is_set():
                 raise
@@ -70,8 +83,18 @@ def check(settings: FederatedSettings) -> None:
     """UserError now for what every client would run into later: data, model, adapter, device."""
     project = settings.project
     client_documents(open_source(project.data), 0, project.num_clients, project.partition_by, settings.seed)
+    device = open_device(settings.device)
+    _quantization(settings.model, device, check_dtype(device, settings.model.dtype))
     fresh_adapter(settings.model, project.lora, settings.seed)
-    open_device(settings.device)
+
+
+def last_words(error: RoundFailed, place: entry.Run) -> str:
+    """What ended the run, each reason once, and the adapter that is left; one line."""
+    reasons = Counter(refusal.reason for refusal in error.refused).most_common()
+    told = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
+    more = [f"{len(reasons) - MAX_REASONS} more reasons"] if len(reasons) > MAX_REASONS else []
+    left = latest_adapter(place.folder / "adapters")
+    return f"round {error.server_round} had no good reply: {'; '.join(told + more)}; the last good adapter is {left}"
 
 
 def backend(settings: FederatedSettings) -> dict[str, Any]:
@@ -84,6 +107,10 @@ def backend(settings: FederatedSettings) -> dict[str, Any]:
         "init_args": {"num_cpus": workers, "num_gpus": gpus, "logging_level": "ERROR", "log_to_driver": False},
         "client_resources": {"num_cpus": 1, "num_gpus": gpus / workers},
     }
+
+
+SHUTDOWN_SECONDS = 10.0
+"""Longest wait for Ray to end its processes after Ctrl+C."""
 
 
 class Stopped(RuntimeError):
@@ -147,22 +174,27 @@ def interruptible(stop: threading.Event) -> Iterator[None]:
 
         stop.set()
         # Flower waits for its workers on the way out, so they must go while it waits.
-        threading.Thread(target=ray.shutdown, daemon=True).start()
+        ending = threading.Thread(target=ray.shutdown, daemon=True)
+        ending.start()
+        endings.append(ending)
         raise KeyboardInterrupt
 
+    endings: list[threading.Thread] = []
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        for ending in endings:
+            ending.join(SHUTDOWN_SECONDS)
 
 
 @contextmanager
 def quiet_flower() -> Iterator[None]:
-    """Flower's own log reports every step and its deprecation; ours says what a user needs."""
+    """Flower logs every step, its deprecation, and pages for a client that fails; the strategy says that in a line."""
     logger = logging.getLogger("flwr")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -29,7 +29,6 @@ REWORDED = (
     ),
     (r"Multiple values for (\S+?)\. .*: (.*)'", "{0} exists already, write it without +, got {1!r}"),
     (r"Ambiguous value for argument '(.*?)=(.*?)'", "{0} must be one value (a list is written [a,b]), got {1!r}"),
-    (r"You must specify '(.*?)'.*Available options: (.*)", "{0} must be one of {1}, got nothing"),
 )
 """Hydra's text with its line ends as spaces, and ours."""
 
@@ -48,6 +47,8 @@ def explain(error: HydraException) -> str:
     if cause := _from_omegaconf(error):
         file = re.match(r"In '.*?': (?=\w+ raised while composing)", text)  # the value stands in a YAML file
         return (file[0] if file else "") + _describe_override(cause, text)
+    if found := re.match(r"You must specify '(.*?)'.*Available options: (.*)", text):
+        return f"{found[1]} must be one of {_choices(found[2].split())}, got nothing"
     for pattern, ours in REWORDED:
         if found := re.match(pattern, text):
             return ours.format(*found.groups())
@@ -112,9 +113,13 @@ def _missing_choice(error: MissingConfigException, text: str) -> str:
         here = _registered(group)
         return f"{group} must be {' or '.join(here)} for this command, got {choice.removeprefix('base_')!r}"
     if group and error.options:
-        options = [option for option in error.options if not option.startswith("base_")]
-        return f"{group} must be one of {', '.join(options)}, got {choice!r}"
+        return f"{group} must be one of {_choices(error.options)}, got {choice!r}"
     return text.partition(" Config search path:")[0]
+
+
+def _choices(options: Iterable[str]) -> str:
+    """What people may type: `base_*` are the schemas that YAML extends."""
+    return ", ".join(option for option in options if not option.startswith("base_"))
 
 
 def _registered(group: str) -> list[str]:

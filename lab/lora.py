@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from transformers.modeling_utils import PreTrainedModel
 from lab.models import LoadedModel, load_config
 from lab.settings import LoraSettings, ModelSettings, UserError
 
+RECORD_FILE = "lab_adapter.json"
+"""Beside the files of a PEFT folder: where the adapter comes from. Whoever writes an adapter writes one."""
 IDENTITY_KEY = "base_model_identity"
-"""Key of lab_adapter.json beside a PEFT folder: which weights the adapter was trained on."""
+"""Which weights the adapter was trained on: `lab.models.model_identity`."""
 
 
 def lora_config(targets: list[str], lora: LoraSettings) -> LoraConfig:
@@ -37,19 +40,9 @@ def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraSettings) -> 
         if target not in present:
             known = ", ".join(present)
             raise UserError(f"model.lora_targets must be linear modules of the model ({known}), got {target!r}")
-    keep_differentiable(model)
-    return get_peft_model(model, lora_config(targets, lora))
-
-
-def keep_differentiable(model: torch.nn.Module) -> None:
-    """Keeps 4-bit layers from repacking their weights for inference.
-
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first forward pass in evaluation mode, and the
-    kernel for the packed form has no gradient: training after an evaluation would run on silently wrong gradients.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 a question under its old name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(model, lora_config(targets, lora))
 
 
 def fresh_adapter(settings: ModelSettings, lora: LoraSettings, seed: int) -> dict[str, torch.Tensor]:
@@ -103,12 +96,18 @@ def check_adapter_folder(place: Path, identity: str) -> None:
         raise UserError(
             f"model.adapter must be a PEFT folder (adapter_config.json, adapter_model.safetensors), got {str(place)!r}"
         )
-    record = place / "lab_adapter.json"
-    try:
-        trained_on = json.loads(record.read_text()).get(IDENTITY_KEY) if record.exists() else None
-    except (ValueError, AttributeError):
-        raise UserError(f"model.adapter must hold a lab_adapter.json that is JSON, got {str(record)!r}") from None
+    trained_on = recorded_identity(place)
     if trained_on not in (None, identity):
         raise UserError(
             f"model.adapter must belong to base model {identity}, got {str(place)!r} trained on {trained_on}"
         )
+
+
+def recorded_identity(place: Path) -> str | None:
+    """The base model an adapter folder says it belongs to; None when it does not say. UserError for a broken record."""
+    record = place / RECORD_FILE
+    try:
+        found = json.loads(record.read_text(encoding="utf-8")).get(IDENTITY_KEY) if record.exists() else None
+    except (ValueError, AttributeError):
+        raise UserError(f"model.adapter must hold a {RECORD_FILE} that is JSON, got {str(record)!r}") from None
+    return None if found is None else str(found)

@@ -98,6 +98,8 @@ class EngineDrafts:
         self._engine.shutdown()
 
     def _next_id(self) -> int:
+        # At least one token is fed, though it was before: a guess that did not count has left none.
+        self._session.position = min(self._session.position, len(self._text) - 1)
         # The target's padding may be longer than ours: such an id is some token to us, which only costs guesses.
         largest = self._engine.vocabulary_size - 1
         unseen = [min(token, largest) for token in self._text[self._session.position :]]

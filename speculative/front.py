@@ -45,7 +45,7 @@ LONGEST_REQUEST_BYTES = 2**18
 class FirstProtocolAnswers:
     """How requests of the first protocol are answered: plain text, greedy."""
 
-    to_ids: Callable[[str], list[int]]
+    to_ids: Callable[[str], Sequence[int]]
     max_new_tokens: int
     timeout_seconds: float
     """Longest silence of a client."""

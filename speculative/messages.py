@@ -31,7 +31,7 @@ MAX_VOCABULARY_BYTES = 2**24
 MAX_END_IDS = 16
 
 Uint32 = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
-Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
 LongText = Annotated[str, msgspec.Meta(max_length=1024)]
 EndIds = Annotated[list[Uint32], msgspec.Meta(max_length=MAX_END_IDS)]

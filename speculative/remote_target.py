@@ -65,7 +65,11 @@ class RemoteTarget:
         self._is_open = False
         self._reader = threading.Thread(target=self._read, name="drafter-reader", daemon=True)
         self._reader.start()
-        self.welcome: Welcome = self._expect(MessageType.welcome, "WELCOME").head
+        try:
+            self.welcome: Welcome = self._expect(MessageType.welcome, "WELCOME").head
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -144,14 +148,18 @@ class RemoteTarget:
             except WireError:  # there is nobody to tell; whoever waits for an answer hears of it
                 return
 
+    def close(self) -> None:
+        """End the connection."""
+        self._frames.close()
+        self._reader.join()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._frames.close()
-        self._reader.join()
+        self.close()
 
     def _read(self) -> None:
         try:
@@ -215,7 +223,8 @@ def connect(host: str, port: int, endpoint: Endpoint, tls: ssl.SSLContext | None
         error = state.outcome.exception()
         assert isinstance(error, Unreachable)
         waited = time.monotonic() - began
-        error.args = (f"{error.role} {error.address}: no answer in {waited:.1f} s, attempt {state.attempt_number}",)
+        error.what += f"; gave up after {waited:.1f} s, attempt {state.attempt_number}"
+        error.args = (f"{error.role} {error.address} {error.what}",)
         raise error
 
     retrying = Retrying(

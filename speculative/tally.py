@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,19 @@ class Tally:
             "draft_waste": _over(made - accepted, made),
             "guess_cross_entropy": _over(sum(nll), len(nll)),
         }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row of figures a round, for metrics; lists only where the verifier reported them."""
+        for before, now, done in zip([self._began, *self._times], self._times, self.rounds):
+            row: dict[str, Any] = {
+                "round_seconds": now - before,
+                "round_guesses": len(done.guesses),
+                "round_accepted": done.accepted,
+                "round_tokens": len(done.tokens),
+            }
+            if done.margins:
+                row |= {"round_guess_cross_entropy": done.guess_nll, "round_margins": done.margins}
+            yield row
 
     @staticmethod
     def _alpha_by_position(drafted: list[Round]) -> list[float]:

@@ -146,13 +146,14 @@ class Text:
         new = until_end([*guesses[:accepted], chosen[accepted]], end_ids)
         if accepted < len(guesses):
             self.epoch += 1
+        kept, ids = new[:accepted], new[accepted:]
         verdict = Verdict(
             key=self.key,
             epoch=self.epoch,
             position=self.position,
-            accepted=min(accepted, len(new)),
-            ids=new[accepted:],
-            guess_nll=nll[: accepted + 1],
+            accepted=len(kept),
+            ids=ids,
+            guess_nll=nll[: len(kept) + len(ids)],
             margins=margins[: len(new)],
         )
         self.session.position = min(self.session.position, self.position + accepted)

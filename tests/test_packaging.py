@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lab", "fl", "speculative", "split", "conf", "simulations")
 DEADLINE = 180.0
+INSTALLED = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+"""Where the dependencies are."""
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +70,18 @@ def test_wheel_holds_the_packages_their_values_and_types(wheel: Path) -> None:
 
 
 def run_script(site: Path, elsewhere: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What a console script does: import the module, call its main. -P keeps the working folder off sys.path."""
+    """What a console script does: import the module, call its main.
+
+    -P keeps the working folder off sys.path, -S an editable installation of this checkout.
+    """
     body = f"import sys, {module} as m; sys.argv[0] = 'script'; m.main()"
     return subprocess.run(
-        [sys.executable, "-P", "-c", body, *arguments],
+        [sys.executable, "-P", "-S", "-c", body, *arguments],
         cwd=elsewhere,
         capture_output=True,
         text=True,
         timeout=DEADLINE,
-        env=os.environ | {"PYTHONPATH": str(site)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *INSTALLED])},
         check=False,
     )
 

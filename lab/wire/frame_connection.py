@@ -72,9 +72,7 @@ class FrameConnection(asyncio.BufferedProtocol):
                 while self._conversation.agreed is None:
                     await self._wake()
         except TimeoutError:
-            self._fail(PeerSilent(self.peer, f"did not finish the handshake in {seconds:g} s"))
-            assert self._fault is not None
-            raise self._fault from None
+            raise self._fail(PeerSilent(self.peer, f"did not finish the handshake in {seconds:g} s")) from None
         self._beat()
 
     async def recv(self) -> Frame:
@@ -101,8 +99,7 @@ class FrameConnection(asyncio.BufferedProtocol):
         frame = encode(self.endpoint.table, number, session, head, *body)
         waiting = self._transport.get_write_buffer_size()
         if waiting and waiting + len(frame) > self.endpoint.limits.outgoing_bytes:
-            self._fail(PeerSilent(self.peer, f"does not read: {waiting} bytes wait for it"))
-            raise PeerSilent(self.peer, "does not read")
+            raise self._fail(PeerSilent(self.peer, f"does not read: {waiting} bytes wait for it"))
         self._write(frame)
 
     async def drain(self) -> None:
@@ -112,7 +109,7 @@ class FrameConnection(asyncio.BufferedProtocol):
             async with asyncio.timeout(seconds):
                 await self._room.wait()
         except TimeoutError:
-            self._fail(PeerSilent(self.peer, f"took nothing of what we sent for {seconds:g} s"))
+            raise self._fail(PeerSilent(self.peer, f"took nothing of what we sent for {seconds:g} s")) from None
         if self._fault is not None:
             raise self._fault
 
@@ -223,8 +220,8 @@ class FrameConnection(asyncio.BufferedProtocol):
         self.bytes_sent += len(data)
         self._transport.write(data)
 
-    def _fail(self, error: WireError) -> None:
-        """End the connection for a reason of ours and tell the peer."""
+    def _fail(self, error: WireError) -> WireError:
+        """End the connection for a reason of ours, tell the peer, and return the reason; the first one stays."""
         if self._fault is None:
             farewell = self._conversation.farewell(error)
             if farewell is not None:
@@ -232,6 +229,7 @@ class FrameConnection(asyncio.BufferedProtocol):
         self._end(error)
         if isinstance(error, PeerSilent):
             self._transport.abort()
+        return self._fault or error
 
     def _end(self, error: WireError) -> None:
         if self._fault is not None:

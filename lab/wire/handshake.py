@@ -64,7 +64,7 @@ class _HandshakeTable(MessageTable):
     def __init__(self) -> None:
         super().__init__({})
         error = self.kinds[WireType.error]
-        any_size = error.max_bytes * 64  # the real cap before the handshake is `Limits.handshake_bytes`
+        any_size = 2**31  # the cap before the end of the handshake is `Limits.handshake_bytes`
         self.kinds = {
             int(WireType.hello): MessageKind(head=Hello, max_bytes=any_size),
             int(WireType.challenge): MessageKind(head=Challenge, max_bytes=any_size),

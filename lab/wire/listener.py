@@ -61,7 +61,7 @@ def check_listener(host: str, *, key: bytes, tls: bool, trusted_link: bool) -> N
         )
     if not tls and not trusted_link:
         raise ValueError(
-            f"network.trusted_link must be true (a VPN) or network.tls_cert be set, got network.host={host} "
+            f"network.trusted_link must be true (a VPN) or network.tls_certificate be set, got network.host={host} "
             "with a key but neither: frames after the handshake could be read and altered on the way"
         )
 
@@ -70,7 +70,7 @@ def server_tls(cert_file: Path, private_key_file: Path, ca_file: Path | None) ->
     """Return TLS 1.3 for a listener. With `ca_file`, clients must show a certificate signed by it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    _load("network.tls_cert", cert_file, private_key_file, context)
+    _load("network.tls_certificate", cert_file, private_key_file, context)
     if ca_file is not None:
         _load_ca(ca_file, context)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -86,7 +86,7 @@ def client_tls(ca_file: Path, cert_file: Path | None, private_key_file: Path | N
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     _load_ca(ca_file, context)
     if cert_file is not None:
-        _load("network.tls_cert", cert_file, private_key_file, context)
+        _load("network.tls_certificate", cert_file, private_key_file, context)
     return context
 
 
@@ -101,4 +101,4 @@ def _load_ca(ca_file: Path, context: ssl.SSLContext) -> None:
     try:
         context.load_verify_locations(ca_file)
     except OSError as error:
-        raise ValueError(f"network.tls_ca must be a PEM certificate, got {ca_file}: {error}") from None
+        raise ValueError(f"network.tls_authority must be a PEM certificate, got {ca_file}: {error}") from None

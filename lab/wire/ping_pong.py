@@ -1,6 +1,6 @@
 """What a frame costs: there and back through both of our ends, beside a raw blocking ping-pong of the same bytes.
 
-Both servers live in one other process (`python -m lab.wire.ping_pong`), as a verifier would; rounds of the two are
+Both servers live in one other process (`python -m lab.wire.echo_server`), as a verifier would; rounds of the two are
 interleaved, so that whatever else the machine does happens to both.
 """
 
@@ -108,7 +108,7 @@ def _endpoint(role: str, peer_role: str) -> Endpoint:
 @contextlib.contextmanager
 def _servers() -> Iterator[tuple[int, int]]:
     """Yield the ports of the two echo servers; their process ends with its standard input."""
-    command = [sys.executable, "-m", "lab.wire.ping_pong"]
+    command = [sys.executable, "-m", "lab.wire.echo_server"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         watchdog = threading.Timer(START_SECONDS, process.kill)
         watchdog.start()
@@ -137,7 +137,8 @@ async def _echo_frames(connection: FrameConnection) -> None:
         connection.send(frame.type, frame.session, frame.head, frame.body)
 
 
-async def _serve() -> None:
+async def serve() -> None:
+    """Echo raw bytes and frames until standard input ends; the ports are one JSON line on standard output."""
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=_echo_raw, args=(listener,), daemon=True).start()
     server = FrameServer(
@@ -152,7 +153,3 @@ async def _serve() -> None:
     async with server:
         print(json.dumps({"raw": listener.getsockname()[1], "frames": server.port}), flush=True)
         await asyncio.get_running_loop().run_in_executor(None, os.read, sys.stdin.fileno(), 1)
-
-
-if __name__ == "__main__":
-    asyncio.run(_serve())

@@ -16,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fl import checkpoint
 from fl.adapters import load_into, lora_parameters, read_from
 from fl.checkpoint import AdapterFolders, BaseModel, latest_adapter, load_adapter
+from lab.lora import check_adapter_folder
+from lab.settings import UserError
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
 BASE = BaseModel(name="acme/tiny", digest="aa11")
@@ -89,7 +91,7 @@ def test_a_folder_holds_the_tensors_their_configuration_a_card_and_a_record(tmp_
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
-        "federated.json",
+        "lab_adapter.json",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["round-0012"]
     saved = load_file(folder / "adapter_model.safetensors")
@@ -236,3 +238,10 @@ def test_a_folder_with_a_file_missing_is_refused(tmp_path: Path, name: str) -> N
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"must contain {name}"):
         load_adapter(folder, BASE, LORA)
+
+
+def test_a_written_folder_is_refused_as_model_adapter_on_another_base(tmp_path: Path) -> None:
+    written = folders_in(tmp_path).write(1, read_from(trained_model()), {})
+    check_adapter_folder(written, BASE.digest)
+    with pytest.raises(UserError, match=r"model\.adapter must belong to base model random:other, got .*round-0001"):
+        check_adapter_folder(written, "random:other")

@@ -219,6 +219,12 @@ def test_equal_tokens_stay_or_go_together() -> None:
     assert drawn == {1, 2, 3, 4}
 
 
+def test_more_equal_tokens_than_are_sorted_first_count_for_the_nucleus() -> None:
+    logits_V = torch.cat([torch.tensor([math.log(600)]), torch.zeros(600), torch.full((50,), -3.0)])
+    scores_RM, tokens_RM = sampling._survivors(logits_V[None], 2, 0.6)  # the first alone has half of what top-k leaves
+    assert sorted(tokens_RM[0][scores_RM[0] > -math.inf].tolist()) == list(range(601))
+
+
 def test_temperature_zero_takes_the_lowest_of_the_best() -> None:
     logits_RV = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 1.0, 2.0, 4.5]])
     choice = choose(logits_RV, [Sampling.greedy()] * 2, [0, 1], [-1, 3])

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import conf
 from fl.settings import FederatedSettings, PartitionBy
 from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
 from lab.settings import Dtype, Quantization, UserError, WandbMode, digest, to_plain
+
+PROJECTS = ", ".join(sorted(file.stem for file in (Path(conf.__file__).parent / "project").glob("*.yaml")))
 
 BAD = {
     # out of range
@@ -102,7 +105,7 @@ BAD = {
     # not set
     "seed=???": "seed must be set, got ???",
     "model.architecture.layers=???": "model.architecture.layers must be set, got ???",
-    "project=???": "project must be one of base_doctor base_fed_learn doctor fed_learn, got nothing",
+    "project=???": f"project must be one of {PROJECTS}, got nothing",
     "~seed": "seed must be set, got ~seed",
     "~project.rounds": "project.rounds must be set, got ~project.rounds",
     # no override at all

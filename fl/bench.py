@@ -1,0 +1,242 @@
+"""Benchmarks of the federated pillar: `python -m fl.bench`; sizes in conf/project/fed_bench.yaml.
+
+folding     `ExactMean.fold` of float32 adapters against a plain float64 `acc += w * x` of the same arrays, in turn, on
+            one thread; the speed is the ratio of times of the same turn.
+memory      tracemalloc's peak of `aggregate_train` over replies that are generated one by one, many against few.
+message     one train message as Flower serialises it against the sum of its tensors' bytes, from conf/model alone.
+scale       a simulation with many clients on Ray, as a process of its own: wall time, and the server's resident memory
+            after every round.
+comparison  a federation over identically distributed parts against its central baseline, a process each: held-out
+            perplexities, and the one that both started from, so that the share that training gained is seen.
+
+Absolute times hold for a quiet machine; `load_average` says how quiet it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message, MetricRecord
+from flwr.supercore.task_identity import TaskIdentity
+
+from fl.adapters import AdapterIndex, linear_shapes, message_bytes, pack, to_records
+from fl.aggregation import ExactMean
+from fl.bench_settings import FederatedBenchProjectSettings, FederatedBenchSettings
+from fl.settings import FederatedSettings, WireDtype
+from fl.sizes import base_bytes
+from fl.strategy import METRICS, WEIGHT, WeightedFedAvg
+from lab import entry
+from lab.bench import Sample, interleaved, ratio, write_report
+from lab.environment import commit
+from lab.settings import ModelSettings
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def run(settings: FederatedBenchSettings, place: entry.Run) -> dict[str, Any]:
+    """All parts in turn; writes the report and returns it for the last line."""
+    project = settings.project
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 0  # Flower makes no message outside a run
+    torch.set_num_threads(1)
+    rows = [folding(project), memory(project), *(message(name) for name in project.size_models)]
+    if project.scale:
+        rows.append(scale(project, place.folder / "scale"))
+    if project.compare_seeds:
+        rows.append(comparison(project, place.folder / "comparison"))
+    path = Path(project.report or f"benchmarks/results/fl-{commit() or 'unknown'}.json")
+    write_report(path, "fl", rows)
+    return {"report": path, "rows": rows}
+
+
+def folding(project: FederatedBenchProjectSettings) -> Row:
+    """Speed of the exact fold, as a share of the plain one's."""
+    values = np.random.default_rng(0).normal(0, 0.02, project.adapter_bytes // 4).astype(np.float32)
+    exact = ExactMean(len(values))
+    plain = np.zeros(len(values), np.float64)
+    weight = np.float64(257)  # float64, or numpy would multiply in float32
+
+    def add() -> None:
+        nonlocal plain
+        plain += weight * values
+
+    readings = interleaved({"exact": lambda: exact.fold(values, 257), "plain": add}, warmup=1, repeats=project.turns)
+    row: Row = {
+        "part": "folding",
+        "adapter_bytes": values.nbytes,
+        "exact_seconds": Sample.of(readings["exact"]),
+        "plain_seconds": Sample.of(readings["plain"]),
+        "relative_speed": ratio(readings["plain"], readings["exact"]),
+    }
+    return judged(row, "relative_speed at least 0.5", row["relative_speed"].median >= 0.5)
+
+
+def memory(project: FederatedBenchProjectSettings) -> Row:
+    """Growth of the server's peak from few replies to many."""
+    few, many = (peak_bytes(count, project.adapter_bytes) for count in (project.few_replies, project.many_replies))
+    row: Row = {
+        "part": "memory",
+        "adapter_bytes": project.adapter_bytes,
+        "replies": [project.few_replies, project.many_replies],
+        "peak_bytes": [few, many],
+        "growth_in_adapters": (many - few) / project.adapter_bytes,
+    }
+    return judged(row, "growth_in_adapters at most 2", row["growth_in_adapters"] <= 2)
+
+
+def peak_bytes(replies: int, adapter_bytes: int) -> int:
+    """tracemalloc's peak while the strategy aggregates `replies` generated replies."""
+    index = AdapterIndex(("lora",), ((adapter_bytes // 4,),), WireDtype.float32)
+    strategy = WeightedFedAvg(
+        index,
+        num_clients=replies,
+        fraction=1.0,
+        seed=0,
+        message_ttl_seconds=1.0,
+        register_timeout_seconds=1.0,
+        poll_seconds=1.0,
+    )
+    log.info("memory: %d replies of %d bytes", replies, adapter_bytes)
+    tracemalloc.start()
+    try:
+        strategy.aggregate_train(1, generated(replies, index))
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def generated(count: int, index: AdapterIndex) -> Iterator[Message]:
+    """`count` replies, each made when it is asked for."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        content = to_records(rng.standard_normal(index.size, np.float32), index)
+        content[METRICS] = MetricRecord({WEIGHT: 1 + number})
+        yield Message(content, 1, "train")
+        del content
+
+
+def message(name: str) -> Row:
+    """Bytes of one message with a model's adapter."""
+    settings = entry.compose_settings("fed_learn", f"model={name}", FederatedSettings)
+    adapter = adapter_of(settings.model, settings.project.lora.rank)
+    index = AdapterIndex.of(adapter, settings.project.wire_dtype)
+    sent = message_bytes(Message(to_records(pack(adapter, index), index), 1, "train"))
+    row: Row = {
+        "part": "message",
+        "model": settings.model.name,
+        "rank": settings.project.lora.rank,
+        "wire_dtype": index.dtype,
+        "tensors": len(index.names),
+        "adapter_bytes": index.tensor_bytes,
+        "message_bytes": sent,
+        "overhead_bytes": sent - index.tensor_bytes,
+        "relative_size": sent / index.tensor_bytes,
+        "base_bytes": base_bytes(settings.model),
+    }
+    holds = row["relative_size"] <= 1.01 and row["overhead_bytes"] <= 4096
+    return judged(row, "relative_size at most 1.01, overhead_bytes at most 4096", holds)
+
+
+def adapter_of(model: ModelSettings, rank: int) -> dict[str, torch.Tensor]:
+    """An adapter under PEFT's names, from the model's numbers alone; noise, since Flower sends equal chunks once."""
+    numbers = model.architecture
+    shapes = linear_shapes(
+        numbers.hidden_size, numbers.intermediate_size, numbers.heads, numbers.kv_heads, numbers.head_dim
+    )
+    adapter = {}
+    for layer in range(numbers.layers):
+        for target in model.lora_targets:
+            out, into = shapes[target]
+            block = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            module = f"base_model.model.model.layers.{layer}.{block}.{target}"
+            adapter[f"{module}.lora_A.weight"] = torch.randn(rank, into)
+            adapter[f"{module}.lora_B.weight"] = torch.randn(out, rank)
+    return adapter
+
+
+def scale(project: FederatedBenchProjectSettings, folder: Path) -> Row:
+    """Wall time and server memory of a simulation with many clients."""
+    figures = simulate(project.scale, folder, project.run_timeout_seconds)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    memory_by_round = [row["server_rss_bytes"] for row in rows if "server_rss_bytes" in row]
+    growth = memory_by_round[-1] / memory_by_round[1] - 1 if len(memory_by_round) > 1 else 0.0
+    row: Row = {
+        "part": "scale",
+        "overrides": project.scale,
+        "num_clients": figures["num_clients"],
+        "rounds_completed": figures["rounds_completed"],
+        "refused": len(figures["refused"]),
+        "wall_seconds": figures["wall_seconds"],
+        "train_seconds": figures["train_seconds"],
+        "aggregate_seconds": figures["aggregate_seconds"],
+        "server_rss_bytes": memory_by_round,
+        "server_growth": growth,
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
+    holds = figures["wall_seconds"] <= 300 and growth <= 0.05 and not figures["refused"]
+    return judged(row, "wall_seconds at most 300, server_growth at most 0.05, nobody refused", holds)
+
+
+def comparison(project: FederatedBenchProjectSettings, folder: Path) -> Row:
+    """Held-out perplexity of a federation over that of central training, per seed."""
+    seeds = [compared(project, seed, folder) for seed in project.compare_seeds]
+    row: Row = {"part": "comparison", "overrides": project.compare, "seeds": seeds}
+    row["perplexity_ratio"] = Sample.of([seed["perplexity_ratio"] for seed in seeds])
+    holds = all(abs(seed["perplexity_ratio"] - 1) <= 0.02 for seed in seeds)
+    return judged(row, "perplexity_ratio of every seed within 2 %", holds)
+
+
+def compared(project: FederatedBenchProjectSettings, seed: int, folder: Path) -> Row:
+    """One seed, both ways."""
+    federated, central = (
+        simulate(
+            [*project.compare, f"seed={seed}", f"project.baseline={baseline}"],
+            folder / f"{baseline}-{seed}",
+            project.run_timeout_seconds,
+        )
+        for baseline in ("none", "central")
+    )
+    return {
+        "seed": seed,
+        "perplexity_before": math.exp(central["eval_loss_before"]),
+        "perplexity_federated": math.exp(federated["eval_loss_after"]),
+        "perplexity_central": math.exp(central["eval_loss_after"]),
+        "perplexity_ratio": math.exp(federated["eval_loss_after"] - central["eval_loss_after"]),
+        "untrained_ratio": math.exp(central["eval_loss_before"] - central["eval_loss_after"]),
+    }
+
+
+def simulate(overrides: Sequence[str], folder: Path, timeout_seconds: float) -> dict[str, Any]:
+    """The last line of one `simulations/fed_sim.py`, in a process of its own. CalledProcessError when it fails."""
+    log.info("running simulations.fed_sim %s", " ".join(overrides))
+    command = [sys.executable, "-m", "simulations.fed_sim", *overrides, f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout_seconds, check=True)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def judged(row: Row, target: str, holds: bool) -> Row:
+    """The row with what it was to show, and whether it did."""
+    log.info("%s: %s (%s)", row["part"], "holds" if holds else "DOES NOT HOLD", target)
+    return row | {"target": target, "holds": holds}
+
+
+def main() -> None:
+    """Composes conf/fed_bench.yaml and runs."""
+    entry.main("fed_bench", FederatedBenchSettings, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""A slow, narrow or failing link as a command: `python simulations/link.py project.up.delay_seconds=0.05`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+from lab import entry
+from lab.link import Cut, LinkSettings, OneWay
+from lab.link import run as be_a_link
+from lab.network import address_for_peers
+from lab.settings import UserError
+from simulations.link_settings import LinkProjectSettings, LinkRunSettings, OneWaySettings
+
+
+def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
+    """Carries bytes until Ctrl+C; then says how many."""
+    project, network = settings.project, settings.network
+
+    def announce(host: str, port: int) -> None:
+        print(json.dumps({"status": "listening", "role": "link", "host": host, "port": port}), flush=True)
+        words = f"network.host={address_for_peers(host)} network.port={port}"
+        print(f"connect to it instead of the target: {words}", file=sys.stderr, flush=True)
+
+    try:
+        traffic = be_a_link(
+            (project.target_host, project.target_port),
+            link_settings(project, settings.seed),
+            host=network.host,
+            port=network.port,
+            announce=announce,
+        )
+    except OSError as error:
+        raise UserError(
+            f"network.port must be free on {network.host} and project.target_host be known, "
+            f"got {network.port} and {project.target_host!r} ({error})"
+        ) from None
+    return {"role": "link", **vars(traffic)}
+
+
+def link_settings(project: LinkProjectSettings, seed: int) -> LinkSettings:
+    """What `lab.link` takes."""
+    return LinkSettings(
+        up=_one_way(project.up),
+        down=_one_way(project.down),
+        buffer_bytes=project.buffer_bytes,
+        seed=seed,
+        cuts=tuple(Cut(**vars(cut)) for cut in project.cuts),
+    )
+
+
+def _one_way(settings: OneWaySettings) -> OneWay:
+    return OneWay(
+        delay_seconds=settings.delay_seconds,
+        jitter_seconds=settings.jitter_seconds,
+        bytes_per_second=settings.bytes_per_second or math.inf,
+    )
+
+
+def main() -> None:
+    """Composes `conf/link.yaml` and runs."""
+    entry.main("link", LinkRunSettings, run)
+
+
+if __name__ == "__main__":
+    main()

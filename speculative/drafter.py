@@ -1,0 +1,143 @@
+"""The drafter: guesses on this machine, has the verifier check, shows the text. `python -m speculative.drafter`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lab import entry
+from lab.device import open_device
+from lab.models import load_tokenizer_only
+from lab.network import is_users_to_mend
+from lab.sampling import Sampling
+from lab.settings import UserError
+from lab.tracking import Tracker
+from lab.wire import WireError
+from speculative.drafting import TextFailed, TextRefused, find_flips, speculate
+from speculative.drafts import Drafts, NoDrafts
+from speculative.engines import open_drafts
+from speculative.joining import join
+from speculative.remote_target import RemoteTarget
+from speculative.settings import Mode, Rule, SpeculativeSettings
+from speculative.tally import Tally
+from speculative.terminal import TextStream
+from speculative.verifying import TextRequest
+from speculative.vocabulary import token_texts
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
+    """One text; the figures of the last line."""
+    try:
+        return draft(settings, place)
+    except TextRefused as error:
+        raise UserError(str(error)) from None
+    except (WireError, TextFailed) as error:
+        if isinstance(error, WireError) and is_users_to_mend(error):
+            raise UserError(str(error)) from None
+        log.error("%s", error)
+        raise SystemExit(1) from None
+
+
+def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
+    """Join the verifier, draft the text, count. Raises `WireError`, `TextRefused`, `TextFailed`, UserError."""
+    project = settings.project
+    device = open_device(settings.device)
+    tokenizer = load_tokenizer_only(settings.model)
+    texts = token_texts(tokenizer)
+    request = make_request(settings, prompt_ids(tokenizer, settings.prompt, project.chat))
+    with Tracker(settings, "drafter", place.folder) as tracker, join(settings, texts) as target:
+        drafts: Drafts = NoDrafts()
+        if request.waits:
+            drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
+        try:
+            tally = speak(target, drafts, request, project.draft.length, tokenizer)
+        finally:
+            drafts.close()
+        result = _figures(settings, target, tokenizer, tally)
+        if project.check:
+            flips = find_flips(target, request, tally.token_ids, target.welcome.end_ids)
+            result["flips"] = [asdict(flip) for flip in flips]
+        for index, row in enumerate(tally.rows()):
+            tracker.log(index, **row)
+        tracker.result(result)
+    return result
+
+
+def speak(
+    target: RemoteTarget, drafts: Drafts, request: TextRequest, length: int, tokenizer: PreTrainedTokenizerBase
+) -> Tally:
+    """Draft the whole text, showing it as it is verified."""
+    if request.threshold is not None:
+        log.warning("rule cross_entropy is lossy: this text is not the target's own")
+    stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
+    tally = Tally()
+    for done in speculate(target, drafts, request, length, target.welcome.end_ids):
+        tally.add(done)
+        stream.show(done)
+    stream.finish()
+    return tally
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
+    """The prompt as the target reads it: through the chat template when there is one and it is wanted."""
+    if not prompt:
+        raise UserError("prompt must not be empty, got ''")
+    if not (chat and tokenizer.chat_template):
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+
+def make_request(settings: SpeculativeSettings, ids: Sequence[int]) -> TextRequest:
+    """What is asked of the target."""
+    project = settings.project
+    sampling = Sampling(seed=settings.seed, temperature=project.temperature, top_k=project.top_k, top_p=project.top_p)
+    return TextRequest(
+        prompt_ids=ids,
+        sampling=sampling,
+        max_new_tokens=project.max_new_tokens,
+        waits=project.mode is Mode.sync,
+        threshold=project.cross_entropy_threshold if project.rule is Rule.cross_entropy else None,
+    )
+
+
+def _figures(
+    settings: SpeculativeSettings, target: RemoteTarget, tokenizer: PreTrainedTokenizerBase, tally: Tally
+) -> dict[str, Any]:
+    project = settings.project
+    ids = tally.token_ids
+    return {
+        "text": str(tokenizer.decode(ids, skip_special_tokens=True)),
+        "token_ids": ids,
+        **tally.figures(),
+        "rtt_seconds": target.rtt_seconds,
+        "bytes_sent": target.bytes_sent,
+        "bytes_received": target.bytes_received,
+        "ended_by": "end_token" if ids[-1] in target.welcome.end_ids else "length",
+        "mode": project.mode,
+        "drafter": project.draft.source if project.mode is Mode.sync else "none",
+        "draft_length": project.draft.length,
+        "rule": project.rule,
+        "lossless": project.rule is Rule.exact,
+        "seed": settings.seed,
+        "target": target.welcome.model,
+        "target_dtype": target.welcome.dtype,
+        "flips": None,
+    }
+
+
+def main() -> None:
+    """Composes `conf/spec_decoding.yaml` and runs."""
+    entry.main("spec_decoding", SpeculativeSettings, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""From settings to what computes: the target's engine, and who guesses. Everything that loads a model is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lab.engine import Engine, EngineKind, LocalEngine, ShapeDependence, SyntheticEngine
+from lab.entry import compose_settings
+from lab.kv import CacheFull
+from lab.models import LoadedModel, load_layers, load_model, load_tokenizer_only
+from lab.sampling import Sampling
+from lab.settings import ModelSettings, UserError
+from speculative.drafts import Drafts, EngineDrafts, NgramDrafts, NoDrafts, RandomDrafts, add_noise_to_head
+from speculative.settings import DraftSource, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.vocabulary import first_difference, token_texts
+
+SYNTHETIC_CONTEXT = 2**17
+"""Tokens of a text in a synthetic engine where `project.context` is 0; it has no model to ask."""
+
+
+@dataclass(frozen=True)
+class OpenTarget:
+    """The target, ready to be asked."""
+
+    engine: Engine
+    end_ids: list[int]
+    model: str
+    """Name for people."""
+    dtype: str
+
+
+def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarget:
+    """The engine that `settings` name for the verifier. UserError for what it cannot do."""
+    project = settings.project
+    if project.engine is EngineKind.synthetic:
+        return OpenTarget(_synthetic_target(project), [], "synthetic", "none")
+    loaded = load_model(settings.model, device)
+    rows = project.max_draft_length + 1 if project.exact_shapes else None
+    engine = _local_engine(_with_adapter(loaded, settings.model), project, project.sessions, rows)
+    return OpenTarget(engine, end_ids(loaded.model), settings.model.name, settings.model.dtype.name)
+
+
+def open_drafts(
+    settings: SpeculativeSettings,
+    device: torch.device,
+    sampling: Sampling,
+    target_texts: list[str],
+    vocabulary_size: int,
+) -> Drafts:
+    """Who guesses, as `settings` name it.
+
+    Args:
+        settings: Of the drafter.
+        device: What its model runs on.
+        sampling: The text's own: guesses are drawn with the target's noise.
+        target_texts: The text of each id of the target's tokenizer.
+        vocabulary_size: Ids the target takes.
+
+    Raises:
+        UserError: a draft model with another vocabulary, layers that the target does not have, ...
+    """
+    project = settings.project
+    shared = min(vocabulary_size, len(target_texts))
+    makers: dict[DraftSource, Callable[[], Drafts]] = {
+        DraftSource.none: NoDrafts,
+        DraftSource.ngram: lambda: NgramDrafts(project.draft.longest_ngram, project.draft.shortest_ngram),
+        DraftSource.random: lambda: RandomDrafts(settings.seed, shared),
+        DraftSource.synthetic: lambda: EngineDrafts(_synthetic_drafter(project), sampling, shared),
+        DraftSource.model: lambda: _from_model(_draft_model(settings, device, target_texts), project, sampling, shared),
+        DraftSource.layers: lambda: _from_model(_first_layers(settings, device), project, sampling, shared),
+        DraftSource.noisy: lambda: _from_model(_noisy_target(settings, device), project, sampling, shared),
+    }
+    return makers[project.draft.source]()
+
+
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """The ids with which the model ends a text, from its generation config, else its config."""
+    for config in (model.generation_config, model.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    return []
+
+
+def model_context(config: PreTrainedConfig, wanted: int) -> int:
+    """Most tokens of a text: `wanted`, but no more than what the model was made for; 0: just that."""
+    made_for = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    sizes = [size for size in (wanted, made_for) if size]
+    if not sizes:
+        raise UserError("project.context must be set for a model that does not say what it was made for, got 0")
+    return int(min(sizes))
+
+
+def _local_engine(
+    model: torch.nn.Module, project: SpeculativeProjectSettings, sessions: int, exact_rows: int | None
+) -> LocalEngine:
+    config: Any = model.config
+    try:
+        return LocalEngine(
+            model,
+            sessions=sessions,
+            context=model_context(config, project.context),
+            bucket=project.cache_bucket,
+            kv_limit_bytes=project.cache_limit_bytes,
+            prefill_chunk=project.prefill_chunk,
+            exact_rows=exact_rows,
+        )
+    except ShapeDependence as error:
+        raise UserError(f"project.exact_shapes must be false here: {error}") from None
+    except CacheFull as error:
+        raise UserError(f"project.cache_limit_bytes must hold one pass of exact shapes: {error}") from None
+    except ValueError as error:
+        raise UserError(f"project.exact_shapes: {error}" if exact_rows else str(error)) from None
+
+
+def _with_adapter(loaded: LoadedModel, settings: ModelSettings) -> torch.nn.Module:
+    if settings.adapter is None:
+        return loaded.model
+    from lab.lora import apply_adapter  # loads PEFT and bitsandbytes, which plain models can do without
+
+    adapted: torch.nn.Module = apply_adapter(loaded, settings.adapter)
+    return adapted
+
+
+def _synthetic_target(project: SpeculativeProjectSettings) -> SyntheticEngine:
+    synthetic = project.synthetic
+    return SyntheticEngine(
+        vocabulary_size=synthetic.vocabulary_size,
+        context=project.context or SYNTHETIC_CONTEXT,
+        sessions=project.sessions,
+        step_seconds=synthetic.step_seconds,
+        row_seconds=synthetic.row_seconds,
+        agreement=1.0,
+    )
+
+
+def _synthetic_drafter(project: SpeculativeProjectSettings) -> SyntheticEngine:
+    synthetic = project.synthetic
+    return SyntheticEngine(
+        vocabulary_size=synthetic.vocabulary_size,
+        context=project.context or SYNTHETIC_CONTEXT,
+        sessions=1,
+        step_seconds=synthetic.draft_step_seconds,
+        row_seconds=0.0,
+        agreement=synthetic.agreement,
+    )
+
+
+def _from_model(
+    model: torch.nn.Module, project: SpeculativeProjectSettings, sampling: Sampling, vocabulary_size: int
+) -> EngineDrafts:
+    return EngineDrafts(_local_engine(model, project, sessions=1, exact_rows=None), sampling, vocabulary_size)
+
+
+def _draft_model(settings: SpeculativeSettings, device: torch.device, target_texts: list[str]) -> PreTrainedModel:
+    draft = settings.project.draft
+    try:
+        model = compose_settings("spec_decoding", f"model={draft.model}", SpeculativeSettings).model
+    except UserError as error:
+        raise UserError(f"project.draft.{error}") from None
+    model = replace(model, cache_dir=settings.model.cache_dir, dtype=draft.dtype or model.dtype)
+    check_same_vocabulary(load_tokenizer_only(model), target_texts, f"project.draft.model {draft.model}")
+    return load_model(model, device).model
+
+
+def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list[str], whose: str) -> None:
+    """UserError that names the first id which is not the target's."""
+    if difference := first_difference(token_texts(tokenizer), target_texts):
+        raise UserError(f"{whose} must have the target's tokenizer: {difference}")
+
+
+def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:
+    try:
+        return load_layers(settings.model, device, 0, settings.project.draft.layers, embedding=True, head=True)
+    except UserError as error:
+        raise UserError(f"project.draft.layers: {error}") from None
+
+
+def _noisy_target(settings: SpeculativeSettings, device: torch.device) -> torch.nn.Module:
+    loaded = load_model(settings.model, device)
+    add_noise_to_head(loaded.model, settings.project.draft.noise, settings.seed)
+    return _with_adapter(loaded, settings.model)

@@ -1,0 +1,151 @@
+"""A verifier at work: port, connections, forward thread, and the figures of every text it served."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lab.network import make_endpoint
+from lab.settings import UserError
+from lab.tracking import Tracker
+from lab.wire import FrameServer
+from speculative.engines import OpenTarget
+from speculative.front import TOKENIZER, FirstProtocolAnswers, Front
+from speculative.messages import PROTOCOL, TABLE, Reason, Welcome
+from speculative.settings import SpeculativeSettings
+from speculative.verifying import Ended, Text, Verifier
+from speculative.vocabulary import fingerprint, token_texts
+
+
+@dataclass
+class Served:
+    """What a verifier has done so far."""
+
+    texts: int = 0
+    unfinished: int = 0
+    """Texts whose drafter left before the end."""
+    new_tokens: int = 0
+    passes: int = 0
+    """Of texts: one that serves three texts counts three times."""
+    drafts_checked: int = 0
+    drafts_accepted: int = 0
+
+    def add(self, text: Text, ended: Ended) -> None:
+        """A text that has ended."""
+        figures = text.figures
+        self.texts += 1
+        self.unfinished += ended.reason is Reason.left
+        self.new_tokens += figures.new_tokens
+        self.passes += figures.passes
+        self.drafts_checked += figures.checked
+        self.drafts_accepted += figures.accepted
+
+
+async def serve(
+    settings: SpeculativeSettings,
+    target: OpenTarget,
+    tokenizer: PreTrainedTokenizerBase,
+    tls: ssl.SSLContext | None,
+    tracker: Tracker,
+    served: Served,
+    announce: Callable[[str, int], None],
+) -> None:
+    """Serve until cancelled; `announce(host, port)` is called when it listens.
+
+    Raises:
+        UserError: an address that cannot be listened on.
+        Exception: what ended the forward thread.
+    """
+    project, network = settings.project, settings.network
+    loop = asyncio.get_running_loop()
+
+    def closed(text: Text, ended: Ended) -> None:  # in the forward thread
+        loop.call_soon_threadsafe(_record, served, tracker, text, ended)
+
+    texts = token_texts(tokenizer)
+    digest = fingerprint(texts)
+    verifier = Verifier(target.engine, end_ids=target.end_ids, prefill_chunk=project.prefill_chunk, closed=closed)
+    front = Front(verifier, _welcome(target, project.max_draft_length), texts, digest, _answers(settings, tokenizer))
+    endpoint = make_endpoint(
+        network,
+        role="verifier",
+        peer_roles=frozenset({"drafter"}),
+        table=TABLE,
+        protocol=PROTOCOL,
+        fingerprints={TOKENIZER: digest},
+        difference=lambda ours, theirs: None,  # the drafter asks which id differs; no text is opened for it
+    )
+    server = FrameServer(
+        endpoint,
+        front.serve_frames,
+        host=network.host,
+        port=network.port,
+        max_connections=project.max_connections,
+        tls=tls,
+        # The first protocol has no key: where one is required, it would be a way around it.
+        handle_first_protocol=None if endpoint.key else front.serve_first_protocol,
+    )
+    with front.thread:
+        try:
+            await server.__aenter__()
+        except OSError as error:
+            raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
+        try:
+            announce(network.host, server.port)
+            await asyncio.wrap_future(front.thread.finished)
+        finally:
+            await server.__aexit__(None, None, None)
+    await asyncio.sleep(0)  # the texts that the thread closed at its end are recorded now
+
+
+def _record(served: Served, tracker: Tracker, text: Text, ended: Ended) -> None:
+    figures = text.figures
+    served.add(text, ended)
+    tracker.log(
+        served.texts,
+        ended_by=ended.reason,
+        prompt_tokens=len(text.request.prompt_ids),
+        new_tokens=figures.new_tokens,
+        passes=figures.passes,
+        drafts_checked=figures.checked,
+        drafts_accepted=figures.accepted,
+        alpha=figures.accepted / figures.checked if figures.checked else None,
+        drafts_stale=figures.stale_drafts,
+        least_margin=figures.least_margin,
+        guess_cross_entropy=[round(value, 4) for value in figures.guess_nll],
+        lossless=text.request.threshold is None,
+    )
+
+
+def _welcome(target: OpenTarget, max_draft_length: int) -> Welcome:
+    return Welcome(
+        model=target.model,
+        dtype=target.dtype,
+        vocabulary_size=target.engine.vocabulary_size,
+        context=target.engine.context,
+        max_draft_length=max_draft_length,
+        end_ids=target.end_ids,
+    )
+
+
+def _answers(settings: SpeculativeSettings, tokenizer: PreTrainedTokenizerBase) -> FirstProtocolAnswers:
+    def to_ids(text: str) -> Sequence[int]:
+        return list(tokenizer(text)["input_ids"])
+
+    return FirstProtocolAnswers(
+        to_ids=to_ids,
+        max_new_tokens=settings.project.max_new_tokens,
+        timeout_seconds=settings.network.request_timeout_seconds,
+    )
+
+
+def figures_of(served: Served) -> dict[str, Any]:
+    """The figures of a verifier's last line."""
+    return vars(served) | {
+        "alpha": served.drafts_accepted / served.drafts_checked if served.drafts_checked else None,
+    }

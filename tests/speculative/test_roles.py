@@ -1,0 +1,344 @@
+"""Verifier and drafter as real processes: texts, last lines, both protocols, Ctrl+C, faults, what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from lab.device import open_device
+from lab.entry import Run, compose_settings
+from lab.models import BYTE_EOS, load_model, load_tokenizer_only
+from lab.sampling import Sampling
+from lab.settings import UserError
+from speculative import verifier as verifier_role
+from speculative.joining import join
+from speculative.settings import SpeculativeSettings
+from speculative.verifying import Verdict, until_end
+from speculative.vocabulary import token_texts
+from tests.speculative.in_process import decoded_alone, local_engine, request
+from tests.speculative.processes import END_SECONDS, RANDOM, Role, drafted, drafter_process, verifier, wait_until
+
+PROMPT = "def add(a, b):\n    return a"
+NEEDED = {
+    *("status", "text", "token_ids", "new_tokens", "tokens_per_second", "ms_per_token_p50"),
+    *("time_to_first_token_seconds", "alpha", "alpha_by_position", "mean_accepted_length", "draft_waste"),
+    *("rtt_seconds", "bytes_sent", "bytes_received"),
+}
+SAMPLED = ("project.temperature=1.0", "seed=7", "project.top_k=60", "project.top_p=0.98")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _own_text(prompt: str, sampling: Sampling, count: int) -> list[int]:
+    """The target's text by a loop of our own, without any verifier."""
+    settings = compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings)
+    loaded = load_model(settings.model, open_device(settings.device))
+    ids = list(loaded.tokenizer(prompt)["input_ids"])
+    return until_end(decoded_alone(local_engine(loaded.model, sessions=1), ids, sampling, count), frozenset({BYTE_EOS}))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ("project.draft.source=ngram",),
+        ("project.draft.source=random", "project.draft.length=16"),
+        ("project.draft.source=none",),
+        ("project.draft.source=layers", "project.draft.layers=3", "project.draft.length=3"),
+        ("project.draft.source=noisy", "project.draft.noise=0.05"),
+        ("project.draft.source=model", "project.draft.model=random", "project.draft.dtype=bfloat16"),
+        ("project.mode=target_only",),
+    ],
+    ids=lambda words: words[0].rpartition("=")[2],
+)
+def test_every_source_gives_the_targets_own_text(
+    random_verifier: Role, source: tuple[str, ...], tmp_path: Path
+) -> None:
+    sampling = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
+    result = drafted(random_verifier.port, (*RANDOM, *SAMPLED, *source, "project.max_new_tokens=40"), tmp_path)
+    assert result["token_ids"] == _own_text(PROMPT, sampling, 40)
+    if source[0].endswith("=model"):
+        assert result["alpha"] > 0.8, "bfloat16 weights of the target itself"
+
+
+def test_the_last_line_of_a_drafter(random_verifier: Role, tmp_path: Path) -> None:
+    words = [*RANDOM, *SAMPLED, "project.check=true", f"network.port={random_verifier.port}", 'prompt=Say "a, b" [c]']
+    words.remove("tracking=none")
+    process = drafter_process(*words, folder=tmp_path)
+    out, errors = process.communicate(timeout=END_SECONDS)
+    assert process.returncode == 0, errors
+    result = json.loads(out.splitlines()[-1])
+    assert result.keys() >= NEEDED
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert result["status"] == "ok"
+    assert result["new_tokens"] == len(result["token_ids"]) == 64
+    assert result["flips"] == []
+    sampling = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
+    assert result["token_ids"] == _own_text('Say "a, b" [c]', sampling, 64)
+    assert result["bytes_sent"] > 0 < result["bytes_received"]
+    assert 0 < result["rtt_seconds"] < 1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kept = next(row for row in rows if row.get("result"))
+    assert {key: result[key] for key in NEEDED - {"status"}}.items() <= kept.items()
+    assert len(rows) == result["rounds"] + 1
+    assert list(tmp_path.glob("wandb/offline-run-*")), "no offline W&B run"
+
+
+def test_the_same_without_wandb(random_verifier: Role, tmp_path: Path) -> None:
+    (tmp_path / "wandb.py").write_text("raise ImportError('absent on purpose')\n")
+    words = [*RANDOM, *SAMPLED, f"network.port={random_verifier.port}", f"prompt={PROMPT}", "tracking=offline"]
+    words.remove("tracking=none")
+    process = drafter_process(*words, folder=tmp_path / "run", environment={"PYTHONPATH": str(tmp_path)})
+    out, errors = process.communicate(timeout=END_SECONDS)
+    assert process.returncode == 0, errors
+    assert "Weights & Biases is off for this run" in errors
+    sampling = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
+    assert json.loads(out.splitlines()[-1])["token_ids"] == _own_text(PROMPT, sampling, 64)
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_drafters_at_once_each_get_their_own_text(random_verifier: Role, tmp_path: Path) -> None:
+    prompts = [f"text number {number}: " + "ab" * number for number in range(4)]
+
+    def draft(number: int) -> list[int]:
+        words = (*RANDOM, "project.temperature=1.0", f"seed={number}", "project.max_new_tokens=30")
+        source = ("project.draft.source=random", f"project.draft.length={number + 1}")
+        ids = drafted(random_verifier.port, (*words, *source), tmp_path / str(number), prompts[number])["token_ids"]
+        return list(ids)
+
+    with ThreadPoolExecutor(1) as one:  # composing settings is not for several threads
+        alone = list(one.map(draft, range(4)))
+    processes = [
+        drafter_process(
+            *RANDOM,
+            "project.temperature=1.0",
+            f"seed={number}",
+            "project.max_new_tokens=30",
+            f"network.port={random_verifier.port}",
+            f"prompt={prompts[number]}",
+            folder=tmp_path / f"process{number}",
+        )
+        for number in range(2)
+    ]
+    for number, process in enumerate(processes):
+        out, errors = process.communicate(timeout=END_SECONDS)
+        assert process.returncode == 0, errors
+        assert json.loads(out.splitlines()[-1])["token_ids"] == alone[number]
+    for number in range(4):
+        sampling = Sampling(seed=number, temperature=1.0, top_k=0, top_p=1.0)
+        assert alone[number] == _own_text(prompts[number], sampling, 30)
+
+
+def first_protocol_client(port: int, prompts: list[str]) -> list[list[int]]:
+    """A client of the first protocol that knows nothing of ours: ten lines, standard library only."""
+    answers = []
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as server:
+        stream = server.makefile("rb")
+        for prompt in prompts:
+            text = prompt.encode()
+            server.sendall(struct.pack("!I", len(text)) + text)
+            (count,) = struct.unpack("!I", stream.read(4))
+            answers.append(list(struct.unpack(f"!{count}i", stream.read(4 * count))))
+    return answers
+
+
+def test_the_first_protocol_on_the_same_port(random_verifier: Role, tmp_path: Path) -> None:
+    answers = first_protocol_client(random_verifier.port, [PROMPT, "é, \n"])
+    assert answers == [_own_text(prompt, Sampling.greedy(), 64) for prompt in (PROMPT, "é, \n")]
+    greedy = drafted(random_verifier.port, RANDOM, tmp_path)
+    assert greedy["token_ids"] == answers[0]
+
+
+@pytest.mark.parametrize("request_bytes", [struct.pack("!I", 2**31), struct.pack("!I", 0), b"\x00\x00\x00\x02\xff\xff"])
+def test_a_bad_request_of_the_first_protocol_closes_its_connection_only(
+    random_verifier: Role, request_bytes: bytes
+) -> None:
+    with socket.create_connection(("127.0.0.1", random_verifier.port), timeout=30) as server:
+        server.sendall(request_bytes)
+        assert server.recv(1) == b""
+    assert len(first_protocol_client(random_verifier.port, ["x"])[0]) == 64
+
+
+def test_ctrl_c_on_a_drafter_leaves_the_verifier_serving(random_verifier: Role, tmp_path: Path) -> None:
+    words = [*RANDOM, f"network.port={random_verifier.port}", f"prompt={PROMPT}", "project.max_new_tokens=990"]
+    process = drafter_process(*words, folder=tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.read(3)  # the text has begun
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=END_SECONDS)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "interrupted"
+    assert not [child for child in children if child.is_running()]
+    assert drafted(random_verifier.port, RANDOM, tmp_path / "next")["new_tokens"] == 64
+
+
+def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
+    with verifier(*RANDOM) as running:
+        wait_until(lambda: f"network.port={running.port} model=random" in running.stderr(), "the peer's command")
+        words = [*RANDOM, f"network.port={running.port}", f"prompt={PROMPT}", "project.max_new_tokens=990"]
+        process = drafter_process(*words, folder=tmp_path)
+        assert process.stdout is not None
+        assert process.stdout.read(3)
+        code, result = running.interrupt()
+        assert (code, result["status"], result["texts"], result["unfinished"]) == (0, "ok", 1, 1)
+        assert result["new_tokens"] > 0
+        _, errors = process.communicate(timeout=END_SECONDS)
+        assert process.returncode == 1
+        assert "Traceback" not in errors
+        assert f"verifier 127.0.0.1:{running.port} closed the connection" in errors.splitlines()[-1]
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", running.port), timeout=5)
+
+
+def test_a_verifier_that_is_killed_is_noticed_at_once(tmp_path: Path) -> None:
+    with verifier(*RANDOM) as running:
+        words = [*RANDOM, f"network.port={running.port}", f"prompt={PROMPT}", "project.max_new_tokens=990"]
+        process = drafter_process(*words, folder=tmp_path)
+        assert process.stdout is not None
+        assert process.stdout.read(3)
+        running.process.kill()
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=END_SECONDS)
+        assert time.monotonic() - began < 20
+        assert (process.returncode, "Traceback" in errors) == (1, False)
+        assert " during DRAFT (epoch " in errors.splitlines()[-1]
+
+
+def test_texts_of_a_drafter_that_vanishes_are_forgotten(random_verifier: Role, tmp_path: Path) -> None:
+    """Eight slots: nine texts whose drafter is gone would fill them."""
+    overrides = " ".join((*RANDOM, f"network.port={random_verifier.port}"))
+    settings = compose_settings("spec_decoding", overrides, SpeculativeSettings)
+    texts = token_texts(load_tokenizer_only(settings.model))
+    for _ in range(9):
+        target = join(settings, texts)
+        target.open(request([1, 2, 3], 900, Sampling.greedy()))
+        target.draft(0, 3, [4, 5])
+        assert isinstance(target.next(), Verdict)
+        target.close()
+    assert drafted(random_verifier.port, (*RANDOM, "project.max_new_tokens=3"), tmp_path)["new_tokens"] == 3
+
+
+# What users get wrong
+
+
+def _refused(port: int, words: tuple[str, ...], folder: Path, prompt: str = PROMPT) -> str:
+    with pytest.raises(UserError) as refused:
+        drafted(port, (*RANDOM, *words), folder, prompt)
+    text = str(refused.value)
+    assert "\n" not in text
+    return text
+
+
+def test_an_unreachable_verifier_is_named_with_time_and_attempt(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    text = _refused(port, ("network.connect_timeout_seconds=1.0",), tmp_path)
+    assert text.startswith(f"verifier 127.0.0.1:{port} could not be reached within 1 s ([Errno 111]")
+    assert "gave up after 1." in text
+    assert int(text.partition("attempt ")[2].split()[0]) > 2
+
+
+def test_bad_input_of_a_command_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    process = drafter_process("project.draft.length=0", "prompt=x", folder=tmp_path)
+    out, errors = process.communicate(timeout=END_SECONDS)
+    assert (process.returncode, out) == (2, "")
+    assert errors == "error: project.draft.length must be in [1, 64], got 0\n"
+
+
+def test_what_the_verifier_refuses_is_said_in_one_line(random_verifier: Role, tmp_path: Path) -> None:
+    port = random_verifier.port
+    assert _refused(port, ("project.draft.length=17",), tmp_path) == (
+        "project.draft.length must be in [1, 16] for this verifier (its project.max_draft_length), got 17"
+    )
+    assert _refused(port, (), tmp_path, "x" * 1000) == (
+        "prompt and max_new_tokens together must fit the context of 1024 tokens, got 1000 + 64"
+    )
+    assert _refused(port, (), tmp_path, "") == "prompt must not be empty, got ''"
+    assert _refused(port, ("project.draft.source=layers", "project.draft.layers=9"), tmp_path) == (
+        "project.draft.layers: layers must be a range within the model's 4 layers, got 0 to 9"
+    )
+    assert _refused(port, ("project.draft.source=model", "project.draft.model=nope"), tmp_path).startswith(
+        "project.draft.model must be one of llama3_70b, "
+    )
+
+
+@pytest.mark.real
+def test_other_tokenizers_are_refused_with_the_first_id_that_differs(random_verifier: Role, tmp_path: Path) -> None:
+    other = ("model=smollm2_135m", "model.dtype=float32", "tracking=none")
+    with pytest.raises(UserError) as refused:
+        drafted(random_verifier.port, other, tmp_path)
+    assert str(refused.value) == (
+        "model SmolLM2-135M-Instruct must have the verifier's tokenizer: id 0 is '<|endoftext|>' here and 'Ā' there"
+    )
+    words = ("project.draft.source=model", "project.draft.model=smollm2_135m")
+    assert _refused(random_verifier.port, words, tmp_path) == (
+        "project.draft.model smollm2_135m must have the target's tokenizer: id 0 is '<|endoftext|>' here and 'Ā' there"
+    )
+
+
+def test_a_wrong_key_is_refused_on_both_sides(tmp_path: Path) -> None:
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.write_text("0123456789abcdef")
+    wrong.write_text("fedcba9876543210")
+    for file in (right, wrong):
+        file.chmod(0o600)
+    with verifier(*RANDOM, f"network.key_file={right}") as running:
+        text = _refused(running.port, (f"network.key_file={wrong}",), tmp_path)
+        assert text == (f"verifier 127.0.0.1:{running.port} does not hold the same key as we do during handshake")
+        assert "same key" in _refused(running.port, (), tmp_path)
+        with pytest.raises((OSError, struct.error)):
+            first_protocol_client(running.port, ["no key, no answer"])
+        words = (*RANDOM, f"network.key_file={right}", "project.max_new_tokens=3")
+        assert drafted(running.port, words, tmp_path)["new_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("network.host=0.0.0.0", "network.key_file must be set (or network.host be a loopback address), got"),
+        ("network.host=0.0.0.0 network.key_file=KEY", "network.trusted_link must be true (a VPN) or network.tls"),
+        ("network.key_file=/nowhere", "network.key_file must be a readable file, got /nowhere"),
+        ("network.tls_certificate=/nowhere", "network.tls_private_key must be set where network.tls_certificate is"),
+        ("network.dead_after_seconds=1.5", "network.dead_after_seconds must be at least 2 x heartbeat_seconds = 2.0"),
+    ],
+)
+def test_where_a_verifier_refuses_to_listen(words: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("0123456789abcdef")
+    overrides = " ".join(RANDOM) + " " + words.replace("KEY", str(tmp_path / "key"))
+    settings = compose_settings("spec_decoding", overrides, SpeculativeSettings)
+    with pytest.raises(UserError) as refused:
+        verifier_role.run(settings, Run(tmp_path))
+    assert str(refused.value).startswith(why)
+
+
+def test_off_loopback_with_a_key_and_a_trusted_link_it_listens(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("0123456789abcdef")
+    key = f"network.key_file={tmp_path / 'key'}"
+    with verifier(*RANDOM, "network.host=0.0.0.0", "network.trusted_link=true", key) as running:
+        assert drafted(running.port, (*RANDOM, key, "project.max_new_tokens=3"), tmp_path)["new_tokens"] == 3
+        wait_until(lambda: "on the drafter's machine:" in running.stderr(), "the command for the other machine")
+        command = running.stderr().partition("on the drafter's machine: ")[2].splitlines()[0]
+        assert "network.host=0.0.0.0" not in command
+        assert f"network.port={running.port} model=random" in command
+
+
+def test_a_taken_port_is_one_line(random_verifier: Role) -> None:
+    why = rf"error: network.port must be free on 127.0.0.1, got {random_verifier.port}"
+    with pytest.raises(AssertionError, match=why), verifier(*RANDOM, f"network.port={random_verifier.port}"):
+        pass

