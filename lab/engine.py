@@ -554,7 +554,7 @@ class EngineKind(Enum):
     """Which engine stands behind a role; names are what people type."""
 
     local = "lab.engine:LocalEngine"
-    split = "split.sharded_model:ShardedModel"
+    split = "split.joining:join_shards"
     synthetic = "lab.engine:SyntheticEngine"
 
 

@@ -12,13 +12,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.engine import Session
-from lab.models import load_config, load_tokenizer_only, prepare_checkpoint
+from lab.models import end_ids_of, load_tokenizer_only
 from lab.sampling import Sampling
-from lab.settings import ModelSettings, ModelSource, UserError
+from lab.settings import UserError
 from lab.tracking import Tracker
 from split.picture import draw
 from split.settings import SplitSettings
@@ -54,7 +53,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, fo
         )
     sampling = Sampling(seed=settings.seed, temperature=project.temperature, top_k=project.top_k, top_p=project.top_p)
     stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
-    text = write(engine, prompt, sampling, project.max_new_tokens, end_ids(settings.model), stream)
+    text = write(engine, prompt, sampling, project.max_new_tokens, end_ids_of(settings.model), stream)
     reports = engine.reports()
     apart = take_apart(list(engine.passes), reports)
     for index, parts in enumerate(apart):
@@ -103,18 +102,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> l
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
-
-
-def end_ids(settings: ModelSettings) -> list[int]:
-    """The ids with which a model ends a text, from its generation config, else its config."""
-    place = settings.repo if settings.source is ModelSource.hub else prepare_checkpoint(settings).folder
-    try:
-        found = GenerationConfig.from_pretrained(str(place)).eos_token_id
-    except OSError:  # it has none
-        found = load_config(settings).eos_token_id
-    if found is None:
-        return []
-    return [found] if isinstance(found, int) else list(found)
 
 
 def _single(apart: Sequence[PassParts]) -> list[PassParts]:

@@ -15,7 +15,7 @@ from lab.device import open_device
 from lab.network import address_for_peers, client_side_tls, listener_tls
 from lab.settings import UserError
 from split.address import Address
-from split.network import endpoint, fingerprints
+from split.joining import fingerprints, make_side
 from split.opening import load_stage, model_layers
 from split.serving import ShardServer
 from split.settings import SplitSettings, TransportKind, parse_layers
@@ -38,7 +38,7 @@ def host(settings: SplitSettings) -> dict[str, Any]:
         stage,
         name=f"{settings.model.name} {project.layers}",
         model_layers=model_layers(settings),
-        endpoint=endpoint(settings, "shard"),
+        endpoint=make_side(settings.model, network, project.boundary, "shard"),
         next_addresses=[Address.parse(project.next)] if project.next else [],
         client_tls=client_side_tls(network),
     )
@@ -65,7 +65,7 @@ def _serve_group(settings: SplitSettings) -> dict[str, Any]:
         layers=stage.shard.layers,
         model_layers=model_layers(settings),
         context=stage.shard.limits.context,
-        fingerprints=fingerprints(settings),
+        fingerprints=fingerprints(settings.model, project.boundary),
     )
     _listen_for_the_end(project.follow_stdin)
     try:

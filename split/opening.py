@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from lab.models import load_config
-from lab.network import client_side_tls
 from lab.settings import UserError
-from lab.wire import WireError
-from split.address import Address
+from split.joining import fingerprints, join_shards, model_context
 from split.local_shards import LocalShards
-from split.network import endpoint, fingerprints
 from split.settings import SplitSettings, TransportKind
 from split.shard import ShardLimits, load_shard
 from split.sharded_model import ShardedModel
 from split.stage import Stage
-from split.transport.base import ShardLost
+from split.transport.base import Transport
 from split.transport.inproc import InProcess
-from split.transport.tcp import ChainMismatch, TcpChain
-
-if TYPE_CHECKING:
-    from split.transport.rpc import RpcChain
 
 
 def model_layers(settings: SplitSettings) -> int:
@@ -34,22 +26,12 @@ def model_layers(settings: SplitSettings) -> int:
     return int(load_config(settings.model).get_text_config(decoder=True).num_hidden_layers)
 
 
-def context_of(settings: SplitSettings) -> int:
-    """Most tokens of a text: `project.context`, but no more than what the model was made for; 0: just that."""
-    config = load_config(settings.model).get_text_config(decoder=True)
-    made_for = getattr(config, "max_position_embeddings", None)
-    sizes = [size for size in (settings.project.context, made_for) if size]
-    if not sizes:
-        raise UserError("project.context must be set for a model that does not say what it was made for, got 0")
-    return int(min(sizes))
-
-
 def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> Stage:
     """One shard of the model. UserError for layers it does not have, and a context that the cache has no room for."""
     project = settings.project
     limits = ShardLimits(
         sessions=project.sessions,
-        context=context_of(settings),
+        context=model_context(settings.model, project.context),
         bucket=project.cache_bucket,
         kv_limit_bytes=project.cache_limit_bytes,
         idle_seconds=project.idle_seconds,
@@ -79,51 +61,55 @@ def ranges(settings: SplitSettings, count: int) -> list[range]:
 @contextmanager
 def sharded_model(settings: SplitSettings, device: torch.device, folder: Path) -> Iterator[ShardedModel]:
     """The engine that the settings describe; local shards live as long as it does."""
+    with ExitStack() as stack:
+        engine = _open(settings, device, folder, stack)
+        stack.callback(engine.shutdown)  # before the processes end
+        yield engine
+
+
+def _open(settings: SplitSettings, device: torch.device, folder: Path, stack: ExitStack) -> ShardedModel:
     project = settings.project
     if project.shards and project.local_shards:
         raise UserError(f"project.local_shards must be 0 where project.shards is given, got {project.local_shards}")
-    if project.transport is TransportKind.rpc and not project.local_shards:
-        if project.shards or not project.world_size:
-            raise UserError("project.world_size must be set for transport=rpc (its shards come to us), got 0")
-        yield from _lasting(settings, _join_group(settings, project.world_size, settings.network.port))
-        return
+    if project.transport is TransportKind.rpc:
+        return _open_group(settings, folder, stack)
     count = len(project.shards) or project.local_shards
     if not count:
         raise UserError("project.shards must name at least one shard (or set project.local_shards), got []")
     if project.transport is TransportKind.inproc:
         stages = [load_stage(settings, device, layers) for layers in ranges(settings, count)]
-        yield from _lasting(settings, InProcess(stages))
-    elif project.shards:
-        yield from _lasting(settings, _connect(settings, [Address.parse(text) for text in project.shards]))
-    elif project.transport is TransportKind.rpc:
-        with LocalShards.of_group(ranges(settings, count), folder, port := free_port()):
-            yield from _lasting(settings, _join_group(settings, count + 1, port))
-    else:
-        with LocalShards(ranges(settings, count), folder, project.start_seconds) as shards:
-            yield from _lasting(settings, _connect(settings, shards.addresses))
+        return _engine(settings, InProcess(stages), model_context(settings.model, project.context))
+    if project.shards:
+        return _connect(settings, project.shards)
+    local = stack.enter_context(LocalShards(ranges(settings, count), folder, project.start_seconds))
+    return _connect(settings, [str(address) for address in local.addresses])
 
 
-def _lasting(settings: SplitSettings, transport: InProcess | TcpChain | RpcChain) -> Iterator[ShardedModel]:
-    config = load_config(settings.model).get_text_config(decoder=True)
-    context = context_of(settings) if isinstance(transport, InProcess) else transport.context
-    engine = ShardedModel(
-        transport,
-        vocabulary_size=int(config.vocab_size),
-        context=min(context, context_of(settings)),
-        prefill_chunk=settings.project.prefill_chunk,
-        recovery_seconds=settings.project.recovery_seconds,
-    )
-    try:
-        yield engine
-    finally:
-        engine.shutdown()
-
-
-def _join_group(settings: SplitSettings, world_size: int, port: int) -> RpcChain:
+def _open_group(settings: SplitSettings, folder: Path, stack: ExitStack) -> ShardedModel:
     from split.transport.rpc import RpcChain, check_master  # some systems lack it
 
     check_master(settings.network)
-    return RpcChain(world_size, settings.network, port, fingerprints(settings))
+    project, port, world_size = settings.project, settings.network.port, settings.project.world_size
+    if project.local_shards:
+        port, world_size = free_port(), project.local_shards + 1
+        stack.enter_context(LocalShards.of_group(ranges(settings, project.local_shards), folder, port))
+    elif project.shards or not world_size:
+        raise UserError(
+            f"project.world_size must be set for transport=rpc, where shards come to the client, got {world_size}"
+        )
+    wanted = fingerprints(settings.model, project.boundary)
+    chain = RpcChain(world_size, settings.network, port, wanted)
+    return _engine(settings, chain, chain.context)
+
+
+def _engine(settings: SplitSettings, transport: Transport, context: int) -> ShardedModel:
+    return ShardedModel(
+        transport,
+        vocabulary_size=int(load_config(settings.model).get_text_config(decoder=True).vocab_size),
+        context=context,
+        prefill_chunk=settings.project.prefill_chunk,
+        recovery_seconds=settings.project.recovery_seconds,
+    )
 
 
 def free_port() -> int:
@@ -132,18 +118,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _connect(settings: SplitSettings, addresses: Sequence[Address]) -> TcpChain:
+def _connect(settings: SplitSettings, addresses: Sequence[str]) -> ShardedModel:
     project = settings.project
-    try:
-        return TcpChain(
-            addresses,
-            [Address.parse(text) for text in project.spares],
-            endpoint(settings, "client"),
-            tls=client_side_tls(settings.network),
-            answer_seconds=settings.network.request_timeout_seconds,
-            start_seconds=project.start_seconds,
-        )
-    except ChainMismatch as error:
-        raise UserError(f"project.shards: {error}") from None
-    except (ShardLost, WireError) as error:
-        raise UserError(f"project.shards must be reachable and hold this model: {error}") from None
+    return join_shards(
+        settings.model,
+        settings.network,
+        shards=addresses,
+        spares=project.spares,
+        boundary=project.boundary.name,
+        context=project.context,
+        prefill_chunk=project.prefill_chunk,
+        start_seconds=project.start_seconds,
+        recovery_seconds=project.recovery_seconds,
+    )

@@ -1,4 +1,4 @@
-"""Which machine takes which layers: pure arithmetic over an architecture's numbers and the nodes'. No weights, no torch.
+"""Which machine takes which layers: pure arithmetic over an architecture's numbers and the nodes'. Loads no torch.
 
 A token passes all nodes in turn, so its time is the sum of what each node computes and of what each hop takes; every
 node has to hold its layers, their keys and values, and room to work. Nodes are joined as a star: from one to another it
