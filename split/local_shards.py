@@ -34,7 +34,11 @@ class LocalShards:
     One that dies is started again at its address. What they log is in the run folder.
     """
 
-    def __init__(self, layers: Sequence[range], folder: Path, start_seconds: float) -> None:
+    def __init__(
+        self, layers: Sequence[range], folder: Path, start_seconds: float, extra: Sequence[str] | None = None
+    ) -> None:
+        """`extra`: words for the shards; None: those of our own command line."""
+        self._extra = extra
         self._layers, self._folder, self._start_seconds = layers, folder, start_seconds
         self._group_port: int | None = None
         self.processes: list[subprocess.Popen[str]] = []
@@ -99,7 +103,7 @@ class LocalShards:
         folder = self._folder / f"shard-{index + 1}"
         folder.mkdir(parents=True, exist_ok=True)
         words = [
-            *own_words(),
+            *(own_words() if self._extra is None else self._extra),
             f"project.layers={layers.start}:{layers.stop}",
             "project.follow_stdin=true",
             f"network.port={port}",

@@ -29,7 +29,7 @@ from lab.kv import CacheFull
 from lab.sampling import Sampling
 from lab.wire import pack_tokens
 from split.messages import REPORTED_PASSES, Close, Fault, FaultCode, Open, Pass, Piece, unpack_steps
-from split.transport.base import Message, ShardLost, ShardReport, Transport
+from split.transport.base import ChainLost, Message, ShardLost, ShardReport, Transport
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class ShardedModel:
                 if deadline is None:
                     began = time.monotonic()
                     deadline = began + self._recovery_seconds
-                if time.monotonic() >= deadline:
+                if time.monotonic() >= deadline or isinstance(lost, ChainLost):
                     raise
                 log.warning("%s; bringing the shards back", lost)
 

@@ -21,6 +21,10 @@ class ShardLost(RuntimeError):
     """A shard, or the link to it, is gone; what was under way is lost. `Transport.restore` may bring the chain back."""
 
 
+class ChainLost(ShardLost):
+    """A loss that no waiting mends."""
+
+
 class Hop(NamedTuple):
     """One pass at one shard; monotonic seconds of the client's clock."""
 
@@ -66,7 +70,7 @@ class Transport(Protocol):
         """Bring up the chain again, until `deadline` (monotonic seconds): every shard there, no text in it.
 
         Raises:
-            ShardLost: it cannot be.
+            ShardLost: not within that time; `ChainLost`: never.
         """
         ...
 

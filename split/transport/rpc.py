@@ -27,7 +27,7 @@ from lab.settings import NetworkSettings, UserError
 from lab.wire import Head, is_loopback
 from split.messages import Close, Fault, FaultCode, Pass
 from split.stage import Stage
-from split.transport.base import Hop, Message, ShardLost, ShardReport
+from split.transport.base import ChainLost, Hop, Message, ShardLost, ShardReport
 from split.transport.inproc import report_of
 
 log = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ class RpcChain:
 
     def restore(self, deadline: float) -> None:
         """See `Transport.restore`: a process that was lost cannot be replaced in a group of torch's RPC."""
-        raise ShardLost(f"{self._lost or 'a shard is lost'}; transport=rpc cannot replace it, transport=tcp can")
+        raise ChainLost(f"{self._lost or 'a shard is lost'}; transport=rpc cannot replace it, transport=tcp can")
 
     def reports(self) -> list[ShardReport]:
         """See `Transport.reports`."""
