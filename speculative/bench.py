@@ -29,9 +29,8 @@ from typing import Any
 from lab import entry
 from lab.bench import Sample, interleaved, ratio, write_report
 from lab.device import open_device
-from lab.engine import EngineKind
+from lab.entry import compose_settings
 from lab.models import load_tokenizer_only
-from lab.settings import ModelSource, UserError
 from lab.tracking import Tracker
 from lab.wire import encode, pack_tokens
 from lab.wire.ping_pong import measure
@@ -75,8 +74,7 @@ class Readings:
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     """Measures every cell; the rows are the result."""
-    if settings.project.engine is not EngineKind.synthetic or settings.model.source is not ModelSource.random:
-        raise UserError("project.engine must be synthetic (and model random) for this benchmark, got another")
+    settings = with_byte_tokenizer(settings)
     with Tracker(settings, "speculative-bench", place.folder) as tracker:
         rows = [*sync_rows(settings, place.folder), frame_row(settings)]
         for index, row in enumerate(rows):
@@ -84,6 +82,12 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         document = write_report(place.folder / "bench.json", "speculative", rows)
         tracker.result({"rows": len(rows)})
     return {"benchmark": document["benchmark"], "rows": document["rows"]}
+
+
+def with_byte_tokenizer(settings: SpeculativeSettings) -> SpeculativeSettings:
+    """Synthetic engines have no model; the tokenizer that both sides show is the one made in code."""
+    model = compose_settings("spec_decoding", "model=random", SpeculativeSettings).model
+    return replace(settings, model=replace(model, cache_dir=settings.model.cache_dir))
 
 
 def sync_rows(settings: SpeculativeSettings, folder: Path) -> list[dict[str, Any]]:
@@ -237,6 +241,7 @@ def verifier_process(settings: SpeculativeSettings, folder: Path) -> Any:
     synthetic = settings.project.synthetic
     words = [
         "model=random",
+        f"model.cache_dir='{Path(settings.model.cache_dir).expanduser()}'",
         "tracking=none",
         "network.port=0",
         "project.engine=synthetic",
@@ -289,8 +294,8 @@ def _listening(module: str, words: Sequence[str], folder: Path) -> Iterator[int]
 
 
 def main() -> None:
-    """Composes `conf/spec_bench.yaml` and measures."""
-    entry.main("spec_bench", SpeculativeSettings, run)
+    """Composes `conf/spec_decoding.yaml` and measures."""
+    entry.main("spec_decoding", SpeculativeSettings, run)
 
 
 if __name__ == "__main__":

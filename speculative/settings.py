@@ -103,6 +103,13 @@ class SyntheticSettings:
         require(0 <= self.agreement <= 1, "agreement must be in [0, 1]", self.agreement)
 
 
+class BenchEngine(Enum):
+    """What `python -m speculative.bench` measures with."""
+
+    synthetic = "synthetic"
+    """Engines whose passes take the times of `project.synthetic`."""
+
+
 @dataclass(kw_only=True)
 class SplitTargetSettings:
     """A target that is split over shards which serve already (engine=split): `python -m split.serve`."""
@@ -127,6 +134,7 @@ class SplitTargetSettings:
 class BenchSettings:
     """What `python -m speculative.bench` measures."""
 
+    engine: BenchEngine
     rtt_seconds: list[float]
     """Round-trip times that the link adds, half each way."""
     draft_lengths: list[int]

@@ -15,16 +15,18 @@ from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
 from lab.models import random_config
 from lab.settings import LabSettings, ModelSource
+from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 4, "model": 6, "project": 3, "tracking": 3}
+FOUND = {"": 5, "model": 6, "project": 4, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
     "doctor": DoctorSettings,
     "spec_decoding": SpeculativeSettings,
+    "link": LinkRunSettings,
 }
 """The settings of each primary config; its project has the same name."""
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from lab.entry import Run, compose_settings
-from lab.settings import UserError
 from speculative import bench
 from speculative.settings import SpeculativeSettings
 from speculative.theory import expected_tokens, sync_speedup
 
 
 def _settings(*words: str) -> SpeculativeSettings:
-    return compose_settings("spec_bench", " ".join(("tracking=none", *words)), SpeculativeSettings)
+    return compose_settings("spec_decoding", " ".join(("tracking=none", *words)), SpeculativeSettings)
 
 
 def test_every_row_is_there(tmp_path: Path) -> None:
@@ -43,11 +42,6 @@ def test_every_row_is_there(tmp_path: Path) -> None:
     assert rows[3]["tokens_per_second"]["median"] < rows[2]["tokens_per_second"]["median"], "the delay was not there"
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == rows
     assert rows[-1]["frame_seconds"] > 0
-
-
-def test_only_synthetic_engines_are_measured(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"project\.engine must be synthetic"):
-        bench.run(_settings("project.engine=local"), Run(tmp_path))
 
 
 def test_formulas() -> None:
