@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import conf
+from fl.bench_settings import FederatedBenchSettings
 from fl.settings import FederatedSettings
 from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
@@ -17,16 +18,23 @@ from lab.models import random_config
 from lab.settings import LabSettings, ModelSource
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
+from split.bench_settings import SplitBenchSettings
+from split.plan_settings import PlanSettings
+from split.settings import SplitSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 5, "model": 6, "project": 4, "tracking": 3}
+FOUND = {"": 9, "model": 6, "project": 8, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
     "doctor": DoctorSettings,
     "spec_decoding": SpeculativeSettings,
     "link": LinkRunSettings,
+    "fed_bench": FederatedBenchSettings,
+    "split_inf": SplitSettings,
+    "split_plan": PlanSettings,
+    "split_bench": SplitBenchSettings,
 }
 """The settings of each primary config; its project has the same name."""
 
