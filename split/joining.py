@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from lab.models import load_config, model_identity, prepare_checkpoint
 from lab.network import client_side_tls, make_endpoint
@@ -96,4 +98,19 @@ def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
     identity = model_identity(model)
     if model.source is ModelSource.hub:  # a repository changes; its snapshot's folder is named by the revision
         identity += f"@{prepare_checkpoint(model).folder.name}"
-    return {"model": identity, "dtype": model.dtype.name, "boundary": boundary.name}
+    return {
+        "model": identity,
+        "adapter": _adapter_digest(model.adapter),
+        "dtype": model.dtype.name,
+        "boundary": boundary.name,
+    }
+
+
+def _adapter_digest(folder: str | None) -> str:
+    if folder is None:
+        return "none"
+    file = Path(folder).expanduser() / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(f"model.adapter must be a PEFT folder with adapter_model.safetensors, got {folder!r}")
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

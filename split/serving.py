@@ -161,6 +161,7 @@ class ShardServer:
             welcome = (await link.recv()).head
             if isinstance(welcome, Welcome) and welcome.instance == attach.next_instance:
                 client.link = link
+                link.peer.phase = f"layers {welcome.first}:{welcome.last}"
                 self._watch(client, link)
                 return
             reasons.append(f"{address} is another shard than the client's next one")

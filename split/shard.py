@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,9 +21,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
 from lab.kv import CacheFull, Pass, SlotCache
-from lab.models import load_config, load_layers
+from lab.models import load_config, load_layers, model_identity
 from lab.sampling import Sampling
 from lab.settings import ModelSettings, UserError
+from split.adapter import merge_adapter
 from split.messages import Piece
 
 
@@ -274,14 +276,20 @@ class OnlyShard(Shard1, Shard2):
 
 
 def load_shard(settings: ModelSettings, device: torch.device, layers: range, limits: ShardLimits) -> Shard:
-    """The shard of these layers; only its own tensors are read.
+    """The shard of these layers, with its part of `model.adapter` merged; only its own tensors are read.
 
     Raises:
-        UserError: layers that the model does not have, or what `load_layers` refuses.
+        UserError: layers that the model does not have, or what `load_layers` and `merge_adapter` refuse.
     """
     count = int(load_config(settings).get_text_config(decoder=True).num_hidden_layers)
     first, last = layers.start == 0, layers.stop == count
     model = load_layers(settings, device, layers.start, layers.stop, embedding=first, head=last)
+    if settings.adapter is not None:
+        from lab.lora import check_adapter_folder  # loads PEFT, which plain models can do without
+
+        folder = Path(settings.adapter).expanduser()
+        check_adapter_folder(folder, model_identity(settings))
+        merge_adapter(model, folder, layers)
     return shard_class(first, last)(model, layers, limits)
 
 
