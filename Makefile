@@ -42,11 +42,12 @@ test: setup ## all tests, the real model and real Flower processes included
 soak: setup ## the long fault and fuzz runs
 	$(BIN)/python -m tests.soak
 
-demo: setup ## four sites fine-tune one real model together, here
-	$(BIN)/python simulations/fed_sim.py
+demo: setup ## every pillar once, on this machine, with a real model
+	$(BIN)/python simulations/demo.py
 
 bench: setup ## every pillar's benchmarks
 	$(BIN)/python -m fl.bench
+	$(BIN)/python -m speculative.bench
 
 certificates: setup ## a server's certificate and two sites' keys, outside the checkout (see README)
 	$(BIN)/python -m fl.certificates server $(NAMES)

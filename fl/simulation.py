@@ -11,10 +11,11 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
@@ -50,7 +51,6 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     # A long-lived worker that loads and trains in turn otherwise keeps much of what it freed (glibc's arenas).
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "100000")
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a message that is under way at Ctrl+C would start Ray anew
     from flwr.simulation import run_simulation
 
     figures: dict[str, Any] = {}
@@ -67,10 +67,9 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
                 num_supernodes=settings.project.num_clients,
                 backend_config=backend(settings),
             )
-        except RoundFailed as error:
-            raise SystemExit(f"error: {last_words(error, place)}") from None
-        except NodesMissing as error:
-            raise SystemExit(f"error: {error}") from None
+        except (RoundFailed, NodesMissing) as error:
+            if not stop.is_set():
+                raise SystemExit(f"error: {last_words(error, place)}") from None
         except Exception:
             if not stop.is_set():
                 raise
@@ -88,13 +87,15 @@ def check(settings: FederatedSettings) -> None:
     fresh_adapter(settings.model, project.lora, settings.seed)
 
 
-def last_words(error: RoundFailed, place: entry.Run) -> str:
+def last_words(error: RoundFailed | NodesMissing, place: entry.Run) -> str:
     """What ended the run, each reason once, and the adapter that is left; one line."""
+    left = f"the last good adapter is {latest_adapter(place.folder / 'adapters')}"
+    if isinstance(error, NodesMissing):
+        return f"{error}; {left}"
     reasons = Counter(refusal.reason for refusal in error.refused).most_common()
     told = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
     more = [f"{len(reasons) - MAX_REASONS} more reasons"] if len(reasons) > MAX_REASONS else []
-    left = latest_adapter(place.folder / "adapters")
-    return f"round {error.server_round} had no good reply: {'; '.join(told + more)}; the last good adapter is {left}"
+    return f"round {error.server_round} had no good reply: {'; '.join(told + more)}; {left}"
 
 
 def backend(settings: FederatedSettings) -> dict[str, Any]:
@@ -109,8 +110,10 @@ def backend(settings: FederatedSettings) -> dict[str, Any]:
     }
 
 
-SHUTDOWN_SECONDS = 10.0
-"""Longest wait for Ray to end its processes after Ctrl+C."""
+WORKERS = ("ray::ClientAppActor", "ray::IDLE")
+"""How Ray names its processes that serve clients, or are about to."""
+WORKERS_SECONDS = 0.5
+"""Pause between two looks for them."""
 
 
 class Stopped(RuntimeError):
@@ -167,26 +170,35 @@ class StoppableGrid(Grid):
 
 @contextmanager
 def interruptible(stop: threading.Event) -> Iterator[None]:
-    """On Ctrl+C: stops the server and ends the workers at once, whatever they are computing."""
+    """On Ctrl+C: stops the server and ends the workers, whatever they are computing; on a second one, at once.
+
+    Ray itself goes afterwards, by Flower's hand: a `ray.get` that waits while Ray is shut down waits for ever, and so
+    would Flower's threads, which is why the handler does not raise into them.
+    """
+    done = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        import ray
-
+        if stop.is_set():
+            raise KeyboardInterrupt
         stop.set()
-        # Flower waits for its workers on the way out, so they must go while it waits.
-        ending = threading.Thread(target=ray.shutdown, daemon=True)
-        ending.start()
-        endings.append(ending)
-        raise KeyboardInterrupt
+        threading.Thread(target=end_workers, args=[done], daemon=True).start()
 
-    endings: list[threading.Thread] = []
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
+        done.set()
         signal.signal(signal.SIGINT, before)
-        for ending in endings:
-            ending.join(SHUTDOWN_SECONDS)
+
+
+def end_workers(done: threading.Event) -> None:
+    """Kills Ray's workers below this process until `done`: one may still be starting."""
+    while not done.is_set():
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it is gone already
+                if process.cmdline()[0].startswith(WORKERS):
+                    process.kill()
+        done.wait(WORKERS_SECONDS)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ Bytes are frames of the text, headers included; heartbeats are left out.
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import subprocess
 import sys
@@ -45,8 +44,6 @@ from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.tally import Tally
 from speculative.theory import sync_round_seconds, sync_speedup, verify_seconds
 from speculative.vocabulary import token_texts
-
-log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 WARM_UP_TOKENS = 5
@@ -284,6 +281,7 @@ def _listening(module: str, words: Sequence[str], folder: Path) -> Iterator[int]
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
+        watchdog.cancel()  # it has listened in time; how long it serves is not its affair
         if not line:
             raise RuntimeError(f"{module} did not listen within {START_SECONDS:g} s: {errors.name} says why")
         yield int(json.loads(line)["port"])

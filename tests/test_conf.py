@@ -16,6 +16,7 @@ from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
 from lab.models import random_config
 from lab.settings import LabSettings, ModelSource
+from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
 from split.bench_settings import SplitBenchSettings
@@ -24,7 +25,7 @@ from split.settings import SplitSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 9, "model": 6, "project": 8, "tracking": 3}
+FOUND = {"": 10, "model": 6, "project": 9, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -35,6 +36,7 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "split_inf": SplitSettings,
     "split_plan": PlanSettings,
     "split_bench": SplitBenchSettings,
+    "demo": DemoSettings,
 }
 """The settings of each primary config; its project has the same name."""
 

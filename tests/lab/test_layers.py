@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from safetensors.torch import save_file
 
 from fl.settings import FederatedSettings
 from lab import models
@@ -73,7 +74,7 @@ def test_only_its_own_tensors_are_read(tmp_path: Path, monkeypatch: pytest.Monke
 
     class Noting:
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            self._file = safetensors.safe_open(*arguments, **options)
+            self._file: Any = safetensors.safe_open(*arguments, **options)
 
         def __enter__(self) -> Noting:
             self._file.__enter__()
@@ -116,7 +117,7 @@ def test_a_checkpoint_without_a_tensor_is_named(tmp_path: Path) -> None:
             if "model.norm.weight" in tensors.keys():  # noqa: SIM118 (no mapping)
                 held = {name: tensors.get_tensor(name) for name in tensors.keys() if name != "model.norm.weight"}  # noqa: SIM118
                 found = file
-    models.save_file(held, found)
+    save_file(held, found)
     with pytest.raises(UserError, match=r"got none named 'model\.norm\.weight'"):
         load_layers(settings, CPU, 0, 4, embedding=True, head=True)
     load_layers(settings, CPU, 0, 4, embedding=True, head=False)

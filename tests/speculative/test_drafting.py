@@ -200,12 +200,9 @@ def test_cross_entropy_of_each_guess_is_that_of_the_model() -> None:
         ids = torch.tensor([[*text, *done.guesses]])
         with torch.inference_mode():
             logits_TV = model(ids).logits[0, len(text) - 1 : -1]
-        losses = (
-            torch.nn.functional.cross_entropy(logits_TV, torch.tensor(done.guesses), reduction="none")
-            if done.guesses
-            else []
-        )
-        assert done.guess_nll == pytest.approx([float(x) for x in losses][: len(done.guess_nll)], abs=1e-9)
+        follow = torch.tensor(done.guesses, dtype=torch.long)
+        losses: list[float] = torch.nn.functional.cross_entropy(logits_TV, follow, reduction="none").tolist()
+        assert done.guess_nll == pytest.approx(losses[: len(done.guess_nll)], abs=1e-9)
         text += done.tokens
 
 

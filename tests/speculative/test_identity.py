@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+from lab.engine import Request, TargetStep
+from lab.kv import CacheFull
 from lab.sampling import Sampling
 from speculative import verifying
 from tests.speculative.identity import SAMPLINGS, SOURCES, compare, compare_everything
@@ -46,8 +48,8 @@ def test_a_verifier_that_mixes_up_the_texts_of_a_batch_is_seen(monkeypatch: pyte
     extend = verifying.Verifier._extend
 
     def mixed_up(
-        verifier: verifying.Verifier, requests: Sequence[verifying.Request], *, want_all: bool
-    ) -> list[verifying.TargetStep | verifying.CacheFull]:
+        verifier: verifying.Verifier, requests: Sequence[Request], *, want_all: bool
+    ) -> list[TargetStep | CacheFull]:
         steps = extend(verifier, requests, want_all=want_all)
         return steps[::-1] if want_all and len({len(ids) for _, ids in requests}) == 1 else steps
 

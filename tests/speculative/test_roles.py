@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -336,6 +337,29 @@ def test_off_loopback_with_a_key_and_a_trusted_link_it_listens(tmp_path: Path) -
         command = running.stderr().partition("on the drafter's machine: ")[2].splitlines()[0]
         assert "network.host=0.0.0.0" not in command
         assert f"network.port={running.port} model=random" in command
+
+
+def test_off_loopback_over_tls(tmp_path: Path) -> None:
+    certificate, private_key, key = tmp_path / "lab.pem", tmp_path / "lab.key", tmp_path / "key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=lab", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    subprocess.run(
+        [*command, *names, "-keyout", str(private_key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    key.write_text("0123456789abcdef")
+    secret = f"network.key_file={key}"
+    own = (f"network.tls_certificate={certificate}", f"network.tls_private_key={private_key}")
+    with verifier(*RANDOM, "network.host=0.0.0.0", secret, *own) as running:
+        words = (*RANDOM, secret, "project.max_new_tokens=9")
+        trusting = (*words, f"network.tls_authority={certificate}")
+        plain = _own_text(PROMPT, Sampling.greedy(), 9)
+        assert drafted(running.port, trusting, tmp_path / "tls")["token_ids"] == plain
+        with pytest.raises(SystemExit):  # without TLS nobody answers in words it understands
+            drafted(running.port, words, tmp_path / "plain")
+        wait_until(lambda: "network.tls_authority=" in running.stderr(), "the command says that TLS is needed")
 
 
 def test_a_taken_port_is_one_line(random_verifier: Role) -> None:

@@ -1,0 +1,34 @@
+"""Settings of the demonstration: what its parts are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lab.settings import LabSettings, register_project, require
+
+
+@dataclass(kw_only=True)
+class DemoProjectSettings:
+    """Overrides that the demonstration gives to each part's own command."""
+
+    federated: list[str]
+    """Of simulations/fed_sim.py."""
+    verifier: list[str]
+    """Of speculative.verifier."""
+    drafter: list[str]
+    """Of speculative.drafter; the prompt is the demonstration's own."""
+    part_timeout_seconds: float
+    """Longest that one part may take."""
+
+    def __post_init__(self) -> None:
+        require(self.part_timeout_seconds > 0, "part_timeout_seconds must be greater than 0", self.part_timeout_seconds)
+
+
+@dataclass(kw_only=True)
+class DemoSettings(LabSettings):
+    """Everything `python -m simulations.demo` reads."""
+
+    project: DemoProjectSettings
+
+
+register_project("demo", DemoProjectSettings)

@@ -1,0 +1,101 @@
+"""From network settings to keys, TLS and deadlines; every mistake is one line."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl.settings import FederatedSettings
+from lab.entry import compose_settings
+from lab.network import address_for_peers, client_side_tls, is_users_to_mend, listener_tls, make_endpoint, shared_key
+from lab.settings import NetworkSettings, UserError
+from lab.wire import MessageTable, Peer, PeerGone, PeerRefused, PeerSilent, Unreachable, WrongKey
+
+PEER = Peer(role="verifier", address="127.0.0.1:1", phase="handshake")
+
+
+@pytest.fixture
+def network() -> NetworkSettings:
+    return compose_settings("fed_learn", "", FederatedSettings).network
+
+
+def test_values_arrive_where_they_belong(network: NetworkSettings) -> None:
+    changed = replace(
+        network,
+        connect_timeout_seconds=1.0,
+        handshake_timeout_seconds=2.0,
+        request_timeout_seconds=3.0,
+        heartbeat_seconds=4.0,
+        dead_after_seconds=9.0,
+        max_frame_bytes=5000,
+        max_handshake_bytes=600,
+    )
+    endpoint = make_endpoint(
+        changed,
+        role="a",
+        peer_roles=frozenset({"b"}),
+        table=MessageTable({}),
+        protocol=range(1, 2),
+        fingerprints={"x": "y"},
+    )
+    deadlines, limits = endpoint.deadlines, endpoint.limits
+    assert (deadlines.connect_seconds, deadlines.handshake_seconds, deadlines.send_seconds) == (1.0, 2.0, 3.0)
+    assert (deadlines.ping_seconds, deadlines.dead_seconds) == (4.0, 9.0)
+    assert (limits.payload_bytes, limits.handshake_bytes) == (5000, 600)
+    assert endpoint.fingerprints == {"x": "y"}
+
+
+def test_the_key_comes_from_the_file_or_the_environment(
+    network: NetworkSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LAB_KEY", raising=False)
+    assert shared_key(network) == b""
+    monkeypatch.setenv("LAB_KEY", "from-the-environment")
+    assert shared_key(network) == b"from-the-environment"
+    file = tmp_path / "key"
+    file.write_text("from-the-file-here\n")
+    assert shared_key(replace(network, key_file=str(file))) == b"from-the-file-here"
+    file.write_text("short")
+    with pytest.raises(UserError, match=r"must hold at least 16 bytes .*, got 5$"):
+        shared_key(replace(network, key_file=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"host": "0.0.0.0"}, r"^network\.key_file must be set \(or network\.host be a loopback address\)"),
+        ({"tls_certificate": "/no", "tls_private_key": "/no"}, r"must be a PEM certificate with its key, got /no"),
+        ({"tls_certificate": "/no"}, r"^network\.tls_private_key must be set where network\.tls_certificate is"),
+    ],
+)
+def test_listeners_that_are_refused(network: NetworkSettings, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        listener_tls(replace(network, **changes))
+
+
+def test_no_certificates_no_tls(network: NetworkSettings) -> None:
+    assert listener_tls(network) is None
+    assert client_side_tls(network) is None
+    with pytest.raises(UserError, match="must be a PEM certificate, got /no"):
+        client_side_tls(replace(network, tls_authority="/no"))
+
+
+def test_which_faults_are_the_users_to_mend() -> None:
+    assert is_users_to_mend(Unreachable(PEER, "x"))
+    assert is_users_to_mend(WrongKey(PEER, "x"))
+    assert is_users_to_mend(PeerRefused(PEER, "WrongKey", "x"))
+    assert not is_users_to_mend(PeerRefused(PEER, "BadFrame", "x"))
+    assert not is_users_to_mend(PeerGone(PEER, "x"))
+    assert not is_users_to_mend(PeerSilent(PEER, "x"))
+
+
+def test_the_address_that_peers_type() -> None:
+    assert address_for_peers("127.0.0.1") == "127.0.0.1"
+    assert address_for_peers("192.0.2.7") == "192.0.2.7"
+    everywhere = address_for_peers("0.0.0.0")
+    assert everywhere != "0.0.0.0"
+    assert socket.getaddrinfo(everywhere, 1)
