@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from lab.sampling import Sampling, choose, mix64, nll
 Want = Literal["last", "all"]
 """`all`: a step for every id given; `last`: only for the last one, so that a long prompt costs the head once."""
 
-_SWEEP_ROWS = 16
+SWEEP_ROWS = 16
 """A pass is mostly one sweep over the weights, which costs about as much as this many rows more (a CPU, bfloat16):
 where sessions of different lengths would need more padding than this to share a pass, they take two."""
 
@@ -266,6 +266,27 @@ class _Piece:
         return self.start + len(self.ids) == len(self.run.ids)
 
 
+class _HasIds(Protocol):
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+
+PieceT = TypeVar("PieceT", bound=_HasIds)
+
+
+def together(pieces: Sequence[PieceT], most_padding: float) -> list[list[PieceT]]:
+    """The pieces that share a pass, longest first: those of about the same length, with at most so much padding."""
+    groups: list[list[PieceT]] = []
+    padding = 0
+    for piece in sorted(pieces, key=lambda piece: len(piece.ids), reverse=True):
+        padding += len(groups[-1][0].ids) - len(piece.ids) if groups else 0
+        if not groups or padding > most_padding:
+            groups.append([])
+            padding = 0
+        groups[-1].append(piece)
+    return groups
+
+
 class LocalEngine:
     """A whole decoder-only transformers model in this process.
 
@@ -346,8 +367,9 @@ class LocalEngine:
         longest = max((len(run.ids) for run in runs), default=0)
         for start in range(0, longest, self._chunk):
             end = start + self._chunk
-            for pieces in self._together([_Piece(run, start, run.ids[start:end]) for run in runs if run.ids[start:]]):
-                self._pass(pieces, want)
+            pieces = [_Piece(run, start, run.ids[start:end]) for run in runs if run.ids[start:]]
+            for group in together(pieces, math.inf if self._exact_rows else SWEEP_ROWS):
+                self._pass(group, want)
         return [run.session.advance(run.ids, run.step) for run in runs]
 
     def close(self, session: Session) -> None:
@@ -358,18 +380,6 @@ class LocalEngine:
     def shutdown(self) -> None:
         """Drop model and cache; the engine is of no use afterwards."""
         del self._model, self.cache
-
-    def _together(self, pieces: list[_Piece]) -> list[list[_Piece]]:
-        """The pieces that share a pass: all of them in exact shapes, else those of about the same length."""
-        groups: list[list[_Piece]] = []
-        padding = 0
-        for piece in sorted(pieces, key=lambda piece: len(piece.ids), reverse=True):
-            padding += len(groups[-1][0].ids) - len(piece.ids) if groups else 0
-            if not groups or (padding > _SWEEP_ROWS and not self._exact_rows):
-                groups.append([])
-                padding = 0
-            groups[-1].append(piece)
-        return groups
 
     def _pass(self, pieces: Sequence[_Piece], want: Want) -> None:
         """Run some pieces together, and read the rows of logits that are asked for."""
@@ -544,7 +554,7 @@ class EngineKind(Enum):
     """Which engine stands behind a role; names are what people type."""
 
     local = "lab.engine:LocalEngine"
-    split = "split.sharded_model:ShardedModel"
+    split = "split.joining:join_shards"
     synthetic = "lab.engine:SyntheticEngine"
 
 

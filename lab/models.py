@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     LlamaConfig,
     PreTrainedConfig,
 )
@@ -172,6 +173,18 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
         return random_config(settings)
     config = AutoConfig.from_pretrained(prepare_checkpoint(settings).folder, local_files_only=True)
     return config
+
+
+def end_ids_of(settings: ModelSettings) -> list[int]:
+    """The ids with which a model ends a text, from its generation config, else its config; no weights are read."""
+    place = settings.repo if settings.source is ModelSource.hub else prepare_checkpoint(settings).folder
+    try:
+        found = GenerationConfig.from_pretrained(str(place)).eos_token_id
+    except OSError:  # it has none
+        found = load_config(settings).get_text_config(decoder=True).eos_token_id
+    if found is None:
+        return []
+    return [found] if isinstance(found, int) else list(found)
 
 
 def model_identity(settings: ModelSettings) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.engine import Engine, EngineKind, LocalEngine, ShapeDependence, SyntheticEngine
+from lab.engine import Engine, EngineKind, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
 from lab.entry import compose_settings
 from lab.kv import CacheFull
-from lab.models import LoadedModel, load_layers, load_model, load_tokenizer_only
+from lab.models import LoadedModel, end_ids_of, load_layers, load_model, load_tokenizer_only
 from lab.sampling import Sampling
 from lab.settings import ModelSettings, UserError
 from speculative.drafts import Drafts, EngineDrafts, NgramDrafts, NoDrafts, RandomDrafts, add_noise_to_head
@@ -41,6 +41,10 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
     project = settings.project
     if project.engine is EngineKind.synthetic:
         return OpenTarget(_synthetic_target(project), [], "synthetic", "none")
+    if project.engine is EngineKind.split:
+        return OpenTarget(
+            _split_target(settings), end_ids_of(settings.model), settings.model.name, settings.model.dtype.name
+        )
     loaded = load_model(settings.model, device)
     rows = project.max_draft_length + 1 if project.exact_shapes else None
     engine = _local_engine(_with_adapter(loaded, settings.model), project, project.sessions, rows)
@@ -127,6 +131,18 @@ def _with_adapter(loaded: LoadedModel, settings: ModelSettings) -> torch.nn.Modu
 
     adapted: torch.nn.Module = apply_adapter(loaded, settings.adapter)
     return adapted
+
+
+def _split_target(settings: SpeculativeSettings) -> Engine:
+    project = settings.project
+    return open_engine(
+        EngineKind.split,
+        settings.model,
+        settings.network,
+        **asdict(project.split),
+        context=project.context,
+        prefill_chunk=project.prefill_chunk,
+    )
 
 
 def _synthetic_target(project: SpeculativeProjectSettings) -> SyntheticEngine:

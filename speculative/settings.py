@@ -111,6 +111,26 @@ class BenchEngine(Enum):
 
 
 @dataclass(kw_only=True)
+class SplitTargetSettings:
+    """A target that is split over shards which serve already (engine=split): `python -m split.serve`."""
+
+    shards: list[str]
+    """Where they listen, `host:port` each, first to last."""
+    spares: list[str]
+    """Shards that may take the place of one with the same layers."""
+    boundary: str
+    """How hidden states travel between them: the shards' own `project.boundary`."""
+    start_seconds: float
+    """How long they may take to be there."""
+    recovery_seconds: float
+    """How long to try to bring back one that was lost."""
+
+    def __post_init__(self) -> None:
+        require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)
+        require(self.recovery_seconds >= 0, "recovery_seconds must be at least 0", self.recovery_seconds)
+
+
+@dataclass(kw_only=True)
 class BenchSettings:
     """What `python -m speculative.bench` measures."""
 
@@ -162,6 +182,8 @@ class SpeculativeProjectSettings:
     engine: EngineKind
     """Verifier: what computes the target."""
     synthetic: SyntheticSettings
+    split: SplitTargetSettings
+    """Verifier."""
     sessions: int
     """Verifier: texts at once."""
     max_connections: int
@@ -196,7 +218,9 @@ class SpeculativeProjectSettings:
         longest = self.max_draft_length
         require(1 <= longest <= MAX_DRAFT_LENGTH, f"max_draft_length must be in [1, {MAX_DRAFT_LENGTH}]", longest)
         require(self.cache_limit_bytes >= 2**20, "cache_limit_bytes must be at least 1 MiB", self.cache_limit_bytes)
-        require(self.engine is not EngineKind.split, "engine must be local or synthetic", self.engine.name)
+        if self.engine is EngineKind.split:
+            require(bool(self.split.shards), "split.shards must name at least one shard for engine=split", [])
+            require(not self.exact_shapes, "exact_shapes must be false for engine=split", self.exact_shapes)
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ Writes benchmarks/results/soak-<commit>.json; exit code 1 when a run found somet
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,10 +16,12 @@ from typing import Any
 from lab.bench import write_report
 from lab.environment import commit
 from tests.speculative.identity import compare_everything
+from tests.split.kills import kill_at_random
 from tests.wire_fuzz import fuzz, server_process
 
 HOSTILE_FRAMES = 200_000
 COMPARED_TOKENS = 50_000
+KILLS = 50
 
 
 def hostile_frames() -> dict[str, Any]:
@@ -35,6 +38,13 @@ def speculative_identity() -> dict[str, Any]:
     return {"ok": compared.differing == 0, **asdict(compared), "sources": sources}
 
 
+def shards_killed() -> dict[str, Any]:
+    """One text over three shards, of which one goes at 50 random points: the same tokens, nothing raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = kill_at_random(KILLS, seed=1, folder=Path(folder))
+    return {"ok": came.same_tokens, **asdict(came)}
+
+
 def measured(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """One run's row; says when it begins and what came of it."""
     print(f"{name} ...", file=sys.stderr, flush=True)
@@ -49,6 +59,7 @@ def main() -> int:
     rows = [
         measured("hostile frames", hostile_frames),
         measured("speculative identity", speculative_identity),
+        measured("shards killed", shards_killed),
     ]
     path = Path(f"benchmarks/results/soak-{commit() or 'unknown'}.json")
     write_report(path, "soak", rows)

@@ -19,10 +19,13 @@ from lab.settings import LabSettings, ModelSource
 from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
+from split.bench_settings import SplitBenchSettings
+from split.plan_settings import PlanSettings
+from split.settings import SplitSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 7, "model": 6, "project": 6, "tracking": 3}
+FOUND = {"": 10, "model": 6, "project": 9, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -30,6 +33,9 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "spec_decoding": SpeculativeSettings,
     "link": LinkRunSettings,
     "fed_bench": FederatedBenchSettings,
+    "split_inf": SplitSettings,
+    "split_plan": PlanSettings,
+    "split_bench": SplitBenchSettings,
     "demo": DemoSettings,
 }
 """The settings of each primary config; its project has the same name."""

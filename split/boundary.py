@@ -1,0 +1,19 @@
+"""What crosses from one shard to the next, and how many bytes that is. Loads no torch."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+SCALE_BYTES = 4
+
+
+class Boundary(Enum):
+    """How hidden states travel. `int8`: each position by its own largest absolute value, H + 4 bytes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+    def row_bytes(self, hidden_size: int) -> int:
+        """Bytes of one position."""
+        return {"float32": 4 * hidden_size, "bfloat16": 2 * hidden_size, "int8": hidden_size + SCALE_BYTES}[self.value]

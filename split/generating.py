@@ -1,0 +1,163 @@
+"""One text through a `ShardedModel`, shown as it comes, with its figures."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lab.engine import Session
+from lab.models import end_ids_of, load_tokenizer_only
+from lab.sampling import Sampling
+from lab.settings import UserError
+from lab.tracking import Tracker
+from split.picture import draw
+from split.settings import SplitSettings
+from split.sharded_model import ShardedModel
+from split.terminal import TextStream
+from split.times import PassParts, as_row, take_apart
+from split.transport.base import ShardReport
+
+
+@dataclass
+class Text:
+    """What was generated, and when."""
+
+    ids: list[int] = field(default_factory=list)
+    token_seconds: list[float] = field(default_factory=list)
+    """Between two tokens; without the first, which is the prompt's."""
+    first_token_seconds: float = 0.0
+    first_pass: int = 0
+    """Number of passes before the first single token."""
+
+
+def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, folder: Path) -> dict[str, Any]:
+    """The text that the settings ask for. UserError for a prompt without tokens, or one beyond the context."""
+    project = settings.project
+    tokenizer = load_tokenizer_only(settings.model)
+    prompt = prompt_ids(tokenizer, settings.prompt, project.chat)
+    if not prompt:
+        raise UserError("prompt must have at least one token, got ''")
+    if len(prompt) + project.max_new_tokens > engine.context:
+        raise UserError(
+            f"project.max_new_tokens must leave room in the context of {engine.context} tokens for a prompt of "
+            f"{len(prompt)}, got {project.max_new_tokens}"
+        )
+    sampling = Sampling(seed=settings.seed, temperature=project.temperature, top_k=project.top_k, top_p=project.top_p)
+    stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
+    text = write(engine, prompt, sampling, project.max_new_tokens, end_ids_of(settings.model), stream)
+    reports = engine.reports()
+    apart = take_apart(list(engine.passes), reports)
+    for index, parts in enumerate(apart):
+        tracker.log(index, **as_row(parts, [f"shard{place + 1}" for place in range(len(reports))]))
+    figures = _figures(settings, tokenizer, text, engine, reports, apart)
+    _print_table(figures["shards"])
+    figures["picture"] = draw(reports, _single(apart), folder / "split.png", settings.model.name)
+    return figures
+
+
+def write(
+    engine: ShardedModel,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    stream: TextStream | None,
+) -> Text:
+    """Generate one text, token by token."""
+    text = Text()
+    began = time.monotonic()
+    with engine.open(prompt, sampling) as session:
+        _take(text, session, stream)
+        text.first_token_seconds = time.monotonic() - began
+        while len(text.ids) < max_new_tokens and text.ids[-1] not in ends:
+            before = time.monotonic()
+            engine.extend([(session, text.ids[-1:])], "last")
+            text.token_seconds.append(time.monotonic() - before)
+            _take(text, session, stream)
+    if stream is not None:
+        stream.finish()
+    return text
+
+
+def _take(text: Text, session: Session, stream: TextStream | None) -> None:
+    assert session.step is not None
+    text.ids.append(session.step.next_ids[-1])
+    if stream is not None:
+        stream.add(text.ids[-1])
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
+    """The prompt's tokens, through the model's chat template where it has one and it is wanted."""
+    if not (chat and tokenizer.chat_template):
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+
+def _single(apart: Sequence[PassParts]) -> list[PassParts]:
+    return [parts for parts in apart if parts.rows == 1] or list(apart)
+
+
+def _figures(
+    settings: SplitSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    engine: ShardedModel,
+    reports: Sequence[ShardReport],
+    apart: Sequence[PassParts],
+) -> dict[str, Any]:
+    seconds = sum(text.token_seconds)
+    single = {parts.number for parts in _single(apart)}
+    handed_on = [statistics.median(report.hops[number].sent_bytes for number in single) for report in reports]
+    return {
+        "text": str(tokenizer.decode(text.ids, skip_special_tokens=True)),
+        "token_ids": text.ids,
+        "tokens_per_second": len(text.token_seconds) / seconds if seconds else None,
+        "token_seconds_p50": statistics.median(text.token_seconds) if text.token_seconds else None,
+        "time_to_first_token_seconds": text.first_token_seconds,
+        "transport": settings.project.transport.name,
+        "boundary": settings.project.boundary.name,
+        "boundary_bytes_per_token": max(handed_on[:-1], default=0),
+        "return_bytes_per_token": handed_on[-1],
+        "shards": [_shard(report, place, _single(apart)) for place, report in enumerate(reports)],
+        "recoveries": engine.recoveries,
+        "recovery_seconds": engine.recovery_times,
+    }
+
+
+def _shard(report: ShardReport, place: int, single: Sequence[PassParts]) -> dict[str, Any]:
+    hops = [parts.hops[place] for parts in single]
+    return {
+        "name": report.name,
+        "layers": f"{report.layers.start}:{report.layers.stop}",
+        "device": report.device,
+        "weights_bytes": report.weights_bytes,
+        "kv_bytes": report.kv_bytes,
+        "rss_bytes": report.rss_bytes,
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "device_memory_used_bytes": report.device_memory_used_bytes,
+        "device_memory_total_bytes": report.device_memory_total_bytes,
+        **{
+            f"{part}_seconds_p50": statistics.median(getattr(hop, part) for hop in hops)
+            for part in ("compute", "serialise", "wire", "queue")
+        },
+    }
+
+
+def _print_table(shards: Sequence[dict[str, Any]]) -> None:
+    table = Table("shard", "layers", "device", "weights MiB", "KV MiB", "RSS MiB", "compute ms", "queue ms", "wire ms")
+    for shard in shards:
+        sizes = [f"{shard[key] / 2**20:.1f}" for key in ("weights_bytes", "kv_bytes", "rss_bytes")]
+        times = [f"{1000 * shard[f'{part}_seconds_p50']:.2f}" for part in ("compute", "queue", "wire")]
+        table.add_row(shard["name"], shard["layers"], shard["device"], *sizes, *times)
+    Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(table)

@@ -1,0 +1,50 @@
+"""Text from a model that is split over machines. `python -m split.infer prompt="..." project.local_shards=2`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lab import entry
+from split.settings import SplitSettings
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
+    """Generates one text; the figures of the last line."""
+    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    from lab.device import open_device
+    from lab.kv import CacheFull
+    from lab.settings import UserError
+    from lab.tracking import Tracker
+    from split.generating import generate
+    from split.opening import sharded_model
+    from split.sharded_model import ShardFault
+    from split.transport.base import ShardLost
+
+    device = open_device(settings.device)
+    try:
+        with (
+            sharded_model(settings, device, place.folder) as engine,
+            Tracker(settings, "split", place.folder) as tracker,
+        ):
+            figures = generate(settings, engine, tracker, place.folder)
+            tracker.result(figures)
+            return figures
+    except CacheFull as full:
+        raise UserError(
+            f"project.cache_limit_bytes and sessions of the shards must have room for this text: {full}"
+        ) from None
+    except (ShardLost, ShardFault) as error:
+        log.error("%s", error)
+        raise SystemExit(1) from None
+
+
+def main() -> None:
+    """Composes `conf/split_inf.yaml` and runs."""
+    entry.main("split_inf", SplitSettings, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The engine that a model split over shard processes is; `lab.engine.open_engine` finds it here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab.models import load_config, model_identity, prepare_checkpoint
+from lab.network import client_side_tls, make_endpoint
+from lab.settings import ModelSettings, ModelSource, NetworkSettings, UserError
+from lab.wire import Endpoint, WireError
+from split.address import Address
+from split.boundary import Boundary
+from split.messages import PROTOCOL, table
+from split.sharded_model import ShardedModel
+from split.transport.base import ShardLost
+from split.transport.tcp import ChainMismatch, TcpChain
+
+
+def join_shards(
+    model: ModelSettings,
+    network: NetworkSettings,
+    *,
+    shards: Sequence[str],
+    spares: Sequence[str],
+    boundary: str,
+    context: int,
+    prefill_chunk: int,
+    start_seconds: float,
+    recovery_seconds: float,
+) -> ShardedModel:
+    """An engine over shards that serve already.
+
+    Args:
+        model: What they must hold; its config is read here, its weights are not.
+        network: Key, TLS and deadlines.
+        shards: Where they listen, `host:port` each, first to last.
+        spares: Shards that may take the place of one with the same layers.
+        boundary: How hidden states travel between them: a name of `Boundary`.
+        context: Most tokens of a text; 0: what the model was made for. Never more than the shards take.
+        prefill_chunk: Most tokens of a text in one pass.
+        start_seconds: How long they may take to be there.
+        recovery_seconds: How long to try to bring back one that was lost.
+
+    Raises:
+        UserError: shards that are not there, or are not this model from its first layer to its last.
+    """
+    known = Boundary.__members__.get(boundary)
+    if known is None:
+        names = ", ".join(Boundary.__members__)
+        raise UserError(f"boundary must be one of {names}, got {boundary!r}")
+    try:
+        chain = TcpChain(
+            [Address.parse(text) for text in shards],
+            [Address.parse(text) for text in spares],
+            make_side(model, network, known, "client"),
+            tls=client_side_tls(network),
+            answer_seconds=network.request_timeout_seconds,
+            start_seconds=start_seconds,
+        )
+    except ChainMismatch as error:
+        raise UserError(f"project.shards: {error}") from None
+    except (ShardLost, WireError) as error:
+        raise UserError(f"project.shards must be reachable and hold this model: {error}") from None
+    return ShardedModel(
+        chain,
+        vocabulary_size=int(load_config(model).get_text_config(decoder=True).vocab_size),
+        context=min(chain.context, model_context(model, context)),
+        prefill_chunk=prefill_chunk,
+        recovery_seconds=recovery_seconds,
+    )
+
+
+def model_context(model: ModelSettings, wanted: int) -> int:
+    """Most tokens of a text: `wanted`, but no more than what the model was made for; 0: just that."""
+    made_for = getattr(load_config(model).get_text_config(decoder=True), "max_position_embeddings", None)
+    sizes = [size for size in (wanted, made_for) if size]
+    if not sizes:
+        raise UserError("project.context must be set for a model that does not say what it was made for, got 0")
+    return int(min(sizes))
+
+
+def make_side(model: ModelSettings, network: NetworkSettings, boundary: Boundary, role: str) -> Endpoint:
+    """Our side of the wire: `client` talks to shards, `shard` to both. UserError for what makes no sense."""
+    return make_endpoint(
+        network,
+        role=role,
+        peer_roles=frozenset({"shard"} if role == "client" else {"client", "shard"}),
+        table=table(network.max_frame_bytes),
+        protocol=PROTOCOL,
+        fingerprints=fingerprints(model, boundary),
+    )
+
+
+def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
+    """What all roles must have alike: which tensors under which config, in which precision, and how they travel."""
+    identity = model_identity(model)
+    if model.source is ModelSource.hub:  # a repository changes; its snapshot's folder is named by the revision
+        identity += f"@{prepare_checkpoint(model).folder.name}"
+    return {
+        "model": identity,
+        "adapter": _adapter_digest(model.adapter),
+        "dtype": model.dtype.name,
+        "boundary": boundary.name,
+    }
+
+
+def _adapter_digest(folder: str | None) -> str:
+    if folder is None:
+        return "none"
+    file = Path(folder).expanduser() / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(f"model.adapter must be a PEFT folder with adapter_model.safetensors, got {folder!r}")
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

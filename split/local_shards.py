@@ -1,0 +1,144 @@
+"""Shard processes on this machine, started and ended by their client."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from hydra.core.hydra_config import HydraConfig
+
+from lab.settings import UserError
+from split.address import Address
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0
+"""For a shard to leave by itself; then it is killed."""
+WATCH_SECONDS = 0.1
+_NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
+
+
+class LocalShards:
+    """A process a range of layers: `with LocalShards(...) as shards: shards.addresses`.
+
+    Each gets the words of our own command line, and ends when we do, however we end: it follows its standard input.
+    One that dies is started again at its address. What they log is in the run folder.
+    """
+
+    def __init__(
+        self, layers: Sequence[range], folder: Path, start_seconds: float, extra: Sequence[str] | None = None
+    ) -> None:
+        """`extra`: words for the shards; None: those of our own command line."""
+        self._extra = extra
+        self._layers, self._folder, self._start_seconds = layers, folder, start_seconds
+        self._group_port: int | None = None
+        self.processes: list[subprocess.Popen[str]] = []
+        self.addresses: list[Address] = []
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="local shards", daemon=True)
+
+    @classmethod
+    def of_group(cls, layers: Sequence[range], folder: Path, port: int) -> Self:
+        """Members of a torch RPC group that meets at `port`: they do not listen, and are not started again."""
+        shards = cls(layers, folder, start_seconds=0.0)
+        shards._group_port = port
+        return shards
+
+    def __enter__(self) -> Self:
+        try:
+            for index in range(len(self._layers)):
+                self.processes.append(self._start(index, self._group_port or 0))
+            if self._group_port is not None:
+                return self
+            deadline = time.monotonic() + self._start_seconds
+            self.addresses = [self._address(index, deadline) for index in range(len(self.processes))]
+        except BaseException:
+            self.stop()
+            raise
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End every shard, and wait until it has ended."""
+        self._stopping.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self.processes:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+    def _watch(self) -> None:
+        """Start again what has died. The client finds it at its address once it listens."""
+        while not self._stopping.wait(WATCH_SECONDS):
+            for index, process in enumerate(self.processes):
+                if process.poll() is not None:
+                    log.warning("shard %d has ended with code %s; starting it again", index + 1, process.returncode)
+                    self.processes[index] = self._start(index, self.addresses[index].port)
+
+    def _start(self, index: int, port: int) -> subprocess.Popen[str]:
+        layers = self._layers[index]
+        folder = self._folder / f"shard-{index + 1}"
+        folder.mkdir(parents=True, exist_ok=True)
+        words = [
+            *(own_words() if self._extra is None else self._extra),
+            f"project.layers={layers.start}:{layers.stop}",
+            "project.follow_stdin=true",
+            f"network.port={port}",
+            *([f"project.rank={index + 1}", f"project.world_size={len(self._layers) + 1}"] if self._group_port else []),
+            f"hydra.run.dir={folder}",
+        ]
+        with (folder / "stderr.log").open("a") as log_file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "split.serve", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                text=True,
+                start_new_session=True,  # Ctrl+C is for us: we end them when we have said goodbye
+            )
+
+    def _address(self, index: int, deadline: float) -> Address:
+        """Wait for a shard to say where it listens."""
+        process = self.processes[index]
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        assert process.stdout is not None
+        threading.Thread(target=lambda out=process.stdout: lines.put(out.readline()), daemon=True).start()
+        try:
+            line = lines.get(timeout=max(0.1, deadline - time.monotonic()))
+        except queue.Empty:
+            raise UserError(
+                f"project.start_seconds must be long enough for a shard to load, got {self._start_seconds:g}"
+            ) from None
+        if not line:
+            said = (self._folder / f"shard-{index + 1}" / "stderr.log").read_text().strip().splitlines()
+            raise UserError(f"shard {index + 1} did not start: {said[-1] if said else 'it said nothing'}")
+        ready = json.loads(line)
+        return Address(ready["host"], ready["port"])
+
+
+def own_words() -> list[str]:
+    """The overrides of our own command line that a shard is to have, too."""
+    return [word for word in HydraConfig.get().overrides.task if not word.startswith(_NOT_FOR_SHARDS)]

@@ -1,0 +1,248 @@
+"""What a client and shards say to each other. The transports carry these; over tcp they are frames of `lab.wire`.
+
+    client                     shard 1                  shard 2 (last)
+    OPEN(sampling)       ->    OPEN               ->    takes a slot                 a text, by its number
+    PASS(pieces) ids     ->    PASS hidden states ->    computes, samples            chunks follow without waiting
+                         <---------------------------   STEPS tokens, or FAULT
+    CLOSE                ->    CLOSE              ->    frees the slot
+
+OPEN and PASS get exactly one answer each, in order: where one fails, a FAULT takes its place, and the shards behind
+hand that on. The frame's session number is the text's for OPEN and CLOSE, the pass's for PASS, and the same in the
+answer. A PASS says where each of its pieces stands, so that a rewind costs no message.
+
+Only over tcp: ATTACH, WELCOME, JOIN, ASK and REPORT (`split.transport.tcp`).
+
+Shapes: N positions of all pieces of a pass together, H hidden size.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import Enum, IntEnum
+from typing import Annotated
+
+import msgspec
+
+from lab.engine import TargetStep, Want
+from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
+
+PROTOCOL = range(1, 2)
+
+Uint31 = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Uint32 = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+Count = Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+ShortText = Annotated[str, msgspec.Meta(max_length=256)]
+LongText = Annotated[str, msgspec.Meta(max_length=1024)]
+
+MAX_PIECES = 1024
+MAX_ADDRESSES = 16
+
+
+class Open(Head):
+    """A new text, and how its tokens are drawn. Only the last shard draws; the others take a slot."""
+
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    temperature: Annotated[float, msgspec.Meta(ge=0)]
+    top_k: Uint32
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
+class Close(Head):
+    """A text is over."""
+
+
+class Piece(Head):
+    """One text's part of a pass."""
+
+    session: Uint32
+    position: Uint31
+    """Where its first id stands; what a shard holds from there on is forgotten."""
+    count: Count
+    is_first: bool
+    """Whether its extend begins here."""
+    is_last: bool
+    """Whether its extend ends here."""
+
+
+class Pass(Head):
+    """Several texts advance together. The body holds their ids (4 bytes each) where a shard needs them, then their
+    hidden states, both piece by piece."""
+
+    read_all: bool
+    """want=all: the last shard gives a step for every id, and needs the ids for that."""
+    pieces: Annotated[list[Piece], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return sum(piece.count for piece in self.pieces)
+
+    @property
+    def want(self) -> Want:
+        """The engine's word for `read_all`."""
+        return "all" if self.read_all else "last"
+
+
+class Steps(Head):
+    """What the target says in one pass: the body has the steps of the pieces that are read, in their order. Empty in
+    answer to OPEN."""
+
+
+class FaultCode(Enum):
+    """Why a pass or an open came to nothing."""
+
+    full = "full"
+    """No slot, or no memory for keys and values."""
+    lost = "lost"
+    """The shard does not hold the text up to there (it was evicted, or the shard is new): to be rebuilt."""
+    refused = "refused"
+    """It makes no sense here."""
+    link = "link"
+    """The shard has lost the next one."""
+    failed = "failed"
+    """The shard failed."""
+
+
+class Fault(Head):
+    """Instead of steps."""
+
+    code: FaultCode
+    session: Uint32
+    """Which text is lost (code=lost)."""
+    text: LongText
+
+
+class Attach(Head):
+    """The client's first frame to each shard: who it is, and which shard comes next."""
+
+    client: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    """A random number of this attempt; JOIN names it to the next shard."""
+    next: Annotated[list[ShortText], msgspec.Meta(max_length=MAX_ADDRESSES)]
+    """Where the next shard may be found, `host:port`; a shard's own `project.next` goes first. Empty: the last one."""
+    next_instance: Uint32
+    """Which process it must be: the one that the client is attached to."""
+
+
+class Welcome(Head):
+    """A shard's answer to ATTACH and JOIN: what it holds. It comes once the shards behind it have been joined."""
+
+    instance: Uint32
+    """A random number of this process."""
+    first: Uint31
+    last: Uint31
+    """Layers first..last - 1."""
+    model_layers: Uint31
+    context: Uint31
+    sessions: Uint31
+
+
+class Join(Head):
+    """A shard's first frame to the next one."""
+
+    client: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class Ask(Head):
+    """A client asks a shard what it needs and how long its passes took."""
+
+
+class Report(Head):
+    """A shard's figures, now. The body holds its last passes: `HOP` each."""
+
+    clock_seconds: float
+    """Its monotonic clock when it answered."""
+    name: ShortText
+    device: ShortText
+    weights_bytes: int
+    kv_bytes: int
+    rss_bytes: int
+    peak_rss_bytes: int
+    device_memory_used_bytes: int | None
+    device_memory_total_bytes: int | None
+
+
+class MessageType(IntEnum):
+    """The frames of the application."""
+
+    open = FIRST_APPLICATION_TYPE
+    close = FIRST_APPLICATION_TYPE + 1
+    run = FIRST_APPLICATION_TYPE + 2
+    steps = FIRST_APPLICATION_TYPE + 3
+    fault = FIRST_APPLICATION_TYPE + 4
+    attach = FIRST_APPLICATION_TYPE + 5
+    welcome = FIRST_APPLICATION_TYPE + 6
+    join = FIRST_APPLICATION_TYPE + 7
+    ask = FIRST_APPLICATION_TYPE + 8
+    report = FIRST_APPLICATION_TYPE + 9
+
+
+_HEAD_BYTES = 2**16
+_TYPE_OF: dict[type[Head], MessageType] = {
+    Open: MessageType.open,
+    Close: MessageType.close,
+    Pass: MessageType.run,
+    Steps: MessageType.steps,
+    Fault: MessageType.fault,
+    Attach: MessageType.attach,
+    Welcome: MessageType.welcome,
+    Join: MessageType.join,
+    Ask: MessageType.ask,
+    Report: MessageType.report,
+}
+
+
+def message_type(head: Head) -> MessageType:
+    """The frame type that carries `head`."""
+    return _TYPE_OF[type(head)]
+
+
+def table(body_bytes: int) -> MessageTable:
+    """The frames of both roles; bodies up to `body_bytes`."""
+    with_body: dict[type[Head], int] = {
+        Pass: _HEAD_BYTES + body_bytes,
+        Steps: 1 + body_bytes,
+        Report: 1024 + REPORTED_PASSES * HOP.size,
+    }
+    small: dict[type[Head], int] = {Open: 64, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8}
+    kinds: dict[int, MessageKind] = {
+        _TYPE_OF[head]: MessageKind(head=head, max_bytes=size) for head, size in small.items()
+    }
+    kinds |= {_TYPE_OF[head]: MessageKind(head=head, max_bytes=size, has_body=True) for head, size in with_body.items()}
+    return MessageTable(kinds)
+
+
+HOP = struct.Struct("<IdddddI")
+"""One pass at one shard: its number; when (monotonic seconds of that machine) it arrived, was begun, was computed, was
+handed on; how many of the seconds between the second and the third went into coding; the bytes handed on."""
+REPORTED_PASSES = 4096
+
+# Steps as bytes
+
+_STEP = struct.Struct("<idd")
+
+
+def pack_steps(steps: Sequence[TargetStep]) -> bytes:
+    """The body of STEPS: of each step its K next ids with their cross-entropies and margins, then its known `nll`."""
+    body = bytearray()
+    for step in steps:
+        for row in zip(step.next_ids, step.next_nll, step.margin, strict=True):
+            body += _STEP.pack(*row)
+        body += struct.pack(f"<{len(step.nll)}d", *step.nll)
+    return bytes(body)
+
+
+def unpack_steps(run: Pass, body: bytes | memoryview) -> list[TargetStep]:
+    """The steps of the pieces that `run` reads. Raises ValueError unless the body has just these."""
+    counts = [piece.count if run.read_all else 1 for piece in run.pieces if run.read_all or piece.is_last]
+    expected = sum(counts) * (_STEP.size + (8 if run.read_all else 0))
+    if len(body) != expected:
+        raise ValueError(f"steps of {sum(counts)} rows must be {expected} bytes, got {len(body)}")
+    steps, offset = [], 0
+    for count in counts:
+        end = offset + count * _STEP.size
+        rows = list(_STEP.iter_unpack(body[offset:end]))
+        offset = end + (8 * count if run.read_all else 0)
+        nll = list(struct.unpack(f"<{count}d", body[end:offset])) if run.read_all else []
+        steps.append(TargetStep([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], nll))
+    return steps

@@ -1,0 +1,24 @@
+"""One shard of a split model behind a port. `python -m split.serve project.layers=15:30`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lab import entry
+from split.settings import SplitSettings
+
+
+def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
+    """Serves until Ctrl+C; the figures of the last line."""
+    from split.hosting import host  # loads torch, which reads what `entry.main` puts into the environment
+
+    return host(settings)
+
+
+def main() -> None:
+    """Composes `conf/split_inf.yaml` and serves."""
+    entry.main("split_inf", SplitSettings, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""One shard of a causal language model: its own layers, its own texts.
+
+It runs the architecture's own forward over its slice, with a `SlotCache` of its own layers. Knows nothing about
+networks, tokenizers or the other shards.
+
+Shapes: B batch rows, T positions, N positions of all pieces of a pass together, H hidden size, V vocabulary, K rows of
+logits kept of each piece.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
+from lab.kv import CacheFull, Pass, SlotCache
+from lab.models import load_config, load_layers, model_identity
+from lab.sampling import Sampling
+from lab.settings import ModelSettings, UserError
+from split.adapter import merge_adapter
+from split.messages import Piece
+
+
+class TextLost(RuntimeError):
+    """The shard does not hold a text up to where a pass goes on; its ids and its seed rebuild it."""
+
+    def __init__(self, session: int, what: str) -> None:
+        super().__init__(what)
+        self.session = session
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardLimits:
+    """How much a shard gives."""
+
+    sessions: int
+    """The most texts held at once, of all clients."""
+    context: int
+    """The most tokens of a text."""
+    bucket: int
+    """The cache grows, and is attended to, in multiples of this many positions."""
+    kv_limit_bytes: int
+    """The most that keys and values of all texts may take."""
+    idle_seconds: float
+    """A text that nobody has asked for so long gives its slot to one that needs it."""
+
+
+@dataclass
+class _Text:
+    slot: int
+    sampling: Sampling
+    used_at: float
+    before_V: Tensor | None = None
+    """The last row of logits of an extend that goes on in another pass."""
+
+
+@dataclass(frozen=True)
+class Entering:
+    """What a pass brings to a shard."""
+
+    pieces: Sequence[Piece]
+    want: Want
+    ids: Sequence[int] = ()
+    """N ids, piece by piece: for the first shard, and for the last one where want is all."""
+    hidden_NH: Tensor | None = None
+    """For all but the first shard."""
+
+    def ids_of_pieces(self) -> list[Sequence[int]]:
+        """The ids of each piece."""
+        ends = _ends(self.pieces)
+        return [self.ids[end - piece.count : end] for piece, end in zip(self.pieces, ends, strict=True)]
+
+
+Leaving = Tensor | list[TargetStep]
+"""Hidden states N x H for the next shard; from the last one the steps of the pieces that are read."""
+
+
+class Shard:
+    """Layers `layers` of a model: hidden states in, hidden states out.
+
+    Args:
+        model: From `lab.models.load_layers`.
+        layers: Which layers of the whole model these are.
+        limits: How much it gives.
+        clock: Seconds, for idle texts.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: range, limits: ShardLimits, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._model = cast(Any, model.eval())  # the forward of a model is not typed
+        config: Any = self._model.config
+        longest = getattr(config, "max_position_embeddings", None) or limits.context
+        if not 1 <= limits.context <= longest:
+            raise UserError(f"project.context must be in [1, {longest}], got {limits.context}")
+        self.layers, self.limits = layers, limits
+        self.hidden_size, self.vocabulary_size = int(config.hidden_size), int(config.vocab_size)
+        self.dtype: torch.dtype = self._model.dtype
+        self.device: torch.device = self._model.device
+        self.cache = SlotCache.for_model(
+            config,
+            slots=limits.sessions,
+            bucket=limits.bucket,
+            limit_bytes=limits.kv_limit_bytes,
+            dtype=self.dtype,
+            device=self.device,
+            exact=None,
+        )
+        self._clock = clock
+        self._texts: dict[Hashable, _Text] = {}
+
+    takes_ids = False
+    """Whether it begins with token ids."""
+    gives_steps = False
+    """Whether it ends with tokens."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """What its tensors take; a tied one counts once."""
+        tensors = {id(tensor): tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers())}
+        return sum(tensors.values())
+
+    def open(self, key: Hashable, sampling: Sampling) -> None:
+        """Take a slot for a text.
+
+        Raises:
+            ValueError: it is open.
+            CacheFull: all slots are taken, and no text in them is idle.
+        """
+        if key in self._texts:
+            raise ValueError("text must be new, got one that is open")
+        try:
+            slot = self.cache.acquire()
+        except CacheFull:
+            self._evict_idle()
+            slot = self.cache.acquire()
+        self._texts[key] = _Text(slot, sampling, self._clock())
+
+    def close(self, key: Hashable) -> None:
+        """Forget a text; one that is not held was forgotten before."""
+        text = self._texts.pop(key, None)
+        if text is not None:
+            self.cache.release(text.slot)
+
+    @torch.inference_mode()
+    def run(self, keys: Sequence[Hashable], entering: Entering) -> Leaving:
+        """Advance several texts in one batched pass.
+
+        Args:
+            keys: The text of each piece.
+            entering: The pieces with what they bring.
+
+        Raises:
+            TextLost: a text is not held up to where its piece begins.
+            ValueError: pieces that make no sense here.
+            CacheFull: the limit in bytes is reached; every text is where it was.
+        """
+        texts = self._find(keys, entering.pieces)
+        for text, piece in zip(texts, entering.pieces, strict=True):
+            self.cache.lengths[text.slot] = piece.position
+        plan = self.cache.begin([text.slot for text in texts], [piece.count for piece in entering.pieces])
+        leaving = self._forward(texts, plan, entering)
+        self.cache.commit()
+        return leaving
+
+    def _find(self, keys: Sequence[Hashable], pieces: Sequence[Piece]) -> list[_Text]:
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"texts of a pass must be different from each other, got {len(keys)} with one twice")
+        for key, piece in zip(keys, pieces, strict=True):
+            if piece.position + piece.count > self.limits.context:
+                raise ValueError(
+                    f"position + ids must be at most the context of {self.limits.context} tokens, "
+                    f"got {piece.position} + {piece.count}"
+                )
+            held = self.cache.lengths[self._texts[key].slot] if key in self._texts else None
+            if held is None or held < piece.position:
+                raise TextLost(piece.session, f"text {piece.session} goes on at {piece.position}, held are {held or 0}")
+        texts = [self._texts[key] for key in keys]
+        for text in texts:
+            text.used_at = self._clock()
+        return texts
+
+    def _forward(self, texts: Sequence[_Text], plan: Pass, entering: Entering) -> Leaving:
+        hidden_BTH = self._decode(self._model.get_decoder(), plan, entering).last_hidden_state
+        parts = [hidden_BTH[row, : piece.count] for row, piece in zip(plan.rows, entering.pieces, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(self, model: Any, plan: Pass, entering: Entering, **options: Any) -> Any:
+        """Run the slice, or only its decoder, and return its output."""
+        return model(
+            **self._input(plan, entering),
+            position_ids=plan.position_ids_BT,
+            attention_mask=plan.attention_mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **options,
+        )
+
+    def _input(self, plan: Pass, entering: Entering) -> dict[str, Tensor]:
+        assert entering.hidden_NH is not None
+        batch, width = plan.position_ids_BT.shape
+        if batch == 1 and entering.hidden_NH.shape[0] == width:
+            return {"inputs_embeds": entering.hidden_NH[None]}
+        hidden_BTH = entering.hidden_NH.new_zeros(batch, width, self.hidden_size)
+        ends = _ends(entering.pieces)
+        for row, piece, end in zip(plan.rows, entering.pieces, ends, strict=True):
+            hidden_BTH[row, : piece.count] = entering.hidden_NH[end - piece.count : end]
+        return {"inputs_embeds": hidden_BTH}
+
+    def _evict_idle(self) -> None:
+        key, text = min(self._texts.items(), key=lambda item: item[1].used_at)
+        if self._clock() - text.used_at >= self.limits.idle_seconds:
+            self.close(key)
+
+
+class Shard1(Shard):
+    """The first shard: embedding and first layers; token ids in."""
+
+    takes_ids = True
+
+    def _input(self, plan: Pass, entering: Entering) -> dict[str, Tensor]:
+        check_ids(entering.ids, self.vocabulary_size)
+        batch, width = plan.position_ids_BT.shape
+        ids_BT = [[0] * width for _ in range(batch)]
+        for row, ids in zip(plan.rows, entering.ids_of_pieces(), strict=True):
+            ids_BT[row][: len(ids)] = ids
+        return {"input_ids": torch.tensor(ids_BT, device=self.device)}
+
+
+class Shard2(Shard):
+    """The last shard: last layers, norm and LM head; it samples, and only token ids leave it."""
+
+    gives_steps = True
+
+    def _forward(self, texts: Sequence[_Text], plan: Pass, entering: Entering) -> Leaving:
+        pieces, want = entering.pieces, entering.want
+        read = [want == "all" or piece.is_last for piece in pieces]
+        if not any(read):
+            self._decode(self._model.get_decoder(), plan, entering)
+            return []
+        # As a LocalEngine does: the head only where it is asked for, in the same rows, to the same bits.
+        steps = None if want == "all" else sorted({piece.count - 1 for piece in pieces})
+        logits_BKV = self._decode(
+            self._model, plan, entering, logits_to_keep=0 if steps is None else torch.tensor(steps)
+        ).logits
+        ids_of_pieces = entering.ids_of_pieces() if want == "all" else [[-1] * piece.count for piece in pieces]
+        wanted = [
+            (text, _scored(logits_BKV[row], piece, ids, steps, text))
+            for text, row, piece, ids, is_read in zip(texts, plan.rows, pieces, ids_of_pieces, read, strict=True)
+            if is_read
+        ]
+        for text, block in wanted:
+            text.before_V = block.logits_KV[-1].clone() if want == "all" else None
+        return read_steps([block for _, block in wanted], want)
+
+
+def _scored(logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int] | None, text: _Text) -> Scored:
+    if steps is None:
+        rows_KV = logits_KV[: piece.count]
+    else:
+        last = steps.index(piece.count - 1)
+        rows_KV = logits_KV[last : last + 1]
+    before_V = None if piece.is_first else text.before_V
+    return Scored(rows_KV, ids, piece.position, text.sampling, before_V)
+
+
+class OnlyShard(Shard1, Shard2):
+    """All layers: a model that is not split, served as a shard."""
+
+
+def load_shard(settings: ModelSettings, device: torch.device, layers: range, limits: ShardLimits) -> Shard:
+    """The shard of these layers, with its part of `model.adapter` merged; only its own tensors are read.
+
+    Raises:
+        UserError: layers that the model does not have, or what `load_layers` and `merge_adapter` refuse.
+    """
+    count = int(load_config(settings).get_text_config(decoder=True).num_hidden_layers)
+    first, last = layers.start == 0, layers.stop == count
+    model = load_layers(settings, device, layers.start, layers.stop, embedding=first, head=last)
+    if settings.adapter is not None:
+        from lab.lora import check_adapter_folder  # loads PEFT, which plain models can do without
+
+        folder = Path(settings.adapter).expanduser()
+        check_adapter_folder(folder, model_identity(settings))
+        merge_adapter(model, folder, layers)
+    return shard_class(first, last)(model, layers, limits)
+
+
+def shard_class(first: bool, last: bool) -> type[Shard]:
+    """Which kind of shard stands at a place."""
+    if first and last:
+        return OnlyShard
+    return Shard1 if first else Shard2 if last else Shard
+
+
+def _ends(pieces: Sequence[Piece]) -> list[int]:
+    ends, end = [], 0
+    for piece in pieces:
+        ends.append(end := end + piece.count)
+    return ends
