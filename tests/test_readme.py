@@ -14,6 +14,7 @@ import pytest
 from lab.entry import compose_settings, literal_prompt
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
+from split.settings import SplitSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,7 @@ PROVED_ELSEWHERE = {
 COMPOSED = {
     "python -m speculative.": ("spec_decoding", SpeculativeSettings),
     "python simulations/link.py": ("link", LinkRunSettings),
+    "python -m split.": ("split_inf", SplitSettings),
 }
 """Roles that wait for a peer: their own tests run them, here their words compose."""
 SHELL = ("openssl ", ". .venv/bin/activate", "export ", "mkdir ", "C=", "cd ")
@@ -47,7 +49,7 @@ def commands() -> list[str]:
     """Every command of the README's ```sh blocks, continued lines joined, comments cut."""
     blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split(" #")[0].split()) for line in lines if line.strip()]
+    return [" ".join(line.split(" #")[0].split()) for line in lines if line.strip() and not line.startswith("#")]
 
 
 def starting_with(*prefixes: str) -> list[str]:

@@ -62,8 +62,9 @@ def test_sizes_are_those_of_a_real_skeleton_these_numbers(model: str) -> None:
 @pytest.mark.parametrize("model", ["random", "smollm2_135m"])
 def test_the_numbers_in_conf_are_those_of_the_model_itself(model: str) -> None:
     settings = settings_of(model)
+    config = load_config(settings.model)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(load_config(settings.model))
+        skeleton = AutoModelForCausalLM.from_config(config)
     assert counted(settings, skeleton) == counted(settings, from_numbers(settings.model))
 
 
