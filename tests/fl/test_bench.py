@@ -127,12 +127,12 @@ def test_a_toy_run_of_all_parts_writes_its_report(tmp_path: Path) -> None:
     overrides = [
         f"project.adapter_bytes={MIB}", "project.many_replies=20", "project.turns=2", "project.size_models=[random]",
         f"project.scale=[{','.join(small)}]", f"project.compare=[{','.join(small)}]", "project.compare_seeds=[0]",
-        f"project.report={tmp_path / 'report.json'}", "project.run_timeout_seconds=200",
+        f"project.report={tmp_path / 'report.json'}", "project.run_timeout_seconds=270",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "fl.bench", *overrides],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=290, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
