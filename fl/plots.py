@@ -55,7 +55,7 @@ def _draw_loss(axes: Axes, states: Sequence[RoundFigures]) -> None:
         xlabel="round (0: before training)", ylabel="held-out loss (nats per token)", title="Loss: lower is better"
     )
     axes.xaxis.set_major_locator(_whole_numbers())
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
 
 
 def _draw_bytes(axes: Axes, states: Sequence[RoundFigures], base_bytes: int) -> None:
@@ -65,7 +65,7 @@ def _draw_bytes(axes: Axes, states: Sequence[RoundFigures], base_bytes: int) -> 
     bars = axes.barh(names, values, color=["#4c72b0", "#55a868", "0.75"])
     axes.bar_label(bars, labels=[f" {value:,.1f} MB" for value in values])
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    axes.margins(x=0.35)
     axes.set(xlabel="megabytes (1 MB = 10⁶ bytes)", title="What travelled")
 
 
@@ -81,5 +81,4 @@ def _draw_seconds(axes: Axes, states: Sequence[RoundFigures]) -> None:
         below = [a + b for a, b in zip(below, values, strict=True)]
     axes.set(xlabel="round", ylabel="seconds", title="Where the time went")
     axes.xaxis.set_major_locator(_whole_numbers())
-    axes.set_ylim(top=max([*below, 1e-3]) * 1.25)
-    axes.legend(fontsize="small", loc="upper center", ncols=1)
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
