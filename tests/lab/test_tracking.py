@@ -8,6 +8,7 @@ import math
 import os
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +202,9 @@ def test_offline_run_holds_every_figure_and_stays_in_its_folder(
     check_jsonl(folder)
     assert list(elsewhere.iterdir()) == []
     assert list(home.iterdir()) == []
+    deadline = time.monotonic() + 30  # on a loaded machine wandb-core has been seen to write after its finish
+    while not (history := offline_records(folder)[0]) and time.monotonic() < deadline:
+        time.sleep(0.2)
     history, summary = offline_records(folder)
     assert [row["loss"] for row in history if "loss" in row] == [2.0, 1.0]
     figures = summary | {key: value for row in history for key, value in row.items()}
