@@ -35,7 +35,7 @@ from lab import entry
 from lab.data import open_source
 from lab.device import check_dtype, open_device
 from lab.lora import fresh_adapter
-from lab.models import _quantization
+from lab.models import quantization_config
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
         except (RoundFailed, NodesMissing) as error:
             if not stop.is_set():
                 raise SystemExit(f"error: {last_words(error, place)}") from None
-        except Exception:
+        except Exception:  # workers killed by Ctrl+C end as errors of many kinds; without it, every error is one
             if not stop.is_set():
                 raise
     if stop.is_set():
@@ -85,7 +85,7 @@ def check(settings: FederatedSettings) -> None:
     project = settings.project
     client_documents(open_source(project.data), 0, project.num_clients, project.partition_by, settings.seed)
     device = open_device(settings.device)
-    _quantization(settings.model, device, check_dtype(device, settings.model.dtype))
+    quantization_config(settings.model, device, check_dtype(device, settings.model.dtype))
     fresh_adapter(settings.model, project.lora, settings.seed)
 
 

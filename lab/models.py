@@ -71,7 +71,7 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     """The base model that `settings` describe, on `device`; UserError when it cannot be had."""
     disable_progress_bar()  # weights are mapped, not read: its bar is over before it shows
     dtype = check_dtype(device, settings.dtype)
-    quantization = _quantization(settings, device, dtype)
+    quantization = quantization_config(settings, device, dtype)
     checkpoint = prepare_checkpoint(settings)
     placement = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True, **placement)
@@ -231,7 +231,8 @@ def tensor_digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _quantization(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_config(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How to quantise, None for not at all; UserError where 4-bit cannot be had."""
     if settings.quantization is Quantization.none:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
