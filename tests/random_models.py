@@ -22,6 +22,7 @@ from transformers import (
 )
 
 WINDOW = 8
+VOCABULARY = 97
 _HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 _ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
@@ -47,7 +48,7 @@ def random_model(architecture: str, dtype: torch.dtype, **overrides: Any) -> Pre
     """
     model_class, config_class, own = _ARCHITECTURES[architecture]
     sizes: dict[str, Any] = {
-        "vocab_size": 97,
+        "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 4,

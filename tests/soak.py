@@ -1,26 +1,32 @@
-"""The long fault and fuzz runs: `make soak` (about 20 minutes). Each of them at a small size is a test too.
+"""The long fault, fuzz and identity runs: `make soak` (about an hour). Each of them at a small size is a test too.
+
+    python -m tests.soak                                # all
+    python -m tests.soak hostile_frames shards_killed   # some; their rows take the place of older ones in the report
 
 Writes benchmarks/results/soak-<commit>.json; exit code 1 when a run found something.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lab.bench import write_report
 from lab.environment import commit
-from tests.speculative.identity import compare_everything
+from tests.speculative.identity import Compared, compare_everything, compare_random, smollm2_subject
 from tests.split.kills import kill_at_random
 from tests.wire_fuzz import fuzz, server_process
 
 HOSTILE_FRAMES = 200_000
 COMPARED_TOKENS = 50_000
+SMOLLM2_TOKENS_A_TEXT = 40
+LARGEST_TIE = 1e-4
 KILLS = 50
 
 
@@ -32,10 +38,15 @@ def hostile_frames() -> dict[str, Any]:
 
 
 def speculative_identity() -> dict[str, Any]:
-    """Tokens of speculative text that differ from the target's own, float64, all sources and lengths."""
-    compared = compare_everything(COMPARED_TOKENS)
-    sources = sorted(map(str, compared.sources))
-    return {"ok": compared.differing == 0, **asdict(compared), "sources": sources}
+    """Tokens of speculative text that differ from the target's own, float64, all sources and lengths: none may."""
+    compared = compare_random(COMPARED_TOKENS)
+    return {"ok": not compared.flips, **_figures(compared)}
+
+
+def smollm2_identity() -> dict[str, Any]:
+    """The same with SmolLM2 in float32, about 2,000 tokens: only ties may flip."""
+    compared = compare_everything(smollm2_subject(), SMOLLM2_TOKENS_A_TEXT, whole=False)
+    return {"ok": all(flip.margin < LARGEST_TIE for flip in compared.flips), **_figures(compared)}
 
 
 def shards_killed() -> dict[str, Any]:
@@ -45,27 +56,52 @@ def shards_killed() -> dict[str, Any]:
     return {"ok": came.same_tokens, **asdict(came)}
 
 
-def measured(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+RUNS: dict[str, Callable[[], dict[str, Any]]] = {
+    run.__name__: run for run in (hostile_frames, speculative_identity, smollm2_identity, shards_killed)
+}
+
+
+def _figures(compared: Compared) -> dict[str, Any]:
+    return {
+        "tokens": compared.tokens,
+        "differing": compared.differing,
+        "accepted": compared.accepted,
+        "shared_passes": compared.shared_passes,
+        "sources": sorted({source for source, _, _ in compared.cells}),
+        "samplings": sorted({sampling for _, sampling, _ in compared.cells}),
+        "draft_lengths": sorted({length for _, _, lengths in compared.cells for length in lengths}),
+        "texts_at_once": sorted({len(lengths) for _, _, lengths in compared.cells}),
+        "flips": [asdict(flip) for flip in compared.flips],
+    }
+
+
+def measured(name: str) -> dict[str, Any]:
     """One run's row; says when it begins and what came of it."""
     print(f"{name} ...", file=sys.stderr, flush=True)
     begin = time.monotonic()
-    row = {"run": name, **run(), "seconds": time.monotonic() - begin}
+    row = {"run": name, **RUNS[name](), "seconds": time.monotonic() - begin}
     print(f"{name}: {'ok' if row['ok'] else 'FAILED'} after {row['seconds']:.0f} s", file=sys.stderr, flush=True)
     return row
 
 
-def main() -> int:
-    """All runs in turn."""
-    rows = [
-        measured("hostile frames", hostile_frames),
-        measured("speculative identity", speculative_identity),
-        measured("shards killed", shards_killed),
-    ]
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier report, by run; none when there is none."""
+    return {row["run"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+
+
+def main(names: Sequence[str]) -> int:
+    """The named runs in turn, all when none is named. The report is written after each."""
+    if unknown := set(names) - set(RUNS):
+        print(f"error: run must be one of {', '.join(RUNS)}, got {min(unknown)}", file=sys.stderr)
+        return 2
     path = Path(f"benchmarks/results/soak-{commit() or 'unknown'}.json")
-    write_report(path, "soak", rows)
+    done = []
+    for name in names or RUNS:
+        done.append(row := measured(name))
+        write_report(path, "soak", list((rows_of(path) | {name: row}).values()))
     print(path)
-    return 0 if all(row["ok"] for row in rows) else 1
+    return 0 if all(row["ok"] for row in done) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -35,9 +35,8 @@ from lab.engine import (
 )
 from lab.kv import CacheFull, LayerShape, SlotCache
 from lab.sampling import Sampling
-from tests.random_models import ARCHITECTURES, WINDOW, random_model
+from tests.random_models import ARCHITECTURES, VOCABULARY, WINDOW, random_model
 
-VOCABULARY = 97
 SAMPLED = Sampling(seed=21, temperature=0.8, top_k=40, top_p=0.95)
 
 

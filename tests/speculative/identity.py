@@ -2,29 +2,51 @@
 
     python -m tests.speculative.identity 50000
 
-Every source of guesses, greedy and sampled, draft lengths 1 to 16, four texts at once on one verifier that batches them
-(and one alone), against the target decoding alone, token by token. float64: not one token may differ.
+Every source of guesses, greedy and sampled, each draft length from 1 to 16, alone and with three other texts that share
+its passes; against the target decoding alone, one token a pass. float64: not one token may differ. float32: a token may
+flip where the target's two best are as close as rounding.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import random
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from lab.device import open_device
+from lab.entry import compose_settings
+from lab.models import load_model, load_tokenizer_only
 from lab.sampling import Sampling
-from speculative.drafts import Drafts, EngineDrafts, NgramDrafts, NoDrafts, RandomDrafts, add_noise_to_head
-from tests.random_models import random_model
-from tests.speculative.in_process import InProcess, bench, decoded_alone, local_engine, request, speculated, tokens
+from speculative.drafter import prompt_ids
+from speculative.drafting import Flip
+from speculative.drafts import Drafts
+from speculative.engines import open_drafts
+from speculative.settings import DraftSource, SpeculativeSettings
+from speculative.vocabulary import token_texts
+from tests.speculative.in_process import (
+    InProcess,
+    bench,
+    decoded_alone,
+    flips_alone,
+    local_engine,
+    request,
+    speculated,
+    tokens,
+)
 
-VOCABULARY = 97
 SOURCES = ("model", "ngram", "layers", "noisy", "random", "none")
 SAMPLINGS = (Sampling.greedy(), Sampling(seed=5, temperature=0.8, top_k=40, top_p=0.95))
-LENGTHS = tuple(range(1, 17))
+LENGTHS = range(1, 17)
+ALONE = tuple((length,) for length in LENGTHS)
+TOGETHER = tuple(tuple(range(first, 17, 4)) for first in range(1, 5))
+"""Draft lengths of four texts at once."""
+TEXTS = len(SOURCES) * len(SAMPLINGS) * (len(ALONE) + 4 * len(TOGETHER))
+"""In the whole comparison."""
 
 
 @dataclass
@@ -32,87 +54,136 @@ class Compared:
     """How much was compared, and how often it differed."""
 
     tokens: int = 0
-    differing: int = 0
     accepted: int = 0
     shared_passes: int = 0
-    sources: set[str] = field(default_factory=set)
+    flips: list[Flip] = field(default_factory=list)
+    cells: set[tuple[str, str, tuple[int, ...]]] = field(default_factory=set)
+    """Source, greedy or sampled, draft lengths of the texts at once."""
+
+    @property
+    def differing(self) -> int:
+        """Tokens that the target alone does not say there."""
+        return len(self.flips)
+
+    def add(self, other: Compared) -> None:
+        self.tokens += other.tokens
+        self.accepted += other.accepted
+        self.shared_passes += other.shared_passes
+        self.flips += other.flips
+        self.cells |= other.cells
 
 
-@functools.cache
-def target_model() -> torch.nn.Module:
-    """Loaded once: engines only read it."""
-    return random_model("llama", torch.float64)
+class Subject:
+    """A target, and prompts for it: text number n of a comparison has prompt n."""
+
+    def __init__(self, words: Sequence[str], prompts: Sequence[Sequence[int]]) -> None:
+        self.settings = compose_settings("spec_decoding", " ".join(words), SpeculativeSettings)
+        self.prompts = prompts
+        self._texts = token_texts(load_tokenizer_only(self.settings.model))
+        self._device = open_device(self.settings.device)
+        self.model = load_model(self.settings.model, self._device).model
+        self._own: dict[tuple[int, int, Sampling], list[int]] = {}
+
+    def drafts(self, source: str, sampling: Sampling) -> Drafts:
+        """Who guesses, made as the drafter makes it."""
+        project = self.settings.project
+        draft = replace(project.draft, source=DraftSource[source])
+        settings = replace(self.settings, project=replace(project, draft=draft))
+        return open_drafts(settings, self._device, sampling, self._texts, len(self._texts))
+
+    def own_text(self, number: int, sampling: Sampling, count: int) -> list[int]:
+        """What the target says to prompt `number` without any verifier."""
+        key = (number, count, sampling)
+        if key not in self._own:
+            self._own[key] = decoded_alone(local_engine(self.model, 1), self.prompts[number], sampling, count)
+        return self._own[key]
 
 
-@functools.cache
-def draft_model(source: str) -> torch.nn.Module | None:
-    """The model that guesses, if one does. Made in one thread: `random_model` sets the global seed."""
-    if source == "model":  # the target's weights in another precision: nearly always right
-        return random_model("llama", torch.float32)
-    if source == "layers":
-        return random_model("llama", torch.float64, num_hidden_layers=3)
-    if source == "noisy":
-        model = random_model("llama", torch.float64)
-        add_noise_to_head(model, 0.3, 3)
-        return model
-    return None
+def random_subject() -> Subject:
+    """`model=random` in float64. The draft model is the same in float32: right nearly always."""
+    numbers = random.Random(0)
+    prompts = [[numbers.randrange(256) for _ in range(numbers.randrange(1, 90))] for _ in range(len(ALONE) + 4)]
+    words = (
+        *("model=random", "model.dtype=float64", "device.threads=1", "project.context=256"),
+        *("project.draft.model=random", "project.draft.dtype=float32"),
+        *("project.draft.layers=3", "project.draft.noise=0.05"),
+    )
+    return Subject(words, prompts)
 
 
-def make_drafts(source: str, sampling: Sampling) -> Drafts:
-    """A source of guesses for the random Llama of `tests.random_models`."""
-    if (model := draft_model(source)) is not None:
-        return EngineDrafts(local_engine(model, sessions=1), sampling, VOCABULARY)
-    others: dict[str, Drafts] = {"none": NoDrafts(), "ngram": NgramDrafts(3, 1), "random": RandomDrafts(7, VOCABULARY)}
-    return others[source]
+def smollm2_subject() -> Subject:
+    """SmolLM2 in float32; the draft model is the same in bfloat16."""
+    words = (
+        *("model=smollm2_135m", "model.dtype=float32", "device.threads=1", "project.context=256"),
+        *("project.draft.model=smollm2_135m", "project.draft.dtype=bfloat16"),
+        *("project.draft.layers=4", "project.draft.noise=0.1"),
+    )
+    asked = (
+        "Write this Python function again, with a docstring:\ndef add(first, second):\n    return first + second\n",
+        "What is the capital of France?",
+        "List the numbers from one to twenty in words.",
+        "Tell me a story about a fox.",
+        "Repeat after me, twice: the quick brown fox jumps over the lazy dog.",
+    )
+    tokenizer = load_tokenizer_only(compose_settings("spec_decoding", "", SpeculativeSettings).model)
+    return Subject(words, [prompt_ids(tokenizer, text, chat=True) for text in asked])
 
 
-def compare(source: str, sampling: Sampling, texts: int, new_tokens: int, first_length: int, seed: int) -> Compared:
-    """`texts` texts at once on one verifier, each with a draft length of its own, against the target alone."""
-    compared = Compared(sources={source})
-    draft_model(source)
-    numbers = random.Random(seed)
-    prompts = [[numbers.randrange(VOCABULARY) for _ in range(numbers.randrange(1, 90))] for _ in range(texts)]
-    alone = local_engine(target_model(), sessions=1)
-    with bench(local_engine(target_model(), sessions=texts)) as verifiers:
+def compare(
+    subject: Subject, source: str, sampling: Sampling, lengths: Sequence[int], new_tokens: int, first: int = 0
+) -> Compared:
+    """Texts `first`, `first + 1`, ... at once on one verifier, one of each draft length, against the target alone."""
+    kind = "sampled" if sampling.temperature else "greedy"
+    compared = Compared(cells={(source, kind, tuple(lengths))})
+    sources = [subject.drafts(source, sampling) for _ in lengths]  # not in the threads below: loading is for one
+    with bench(local_engine(subject.model, sessions=len(lengths))) as verifiers:
 
         def draft(index: int) -> tuple[list[int], int]:
-            drafts = make_drafts(source, sampling)
-            length = LENGTHS[(first_length + 5 * index) % len(LENGTHS)]
-            rounds = speculated(
-                InProcess(verifiers, index), drafts, request(prompts[index], new_tokens, sampling), length
-            )
-            drafts.close()
+            asked = request(subject.prompts[first + index], new_tokens, sampling)
+            rounds = speculated(InProcess(verifiers, index), sources[index], asked, lengths[index])
+            sources[index].close()
             return tokens(rounds), sum(done.accepted for done in rounds)
 
-        with ThreadPoolExecutor(texts) as pool:
-            drafted = list(pool.map(draft, range(texts)))
+        with ThreadPoolExecutor(len(lengths)) as pool:
+            drafted = list(pool.map(draft, range(len(lengths))))
         compared.shared_passes = sum(count > 1 for count in verifiers.batches)
-    for prompt, (text, accepted) in zip(prompts, drafted, strict=True):
-        own = decoded_alone(alone, prompt, sampling, new_tokens)
+    for number, (text, accepted) in enumerate(drafted, start=first):
         assert len(text) == new_tokens
         compared.tokens += new_tokens
-        compared.differing += sum(a != b for a, b in zip(own, text, strict=True))
         compared.accepted += accepted
+        if text != subject.own_text(number, sampling, new_tokens):
+            alone = local_engine(subject.model, 1)
+            compared.flips += flips_alone(alone, subject.prompts[number], sampling, text)
     return compared
 
 
-def compare_everything(at_least_tokens: int, new_tokens: int = 60) -> Compared:
-    """All sources and samplings in turn, with ever other lengths and prompts, until so many tokens were compared."""
+def cells(whole: bool) -> Iterator[tuple[str, Sampling, tuple[int, ...], int]]:
+    """Source, sampling, draft lengths of the texts at once, number of the first text.
+
+    Whole: every source and sampling with every draft length, alone and among four. Else each source and sampling once
+    alone and once among four, with lengths that go on from one to the next.
+    """
+    for index, (source, sampling) in enumerate(itertools.product(SOURCES, SAMPLINGS)):
+        alone = ALONE if whole else ALONE[index : index + 1]
+        together = TOGETHER if whole else (TOGETHER[index % 4],)
+        yield from ((source, sampling, lengths, number if whole else 0) for number, lengths in enumerate(alone))
+        yield from ((source, sampling, lengths, len(alone) if whole else 1) for lengths in together)
+
+
+def compare_everything(subject: Subject, new_tokens: int, *, whole: bool) -> Compared:
+    """All cells, `new_tokens` a text."""
     torch.set_num_threads(1)
     total = Compared()
-    turn = 0
-    while total.tokens < at_least_tokens:
-        for source in SOURCES:
-            for sampling in SAMPLINGS:
-                done = compare(source, sampling, 4 if turn % 3 else 1, new_tokens, turn, turn)
-                total.tokens += done.tokens
-                total.differing += done.differing
-                total.accepted += done.accepted
-                total.shared_passes += done.shared_passes
-                total.sources |= done.sources
-                turn += 1
+    for source, sampling, lengths, first in cells(whole):
+        total.add(compare(subject, source, sampling, lengths, new_tokens, first))
     return total
 
 
+def compare_random(at_least_tokens: int) -> Compared:
+    """The whole comparison of `model=random`."""
+    return compare_everything(random_subject(), -(-at_least_tokens // TEXTS), whole=True)
+
+
 if __name__ == "__main__":
-    print(compare_everything(int(sys.argv[1])))
+    done = compare_random(int(sys.argv[1]))
+    print(f"{done.tokens} tokens, {done.differing} differ, {done.accepted} guesses accepted, {len(done.cells)} cells")

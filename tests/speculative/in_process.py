@@ -10,7 +10,7 @@ import torch
 
 from lab.engine import Engine, LocalEngine
 from lab.sampling import Sampling
-from speculative.drafting import Round, speculate
+from speculative.drafting import Flip, Round, speculate
 from speculative.drafts import Drafts
 from speculative.forward_thread import ForwardThread
 from speculative.verifying import Ended, Outcome, Text, TextRequest, Verifier
@@ -121,3 +121,15 @@ def decoded_alone(engine: Engine, prompt: Sequence[int], sampling: Sampling, cou
             [step] = engine.extend([(session, text[-1:])], "last")
             text.append(step.next_ids[-1])
     return text
+
+
+def flips_alone(engine: Engine, prompt: Sequence[int], sampling: Sampling, text: Sequence[int]) -> list[Flip]:
+    """Where the target, fed the text one token a pass, says another one. Knows nothing of verifiers."""
+    flips: list[Flip] = []
+    with engine.open(prompt, sampling) as session:
+        for index, token in enumerate(text):
+            assert session.step is not None
+            if token != session.step.next_ids[-1]:
+                flips.append(Flip(index, token, session.step.next_ids[-1], session.step.margin[-1]))
+            engine.extend([(session, [token])], "last")
+    return flips

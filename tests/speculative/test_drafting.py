@@ -16,8 +16,7 @@ from lab.sampling import Sampling
 from speculative.drafting import Round, TextFailed, TextRefused, find_flips, speculate
 from speculative.drafts import EngineDrafts, NoDrafts, RandomDrafts, add_noise_to_head
 from speculative.messages import Reason
-from tests.random_models import random_model
-from tests.speculative.identity import VOCABULARY
+from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import InProcess, bench, local_engine, request, speculated, tokens
 
 GREEDY = Sampling.greedy()

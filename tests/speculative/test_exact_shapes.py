@@ -15,8 +15,7 @@ from lab.settings import UserError
 from speculative.drafts import EngineDrafts, RandomDrafts
 from speculative.engines import open_target
 from speculative.settings import SpeculativeSettings
-from tests.random_models import random_model
-from tests.speculative.identity import VOCABULARY
+from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import InProcess, bench, decoded_alone, local_engine, request, speculated, tokens
 from tests.speculative.processes import drafted, verifier
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -11,7 +12,16 @@ from lab.engine import Request, TargetStep
 from lab.kv import CacheFull
 from lab.sampling import Sampling
 from speculative import verifying
-from tests.speculative.identity import SAMPLINGS, SOURCES, compare, compare_everything
+from tests.speculative.identity import (
+    SAMPLINGS,
+    SOURCES,
+    TEXTS,
+    Subject,
+    cells,
+    compare,
+    compare_everything,
+    random_subject,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +32,31 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_no_token_differs_in_float64() -> None:
-    compared = compare_everything(1400, new_tokens=40)
-    assert compared.tokens >= 1400
-    assert compared.differing == 0
-    assert compared.sources == set(SOURCES)
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return random_subject()
+
+
+def test_no_token_differs_in_float64(subject: Subject) -> None:
+    compared = compare_everything(subject, 20, whole=False)
+    assert compared.flips == []
+    assert compared.tokens == 1200
+    assert len(compared.cells) == 24
     assert compared.accepted > 250, "guesses were hardly ever right: nothing was proved"
     assert compared.shared_passes > 30, "texts never shared a pass: nothing was proved about batches"
 
 
+def test_the_whole_comparison_has_every_source_sampling_and_length_alone_and_among_four() -> None:
+    found = {
+        (source, sampling, length, len(lengths)) for source, sampling, lengths, _ in cells(True) for length in lengths
+    }
+    assert found == set(itertools.product(SOURCES, SAMPLINGS, range(1, 17), (1, 4)))
+    assert sum(len(lengths) for _, _, lengths, _ in cells(True)) == TEXTS == len(found)
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_verifier_that_accepts_one_guess_too_many_is_seen(
-    monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
 ) -> None:
     right = verifying.accepted_length
 
@@ -41,10 +64,12 @@ def test_a_verifier_that_accepts_one_guess_too_many_is_seen(
         return min(len(guesses), right(guesses, chosen, nll, threshold) + 1)
 
     monkeypatch.setattr(verifying, "accepted_length", one_more)
-    assert compare("noisy", sampling, 1, 60, 5, 1).differing > 0
+    assert compare(subject, "noisy", sampling, [6], 40).differing > 0
 
 
-def test_a_verifier_that_mixes_up_the_texts_of_a_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verifier_that_mixes_up_the_texts_of_a_batch_is_seen(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extend = verifying.Verifier._extend
 
     def mixed_up(
@@ -54,4 +79,4 @@ def test_a_verifier_that_mixes_up_the_texts_of_a_batch_is_seen(monkeypatch: pyte
         return steps[::-1] if want_all and len({len(ids) for _, ids in requests}) == 1 else steps
 
     monkeypatch.setattr(verifying.Verifier, "_extend", mixed_up)
-    assert compare("none", SAMPLINGS[1], 4, 30, 5, 1).differing > 0
+    assert compare(subject, "none", SAMPLINGS[1], [1, 1, 1, 1], 30).differing > 0
