@@ -15,8 +15,8 @@ from fl.client import Base, Site, open_base, read_split
 from fl.report import RoundFigures
 from fl.server import adapter_folders, finish, first_adapter
 from fl.settings import FederatedSettings
-from lab.data import Example, Split, batches
 from lab.entry import Run
+from lab.examples import Example, Split, batches
 from lab.settings import OptimizationSettings
 from lab.tracking import Tracker, progress
 from lab.training import adamw, derive_seed, evaluate, train_steps

@@ -14,8 +14,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from fl.adapters import Adapter, load_into, read_from
 from fl.partition import client_documents
 from fl.settings import FederatedProjectSettings, FederatedSettings
-from lab.data import Split, batches, examples, open_source, records, split_examples
+from lab.data import open_source, records
 from lab.device import open_device, read_memory
+from lab.examples import Split, batches, examples, split_examples
 from lab.lora import add_lora
 from lab.models import load_model
 from lab.settings import DataSource, UserError, digest

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from lab.data import IGNORED, Batch, Example, collate
+from lab.examples import IGNORED, Batch, Example, collate
 from lab.settings import OptimizationSettings
 
 ROWS_AT_ONCE = 512

@@ -12,8 +12,9 @@ from fl.client import Site, open_client
 from fl.server import first_adapter
 from fl.settings import FederatedSettings
 from lab import training
-from lab.data import Batch, Example, Text, collate, examples
+from lab.data import Text
 from lab.entry import compose_settings
+from lab.examples import Batch, Example, collate, examples
 from lab.lora import add_lora, fresh_adapter
 from lab.models import LoadedModel, load_model
 from lab.settings import UserError

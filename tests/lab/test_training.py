@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lab.data import IGNORED, Batch, Example, batches, collate
+from lab.examples import IGNORED, Batch, Example, batches, collate
 from lab.settings import OptimizationSettings
 from lab.training import (
     Diverged,
