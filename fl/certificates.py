@@ -232,7 +232,7 @@ For each site, with the NAME.pub that it sent (no secret):
 Give each site {quoted(files.authority)} (no secret) and the address {address(name, port)}.
 Then, in the checkout:
   flwr run . {CONNECTION} --stream --run-config "overrides='project.num_clients=2 project.rounds=3 \
-project.data.source=jsonl project.data.path=each-sites-own.jsonl'"
+project.data.source=jsonl'"
 """
 
 

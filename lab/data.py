@@ -93,7 +93,9 @@ class Source(Protocol):
 
 
 def open_source(settings: DataSettings) -> Source:
-    """The source that `settings` names; UserError with the dotted key when its file or folder is not there."""
+    """The source that `settings` names; UserError with the dotted key when its file or folder is not named or there."""
+    if settings.source in (DataSource.jsonl, DataSource.text) and not settings.path:
+        raise UserError(f"project.data.path must be set for source={settings.source.name}, got {settings.path!r}")
     match settings.source:
         case DataSource.python_stdlib:
             return PythonLibrary(Path(sysconfig.get_path("stdlib")))

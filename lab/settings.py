@@ -234,7 +234,7 @@ class DataSettings:
 
     source: DataSource
     path: str | None
-    """A .jsonl file (source=jsonl) or a folder of text files (source=text)."""
+    """A .jsonl file (source=jsonl) or a folder of text files (source=text); null where every reader names its own."""
     repo: str | None
     """datasets id (source=hub)."""
     split: str
@@ -249,9 +249,8 @@ class DataSettings:
     """Most held-out examples one reader keeps (chosen by seed); 0: all."""
 
     def __post_init__(self) -> None:
-        needed = {DataSource.jsonl: "path", DataSource.text: "path", DataSource.hub: "repo"}.get(self.source)
-        if needed is not None:
-            require(bool(getattr(self, needed)), f"{needed} must be set for source={self.source.name}", None)
+        if self.source is DataSource.hub:
+            require(bool(self.repo), "repo must be set for source=hub", None)
         require(self.sequence_length >= 8, "sequence_length must be at least 8", self.sequence_length)
         require(0 < self.held_out_fraction < 1, "held_out_fraction must be in (0, 1)", self.held_out_fraction)
         require(self.max_examples >= 0, "max_examples must be at least 0", self.max_examples)

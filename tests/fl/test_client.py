@@ -92,6 +92,15 @@ def test_a_site_with_a_file_of_its_own_reads_all_of_it_and_nothing_else(
         open_client(settings, Site(0, str(tmp_path / "absent.jsonl")))
 
 
+def test_where_every_site_names_its_own_file_no_other_is_needed(tmp_path: Path) -> None:
+    own = write_dialogues(tmp_path / "own.jsonl", 7, "mine")
+    settings = small_settings(own, 2, "project.data.path=null")
+    split = open_client(settings, Site(0, str(own))).split
+    assert len(split.train) + len(split.held_out) == 7
+    with pytest.raises(UserError, match=r"project.data.path must be set for source=jsonl, got None"):
+        open_client(settings, Site(1))
+
+
 FIRST, LAST = "layers.0.", "layers.29."
 """The first layer's gradient has come through every other layer, the last one's through none."""
 

@@ -379,7 +379,7 @@ def _logging_as_before() -> Iterator[None]:
     [
         ("project.rounds=0", "project.rounds must be at least 1, got 0"),
         ("project.round=1", "project.round must be "),
-        ("project.data.source=jsonl", "project.data.path must be set for source=jsonl"),
+        ("project.data.source=hub", "project.data.repo must be set for source=hub"),
     ],
 )
 def test_a_bad_override_ends_the_run_with_one_line(

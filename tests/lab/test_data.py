@@ -152,6 +152,14 @@ def test_a_missing_or_empty_path_is_named(
     assert f"got '{tmp_path / 'data'}" in str(caught.value)
 
 
+@pytest.mark.parametrize("source", [DataSource.jsonl, DataSource.text])
+@pytest.mark.parametrize("path", [None, ""])
+def test_a_path_may_be_left_to_each_reader_but_not_by_all(source: DataSource, path: str | None) -> None:
+    settings = data_settings(source=source, path=path)
+    with pytest.raises(UserError, match=rf"^project\.data\.path must be set for source={source.name}, got {path!r}$"):
+        open_source(settings)
+
+
 def test_a_folder_of_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ["a/one.txt", "a/b/two.md", "three.txt", "picture.png", ".hidden/x.txt", "bad.txt"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,6 @@ BAD = {
     "project.data.sequence_length=7": "project.data.sequence_length must be at least 8, got 7",
     "project.data.held_out_fraction=1": "project.data.held_out_fraction must be in (0, 1), got 1.0",
     "project.data.max_examples=-1": "project.data.max_examples must be at least 0, got -1",
-    "project.data.source=jsonl": "project.data.path must be set for source=jsonl, got None",
     "project.data.source=hub": "project.data.repo must be set for source=hub, got None",
     # wrong type
     "project.rounds=abc": "project.rounds must be an integer, got 'abc'",

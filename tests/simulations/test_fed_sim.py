@@ -319,6 +319,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 BAD = [
     (["model=nope"], "model must be one of", "got 'nope'"),
     (["project.roundz=3"], "project.roundz must be a setting (did you mean project.rounds?)", "got '3'"),
+    (["project.data.path=null"], "project.data.path must be set for source=jsonl", "got None"),
     (["project.data.path=missing.jsonl"], "project.data.path must be a JSONL file", "got 'missing.jsonl'"),
     (["project.data.path=empty.jsonl"], "project.data.path must be a JSONL file with at least one line", "(empty)'"),
     (["project.num_clients=11"], "project.num_clients must be in [1, 10]", "got 11"),
