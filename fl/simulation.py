@@ -198,7 +198,7 @@ def end_workers(done: threading.Event) -> None:
     while not done.is_set():
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):  # it is gone already
-                if process.cmdline()[0].startswith(WORKERS):
+                if " ".join(process.cmdline()).startswith(WORKERS):  # a process that is ending has none
                     process.kill()
         done.wait(WORKERS_SECONDS)
 
