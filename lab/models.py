@@ -123,7 +123,7 @@ def load_layers(
         model.set_input_embeddings(torch.nn.Identity())
     # A tied head is stored under the embedding's name only.
     stored = {"lm_head.weight": f"{model.base_model_prefix}.embed_tokens.weight"} if config.tie_word_embeddings else {}
-    names = {name: _layer_of_whole(stored.get(name, name), first) for name in model.state_dict()}
+    names = {name: name_in_whole(stored.get(name, name), first) for name in model.state_dict()}
     read = _read_tensors(folder, set(names.values()))
     tensors = {name: read[whole].to(device=device, dtype=dtype) for name, whole in names.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -145,7 +145,7 @@ def slice_config(config: PreTrainedConfig, first: int, last: int) -> PreTrainedC
     return cast(PreTrainedConfig, sliced)
 
 
-def _layer_of_whole(name: str, first: int) -> str:
+def name_in_whole(name: str, first: int) -> str:
     """The name in the checkpoint of a tensor of the slice."""
     return re.sub(r"(\.layers\.)(\d+)(\.)", lambda found: f"{found[1]}{int(found[2]) + first}{found[3]}", name, count=1)
 
