@@ -104,14 +104,14 @@ def load_layers(
     What the slice leaves out is an identity: without `embedding` it takes `inputs_embeds`, without `head` its
     `last_hidden_state` is what the next slice takes (no final norm). Layers count from 0 within the slice, and so does
     its config, so that a `SlotCache` of it is one of its own layers. A slice of all layers computes, bit by bit, what
-    `load_model` computes.
+    `load_model` computes, in 4 bits too: a matrix is quantised in blocks of its own.
 
     Raises:
-        UserError: layers the model does not have, a quantised slice, a checkpoint with other names of tensors.
+        UserError: layers the model does not have, a quantisation that cannot be had, a checkpoint with other names of
+            tensors.
     """
     dtype = check_dtype(device, settings.dtype)
-    if settings.quantization is not Quantization.none:
-        raise UserError(f"model.quantization must be none for a slice of layers, got {settings.quantization.name}")
+    quantization = quantization_config(settings, device, dtype)
     folder = prepare_checkpoint(settings).folder
     config = slice_config(AutoConfig.from_pretrained(folder, local_files_only=True), first, last)
     with init_empty_weights(include_buffers=False):  # rotary frequencies are buffers that no checkpoint has
@@ -124,12 +124,43 @@ def load_layers(
     # A tied head is stored under the embedding's name only.
     stored = {"lm_head.weight": f"{model.base_model_prefix}.embed_tokens.weight"} if config.tie_word_embeddings else {}
     names = {name: name_in_whole(stored.get(name, name), first) for name in model.state_dict()}
+    packed = _load_4bit(model, quantization, folder, names, device, dtype) if quantization else set()
+    names = {name: whole for name, whole in names.items() if name not in packed}
     read = _read_tensors(folder, set(names.values()))
     tensors = {name: read[whole].to(device=device, dtype=dtype) for name, whole in names.items()}
-    model.load_state_dict(tensors, strict=True, assign=True)
+    loaded = model.load_state_dict(tensors, strict=False, assign=True)
+    assert set(loaded.missing_keys) == packed, "every tensor is either packed or stored as it is"
     if stored and embedding and head:
         model.tie_weights()
     return cast(PreTrainedModel, model.to(device).requires_grad_(False).eval())
+
+
+def _load_4bit(
+    model: Any,
+    quantization: BitsAndBytesConfig,
+    folder: Path,
+    names: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> set[str]:
+    """Give a slice on the meta device its linear layers in 4 bits, as transformers does to a whole model (the head
+    stays as it is); returns the names of their weights. One matrix at a time is held in full precision.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    head = model.get_output_embeddings()
+    kept = [name for name, module in model.named_modules() if module is head]
+    replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantization)
+    packed = set()
+    for path, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            name = f"{path}.weight"
+            whole = _read_tensors(folder, {names[name]})[names[name]].to(device=device, dtype=dtype)
+            module.weight = Params4bit(whole, requires_grad=False, **vars(module.weight)).to(device)
+            packed.add(name)
+    model.is_loaded_in_4bit = True  # PEFT asks
+    return packed
 
 
 def slice_config(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:

@@ -102,6 +102,7 @@ def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
         "model": identity,
         "adapter": _adapter_digest(model.adapter),
         "dtype": model.dtype.name,
+        "quantization": model.quantization.name,
         "boundary": boundary.name,
     }
 

@@ -24,7 +24,7 @@ from lab.kv import CacheFull, Pass, SlotCache
 from lab.models import load_config, load_layers, model_identity
 from lab.sampling import Sampling
 from lab.settings import ModelSettings, UserError
-from split.adapter import merge_adapter
+from split.adapter import add_adapter
 from split.messages import Piece
 
 
@@ -123,9 +123,10 @@ class Shard:
 
     @property
     def weights_bytes(self) -> int:
-        """What its tensors take; a tied one counts once."""
-        tensors = {id(tensor): tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers())}
-        return sum(tensors.values())
+        """What its tensors take; a tied one counts once, one in 4 bits with its scales."""
+        tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
+        packed = [state for tensor in tensors.values() if (state := getattr(tensor, "quant_state", None)) is not None]
+        return sum(tensor.nbytes for tensor in (*tensors.values(), *(state.absmax for state in packed)))
 
     def open(self, key: Hashable, sampling: Sampling) -> None:
         """Take a slot for a text.
@@ -276,10 +277,10 @@ class OnlyShard(Shard1, Shard2):
 
 
 def load_shard(settings: ModelSettings, device: torch.device, layers: range, limits: ShardLimits) -> Shard:
-    """The shard of these layers, with its part of `model.adapter` merged; only its own tensors are read.
+    """The shard of these layers, with its part of `model.adapter`; only its own tensors are read.
 
     Raises:
-        UserError: layers that the model does not have, or what `load_layers` and `merge_adapter` refuse.
+        UserError: layers that the model does not have, or what `load_layers` and `add_adapter` refuse.
     """
     count = int(load_config(settings).get_text_config(decoder=True).num_hidden_layers)
     first, last = layers.start == 0, layers.stop == count
@@ -289,7 +290,7 @@ def load_shard(settings: ModelSettings, device: torch.device, layers: range, lim
 
         folder = Path(settings.adapter).expanduser()
         check_adapter_folder(folder, model_identity(settings))
-        merge_adapter(model, folder, layers)
+        add_adapter(model, folder, layers)
     return shard_class(first, last)(model, layers, limits)
 
 

@@ -104,10 +104,21 @@ def test_layers_that_are_not_there(first: int, last: int, tmp_path: Path) -> Non
         load_layers(settings, CPU, first, last, embedding=True, head=True)
 
 
-def test_a_quantised_slice_is_refused(tmp_path: Path) -> None:
-    settings = replace(_settings(tmp_path), quantization=Quantization.nf4)
-    with pytest.raises(UserError, match=r"model\.quantization must be none for a slice of layers, got nf4"):
-        load_layers(settings, CPU, 0, 1, embedding=True, head=True)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_slices_in_4_bits_are_the_whole_model_in_4_bits(architecture: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}  # the CPU kernel takes whole blocks of 64
+    settings = replace(_saved(architecture, tmp_path, **sizes), quantization=Quantization.nf4)
+    whole: Any = load_model(settings, CPU).model
+    first: Any = load_layers(settings, CPU, 0, 1, embedding=True, head=False)
+    second: Any = load_layers(settings, CPU, 1, 4, embedding=False, head=True)
+    assert first.get_decoder().layers[0].self_attn.q_proj.weight.dtype is torch.uint8
+    with torch.inference_mode():
+        hidden = first.get_decoder()(input_ids=IDS).last_hidden_state
+        assert torch.equal(second(inputs_embeds=hidden).logits, whole(IDS).logits)
+        plain: Any = load_layers(
+            replace(settings, quantization=Quantization.none), CPU, 1, 4, embedding=False, head=True
+        )
+        assert not torch.equal(plain(inputs_embeds=hidden).logits, whole(IDS).logits)
 
 
 def test_a_checkpoint_without_a_tensor_is_named(tmp_path: Path) -> None:

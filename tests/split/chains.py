@@ -83,6 +83,11 @@ def local(settings: ModelSettings) -> LocalEngine:
         dtype=TORCH_DTYPES[settings.dtype],
         attn_implementation="eager" if settings.name == "gemma2" else "sdpa",
     )
+    return local_engine(model)
+
+
+def local_engine(model: torch.nn.Module) -> LocalEngine:
+    """The same for a model at hand."""
     return LocalEngine(
         model,
         sessions=SESSIONS,
