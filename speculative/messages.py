@@ -22,6 +22,7 @@ from typing import Annotated
 import msgspec
 
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
+from lab.wire.fields import LongText, ShortText, Uint32, Uint63
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH
 
@@ -30,10 +31,6 @@ MAX_PROMPT_TOKENS = 2**18
 MAX_VOCABULARY_BYTES = 2**24
 MAX_END_IDS = 16
 
-Uint32 = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
-Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-ShortText = Annotated[str, msgspec.Meta(max_length=256)]
-LongText = Annotated[str, msgspec.Meta(max_length=1024)]
 EndIds = Annotated[list[Uint32], msgspec.Meta(max_length=MAX_END_IDS)]
 
 
@@ -82,7 +79,7 @@ class Welcome(Head):
 class Open(Head):
     """A new text; the body is its prompt."""
 
-    seed: Seed
+    seed: Uint63
     temperature: float
     top_k: Uint32
     top_p: float

@@ -26,14 +26,11 @@ import msgspec
 
 from lab.engine import TargetStep, Want
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
+from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 
 PROTOCOL = range(1, 2)
 
-Uint31 = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-Uint32 = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 Count = Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
-ShortText = Annotated[str, msgspec.Meta(max_length=256)]
-LongText = Annotated[str, msgspec.Meta(max_length=1024)]
 
 MAX_PIECES = 1024
 MAX_ADDRESSES = 16
@@ -42,7 +39,7 @@ MAX_ADDRESSES = 16
 class Open(Head):
     """A new text, and how its tokens are drawn. Only the last shard draws; the others take a slot."""
 
-    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    seed: Uint63
     temperature: Annotated[float, msgspec.Meta(ge=0)]
     top_k: Uint32
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -116,7 +113,7 @@ class Fault(Head):
 class Attach(Head):
     """The client's first frame to each shard: who it is, and which shard comes next."""
 
-    client: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    client: Uint63
     """A random number of this attempt; JOIN names it to the next shard."""
     next: Annotated[list[ShortText], msgspec.Meta(max_length=MAX_ADDRESSES)]
     """Where the next shard may be found, `host:port`; a shard's own `project.next` goes first. Empty: the last one."""
@@ -140,7 +137,7 @@ class Welcome(Head):
 class Join(Head):
     """A shard's first frame to the next one."""
 
-    client: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    client: Uint63
 
 
 class Ask(Head):

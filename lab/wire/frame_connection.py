@@ -4,14 +4,15 @@ import asyncio
 import ssl
 from collections import deque
 
+from lab.wire.connected import Connected
 from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
-from lab.wire.faults import Peer, PeerGone, PeerSilent, TlsRefused, Unreachable, WireError
+from lab.wire.faults import Peer, PeerGone, PeerSilent, Unreachable, WireError
 from lab.wire.frames import Buffer, Frame, Head, encode
-from lab.wire.handshake import Agreement
+from lab.wire.listener import tls_refused, why_gone
 
 
-class FrameConnection(asyncio.BufferedProtocol):
+class FrameConnection(Connected, asyncio.BufferedProtocol):
     """Frames over an asyncio transport. Belongs to its loop: other threads go through `loop.call_soon_threadsafe`.
 
     A callback protocol rather than asyncio streams: it reads into one buffer that is used again, and a received frame
@@ -19,17 +20,13 @@ class FrameConnection(asyncio.BufferedProtocol):
     """
 
     def __init__(self, endpoint: Endpoint, *, listening: bool) -> None:
-        self.endpoint = endpoint
-        self.peer = Peer(role=endpoint.expected_role, address="?", phase="connect")
-        self.bytes_sent = 0
+        super().__init__(endpoint, Peer(role=endpoint.expected_role, address="?", phase="connect"))
         self._listening = listening
         self._loop = asyncio.get_running_loop()
-        self._conversation: Conversation
         self._transport: asyncio.Transport
         self._backlog: deque[Frame] = deque()
         self._backlog_bytes = 0
         self._reading = True
-        self._fault: WireError | None = None
         self._reader: asyncio.Future[None] | None = None  # the one task that waits for a frame
         self._room = asyncio.Event()  # set while the transport takes what we write
         self._room.set()
@@ -37,32 +34,6 @@ class FrameConnection(asyncio.BufferedProtocol):
         self._tick: asyncio.TimerHandle | None = None
 
     # For the application
-
-    @property
-    def agreed(self) -> Agreement:
-        """Protocol version and the peer's fingerprints, after the handshake."""
-        assert self._conversation.agreed is not None
-        return self._conversation.agreed
-
-    @property
-    def rtt_seconds(self) -> float | None:
-        """Smoothed round-trip time; None before the first PONG."""
-        return self._conversation.heartbeat.rtt_seconds
-
-    @property
-    def rtt_min_seconds(self) -> float | None:
-        """Shortest round-trip time seen; None before the first PONG."""
-        return self._conversation.heartbeat.rtt_min_seconds
-
-    @property
-    def bytes_received(self) -> int:
-        """Bytes read from the socket so far, headers, handshake and heartbeats included."""
-        return self._conversation.bytes_received
-
-    @property
-    def fault(self) -> WireError | None:
-        """What ended the connection; None while it lives."""
-        return self._fault
 
     async def shake_hands(self) -> None:
         """Wait for the end of the handshake; once, before anything else. Raises a `WireError`."""
@@ -253,12 +224,15 @@ async def connect(host: str, port: int, endpoint: Endpoint, *, tls: ssl.SSLConte
             _, connection = await loop.create_connection(
                 lambda: FrameConnection(endpoint, listening=False), host, port, ssl=tls
             )
-    except ssl.SSLError as error:
-        raise TlsRefused(peer, f"could not agree on TLS ({error})") from None
+    except (ssl.SSLError, ConnectionResetError) as error:  # without TLS it is reset only later
+        raise tls_refused(peer, error) from None
     except OSError as error:  # TimeoutError is one
         raise Unreachable(peer, f"could not be reached within {seconds:g} s ({error or 'no answer'})") from None
     connection.peer.address = peer.address
-    await connection.shake_hands()
+    try:
+        await connection.shake_hands()
+    except PeerGone as gone:
+        raise (gone if tls else await asyncio.to_thread(why_gone, gone, host, port, seconds)) from None
     return connection
 
 

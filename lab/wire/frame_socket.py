@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from lab.wire.connected import Connected
 from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
-from lab.wire.faults import Peer, PeerGone, PeerSilent, TlsRefused, Unreachable, WireError
+from lab.wire.faults import Peer, PeerGone, PeerSilent, Unreachable, WireError
 from lab.wire.frames import Buffer, Frame, Head, encode_start
-from lab.wire.handshake import Agreement
+from lab.wire.listener import tls_refused, why_gone
 from lab.wire.waiting import Arrival, can_write
 
 JOIN_BYTES = 64 * 1024  # below it one copy is cheaper than a gathering write
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class FrameSocket:
+class FrameSocket(Connected):
     """A connection that has agreed on key, version and fingerprints. A context manager: it closes its socket.
 
     Heartbeats live in `recv` and `poll`: a client that is to notice a dead peer, and not to look dead itself, keeps one
@@ -30,14 +31,11 @@ class FrameSocket:
 
     def __init__(self, connected: socket.socket, endpoint: Endpoint, peer: Peer, *, listening: bool) -> None:
         """Take over `connected` and shake hands. Raises a `WireError`; the socket is closed then."""
-        self.peer = peer
-        self.endpoint = endpoint
-        self.bytes_sent = 0
+        super().__init__(endpoint, peer)
         self._socket = connected
         self._gathers = hasattr(connected, "sendmsg") and not isinstance(connected, ssl.SSLSocket)
         self._sending = threading.Lock()
         self._io = threading.Lock()  # OpenSSL wants one call at a time; no call under it waits
-        self._fault: WireError | None = None
         connected.setblocking(False)
         self._arrival = Arrival(connected)
         if connected.family in (socket.AF_INET, socket.AF_INET6):
@@ -59,28 +57,10 @@ class FrameSocket:
             raise Unreachable(peer, f"could not be reached within {seconds:g} s ({error})") from None
         if tls is not None:
             connected = _wrap(connected, tls, host, peer, endpoint.deadlines.handshake_seconds)
-        return cls(connected, endpoint, peer, listening=False)
-
-    @property
-    def agreed(self) -> Agreement:
-        """Protocol version and the peer's fingerprints."""
-        assert self._conversation.agreed is not None
-        return self._conversation.agreed
-
-    @property
-    def rtt_seconds(self) -> float | None:
-        """Smoothed round-trip time; None before the first PONG was received."""
-        return self._conversation.heartbeat.rtt_seconds
-
-    @property
-    def rtt_min_seconds(self) -> float | None:
-        """Shortest round-trip time seen; None before the first PONG was received."""
-        return self._conversation.heartbeat.rtt_min_seconds
-
-    @property
-    def bytes_received(self) -> int:
-        """Bytes read from the socket so far, headers, handshake and heartbeats included."""
-        return self._conversation.bytes_received
+        try:
+            return cls(connected, endpoint, peer, listening=False)
+        except PeerGone as gone:
+            raise (why_gone(gone, host, port, seconds) if tls is None else gone) from None
 
     def send(self, number: int, session: int, head: Head, *body: Buffer) -> None:
         """Send one frame in one write. Any thread; whole frames of several threads never mix.
@@ -249,4 +229,4 @@ def _wrap(connected: socket.socket, tls: ssl.SSLContext, host: str, peer: Peer, 
         return tls.wrap_socket(connected, server_hostname=host)
     except OSError as error:  # ssl.SSLError and time-outs are
         connected.close()
-        raise TlsRefused(peer, f"could not agree on TLS ({error})") from None
+        raise tls_refused(peer, error) from None

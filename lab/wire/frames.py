@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from lab.wire.faults import BadFrame, Peer
+from lab.wire.fields import Uint32
 
 MAGIC = b"\xd1LLM"  # as a length it is 3.5 GB: far over the cap of the first protocol, which starts with a length
 FORMAT_VERSION = 1
@@ -45,7 +46,7 @@ class WireType(IntEnum):
 class Ping(Head):
     """A heartbeat; the answer is a `pong` with the same number."""
 
-    number: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+    number: Uint32
 
 
 class Error(Head):

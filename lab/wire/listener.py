@@ -8,6 +8,8 @@ import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
+from lab.wire.faults import Peer, PeerGone, TlsRefused, WireError
+
 logger = logging.getLogger(__name__)
 
 KEY_MIN_BYTES = 16  # a server proves first, so whoever connects can try keys offline: they must not be guessable
@@ -88,6 +90,31 @@ def client_tls(ca_file: Path, cert_file: Path | None, private_key_file: Path | N
     if cert_file is not None:
         _load("network.tls_certificate", cert_file, private_key_file, context)
     return context
+
+
+def tls_refused(peer: Peer, error: OSError) -> TlsRefused:
+    """Return the fault of a TLS handshake that came to nothing on a client's side."""
+    if isinstance(error, ssl.SSLEOFError | ConnectionError):
+        return TlsRefused(peer, "hung up on TLS (it has no network.tls_certificate, or this is another port)")
+    return TlsRefused(peer, f"could not agree on TLS ({error})")
+
+
+def why_gone(gone: PeerGone, host: str, port: int, seconds: float) -> WireError:
+    """Return what ended the handshake of a client without TLS: a listener with TLS hangs up on it without a word."""
+    if not _speaks_tls(host, port, seconds):
+        return gone
+    peer = Peer(role=gone.role, address=gone.address, phase=gone.phase)
+    return TlsRefused(peer, "takes TLS only (network.tls_authority must be set, got null)")
+
+
+def _speaks_tls(host: str, port: int, seconds: float) -> bool:
+    anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection((host, port), timeout=seconds) as probe, anyone.wrap_socket(probe):
+            return True
+    except OSError:
+        return False
 
 
 def _load(name: str, cert_file: Path, private_key_file: Path | None, context: ssl.SSLContext) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from lab.wire.faults import BadFrame, Peer
+from lab.wire.fields import Uint32
 from lab.wire.frames import ALIGNMENT_BYTES, Head
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory, little-endian"
@@ -36,14 +37,11 @@ class WireDtype(Enum):
         return dtype
 
 
-Size = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
-
-
 class TensorSpec(Head):
     """What a tensor is, without its numbers; a field of the head of the frame that carries it."""
 
     dtype: WireDtype
-    shape: Annotated[list[Size], msgspec.Meta(max_length=8)]
+    shape: Annotated[list[Uint32], msgspec.Meta(max_length=8)]
 
     @property
     def size_bytes(self) -> int:

@@ -1053,11 +1053,24 @@ def test_tls_refuses_a_stranger_and_a_plain_peer(certificates: dict[str, Path]) 
             dial(server.port, hasty, tls=wrong)
         with pytest.raises(TlsRefused, match="certificate"):
             asyncio.run(connect("127.0.0.1", server.port, hasty, tls=wrong))
-        with pytest.raises(WireError):
-            dial(server.port, hasty)
         dial(server.port, tls=client_tls(certificates["lab.pem"], None, None)).close()
-    with Server(verifier(deadlines=impatient()), echo) as plain, pytest.raises(TlsRefused):
-        dial(plain.port, hasty, tls=client_tls(certificates["lab.pem"], None, None))
+
+
+@pytest.mark.parametrize(
+    "dials", [dial, lambda port, client, tls: asyncio.run(connect("127.0.0.1", port, client, tls=tls))]
+)
+def test_tls_on_one_side_only_is_named(certificates: dict[str, Path], dials: Callable[..., object]) -> None:
+    hasty = endpoint(deadlines=impatient(handshake_seconds=2))
+    tls_only, plain_only = r"takes TLS only \(network\.tls_authority must be set, got null\)", "hung up on TLS"
+    tls = server_tls(certificates["lab.pem"], certificates["lab.key"], None)
+    with Server(verifier(), echo, tls=tls) as server, pytest.raises(TlsRefused, match=tls_only):
+        dials(server.port, hasty, None)
+    with Server(verifier(deadlines=impatient()), echo) as plain, pytest.raises(TlsRefused, match=plain_only):
+        dials(plain.port, hasty, client_tls(certificates["lab.pem"], None, None))
+    with socket.create_server(("127.0.0.1", 0)) as rude, ThreadPoolExecutor(1) as threads:
+        threads.submit(lambda: [rude.accept()[0].close() for _ in range(2)])
+        with pytest.raises(PeerGone):  # no TLS there either
+            dials(rude.getsockname()[1], hasty, None)
 
 
 def test_tls_files_that_are_none(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import struct
@@ -357,7 +358,8 @@ def test_off_loopback_over_tls(tmp_path: Path) -> None:
         trusting = (*words, f"network.tls_authority={certificate}")
         plain = _own_text(PROMPT, Sampling.greedy(), 9)
         assert drafted(running.port, trusting, tmp_path / "tls")["token_ids"] == plain
-        with pytest.raises(SystemExit):  # without TLS nobody answers in words it understands
+        text = f"verifier 127.0.0.1:{running.port} takes TLS only (network.tls_authority must be set, got null)"
+        with pytest.raises(UserError, match=re.escape(text)):
             drafted(running.port, words, tmp_path / "plain")
         wait_until(lambda: "network.tls_authority=" in running.stderr(), "the command says that TLS is needed")
 

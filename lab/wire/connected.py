@@ -1,0 +1,45 @@
+"""What both kinds of connection, blocking and asyncio, tell about themselves."""
+
+from lab.wire.conversation import Conversation
+from lab.wire.endpoint import Endpoint
+from lab.wire.faults import Peer, WireError
+from lab.wire.handshake import Agreement
+
+
+class Connected:
+    """A connection to one peer; whoever moves its bytes sets `_conversation` before they flow."""
+
+    _conversation: Conversation
+
+    def __init__(self, endpoint: Endpoint, peer: Peer) -> None:
+        self.endpoint = endpoint
+        self.peer = peer
+        self.bytes_sent = 0
+        """Bytes handed to the socket so far, headers, handshake and heartbeats included."""
+        self._fault: WireError | None = None
+
+    @property
+    def agreed(self) -> Agreement:
+        """Protocol version and the peer's fingerprints, after the handshake."""
+        assert self._conversation.agreed is not None
+        return self._conversation.agreed
+
+    @property
+    def rtt_seconds(self) -> float | None:
+        """Smoothed round-trip time; None before the first PONG was received."""
+        return self._conversation.heartbeat.rtt_seconds
+
+    @property
+    def rtt_min_seconds(self) -> float | None:
+        """Shortest round-trip time seen; None before the first PONG was received."""
+        return self._conversation.heartbeat.rtt_min_seconds
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes read from the socket so far, headers, handshake and heartbeats included."""
+        return self._conversation.bytes_received
+
+    @property
+    def fault(self) -> WireError | None:
+        """What ended the connection; None while it lives."""
+        return self._fault
