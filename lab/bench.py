@@ -1,14 +1,21 @@
-"""What every benchmark shares: warm-up, interleaved runs, median with spread, environment, JSON.
+"""What every benchmark shares: warm-up, interleaved runs, median with spread, roles as processes, environment, JSON.
 
 Timings on a shared machine drift, so cases run in turn (A, B, A, B, ...) and are compared by ratios of the same turn.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
+import os
 import statistics
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +23,8 @@ from typing import Any
 from lab.environment import describe_environment
 from lab.settings import to_plain
 from lab.tracking import finite
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,58 @@ def interleaved(cases: Mapping[str, Callable[[], float | None]], warmup: int, re
 def ratio(over: Sequence[float], under: Sequence[float]) -> Sample:
     """over / under turn by turn: drift of the machine falls out."""
     return Sample.of([a / b for a, b in zip(over, under, strict=True)])
+
+
+@functools.cache
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+
+
+@contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Keep this thread, and what it starts meanwhile, on one core: number `core` of those we may use, counted around.
+    Nothing happens on systems without it."""
+    if sys.platform != "linux":
+        log.warning("processes are not pinned to a core each: %s has no call for it", sys.platform)
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {_cores()[core % len(_cores())]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def listening(module: str, words: Sequence[str], folder: Path, start_seconds: float) -> Iterator[int]:
+    """A role as a process of its own; yields the port it says it listens on, and ends it.
+
+    Raises:
+        RuntimeError: it does not listen within `start_seconds`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "stderr.log").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, f"hydra.run.dir={folder}", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    watchdog = threading.Timer(start_seconds, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        watchdog.cancel()  # it has listened in time; how long it serves is not its affair
+        if not line:
+            raise RuntimeError(f"{module} did not listen within {start_seconds:g} s: {errors.name} says why")
+        yield int(json.loads(line)["port"])
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
 
 
 def write_report(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,11 +14,7 @@ Bytes are frames of the text, headers included; heartbeats are left out.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import entry
-from lab.bench import Sample, interleaved, ratio, write_report
+from lab.bench import Sample, interleaved, listening, ratio, write_report
 from lab.device import open_device
 from lab.entry import compose_settings
 from lab.models import load_tokenizer_only
@@ -248,7 +244,7 @@ def verifier_process(settings: SpeculativeSettings, folder: Path) -> Any:
         f"project.synthetic.step_seconds={synthetic.step_seconds}",
         f"project.synthetic.row_seconds={synthetic.row_seconds}",
     ]
-    return _listening("speculative.verifier", words, folder / "verifier")
+    return listening("speculative.verifier", words, folder / "verifier", START_SECONDS)
 
 
 def link_process(port: int, rtt_seconds: float, folder: Path) -> Any:
@@ -261,34 +257,7 @@ def link_process(port: int, rtt_seconds: float, folder: Path) -> Any:
         f"project.up.delay_seconds={delay}",
         f"project.down.delay_seconds={delay}",
     ]
-    return _listening("simulations.link", words, folder / f"link-{rtt_seconds:g}")
-
-
-@contextmanager
-def _listening(module: str, words: Sequence[str], folder: Path) -> Iterator[int]:
-    """A role as a process of its own; yields the port it says it listens on, and ends it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "stderr.log").open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, f"hydra.run.dir={folder}", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-    watchdog = threading.Timer(START_SECONDS, process.kill)
-    watchdog.start()
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        watchdog.cancel()  # it has listened in time; how long it serves is not its affair
-        if not line:
-            raise RuntimeError(f"{module} did not listen within {START_SECONDS:g} s: {errors.name} says why")
-        yield int(json.loads(line)["port"])
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.communicate()
+    return listening("simulations.link", words, folder / f"link-{rtt_seconds:g}", START_SECONDS)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ Shapes: V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -185,6 +186,37 @@ class RandomDrafts:
 
     def close(self) -> None:
         """See `Drafts.close`."""
+
+
+class RecordedDrafts:
+    """A text that is known beforehand; each guess is right with probability `agreement`, independently."""
+
+    def __init__(self, ids: Sequence[int], agreement: float, seed: int, vocabulary_size: int) -> None:
+        self._ids, self._agreement, self._vocabulary_size = list(ids), agreement, vocabulary_size
+        self._generator = random.Random(seed)
+        self._begin = self._length = 0
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """See `Drafts.begin`."""
+        self._begin = self._length = len(prompt_ids)
+
+    def propose(self, count: int) -> list[int]:
+        """See `Drafts.propose`. None behind the end of what is known."""
+        known = self._ids[self._length - self._begin :][:count]
+        self._length += len(known)
+        return [self._guess(token) for token in known]
+
+    def correct(self, position: int, ids: Sequence[int]) -> None:
+        """See `Drafts.correct`."""
+        self._length = position + len(ids)
+
+    def close(self) -> None:
+        """See `Drafts.close`."""
+
+    def _guess(self, token: int) -> int:
+        if self._generator.random() < self._agreement:
+            return token
+        return (token + self._generator.randrange(1, self._vocabulary_size)) % self._vocabulary_size
 
 
 def add_noise_to_head(model: PreTrainedModel, noise: float, seed: int) -> None:

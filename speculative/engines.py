@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,15 @@ from lab.kv import CacheFull
 from lab.models import LoadedModel, end_ids_of, load_layers, load_model, load_tokenizer_only
 from lab.sampling import Sampling
 from lab.settings import ModelSettings, UserError
-from speculative.drafts import Drafts, EngineDrafts, NgramDrafts, NoDrafts, RandomDrafts, add_noise_to_head
+from speculative.drafts import (
+    Drafts,
+    EngineDrafts,
+    NgramDrafts,
+    NoDrafts,
+    RandomDrafts,
+    RecordedDrafts,
+    add_noise_to_head,
+)
 from speculative.settings import DraftSource, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.vocabulary import first_difference, token_texts
 
@@ -76,12 +86,22 @@ def open_drafts(
         DraftSource.none: NoDrafts,
         DraftSource.ngram: lambda: NgramDrafts(project.draft.longest_ngram, project.draft.shortest_ngram),
         DraftSource.random: lambda: RandomDrafts(settings.seed, shared),
+        DraftSource.recorded: lambda: RecordedDrafts(
+            _recorded_ids(str(project.draft.file)), project.synthetic.agreement, settings.seed, shared
+        ),
         DraftSource.synthetic: lambda: EngineDrafts(_synthetic_drafter(project), sampling, shared),
         DraftSource.model: lambda: _from_model(_draft_model(settings, device, target_texts), project, sampling, shared),
         DraftSource.layers: lambda: _from_model(_first_layers(settings, device), project, sampling, shared),
         DraftSource.noisy: lambda: _from_model(_noisy_target(settings, device), project, sampling, shared),
     }
     return makers[project.draft.source]()
+
+
+def _recorded_ids(file: str) -> list[int]:
+    try:
+        return [int(token) for token in json.loads(Path(file).read_text(encoding="utf-8"))["token_ids"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"project.draft.file must be a run's result.json with token_ids, got {file!r}") from None
 
 
 def end_ids(model: PreTrainedModel) -> list[int]:

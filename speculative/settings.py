@@ -44,6 +44,9 @@ class DraftSource(Enum):
     """Ids from a hash, for tests."""
     synthetic = "synthetic"
     """A `SyntheticEngine` that agrees with a synthetic target as often as it is told to, for measurements."""
+    recorded = "recorded"
+    """The target's own text of an earlier run (`project.draft.file`), right with probability
+    `project.synthetic.agreement`: a drafter of known acceptance for a real target, for measurements."""
     none = "none"
     """Nobody: each round asks for one token."""
 
@@ -63,6 +66,8 @@ class DraftSettings:
     """How many of the target's layers draft (source=layers)."""
     noise: float
     """Standard deviation of the noise, in units of the head's own (source=noisy)."""
+    file: str | None
+    """The result.json of a run whose text is to be guessed (source=recorded)."""
     longest_ngram: int
     """Tokens that must stand in the text already, at most (source=ngram); then fewer are tried."""
     shortest_ngram: int
@@ -71,6 +76,9 @@ class DraftSettings:
     def __post_init__(self) -> None:
         require(1 <= self.length <= MAX_DRAFT_LENGTH, f"length must be in [1, {MAX_DRAFT_LENGTH}]", self.length)
         require(self.source is not DraftSource.model or bool(self.model), "model must be set for source=model", None)
+        require(
+            self.source is not DraftSource.recorded or bool(self.file), "file must be set for source=recorded", None
+        )
         require(self.layers >= 1, "layers must be at least 1", self.layers)
         require(self.noise >= 0, "noise must be at least 0", self.noise)
         require(self.shortest_ngram >= 1, "shortest_ngram must be at least 1", self.shortest_ngram)

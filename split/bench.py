@@ -1,14 +1,20 @@
 """What splitting costs and gains, on this machine: `python -m split.bench`; sizes in conf/project/split_bench.yaml.
 
-Two shard processes of one thread each, this process beside them with the whole model on one thread. Readings are
-interleaved, and compared turn by turn.
+Shard processes, links and this one, with the whole model, have a core and a thread each (a core is shared where there
+are fewer; of two neighbours in a chain only one computes). Readings are interleaved, and compared turn by turn. Every
+row says what it is to show (`target`) and whether it does (`ok`).
 
-added     a token's time over two shards less that of the same two slices in this process without a network: what the
-          boundary costs, with two crossings of the network a token (to the second shard, and back to the client)
-link      token time against the round trip of a link that carries 1 -> 2 and 2 -> client; the slope is in round trips
-prefill   the prompt in chunks that overlap on the shards, over the prompt in one pass
-batch     tokens a second of four texts at once over one
-plan      the planner's token time from slices timed alone, over the measured one
+added_tcp    a token's time over two shards less that of the whole model: what the one boundary costs; also less that
+             of the same two slices in this process, without a network
+added_rpc    the same over torch.distributed.rpc
+link         token time against the round trip of a link with 1 -> 2 and 2 -> client in it; the slope, in round trips
+prefill      the prompt in chunks that overlap on the shards, over the prompt in one pass
+batch        tokens a second of four texts at once over one, and whether they say what each says alone
+plan         the planner's token time, from two slices timed alone, over the measured one, at several cuts
+boundary     bytes of a token there and back; bytes and perplexity in each encoding of the boundary
+times        what the parts of a token's time add up to over its wall time at the client
+speculation  a split target behind a verifier, with a drafter of known acceptance over without, 50 ms between the shards
+memory       peak memory of shards of a large random model over that of a tiny one's
 
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
@@ -16,8 +22,10 @@ Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +40,27 @@ Row = dict[str, Any]
 def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
     """Measures the parts that are asked for; the rows are the result."""
     from lab.bench import write_report
-    from split.benching import Bench
+    from lab.tracking import Tracker
+    from split import benching
+    from split.rig import Rig
 
     rows: list[Row] = []
-    with contextlib.closing(Bench(settings, place.folder)) as bench:
-        for name in settings.project.parts:
+    with contextlib.closing(Rig(settings, place.folder)) as rig, Tracker(settings, "split", place.folder) as tracker:
+        for index, name in enumerate(settings.project.parts):
             log.info("measuring %s", name)
-            rows.append({"row": name, **getattr(bench, name)(), "load_average": os.getloadavg()[0]})
-    document = write_report(Path(settings.project.report or place.folder / "bench.json"), "split", rows)
-    return {"benchmark": document["benchmark"], "rows": document["rows"]}
+            row = {"row": name, **getattr(benching, name)(rig), "load_average": os.getloadavg()[0]}
+            log.info("%s: %s (%s)", name, "ok" if row["ok"] else "NOT OK", row["target"])
+            tracker.log(index, **row)
+            rows.append(row)
+    path = Path(settings.project.report or place.folder / "bench.json")
+    document = write_report(path, "split", [*_kept(path, settings.project.parts), *rows])
+    return {"benchmark": document["benchmark"], "report": path, "rows": rows}
+
+
+def _kept(path: Path, parts: Sequence[str]) -> list[Row]:
+    """Rows of other parts that were measured before."""
+    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["row"] not in parts]
 
 
 def main() -> None:

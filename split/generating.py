@@ -149,7 +149,7 @@ def _shard(report: ShardReport, place: int, single: Sequence[PassParts]) -> dict
         "device_memory_total_bytes": report.device_memory_total_bytes,
         **{
             f"{part}_seconds_p50": statistics.median(getattr(hop, part) for hop in hops)
-            for part in ("compute", "serialise", "wire", "queue")
+            for part in ("compute", "serialise", "wire", "queue", "wait")
         },
     }
 

@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from hydra.core.hydra_config import HydraConfig
 
+from lab.bench import pinned
 from lab.settings import UserError
 from split.address import Address
 
@@ -35,10 +37,16 @@ class LocalShards:
     """
 
     def __init__(
-        self, layers: Sequence[range], folder: Path, start_seconds: float, extra: Sequence[str] | None = None
+        self,
+        layers: Sequence[range],
+        folder: Path,
+        start_seconds: float,
+        extra: Sequence[str] | None = None,
+        *,
+        pin: bool = False,
     ) -> None:
-        """`extra`: words for the shards; None: those of our own command line."""
-        self._extra = extra
+        """`extra`: words for the shards; None: those of our own command line. `pin`: each on a core of its own."""
+        self._extra, self._pin = extra, pin
         self._layers, self._folder, self._start_seconds = layers, folder, start_seconds
         self._group_port: int | None = None
         self.processes: list[subprocess.Popen[str]] = []
@@ -47,9 +55,11 @@ class LocalShards:
         self._watcher = threading.Thread(target=self._watch, name="local shards", daemon=True)
 
     @classmethod
-    def of_group(cls, layers: Sequence[range], folder: Path, port: int) -> Self:
+    def of_group(
+        cls, layers: Sequence[range], folder: Path, port: int, extra: Sequence[str] | None = None, *, pin: bool = False
+    ) -> Self:
         """Members of a torch RPC group that meets at `port`: they do not listen, and are not started again."""
-        shards = cls(layers, folder, start_seconds=0.0)
+        shards = cls(layers, folder, start_seconds=0.0, extra=extra, pin=pin)
         shards._group_port = port
         return shards
 
@@ -110,7 +120,7 @@ class LocalShards:
             *([f"project.rank={index + 1}", f"project.world_size={len(self._layers) + 1}"] if self._group_port else []),
             f"hydra.run.dir={folder}",
         ]
-        with (folder / "stderr.log").open("a") as log_file:
+        with (folder / "stderr.log").open("a") as log_file, pinned(index) if self._pin else nullcontext():
             return subprocess.Popen(
                 [sys.executable, "-m", "split.serve", *words],
                 stdin=subprocess.PIPE,

@@ -13,7 +13,7 @@ from split.transport.base import ShardReport
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PARTS = ("compute", "serialise", "queue", "wire")
+_PARTS = ("compute", "serialise", "queue", "wire", "wait")
 
 
 def draw(reports: Sequence[ShardReport], apart: Sequence[PassParts], path: Path, title: str) -> Path:

@@ -21,8 +21,10 @@ class HopParts:
     queue: float
     """From the arrival to the shard's thread."""
     serialise: float
-    """Bytes into tensors and back, and the send."""
+    """Bytes into tensors and back."""
     compute: float
+    wait: float
+    """From the result to its send: until what went before it has left."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PassParts:
     @property
     def total_seconds(self) -> float:
         """What the parts add up to."""
-        return self.answer_wire + sum(hop.wire + hop.queue + hop.serialise + hop.compute for hop in self.hops)
+        return self.answer_wire + sum(sum(vars(hop).values()) for hop in self.hops)
 
 
 def take_apart(passes: Sequence[PassTime], reports: Sequence[ShardReport]) -> list[PassParts]:
@@ -59,8 +61,9 @@ def _parts(timed: PassTime, hops: Sequence[Hop]) -> PassParts:
             HopParts(
                 wire=hop.arrived - left,
                 queue=hop.began - hop.arrived,
-                serialise=hop.coding + hop.sent - hop.computed,
+                serialise=hop.coding,
                 compute=hop.computed - hop.began - hop.coding,
+                wait=hop.sent - hop.computed,
             )
         )
         left = hop.sent

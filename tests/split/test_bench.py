@@ -7,20 +7,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+SIZES = [
+    "project.cut=2", "project.placements=[1,3]", "project.context=256", "project.prompt_tokens=64",
+    "project.prefill_chunk=16", "project.repeats=1", "project.new_tokens=3", "project.rtt_seconds=[0.0,0.05]",
+    "project.perplexity_tokens=40", "project.speculation_tokens=40",
+    "project.memory_model.hidden_size=1024", "project.memory_model.intermediate_size=2048",
+    "project.memory_model.head_dim=64",
+]  # fmt: skip
 
-@pytest.mark.real
-def test_every_part_runs(tmp_path: Path) -> None:
-    words = [
-        "model=random", f"model.cache_dir={tmp_path}/models", "project.cut=2", "project.context=256",
-        "project.prompt_tokens=64", "project.prefill_chunk=16", "project.repeats=1", "project.new_tokens=3",
-        "project.rtt_seconds=[0.0,0.05]",
-    ]  # fmt: skip
+
+def _rows(folder: Path, *parts: str) -> dict[str, dict[str, Any]]:
+    words = ["model=random", f"model.cache_dir={folder}/models", "tracking=none", *SIZES]
     done = subprocess.run(
-        [sys.executable, "-m", "split.bench", *words],
-        cwd=tmp_path,
+        [sys.executable, "-m", "split.bench", *words, f"project.parts=[{','.join(parts)}]", "project.report=all.json"],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
@@ -28,6 +32,31 @@ def test_every_part_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = {row["row"]: row for row in json.loads(done.stdout.strip().splitlines()[-1])["rows"]}
-    assert set(rows) == {"added", "link", "prefill", "batch", "plan"}
+    assert list(rows) == list(parts)
+    assert {row["row"] for row in json.loads((folder / "all.json").read_text())["rows"]} >= set(parts)
+    assert all(row["target"] and row["ok"] in (True, False) for row in rows.values())
+    return rows
+
+
+@pytest.mark.real
+def test_parts_over_tcp(tmp_path: Path) -> None:
+    rows = _rows(tmp_path, "added_tcp", "link", "prefill", "batch", "plan", "boundary", "times")
     slow, fast = rows["link"]["token_seconds"][1], rows["link"]["token_seconds"][0]
     assert slow - fast > 0.5 * 0.05, "the link's delay is in no token's time"
+    assert rows["batch"]["texts_identical"]
+    assert rows["boundary"]["ok"]
+    assert rows["boundary"]["perplexity_change"]["float32"] == 0 != rows["boundary"]["perplexity_change"]["int8"]
+    assert [placement["cut"] for placement in rows["plan"]["placements"]] == [1, 3]
+
+
+@pytest.mark.real
+def test_parts_with_processes_of_their_own(tmp_path: Path) -> None:
+    rows = _rows(tmp_path, "speculation", "added_rpc", "memory")
+    assert rows["speculation"]["texts_identical"]
+    assert 0.5 < rows["speculation"]["alpha"] < 1
+    assert rows["speculation"]["drafted_over_alone"] > 1
+    assert rows["added_rpc"]["added_over_whole_seconds"]["median"] > 0
+    memory = rows["memory"]
+    assert memory["ok"]
+    assert all(memory["model_bytes"] > shard["limit_bytes"] for shard in memory["shards"]), "all of it would fit, too"
+    assert memory["model_bytes"] > 3e8
