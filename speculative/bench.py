@@ -38,7 +38,7 @@ from speculative.messages import TABLE, Draft, MessageType, Verdict
 from speculative.remote_target import RemoteTarget
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.tally import Tally
-from speculative.theory import sync_round_seconds, sync_speedup, verify_seconds
+from speculative.theory import Speeds, sync_round_seconds, sync_tokens_per_second
 from speculative.vocabulary import token_texts
 
 START_SECONDS = 120.0
@@ -174,19 +174,22 @@ def _of_cell(settings: SpeculativeSettings, cell: Cell, new_tokens: int) -> Spec
 
 
 def _round_seconds(settings: SpeculativeSettings, cell: Cell, done: Round) -> float:
+    speeds = _speeds(settings, cell.rtt_seconds)
+    return speeds.step_seconds if cell.mode is Mode.target_only else sync_round_seconds(len(done.guesses), speeds)
+
+
+def _speeds(settings: SpeculativeSettings, rtt_seconds: float) -> Speeds:
     synthetic = settings.project.synthetic
-    if cell.mode is Mode.target_only:
-        return synthetic.step_seconds
-    return sync_round_seconds(
-        len(done.guesses),
+    return Speeds(
+        step_seconds=synthetic.step_seconds,
+        row_seconds=synthetic.row_seconds,
         draft_step_seconds=synthetic.draft_step_seconds,
-        verify_pass_seconds=verify_seconds(synthetic.step_seconds, synthetic.row_seconds, len(done.guesses)),
-        rtt_seconds=cell.rtt_seconds,
+        rtt_seconds=rtt_seconds,
     )
 
 
 def _row(settings: SpeculativeSettings, cell: Cell, readings: dict[Cell, Readings]) -> dict[str, Any]:
-    own, synthetic = readings[cell], settings.project.synthetic
+    own, speeds = readings[cell], _speeds(settings, cell.rtt_seconds)
     alone = readings[Cell(Mode.target_only, cell.rtt_seconds, 0)]
     drafted = cell.mode is Mode.sync
     rounds = [done for tally in own.tallies for done in tally.rounds]
@@ -205,14 +208,7 @@ def _row(settings: SpeculativeSettings, cell: Cell, readings: dict[Cell, Reading
         "speedup": ratio(own.tokens_per_second, alone.tokens_per_second),
         "predicted_speedup": None
         if alpha is None
-        else sync_speedup(
-            alpha,
-            cell.draft_length,
-            step_seconds=synthetic.step_seconds,
-            row_seconds=synthetic.row_seconds,
-            draft_step_seconds=synthetic.draft_step_seconds,
-            rtt_seconds=cell.rtt_seconds,
-        ),
+        else sync_tokens_per_second(alpha, cell.draft_length, speeds) * speeds.step_seconds,
         "formula_over_measured": Sample.of(own.formula_over_measured),
         "formula_over_median_round": Sample.of(own.formula_over_median_round),
         "bytes_per_accepted_guess": sent / accepted if accepted else None,

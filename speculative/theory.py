@@ -1,50 +1,313 @@
 """What speculation should give, from measured figures.
 
-Notation: a acceptance (each guess is right with this probability, independently), k guesses a round, t_T the target's
-pass over one token, t_V its pass over k + 1, t_D the drafter's pass, R the round-trip time.
+Notation: S(n) the probability that the first n guesses of an epoch are all right (a^n when each is right with
+probability a, independently), k guesses a pass, t_T the target's pass over one token, c what each further row of a pass
+costs, t_D the drafter's step, R the round-trip time. The target alone streams a token every t_T, whatever R is.
 
-A round yields the guesses up to the first wrong one and a token of the target's own behind them. The n-th guess counts
-with probability a^n, so that E(k) = 1 + a + ... + a^k = (1 - a^(k+1)) / (1 - a) tokens are expected (Leviathan et al.,
-arXiv 2211.17192, equation 1). In the synchronous loop nothing overlaps: k guesses, there, the check, and back, one
-after the other, take k t_D + t_V + R. The target alone streams a token every t_T, whatever R is.
+Synchronous. A round yields the guesses up to the first wrong one and a token of the target's own behind them:
+E(k) = S(0) + S(1) + ... + S(k) tokens, which is (1 - a^(k+1)) / (1 - a) (Leviathan et al., arXiv 2211.17192,
+equation 1). Nothing overlaps: k guesses, there, the check, and back take k t_D + (t_T + c k) + R.
+
+Asynchronous. The drafter never stops and the verifier decodes by itself what nobody guessed (AMUSD, arXiv 2410.17375,
+over a network). An epoch lasts from one rejection to the next. Whatever the verifier does, it yields the guesses that
+were right and the token that corrects the first wrong one, E = S(0) + S(1) + ... tokens: a policy changes only how long
+that takes. And that is known beforehand: the verdict needs R / 2 to the drafter, which is half through a step it began
+in vain, and the n-th guess of the new epoch is at the verifier at
+
+    A(n) = R + t_D / 2 + n t_D
+
+after the verdict. So the i-th pass of an epoch, whatever is right, begins and ends at known times and covers a known
+number of tokens; it is needed with probability S(tokens covered before it). With ends e_i and tokens c_i covered,
+
+    E[seconds] = sum over i of (e_i - e_(i-1)) S(c_(i-1)),     tokens per second = E / E[seconds]     (renewal theorem).
+
+A pass takes at most k of the guesses that are there, and begins as soon as the one before it ends, or when m guesses
+are there (`Plan`). k = 0 is the target alone, and m = k without a delay nearly the synchronous loop, so that the best
+of all plans is never worse than the better of the two. What the formula leaves out (a credit window, a drafter slower
+than the target, delays that differ) is in `simulate`, which plays every guess and every verdict.
 """
 
 from __future__ import annotations
 
+import math
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Acceptance = float | Sequence[float]
+"""Probability that a guess is right when all before it in its epoch were: one for all, or one by its place in the epoch
+(the last holds for all behind it)."""
+
+LEAST_SURVIVAL = 1e-3
+"""Epochs that are less likely to last so long are cut off there: their tokens and their seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """The two machines and the way between them, in seconds."""
+
+    step_seconds: float
+    """The target's pass over one token."""
+    row_seconds: float
+    """What each further token of a pass costs."""
+    draft_step_seconds: float
+    """The drafter's step for one guess."""
+    rtt_seconds: float
+
+    def pass_seconds(self, guesses: int) -> float:
+        """A pass over the last token and its guesses."""
+        return self.step_seconds + self.row_seconds * guesses
+
+    def pace(self) -> Pace:
+        """The same as the verifier sees it."""
+        return Pace(
+            step_seconds=self.step_seconds,
+            row_seconds=self.row_seconds,
+            answer_seconds=self.rtt_seconds + 1.5 * self.draft_step_seconds,
+            draft_step_seconds=self.draft_step_seconds,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How passes and guesses follow each other at the verifier, in seconds."""
+
+    step_seconds: float
+    row_seconds: float
+    answer_seconds: float
+    """From a verdict that rejects to the first guess of the new epoch."""
+    draft_step_seconds: float
+    """From one guess to the next."""
+
+    def arrival(self, count: int) -> float:
+        """When so many guesses of an epoch are there, after the verdict before it: A(n)."""
+        return self.answer_seconds + (count - 1) * self.draft_step_seconds if count > 0 else 0.0
+
+    def arrived(self, seconds: float, most: int) -> int:
+        """How many guesses of an epoch are there so long after the verdict before it, up to `most`."""
+        if seconds < self.answer_seconds:
+            return 0
+        if self.draft_step_seconds * most <= seconds - self.answer_seconds:
+            return most
+        return int((seconds - self.answer_seconds) / self.draft_step_seconds + 1e-9) + 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When a pass begins, and over what."""
+
+    draft_length: int
+    """It takes at most so many guesses (k); 0: the target alone."""
+    wait_for: int
+    """It begins when so many are there (m); 0: as soon as the pass before it ends."""
+
+
+ALONE = Plan(0, 0)
+
+
+def survival(acceptance: Acceptance, longest: int) -> list[float]:
+    """S(0), S(1), ...: at most `longest` of them, and none below `LEAST_SURVIVAL`."""
+    rates = [acceptance] if isinstance(acceptance, (int, float)) else list(acceptance) or [0.0]
+    chances = [1.0]
+    while len(chances) < longest:
+        chance = chances[-1] * rates[min(len(chances), len(rates)) - 1]
+        if chance < LEAST_SURVIVAL:
+            break
+        chances.append(chance)
+    return chances
+
 
 def expected_tokens(alpha: float, draft_length: int) -> float:
-    """Tokens a round, E(k)."""
+    """Tokens of a synchronous round, E(k)."""
     if alpha == 1:
         return draft_length + 1.0
     return float((1 - alpha ** (draft_length + 1)) / (1 - alpha))
 
 
-def verify_seconds(step_seconds: float, row_seconds: float, draft_length: int) -> float:
-    """A pass over the last token and k guesses, when each row beyond the first costs the same."""
-    return step_seconds + row_seconds * draft_length
-
-
-def sync_round_seconds(
-    draft_length: int, *, draft_step_seconds: float, verify_pass_seconds: float, rtt_seconds: float
-) -> float:
+def sync_round_seconds(draft_length: int, speeds: Speeds) -> float:
     """One round of the synchronous loop."""
-    return draft_length * draft_step_seconds + verify_pass_seconds + rtt_seconds
+    drafting = draft_length * speeds.draft_step_seconds
+    return drafting + speeds.pass_seconds(draft_length) + speeds.rtt_seconds
 
 
-def sync_speedup(
-    alpha: float,
-    draft_length: int,
-    *,
-    step_seconds: float,
-    row_seconds: float,
-    draft_step_seconds: float,
-    rtt_seconds: float,
+def sync_tokens_per_second(alpha: float, draft_length: int, speeds: Speeds) -> float:
+    """Of the synchronous loop."""
+    return expected_tokens(alpha, draft_length) / sync_round_seconds(draft_length, speeds)
+
+
+def async_tokens_per_second(chances: Sequence[float], pace: Pace, plan: Plan) -> float:
+    """Of the asynchronous loop: the renewal formula above, S(n) in `chances`."""
+    seconds = end = 0.0
+    covered, most = 0, len(chances)
+    while covered < most:
+        begin = max(end, pace.arrival(covered + plan.wait_for)) if plan.wait_for else end
+        there = pace.arrived(begin, covered + plan.draft_length) - covered if plan.draft_length else 0
+        guesses = min(max(there, 0), plan.draft_length)
+        after = begin + pace.step_seconds + pace.row_seconds * guesses
+        seconds += (after - end) * chances[covered]
+        covered += guesses + 1
+        end = after
+    return sum(chances) / seconds
+
+
+def best_plan(chances: Sequence[float], pace: Pace, draft_lengths: Sequence[int]) -> tuple[Plan, float]:
+    """The best plan with one of these draft lengths, and its tokens per second; waits are tried with each of them."""
+    plans = [Plan(length, wait) for length in draft_lengths for wait in range(length + 1)]
+    return max(((plan, async_tokens_per_second(chances, pace, plan)) for plan in plans), key=lambda pair: pair[1])
+
+
+def predicted_async_tokens_per_second(
+    acceptance: Acceptance, speeds: Speeds, *, longest: int, draft_length: int | None, new_tokens: int
 ) -> float:
-    """Tokens per second of the synchronous loop over those of the target alone."""
-    round_seconds = sync_round_seconds(
-        draft_length,
-        draft_step_seconds=draft_step_seconds,
-        verify_pass_seconds=verify_seconds(step_seconds, row_seconds, draft_length),
-        rtt_seconds=rtt_seconds,
-    )
-    return expected_tokens(alpha, draft_length) * step_seconds / round_seconds
+    """What the asynchronous loop should give for measured figures.
+
+    Args:
+        acceptance: Of the guesses, one for all or by their place in the epoch.
+        speeds: Measured.
+        longest: Most guesses of a pass.
+        draft_length: None: the best one.
+        new_tokens: Of the text: no epoch is longer.
+    """
+    lengths = range(longest + 1) if draft_length is None else [min(draft_length, longest)]
+    return best_plan(survival(acceptance, new_tokens), speeds.pace(), lengths)[1]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What `simulate` counted."""
+
+    tokens_per_second: float
+    passes: int
+    guesses: int
+    """Drafted in all."""
+    epochs: int
+
+
+def simulate(
+    acceptance: Acceptance,
+    speeds: Speeds,
+    plan: Plan,
+    *,
+    window: int,
+    new_tokens: int,
+    seed: int,
+    up_seconds: float | None = None,
+) -> Simulated:
+    """Play the asynchronous loop, guess by guess.
+
+    Args:
+        acceptance: Of the guesses, one for all or by their place in the epoch.
+        speeds: Of both sides.
+        plan: The verifier's.
+        window: The drafter is at most so many tokens ahead of the last verdict it knows.
+        new_tokens: Of the text.
+        seed: Of the draws.
+        up_seconds: The way from the drafter to the verifier; half the round trip unless given.
+    """
+    up = speeds.rtt_seconds / 2 if up_seconds is None else up_seconds
+    down = speeds.rtt_seconds - up
+    drafter = _SimulatedDrafter(acceptance, speeds.draft_step_seconds, window, random.Random(seed))
+    now, position, passes = 0.0, 0, 0
+    while position < new_tokens:
+        if plan.wait_for:
+            ready = drafter.holds(position, plan.wait_for)
+            now = max(now, ready + up) if ready is not None else now
+        drafter.work(now - up)
+        guesses = drafter.valid(position, min(plan.draft_length, new_tokens - position - 1), now - up)
+        right = drafter.right(position, guesses)
+        now += speeds.pass_seconds(guesses)
+        position, passes = position + right + 1, passes + 1
+        drafter.tell(now + down, position)
+    return Simulated(position / now, passes, drafter.drafted, drafter.epochs)
+
+
+@dataclass
+class _SimulatedDrafter:
+    """Drafts all the time, restarts where a verdict says otherwise. Places count the new tokens of the text."""
+
+    acceptance: Acceptance
+    step_seconds: float
+    window: int
+    random: random.Random
+    drafted: int = 0
+    epochs: int = 1
+    _free_at: float = 0.0
+    _known: int = 0
+    """Tokens of the text that the drafter knows of."""
+    _first: int = 0
+    """Where the epoch began."""
+    _made_at: list[float] = field(default_factory=list)
+    """When each guess of the epoch was made, from `_first` on."""
+    _wrong: float = math.inf
+    """Place of the first wrong guess of the epoch."""
+    _told: deque[tuple[float, int]] = field(default_factory=deque)
+    """Verdicts on their way: when they will be heard, and how long the text is."""
+
+    def tell(self, heard_at: float, length: int) -> None:
+        """A verdict goes off."""
+        self._told.append((heard_at, length))
+
+    def work(self, until: float) -> None:
+        """Draft until then; a step that is not done by then is not begun."""
+        while True:
+            if self._told and self._told[0][0] <= self._free_at:
+                self._hear(self._told.popleft()[1])
+            elif self._ahead >= self.window:
+                if not self._told or self._told[0][0] > until:
+                    return
+                self._free_at = self._told[0][0]
+            elif self._free_at + self.step_seconds > until:
+                return
+            else:
+                self._draft()
+
+    def holds(self, position: int, count: int) -> float | None:
+        """Work until there are `count` guesses from `position` on; when, or None if the window forbids it."""
+        while not self._is_live(position) or self._first + len(self._made_at) < position + count:
+            before = (self.drafted, len(self._told))
+            self.work(self._free_at + self.step_seconds)
+            if before == (self.drafted, len(self._told)):
+                if not self._told:
+                    return None
+                self.work(self._told[0][0])
+        return self._made_at[position + count - 1 - self._first]
+
+    def valid(self, position: int, most: int, made_by: float) -> int:
+        """How many guesses from `position` on had been made by then, in an epoch that was not rejected yet."""
+        if not self._is_live(position):
+            return 0
+        count = 0
+        while count < most and position + count - self._first < len(self._made_at):
+            if self._made_at[position + count - self._first] > made_by:
+                break
+            count += 1
+        return count
+
+    def right(self, position: int, guesses: int) -> int:
+        """How many of the guesses from `position` on are right."""
+        return int(min(guesses, max(0, self._wrong - position)))
+
+    @property
+    def _ahead(self) -> int:
+        return self._first + len(self._made_at) - self._known
+
+    def _is_live(self, position: int) -> bool:
+        return self._first <= position <= self._wrong
+
+    def _draft(self) -> None:
+        place = len(self._made_at)
+        rates = self.acceptance
+        rate = rates if isinstance(rates, (int, float)) else rates[min(place, len(rates) - 1)]
+        if self._wrong == math.inf and self.random.random() >= rate:
+            self._wrong = self._first + place
+        self._free_at += self.step_seconds
+        self._made_at.append(self._free_at)
+        self.drafted += 1
+
+    def _hear(self, length: int) -> None:
+        self._known = length
+        rejected = self._wrong < length
+        if rejected or self._first + len(self._made_at) < length:
+            self.epochs += rejected
+            self._first, self._made_at, self._wrong = length, [], math.inf
