@@ -81,6 +81,8 @@ class FederatedProjectSettings:
     """Pause between two looks for replies."""
     workers: int
     """Ray workers in a simulation, each with its own copy of the base model; 0: one per core."""
+    worker_retries: int
+    """How often a message of a simulation is tried again when the worker that had it died; then it has failed."""
     lora: LoraSettings
     optimization: OptimizationSettings
     data: DataSettings
@@ -94,6 +96,7 @@ class FederatedProjectSettings:
         for name in ("node_timeout_seconds", "reply_timeout_seconds", "poll_seconds"):
             require(getattr(self, name) > 0, f"{name} must be greater than 0", getattr(self, name))
         require(self.workers >= 0, "workers must be at least 0", self.workers)
+        require(self.worker_retries >= 0, "worker_retries must be at least 0", self.worker_retries)
 
 
 @dataclass(kw_only=True)

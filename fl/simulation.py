@@ -1,6 +1,7 @@
 """The one seam around Flower's simulation, which is deprecated upstream: swap it here when it goes.
 
-Every client is a message to one of `project.workers` long-lived Ray workers; each worker holds one base model.
+Every client is a message to one of `project.workers` long-lived Ray workers; each worker holds one base model. A worker
+that dies is replaced, and its message tried again: a client keeps nothing between messages, so its answer is the same.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
 from typing import Any
@@ -61,7 +62,8 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     def work(grid: Grid, context: Context) -> None:
         figures.update(serve(StoppableGrid(grid, stop), settings, place))
 
-    with quiet_flower(), redirect_stdout(UntilStopped(stop)), interruptible(stop):
+    ray_output = UntilEnding(lambda: stop.is_set() or bool(figures))
+    with quiet_flower(), redirect_stdout(ray_output), interruptible(stop):
         try:
             run_simulation(
                 make_server_app(work),
@@ -101,14 +103,23 @@ def last_words(error: RoundFailed | NodesMissing, place: entry.Run) -> str:
 
 
 def backend(settings: FederatedSettings) -> dict[str, Any]:
-    """Ray's resources: one core a worker, and an equal share of the GPUs where there are any."""
+    """Ray's resources: one core a worker, and an equal share of the GPUs where there are any.
+
+    `client_resources` reach Ray as the options of its actors. Without the last two Flower would go on giving messages
+    to a worker that is no more, and each would fail.
+    """
     clients = settings.project.num_clients
     workers = min(settings.project.workers or os.cpu_count() or 1, clients)
     gpus = torch.cuda.device_count() if open_device(settings.device).type == "cuda" else 0
     log.info("simulating %d clients on %d Ray workers (1 core, %.2f GPU each)", clients, workers, gpus / workers)
     return {
         "init_args": {"num_cpus": workers, "num_gpus": gpus, "logging_level": "ERROR", "log_to_driver": False},
-        "client_resources": {"num_cpus": 1, "num_gpus": gpus / workers},
+        "client_resources": {
+            "num_cpus": 1,
+            "num_gpus": gpus / workers,
+            "max_restarts": -1,  # as often as it takes
+            "max_task_retries": settings.project.worker_retries,
+        },
     }
 
 
@@ -195,6 +206,7 @@ def interruptible(stop: threading.Event) -> Iterator[None]:
 
 def end_workers(done: threading.Event) -> None:
     """Kills Ray's workers below this process until `done`: one may still be starting."""
+    replace_no_worker()
     while not done.is_set():
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):  # it is gone already
@@ -203,15 +215,26 @@ def end_workers(done: threading.Event) -> None:
         done.wait(WORKERS_SECONDS)
 
 
-class UntilStopped(io.TextIOBase):
-    """A stdout for Ray, which prints there when a worker ends: to stderr, and no more once we ended the workers."""
+def replace_no_worker() -> None:
+    """Kills Ray's actors for good: one whose process alone dies comes back, and its message waits for that."""
+    import ray
+    from ray._private import state, worker  # the public ways need a handle, which Flower keeps, or a dashboard
 
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
+    if ray.is_initialized():
+        ours = worker.global_worker
+        for actor in state.actors(job_id=ours.current_job_id):
+            ours.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)  # True: no restart
+
+
+class UntilEnding(io.TextIOBase):
+    """A stdout for Ray, which prints there when a worker ends: to stderr, and no more once it is we who end them."""
+
+    def __init__(self, ending: Callable[[], bool]) -> None:
+        self._ending = ending
 
     def write(self, text: str) -> int:
         """Hands `text` on to stderr."""
-        return len(text) if self._stop.is_set() else sys.stderr.write(text)
+        return len(text) if self._ending() else sys.stderr.write(text)
 
 
 @contextmanager

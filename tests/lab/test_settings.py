@@ -46,6 +46,7 @@ BAD = {
     "project.proximal_mu=inf": "project.proximal_mu must be finite, got inf",
     "project.reply_timeout_seconds=0": "project.reply_timeout_seconds must be greater than 0, got 0.0",
     "project.workers=-1": "project.workers must be at least 0, got -1",
+    "project.worker_retries=-1": "project.worker_retries must be at least 0, got -1",
     "project.lora.rank=0": "project.lora.rank must be at least 1, got 0",
     "project.lora.alpha=0": "project.lora.alpha must be greater than 0, got 0.0",
     "project.lora.dropout=1": "project.lora.dropout must be in [0, 1), got 1.0",

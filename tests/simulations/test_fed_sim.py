@@ -130,6 +130,29 @@ main()
 """
 
 
+KILLING = """
+import psutil
+from fl import simulation
+from simulations.fed_sim import main
+
+class Killing(simulation.StoppableGrid):
+    killed = False
+    def pull_messages(self, message_ids):
+        replies = list(super().pull_messages(message_ids))
+        if replies and not Killing.killed:
+            started = psutil.Process().children(recursive=True)
+            workers = [process for process in started if "ClientAppActor" in "".join(process.cmdline()[:1])]
+            assert len(workers) == 1, workers
+            workers[0].kill()
+            Killing.killed = True
+        return replies
+
+simulation.StoppableGrid = Killing
+main()
+assert Killing.killed
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fed_sim")
@@ -222,16 +245,21 @@ def test_no_message_no_file_and_no_log_holds_a_clients_text(watched: Done, folde
 
 
 @pytest.mark.real
-def test_one_worker_and_no_wandb_change_nothing(ray_folder: Path, folder: Path, data: Path, watched: Done) -> None:
+def test_one_worker_that_is_killed_and_no_wandb_change_nothing(
+    ray_folder: Path, folder: Path, data: Path, watched: Done
+) -> None:
+    """The only worker dies after the first reply: without another in its place nobody would answer any more."""
     absent = folder / "absent"
     (absent / "wandb").mkdir(parents=True)
     (absent / "wandb" / "__init__.py").write_text("raise ModuleNotFoundError('No module named wandb')\n")
     overrides = on_jsonl(data, 4, "tracking=offline", "project.workers=1")
-    alone = run(ray_folder, folder / "alone", overrides, path=str(absent))
+    alone = run(ray_folder, folder / "alone", overrides, path=str(absent), driver=["-c", KILLING])
     assert "Weights & Biases is off" in alone.err
     assert not list(alone.folder.rglob("*.wandb"))
     exact = ["eval_loss_before", "eval_loss_by_round", "train_loss_by_round", "adapter_bytes", "rounds_completed"]
     assert {key: alone.last_line[key] for key in exact} == {key: watched.last_line[key] for key in exact}
+    assert len(alone.last_line["refused"]) == len(watched.last_line["refused"]), "nobody but the one without data"
+    assert "ClientAppActor.run failed" in alone.err, "Ray says that it tried again"
     tensors = [Path(done.last_line["adapter_path"], "adapter_model.safetensors") for done in (alone, watched)]
     assert tensors[0].read_bytes() == tensors[1].read_bytes()
     first = watched.folder / "adapters" / "round-0001" / "adapter_model.safetensors"
