@@ -37,7 +37,7 @@ from fl.settings import FederatedSettings, WireDtype
 from fl.sizes import base_bytes
 from fl.strategy import METRICS, WEIGHT, WeightedFedAvg
 from lab import entry
-from lab.bench import Sample, interleaved, ratio, write_report
+from lab.bench import Sample, interleaved, judged, ratio, write_report
 from lab.environment import commit
 from lab.settings import ModelSettings
 
@@ -80,7 +80,7 @@ def folding(project: FederatedBenchProjectSettings) -> Row:
         "plain_seconds": Sample.of(readings["plain"]),
         "relative_speed": ratio(readings["plain"], readings["exact"]),
     }
-    return judged(row, "relative_speed at least 0.5", row["relative_speed"].median >= 0.5)
+    return judged(row["part"], row, "relative_speed at least 0.5", row["relative_speed"].median >= 0.5)
 
 
 def memory(project: FederatedBenchProjectSettings) -> Row:
@@ -93,7 +93,7 @@ def memory(project: FederatedBenchProjectSettings) -> Row:
         "peak_bytes": [few, many],
         "growth_in_adapters": (many - few) / project.adapter_bytes,
     }
-    return judged(row, "growth_in_adapters at most 2", row["growth_in_adapters"] <= 2)
+    return judged(row["part"], row, "growth_in_adapters at most 2", row["growth_in_adapters"] <= 2)
 
 
 def peak_bytes(replies: int, adapter_bytes: int) -> int:
@@ -146,7 +146,7 @@ def message(name: str) -> Row:
         "base_bytes": base_bytes(settings.model),
     }
     holds = row["relative_size"] <= 1.01 and row["overhead_bytes"] <= 4096
-    return judged(row, "relative_size at most 1.01, overhead_bytes at most 4096", holds)
+    return judged(row["part"], row, "relative_size at most 1.01, overhead_bytes at most 4096", holds)
 
 
 def adapter_of(model: ModelSettings, rank: int) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ def scale(project: FederatedBenchProjectSettings, folder: Path) -> Row:
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
     holds = figures["wall_seconds"] <= 300 and growth <= 0.05 and not figures["refused"]
-    return judged(row, "wall_seconds at most 300, server_growth at most 0.05, nobody refused", holds)
+    return judged(row["part"], row, "wall_seconds at most 300, server_growth at most 0.05, nobody refused", holds)
 
 
 def comparison(project: FederatedBenchProjectSettings, folder: Path) -> Row:
@@ -195,7 +195,7 @@ def comparison(project: FederatedBenchProjectSettings, folder: Path) -> Row:
     row: Row = {"part": "comparison", "overrides": project.compare, "seeds": seeds}
     row["perplexity_ratio"] = Sample.of([seed["perplexity_ratio"] for seed in seeds])
     holds = all(abs(seed["perplexity_ratio"] - 1) <= 0.02 for seed in seeds)
-    return judged(row, "perplexity_ratio of every seed within 2 %", holds)
+    return judged(row["part"], row, "perplexity_ratio of every seed within 2 %", holds)
 
 
 def compared(project: FederatedBenchProjectSettings, seed: int, folder: Path) -> Row:
@@ -225,12 +225,6 @@ def simulate(overrides: Sequence[str], folder: Path, timeout_seconds: float) -> 
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout_seconds, check=True)
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
-
-
-def judged(row: Row, target: str, holds: bool) -> Row:
-    """The row with what it was to show, and whether it did."""
-    log.info("%s: %s (%s)", row["part"], "holds" if holds else "DOES NOT HOLD", target)
-    return row | {"target": target, "holds": holds}
 
 
 def main() -> None:

@@ -119,6 +119,12 @@ def listening(module: str, words: Sequence[str], folder: Path, start_seconds: fl
         process.communicate()
 
 
+def judged(name: str, row: Mapping[str, Any], target: str, holds: bool) -> dict[str, Any]:
+    """The row with what it was to show, and whether it did; says so."""
+    log.info("%s: %s (%s)", name, "holds" if holds else "DOES NOT HOLD", target)
+    return {**row, "target": target, "holds": holds}
+
+
 def write_report(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The benchmark's document (rows beside where they were measured), written to `path` and returned."""
     figures = {

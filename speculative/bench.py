@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import entry
-from lab.bench import Sample, interleaved, listening, ratio, write_report
+from lab.bench import Sample, interleaved, judged, listening, ratio, write_report
 from lab.device import open_device
 from lab.entry import compose_settings
 from lab.models import load_tokenizer_only
@@ -110,7 +110,7 @@ def frame_row(settings: SpeculativeSettings) -> dict[str, Any]:
     """One frame there and back, over as many raw bytes."""
     rounds = settings.project.bench.frame_rounds
     pings = measure(body_bytes=32, rounds=rounds, warm_up_rounds=rounds // 10)
-    return {
+    row: dict[str, Any] = {
         "row": "frame",
         "frame_bytes": pings.frame_bytes,
         "raw_seconds": pings.raw_seconds,
@@ -118,6 +118,7 @@ def frame_row(settings: SpeculativeSettings) -> dict[str, Any]:
         "added_seconds": pings.added_seconds,
         "n": pings.rounds,
     }
+    return judged("frame", row, "added_seconds at most 60e-6", pings.added_seconds <= 60e-6)
 
 
 def text_bytes(prompt_length: int, rounds: Sequence[Round]) -> int:
@@ -197,7 +198,7 @@ def _row(settings: SpeculativeSettings, cell: Cell, readings: dict[Cell, Reading
     checked = sum(int(tally.figures()["drafts_checked"]) for tally in own.tallies)
     alpha = accepted / checked if checked else None
     sent = sum(text_bytes(1, tally.rounds) for tally in own.tallies)
-    return {
+    row: dict[str, Any] = {
         "row": "sync",
         "mode": cell.mode,
         "drafter": DraftSource.synthetic if drafted else DraftSource.none,
@@ -215,6 +216,8 @@ def _row(settings: SpeculativeSettings, cell: Cell, readings: dict[Cell, Reading
         "bytes_per_new_token": sent / sum(len(done.tokens) for done in rounds) if drafted else None,
         "n": len(own.tallies),
     }
+    name = f"{cell.mode.name}, k = {cell.draft_length}, {1000 * cell.rtt_seconds:g} ms"
+    return judged(name, row, "formula_over_measured at least 0.95", row["formula_over_measured"].median >= 0.95)
 
 
 @contextmanager

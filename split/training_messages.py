@@ -28,8 +28,9 @@ from typing import Annotated
 import msgspec
 
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
+from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 from lab.wire.tensors import TensorSpec
-from split.messages import Ask, Attach, Count, Fault, Join, LongText, ShortText, Uint31, Uint32, Welcome
+from split.messages import Ask, Attach, Count, Fault, Join, Welcome
 from split.schedule import Operation, Phase, Schedule, Span
 
 PROTOCOL = range(1, 2)
@@ -39,7 +40,6 @@ MAX_EXAMPLES = 4096
 Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
-Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
 Examples = Annotated[list[Count], msgspec.Meta(min_length=1, max_length=MAX_EXAMPLES)]
 MicroBatch = Annotated[int, msgspec.Meta(ge=0, lt=MAX_MICRO_BATCHES)]
 
@@ -63,7 +63,7 @@ class Recipe(Head):
     beta1: Fraction
     beta2: Fraction
     activation_checkpointing: bool
-    seed: Seed
+    seed: Uint63
     """Of the fresh adapter and of dropout."""
 
 

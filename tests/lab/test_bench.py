@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.bench import Sample, interleaved, ratio, write_report
+from lab.bench import Sample, interleaved, judged, ratio, write_report
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1))
@@ -72,3 +72,9 @@ def test_report(tmp_path: Path) -> None:
         }
     ]
     assert {"date", "commit", "versions", "machine"} <= document.keys()
+
+
+def test_what_a_row_was_to_show_stands_in_it_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lab.bench")
+    assert judged("frame", {"n": 3}, "n at least 4", 3 >= 4) == {"n": 3, "target": "n at least 4", "holds": False}
+    assert caplog.messages == ["frame: DOES NOT HOLD (n at least 4)"]

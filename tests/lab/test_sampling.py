@@ -5,8 +5,11 @@ Every statistical test has a control: a wrong rule, a weak hash or noise that is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from scipy import stats
 
 from lab import sampling
 from lab.sampling import Sampling, choose, gumbel, mix64, nll, noise_bits, noise_keys
+from tests.random_models import random_model
 
 VOCABULARY = 24
 Noise = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -181,6 +185,41 @@ def test_coupled_draws_match_as_often_as_promised(sharpness: float) -> None:
     assert stats.binomtest(agreed, draws, exact).pvalue > 0.001
     uncoupled = int((said == _draw(draft_V, independent, range(draws))).sum())  # the control: own noise
     assert stats.binomtest(uncoupled, draws, exact, alternative="less").pvalue < 1e-6
+
+
+@functools.cache
+def _logged_pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of a model, and of its first three layers of four, at twelve places of a text: target and drafter."""
+    text = torch.tensor([[(7 * index) % 97 for index in range(12)]])
+    with torch.inference_mode():
+        target: Any = random_model("llama", torch.float64)
+        drafter: Any = random_model("llama", torch.float64, num_hidden_layers=3)
+        return list(zip(target(text).logits[0], drafter(text).logits[0]))
+
+
+def _matches(seed_of_the_drafter: int, draws: int) -> list[tuple[int, float]]:
+    """Of each logged pair: how often both say the same, and the least share that is promised."""
+    rule = Sampling(seed=11, temperature=1.5, top_k=0, top_p=1.0)
+    found = []
+    for target_V, draft_V in _logged_pairs():
+        said = _draw(target_V, rule, range(draws))
+        guessed = _draw(draft_V, replace(rule, seed=seed_of_the_drafter), range(draws))
+        variation = 0.5 * float(np.abs(_oracle(target_V, rule) - _oracle(draft_V, rule)).sum())
+        found.append((int((said == guessed).sum()), (1 - variation) / (1 + variation)))
+    return found
+
+
+def test_on_logged_pairs_coupled_draws_match_at_least_as_often_as_promised() -> None:
+    for agreed, promised in _matches(11, 5_000):
+        assert 0.02 < promised < 0.98, "nearly equal or apart: nothing is proved"
+        assert stats.binomtest(agreed, 5_000, promised, alternative="less").pvalue > 0.001
+
+
+def test_noise_of_its_own_breaks_that_promise() -> None:
+    broken = [
+        stats.binomtest(agreed, 5_000, least, alternative="less").pvalue < 1e-6 for agreed, least in _matches(12, 5_000)
+    ]
+    assert sum(broken) > len(broken) / 2
 
 
 @pytest.mark.parametrize("rule", [*RULES, Sampling.greedy(), Sampling(seed=3, temperature=1.0, top_k=0, top_p=0.999)])

@@ -5,9 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lab.engine import SyntheticEngine
 from lab.entry import Run, compose_settings
+from lab.models import load_tokenizer_only
+from lab.sampling import Sampling
+from lab.wire import encode, pack_tokens
 from speculative import bench
+from speculative.drafting import speculate
+from speculative.drafts import EngineDrafts, RandomDrafts
+from speculative.joining import join
+from speculative.messages import TABLE, Close, MessageType, Open, Reason
 from speculative.settings import SpeculativeSettings
+from speculative.vocabulary import token_texts
+from tests.speculative.in_process import InProcess, request, speculated
+from tests.speculative.in_process import bench as verifiers_on
+from tests.speculative.processes import Role, wait_until
 
 
 def _settings(*words: str) -> SpeculativeSettings:
@@ -39,3 +51,44 @@ def test_every_row_is_there(tmp_path: Path) -> None:
     assert rows[3]["tokens_per_second"]["median"] < rows[2]["tokens_per_second"]["median"], "the delay was not there"
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == rows
     assert rows[-1]["frame_seconds"] > 0
+    for row in rows[:4]:
+        assert row["holds"] == (row["formula_over_measured"]["median"] >= 0.95)
+    assert rows[-1]["holds"] == (rows[-1]["added_seconds"] <= 60e-6)
+
+
+def _bytes_per_accepted_guess(length: int) -> float:
+    """Of a text at acceptance 0.8."""
+    target, drafter = (
+        SyntheticEngine(
+            vocabulary_size=50_000, context=2**14, sessions=1, step_seconds=0, row_seconds=0, agreement=agreement
+        )
+        for agreement in (1.0, 0.8)
+    )
+    with verifiers_on(target) as verifiers:
+        drafts = EngineDrafts(drafter, Sampling.greedy(), 50_000)
+        rounds = speculated(InProcess(verifiers), drafts, request([1], 4000, Sampling.greedy()), length)
+    return bench.text_bytes(1, rounds) / sum(done.accepted for done in rounds)
+
+
+def test_an_accepted_token_costs_at_most_25_bytes_both_ways() -> None:
+    assert _bytes_per_accepted_guess(8) <= 25
+    assert _bytes_per_accepted_guess(1) > 25, "the check sees a loop that is chattier"
+
+
+def test_these_bytes_are_the_ones_that_cross_the_socket(random_verifier: Role) -> None:
+    settings = _settings("model=random", "model.dtype=float64", f"network.port={random_verifier.port}")
+    asked = request([1, 2, 3], 40, Sampling.greedy())
+    opened = Open(
+        seed=0, temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=40, waits=True, threshold=None, report=False
+    )
+    expected = len(encode(TABLE, MessageType.open, 1, opened, pack_tokens(asked.prompt_ids)))
+    for reason in (Reason.length, Reason.left):  # the verifier's word and ours cross on the way
+        expected += len(encode(TABLE, MessageType.close, 1, Close(reason=reason, text="")))
+    with join(settings, token_texts(load_tokenizer_only(settings.model))) as target:
+        before = target.bytes_sent + target.bytes_received
+        rounds = list(speculate(target, RandomDrafts(1, 256), asked, 8, []))
+        expected += bench.text_bytes(3, rounds)
+        wait_until(lambda: target.bytes_sent + target.bytes_received - before >= expected, "the verifier's CLOSE")
+        more = target.bytes_sent + target.bytes_received - before - expected
+    assert more % 18 == 0, "not heartbeats"
+    assert more < 200

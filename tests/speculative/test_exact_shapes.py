@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from lab.entry import compose_settings
+from lab.models import load_tokenizer_only
 from lab.sampling import Sampling
 from lab.settings import UserError
+from speculative.drafter import prompt_ids
+from speculative.drafting import Flip
 from speculative.drafts import EngineDrafts, RandomDrafts
 from speculative.engines import open_target
 from speculative.settings import SpeculativeSettings
 from tests.random_models import VOCABULARY, random_model
-from tests.speculative.in_process import InProcess, bench, decoded_alone, local_engine, request, speculated, tokens
-from tests.speculative.processes import drafted, verifier
+from tests.speculative.identity import Subject
+from tests.speculative.in_process import (
+    InProcess,
+    bench,
+    decoded_alone,
+    flips_alone,
+    local_engine,
+    request,
+    speculated,
+    tokens,
+)
 
 SAMPLED = Sampling(seed=3, temperature=1.0, top_k=0, top_p=1.0)
 CPU = torch.device("cpu")
@@ -34,15 +44,15 @@ def _one_thread() -> Iterator[None]:
 def test_bfloat16_is_identical_in_exact_shapes() -> None:
     model = random_model("llama", torch.bfloat16)
     accepted = 0
-    for index in range(4):
-        alone = decoded_alone(local_engine(model, 2, 128, 8), [index, 5, 9], SAMPLED, 100)
+    for index in range(2):
+        alone = decoded_alone(local_engine(model, 2, 128, 8), [index, 5, 9], SAMPLED, 80)
         with bench(local_engine(model, 2, 128, 8)) as verifiers:
             guesser = local_engine(random_model("llama", torch.float32), 1, 128)
             drafts = EngineDrafts(guesser, SAMPLED, VOCABULARY) if index % 2 else RandomDrafts(1, VOCABULARY)
-            rounds = speculated(InProcess(verifiers), drafts, request([index, 5, 9], 100, SAMPLED), 7)
+            rounds = speculated(InProcess(verifiers), drafts, request([index, 5, 9], 80, SAMPLED), 7)
         assert tokens(rounds) == alone
         accepted += sum(done.accepted for done in rounds)
-    assert accepted > 100
+    assert accepted > 40
 
 
 def _settings(*words: str) -> SpeculativeSettings:
@@ -59,25 +69,33 @@ def test_they_are_refused_where_they_cannot_hold() -> None:
         open_target(_settings("project.cache_limit_bytes=1048576"), CPU)
 
 
-def _flips_of_smollm2(tmp_path: Path, *shapes: str) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def smollm2() -> Subject:
+    words = ("model=smollm2_135m", "model.dtype=bfloat16", "device.threads=1", "tracking=none")
+    asked = prompt_ids(load_tokenizer_only(_settings("model=smollm2_135m").model), "Tell me a story about a fox.", True)
+    return Subject(words, [asked])
+
+
+def _flips(subject: Subject, exact_rows: int | None) -> list[Flip]:
     """Tokens of a bfloat16 text, drafted badly so that shapes change all the time, that the target alone says not."""
-    words = ("tracking=none", "model.dtype=bfloat16", "device.threads=1", "project.context=192", "project.check=true")
-    bad = ("project.draft.source=random", "project.draft.length=4", "project.max_new_tokens=90")
-    with verifier(*words, "project.sessions=1", "project.max_draft_length=7", *shapes) as running:
-        return list(drafted(running.port, (*words, *bad), tmp_path, "Tell me a story about a fox.")["flips"])
+    [prompt] = subject.prompts
+    with bench(local_engine(subject.model, 1, 192, exact_rows)) as verifiers:
+        asked = request(prompt, 60, Sampling.greedy())
+        text = tokens(speculated(InProcess(verifiers), RandomDrafts(1, 1000), asked, 4))
+    return flips_alone(local_engine(subject.model, 1, 192, exact_rows), prompt, Sampling.greedy(), text)
 
 
 @pytest.mark.real
-def test_smollm2_in_bfloat16_has_no_flips_in_exact_shapes(tmp_path: Path) -> None:
-    assert _flips_of_smollm2(tmp_path, "project.exact_shapes=true") == []
+def test_smollm2_in_bfloat16_has_no_flips_in_exact_shapes(smollm2: Subject) -> None:
+    assert _flips(smollm2, exact_rows=8) == []
 
 
 @pytest.mark.real
-def test_smollm2_in_bfloat16_has_flips_without_them(tmp_path: Path) -> None:
+def test_smollm2_in_bfloat16_has_flips_without_them(smollm2: Subject) -> None:
     """The negative control: flips are seen, counted, and reported with their margins."""
-    flips = _flips_of_smollm2(tmp_path)
+    flips = _flips(smollm2, exact_rows=None)
     if not flips:
         pytest.skip("the kernels of this machine give the same bits for every shape")
     for flip in flips:
-        assert flip["token"] != flip["alone"]
-        assert 0 <= flip["margin"] <= 0.5, "no tie: the two logits are further apart than bfloat16 can move them"
+        assert flip.token != flip.alone
+        assert 0 <= flip.margin <= 0.5, "no tie: the two logits are further apart than bfloat16 can move them"

@@ -22,8 +22,12 @@ from lab.entry import Run, compose_settings
 from lab.models import BYTE_EOS, load_model, load_tokenizer_only
 from lab.sampling import Sampling
 from lab.settings import UserError
+from lab.wire import PeerGone
 from speculative import verifier as verifier_role
+from speculative.drafting import speculate
+from speculative.drafts import RandomDrafts
 from speculative.joining import join
+from speculative.remote_target import RemoteTarget
 from speculative.settings import SpeculativeSettings
 from speculative.verifying import Verdict, until_end
 from speculative.vocabulary import token_texts
@@ -114,36 +118,27 @@ def test_the_same_without_wandb(random_verifier: Role, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_drafters_at_once_each_get_their_own_text(random_verifier: Role, tmp_path: Path) -> None:
+def _joined(port: int, *words: str) -> RemoteTarget:
+    overrides = " ".join((*RANDOM, f"network.port={port}", *words))
+    settings = compose_settings("spec_decoding", overrides, SpeculativeSettings)
+    return join(settings, token_texts(load_tokenizer_only(settings.model)))
+
+
+def test_drafters_at_once_each_get_their_own_text(random_verifier: Role) -> None:
+    tokenizer = load_tokenizer_only(compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings).model)
     prompts = [f"text number {number}: " + "ab" * number for number in range(4)]
+    samplings = [Sampling(seed=number, temperature=1.0, top_k=0, top_p=1.0) for number in range(4)]
+    targets = [_joined(random_verifier.port) for _ in prompts]  # composing settings is not for several threads
 
     def draft(number: int) -> list[int]:
-        words = (*RANDOM, "project.temperature=1.0", f"seed={number}", "project.max_new_tokens=30")
-        source = ("project.draft.source=random", f"project.draft.length={number + 1}")
-        ids = drafted(random_verifier.port, (*words, *source), tmp_path / str(number), prompts[number])["token_ids"]
-        return list(ids)
+        asked = request(list(tokenizer(prompts[number])["input_ids"]), 30, samplings[number])
+        with targets[number] as target:
+            rounds = speculate(target, RandomDrafts(number, 256), asked, number + 1, [BYTE_EOS])
+            return [token for done in rounds for token in done.tokens]
 
-    with ThreadPoolExecutor(1) as one:  # composing settings is not for several threads
-        alone = list(one.map(draft, range(4)))
-    processes = [
-        drafter_process(
-            *RANDOM,
-            "project.temperature=1.0",
-            f"seed={number}",
-            "project.max_new_tokens=30",
-            f"network.port={random_verifier.port}",
-            f"prompt={prompts[number]}",
-            folder=tmp_path / f"process{number}",
-        )
-        for number in range(2)
-    ]
-    for number, process in enumerate(processes):
-        out, errors = process.communicate(timeout=END_SECONDS)
-        assert process.returncode == 0, errors
-        assert json.loads(out.splitlines()[-1])["token_ids"] == alone[number]
-    for number in range(4):
-        sampling = Sampling(seed=number, temperature=1.0, top_k=0, top_p=1.0)
-        assert alone[number] == _own_text(prompts[number], sampling, 30)
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(draft, range(4)))
+    assert texts == [_own_text(prompt, sampling, 30) for prompt, sampling in zip(prompts, samplings)]
 
 
 def first_protocol_client(port: int, prompts: list[str]) -> list[list[int]]:
@@ -208,27 +203,21 @@ def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
             socket.create_connection(("127.0.0.1", running.port), timeout=5)
 
 
-def test_a_verifier_that_is_killed_is_noticed_at_once(tmp_path: Path) -> None:
-    with verifier(*RANDOM) as running:
-        words = [*RANDOM, f"network.port={running.port}", f"prompt={PROMPT}", "project.max_new_tokens=990"]
-        process = drafter_process(*words, folder=tmp_path)
-        assert process.stdout is not None
-        assert process.stdout.read(3)
+def test_a_verifier_that_is_killed_is_noticed_at_once() -> None:
+    with verifier(*RANDOM) as running, _joined(running.port) as target:
+        rounds = speculate(target, RandomDrafts(1, 256), request([1, 2, 3], 900, Sampling.greedy()), 5, [])
+        next(rounds)
         running.process.kill()
         began = time.monotonic()
-        _, errors = process.communicate(timeout=END_SECONDS)
+        with pytest.raises(PeerGone, match=rf"^verifier 127.0.0.1:{running.port} .* during DRAFT \(epoch "):
+            list(rounds)
         assert time.monotonic() - began < 20
-        assert (process.returncode, "Traceback" in errors) == (1, False)
-        assert " during DRAFT (epoch " in errors.splitlines()[-1]
 
 
 def test_texts_of_a_drafter_that_vanishes_are_forgotten(random_verifier: Role, tmp_path: Path) -> None:
     """Eight slots: nine texts whose drafter is gone would fill them."""
-    overrides = " ".join((*RANDOM, f"network.port={random_verifier.port}"))
-    settings = compose_settings("spec_decoding", overrides, SpeculativeSettings)
-    texts = token_texts(load_tokenizer_only(settings.model))
     for _ in range(9):
-        target = join(settings, texts)
+        target = _joined(random_verifier.port)
         target.open(request([1, 2, 3], 900, Sampling.greedy()))
         target.draft(0, 3, [4, 5])
         assert isinstance(target.next(), Verdict)
@@ -294,20 +283,24 @@ def test_other_tokenizers_are_refused_with_the_first_id_that_differs(random_veri
     )
 
 
-def test_a_wrong_key_is_refused_on_both_sides(tmp_path: Path) -> None:
+def test_off_loopback_with_a_key_and_a_trusted_link_who_has_the_key_is_served(tmp_path: Path) -> None:
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     right.write_text("0123456789abcdef")
     wrong.write_text("fedcba9876543210")
     for file in (right, wrong):
         file.chmod(0o600)
-    with verifier(*RANDOM, f"network.key_file={right}") as running:
+    key = f"network.key_file={right}"
+    with verifier(*RANDOM, "network.host=0.0.0.0", "network.trusted_link=true", key) as running:
         text = _refused(running.port, (f"network.key_file={wrong}",), tmp_path)
         assert text == (f"verifier 127.0.0.1:{running.port} does not hold the same key as we do during handshake")
         assert "same key" in _refused(running.port, (), tmp_path)
         with pytest.raises((OSError, struct.error)):
             first_protocol_client(running.port, ["no key, no answer"])
-        words = (*RANDOM, f"network.key_file={right}", "project.max_new_tokens=3")
-        assert drafted(running.port, words, tmp_path)["new_tokens"] == 3
+        assert drafted(running.port, (*RANDOM, key, "project.max_new_tokens=3"), tmp_path)["new_tokens"] == 3
+        wait_until(lambda: "on the drafter's machine:" in running.stderr(), "the command for the other machine")
+        command = running.stderr().partition("on the drafter's machine: ")[2].splitlines()[0]
+        assert "network.host=0.0.0.0" not in command
+        assert f"network.port={running.port} model=random" in command
 
 
 @pytest.mark.parametrize(
@@ -327,17 +320,6 @@ def test_where_a_verifier_refuses_to_listen(words: str, why: str, tmp_path: Path
     with pytest.raises(UserError) as refused:
         verifier_role.run(settings, Run(tmp_path))
     assert str(refused.value).startswith(why)
-
-
-def test_off_loopback_with_a_key_and_a_trusted_link_it_listens(tmp_path: Path) -> None:
-    (tmp_path / "key").write_text("0123456789abcdef")
-    key = f"network.key_file={tmp_path / 'key'}"
-    with verifier(*RANDOM, "network.host=0.0.0.0", "network.trusted_link=true", key) as running:
-        assert drafted(running.port, (*RANDOM, key, "project.max_new_tokens=3"), tmp_path)["new_tokens"] == 3
-        wait_until(lambda: "on the drafter's machine:" in running.stderr(), "the command for the other machine")
-        command = running.stderr().partition("on the drafter's machine: ")[2].splitlines()[0]
-        assert "network.host=0.0.0.0" not in command
-        assert f"network.port={running.port} model=random" in command
 
 
 def test_off_loopback_over_tls(tmp_path: Path) -> None:
@@ -364,7 +346,9 @@ def test_off_loopback_over_tls(tmp_path: Path) -> None:
         wait_until(lambda: "network.tls_authority=" in running.stderr(), "the command says that TLS is needed")
 
 
-def test_a_taken_port_is_one_line(random_verifier: Role) -> None:
-    why = rf"error: network.port must be free on 127.0.0.1, got {random_verifier.port}"
-    with pytest.raises(AssertionError, match=why), verifier(*RANDOM, f"network.port={random_verifier.port}"):
-        pass
+def test_a_taken_port_is_one_line(random_verifier: Role, tmp_path: Path) -> None:
+    overrides = " ".join((*RANDOM, f"network.port={random_verifier.port}"))
+    settings = compose_settings("spec_decoding", overrides, SpeculativeSettings)
+    why = rf"^network.port must be free on 127.0.0.1, got {random_verifier.port} "
+    with pytest.raises(UserError, match=why):
+        verifier_role.run(settings, Run(tmp_path))

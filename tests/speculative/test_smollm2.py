@@ -28,19 +28,21 @@ def smollm2() -> Iterator[Role]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("project.draft.source=ngram", "project.draft.length=8"),
-        ("project.draft.source=layers", "project.draft.layers=4", "project.draft.length=3"),
-        ("project.draft.source=noisy", "project.draft.noise=0.1", "project.temperature=0.7", "seed=3"),
+        ("project.draft.source=ngram", "project.draft.length=8", "project.max_new_tokens=60"),
+        (
+            *("project.draft.source=layers", "project.draft.layers=4", "project.draft.length=3"),
+            *("project.temperature=0.7", "seed=3", "project.max_new_tokens=24"),
+        ),
     ],
     ids=lambda words: words[0].rpartition("=")[2],
 )
 def test_text_is_the_targets_own_or_each_flip_is_a_tie(smollm2: Role, words: tuple[str, ...], tmp_path: Path) -> None:
-    asked = (*WORDS, *words, "project.max_new_tokens=80", "project.check=true")
-    result = drafted(smollm2.port, asked, tmp_path, CODE)
-    assert result["new_tokens"] == 80 or result["ended_by"] == "end_token"
+    result = drafted(smollm2.port, (*WORDS, *words, "project.check=true"), tmp_path, CODE)
+    assert words[-1] == f"project.max_new_tokens={result['new_tokens']}" or result["ended_by"] == "end_token"
     assert all(flip["margin"] < 1e-4 for flip in result["flips"]), result["flips"]
     assert len(result["flips"]) <= 1
-    if words[0].endswith(("ngram", "noisy")):
+    assert result["drafts_checked"] > 5
+    if "ngram" in words[0]:
         assert result["drafts_accepted"] > 5
 
 
