@@ -45,9 +45,8 @@ soak: setup ## the long fault and fuzz runs
 demo: setup ## every pillar once, on this machine, with a real model
 	$(BIN)/python simulations/demo.py
 
-bench: setup ## every pillar's benchmarks
-	$(BIN)/python -m fl.bench
-	$(BIN)/python -m speculative.bench
+bench: setup ## every pillar's benchmarks, into benchmarks/
+	$(BIN)/python -m simulations.bench
 
 certificates: setup ## a server's certificate and two sites' keys, outside the checkout (see README)
 	$(BIN)/python -m fl.certificates server $(NAMES)

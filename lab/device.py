@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from lab.environment import describe_environment
 from lab.settings import DeviceName, DeviceSettings, Dtype, UserError
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,14 @@ def open_device(settings: DeviceSettings) -> torch.device:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return torch.device(name.name)
+
+
+def hardware(device: torch.device) -> str:
+    """The device as titles name it: the GPU's name, or the processor and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    machine = describe_environment()["machine"]
+    return f"{device.type}: {machine['processor']}, {machine['cores']} cores"
 
 
 def check_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -27,6 +27,7 @@ from rich.logging import RichHandler
 
 from lab.environment import describe_environment
 from lab.explain import explain
+from lab.files import write_whole
 from lab.settings import LabSettings, UserError, digest, to_plain, to_settings
 from lab.tracking import finite
 
@@ -65,31 +66,37 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
             settings = to_settings(config, settings_type)
             finish(run(settings, place), settings, place)
         except UserError as error:  # here and not outside, where Hydra has put a line of its own before ours
-            _leave(2, str(error))
+            leave(2, str(error))
 
     try:
         sys.argv[1:] = literal_prompt(sys.argv[1:])
         hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
     except UserError as error:
-        _leave(2, str(error))
+        leave(2, str(error))
     except HydraException as error:
-        _leave(2, explain(error))
+        leave(2, explain(error))
     except KeyboardInterrupt:
-        _leave(130, "interrupted")
+        leave(130, "interrupted")
     raise SystemExit(0)
 
 
 def compose_settings(config_name: str, overrides: str, settings_type: type[Settings]) -> Settings:
     """Settings for a process that has no command line of its own: a config name and a string of Hydra overrides."""
+    return to_settings(compose_config(config_name, shlex.split(overrides)), settings_type)
+
+
+def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
+    """What a command with this primary config and these words would use. UserError where they do not compose."""
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("conf", version_base="1.3"):
-            return to_settings(compose(config_name, overrides=shlex.split(overrides)), settings_type)
+            return compose(config_name, overrides=list(words))
     except HydraException as error:
         raise UserError(explain(error)) from None
 
 
-def _leave(code: int, line: str) -> NoReturn:
+def leave(code: int, line: str) -> NoReturn:
+    """Ends the process with this exit code and one line on stderr."""
     print(f"error: {line}" if code == 2 else line, file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -107,10 +114,7 @@ def finish(figures: dict[str, Any], settings: LabSettings, place: Run) -> None:
         **describe_environment(),
     }
     text = json.dumps(finite(to_plain(document)), allow_nan=False)
-    place.folder.mkdir(parents=True, exist_ok=True)
-    temporary = place.folder / ".result.json"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(place.folder / "result.json")
+    write_whole(place.folder / "result.json", text + "\n")
     print(text, flush=True)
 
 

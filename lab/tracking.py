@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lab.settings import LabSettings, TrackingSettings, WandbMode, digest, to_plain
+from lab.settings import TrackingSettings, WandbMode, digest, to_plain
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +52,18 @@ class JsonLines:
         self._stream.close()
 
 
+class Tracked(Protocol):
+    """What a run is told of: settings of a command, or of one cell of a sweep; all of it is the W&B run's config."""
+
+    @property
+    def tracking(self) -> TrackingSettings:
+        """Where its figures go."""
+
+
 class Wandb:
     """A Weights & Biases run that keeps all its files in the run folder; scalars are logged, the rest is summary."""
 
-    def __init__(self, settings: LabSettings, group: str, folder: Path) -> None:
+    def __init__(self, settings: Tracked, group: str, folder: Path) -> None:
         places = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
         self._variables = {name: str(folder) for name in places if name not in os.environ}
         self._variables |= {} if "WANDB_SILENT" in os.environ else {"WANDB_SILENT": "true"}
@@ -98,7 +106,7 @@ class Wandb:
 class Tracker:
     """All sinks of one run, as a context manager."""
 
-    def __init__(self, settings: LabSettings, name: str, folder: Path) -> None:
+    def __init__(self, settings: Tracked, name: str, folder: Path) -> None:
         self._tracking: TrackingSettings = settings.tracking
         self._jsonl = JsonLines(folder / "metrics.jsonl")
         self._wandb = self._open_wandb(settings, name, folder)
@@ -127,7 +135,7 @@ class Tracker:
         if (sink := self._wandb) is not None:
             self._never_fatal("log to", lambda: sink.write(row))
 
-    def _open_wandb(self, settings: LabSettings, name: str, folder: Path) -> Sink | None:
+    def _open_wandb(self, settings: Tracked, name: str, folder: Path) -> Sink | None:
         if settings.tracking.wandb is WandbMode.disabled:
             return None
         try:

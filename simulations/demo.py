@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import entry
+from simulations.demo_page import write_demo_page
 from simulations.demo_settings import DemoSettings
 
 log = logging.getLogger(__name__)
@@ -30,10 +31,11 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
     begin = time.perf_counter()
     federated = show_federated(settings, place.folder / "federated")
     speculative = show_speculative(settings, place.folder)
+    parts = {"federated": federated, "speculative": speculative}
     return {
-        "federated": federated,
-        "speculative": speculative,
+        **parts,
         "plots": federated["plots"],
+        "report": write_demo_page(place.folder / "report.html", parts),
         "wall_seconds": time.perf_counter() - begin,
     }
 

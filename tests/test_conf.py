@@ -12,10 +12,13 @@ import yaml
 import conf
 from fl.bench_settings import FederatedBenchSettings
 from fl.settings import FederatedSettings
+from lab.decode_settings import DecodeSettings
 from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
+from lab.matrix.settings import MatrixSettings
 from lab.models import random_config
 from lab.settings import LabSettings, ModelSource
+from simulations.bench_settings import BenchSettings
 from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
@@ -25,7 +28,7 @@ from split.settings import SplitSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 10, "model": 6, "project": 9, "tracking": 3}
+FOUND = {"": 13, "matrix": 4, "model": 6, "project": 11, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -37,13 +40,18 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "split_plan": PlanSettings,
     "split_bench": SplitBenchSettings,
     "demo": DemoSettings,
+    "decode": DecodeSettings,
+    "bench": BenchSettings,
+    "matrix": MatrixSettings,
 }
-"""The settings of each primary config; its project has the same name."""
+"""The settings of each primary config; its project has the same name, but for the matrix, which has none."""
 
 
 def compose_file(file: Path) -> LabSettings:
     """The file as the choice of its group, or as a primary config."""
     group, choice = file.parent.relative_to(CONF).as_posix(), file.stem
+    if "matrix" in (group, choice):
+        return compose_settings("matrix", f"matrix={choice}" if group == "matrix" else "", MatrixSettings)
     if group == ".":
         command = "fed_learn" if choice == "main" else choice
         return compose_settings(choice, f"project={command}", COMMANDS[command])

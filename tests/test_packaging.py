@@ -58,7 +58,7 @@ def test_wheel_holds_the_packages_their_values_and_types(wheel: Path) -> None:
     sources = {
         file.relative_to(ROOT).as_posix()
         for package in PACKAGES
-        for pattern in ("*.py", "*.yaml", "py.typed")
+        for pattern in ("*.py", "*.yaml", "*.html", "py.typed")
         for file in (ROOT / package).rglob(pattern)
     }
     assert sources <= names

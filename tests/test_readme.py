@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from lab.entry import compose_settings, literal_prompt
+from lab.matrix.grid import make_cells, sort_words
+from lab.matrix.settings import MatrixSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
 from split.settings import SplitSettings
@@ -41,6 +43,8 @@ COMPOSED = {
     "python -m split.": ("split_inf", SplitSettings),
 }
 """Roles that wait for a peer: their own tests run them, here their words compose."""
+MATRIX = "python run_matrix.py"
+"""Its own tests run it; here every cell of the grid composes."""
 SHELL = ("openssl ", ". .venv/bin/activate", "export ", "mkdir ", "C=", "cd ")
 BY_HAND = ("python3 -m venv", ".venv/bin/python")
 
@@ -67,7 +71,7 @@ def run(command: list[str], folder: Path) -> dict[str, object]:
 
 def test_every_command_is_known() -> None:
     assert len(commands()) >= 20
-    known = (*RUN_AS_THEY_STAND, *SHRUNK, *PROVED_ELSEWHERE, *COMPOSED, *SHELL, *BY_HAND, "make ")
+    known = (*RUN_AS_THEY_STAND, *SHRUNK, *PROVED_ELSEWHERE, *COMPOSED, MATRIX, *SHELL, *BY_HAND, "make ")
     unknown = [command for command in commands() if not command.startswith(known)]
     assert not unknown, f"say in this test how these are proved: {unknown}"
 
@@ -93,6 +97,14 @@ def test_the_words_of_a_role_compose(command: str) -> None:
     words = [word for word in shlex.split(command.replace("<the verifier>", "10.0.0.2")) if "=" in word]
     overrides = " ".join(shlex.quote(word) for word in literal_prompt(words))
     assert compose_settings(config, overrides, settings_type).seed >= 0
+
+
+@pytest.mark.parametrize("command", starting_with(MATRIX))
+def test_the_cells_of_a_sweep_compose(command: str) -> None:
+    words = sort_words(shlex.split(re.sub(r"<.*?>", "a-folder", command))[2:])
+    told = " ".join(shlex.quote(word) for word in words.sweep)
+    settings = compose_settings("matrix", told, MatrixSettings).matrix
+    assert settings.plot == "a-folder" or len(make_cells(settings, words)) >= 3
 
 
 def test_make_targets_exist() -> None:

@@ -108,7 +108,7 @@ def test_result_appears_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     folders: list[Path] = []
     monkeypatch.setattr(Path, "write_text", watch)
     assert command(monkeypatch, lambda settings, place: folders.append(place.folder) or {}) == 0
-    assert written == [".result.json"]
+    assert written == [f".result.json.{os.getpid()}"]
     assert [file.name for file in folders[0].glob("*result*")] == ["result.json"]
 
 

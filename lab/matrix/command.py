@@ -1,0 +1,48 @@
+"""The command: `python run_matrix.py matrix=decode model=random project.context=64,128`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lab import entry
+from lab.matrix.grid import Words, sort_words
+from lab.matrix.settings import MatrixSettings
+from lab.settings import UserError
+
+
+def main() -> None:
+    """Composes `conf/matrix.yaml` and sweeps, or draws a sweep again."""
+    try:
+        words = sort_words(sys.argv[1:])
+    except UserError as error:
+        entry.leave(2, str(error))
+    sys.argv[1:] = words.sweep
+
+    def run(settings: MatrixSettings, place: entry.Run) -> dict[str, Any]:
+        return sweep_or_draw(settings, words, place)
+
+    entry.main("matrix", MatrixSettings, run)
+
+
+def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> dict[str, Any]:
+    """The figures of the last line."""
+    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    from lab.matrix.drawing import draw, load_sweep
+    from lab.matrix.sweep import run_sweep
+
+    sweep = settings.matrix
+    other = load_sweep("matrix.compare", sweep.compare) if sweep.compare else None
+    if sweep.plot is not None:
+        began = time.monotonic()
+        figures = draw(load_sweep("matrix.plot", sweep.plot), Path(sweep.plot).expanduser(), sweep, other)
+        return {**figures, "skipped": figures["cells"], "seconds": time.monotonic() - began}
+    result = run_sweep(settings, words, place.folder)
+    figures = draw(result.document, place.folder, sweep, other)
+    return {**figures, "skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Who starts the cells. A launcher takes jobs and gives their outcomes as they come; leaving it ends what runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import asdict
+from typing import Protocol
+
+import psutil
+
+from lab.matrix.settings import Launcher, SweepSettings
+from lab.matrix.supervisor import Job, Outcome
+
+
+class Supervised:
+    """A job under its supervisor. Closing it ends both."""
+
+    def __init__(self, job: Job) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lab.matrix.supervisor"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl+C is for us
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self._process.stdin.flush()
+
+    def outcome(self) -> Outcome:
+        """Waits for the end. A supervisor that was killed itself is a failure of its cell."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            return Outcome(**json.loads(line))
+        detail = f"its supervisor ended with code {self._process.wait()}"
+        return Outcome(failure="error", detail=detail, figures={}, seconds=0.0, peak_rss_bytes=0, host="")
+
+    def close(self) -> None:
+        """End of stdin: the supervisor kills what runs, and goes."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def run_job(job: Job) -> Outcome:
+    """One job, from its start to its end."""
+    with closing(Supervised(job)) as supervised:
+        return supervised.outcome()
+
+
+class CellLauncher(Protocol):
+    """Starts jobs in their order, as many at once as it has places."""
+
+    at_once: int
+
+    def run(self, jobs: Sequence[Job]) -> Generator[tuple[int, Outcome]]:
+        """Index and outcome of every job, as they end. Closing the iterator ends what runs."""
+        ...
+
+
+class LocalLauncher:
+    """Cells on this machine."""
+
+    def __init__(self, at_once: int) -> None:
+        self.at_once = at_once
+        self._running: set[Supervised] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(self, jobs: Sequence[Job]) -> Generator[tuple[int, Outcome]]:
+        """See `CellLauncher.run`."""
+        with ThreadPoolExecutor(self.at_once) as pool:
+            futures = {pool.submit(self._run_one, job): index for index, job in enumerate(jobs)}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._stop()
+
+    def _run_one(self, job: Job) -> Outcome:
+        with self._lock:
+            if self._stopped:
+                raise CancelledError
+            supervised = Supervised(job)
+            self._running.add(supervised)
+        try:
+            return supervised.outcome()
+        finally:
+            with self._lock:
+                self._running.discard(supervised)
+            supervised.close()
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for supervised in self._running:
+                supervised.close()
+
+
+def places(settings: SweepSettings) -> int:
+    """Cells at once on this machine: what is asked for, where cores and memory have room for them; at least one."""
+    by_cores = int((os.cpu_count() or 1) / settings.cores)
+    by_memory = int(psutil.virtual_memory().available / (settings.memory_limit_gib * 2**30))
+    room = max(1, min(by_cores, by_memory))
+    return min(settings.at_once, room) if settings.at_once else room
+
+
+def open_launcher(settings: SweepSettings) -> CellLauncher:
+    """The launcher that `settings` name. UserError where a Ray cluster does not answer."""
+    if settings.launcher is Launcher.local:
+        return LocalLauncher(places(settings))
+    from lab.matrix.on_ray import RayLauncher
+
+    return RayLauncher(settings)

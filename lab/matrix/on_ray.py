@@ -1,0 +1,99 @@
+"""Cells on a Ray cluster: a task each, with its demands; what a lost node or worker took along runs again.
+
+A task holds the cell's supervisor by its stdin, so that a worker that is killed takes its cell with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from lab.matrix.launching import run_job
+from lab.matrix.settings import SweepSettings
+from lab.matrix.supervisor import Job, Outcome
+from lab.settings import UserError
+
+log = logging.getLogger(__name__)
+
+LOST_RETRIES = 3
+"""How often a task is started again after its worker or node was lost."""
+
+NEW_CLUSTER = "local"
+
+
+class RayLauncher:
+    """Cells spread over the nodes of a cluster, as many at once as their demands leave room for.
+
+    UserError when the cluster does not answer in time.
+    """
+
+    def __init__(self, settings: SweepSettings) -> None:
+        import ray
+
+        self._settings = settings
+        if settings.address != NEW_CLUSTER:
+            check_answers(settings.address, settings.address_timeout_seconds)
+        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        total = ray.cluster_resources()
+        wanted = {"CPU": settings.cores, "GPU": settings.gpus, "memory": settings.memory_limit_gib * 2**30}
+        lacking = {name: value for name, value in wanted.items() if value > total.get(name, 0.0)}
+        if lacking:
+            ray.shutdown()
+            (name, value), *_ = lacking.items()
+            key = {"CPU": "cores", "GPU": "gpus", "memory": "memory_limit_gib"}[name]
+            has = f"{total.get(name, 0.0):g} {name}"
+            raise UserError(f"matrix.{key} must be at most what the cluster has ({has}), got {value:g} {name}")
+        self.at_once = max(1, int(min(total[name] / value for name, value in wanted.items() if value)))
+
+    def run(self, jobs: Sequence[Job]) -> Generator[tuple[int, Outcome]]:
+        """See `CellLauncher.run`."""
+        import ray
+
+        task = ray.remote(run_job).options(
+            num_cpus=self._settings.cores,
+            num_gpus=self._settings.gpus,
+            memory=int(self._settings.memory_limit_gib * 2**30),
+            max_retries=LOST_RETRIES,
+        )
+        try:
+            waiting = {task.remote(job): index for index, job in enumerate(jobs)}
+            while waiting:
+                (done,), _ = ray.wait(list(waiting), num_returns=1)
+                yield waiting.pop(done), _outcome(done)
+        finally:
+            ray.shutdown()  # ends our workers, they end their supervisors, these their cells
+
+
+def _outcome(task: Any) -> Outcome:
+    import ray
+
+    try:
+        outcome: Outcome = ray.get(task)
+        return outcome
+    except ray.exceptions.RayError as error:  # lost again and again
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Outcome(failure="error", detail=detail, figures={}, seconds=0.0, peak_rss_bytes=0, host="")
+
+
+def check_answers(address: str, timeout_seconds: float) -> None:
+    """UserError unless a cluster answers there. Asked by another process: Ray's own wait has no end and may abort."""
+    code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, address],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"matrix.address must be a Ray cluster that answers within {timeout_seconds:g} s, got {address!r}"
+        ) from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise UserError(f"matrix.address must be a Ray cluster that answers, got {address!r} ({said[-1]})")

@@ -1,0 +1,112 @@
+"""What speculation gives for several full windows at once: a verifier as a process of its own, a drafter a text here.
+
+    python -m speculative.decode project.context=1024 project.sessions=4
+
+Every text ends where its window does: `project.context` tokens, of which the last `project.max_new_tokens` are timed.
+Prompts are `prompt`, repeated, or else the source of Python's argparse: text that drafters can guess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lab import entry
+from lab.bench import listening
+from lab.models import load_tokenizer_only
+from lab.settings import UserError
+from lab.tracking import Tracker
+from speculative.drafter import draft
+from speculative.drafting import TextRefused
+from speculative.settings import SpeculativeSettings
+
+START_SECONDS = 300.0
+WARM_UP_TOKENS = 8
+_NOT_FOR_THE_VERIFIER = ("prompt", "hydra.", "network.port=")
+
+
+def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
+    """All texts at once; the figures of the last line."""
+    project = settings.project
+    context = project.context or settings.model.architecture.context
+    if context <= project.max_new_tokens:
+        raise UserError(f"project.context must be greater than max_new_tokens={project.max_new_tokens}, got {context}")
+    prompts = _prompts(settings, context - project.max_new_tokens)
+    own = [word for word in HydraConfig.get().overrides.task if not word.startswith(_NOT_FOR_THE_VERIFIER)]
+    words = [*own, "network.port=0", f"project.max_connections={project.sessions + 1}"]
+    with (
+        Tracker(settings, "speculative-decode", place.folder) as tracker,
+        listening("speculative.verifier", words, place.folder / "verifier", START_SECONDS) as port,
+    ):
+        asked = replace(
+            settings,
+            network=replace(settings.network, host="127.0.0.1", port=port),
+            project=replace(project, chat=False, check=False),
+        )
+        _speak(replace(asked, project=replace(asked.project, max_new_tokens=WARM_UP_TOKENS)), "warm up", place.folder)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            texts = [
+                pool.submit(_speak, asked, prompt, place.folder / f"text-{index}")
+                for index, prompt in enumerate(prompts)
+            ]
+        figures = figures_of([text.result() for text in texts])
+        figures |= {"context": context, "sessions": project.sessions}
+        tracker.result(figures)
+    return figures
+
+
+def figures_of(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens of all texts over the seconds of the slowest, medians of their own times, their guesses together."""
+    checked = sum(text["drafts_checked"] for text in texts)
+    tokens = sum(text["new_tokens"] for text in texts)
+    return {
+        "new_tokens": tokens,
+        "tokens_per_second": tokens / max(text["generation_seconds"] for text in texts),
+        "token_seconds_p50": statistics.median(text["ms_per_token_p50"] for text in texts) / 1000,
+        "time_to_first_token_seconds": statistics.median(text["time_to_first_token_seconds"] for text in texts),
+        "alpha": sum(text["drafts_accepted"] for text in texts) / checked if checked else None,
+    }
+
+
+def _speak(settings: SpeculativeSettings, prompt: str, folder: Path) -> dict[str, Any]:
+    try:
+        return draft(replace(settings, prompt=prompt), entry.Run(folder))
+    except TextRefused as error:
+        raise UserError(str(error)) from None
+
+
+def _prompts(settings: SpeculativeSettings, length: int) -> list[str]:
+    """A text of about `length` tokens for each session, never longer."""
+    tokenizer = load_tokenizer_only(settings.model)
+    text = settings.prompt or inspect.getsource(argparse)
+    ids = list(tokenizer(text)["input_ids"])
+    ids *= -(-length * settings.project.sessions // len(ids))
+    starts = range(0, length * settings.project.sessions, length)
+    return [_cut(tokenizer, ids[start : start + length]) for start in starts]
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of these ids, shortened until it has no more tokens than they are: cut text can take others."""
+    for count in range(len(ids), 0, -1):
+        text = str(tokenizer.decode(ids[:count]))
+        if text and len(tokenizer(text)["input_ids"]) <= len(ids):
+            return text
+    raise UserError(f"project.context must leave room for a prompt, got {len(ids)} tokens for it")
+
+
+def main() -> None:
+    """Composes `conf/spec_decoding.yaml` and runs."""
+    entry.main("spec_decoding", SpeculativeSettings, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What a token costs in a model that is split over shards, at the end of full windows.
+
+`python -m split.decode project.local_shards=2 project.context=1024 project.sessions=4`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lab import entry
+from split.settings import SplitSettings
+
+
+def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
+    """Times `project.sessions` texts of `project.context` tokens each; the figures of the last line."""
+    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    from lab.decoding import decode
+    from lab.device import open_device, read_memory
+    from lab.kv import CacheFull
+    from lab.settings import UserError
+    from lab.tracking import Tracker
+    from split.opening import sharded_model
+
+    project, device = settings.project, open_device(settings.device)
+    with (
+        Tracker(settings, "split-decode", place.folder) as tracker,
+        sharded_model(settings, device, place.folder) as engine,
+    ):
+        try:
+            figures = decode(
+                engine, context=engine.context, sessions=project.sessions, new_tokens=project.max_new_tokens
+            )
+        except CacheFull as full:
+            raise UserError(f"project.cache_limit_bytes must have room for these texts: {full}") from None
+        except ValueError as error:
+            raise UserError(f"project.max_new_tokens and project.context do not fit: {error}") from None
+        memory = read_memory(device)
+        figures |= {"client_peak_rss_bytes": memory.peak_rss_bytes, "peak_device_bytes": memory.device_peak_bytes}
+        tracker.result(figures)
+    return figures
+
+
+def main() -> None:
+    """Composes `conf/split_inf.yaml` and runs."""
+    entry.main("split_inf", SplitSettings, run)
+
+
+if __name__ == "__main__":
+    main()

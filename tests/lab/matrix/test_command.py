@@ -1,0 +1,107 @@
+"""The command as people type it: last line, exit codes, Ctrl+C, drawing again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.lab.matrix.sweeps import command, environment, started, sweep_as_command
+from tests.lab.matrix.test_sweep import wait_for_results
+
+MIB = 1 / 1024
+WAYS: dict[str, list[Any]] = {"prompt": ["ok", "memory", "hang", "crash"], "seed": [0, 1]}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Cells that need more than their memory limit, that hang, that crash; and two that do what they should."""
+    folder = tmp_path_factory.mktemp("sweep")
+    limits = ("project.matrix_size=2", f"matrix.memory_limit_gib={300 * MIB}", "matrix.time_limit_seconds=3")
+    return folder, sweep_as_command(folder, WAYS, *limits)
+
+
+@pytest.mark.real
+def test_failures_are_results(swept: tuple[Path, dict[str, Any]]) -> None:
+    folder, last = swept
+    assert (last["status"], last["cells"], last["ok"], last["failed"], last["skipped"]) == ("ok", 8, 2, 6, 0)
+    assert [(failure["point"]["prompt"], failure["failure"]) for failure in last["failures"]] == [
+        *[("memory", "out of memory")] * 2,
+        *[("hang", "time-out")] * 2,
+        *[("crash", "error")] * 2,
+    ]
+    assert last["seconds"] > 0
+    with Path(last["results_csv"]).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["ok"] * 2 + ["failed"] * 6
+    assert rows[1]["speed"] == "201.0"
+    assert rows[1]["speed_n"] == "1"
+    assert rows[4]["detail"] == "not done after 3 s"
+    assert [Path(plot).name for plot in last["plots"]] == ["speed.png", "end.png"]
+    assert all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in last["plots"])
+    page = Path(last["report"]).read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "RuntimeError: boom at 2" in page
+    assert "python -m tests.lab.matrix.fake_cell project.matrix_size=2 prompt=hang seed=1" in page
+    assert "python run_matrix.py" in page
+    assert len(started(folder)) == 8
+
+
+@pytest.mark.real
+def test_a_sweep_is_drawn_again_and_compared(swept: tuple[Path, dict[str, Any]]) -> None:
+    folder, last = swept
+    sweep = str(Path(last["sweep"]).parent)
+    for plot in last["plots"]:
+        Path(plot).unlink()
+    again = sweep_as_command(folder, WAYS, f"matrix.plot={sweep}", f"matrix.compare={sweep}")
+    assert (again["cells"], again["ok"], again["failed"], again["skipped"]) == (8, 2, 6, 8)
+    names = ["speed.png", "speed_ratio.png", "end.png", "end_ratio.png"]
+    assert [Path(plot).name for plot in again["plots"]] == names
+    assert "compared with" in Path(again["report"]).read_text()
+    assert len(started(folder)) == 8, "drawing runs nothing"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["matrix.plot=nowhere"], "matrix.plot must be the folder of a sweep, with the results in its sweep.json"),
+        (["matrix.compare=nowhere"], "matrix.compare must be the folder of a sweep"),
+        (["project.matrix_sze=1,2"], "project.matrix_sze must be a setting (did you mean project.matrix_size?)"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
+    done = subprocess.run(
+        command(tmp_path, {"seed": [1]}, *words), cwd=tmp_path, env=environment(tmp_path), capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.real
+def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    axes = {"prompt": ["ok", "hang"]}
+    sweep = subprocess.Popen(
+        command(tmp_path, axes, "project.matrix_size=2"), cwd=tmp_path, env=environment(tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_results(tmp_path / "results" / "matrix", 1)
+    while len(started(tmp_path)) < 2:
+        assert sweep.poll() is None
+    family = psutil.Process(sweep.pid).children(recursive=True)
+    assert len(family) >= 2, "a supervisor and its cell"
+    sweep.send_signal(signal.SIGINT)
+    _, errors = sweep.communicate(timeout=30)
+    assert sweep.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    (result,) = (tmp_path / "results" / "matrix").glob("*/result.json")
+    assert json.loads(result.read_text())["figures"]["speed"] == 200.0

@@ -1,0 +1,132 @@
+"""Words become axes, axes become cells, cells have signatures."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.entry import compose_settings
+from lab.matrix.grid import Cell, make_cells, sort_words
+from lab.matrix.settings import MatrixSettings, SweepSettings
+from lab.matrix.sources import sources_digest
+from lab.matrix.sweep import plan
+from lab.settings import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def sweep_settings(*words: str) -> SweepSettings:
+    told = " ".join(f"'{word}'" for word in sort_words(words).sweep)
+    return compose_settings("matrix", told, MatrixSettings).matrix
+
+
+def cells(*words: str) -> list[Cell]:
+    return make_cells(sweep_settings(*words), sort_words(words))
+
+
+def points(*words: str) -> list[list[Any]]:
+    return [list(cell.point.values()) for cell in cells(*words)]
+
+
+def test_words_go_to_whoever_reads_them() -> None:
+    words = sort_words(
+        ["matrix=decode", "model=random", "seed=3", "project.context=64,128", "project.cache_bucket=8", "tracking=none",
+         "device.threads=1,2", "--cfg", "+project.x=1", "prompt=one, two", "hydra.run.dir=x"]
+    )  # fmt: skip
+    assert words.sweep == ["matrix=decode", "model=random", "seed=3", "tracking=none", "--cfg", "hydra.run.dir=x"]
+    assert words.cells == ["model=random", "seed=3", "project.cache_bucket=8", "+project.x=1", "prompt=one, two"]
+    assert words.axes == {
+        "project.context": ["project.context=64", "project.context=128"],
+        "device.threads": ["device.threads=1", "device.threads=2"],
+    }
+
+
+def test_the_default_axes_are_context_and_batch() -> None:
+    assert points() == [[c, b] for c in (128, 512, 1024) for b in (1, 2, 4)]
+    cell = cells("model=random")[-1]
+    assert cell.words == ["model=random", "project.context=1024", "project.sessions=4"]
+    assert cell.settings["project"]["context"] == 1024
+    assert cell.settings["model"]["name"] == "random-1M"
+    assert cell.settings["tracking"]["wandb"] == "disabled"
+
+
+def test_the_command_line_replaces_adds_and_takes_away_axes() -> None:
+    assert points("project.context=32,64", "project.sessions=1") == [[32], [64]]
+    assert points("project.context=32", "project.sessions=2", "device.threads=range(1,3)") == [[1], [2]]
+    added = cells("project.context=32,64", "project.sessions=1", "model=random,smollm2_135m")
+    assert [cell.point["model"] for cell in added] == ["random", "smollm2_135m"] * 2
+    assert added[1].settings["model"]["name"] == "SmolLM2-135M-Instruct"
+
+
+def test_values_of_every_kind_survive() -> None:
+    typed = ["project.context=32", "project.sessions=1"]
+    assert points(*typed, "model.seed=1,2", "model.path='a b','c,d'")[1] == [1, "c,d"]
+    assert points(*typed, "device.name=cpu,auto") == [["cpu"], ["auto"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["project.contxt=1,2"], r"^project.contxt must be a setting \(did you mean project.context\?\), got '1'$"),
+        (["projct.context=1,2"], r"^projct must be a setting \(did you mean project\?\), got"),
+        (["matrix.axes={project.context: []}"], r"^matrix.axes.project.context must have at least one value, got \[]$"),
+        (["matrix.max_cells=8"], r"^matrix.max_cells must be at least the 9 cells of this grid, got 8$"),
+        (["project.context=a,b"], r"^project.context must be an integer, got 'a'$"),
+        (["model=random,nope"], r"^model must be one of .*random.*, got 'nope'$"),
+        (["matrix.command=lab.nope"], r"^matrix.command must be a module, got 'lab.nope'"),
+        (["matrix=nope"], r"^matrix must be one of decode, .*, got 'nope'$"),
+        (["project.context=1,(2"], r"project.context=1,\(2' must be key=value"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        cells(*words)
+    assert "\n" not in str(raised.value)
+
+
+def signatures(*words: str, device: str = "cpu") -> list[str]:
+    return [run.signature for run in plan(sweep_settings(*words), cells(*words), device)]
+
+
+def test_a_changed_value_changes_the_cells_that_have_it() -> None:
+    before = signatures("model=random")
+    assert len(set(before)) == 9
+    assert signatures("model=random") == before
+    wider = signatures("model=random", "project.context=128,512,2048")
+    assert wider[:6] == before[:6]
+    assert set(wider[6:]).isdisjoint(before)
+    assert set(signatures("model=random", "seed=1")).isdisjoint(before)
+    assert set(signatures("model=random", device="a GPU")).isdisjoint(before)
+
+
+def test_what_changes_no_figure_changes_no_signature() -> None:
+    before = signatures("model=random")
+    assert signatures("model=random", "tracking=online", "network.port=7", "model.cache_dir=/tmp/x") == before
+    assert signatures("model=random", "matrix.time_limit_seconds=5", "matrix.launcher=ray") == before
+    assert signatures("model=random", "matrix.unsigned=[]") != before, "the list is what leaves them out"
+
+
+def test_repeats_are_interleaved_and_each_has_its_own_result() -> None:
+    words = ["project.context=32,64", "project.sessions=1", "matrix.repeats=3"]
+    runs = plan(sweep_settings(*words), cells(*words), "cpu")
+    assert [(run.repeat, run.cell.point["project.context"]) for run in runs] == [
+        (repeat, context) for repeat in range(3) for context in (32, 64)
+    ]
+    assert len({run.folder for run in runs}) == 6
+
+
+def test_sources_are_code_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "simulations", tmp_path / "a_package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = sources_digest(["a_package"])
+    (tmp_path / "a_package" / "README.md").write_text("changed")
+    (tmp_path / "a_package" / "page.html").write_text("changed")
+    assert sources_digest(["a_package"]) == before
+    file = tmp_path / "a_package" / "demo.py"
+    file.write_text(file.read_text() + "\n")
+    assert sources_digest(["a_package"]) != before
+    with pytest.raises(UserError, match=r"^matrix.sources must name packages, got 'no_package'$"):
+        sources_digest(["no_package"])

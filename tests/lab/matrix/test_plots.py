@@ -1,0 +1,191 @@
+"""Pictures of a sweep: what is drawn where, and that nothing lies over anything else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lab.matrix import plots
+from lab.matrix.table import Table
+from lab.settings import UserError
+
+mpl.use("Agg")
+
+AXES = {"project.context": [128, 512, 1024], "project.sessions": [1, 2, 4]}
+LABELS = {"project.context": "context window (tokens)", "project.sessions": "batch size (texts at once)"}
+TIME = {"figure": "figures.token_seconds", "title": "token time", "unit": "ms", "scale": 1000.0, "better": "lower"}
+SPEED = {"figure": "figures.speed", "title": "speed", "unit": "tokens/s", "scale": 1.0, "better": "higher"}
+
+
+def table(
+    axes: Mapping[str, Sequence[Any]] = AXES, failing: Sequence[tuple[Any, ...]] = (), repeats: int = 1, by: float = 1.0
+) -> Table:
+    results = []
+    for repeat, values in itertools.product(range(repeats), itertools.product(*axes.values())):
+        seconds = by * (0.01 + 0.001 * repeat + sum(v for v in values if isinstance(v, int)) / 1e5)
+        failed = tuple(values) in failing
+        results.append(
+            {
+                "status": "failed" if failed else "ok",
+                "failure": "out of memory" if failed else None,
+                "detail": "too much",
+                "point": dict(zip(axes, values)),
+                "figures": {} if failed else {"token_seconds": seconds, "speed": 1 / seconds},
+                "seconds": 1.0,
+                "command": "lab.decode",
+                "words": ["model=random"],
+                "device": "cpu: AMD EPYC, 2 cores",
+                "host": "vm",
+                "commit": "abc",
+                "signature": "0",
+            }
+        )
+    about = {"name": "decode", "axes": list(axes), "labels": LABELS, "metrics": [TIME, SPEED], "model": "SmolLM2-135M"}
+    about |= {"device": "cpu: AMD EPYC, 2 cores", "commit": "a993c00024fa+"}
+    return Table.of({"sweep": about, "results": results})
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Figure]]:
+    """The figures of a drawing, by file name, not closed."""
+    figures: dict[str, Figure] = {}
+    save = plots._save
+
+    def keep(figure: Figure, path: Path) -> Path:
+        figures[path.name] = figure
+        with monkeypatch.context() as patch:
+            patch.setattr(plt, "close", lambda *_: None)
+            return save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    yield figures
+    plt.close("all")
+
+
+def texts_overlap(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of texts of a figure that lie over each other, or over its edge."""
+    figure.canvas.draw()
+    found = [text for text in figure.findobj(mpl.text.Text) if text.get_visible() and text.get_text().strip()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in found]
+    width, height = figure.canvas.get_width_height()
+    outside = [(t, "edge") for t, box in boxes if min(box.x0, box.y0) < -1 or box.x1 > width + 1 or box.y1 > height + 1]
+    pairs = itertools.combinations(boxes, 2)
+    return outside + [(a, b) for (a, one), (b, two) in pairs if one.padded(-1).overlaps(two.padded(-1)) and a != b]
+
+
+def main_axes(figure: Figure) -> Axes:
+    return figure.axes[0]
+
+
+def test_a_heatmap_has_every_figure_names_units_and_says_what_is_better(
+    drawn: dict[str, Figure], tmp_path: Path
+) -> None:
+    paths = plots.draw_sweep(table(), tmp_path, lines_from=8)
+    assert [path.name for path in paths] == ["token_seconds.png", "speed.png"]
+    figure = drawn["token_seconds.png"]
+    axes = main_axes(figure)
+    assert figure.get_suptitle().splitlines() == [
+        "token time (n = 1)", "SmolLM2-135M on cpu: AMD EPYC, 2 cores, commit a993c00024fa+"
+    ]  # fmt: skip
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (LABELS["project.sessions"], LABELS["project.context"])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["128", "512", "1,024"]
+    assert [text.get_text() for text in axes.texts][:2] == ["11.3", "11.3"]
+    assert figure.axes[1].get_ylabel() == "token time (ms)"
+    assert figure.get_figwidth() * plots.DPI <= 1200
+
+
+def test_yellow_is_good_whichever_way(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    plots.draw_sweep(table(), tmp_path, lines_from=8)
+    for name, top in (("token_seconds.png", False), ("speed.png", True)):
+        mesh = main_axes(drawn[name]).collections[0]
+        red, green, blue, _ = mesh.to_rgba(1e9 if top else -1e9)
+        assert red > 0.9
+        assert green > 0.8
+        assert blue < 0.3
+        (better,) = [text for text in drawn[name].axes[1].texts if text.get_text() == "better"]
+        assert (better.get_position()[1] > 1) == top
+
+
+def test_failed_cells_are_hatched_with_their_reason(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    plots.draw_sweep(table(failing=[(1024, 4), (512, 1)]), tmp_path, lines_from=8)
+    axes = main_axes(drawn["speed.png"])
+    hatched = {patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_hatch()}
+    assert hatched == {(2, 2), (0, 1)}
+    assert [text.get_text() for text in axes.texts].count("out of memory") == 2
+
+
+def test_spread_and_n_stand_with_the_median(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    plots.draw_sweep(table(repeats=3), tmp_path, lines_from=8)
+    axes = main_axes(drawn["token_seconds.png"])
+    assert drawn["token_seconds.png"].get_suptitle().startswith("token time (n = 3)")
+    assert axes.texts[0].get_text() == "12.3\n11.3 – 13.3"
+
+
+def test_an_axis_with_many_numbers_becomes_a_line(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    many = {"project.context": list(range(64, 64 * 11, 64)), "project.sessions": [1, 4]}
+    plots.draw_sweep(table(many, failing=[(640, 4)]), tmp_path, lines_from=8)
+    figure = drawn["token_seconds.png"]
+    axes = main_axes(figure)
+    assert axes.get_xlabel() == "context window (tokens)"
+    assert axes.get_ylabel() == "token time (ms), lower is better"
+    assert [len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"] == [10, 9]
+    assert [text.get_text() for text in figure.legends[0].texts] == [
+        f"{LABELS['project.sessions']} = {n}" for n in (1, 4)
+    ]
+    assert "out of memory" in axes.texts[0].get_text()
+
+
+def test_more_axes_make_more_pictures_fewer_one_row(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    three = {**AXES, "model.dtype": ["float32", "bfloat16"]}
+    assert [path.name for path in plots.draw_sweep(table(three), tmp_path, lines_from=8)] == [
+        "token_seconds_dtype-float32.png", "token_seconds_dtype-bfloat16.png",
+        "speed_dtype-float32.png", "speed_dtype-bfloat16.png",
+    ]  # fmt: skip
+    assert "model.dtype = bfloat16" in drawn["speed_dtype-bfloat16.png"].get_suptitle()
+    plots.draw_sweep(table({"project.sessions": [1, 2]}), tmp_path / "one", lines_from=8)
+    assert main_axes(drawn["speed.png"]).get_xlabel() == LABELS["project.sessions"]
+    plots.draw_sweep(table({}), tmp_path / "none", lines_from=8)
+
+
+def test_a_comparison_is_a_ratio_per_cell(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    plots.draw_sweep(table(failing=[(128, 1)]), tmp_path, lines_from=8, other=table(by=2.0, failing=[(128, 2)]))
+    axes = main_axes(drawn["token_seconds_ratio.png"])
+    assert {text.get_text() for text in axes.texts} - {""} >= {"0.5×"}
+    mesh = axes.collections[0]
+    assert mesh.get_clim() == (-1.0, 1.0)
+    assert drawn["token_seconds_ratio.png"].get_suptitle().splitlines() == [
+        "token time, ratio", "SmolLM2-135M on cpu: AMD EPYC, 2 cores, commit a993c00024fa+",
+        "over SmolLM2-135M on cpu: AMD EPYC, 2 cores, commit a993c00024fa+",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [1, 3, 7])
+def test_no_text_lies_over_another(drawn: dict[str, Figure], tmp_path: Path, columns: int) -> None:
+    axes = {"project.context": [128, 512, 1024], "project.sessions": [2**n for n in range(columns)]}
+    plots.draw_sweep(table(axes, failing=[(1024, 1)], repeats=3), tmp_path, lines_from=8, other=table(axes, by=3.3))
+    assert len(drawn) == 4
+    for name, figure in drawn.items():
+        assert not texts_overlap(figure), name
+
+
+def test_overlapping_texts_are_noticed() -> None:
+    """The negative control of the test above."""
+    figure, axes = plt.subplots()
+    axes.text(0.5, 0.5, "one text")
+    axes.text(0.52, 0.5, "another")
+    assert ("one text", "another") in texts_overlap(figure)
+
+
+def test_a_table_without_results_is_refused() -> None:
+    with pytest.raises(UserError, match=r"matrix.plot must be a sweep with at least one result, got none"):
+        Table.of({"sweep": {}, "results": []})
