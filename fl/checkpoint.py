@@ -20,6 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from fl.adapters import Adapter
+from lab.files import sync
 from lab.lora import IDENTITY_KEY, RECORD_FILE, recorded_identity
 
 CONFIG_FILE = "adapter_config.json"
@@ -77,7 +78,7 @@ class AdapterFolders:
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        _sync(self.root)
+        sync(self.root)
         return folder
 
     def _fill(self, folder: Path, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> None:
@@ -89,8 +90,8 @@ class AdapterFolders:
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / CARD_FILE).write_text(self._card(server_round, metrics), encoding="utf-8")
         for file in folder.iterdir():
-            _sync(file)
-        _sync(folder)
+            sync(file)
+        sync(folder)
 
     def _card(self, server_round: int, metrics: Mapping[str, float]) -> str:
         figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())
@@ -159,14 +160,3 @@ def _check_base(folder: Path, saved: LoraConfig, base: BaseModel) -> None:
         raise ValueError(f"adapter {folder} is for {saved.base_model_name_or_path}, the run uses {base.name}")
     else:
         log.warning("adapter %s records no digest of its base model; only the name %s was compared", folder, base.name)
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder on disk before what depends on it; Windows cannot open folders, and does without."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -126,7 +126,7 @@ def load_layers(
     names = {name: name_in_whole(stored.get(name, name), first) for name in model.state_dict()}
     packed = _load_4bit(model, quantization, folder, names, device, dtype) if quantization else set()
     names = {name: whole for name, whole in names.items() if name not in packed}
-    read = _read_tensors(folder, set(names.values()))
+    read = read_tensors(folder, set(names.values()))
     tensors = {name: read[whole].to(device=device, dtype=dtype) for name, whole in names.items()}
     loaded = model.load_state_dict(tensors, strict=False, assign=True)
     assert set(loaded.missing_keys) == packed, "every tensor is either packed or stored as it is"
@@ -156,7 +156,7 @@ def _load_4bit(
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):
             name = f"{path}.weight"
-            whole = _read_tensors(folder, {names[name]})[names[name]].to(device=device, dtype=dtype)
+            whole = read_tensors(folder, {names[name]})[names[name]].to(device=device, dtype=dtype)
             module.weight = Params4bit(whole, requires_grad=False, **vars(module.weight)).to(device)
             packed.add(name)
     model.is_loaded_in_4bit = True  # PEFT asks
@@ -177,11 +177,12 @@ def slice_config(config: PreTrainedConfig, first: int, last: int) -> PreTrainedC
 
 
 def name_in_whole(name: str, first: int) -> str:
-    """The name in the checkpoint of a tensor of the slice."""
+    """The name in the whole model of a tensor of the slice that begins at layer `first`."""
     return re.sub(r"(\.layers\.)(\d+)(\.)", lambda found: f"{found[1]}{int(found[2]) + first}{found[3]}", name, count=1)
 
 
-def _read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
+    """These tensors of a checkpoint, mapped from its safetensors. UserError when one is missing."""
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

@@ -42,7 +42,7 @@ def host(settings: SplitSettings) -> dict[str, Any]:
         next_addresses=[Address.parse(project.next)] if project.next else [],
         client_tls=client_side_tls(network),
     )
-    _listen_for_the_end(project.follow_stdin)
+    listen_for_the_end(project.follow_stdin)
     try:
         asyncio.run(_serve(server, settings, tls))
     except KeyboardInterrupt:
@@ -67,7 +67,7 @@ def _serve_group(settings: SplitSettings) -> dict[str, Any]:
         context=stage.shard.limits.context,
         fingerprints=fingerprints(settings.model, project.boundary),
     )
-    _listen_for_the_end(project.follow_stdin)
+    listen_for_the_end(project.follow_stdin)
     try:
         serve_seat(Seat(stage, place), project.rank, project.world_size, settings.network)
     except KeyboardInterrupt:
@@ -79,7 +79,8 @@ def _result(layers: str, stage: Stage) -> dict[str, Any]:
     return {"role": "shard", "layers": layers, "weights_bytes": stage.shard.weights_bytes}
 
 
-def _listen_for_the_end(follow_stdin: bool) -> None:
+def listen_for_the_end(follow_stdin: bool) -> None:
+    """End like Ctrl+C on SIGTERM, and with standard input where that is followed."""
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     if follow_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()

@@ -94,7 +94,12 @@ def make_side(model: ModelSettings, network: NetworkSettings, boundary: Boundary
 
 
 def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
-    """What all roles must have alike: which tensors under which config, in which precision, and how they travel."""
+    """What all roles must have alike: the weights, and how hidden states travel."""
+    return weights_fingerprints(model) | {"boundary": boundary.name}
+
+
+def weights_fingerprints(model: ModelSettings) -> dict[str, str]:
+    """Which tensors under which config, in which precision."""
     identity = model_identity(model)
     if model.source is ModelSource.hub:  # a repository changes; its snapshot's folder is named by the revision
         identity += f"@{prepare_checkpoint(model).folder.name}"
@@ -103,7 +108,6 @@ def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
         "adapter": _adapter_digest(model.adapter),
         "dtype": model.dtype.name,
         "quantization": model.quantization.name,
-        "boundary": boundary.name,
     }
 
 

@@ -44,9 +44,11 @@ class LocalShards:
         extra: Sequence[str] | None = None,
         *,
         pin: bool = False,
+        module: str = "split.serve",
     ) -> None:
-        """`extra`: words for the shards; None: those of our own command line. `pin`: each on a core of its own."""
-        self._extra, self._pin = extra, pin
+        """`extra`: words for the shards; None: those of our own command line. `pin`: each on a core of its own.
+        `module`: what they run."""
+        self._extra, self._pin, self._module = extra, pin, module
         self._layers, self._folder, self._start_seconds = layers, folder, start_seconds
         self._group_port: int | None = None
         self.processes: list[subprocess.Popen[str]] = []
@@ -56,10 +58,17 @@ class LocalShards:
 
     @classmethod
     def of_group(
-        cls, layers: Sequence[range], folder: Path, port: int, extra: Sequence[str] | None = None, *, pin: bool = False
+        cls,
+        layers: Sequence[range],
+        folder: Path,
+        port: int,
+        extra: Sequence[str] | None = None,
+        *,
+        pin: bool = False,
+        module: str = "split.serve",
     ) -> Self:
         """Members of a torch RPC group that meets at `port`: they do not listen, and are not started again."""
-        shards = cls(layers, folder, start_seconds=0.0, extra=extra, pin=pin)
+        shards = cls(layers, folder, start_seconds=0.0, extra=extra, pin=pin, module=module)
         shards._group_port = port
         return shards
 
@@ -122,7 +131,7 @@ class LocalShards:
         ]
         with (folder / "stderr.log").open("a") as log_file, pinned(index) if self._pin else nullcontext():
             return subprocess.Popen(
-                [sys.executable, "-m", "split.serve", *words],
+                [sys.executable, "-m", self._module, *words],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log_file,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lab.models import load_config
-from lab.settings import UserError
+from lab.settings import ModelSettings, UserError
 from split.joining import fingerprints, join_shards, model_context
 from split.local_shards import LocalShards
 from split.settings import SplitSettings, TransportKind
@@ -47,8 +47,13 @@ def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> 
 
 
 def ranges(settings: SplitSettings, count: int) -> list[range]:
-    """The layers of `count` shards: between `project.cuts`, or even. UserError for cuts that do not fit."""
-    total, cuts = model_layers(settings), settings.project.cuts
+    """The layers of `count` shards of a split model."""
+    return cut_layers(settings.model, settings.project.cuts, count)
+
+
+def cut_layers(model: ModelSettings, cuts: Sequence[int], count: int) -> list[range]:
+    """The layers of `count` shards: between `cuts`, or even without any. UserError for cuts that do not fit."""
+    total = int(load_config(model).get_text_config(decoder=True).num_hidden_layers)
     if not 1 <= count <= total:
         raise UserError(f"project.local_shards must be in [1, {total}] for this model, got {count}")
     if not cuts:

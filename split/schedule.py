@@ -76,11 +76,15 @@ def even_bubble(shards: int, micro_batches: int) -> float:
 
 @dataclass(frozen=True)
 class Span:
-    """An operation with its times, in seconds from the step's begin."""
+    """An operation with its times, in seconds of one clock."""
 
     operation: Operation
     begin: float
     end: float
+
+    def shifted(self, seconds: float) -> Span:
+        """The same by another clock."""
+        return Span(self.operation, self.begin + seconds, self.end + seconds)
 
 
 @dataclass(frozen=True)

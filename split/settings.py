@@ -90,9 +90,9 @@ class SplitProjectSettings:
         require(len(set(addresses)) == len(addresses), "shards and spares must be different from each other", addresses)
         for name in ("shards", "spares"):
             for text in getattr(self, name):
-                _check_address(f"{name} must hold host:port", text)
+                check_address(f"{name} must hold host:port", text)
         if self.next is not None:
-            _check_address("next must be host:port", self.next)
+            check_address("next must be host:port", self.next)
 
 
 def parse_layers(text: str) -> range:
@@ -103,7 +103,8 @@ def parse_layers(text: str) -> range:
     return range(int(first), int(last))
 
 
-def _check_address(rule: str, text: str) -> None:
+def check_address(rule: str, text: str) -> None:
+    """ValueError with `rule` unless the text is host:port."""
     try:
         Address.parse(text)
     except ValueError:

@@ -143,7 +143,7 @@ class Done(Head):
     squares: float
     """Sum of the squares of all gradients here; a tied embedding's count at the first shard only."""
     is_finite: bool
-    """Whether everything that this shard handed on was."""
+    """Whether all hidden states that this shard made were, at the last one the loss."""
     held: Uint31
     """The most micro-batches it held at once."""
     boundary_bytes: int

@@ -23,12 +23,15 @@ from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
 from split.bench_settings import SplitBenchSettings
+from split.merge_settings import MergeSettings
 from split.plan_settings import PlanSettings
 from split.settings import SplitSettings
+from split.train_bench_settings import SplitTrainBenchSettings
+from split.train_settings import SplitTrainSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 13, "matrix": 4, "model": 6, "project": 11, "tracking": 3}
+FOUND = {"": 16, "matrix": 4, "model": 6, "project": 14, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -39,6 +42,9 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "split_inf": SplitSettings,
     "split_plan": PlanSettings,
     "split_bench": SplitBenchSettings,
+    "split_train": SplitTrainSettings,
+    "split_merge": MergeSettings,
+    "split_train_bench": SplitTrainBenchSettings,
     "demo": DemoSettings,
     "decode": DecodeSettings,
     "bench": BenchSettings,

@@ -90,6 +90,11 @@ class MessageTable:
         self.kinds: dict[int, MessageKind] = {int(number): kind for number, kind in messages.items()} | _ALWAYS
         self.names = {int(number): number.name for number in messages if isinstance(number, IntEnum)}
         self.names |= {int(number): number.name for number in WireType}
+        self._numbers = {kind.head: number for number, kind in self.kinds.items()}
+
+    def number(self, head: Head) -> int:
+        """Return the type whose frames have such a head."""
+        return self._numbers[type(head)]
 
     def name(self, number: int) -> str:
         """Return the name of a type for people, upper case; its number when it has none."""

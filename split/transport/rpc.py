@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 CLIENT = "client"
 HOPS_KEPT = 4096
+WORKER_THREADS = 128
+"""Of each process's agent. A call that waits for another shard's result keeps one until the result is there."""
 
 
 def check_master(network: NetworkSettings) -> None:
@@ -59,6 +61,7 @@ def join_group(name: str, rank: int, world_size: int, network: NetworkSettings, 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     warnings.filterwarnings("ignore", message="You are using a Backend")
     options = torch_rpc.TensorPipeRpcBackendOptions(
+        num_worker_threads=WORKER_THREADS,
         init_method=f"tcp://{network.host}:{port}",
         rpc_timeout=network.request_timeout_seconds,
         _transports=["uv"],
@@ -89,22 +92,33 @@ class Place:
     fingerprints: dict[str, str]
 
 
-class Seat:
-    """A stage in a group: takes messages in the order of their serial numbers, on one thread of its own."""
+class Member:
+    """What every seat of a group can be asked."""
 
-    def __init__(self, stage: Stage, place: Place) -> None:
+    def __init__(self, place: Place) -> None:
         self.place = place
         self.left = threading.Event()
         """Set when the client has said goodbye."""
+
+    def describe(self) -> Place:
+        """For the client."""
+        return self.place
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self.left.set()
+
+
+class Seat(Member):
+    """A stage in a group: takes messages in the order of their serial numbers, on one thread of its own."""
+
+    def __init__(self, stage: Stage, place: Place) -> None:
+        super().__init__(place)
         self._stage = stage
         self._next: Any = None
         self._arrived: queue.PriorityQueue[tuple[int, float, Message]] = queue.PriorityQueue()
         self._hops: dict[int, Hop] = {}
         self._thread = threading.Thread(target=self._work, name="forward", daemon=True)
-
-    def describe(self) -> Place:
-        """For the client."""
-        return self.place
 
     def join(self, next_seat: Any) -> None:
         """The client has found all seats; `next_seat` is the RRef of the one behind us, None at the last."""
@@ -118,13 +132,6 @@ class Seat:
     def report(self) -> tuple[float, ShardReport]:
         """Our clock, and our figures by it."""
         return time.monotonic(), report_of(self._stage, self.place.name, dict(self._hops))
-
-    def ping(self) -> None:
-        """Say nothing, in time."""
-
-    def leave(self) -> None:
-        """The client has gone."""
-        self.left.set()
 
     def _work(self) -> None:
         due = 1
@@ -141,46 +148,48 @@ class Seat:
         result = self._stage.take(0, message)
         computed = sent = time.monotonic()
         if result is not None:
-            body = _tensor(result.body)
+            body = as_tensor(result.body)
             sent = time.monotonic()
             if self._next is None:
-                _tell_client(serial, result.number, result.head, body)
+                tell_client(serial, result.number, result.head, body)
             else:
                 future = self._next.rpc_async().deliver(serial, result.number, result.head, body)
-                future.add_done_callback(lambda done: _check_delivered(done, serial, result.number))
+                future.add_done_callback(lambda done: check_delivered(done, serial, result.number))
         if isinstance(message.head, Pass):
             size = len(result.body) if result else 0
             self._hops[message.number] = Hop(arrived, began, computed, sent, self._stage.coding_seconds, size)
             self._hops.pop(message.number - HOPS_KEPT, None)
 
 
-def _check_delivered(done: Any, serial: int, number: int) -> None:
+def check_delivered(done: Any, serial: int, number: int) -> None:
+    """Tell the client when a neighbour could not be given a message."""
     try:
         done.value()
     except RuntimeError as error:  # all of torch's RPC errors are
         fault = Fault(code=FaultCode.link, session=0, text=f"the next shard is gone ({_first_line(error)})")
-        _tell_client(serial, number, fault, _tensor(b""))
+        tell_client(serial, number, fault, as_tensor(b""))
 
 
-def _tell_client(serial: int, number: int, head: Head, body: torch.Tensor) -> None:
+def tell_client(serial: int, number: int, head: Head, body: torch.Tensor) -> None:
+    """Send the client an answer."""
     torch_rpc.rpc_async(CLIENT, _answer, args=(serial, number, head, body))
 
 
-_SEATS: list[Seat] = []
+_SEATS: list[Member] = []
 """The seat of this process, for the client's RRef."""
-_INBOX: queue.SimpleQueue[tuple[int, Message | ShardLost]] = queue.SimpleQueue()
+INBOX: queue.SimpleQueue[tuple[int, Message | ShardLost]] = queue.SimpleQueue()
 """Answers to the client of this process. Remote calls find functions by name, so that both must be global."""
 
 
-def _seat_here() -> Seat:
+def _seat_here() -> Member:
     return _SEATS[0]
 
 
 def _answer(serial: int, number: int, head: Head, body: torch.Tensor) -> None:
-    _INBOX.put((serial, Message(number, head, body.numpy().data)))
+    INBOX.put((serial, Message(number, head, body.numpy().data)))
 
 
-def serve_seat(seat: Seat, rank: int, world_size: int, network: NetworkSettings) -> None:
+def serve_seat(seat: Member, rank: int, world_size: int, network: NetworkSettings) -> None:
     """Be one shard of a group until the client leaves or is lost. Raises UserError, KeyboardInterrupt."""
     _SEATS[:] = [seat]
     join_group(f"shard{rank}", rank, world_size, network, network.port)
@@ -225,12 +234,21 @@ class RpcChain:
         try:
             self._places: list[Place] = [seat.rpc_sync().describe() for seat in self._seats]
             _check_places(self._places, fingerprints)
-            for seat, behind in zip(self._seats, [*self._seats[1:], None], strict=True):
-                seat.rpc_sync().join(behind)
+            self._link()
         except BaseException:
             self.shutdown()
             raise
         threading.Thread(target=self._watch, name="rpc heartbeats", daemon=True).start()
+
+    def _link(self) -> None:
+        """Tell every seat who comes behind it."""
+        for seat, behind in zip(self._seats, [*self._seats[1:], None], strict=True):
+            seat.rpc_sync().join(behind)
+
+    @property
+    def layers(self) -> list[range]:
+        """Of each shard."""
+        return [place.layers for place in self._places]
 
     @property
     def context(self) -> int:
@@ -244,7 +262,7 @@ class RpcChain:
         self._serial += 1
         if not isinstance(message.head, Close):
             self._awaited.append(self._serial)
-        future = self._seats[0].rpc_async().deliver(self._serial, message.number, message.head, _tensor(message.body))
+        future = self._seats[0].rpc_async().deliver(self._serial, message.number, message.head, as_tensor(message.body))
         future.add_done_callback(self._check_submitted)
 
     def collect(self) -> Message:
@@ -253,7 +271,7 @@ class RpcChain:
         deadline = time.monotonic() + self._network.request_timeout_seconds
         while serial not in self._early:
             try:
-                found, answer = _INBOX.get(timeout=max(0.0, deadline - time.monotonic()))
+                found, answer = INBOX.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 seconds = self._network.request_timeout_seconds
                 raise ShardLost(f"no answer came within {seconds:g} s") from None
@@ -321,7 +339,7 @@ class RpcChain:
 
     def _lose(self, lost: ShardLost) -> None:
         self._lost = self._lost or lost
-        _INBOX.put((0, lost))
+        INBOX.put((0, lost))
 
 
 def _leave_here() -> None:
@@ -343,7 +361,7 @@ def _check_places(places: Sequence[Place], fingerprints: dict[str, str]) -> None
         raise UserError(f"layers of the shards must end at the model's {places[-1].model_layers}, got {expected}")
 
 
-def _tensor(body: bytes | memoryview) -> torch.Tensor:
+def as_tensor(body: bytes | memoryview) -> torch.Tensor:
     """Tensors travel beside the pickled call, bytes inside it."""
     tensor = torch.empty(len(body), dtype=torch.uint8)
     tensor.numpy().data[:] = body

@@ -15,7 +15,18 @@ import threading
 import time
 from collections.abc import Sequence
 
-from lab.wire import BadFrame, Endpoint, Frame, FrameSocket, PeerMismatch, PeerRefused, Unreachable, WireError, WrongKey
+from lab.wire import (
+    BadFrame,
+    Endpoint,
+    Frame,
+    FrameSocket,
+    Head,
+    PeerMismatch,
+    PeerRefused,
+    Unreachable,
+    WireError,
+    WrongKey,
+)
 from split.address import Address
 from split.messages import (
     HOP,
@@ -26,7 +37,6 @@ from split.messages import (
     Report,
     Steps,
     Welcome,
-    message_type,
 )
 from split.transport.base import Hop, Message, ShardLost, ShardReport
 
@@ -76,6 +86,9 @@ class TcpChain:
         self._known_layers: dict[int, range] = {}
         """What stood at each place when the chain was whole."""
         self.restore(time.monotonic() + start_seconds)
+
+    taken: tuple[type[Head], ...] = (Steps, Fault)
+    """What a shard may answer."""
 
     @property
     def layers(self) -> list[range]:
@@ -162,7 +175,7 @@ class TcpChain:
         wanted = self._known_layers.get(place)
         for address in [self._addresses[place], *self._spares]:
             try:
-                line = _Line(address, self._endpoint, self._tls)
+                line = _Line(address, self._endpoint, self._tls, self.taken)
             except _HOPELESS:
                 raise
             except WireError as error:
@@ -195,8 +208,11 @@ class TcpChain:
 class _Line:
     """A connection to one shard, with a thread that listens to it."""
 
-    def __init__(self, address: Address, endpoint: Endpoint, tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, address: Address, endpoint: Endpoint, tls: ssl.SSLContext | None, taken: tuple[type[Head], ...]
+    ) -> None:
         self.address = address
+        self._taken = taken
         self.welcome: Welcome
         self._socket = FrameSocket.connect(address.host, address.port, endpoint, tls=tls)
         self._reports: queue.SimpleQueue[tuple[Report, memoryview, float] | WireError] = queue.SimpleQueue()
@@ -204,7 +220,7 @@ class _Line:
 
     def attach(self, attach: Attach, seconds: float) -> None:
         self._socket.peer.phase = "ATTACH"
-        self._socket.send(message_type(attach), 0, attach)
+        self._send(0, attach)
         frame = self._socket.poll(seconds)
         if frame is not None and isinstance(frame.head, Fault):  # it could not reach the next one
             raise Unreachable(self._socket.peer, f"says: {frame.head.text}")
@@ -219,7 +235,7 @@ class _Line:
 
     def send(self, message: Message) -> None:
         try:
-            self._socket.send(message_type(message.head), message.number, message.head, message.body)
+            self._send(message.number, message.head, message.body)
         except WireError as error:
             raise ShardLost(str(error)) from None
 
@@ -228,7 +244,7 @@ class _Line:
         best = None
         for _ in range(CLOCK_ROUNDS):
             asked = time.monotonic()
-            self._socket.send(message_type(Ask()), 0, Ask())
+            self._send(0, Ask())
             try:
                 found = self._reports.get(timeout=seconds)
             except queue.Empty:
@@ -244,6 +260,9 @@ class _Line:
     def close(self) -> None:
         self._socket.close()
 
+    def _send(self, number: int, head: Head, body: bytes | memoryview = b"") -> None:
+        self._socket.send(self._socket.endpoint.table.number(head), number, head, body)
+
     def _listen(self, answers: queue.SimpleQueue[Message | WireError]) -> None:
         try:
             while True:
@@ -255,7 +274,7 @@ class _Line:
     def _take(self, frame: Frame, answers: queue.SimpleQueue[Message | WireError]) -> None:
         if isinstance(frame.head, Report):
             self._reports.put((frame.head, frame.body, time.monotonic()))
-        elif isinstance(frame.head, (Steps, Fault)):
+        elif isinstance(frame.head, self._taken):
             answers.put(Message(frame.session, frame.head, frame.body))
         else:
             raise BadFrame(self._socket.peer, f"sent {type(frame.head).__name__.upper()}, which a client does not take")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,12 +82,12 @@ def test_nothing_begins_before_its_input(schedule: Schedule, shards: int, micro_
     times = [{span.operation: span for span in shard} for shard in timeline.shards]
     for number in range(micro_batches):
         forward, backward = Operation(number, Phase.forward), Operation(number, Phase.backward)
-        for before, after in zip(times, times[1:]):
+        for before, after in itertools.pairwise(times):
             assert after[forward].begin >= before[forward].end + link
             assert before[backward].begin >= after[backward].end + link
         assert times[-1][backward].begin >= times[-1][forward].end
     for shard in timeline.shards:
-        assert all(early.end <= late.begin + 1e-9 for early, late in zip(shard, shard[1:]))
+        assert all(early.end <= late.begin + 1e-9 for early, late in itertools.pairwise(shard))
 
 
 def test_a_wrong_schedule_is_refused() -> None:

@@ -1,0 +1,106 @@
+"""Parts of a checkpoint put together: names are those of the whole model already, so nothing is renamed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lab.environment import commit
+from lab.files import whole_folder
+from lab.models import Checkpoint, load_tokenizer, model_identity, prepare_checkpoint
+from lab.settings import ModelSettings, UserError
+from split.checkpoint import Manifest, Parts, latest_step, part_of, read_manifest
+from split.training_messages import Recipe, Train
+from split.training_opening import identity_of
+from split.training_weights import lora_of
+
+log = logging.getLogger(__name__)
+
+
+def merge(model: ModelSettings, checkpoint: Path, output: Path) -> dict[str, Any]:
+    """Write the folder; the figures of the last line.
+
+    Args:
+        model: What the run began with.
+        checkpoint: A run's folder, or one step's.
+        output: Must not be there yet.
+
+    Raises:
+        UserError: parts that are missing or not whole, another model, a folder that is there.
+    """
+    folder = latest_step(checkpoint.absolute())
+    manifest = read_manifest(folder)
+    ours = identity_of(model)
+    if manifest.model != ours:
+        raise UserError(f"model must be what the run began with, {manifest.model}, got {ours}")
+    output = output.absolute()
+    if output.exists():
+        raise UserError(f"project.output must not be there yet, got {str(output)!r}")
+    weights = read_weights(folder, manifest)
+    write = write_adapter if manifest.recipe.train is Train.lora else write_model
+    with whole_folder(output) as unfinished:
+        write(model, manifest, weights, unfinished)
+    return {
+        "kind": "peft" if manifest.recipe.train is Train.lora else "transformers",
+        "step": manifest.step,
+        "loss": manifest.loss_by_step[-1],
+        "tensors": len(weights),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "output": output,
+    }
+
+
+def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The trained weights of all shards, by their names in the whole model."""
+    found: dict[str, Tensor] = {}
+    for place, (layers, digest) in enumerate(zip(manifest.layers, manifest.digests, strict=True)):
+        part = part_of(manifest.step, place, len(manifest.layers), layers, manifest.recipe)
+        weights, _ = Parts(folder.parent.parent, manifest.run, place).read(part, digest)
+        assert not found.keys() & weights.keys(), "every weight belongs to one shard"
+        found |= weights
+    return found
+
+
+def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
+    """A transformers folder: config, weights, tokenizer."""
+    from transformers import AutoConfig, GenerationConfig
+
+    base = prepare_checkpoint(model)
+    config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        copies = weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]
+        assert torch.equal(*copies), "both copies of a tied embedding learn the same"
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config.dtype = next(iter(weights.values())).dtype
+    config.save_pretrained(folder)
+    if (base.folder / "generation_config.json").exists():
+        GenerationConfig.from_pretrained(str(base.folder)).save_pretrained(str(folder))
+    _copy_tokenizer(base, folder)
+
+
+def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
+    """A PEFT folder, with the record of its base model."""
+    from lab.lora import IDENTITY_KEY, RECORD_FILE, lora_config  # load PEFT
+
+    recipe: Recipe = manifest.recipe
+    config = lora_config(recipe.lora_targets, lora_of(recipe))
+    config.base_model_name_or_path = model.repo if model.repo else str(prepare_checkpoint(model).folder)
+    config.inference_mode = True
+    config.target_modules = sorted(recipe.lora_targets)  # a set has another order in every process
+    config.save_pretrained(str(folder))
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    record = {IDENTITY_KEY: model_identity(model), "name": model.name, "step": manifest.step, "commit": commit()}
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(base: Checkpoint, folder: Path) -> None:
+    try:
+        load_tokenizer(base).save_pretrained(str(folder))
+    except (OSError, ValueError) as error:  # a folder of weights without one
+        log.warning("no tokenizer is in the merged folder: %s", " ".join(str(error).split())[:200])

@@ -1,0 +1,34 @@
+"""Fine-tuning of a model that is split over machines. `python -m split.train project.local_shards=2`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lab import entry
+from split.train_settings import SplitTrainSettings
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
+    """Trains; the figures of the last line."""
+    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    from split.trainer import TrainingFault
+    from split.training_run import run_training
+    from split.transport.base import ShardLost
+
+    try:
+        return run_training(settings, place)
+    except (ShardLost, TrainingFault) as error:
+        log.error("%s", error)
+        raise SystemExit(1) from None
+
+
+def main() -> None:
+    """Composes `conf/split_train.yaml` and runs."""
+    entry.main("split_train", SplitTrainSettings, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What training across a cut costs and gains, on this machine: `python -m split.train_bench`.
+
+Shard processes have a core and a thread each; the whole model, in this process, has the first core while they wait.
+Sizes are in conf/project/split_train_bench.yaml. Every row says what it is to show (`target`) and whether it does.
+
+pipeline    a step's time over what a replay of its schedule with the measured stage times predicts, and its bubble, at
+            several numbers of micro-batches of the same size; the stage times are medians of the same run
+throughput  tokens a second over two shards over those of the whole model on one core, turn by turn
+boundary    bytes that shards sent each other over those of the hidden states and gradients themselves
+memory      peak memory of a shard's process above one with the same imports, over what it has to hold
+adapter     steps of a LoRA adapter on the model, over two shards and unsplit: the largest difference of a loss
+
+Absolute times hold for a quiet machine; `load_average` says how quiet it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lab import entry
+from split.train_bench_settings import SplitTrainBenchSettings
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: SplitTrainBenchSettings, place: entry.Run) -> dict[str, Any]:
+    """Measures the parts that are asked for; the rows are the result."""
+    from lab.bench import write_report
+    from split.train_benching import TrainBench
+
+    bench = TrainBench(settings, place.folder)
+    rows: list[dict[str, Any]] = []
+    for name in settings.project.parts:
+        log.info("measuring %s", name)
+        row = {"row": name, **getattr(bench, name)(), "load_average": os.getloadavg()[0]}
+        log.info("%s: %s (%s)", name, "ok" if row["ok"] else "NOT OK", row["target"])
+        rows.append(row)
+    path = Path(settings.project.report or place.folder / "bench.json")
+    write_report(path, "split_train", rows)
+    return {"benchmark": "split_train", "report": path, "rows": rows}
+
+
+def main() -> None:
+    """Composes `conf/split_train_bench.yaml` and runs."""
+    entry.main("split_train_bench", SplitTrainBenchSettings, run)
+
+
+if __name__ == "__main__":
+    main()

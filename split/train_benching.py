@@ -1,0 +1,265 @@
+"""The measurements of `split.train_bench`: pinned shard processes, and the whole model in this one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.bench import Sample, interleaved, pinned, ratio
+from lab.device import open_device
+from lab.entry import compose_settings
+from lab.examples import Batch, Example, collate
+from lab.models import load_config
+from lab.training import train_steps
+from split.checkpoint import Manifest
+from split.schedule import Phase, Schedule, Timeline, even_bubble, operations, replay
+from split.settings import TransportKind
+from split.train_bench_settings import SplitTrainBenchSettings
+from split.train_settings import SplitTrainSettings
+from split.trainer import DistributedTrainer, StepFigures, split_batch
+from split.training_opening import identity_of, open_shards
+from split.training_run import make_recipe
+from split.unsplit import whole_model
+
+log = logging.getLogger(__name__)
+
+MOST_OFF = 0.10
+"""A replay may differ from what it predicts by so much."""
+BUBBLE_SLACK = 0.05
+LEAST_SPEEDUP = 1.5
+MOST_OVERHEAD = 1.01
+MOST_MEMORY = 1.1
+ADAPTER_BAND = 1e-4
+Row = dict[str, Any]
+
+
+class TrainBench:
+    """Everything that several measurements share."""
+
+    def __init__(self, settings: SplitTrainBenchSettings, folder: Path) -> None:
+        self._project, self._folder = settings.project, folder
+        self._device = open_device(settings.device)
+        training = compose_settings("split_train", "", SplitTrainSettings)
+        self._settings = replace(
+            training,
+            model=settings.model,
+            device=settings.device,
+            tracking=replace(settings.tracking, progress=False),
+            project=replace(
+                training.project,
+                local_shards=2,
+                cuts=[self._project.cut],
+                pin_cores=True,
+                checkpoint_every=0,
+                start_seconds=self._project.start_seconds,
+            ),
+        )
+        vocabulary = int(load_config(settings.model).get_text_config(decoder=True).vocab_size)
+        generator = np.random.default_rng(0)
+        shape = (64, self._project.sequence_length)
+        ids_BT = generator.integers(0, vocabulary, shape).astype(np.int32)
+        self._examples = [Example(ids_T, np.ones(len(ids_T), dtype=np.bool_)) for ids_T in ids_BT]
+
+    def pipeline(self) -> Row:
+        """Both schedules at every number of micro-batches."""
+        rows: list[Row] = []
+        for schedule in Schedule:
+            for count in self._project.micro_batches:
+                with self._trainer(count, schedule) as trainer:
+                    trainer.train_step()
+                    figures = [trainer.train_step() for _ in range(self._project.steps)]
+                rows.append(pipeline_row(figures, schedule, count))
+                log.info("%s", rows[-1])
+        ok = all(
+            abs(row["predicted_over_measured"] - 1) <= MOST_OFF and row["bubble_fraction"] <= row["bubble_bound"]
+            for row in rows
+        )
+        target = "replay within 10 % of the step, bubble at most (p-1)/(m+p-1) + 0.05"
+        return {"cases": rows, "target": target, "ok": ok}
+
+    def throughput(self) -> Row:
+        """Tokens a second of both, a reading each in turn."""
+        project, count = self._project, self._project.throughput_micro_batches
+        optimization = self._settings.project.optimization
+        with self._trainer(count, Schedule.one_f_one_b) as trainer, pinned(0):
+            model = whole_model(self._settings, make_recipe(self._settings), self._device)
+            parts = self._batches(count)
+            micro_batches = (part for batch in parts for part in split_batch(batch, count))
+
+            def split() -> float:
+                figures = [trainer.train_step() for _ in range(project.steps)]
+                return sum(f.tokens for f in figures) / sum(f.seconds for f in figures)
+
+            def unsplit() -> float:
+                figures = train_steps(
+                    model,
+                    micro_batches,
+                    replace(optimization, accumulation=count),
+                    first_step=0,
+                    total_steps=10**6,
+                    steps=project.steps,
+                    seed=0,
+                )
+                return figures.tokens / figures.seconds
+
+            found = interleaved({"split": split, "unsplit": unsplit}, 1, project.repeats)
+        gain = ratio(found["split"], found["unsplit"])
+        return {
+            "micro_batches": count,
+            "tokens_per_second": {name: Sample.of(readings) for name, readings in found.items()},
+            "split_over_unsplit": gain,
+            "target": f"at least {LEAST_SPEEDUP} x the whole model on one core",
+            "ok": gain.median >= LEAST_SPEEDUP,
+        }
+
+    def boundary(self) -> Row:
+        """Bytes of a step."""
+        count = self._project.throughput_micro_batches
+        hidden = int(load_config(self._settings.model).get_text_config(decoder=True).hidden_size)
+        rows = count * self._project.examples_per_micro_batch
+        payload = 2 * rows * self._project.sequence_length * hidden * 4  # hidden states and gradients in float32
+        with self._trainer(count, Schedule.one_f_one_b) as trainer:
+            sent = trainer.train_step().boundary_bytes
+        return {
+            "payload_bytes": payload,
+            "boundary_bytes": sent,
+            "sent_over_payload": sent / payload,
+            "target": "at most 1 % more than hidden states and gradients",
+            "ok": payload <= sent <= MOST_OVERHEAD * payload,
+        }
+
+    def memory(self) -> Row:
+        """Each of four shards of a large random model, everything trained, in a process of its own."""
+        rows = [self._memory_of(first) for first in (0, 2, 4, 6)]
+        worst = max(row["peak_over_own"] for row in rows)
+        return {
+            "shards": rows,
+            "peak_over_own": worst,
+            "target": f"at most {MOST_MEMORY} x weights + gradients + optimizer + activations",
+            "ok": worst <= MOST_MEMORY,
+        }
+
+    def _memory_of(self, first: int) -> Row:
+        words = " ".join([*self._project.memory_overrides, "project.train=everything"])
+        done = subprocess.run(
+            [sys.executable, "-m", "split.memory_probe", words, str(first), str(first + 2)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"the probe of layers {first}:{first + 2} failed: {done.stderr.strip()[-500:]}")
+        row: Row = json.loads(done.stdout.splitlines()[-1])
+        return row
+
+    def adapter(self) -> Row:
+        """Losses of both, step by step."""
+        steps = self._project.adapter_steps
+        settings = replace(self._settings, project=replace(self._settings.project, steps=steps))
+        count = settings.project.micro_batches
+        with self._trainer(count, Schedule.one_f_one_b, steps) as trainer:
+            ours = [trainer.train_step().loss for _ in range(steps)]
+        theirs: list[float] = []
+        batches = self._batches(count)
+        train_steps(
+            whole_model(settings, make_recipe(settings), self._device),
+            (part for batch in batches for part in split_batch(batch, count)),
+            replace(settings.project.optimization, accumulation=count),
+            first_step=0,
+            total_steps=steps,
+            steps=steps,
+            seed=0,
+            on_step=lambda figures: theirs.append(figures.loss),
+        )
+        apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        return {
+            "steps": steps,
+            "first_loss": ours[0],
+            "last_loss": ours[-1],
+            "largest_difference": apart,
+            "target": f"losses within {ADAPTER_BAND:g} at every step",
+            "ok": apart <= ADAPTER_BAND,
+        }
+
+    def _batches(self, micro_batches: int) -> Iterator[Batch]:
+        """The same examples again and again, in order."""
+        rows = cycle(self._examples)
+        while True:
+            yield collate(list(islice(rows, micro_batches * self._project.examples_per_micro_batch)))
+
+    @contextmanager
+    def _trainer(
+        self, micro_batches: int, schedule: Schedule, total_steps: int = 10**6
+    ) -> Iterator[DistributedTrainer]:
+        """Two pinned shards, and a trainer of them."""
+        settings = self._settings
+        assert settings.project.transport is TransportKind.tcp
+        recipe = make_recipe(settings)
+        folder = self._folder / f"{schedule.name}-{micro_batches}-{time.monotonic_ns()}"
+        with open_shards(settings, recipe, self._device, folder, folder / "checkpoints") as (shards, backward):
+            layers = shards.transport.layers
+            yield DistributedTrainer(
+                shards,
+                backward,
+                batches=lambda: self._batches(micro_batches),
+                optimization=replace(settings.project.optimization, batch_size=micro_batches),
+                schedule=schedule,
+                manifest=Manifest(
+                    run="0" * 16,
+                    step=0,
+                    model=identity_of(settings.model),
+                    dtype=settings.model.dtype.name,
+                    cuts=[0, *(part.stop for part in layers)],
+                    digests=[],
+                    recipe=recipe,
+                    optimization={},
+                    data={},
+                    total_steps=total_steps,
+                    micro_batches=micro_batches,
+                    seed=0,
+                    loss_by_step=[],
+                ),
+                checkpoints=folder / "checkpoints",
+                recovery_seconds=0.0,
+            )
+
+
+def pipeline_row(figures: list[StepFigures], schedule: Schedule, micro_batches: int) -> Row:
+    """What was measured at one schedule beside what its replay says."""
+    timelines = [one.timeline for one in figures if one.timeline is not None]
+    shards = len(timelines[0].shards)
+    seconds = {phase: [stage_seconds(timelines, place, phase) for place in range(shards)] for phase in Phase}
+    orders = [operations(schedule, shards=shards, shard=place, micro_batches=micro_batches) for place in range(shards)]
+    predicted = replay(orders, seconds[Phase.forward], seconds[Phase.backward])
+    measured = statistics.median(timeline.seconds for timeline in timelines)
+    return {
+        "schedule": schedule.name,
+        "micro_batches": micro_batches,
+        "forward_seconds": seconds[Phase.forward],
+        "backward_seconds": seconds[Phase.backward],
+        "predicted_seconds": predicted.seconds,
+        "measured_seconds": Sample.of([timeline.seconds for timeline in timelines]),
+        "predicted_over_measured": predicted.seconds / measured,
+        "bubble_fraction": statistics.median(timeline.bubble_fraction for timeline in timelines),
+        "replayed_bubble_fraction": predicted.bubble_fraction,
+        "bubble_bound": even_bubble(shards, micro_batches) + BUBBLE_SLACK,
+    }
+
+
+def stage_seconds(timelines: list[Timeline], place: int, phase: Phase) -> float:
+    """The median time of one micro-batch at one shard."""
+    spans = [span for timeline in timelines for span in timeline.shards[place] if span.operation.phase is phase]
+    return statistics.median(span.end - span.begin for span in spans)

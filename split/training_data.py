@@ -1,0 +1,35 @@
+"""What a split run learns from: every example of the data, in an order that depends on the seed alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lab.data import open_source
+from lab.examples import Batch, Example, batches, examples, split_examples
+from lab.settings import DataSettings
+from lab.training import derive_seed
+
+
+def training_examples(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Example]:
+    """The training part of the data; the held-out part is left for whoever wants to know what the model has learnt.
+
+    Documents are read in an order drawn by `seed`, and no more of them than `max_examples` and `max_held_out` need.
+    """
+    source = open_source(data)
+    documents = source.documents()
+    random.Random(derive_seed(seed, "documents")).shuffle(documents)
+    enough = 2 * (data.max_examples + data.max_held_out) if data.max_examples else None
+    found: list[Example] = []
+    for document in documents:
+        found += examples(source.read(document), tokenizer, data.sequence_length)
+        if enough is not None and len(found) >= enough:
+            break
+    return split_examples(found, data.held_out_fraction, seed, data.max_examples, data.max_held_out).train
+
+
+def ordered(found: list[Example], batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches without end, from the first step on."""
+    return batches(found, batch_size, derive_seed(seed, "order", "split"))

@@ -1,0 +1,144 @@
+"""From settings to shards that learn, and the way to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab.models import load_config, model_identity
+from lab.network import client_side_tls, make_endpoint
+from lab.settings import ModelSettings, NetworkSettings, UserError
+from lab.wire import Endpoint, WireError
+from split.address import Address
+from split.joining import weights_fingerprints
+from split.local_shards import LocalShards, own_words
+from split.opening import cut_layers, free_port
+from split.settings import TransportKind
+from split.train_settings import BackwardKind, SplitTrainSettings
+from split.trainer import Backward, Explicit, Shards
+from split.training_messages import PROTOCOL, Recipe, Start, training_table
+from split.training_shard import TrainingShard
+from split.training_stage import InitialWeight, TrainingStage
+from split.training_weights import initial_weight, load_training_shard
+from split.transport.base import ShardLost
+from split.transport.tcp import ChainMismatch
+from split.transport.training import InProcessTraining, TrainingTransport
+from split.transport.training_tcp import TcpTraining
+
+LEARNER = "split.learn"
+
+
+def make_stage(model: ModelSettings, device: torch.device, layers: range, checkpoints: Path) -> TrainingStage:
+    """A shard that learns, with nothing loaded yet: what is trained comes with the trainer."""
+
+    def load(start: Start) -> tuple[TrainingShard, InitialWeight]:
+        shard = load_training_shard(model, device, layers, start.recipe)
+        return shard, initial_weight(model, start.recipe)
+
+    return TrainingStage(load, checkpoints)
+
+
+def training_side(model: ModelSettings, network: NetworkSettings, role: str) -> Endpoint:
+    """Our side of the wire: `trainer` talks to learners, `learner` to both. UserError for what makes no sense."""
+    return make_endpoint(
+        network,
+        role=role,
+        peer_roles=frozenset({"learner"} if role == "trainer" else {"trainer", "learner"}),
+        table=training_table(network.max_frame_bytes),
+        protocol=PROTOCOL,
+        fingerprints=weights_fingerprints(model),
+    )
+
+
+@contextmanager
+def open_shards(
+    settings: SplitTrainSettings, recipe: Recipe, device: torch.device, folder: Path, checkpoints: Path
+) -> Iterator[tuple[Shards, Backward]]:
+    """The shards that the settings describe; local ones live as long as this does."""
+    project = settings.project
+    if project.shards and project.local_shards:
+        raise UserError(f"project.local_shards must be 0 where project.shards is given, got {project.local_shards}")
+    with ExitStack() as stack:
+        transport = _open(settings, device, folder, checkpoints, stack)
+        stack.callback(transport.shutdown)  # before the processes end
+        shards = Shards(transport)
+        yield shards, _backward(settings, shards, recipe)
+
+
+def _backward(settings: SplitTrainSettings, shards: Shards, recipe: Recipe) -> Backward:
+    if settings.project.backward is BackwardKind.explicit:
+        return Explicit(shards)
+    from split.autograd import Autograd  # some systems lack it
+
+    config: Any = load_config(settings.model).get_text_config(decoder=True)
+    return Autograd(shards, recipe, bool(config.tie_word_embeddings))
+
+
+def _open(
+    settings: SplitTrainSettings, device: torch.device, folder: Path, checkpoints: Path, stack: ExitStack
+) -> TrainingTransport:
+    project = settings.project
+    if project.transport is TransportKind.rpc:
+        return _open_group(settings, folder, checkpoints, stack)
+    count = len(project.shards) or project.local_shards
+    if not count:
+        raise UserError("project.shards must name at least one shard (or set project.local_shards), got []")
+    layers = cut_layers(settings.model, project.cuts, count)
+    if project.transport is TransportKind.inproc:
+        return InProcessTraining([make_stage(settings.model, device, part, checkpoints) for part in layers], layers)
+    if project.shards:
+        return _connect(settings, project.shards)
+    words = local_words(checkpoints)
+    local = LocalShards(layers, folder, project.start_seconds, words, module=LEARNER, pin=project.pin_cores)
+    return _connect(settings, [str(address) for address in stack.enter_context(local).addresses])
+
+
+def _open_group(settings: SplitTrainSettings, folder: Path, checkpoints: Path, stack: ExitStack) -> TrainingTransport:
+    from split.transport.rpc import check_master  # some systems lack it
+    from split.transport.training_rpc import RpcTraining
+
+    check_master(settings.network)
+    project, port, world_size = settings.project, settings.network.port, settings.project.world_size
+    if project.local_shards:
+        port, world_size = free_port(), project.local_shards + 1
+        layers = cut_layers(settings.model, project.cuts, project.local_shards)
+        words = local_words(checkpoints)
+        stack.enter_context(LocalShards.of_group(layers, folder, port, words, module=LEARNER, pin=project.pin_cores))
+    elif project.shards or not world_size:
+        raise UserError(
+            f"project.world_size must be set for transport=rpc, where shards come to the trainer, got {world_size}"
+        )
+    return RpcTraining(world_size, settings.network, port, weights_fingerprints(settings.model))
+
+
+def local_words(checkpoints: Path) -> list[str]:
+    """What a shard on this machine is told besides its place: our own words, and where checkpoints are."""
+    return [*own_words(), f"project.checkpoints={json.dumps(str(checkpoints))}"]
+
+
+def _connect(settings: SplitTrainSettings, addresses: Sequence[str]) -> TcpTraining:
+    project, network = settings.project, settings.network
+    try:
+        return TcpTraining(
+            [Address.parse(text) for text in addresses],
+            [Address.parse(text) for text in project.spares],
+            training_side(settings.model, network, "trainer"),
+            tls=client_side_tls(network),
+            answer_seconds=network.request_timeout_seconds,
+            start_seconds=project.start_seconds,
+        )
+    except ChainMismatch as error:
+        raise UserError(f"project.shards: {error}") from None
+    except (ShardLost, WireError) as error:
+        raise UserError(f"project.shards must be reachable and hold this model: {error}") from None
+
+
+def identity_of(model: ModelSettings) -> str:
+    """Which weights a run began with: the base model, and the adapter where it goes on from one."""
+    prints = weights_fingerprints(model)
+    return f"{model_identity(model)} adapter={prints['adapter']}"

@@ -1,0 +1,218 @@
+"""The process of a shard that learns: hidden states go to the next shard, gradients to the one before it.
+
+One trainer at a time. The link between two neighbours is one connection, both ways. When the trainer's connection
+ends, the run ends here, and the links with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import ssl
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from lab.wire import BadFrame, Endpoint, Frame, FrameConnection, FrameServer, WireError, connect
+from split.address import Address
+from split.messages import Attach, Fault, FaultCode, Join, Welcome
+from split.training_messages import MAX_MICRO_BATCHES, training_type
+from split.training_stage import To, TrainingStage
+from split.transport.base import Message
+
+log = logging.getLogger(__name__)
+
+WAITING_MESSAGES = 4 * MAX_MICRO_BATCHES
+"""Taken from the sockets and not yet done; a schedule never has more under way."""
+
+
+@dataclass
+class _Run:
+    """A trainer and its chain, at this shard."""
+
+    trainer: int
+    """The number that it attached with."""
+    connections: dict[To, FrameConnection]
+    waiting: asyncio.Queue[Message] = field(default_factory=lambda: asyncio.Queue(WAITING_MESSAGES))
+
+
+class TrainingServer:
+    """Serves one stage. Belongs to its event loop; the stage's work is done on one thread of its own.
+
+    Args:
+        stage: The shard; its thread is the server's.
+        layers: Which it holds.
+        model_layers: Of the whole model.
+        endpoint: Our side of the wire, role `learner`, talking to trainers and learners.
+        next_addresses: Where the next shard may be found from here; goes before what the trainer says.
+        client_tls: For the link to the next shard.
+    """
+
+    def __init__(
+        self,
+        stage: TrainingStage,
+        *,
+        layers: range,
+        model_layers: int,
+        endpoint: Endpoint,
+        next_addresses: Sequence[Address],
+        client_tls: ssl.SSLContext | None,
+    ) -> None:
+        self._stage, self._layers, self._model_layers = stage, layers, model_layers
+        self._endpoint = endpoint
+        self._next_addresses, self._client_tls = list(next_addresses), client_tls
+        self._instance = secrets.randbits(32)
+        self._run: _Run | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stage")
+
+    async def serve(
+        self,
+        *,
+        host: str,
+        port: int,
+        max_connections: int,
+        tls: ssl.SSLContext | None,
+        announce: Callable[[int], None],
+    ) -> None:
+        """Serve until cancelled; `announce(port)` is called when it listens. Raises `OSError` for a taken address."""
+        server = FrameServer(
+            self._endpoint,
+            self.handle,
+            host=host,
+            port=port,
+            max_connections=max_connections,
+            tls=tls,
+            handle_first_protocol=None,
+        )
+        try:
+            async with server:
+                announce(server.port)
+                await asyncio.get_running_loop().create_future()
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def handle(self, connection: FrameConnection) -> None:
+        """One connection, until it ends."""
+        head = (await connection.recv()).head
+        if isinstance(head, Attach):
+            await self._serve_trainer(connection, head)
+        elif isinstance(head, Join):
+            await self._serve_previous(connection, head)
+        else:
+            raise BadFrame(connection.peer, f"began with {type(head).__name__.upper()}, not with ATTACH or JOIN")
+
+    # The chain
+
+    async def _serve_trainer(self, connection: FrameConnection, attach: Attach) -> None:
+        connection.peer.phase = "ATTACH"
+        if self._run is not None:
+            _say(connection, _link_fault("this shard learns for another trainer"))
+            raise BadFrame(connection.peer, "attached while another trainer is")
+        run = self._run = _Run(attach.client, {To.trainer: connection})
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(self._work(run))]
+        try:
+            if self._layers.stop < self._model_layers:
+                run.connections[To.next] = await self._join_next(connection, attach)
+                tasks.append(loop.create_task(self._take_neighbours(run, run.connections[To.next])))
+            _say(connection, self._welcome())
+            connection.peer.phase = "training"
+            await self._take_all(run, connection)
+        finally:
+            self._run = None
+            for task in tasks:
+                task.cancel()
+            for to, other in run.connections.items():
+                if to is not To.trainer:
+                    other.close()
+
+    async def _join_next(self, trainer: FrameConnection, attach: Attach) -> FrameConnection:
+        """Connect to the process that the trainer means. The trainer is told when that cannot be."""
+        reasons = []
+        for address in [*self._next_addresses, *(Address.parse(text) for text in attach.next)]:
+            ours = replace(self._endpoint, peer_roles=frozenset({self._endpoint.role}))
+            try:
+                link = await connect(address.host, address.port, ours, tls=self._client_tls)
+                _say(link, Join(client=attach.client))
+                welcome = (await link.recv()).head
+            except WireError as error:
+                reasons.append(str(error))
+                continue
+            if isinstance(welcome, Welcome) and welcome.instance == attach.next_instance:
+                link.peer.phase = f"layers {welcome.first}:{welcome.last}"
+                return link
+            reasons.append(f"{address} is another shard than the trainer's next one")
+            link.close()
+        text = "the next shard is not there: " + ("; ".join(reasons) or "project.next is not set")
+        _say(trainer, _link_fault(text))
+        raise BadFrame(trainer.peer, text)
+
+    async def _serve_previous(self, connection: FrameConnection, join: Join) -> None:
+        run = self._run
+        if run is None or run.trainer != join.client or To.previous in run.connections:
+            raise BadFrame(connection.peer, "joined for a trainer that is not attached")
+        run.connections[To.previous] = connection
+        _say(connection, self._welcome())
+        connection.peer.phase = "training"
+        await self._take_neighbours(run, connection)
+
+    async def _take_neighbours(self, run: _Run, connection: FrameConnection) -> None:
+        """When a neighbour is lost the trainer is to know which one, and why."""
+        try:
+            await self._take_all(run, connection)
+        except WireError as error:
+            trainer = run.connections[To.trainer]
+            if trainer.fault is None:
+                log.warning("%s", error)
+                _say(trainer, _link_fault(str(error)))
+
+    async def _take_all(self, run: _Run, connection: FrameConnection) -> None:
+        while True:
+            frame: Frame = await connection.recv()
+            try:
+                run.waiting.put_nowait(Message(frame.session, frame.head, frame.body))
+            except asyncio.QueueFull:
+                raise BadFrame(connection.peer, f"sent more than {WAITING_MESSAGES} messages ahead") from None
+
+    # The work
+
+    async def _work(self, run: _Run) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                results = self._stage.take(await run.waiting.get())
+                while (result := await loop.run_in_executor(self._thread, next, results, None)) is not None:
+                    to, message = result
+                    await self._send(to, run.connections[to], message)
+        except WireError as error:
+            log.info("%s", error)
+            run.connections[To.trainer].close()
+        except Exception:
+            log.exception("layers %s lost the trainer by a fault of ours", self._layers)
+            run.connections[To.trainer].close()
+
+    async def _send(self, to: To, connection: FrameConnection, message: Message) -> None:
+        await connection.drain()  # before, not after: the next operation runs while this travels
+        before = connection.bytes_sent
+        connection.send(training_type(message.head), message.number, message.head, message.body)
+        if to is not To.trainer:
+            self._stage.boundary_bytes += connection.bytes_sent - before
+
+    def _welcome(self) -> Welcome:
+        return Welcome(
+            instance=self._instance,
+            first=self._layers.start,
+            last=self._layers.stop,
+            model_layers=self._model_layers,
+            context=0,
+            sessions=1,
+        )
+
+
+def _say(connection: FrameConnection, head: Attach | Fault | Join | Welcome) -> None:
+    connection.send(training_type(head), 0, head)
+
+
+def _link_fault(text: str) -> Fault:
+    return Fault(code=FaultCode.link, session=0, text=text[:1024])

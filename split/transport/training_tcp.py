@@ -1,0 +1,21 @@
+"""The trainer's end of a chain of shard processes over TCP; each shard's is `split.training_server`."""
+
+from __future__ import annotations
+
+from lab.wire import Head
+from split.messages import Fault
+from split.training_messages import Done, Figures, Saved, Started
+from split.transport.base import Message, ShardLost
+from split.transport.tcp import TcpChain
+
+
+class TcpTraining(TcpChain):
+    """A `TrainingTransport`: a connection to every shard, which is also how the loss of one is noticed."""
+
+    taken: tuple[type[Head], ...] = (Done, Fault, Figures, Saved, Started)
+
+    def send(self, shard: int, message: Message) -> None:
+        """See `TrainingTransport.send`."""
+        if not self._lines:
+            raise ShardLost("the shards are not connected")
+        self._lines[shard].send(message)

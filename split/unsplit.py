@@ -1,0 +1,70 @@
+"""The same steps of the whole model in one process, by the lab's own trainer: what a split run is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lab.examples import Example
+from lab.models import load_model
+from lab.tracking import progress
+from lab.training import StepFigures, train_steps
+from split.optimizer import MasterAdamW
+from split.train_settings import SplitTrainSettings
+from split.trainer import split_batch
+from split.training_data import ordered
+from split.training_messages import Recipe, Train
+from split.training_shard import whole_name
+from split.training_weights import initial_adapter, lora_of
+
+
+def train_unsplit(
+    settings: SplitTrainSettings, recipe: Recipe, examples: list[Example], device: torch.device
+) -> list[float]:
+    """The loss of every step."""
+    project, optimization = settings.project, settings.project.optimization
+    model = whole_model(settings, recipe, device)
+    optimizer = MasterAdamW(
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=0.0,
+        betas=(recipe.beta1, recipe.beta2),
+        weight_decay=recipe.weight_decay,
+    )
+    batches = ordered(examples, optimization.batch_size, settings.seed)
+    losses: list[float] = []
+    with progress("unsplit step", project.steps, settings.tracking.progress) as counter:
+
+        def note(figures: StepFigures) -> None:
+            losses.append(figures.loss)
+            counter.advance(f"loss {figures.loss:.4f}")
+
+        train_steps(
+            model,
+            (part for batch in batches for part in split_batch(batch, project.micro_batches)),
+            replace(optimization, accumulation=optimization.accumulation * project.micro_batches),
+            first_step=0,
+            total_steps=project.steps,
+            steps=project.steps,
+            seed=recipe.seed,
+            optimizer=optimizer,
+            on_step=note,
+        )
+    return losses
+
+
+def whole_model(settings: SplitTrainSettings, recipe: Recipe, device: torch.device) -> Any:
+    """The whole model as it is before the first step, ready to learn what the recipe says."""
+    model: Any = load_model(settings.model, device).model
+    if recipe.train is Train.everything:
+        return model.requires_grad_(True)
+    from lab.lora import add_lora  # loads PEFT
+
+    add_lora(model, recipe.lora_targets, lora_of(recipe))
+    adapter = initial_adapter(settings.model, recipe)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(adapter[whole_name(name, 0)])
+    return model

@@ -1,0 +1,140 @@
+"""Split training over real sockets: the steps are those in one process, a lost shard comes back, strangers stay out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab.wire import WrongKey
+from lab.wire.tensors import TensorSpec, WireDtype
+from split.messages import Fault
+from split.schedule import Schedule
+from split.training_messages import Batch, Hidden, Step
+from split.transport.base import Message, ShardLost
+from tests.split.training_processes import Learner, connect, over_tcp
+from tests.split.unsplit import Unsplit, in_process, model_settings, some_examples, trainer
+
+CUTS = (0, 1, 3, 4)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("tied", [False, True])
+def test_steps_are_those_in_one_process_to_the_bit(schedule: Schedule, tied: bool, tmp_path: Path) -> None:
+    settings = model_settings(tmp_path, tied=tied)
+    here = trainer(in_process(settings, CUTS, tmp_path / "a"), tmp_path / "a", micro_batches=4, schedule=schedule)
+    with over_tcp(settings, CUTS, tmp_path / "b") as transport:
+        there = trainer(transport, tmp_path / "b", micro_batches=4, schedule=schedule)
+        for _ in range(5):
+            one, other = here.train_step(), there.train_step()
+            assert one.loss == other.loss
+            assert one.gradient_norm == other.gradient_norm
+            assert other.held == ([4, 4, 4] if schedule is Schedule.gpipe else [3, 2, 1])
+
+
+def test_one_micro_batch_is_the_whole_model_to_the_bit(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    with over_tcp(settings, (0, 2, 4), tmp_path) as transport:
+        made = trainer(transport, tmp_path, total_steps=20)
+        assert [made.train_step().loss for _ in range(20)] == [f.loss for f in Unsplit(settings).train(20, 20)]
+
+
+def test_what_crosses_is_little_more_than_activations_and_gradients(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    with over_tcp(settings, (0, 2, 4), tmp_path) as transport:
+        made = trainer(transport, tmp_path, examples=some_examples(equal=True))
+        payload = 2 * 4 * 20 * 32 * 4  # both ways, B x T x H in float32
+        assert payload < made.train_step().boundary_bytes <= 1.01 * payload
+
+
+def test_a_shard_that_is_lost_comes_back_and_nothing_is_counted_twice(tmp_path: Path) -> None:
+    """It goes in the middle of a step, after step 3 was taken and step 2 was saved."""
+    settings = model_settings(tmp_path)
+    whole = [figures.loss for figures in Unsplit(settings).train(8, 8)]
+    with Learner(settings, range(0, 2), tmp_path) as first:
+        second = Learner(settings, range(2, 4), tmp_path).__enter__()
+        transport = connect([first.address, second.address])
+        made = trainer(transport, tmp_path)
+        taken = []
+        for _ in range(3):
+            taken.append(made.train_step().step)
+            if made.step == 2:
+                assert made.save() is not None
+        port = second.address.port
+        second.stop()
+
+        def replace_it() -> None:
+            time.sleep(0.3)
+            replacements.append(Learner(settings, range(2, 4), tmp_path, port=port).__enter__())
+
+        replacements: list[Learner] = []
+        helper = threading.Thread(target=replace_it)
+        helper.start()
+        while made.step < 8:
+            taken.append(made.train_step().step)
+        helper.join()
+        assert taken == [0, 1, 2, 2, 3, 4, 5, 6, 7], "it goes on after the last valid step"
+        assert made.losses == whole
+        assert made.recoveries == 1
+        transport.shutdown()
+        replacements[0].stop()
+
+
+def test_a_shard_that_does_not_come_back_ends_the_run(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    with Learner(settings, range(0, 2), tmp_path) as first, Learner(settings, range(2, 4), tmp_path) as second:
+        transport = connect([first.address, second.address])
+        made = trainer(transport, tmp_path, recovery_seconds=0.5)
+        made.train_step()
+        second.stop()
+        with pytest.raises(ShardLost, match="127"):
+            made.train_step()
+        transport.shutdown()
+
+
+def test_a_stranger_and_a_second_trainer_stay_out(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    with Learner(settings, range(0, 4), tmp_path, key=b"k" * 32) as learner:
+        with pytest.raises(WrongKey):
+            connect([learner.address], key=b"x" * 32)
+        mine = connect([learner.address], key=b"k" * 32)
+        made = trainer(mine, tmp_path)
+        with pytest.raises(ShardLost, match="learns for another trainer"):
+            connect([learner.address], key=b"k" * 32, start_seconds=0.3)
+        assert made.train_step().step == 0, "and the first one goes on"
+        mine.shutdown()
+
+
+def test_what_makes_no_sense_is_refused_and_said(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    with over_tcp(settings, (0, 2, 4), tmp_path) as transport:
+        step = Step(schedule=Schedule.gpipe, micro_batches=1, turns=1, tokens=3)
+        transport.send(0, Message(0, step))
+        assert "START must come first" in _refusal(transport)
+        made = trainer(transport, tmp_path)
+        transport.send(0, Message(0, step))
+        transport.send(0, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\0" * 8))
+        assert "a batch must hold 1 x 1 x 3 ids" in _refusal(transport)
+        transport.send(0, Message(0, step))
+        transport.send(0, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\xff" * 12))
+        assert "ids must be in [0, 97)" in _refusal(transport)
+        transport.send(1, Message(0, step))
+        transport.send(1, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\0" * 12))
+        wide = TensorSpec(dtype=WireDtype.float32, shape=[1, 3, 33])
+        transport.send(1, Message(0, Hidden(micro_batch=0, lengths=[3], tensor=wide), b"\0" * (3 * 33 * 4)))
+        assert "hidden states must be 1 x T x 32" in _refusal(transport)
+        assert made.train_step().step == 0, "the shards are as they were"
+
+
+def _refusal(transport: object) -> str:
+    answer = transport.collect()  # type: ignore[attr-defined]
+    assert isinstance(answer.head, Fault)
+    return answer.head.text
