@@ -23,6 +23,7 @@ from simulations.demo_settings import DemoSettings
 log = logging.getLogger(__name__)
 
 FED_SIM = (str(Path(__file__).with_name("fed_sim.py")),)
+SPLIT_TRAIN = ("-m", "split.train")
 VERIFIER, DRAFTER = ("-m", "speculative.verifier"), ("-m", "speculative.drafter")
 
 
@@ -31,10 +32,13 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
     begin = time.perf_counter()
     federated = show_federated(settings, place.folder / "federated")
     speculative = show_speculative(settings, place.folder)
-    parts = {"federated": federated, "speculative": speculative}
+    training = show_split_training(settings, place.folder / "split_training")
+    parts = {"federated": federated, "speculative": speculative, "split training": training}
     return {
-        **parts,
-        "plots": federated["plots"],
+        "federated": federated,
+        "speculative": speculative,
+        "split_training": training,
+        "plots": [*federated["plots"], *training["plots"]],
         "report": write_demo_page(place.folder / "report.html", parts),
         "wall_seconds": time.perf_counter() - begin,
     }
@@ -42,7 +46,7 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
 
 def show_federated(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """Sites fine-tune one adapter together."""
-    log.info("1 of 2: four sites fine-tune one model, none of them shows its text")
+    log.info("1 of 3: four sites fine-tune one model, none of them shows its text")
     figures = last_line([*FED_SIM, *settings.project.federated, run_folder(folder)], settings)
     losses = [figures["eval_loss_before"], *figures["eval_loss_by_round"]]
     log.info("held-out loss %s; picture: %s", " -> ".join(f"{loss:.4f}" for loss in losses), figures["plots"][0])
@@ -51,7 +55,7 @@ def show_federated(settings: DemoSettings, folder: Path) -> dict[str, Any]:
 
 def show_speculative(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """A drafter and a verifier, two processes, one text."""
-    log.info("2 of 2: a drafter guesses, a verifier in another process checks; the text is the verifier's own")
+    log.info("2 of 3: a drafter guesses, a verifier in another process checks; the text is the verifier's own")
     with verifier(settings, folder / "verifier") as port:
         prompt = f"prompt={settings.prompt}"
         words = [*DRAFTER, prompt, f"network.port={port}", *settings.project.drafter, run_folder(folder / "drafter")]
@@ -63,6 +67,21 @@ def show_speculative(settings: DemoSettings, folder: Path) -> dict[str, Any]:
         figures["ms_per_token_p50"],
         figures["bytes_sent"],
         figures["bytes_received"],
+    )
+    return figures
+
+
+def show_split_training(settings: DemoSettings, folder: Path) -> dict[str, Any]:
+    """Two processes with half of a model each fine-tune it; one with all of it does the same for comparison."""
+    log.info("3 of 3: two processes with half of the model each train an adapter, gradients cross between them")
+    figures = last_line([*SPLIT_TRAIN, *settings.project.split_training, run_folder(folder)], settings)
+    log.info(
+        "loss %.4f -> %.4f, at most %.1g from the unsplit run's; %.1f MB crossed a step; picture: %s",
+        figures["loss_by_step"][0],
+        figures["loss_by_step"][-1],
+        figures.get("largest_loss_difference", float("nan")),
+        figures["boundary_bytes_per_step"] / 1e6,
+        figures["plots"][0],
     )
     return figures
 

@@ -17,6 +17,8 @@ class DemoProjectSettings:
     """Of speculative.verifier."""
     drafter: list[str]
     """Of speculative.drafter; the prompt is the demonstration's own."""
+    split_training: list[str]
+    """Of split.train."""
     part_timeout_seconds: float
     """Longest that one part may take."""
 

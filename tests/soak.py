@@ -21,6 +21,7 @@ from lab.bench import write_report
 from lab.environment import commit
 from tests.speculative.identity import Compared, compare_everything, compare_random, smollm2_subject
 from tests.split.kills import kill_at_random
+from tests.split.training_kills import kill_while_training
 from tests.wire_fuzz import fuzz, server_process
 
 HOSTILE_FRAMES = 200_000
@@ -28,6 +29,7 @@ COMPARED_TOKENS = 50_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
+LEARNER_KILLS = 10
 
 
 def hostile_frames() -> dict[str, Any]:
@@ -56,8 +58,18 @@ def shards_killed() -> dict[str, Any]:
     return {"ok": came.same_tokens, **asdict(came)}
 
 
+def learners_killed() -> dict[str, Any]:
+    """A training over two shard processes, of which one is killed (SIGKILL) at 10 random steps: no loss differs from
+    the whole model's, which nobody kills."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = kill_while_training(LEARNER_KILLS, seed=1, folder=Path(folder), words=["tracking=none"])
+    figures = {name: came.result[name] for name in ("steps", "recoveries", "largest_loss_difference")}
+    return {"ok": came.same_losses and came.kills == LEARNER_KILLS, "kills": came.kills, **figures}
+
+
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
-    run.__name__: run for run in (hostile_frames, speculative_identity, smollm2_identity, shards_killed)
+    run.__name__: run
+    for run in (hostile_frames, speculative_identity, smollm2_identity, shards_killed, learners_killed)
 }
 
 

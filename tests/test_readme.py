@@ -16,7 +16,9 @@ from lab.matrix.grid import make_cells, sort_words
 from lab.matrix.settings import MatrixSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
+from split.merge_settings import MergeSettings
 from split.settings import SplitSettings
+from split.train_settings import SplitTrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +42,9 @@ PROVED_ELSEWHERE = {
 COMPOSED = {
     "python -m speculative.": ("spec_decoding", SpeculativeSettings),
     "python simulations/link.py": ("link", LinkRunSettings),
+    "python -m split.train": ("split_train", SplitTrainSettings),
+    "python -m split.learn": ("split_train", SplitTrainSettings),
+    "python -m split.merge": ("split_merge", MergeSettings),
     "python -m split.": ("split_inf", SplitSettings),
 }
 """Roles that wait for a peer: their own tests run them, here their words compose."""
