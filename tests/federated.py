@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,23 @@ def small_settings(path: Path, num_clients: int, *overrides: str) -> FederatedSe
     return compose_settings("fed_learn", " ".join(on_jsonl(path, num_clients, *overrides)), FederatedSettings)
 
 
-class InProcessGrid(Grid):
-    """Clients in this process, behind Flower's own serialisation: every message becomes bytes and is read from them.
+def in_order(ids: list[str]) -> list[str]:
+    """Replies in the order in which they were asked for."""
+    return ids
 
-    `wire` keeps those bytes. A client app that raises is answered for as Flower's simulation does.
+
+class MemoryGrid(Grid):
+    """A grid in this process: what is pushed waits until its reply is pulled, and is answered only then.
+
+    `order` sorts what waits; only the first of it can be pulled.
     """
 
-    def __init__(self, app: ClientApp, num_clients: int) -> None:
+    def __init__(self, partitions: dict[int, int], order: Callable[[list[str]], list[str]] = in_order) -> None:
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-        self.app = app
-        self.nodes = {1_000 + 7 * index: index for index in range(num_clients)}
+        self.partitions = partitions
+        self.order = order
+        self.sent: list[Message] = []
         self.waiting: dict[str, Message] = {}
-        self.wire: list[bytes] = []
-        self.numbers = itertools.count()
 
     @property
     def run(self) -> Run:
@@ -78,32 +82,57 @@ class InProcessGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
+        return list(self.partitions)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = f"m{next(self.numbers)}"
+            message.metadata.__dict__["_message_id"] = f"m{len(self.sent)}"
+            self.sent.append(message)
             self.waiting[message.metadata.message_id] = self.carry(message)
             ids.append(message.metadata.message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        for message in [self.waiting.pop(key) for key in message_ids if key in self.waiting]:
-            yield self.carry(self.answer(message))
+        wanted = set(message_ids)
+        while self.waiting and (first := self.order(list(self.waiting))[0]) in wanted:
+            message = self.waiting.pop(first)
+            answer = self.answer(message, self.partitions[message.metadata.dst_node_id])
+            if answer is not None:
+                yield self.carry(answer)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return list(self.pull_messages(self.push_messages(messages)))
 
-    def answer(self, message: Message) -> Message:
+    @abstractmethod
+    def answer(self, message: Message, partition: int) -> Message | None:
+        """The reply of the node with that partition; None when it never comes."""
+
+    def carry(self, message: Message) -> Message:
+        """What arrives of a message."""
+        return message
+
+
+class InProcessGrid(MemoryGrid):
+    """A client app in this process, behind Flower's own serialisation: messages become bytes and are read from them.
+
+    `wire` keeps those bytes. A client app that raises is answered for as Flower's simulation does.
+    """
+
+    def __init__(self, app: ClientApp, num_clients: int) -> None:
+        super().__init__({1_000 + 7 * index: index for index in range(num_clients)})
+        self.app = app
+        self.wire: list[bytes] = []
+
+    def answer(self, message: Message, partition: int) -> Message:
         node_id = message.metadata.dst_node_id
-        node_config = {"partition-id": self.nodes[node_id], "num-partitions": len(self.nodes)}
+        node_config = {"partition-id": partition, "num-partitions": len(self.partitions)}
         context = Context(1, node_id, node_config, RecordDict(), {})  # type: ignore[arg-type]
         try:
             reply = self.app(message, context)
         except Exception as error:
             reply = Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
-        reply.metadata.__dict__["_message_id"] = f"r{next(self.numbers)}"
+        reply.metadata.__dict__["_message_id"] = f"reply to {message.metadata.message_id}"
         return reply
 
     def carry(self, message: Message) -> Message:

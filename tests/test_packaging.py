@@ -87,7 +87,7 @@ def run_script(site: Path, elsewhere: Path, module: str, *arguments: str) -> sub
 
 
 def test_console_script_finds_conf_outside_the_checkout(site: Path, tmp_path: Path) -> None:
-    done = run_script(site, tmp_path, "simulations.fed_sim", "--cfg", "job", "model=random", "seed=7")
+    done = run_script(site, tmp_path, "simulations.demo", "--cfg", "job", "model=random", "seed=7")
     assert done.returncode == 0, done.stderr
     assert "seed: 7\n" in done.stdout
     assert "name: random-1M\n" in done.stdout
@@ -100,7 +100,7 @@ def test_conf_of_the_installation_is_the_one_that_is_read(site: Path, tmp_path: 
     shutil.copytree(site, marked)
     file = marked / "conf" / "model" / "random.yaml"
     file.write_text(file.read_text().replace("name: random-1M", "name: installed-copy"))
-    done = run_script(marked, tmp_path, "simulations.fed_sim", "--cfg", "job", "model=random")
+    done = run_script(marked, tmp_path, "simulations.demo", "--cfg", "job", "model=random")
     assert "name: installed-copy\n" in done.stdout, done.stderr
 
 
@@ -110,7 +110,7 @@ def test_an_incomplete_wheel_is_noticed(site: Path, tmp_path: Path, missing: str
     broken = tmp_path / "site"
     shutil.copytree(site, broken)
     (broken / missing).unlink()
-    done = run_script(broken, tmp_path, "simulations.fed_sim", "--cfg", "job", "model=random")
+    done = run_script(broken, tmp_path, "simulations.demo", "--cfg", "job", "model=random")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
 

@@ -1,7 +1,5 @@
 import json
-import os
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ from fl.adapters import AdapterIndex
 from fl.bench_settings import FederatedBenchProjectSettings, FederatedBenchSettings
 from fl.settings import FederatedSettings, WireDtype
 from fl.strategy import RoundFold
-from lab.entry import compose_settings
+from lab.entry import Run, compose_settings
 from lab.lora import fresh_adapter
-from lab.settings import UserError
+from lab.settings import UserError, to_plain
 from tests.federated import on_jsonl, write_dialogues
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,24 +119,20 @@ def test_a_server_that_grows_is_caught(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.real
-def test_a_toy_run_of_all_parts_writes_its_report(tmp_path: Path) -> None:
+def test_a_toy_run_of_all_parts_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_dialogues(tmp_path / "data.jsonl", 30)
-    small = [f'"{override}"' for override in on_jsonl(data, 2, "project.partition_by=iid")]
+    small = [f'"{override}"' for override in on_jsonl(data, 2, "project.partition_by=iid", "project.workers=1")]
     overrides = [
         f"project.adapter_bytes={MIB}", "project.many_replies=20", "project.turns=2", "project.size_models=[random]",
         f"project.scale=[{','.join(small)}]", f"project.compare=[{','.join(small)}]", "project.compare_seeds=[0]",
         f"project.report={tmp_path / 'report.json'}", "project.run_timeout_seconds=270",
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "fl.bench", *overrides],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=290, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    line = json.loads(done.stdout.splitlines()[-1])
+    settings = compose_settings("fed_bench", " ".join(map(shlex.quote, overrides)), FederatedBenchSettings)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = bench.run(settings, Run(tmp_path / "run"))
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["benchmark"] == "fl"
-    assert report["rows"] == line["rows"]
+    assert report["rows"] == to_plain(done["rows"])
     assert [row["part"] for row in report["rows"]] == ["folding", "memory", "message", "scale", "comparison"]
     simulation, comparison = report["rows"][3:]
     assert (simulation["num_clients"], simulation["rounds_completed"], simulation["refused"]) == (2, 2, 0)

@@ -12,7 +12,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping as ClientSideClipping
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as ServerSideClipping
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl.adapters import ADAPTER, ARRAYS, INDEX, AdapterIndex, from_records, pack, to_array_record, to_records
@@ -29,6 +28,7 @@ from fl.strategy import (
     RoundReport,
     WeightedFedAvg,
 )
+from tests.federated import MemoryGrid, in_order
 
 Handler = Callable[[Message, int], RecordDict | Error | None]
 MIB = 1 << 20
@@ -39,50 +39,18 @@ def _inside_a_run() -> None:
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 
-class FakeGrid(Grid):
-    """A grid in memory: each node holds a partition, a handler answers, replies arrive in the order asked for."""
+class FakeGrid(MemoryGrid):
+    """A handler answers."""
 
-    def __init__(self, partitions: dict[int, int], handler: Handler, order: Callable[[list[str]], list[str]]) -> None:
-        self.partitions = partitions
+    def __init__(
+        self, partitions: dict[int, int], handler: Handler, order: Callable[[list[str]], list[str]] = in_order
+    ) -> None:
+        super().__init__(partitions, order)
         self.handler = handler
-        self.order = order
-        self.sent: list[Message] = []
-        self.waiting: dict[str, Message] = {}
 
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.partitions)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = f"m{len(self.sent)}"
-            self.sent.append(message)
-            self.waiting[message.metadata.message_id] = message
-            ids.append(message.metadata.message_id)
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """The next reply in this grid's order, if it is among those asked for; made only now."""
-        wanted = set(message_ids)
-        while self.waiting and (first := self.order(list(self.waiting))[0]) in wanted:
-            message = self.waiting.pop(first)
-            answer = self.handler(message, self.partitions[message.metadata.dst_node_id])
-            if isinstance(answer, Error) or answer is not None:
-                yield Message(answer, reply_to=message)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        ids = self.push_messages(messages)
-        return list(self.pull_messages(ids))
+    def answer(self, message: Message, partition: int) -> Message | None:
+        answer = self.handler(message, partition)
+        return None if answer is None else Message(answer, reply_to=message)
 
 
 def state_of(values: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
@@ -126,10 +94,6 @@ def strategy_for(index: AdapterIndex = INDEX_32, **changes: Any) -> WeightedFedA
     return WeightedFedAvg(index, **{**settings, **changes})
 
 
-def in_order(ids: list[str]) -> list[str]:
-    return ids
-
-
 def run(
     grid: Grid, strategy: WeightedFedAvg, num_rounds: int = 2
 ) -> tuple[dict[str, torch.Tensor], list[RoundReport], dict[str, float]]:
@@ -146,7 +110,7 @@ def bytes_of(state: dict[str, torch.Tensor]) -> bytes:
 
 def test_all_orders_of_six_replies_give_the_same_bytes_and_metrics() -> None:
     strategy = strategy_for()
-    grid = FakeGrid(NODES, train, in_order)
+    grid = FakeGrid(NODES, train)
     arrays = to_array_record(pack(INITIAL, INDEX_32))
     messages = list(strategy.configure_train(1, arrays, ConfigRecord({"lr": 0.1}), grid))
     replies = [Message(train(message, NODES[message.metadata.dst_node_id]), reply_to=message) for message in messages]
@@ -169,7 +133,7 @@ def test_the_round_loop_gives_the_same_bytes_in_any_order_of_arrival() -> None:
 
 
 def test_the_weighted_mean_is_that_of_numpy_and_metrics_follow_their_own_weights() -> None:
-    grid = FakeGrid(NODES, train, in_order)
+    grid = FakeGrid(NODES, train)
     adapter, [report], evaluate = run(grid, strategy_for(), num_rounds=1)
     answers = [train(message, NODES[message.metadata.dst_node_id]) for message in grid.sent[:6]]
     weights = [10 + 3 * NODES[message.metadata.dst_node_id] for message in grid.sent[:6]]
@@ -190,7 +154,7 @@ def test_the_weighted_mean_is_that_of_numpy_and_metrics_follow_their_own_weights
 
 
 def test_round_two_starts_from_round_one_and_messages_carry_round_ttl_and_config() -> None:
-    grid = FakeGrid(NODES, train, in_order)
+    grid = FakeGrid(NODES, train)
     adapter, reports, _ = run(grid, strategy_for())
     assert [report.round for report in reports] == [1, 2]
     received, _ = from_records(grid.sent[6].content)
@@ -205,7 +169,7 @@ def test_round_two_starts_from_round_one_and_messages_carry_round_ttl_and_config
 @pytest.mark.parametrize("dtype", list(WireDtype))
 def test_flowers_own_start_gives_the_same_bytes(dtype: WireDtype) -> None:
     index = AdapterIndex.of(INITIAL, dtype)
-    ours, reports, _ = run(FakeGrid(NODES, train, in_order), strategy_for(index), num_rounds=3)
+    ours, reports, _ = run(FakeGrid(NODES, train), strategy_for(index), num_rounds=3)
     result = strategy_for(index).start(
         FakeGrid(NODES, train, lambda ids: ids[::-1]),
         to_array_record(pack(INITIAL, index)),
@@ -219,18 +183,39 @@ def test_flowers_own_start_gives_the_same_bytes(dtype: WireDtype) -> None:
 
 
 def test_differential_privacy_wrappers_run_and_without_noise_and_clipping_change_next_to_nothing() -> None:
-    plain, _, _ = run(FakeGrid(NODES, train, in_order), strategy_for(), num_rounds=2)
+    plain, _, _ = run(FakeGrid(NODES, train), strategy_for(), num_rounds=2)
     for wrapper in (ServerSideClipping, ClientSideClipping):
         wrapped = wrapper(strategy_for(), noise_multiplier=0.0, clipping_norm=1e6, num_sampled_clients=6)
-        result = wrapped.start(FakeGrid(NODES, train, in_order), to_array_record(pack(INITIAL, INDEX_32)), num_rounds=2)
+        result = wrapped.start(FakeGrid(NODES, train), to_array_record(pack(INITIAL, INDEX_32)), num_rounds=2)
         private, _ = from_records(RecordDict({ARRAYS: result.arrays, INDEX: ConfigRecord({INDEX: INDEX_32.encode()})}))
         for name in plain:
             torch.testing.assert_close(private[name], plain[name], rtol=1e-5, atol=1e-6)
     # The clipping one is no wrapper around nothing: a tight norm keeps the adapter close to where it began.
     clipped = ServerSideClipping(strategy_for(), noise_multiplier=0.0, clipping_norm=1e-3, num_sampled_clients=6)
-    result = clipped.start(FakeGrid(NODES, train, in_order), to_array_record(pack(INITIAL, INDEX_32)), num_rounds=1)
+    result = clipped.start(FakeGrid(NODES, train), to_array_record(pack(INITIAL, INDEX_32)), num_rounds=1)
     assert np.linalg.norm(result.arrays[ADAPTER].numpy() - pack(INITIAL, INDEX_32)) <= 1.001e-3
     assert np.linalg.norm(pack(plain, INDEX_32) - pack(INITIAL, INDEX_32)) > 0.1
+
+
+@pytest.mark.parametrize("wrapper", [ServerSideClipping, ClientSideClipping])
+def test_the_noise_of_differential_privacy_is_on_every_value_in_its_size_and_of_its_seed(wrapper: Any) -> None:
+    """Gaussian, of deviation noise_multiplier * clipping_norm / num_sampled_clients (arXiv 1710.06963), by numpy."""
+    big = state_of(np.linspace(-1, 1, 10_000))
+    index = AdapterIndex.of(big, WireDtype.float32)
+
+    def mean(noise_multiplier: float, seed: int) -> np.ndarray[Any, Any]:
+        wrapped = wrapper(strategy_for(index), noise_multiplier, clipping_norm=300.0, num_sampled_clients=6)
+        np.random.seed(seed)
+        result = wrapped.start(FakeGrid(NODES, train), to_array_record(pack(big, index)), num_rounds=1)
+        return result.arrays[ADAPTER].numpy()
+
+    plain, noisy = mean(0.0, 1), mean(0.02, 1)
+    noise = noisy - plain
+    assert abs(noise.std() - 1.0) < 0.05, "10 of its standard errors"
+    assert abs(noise.mean()) < 0.05
+    assert np.count_nonzero(noise) > 0.999 * index.size
+    assert noisy.tobytes() == mean(0.02, 1).tobytes()
+    assert noisy.tobytes() != mean(0.02, 2).tobytes()
 
 
 def spoil(content: RecordDict, how: str) -> RecordDict | Error:
@@ -339,7 +324,7 @@ def test_a_bad_reply_is_refused_once_by_name_and_leaves_no_trace(
     """The round with the bad client among six is byte for byte the round of the other five, wherever it comes."""
     bad = 1_000 + 7 * 2
     others = {node_id: partition for node_id, partition in NODES.items() if node_id != bad}
-    want, [want_report], _ = run(FakeGrid(others, train, in_order), strategy_for(num_clients=5), num_rounds=1)
+    want, [want_report], _ = run(FakeGrid(others, train), strategy_for(num_clients=5), num_rounds=1)
 
     def handler(message: Message, partition: int) -> RecordDict | Error:
         content = train(message, partition)
@@ -367,7 +352,7 @@ def test_a_client_that_never_answers_is_counted_out_after_its_time(monkeypatch: 
     def handler(message: Message, partition: int) -> RecordDict | None:
         return None if partition == 3 and message.metadata.message_type == "train" else train(message, partition)
 
-    _, [report], _ = run(FakeGrid(NODES, handler, in_order), strategy_for(message_ttl_seconds=0.2), num_rounds=1)
+    _, [report], _ = run(FakeGrid(NODES, handler), strategy_for(message_ttl_seconds=0.2), num_rounds=1)
     [refusal] = report.refused
     assert refusal.node_id == 1_021
     assert "time to live" in refusal.reason
@@ -380,7 +365,7 @@ def test_a_message_that_cannot_be_sent_is_counted_out() -> None:
             messages = list(messages)
             return [] if messages[0].metadata.dst_node_id == 1_000 else super().push_messages(messages)
 
-    _, [report], _ = run(Deaf(NODES, train, in_order), strategy_for(), num_rounds=1)
+    _, [report], _ = run(Deaf(NODES, train), strategy_for(), num_rounds=1)
     assert [refusal.node_id for refusal in report.refused] == [1_000]
 
 
@@ -394,7 +379,7 @@ def test_a_round_without_a_good_reply_ends_the_run_and_keeps_the_last_adapter() 
         RoundFailed, match=r"train round 2 ended without one good reply: node 1000 raised an error"
     ) as e:
         strategy_for().run(
-            FakeGrid(NODES, handler, in_order),
+            FakeGrid(NODES, handler),
             INITIAL,
             num_rounds=3,
             train_config={},
@@ -405,7 +390,7 @@ def test_a_round_without_a_good_reply_ends_the_run_and_keeps_the_last_adapter() 
     assert bytes_of(e.value.adapter) == bytes_of(reports[0].adapter)
     assert len(e.value.refused) == 6
     with pytest.raises(RoundFailed, match="train round 2"):
-        strategy_for().start(FakeGrid(NODES, handler, in_order), to_array_record(pack(INITIAL, INDEX_32)), num_rounds=3)
+        strategy_for().start(FakeGrid(NODES, handler), to_array_record(pack(INITIAL, INDEX_32)), num_rounds=3)
 
 
 def test_an_evaluation_without_a_good_reply_is_an_error() -> None:
@@ -413,13 +398,13 @@ def test_an_evaluation_without_a_good_reply_is_an_error() -> None:
         return Error(8) if message.metadata.message_type == "evaluate" else train(message, partition)
 
     with pytest.raises(RoundFailed, match="evaluate round 1"):
-        run(FakeGrid(NODES, handler, in_order), strategy_for(), num_rounds=1)
+        run(FakeGrid(NODES, handler), strategy_for(), num_rounds=1)
 
 
 def test_start_names_the_node_that_the_superlink_answers_for(caplog: pytest.LogCaptureFixture) -> None:
     """Flower's own replies (time to live, node gone) come from node 1, the SuperLink."""
     strategy = strategy_for()
-    grid = FakeGrid(NODES, train, in_order)
+    grid = FakeGrid(NODES, train)
     messages = list(strategy.configure_train(1, to_array_record(pack(INITIAL, INDEX_32)), ConfigRecord(), grid))
     grid.push_messages(messages)
     replies = [Message(train(message, 0), reply_to=message) for message in messages[1:]]
@@ -438,11 +423,11 @@ def test_it_waits_for_the_clients_and_says_so_then_gives_up(caplog: pytest.LogCa
             return list(self.partitions)[: min(self.looks, 6)]
 
     with caplog.at_level(logging.INFO, logger="fl.strategy"):
-        _, [report], _ = run(Slow(NODES, train, in_order), strategy_for(register_timeout_seconds=5.0), num_rounds=1)
+        _, [report], _ = run(Slow(NODES, train), strategy_for(register_timeout_seconds=5.0), num_rounds=1)
     assert len(report.clients) == 6
     assert "waiting for clients: 1 of 6 clients are registered" in caplog.text
     with pytest.raises(NodesMissing, match=r"6 of 7 clients are registered after .*register_timeout_seconds=0.05"):
-        run(FakeGrid(NODES, train, in_order), strategy_for(num_clients=7))
+        run(FakeGrid(NODES, train), strategy_for(num_clients=7))
 
 
 def test_later_rounds_go_on_with_the_clients_that_are_left(caplog: pytest.LogCaptureFixture) -> None:
@@ -451,7 +436,7 @@ def test_later_rounds_go_on_with_the_clients_that_are_left(caplog: pytest.LogCap
             grid.partitions.pop(1_000, None)  # it leaves when all have answered in round 1
         return train(message, partition)
 
-    grid = FakeGrid(dict(NODES), handler, in_order)
+    grid = FakeGrid(dict(NODES), handler)
     _, reports, _ = run(grid, strategy_for())
     assert [len(report.clients) for report in reports] == [6, 5]
     assert "5 of 6 clients are registered" in caplog.text
@@ -464,7 +449,7 @@ def test_a_fraction_is_drawn_over_partitions_so_that_node_ids_do_not_matter() ->
         return train(message, partition)
 
     def partitions(nodes: dict[int, int], seed: int) -> list[list[int | None]]:
-        grid = FakeGrid(nodes, handler, in_order)
+        grid = FakeGrid(nodes, handler)
         _, reports, _ = run(grid, strategy_for(fraction=0.5, seed=seed), num_rounds=4)
         assert sum(message.metadata.message_type == "query" for message in grid.sent) == 6
         return [[row.partition_id for row in report.clients] for report in reports]
@@ -482,7 +467,7 @@ def test_bytes_are_those_of_the_real_messages() -> None:
     index = AdapterIndex.of(big, WireDtype.float32)
     reports: list[RoundReport] = []
     strategy_for(index).run(
-        FakeGrid(NODES, train, in_order),
+        FakeGrid(NODES, train),
         big,
         num_rounds=1,
         train_config={},
@@ -533,7 +518,7 @@ def test_the_round_loop_holds_one_reply_at_a_time() -> None:
         return content
 
     def peak(clients: int) -> int:
-        grid = FakeGrid({100 + number: number for number in range(clients)}, handler, in_order)
+        grid = FakeGrid({100 + number: number for number in range(clients)}, handler)
         tracemalloc.start()
         try:
             strategy_for(index, num_clients=clients).run(

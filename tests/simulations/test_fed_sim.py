@@ -271,7 +271,7 @@ def test_when_every_client_fails_one_line_says_why_and_the_last_adapter_is_there
     ray_folder: Path, folder: Path
 ) -> None:
     (folder / "bad.jsonl").write_text("not json\n" * 4)
-    done = run(ray_folder, folder / "bad", on_jsonl(folder / "bad.jsonl", 2))
+    done = run(ray_folder, folder / "bad", on_jsonl(folder / "bad.jsonl", 2, "project.workers=1"))
     assert (done.code, done.out) == (1, "")
     [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: round 1 had no good reply: 1 of 2 clients raised an error")
@@ -317,11 +317,10 @@ def wait_for(path: Path, process: Any) -> None:
 
 @pytest.mark.real
 def test_the_real_model_in_nf4_learns(ray_folder: Path, folder: Path) -> None:
-    overrides = [
-        "model=smollm2_135m", "project.num_clients=2", "project.rounds=1", "project.local_steps=2", "device.threads=1",
-        "project.data.sequence_length=64", "project.data.max_held_out=4", "project.optimization.warmup_steps=0",
-        "project.data.max_examples=16", "tracking=none",
-    ]  # fmt: skip
+    real = ["model=smollm2_135m", "model.quantization=nf4", "project.optimization.warmup_steps=0"]
+    small = ["project.rounds=1", "project.workers=1", "device.threads=2", "project.data.max_held_out=2"]
+    path = write_dialogues(folder / "real.jsonl", 20)
+    overrides = on_jsonl(path, 2, *real, *small)
     line = run(ray_folder, folder / "real", overrides).last_line
     assert line["model"] == "SmolLM2-135M-Instruct"
     assert line["eval_loss_after"] < line["eval_loss_before"] < 5
