@@ -30,11 +30,11 @@ import torch
 from flwr.app import Message, MetricRecord
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl.adapters import AdapterIndex, linear_shapes, message_bytes, pack, to_records
+from fl.adapters import AdapterIndex, message_bytes, pack, to_records
 from fl.aggregation import ExactMean
 from fl.bench_settings import FederatedBenchProjectSettings, FederatedBenchSettings
 from fl.settings import FederatedSettings, WireDtype
-from fl.sizes import base_bytes
+from fl.sizes import base_bytes, linear_shapes
 from fl.strategy import METRICS, WEIGHT, WeightedFedAvg
 from lab import entry
 from lab.bench import Sample, interleaved, judged, ratio, write_report
@@ -152,9 +152,7 @@ def message(name: str) -> Row:
 def adapter_of(model: ModelSettings, rank: int) -> dict[str, torch.Tensor]:
     """An adapter under PEFT's names, from the model's numbers alone; noise, since Flower sends equal chunks once."""
     numbers = model.architecture
-    shapes = linear_shapes(
-        numbers.hidden_size, numbers.intermediate_size, numbers.heads, numbers.kv_heads, numbers.head_dim
-    )
+    shapes = linear_shapes(numbers)
     adapter = {}
     for layer in range(numbers.layers):
         for target in model.lora_targets:

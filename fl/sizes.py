@@ -4,45 +4,54 @@ from __future__ import annotations
 
 from typing import Any
 
-from fl.adapters import adapter_bytes, base_model_bytes
 from fl.settings import FederatedSettings, WireDtype
 from lab import entry
-from lab.settings import Dtype, ModelSettings
+from lab.settings import ArchitectureSettings, Dtype, ModelSettings, UserError
 
 DTYPE_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 
 
 def base_bytes(model: ModelSettings) -> int:
-    """Bytes of the base model's parameters in `model.dtype`, from the numbers of its architecture."""
+    """Bytes of the base model's parameters in `model.dtype`, from the numbers of its architecture.
+
+    Linear layers, two norms a layer and a last one, the embedding, and the head unless it is tied to it; Qwen2 has a
+    bias on queries, keys and values, Qwen3 a norm (one vector of head_dim) on queries and on keys.
+    """
     numbers = model.architecture
-    return base_model_bytes(
-        hidden_size=numbers.hidden_size,
-        intermediate_size=numbers.intermediate_size,
-        num_layers=numbers.layers,
-        num_heads=numbers.heads,
-        num_kv_heads=numbers.kv_heads,
-        head_dim=numbers.head_dim,
-        vocab_size=numbers.vocabulary,
-        tied_embeddings=numbers.tied_embeddings,
-        bytes_per_value=DTYPE_BYTES[model.dtype],
-        qk_norm=numbers.family == "qwen3",
-    )
+    layer = sum(out * into for out, into in linear_shapes(numbers).values()) + 2 * numbers.hidden_size
+    layer += (numbers.family == "qwen2") * (numbers.heads + 2 * numbers.kv_heads) * numbers.head_dim
+    layer += (numbers.family == "qwen3") * 2 * numbers.head_dim
+    embeddings = numbers.vocabulary * numbers.hidden_size * (1 if numbers.tied_embeddings else 2)
+    return (numbers.layers * layer + embeddings + numbers.hidden_size) * DTYPE_BYTES[model.dtype]
 
 
 def travelling_bytes(model: ModelSettings, rank: int, dtype: WireDtype) -> int:
-    """Bytes of one adapter on the wire."""
-    numbers = model.architecture
-    return adapter_bytes(
-        hidden_size=numbers.hidden_size,
-        intermediate_size=numbers.intermediate_size,
-        num_layers=numbers.layers,
-        num_heads=numbers.heads,
-        num_kv_heads=numbers.kv_heads,
-        head_dim=numbers.head_dim,
-        target_modules=model.lora_targets,
-        rank=rank,
-        dtype=dtype,
-    )
+    """Bytes of one adapter on the wire.
+
+    A LoRA pair on a linear layer in -> out has rank * (in + out) values (Hu et al. 2021, arXiv 2106.09685). UserError
+    for a target module that such a decoder does not have.
+    """
+    shapes = linear_shapes(model.architecture)
+    for module in model.lora_targets:
+        if module not in shapes:
+            raise UserError(f"model.lora_targets must be among {sorted(shapes)}, got {module!r}")
+    values = sum(rank * sum(shapes[module]) for module in set(model.lora_targets))
+    return values * model.architecture.layers * dtype.itemsize
+
+
+def linear_shapes(numbers: ArchitectureSettings) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer in one llama-like decoder layer, by module name."""
+    hidden, intermediate = numbers.hidden_size, numbers.intermediate_size
+    queries, keys = numbers.heads * numbers.head_dim, numbers.kv_heads * numbers.head_dim
+    return {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
 
 
 def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:

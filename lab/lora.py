@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,9 +42,16 @@ def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraSettings) -> 
         if target not in present:
             known = ", ".join(present)
             raise UserError(f"model.lora_targets must be linear modules of the model ({known}), got {target!r}")
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 a question under its old name
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    with quiet_peft():
         return get_peft_model(model, lora_config(targets, lora))
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that peft 0.21 asks transformers 5.23 a question under its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def fresh_adapter(settings: ModelSettings, lora: LoraSettings, seed: int) -> dict[str, torch.Tensor]:
@@ -76,7 +85,8 @@ def apply_adapter(base: LoadedModel, folder: str) -> PeftModel:
     place = Path(folder).expanduser().absolute()
     check_adapter_folder(place, base.checkpoint.identity)
     try:
-        model = PeftModel.from_pretrained(base.model, place, is_trainable=False)
+        with quiet_peft():
+            model = PeftModel.from_pretrained(base.model, place, is_trainable=False)
     except (RuntimeError, ValueError) as error:  # PEFT's answers to tensors of other shapes, to modules that are none
         raise _misfit(place, " ".join(str(error).split())[:300]) from None
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))

@@ -30,23 +30,21 @@ VERIFIER, DRAFTER = ("-m", "speculative.verifier"), ("-m", "speculative.drafter"
 def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
     """The parts in turn; a part that fails ends the demonstration with its own words on stderr."""
     begin = time.perf_counter()
-    federated = show_federated(settings, place.folder / "federated")
-    speculative = show_speculative(settings, place.folder)
-    training = show_split_training(settings, place.folder / "split_training")
-    parts = {"federated": federated, "speculative": speculative, "split training": training}
+    parts: dict[str, Any] = {}
+    for number, (name, show) in enumerate(PARTS.items(), start=1):
+        log.info("%d of %d, %s", number, len(PARTS), show.__doc__)
+        parts[name] = show(settings, place.folder / name)
+    titled = {name.replace("_", " "): figures for name, figures in parts.items()}
     return {
-        "federated": federated,
-        "speculative": speculative,
-        "split_training": training,
-        "plots": [*federated["plots"], *training["plots"]],
-        "report": write_demo_page(place.folder / "report.html", parts),
+        **parts,
+        "plots": [plot for figures in parts.values() for plot in figures.get("plots", [])],
+        "report": write_demo_page(place.folder / "report.html", titled),
         "wall_seconds": time.perf_counter() - begin,
     }
 
 
 def show_federated(settings: DemoSettings, folder: Path) -> dict[str, Any]:
-    """Sites fine-tune one adapter together."""
-    log.info("1 of 3: four sites fine-tune one model, none of them shows its text")
+    """federated: sites fine-tune one adapter together, none of them shows its text."""
     figures = last_line([*FED_SIM, *settings.project.federated, run_folder(folder)], settings)
     losses = [figures["eval_loss_before"], *figures["eval_loss_by_round"]]
     log.info("held-out loss %s; picture: %s", " -> ".join(f"{loss:.4f}" for loss in losses), figures["plots"][0])
@@ -54,8 +52,7 @@ def show_federated(settings: DemoSettings, folder: Path) -> dict[str, Any]:
 
 
 def show_speculative(settings: DemoSettings, folder: Path) -> dict[str, Any]:
-    """A drafter and a verifier, two processes, one text."""
-    log.info("2 of 3: a drafter guesses, a verifier in another process checks; the text is the verifier's own")
+    """speculative: a drafter guesses, a verifier in another process checks; the text is the verifier's own."""
     with verifier(settings, folder / "verifier") as port:
         prompt = f"prompt={settings.prompt}"
         words = [*DRAFTER, prompt, f"network.port={port}", *settings.project.drafter, run_folder(folder / "drafter")]
@@ -72,8 +69,7 @@ def show_speculative(settings: DemoSettings, folder: Path) -> dict[str, Any]:
 
 
 def show_split_training(settings: DemoSettings, folder: Path) -> dict[str, Any]:
-    """Two processes with half of a model each fine-tune it; one with all of it does the same for comparison."""
-    log.info("3 of 3: two processes with half of the model each train an adapter, gradients cross between them")
+    """split training: two processes with half of a model each train an adapter, gradients cross between them."""
     figures = last_line([*SPLIT_TRAIN, *settings.project.split_training, run_folder(folder)], settings)
     log.info(
         "loss %.4f -> %.4f, at most %.1g from the unsplit run's; %.1f MB crossed a step; picture: %s",
@@ -84,6 +80,9 @@ def show_split_training(settings: DemoSettings, folder: Path) -> dict[str, Any]:
         figures["plots"][0],
     )
     return figures
+
+
+PARTS = {"federated": show_federated, "speculative": show_speculative, "split_training": show_split_training}
 
 
 @contextmanager

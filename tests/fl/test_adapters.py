@@ -13,15 +13,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fl.adapters import (
     ADAPTER,
     ARRAYS,
     INDEX,
     AdapterIndex,
-    adapter_bytes,
-    base_model_bytes,
     from_float32,
     from_records,
     index_from,
@@ -46,14 +44,6 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "vocab_size": 101,
-}
-NUMBERS: dict[str, Any] = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_layers": 3,
-    "num_heads": 6,
-    "num_kv_heads": 2,
-    "head_dim": 16,
 }
 
 
@@ -259,55 +249,6 @@ def test_content_without_an_index_or_array_is_refused() -> None:
             packed_from(content, index)
     array.data, array.stype = good, "numpy.ndarray"
     assert packed_from(content, index).tolist() == [1.0] * 6
-
-
-@pytest.mark.parametrize("targets", [LINEAR, ["q_proj", "v_proj"]])
-def test_adapter_bytes_from_numbers_alone_are_those_of_peft(targets: list[str]) -> None:
-    state = read_from(small_model(targets))
-    for dtype in WireDtype:
-        index = AdapterIndex.of(state, dtype)
-        assert index.tensor_bytes == adapter_bytes(**NUMBERS, target_modules=targets, rank=4, dtype=dtype)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(
-    ("config", "model", "extra"),
-    [
-        (LlamaConfig, LlamaForCausalLM, {}),
-        (Qwen2Config, Qwen2ForCausalLM, {"qkv_bias": True}),
-        (Qwen3Config, Qwen3ForCausalLM, {"qk_norm": True}),
-    ],
-)
-def test_base_model_bytes_from_numbers_alone_are_those_of_transformers(
-    config: Any, model: Any, extra: dict[str, bool], tied: bool
-) -> None:
-    parts = {key: value for key, value in SMALL.items() if not (key == "head_dim" and config is Qwen2Config)}
-    numbers = NUMBERS | {"head_dim": 8 if config is Qwen2Config else 16}
-    real = model(config(**parts, tie_word_embeddings=tied))
-    want = base_model_bytes(**numbers, vocab_size=101, tied_embeddings=tied, bytes_per_value=4, **extra)
-    assert sum(value.nbytes for value in real.parameters()) == want
-
-
-def test_known_models_have_their_known_sizes() -> None:
-    llama: dict[str, Any] = {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_layers": 32,
-        "num_heads": 32,
-        "num_kv_heads": 8,
-    }
-    total = base_model_bytes(**llama, head_dim=128, vocab_size=128256, tied_embeddings=False, bytes_per_value=1)
-    assert total == 8_030_261_248  # parameters, as on Llama-3.1-8B's model card
-    wire = adapter_bytes(**llama, head_dim=128, target_modules=["q_proj", "v_proj"], rank=8, dtype=WireDtype.float32)
-    assert wire == 13_631_488
-
-
-@pytest.mark.parametrize(
-    ("rank", "target", "message"), [(0, "q_proj", "rank must be"), (8, "c_attn", "target_modules")]
-)
-def test_impossible_adapters_are_refused(rank: int, target: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        adapter_bytes(**NUMBERS, target_modules=[target], rank=rank, dtype=WireDtype.float32)
 
 
 def test_an_adapter_read_from_one_model_and_loaded_into_another_makes_them_equal() -> None:

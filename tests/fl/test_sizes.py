@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fl.sizes import DTYPE_BYTES, base_bytes, travelling_bytes
 from lab.entry import compose_settings
 from lab.lora import lora_config
 from lab.models import load_config
-from lab.settings import ModelSettings
+from lab.settings import ArchitectureSettings, ModelSettings
 
 
 def settings_of(model: str) -> FederatedSettings:
@@ -59,6 +60,22 @@ def test_sizes_are_those_of_a_real_skeleton_these_numbers(model: str) -> None:
     assert base_bytes(settings.model) == DTYPE_BYTES[settings.model.dtype] * base
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "down_proj"]])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_sizes_of_other_families_numbers_and_targets(family: str, tied: bool, targets: list[str]) -> None:
+    settings = settings_of("random")
+    numbers = ArchitectureSettings(
+        family=family, layers=3, hidden_size=48, intermediate_size=80, heads=6, kv_heads=2, vocabulary=101, context=64,
+        head_dim=8 if family == "qwen2" else 16,  # Qwen2 has no other than hidden_size / heads
+        tied_embeddings=tied,
+    )  # fmt: skip
+    model = replace(settings.model, architecture=numbers, lora_targets=targets)
+    adapter, base = counted(replace(settings, model=model), from_numbers(model))
+    assert travelling_bytes(model, settings.project.lora.rank, WireDtype.float32) == 4 * adapter
+    assert base_bytes(model) == DTYPE_BYTES[model.dtype] * base
+
+
 @pytest.mark.parametrize("model", ["random", "smollm2_135m"])
 def test_the_numbers_in_conf_are_those_of_the_model_itself(model: str) -> None:
     settings = settings_of(model)
@@ -91,3 +108,6 @@ def test_the_command_says_what_travels_and_what_does_not(
     assert json.loads(line)["adapter_bytes"] == 13_631_488 // 2
     code, line = command(monkeypatch, capsys, "model=llama3_8b", "project.lora.rank=0")
     assert (code, line) == (2, "error: project.lora.rank must be at least 1, got 0")
+    code, line = command(monkeypatch, capsys, "model=llama3_8b", "model.lora_targets=[c_attn]")
+    assert code == 2
+    assert line.startswith("error: model.lora_targets must be among ['down_proj', ")
