@@ -18,6 +18,10 @@ from lab.settings import UserError
 Document = Mapping[str, Any]
 
 
+_LEGEND = "Yellow is good. Hatched cells failed, and say why."
+_LEGEND_OF_RATIOS = " Ratios are this sweep's median over the other's: green is better than the other, brown is worse."
+
+
 def load_sweep(key: str, folder: str) -> Document:
     """The sweep.json of a sweep's folder. UserError, naming the setting `key`, when there is none with results."""
     file = Path(folder).expanduser() / "sweep.json"
@@ -69,7 +73,7 @@ def sections_of(table: Table, plots: list[Path], other: Table | None) -> list[Se
         setup["compared with"] = f"{other.sweep['model']} on {other.sweep['device']}, commit {other.sweep['commit']}"
     sections = [
         Section(title="Setup", facts=setup),
-        Section(title="Pictures", pictures=plots, text="Yellow is good. Hatched cells failed, and say why."),
+        Section(title="Pictures", pictures=plots, text=_LEGEND + (_LEGEND_OF_RATIOS if other else "")),
         _figures(table),
     ]
     if table.failures:

@@ -206,35 +206,38 @@ def _lines(picture: Picture, metric: Metric, along: str) -> Figure:
     figure, axes = plt.subplots(figsize=(10.0, 5.6), layout="constrained")
     across = picture.down if along == picture.across else picture.across
     samples = []
-    for index, value in enumerate(picture.values(across)):
+    for colour, value in zip(itertools.cycle(sns.color_palette("colorblind")), picture.values(across)):
         rows = [row for row in picture.rows if across is None or row.point[across] == value]
-        known = [(row.point[along], _scaled(row.sample(metric), metric)) for row in rows]
-        drawn = sorted((place, sample) for place, sample in known if sample is not None)
-        samples.append([sample for _, sample in drawn])
-        places = [place for place, _ in drawn]
-        colour = sns.color_palette("colorblind")[index % 10]
-        name = None if across is None else f"{picture.label(across)} = {_tick(value)}"
-        axes.plot(places, [sample.median for _, sample in drawn], marker="o", color=colour, label=name)
-        low, high = [sample.low for _, sample in drawn], [sample.high for _, sample in drawn]
-        axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
-        for row in rows:
-            if row.failed is not None:
-                axes.axvline(row.point[along], color=colour, linestyle=":", linewidth=1)
-                at = (row.point[along], 0.98)
-                axes.text(
-                    *at,
-                    f" {row.failed['failure']}",
-                    transform=axes.get_xaxis_transform(),
-                    rotation=90,
-                    va="top",
-                    fontsize=8,
-                )
+        name = metric.title if across is None else f"{picture.label(across)} = {_tick(value)}"
+        samples.append(_draw_line(axes, rows, metric, along, colour, name))
+        _mark_failures(axes, rows, along, colour)
     axes.set_xlabel(picture.label(along))
     axes.set_ylabel(f"{metric.label}, {metric.better} is better")
     _set_title(figure, picture.title(_heading(metric.title, samples)))
-    if across is not None:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure
+
+
+def _draw_line(axes: Axes, rows: Sequence[Row], metric: Metric, along: str, colour: Any, name: str) -> list[Sample]:
+    """Medians with a band from the smallest to the largest; what was drawn."""
+    known = [(row.point[along], _scaled(row.sample(metric), metric)) for row in rows]
+    drawn = sorted((place, sample) for place, sample in known if sample is not None)
+    places, samples = [place for place, _ in drawn], [sample for _, sample in drawn]
+    axes.plot(places, [sample.median for sample in samples], marker="o", color=colour, label=name)
+    low, high = [sample.low for sample in samples], [sample.high for sample in samples]
+    axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+    return samples
+
+
+def _mark_failures(axes: Axes, rows: Sequence[Row], along: str, colour: Any) -> None:
+    """A dotted line where a cell failed; each reason once below the picture."""
+    named = set()
+    for row in rows:
+        if row.failed is not None:
+            reason = row.failed["failure"]
+            label = None if reason in named else f"failed: {reason}"
+            axes.axvline(row.point[along], color=colour, linestyle=":", linewidth=1.5, label=label)
+            named.add(reason)
 
 
 def _heading(title: str, samples: Sequence[Sequence[Sample | None]]) -> str:
