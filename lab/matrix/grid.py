@@ -143,9 +143,12 @@ def _value_at(settings: dict[str, Any], key: str, word: str) -> Any:
 
 
 def look_up(document: Any, key: str) -> Any:
-    """The value at a dotted key, None where there is none."""
+    """The value at a dotted key, None where there is none; `losses.-1` is the last of a list."""
     for name in key.split("."):
-        document = document.get(name) if isinstance(document, dict) else None
+        if isinstance(document, list) and re.fullmatch(r"-?\d+", name):
+            document = document[int(name)] if -len(document) <= int(name) < len(document) else None
+        else:
+            document = document.get(name) if isinstance(document, dict) else None
     return document
 
 

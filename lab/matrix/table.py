@@ -29,8 +29,8 @@ class Metric:
 
     @property
     def column(self) -> str:
-        """Its name in results.csv: in its own unit, which the name says."""
-        return self.figure.rpartition(".")[2]
+        """Its name in results.csv, where it stands in its own unit: the last part that is no place in a list."""
+        return [name for name in self.figure.split(".") if not name.lstrip("-").isdecimal()][-1]
 
     @property
     def label(self) -> str:

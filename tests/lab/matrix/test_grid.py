@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lab.entry import compose_settings
-from lab.matrix.grid import Cell, make_cells, sort_words
+from lab.matrix.grid import Cell, look_up, make_cells, sort_words
 from lab.matrix.settings import MatrixSettings, SweepSettings
 from lab.matrix.sources import sources_digest
 from lab.matrix.sweep import plan
@@ -85,6 +85,24 @@ def test_what_is_wrong_is_one_line(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         cells(*words)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("a.b", 1), ("a", {"b": 1}), ("c.-1", 3), ("c.0", 2), ("c.2", None), ("c.x", None), ("a.b.c", None)],
+)
+def test_figures_are_looked_up_by_dotted_key(key: str, value: object) -> None:
+    assert look_up({"a": {"b": 1}, "c": [2, 3]}, key) == value
+
+
+def test_every_preset_names_its_pillars_context_and_batch() -> None:
+    """Each composes, and its cells take a context window and a batch size."""
+    for file in sorted((ROOT / "conf" / "matrix").glob("*.yaml")):
+        found = cells(f"matrix={file.stem}", "model=random")
+        assert len(found) == 9
+        labels = [sweep_settings(f"matrix={file.stem}").labels[key] for key in found[0].point]
+        assert labels[0] == "context window (tokens)"
+        assert labels[1].startswith("batch size (")
 
 
 def signatures(*words: str, device: str = "cpu") -> list[str]:
