@@ -120,7 +120,7 @@ def _text(value: Any) -> str:
         return number(value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
+    return "; ".join(map(_text, value)) if isinstance(value, list) else str(value)
 
 
 def main() -> None:
