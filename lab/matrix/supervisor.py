@@ -33,6 +33,8 @@ class Job:
 
     arguments: list[str]
     """The whole command line."""
+    working_folder: str
+    """Where relative paths of its settings begin, if this machine has it."""
     folder: str
     """Where its stdout.log and stderr.log go."""
     time_limit_seconds: float
@@ -114,6 +116,7 @@ def supervise(job: Job, abandoned: threading.Event) -> Outcome | None:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
+            cwd=job.working_folder if Path(job.working_folder).is_dir() else None,
             env=_environment(job),
             start_new_session=True,
         )

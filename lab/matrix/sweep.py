@@ -126,6 +126,7 @@ def _job(run: CellRun, sweep: SweepSettings) -> Job:
             *(sys.executable, "-m", sweep.command),
             *(*run.cell.words, *QUIET, f"hydra.run.dir={json.dumps(str(folder))}"),
         ],
+        working_folder=str(Path.cwd()),
         folder=str(folder),
         time_limit_seconds=sweep.time_limit_seconds,
         memory_limit_bytes=int(sweep.memory_limit_gib * 2**30),

@@ -1,12 +1,15 @@
-"""The same cells on Ray: same figures; a worker that is killed costs only its cell; an address that does not answer."""
+"""The same cells on Ray: same figures; what a lost worker or node took along runs again; an address that is silent."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +20,81 @@ from lab.matrix.on_ray import check_answers
 from lab.settings import UserError
 from tests.lab.matrix.sweeps import command, environment, started, sweep_here
 
-ON_RAY = ("matrix.launcher=ray", "matrix.address=local", "matrix.memory_limit_gib=1")
 DEADLINE = 120.0
+AXES: dict[str, list[Any]] = {"prompt": ["ok", "slow"], "project.matrix_size": [1, 2]}
+
+TWO_NODES = """
+import sys
+from ray.cluster_utils import Cluster
+memory = {"object_store_memory": 80 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
+nodes = [cluster.add_node(num_cpus=1, memory=2**31, **memory) for _ in range(2)]
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+"""Cells run on the two nodes behind the head."""
 
 
-def wait_for_worker(sweep: subprocess.Popen[Any], log: Path) -> tuple[psutil.Process, psutil.Process]:
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """The address of a cluster of two nodes on this machine, as processes of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWO_NODES], cwd=tmp_path, env=environment(tmp_path), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    family: list[psutil.Process] = []
+    try:
+        address = process.stdout.readline().strip()
+        assert address, "the cluster did not start"
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield address
+    finally:
+        process.communicate(timeout=60)
+        for member in family:
+            if member.is_running():
+                member.kill()
+
+
+def wait_for_worker(sweep: subprocess.Popen[str], log: Path) -> tuple[psutil.Process, psutil.Process]:
     """The Ray worker that has a slow cell, and that cell."""
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         assert sweep.poll() is None
-        slow = (
-            [line.split() for line in log.read_text().splitlines() if line.startswith("slow")] if log.exists() else []
-        )
-        if slow:
-            cell = psutil.Process(int(slow[0][-1]))
-            return next(one for one in cell.parents() if "ray::" in " ".join(one.cmdline())), cell
+        for line in log.read_text().splitlines() if log.exists() else []:
+            if line.startswith("slow"):
+                cell = psutil.Process(int(line.split()[-1]))
+                return next(one for one in cell.parents() if "ray::" in " ".join(one.cmdline())), cell
         time.sleep(0.02)
     raise AssertionError("no worker took the slow cell")
 
 
 @pytest.mark.real
-def test_a_killed_worker_costs_only_its_cell_which_runs_again(tmp_path: Path) -> None:
-    axes: dict[str, list[Any]] = {"prompt": ["ok", "slow"], "project.matrix_size": [1, 2]}
+@pytest.mark.parametrize("lost", ["worker", "node"])
+def test_what_is_lost_costs_only_its_cell_which_runs_again(tmp_path: Path, cluster: str, lost: str) -> None:
+    on_ray = ("matrix.launcher=ray", f"matrix.address={cluster}", "matrix.memory_limit_gib=1")
     sweep = subprocess.Popen(
-        command(tmp_path, axes, *ON_RAY), cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
+        command(tmp_path, AXES, *on_ray), cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    worker, cell = wait_for_worker(sweep, tmp_path / "log")
-    os.kill(worker.pid, signal.SIGKILL)
-    assert not psutil.wait_procs([cell], timeout=10)[1], "the cell outlived its worker"
-    out, errors = sweep.communicate(timeout=DEADLINE)
+    try:
+        worker, cell = wait_for_worker(sweep, tmp_path / "log")
+        victim = worker if lost == "worker" else worker.parents()[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        assert not psutil.wait_procs([cell], timeout=15)[1], "the cell outlived its worker"
+        out, errors = sweep.communicate(timeout=DEADLINE)
+    finally:
+        sweep.kill()
     assert sweep.returncode == 0, errors
-    assert '"cells": 4, "ok": 4, "failed": 0' in out
+    last = json.loads(out.splitlines()[-1])
+    assert (last["cells"], last["ok"], last["failed"]) == (4, 4, 0)
     counts = {line: started(tmp_path).count(line) for line in started(tmp_path)}
     assert sorted(counts.values()) == [1, 1, 1, 2], counts
-    on_ray = sweep_here(tmp_path, axes, f"matrix.results={tmp_path}/results/matrix")
-    here = sweep_here(tmp_path / "here", axes)
-    assert on_ray.skipped == 4, "the same signatures"
-    assert [r["figures"] for r in on_ray.document["results"]] == [r["figures"] for r in here.document["results"]]
+    again = sweep_here(tmp_path, AXES, f"matrix.results={tmp_path}/results/matrix")
+    assert again.skipped == 4, "the same signatures on Ray and here"
+    here = sweep_here(tmp_path / "here", AXES).document["results"]
+    assert [result["figures"] for result in again.document["results"]] == [result["figures"] for result in here]
 
 
 @pytest.mark.real

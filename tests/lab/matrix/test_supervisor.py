@@ -23,6 +23,7 @@ FAKE = Path(__file__).with_name("fake_cell.py")
 def job(folder: Path, what: str, time_limit_seconds: float = 60.0, memory_limit_bytes: int = 2**33) -> Job:
     return Job(
         arguments=[sys.executable, str(FAKE), f"prompt={what}", "project.matrix_size=2"],
+        working_folder=str(folder),
         folder=str(folder / what),
         time_limit_seconds=time_limit_seconds,
         memory_limit_bytes=memory_limit_bytes,
@@ -130,6 +131,15 @@ def test_the_thread_count_is_that_of_whoever_asked(tmp_path: Path, monkeypatch: 
             **(asdict(job(tmp_path, "ok")) | {"arguments": [sys.executable, "-c", code], "omp_threads": omp_threads})
         )
         assert run_job(asked).figures == {"threads": omp_threads}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_relative_paths_begin_where_whoever_asked_stands(tmp_path: Path, there: bool) -> None:
+    code = "import json, os; print(json.dumps({'stands': os.getcwd()}))"
+    stands = tmp_path if there else tmp_path / "only on another machine"
+    words = {"arguments": [sys.executable, "-c", code], "working_folder": str(stands)}
+    outcome = run_job(Job(**(asdict(job(tmp_path, "ok")) | words)))
+    assert outcome.figures == {"stands": str(tmp_path if there else Path.cwd())}
 
 
 def test_several_at_once_in_their_order_and_stopped_in_the_middle(tmp_path: Path) -> None:
