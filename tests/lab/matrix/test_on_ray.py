@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +40,14 @@ cluster.shutdown()
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
-    """The address of a cluster of two nodes on this machine, as processes of its own."""
+    """The address of a cluster of two nodes on this machine, as processes of its own.
+
+    In a folder of its own, or another test's ray.init() would take it for its own (and a short one: sockets are in it).
+    """
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     process = subprocess.Popen(
-        [sys.executable, "-c", TWO_NODES], cwd=tmp_path, env=environment(tmp_path), stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        [sys.executable, "-c", TWO_NODES], cwd=tmp_path, env=environment(tmp_path) | {"RAY_TMPDIR": folder},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     family: list[psutil.Process] = []
@@ -55,6 +61,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
         for member in family:
             if member.is_running():
                 member.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for_worker(sweep: subprocess.Popen[str], log: Path) -> tuple[psutil.Process, psutil.Process]:
