@@ -113,7 +113,13 @@ def backend(settings: FederatedSettings) -> dict[str, Any]:
     gpus = torch.cuda.device_count() if open_device(settings.device).type == "cuda" else 0
     log.info("simulating %d clients on %d Ray workers (1 core, %.2f GPU each)", clients, workers, gpus / workers)
     return {
-        "init_args": {"num_cpus": workers, "num_gpus": gpus, "logging_level": "ERROR", "log_to_driver": False},
+        "init_args": {
+            "address": "local",  # also where a cluster runs already, which takes no `num_cpus` from us
+            "num_cpus": workers,
+            "num_gpus": gpus,
+            "logging_level": "ERROR",
+            "log_to_driver": False,
+        },
         "client_resources": {
             "num_cpus": 1,
             "num_gpus": gpus / workers,

@@ -70,6 +70,7 @@ def start(
     command = [sys.executable, *(driver or [str(ROOT / "simulations" / "fed_sim.py")])]
     environment = os.environ | {
         "RAY_TMPDIR": str(ray_folder),
+        "RAY_ADDRESS": "127.0.0.1:1",  # a cluster that is not ours to use: a simulation has its own
         "PYTHONPATH": f"{path}{os.pathsep}{ROOT}" if path else str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }
