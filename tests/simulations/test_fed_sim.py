@@ -29,6 +29,7 @@ from lab.lora import fresh_adapter, lora_config
 from lab.models import prepare_checkpoint
 from simulations import fed_sim
 from tests.federated import CANARY, files_below, leaks, on_jsonl, small_settings, write_dialogues
+from tests.wandb_files import held, wandb_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 240.0
@@ -210,23 +211,6 @@ def test_metrics_and_the_offline_run_hold_every_figure_of_the_last_line(watched:
     missing = [key for key, value in figures.items() if not held(kept, key, value)]
     assert not missing
     assert not held(kept, "eval_loss_after", figures["eval_loss_after"] + 1e-9), "another figure is not found"
-
-
-def held(kept: bytes, key: str, value: Any) -> bool:
-    leaves = value if isinstance(value, list) else [value]
-    return key.encode() in kept and all(json.dumps(leaf).encode() in kept for leaf in leaves)
-
-
-def wandb_text(file: Path) -> bytes:
-    """A W&B file without the headers of its blocks (a LevelDB log: crc, length, type before each piece)."""
-    data, kept, place = file.read_bytes(), b"", 7
-    while place + 7 <= len(data):
-        length = int.from_bytes(data[place + 4 : place + 6], "little")
-        kept += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-    return kept
 
 
 @pytest.mark.real
