@@ -60,7 +60,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, fo
         tracker.log(index, **as_row(parts, [f"shard{place + 1}" for place in range(len(reports))]))
     figures = _figures(settings, tokenizer, text, engine, reports, apart)
     _print_table(figures["shards"])
-    figures["picture"] = draw(reports, _single(apart), folder / "split.png", settings.model.name)
+    figures["plots"] = [draw(reports, _single(apart), folder / "split.png", settings.model.name)]
     return figures
 
 
