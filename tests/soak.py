@@ -9,6 +9,8 @@ Writes benchmarks/results/soak-<commit>.json; exit code 1 when a run found somet
 from __future__ import annotations
 
 import json
+import random
+import statistics
 import sys
 import tempfile
 import time
@@ -22,11 +24,14 @@ import psutil
 from lab.bench import write_report
 from lab.entry import compose_settings
 from lab.environment import commit
+from speculative.settings import Mode
 from split.boundary import Boundary
 from split.joining import join_shards, make_side
 from split.local_shards import LocalShards
 from split.settings import SplitSettings
 from tests.speculative.identity import Compared, compare_everything, compare_random, smollm2_subject
+from tests.speculative.kills import KINDS
+from tests.speculative.kills import kill_at_random as kill_drafting
 from tests.split import hostile, kills, texts
 from tests.split.training_kills import kill_while_training
 from tests.wire_fuzz import fuzz, server_process
@@ -36,6 +41,7 @@ COMPARED_TOKENS = 50_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
+DRAFTING_KILLS = 100
 LEARNER_KILLS = 10
 DETECTION_SECONDS = 2.0
 START_SECONDS = 120.0
@@ -53,13 +59,19 @@ def hostile_frames() -> dict[str, Any]:
 
 def speculative_identity() -> dict[str, Any]:
     """Tokens of speculative text that differ from the target's own, float64, all sources and lengths: none may."""
-    compared = compare_random(COMPARED_TOKENS)
+    compared = compare_random(COMPARED_TOKENS, Mode.sync)
+    return {"ok": not compared.flips, **_figures(compared)}
+
+
+def async_identity() -> dict[str, Any]:
+    """The same in mode async, at random delays."""
+    compared = compare_random(COMPARED_TOKENS, Mode["async"])
     return {"ok": not compared.flips, **_figures(compared)}
 
 
 def smollm2_identity() -> dict[str, Any]:
     """The same with SmolLM2 in float32, about 2,000 tokens: only ties may flip."""
-    compared = compare_everything(smollm2_subject(), SMOLLM2_TOKENS_A_TEXT, whole=False)
+    compared = compare_everything(smollm2_subject(), SMOLLM2_TOKENS_A_TEXT, Mode.sync, whole=False)
     return {"ok": all(flip.margin < LARGEST_TIE for flip in compared.flips), **_figures(compared)}
 
 
@@ -114,6 +126,15 @@ def split_texts() -> dict[str, Any]:
     return {"ok": not came.differing, **asdict(came)}
 
 
+def drafting_killed() -> dict[str, Any]:
+    """Texts whose verifier or link goes at 100 random points (SIGKILL, reset, half-open, stall), mode async:
+    the target's own tokens."""
+    came = kill_drafting(random.Random(2).choices(KINDS, k=DRAFTING_KILLS), seed=2)
+    times = sorted(came.resume_seconds)
+    figures = {"resume_seconds_median": statistics.median(times), "resume_seconds_most": times[-1]}
+    return {"ok": came.same_text, "kills": came.kills, "resumes": came.resumes, **figures}
+
+
 def learners_killed() -> dict[str, Any]:
     """A training over two shard processes, of which one is killed (SIGKILL) at 10 random steps: no loss differs from
     the whole model's, which nobody kills."""
@@ -126,7 +147,7 @@ def learners_killed() -> dict[str, Any]:
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
-        *(hostile_frames, speculative_identity, smollm2_identity),
+        *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed),
     )
 }
