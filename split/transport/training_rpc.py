@@ -197,7 +197,8 @@ class RpcTraining(RpcChain):
 
     def lost(self, error: RuntimeError) -> ShardLost:
         """What one of torch's errors means for a run."""
-        self._lost = self._lost or ShardLost(f"a shard is gone ({str(error).strip().splitlines()[0]})")
+        said = " ".join(str(error).split())[:300]  # who, then what was raised there
+        self._lost = self._lost or ShardLost(f"a shard is gone ({said})")
         return self._lost
 
     def _link(self) -> None:
