@@ -23,7 +23,7 @@ from simulations.demo_settings import DemoSettings
 log = logging.getLogger(__name__)
 
 FED_SIM = (str(Path(__file__).with_name("fed_sim.py")),)
-SPLIT_TRAIN = ("-m", "split.train")
+SPLIT, SPLIT_TRAIN = ("-m", "split.infer"), ("-m", "split.train")
 VERIFIER, DRAFTER = ("-m", "speculative.verifier"), ("-m", "speculative.drafter")
 
 
@@ -68,6 +68,21 @@ def show_speculative(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     return figures
 
 
+def show_split(settings: DemoSettings, folder: Path) -> dict[str, Any]:
+    """split: two processes with half of a model each write one text, hidden states cross between them."""
+    words = [*SPLIT, f"prompt={settings.prompt}", *settings.project.split, run_folder(folder)]
+    figures = last_line(words, settings)
+    log.info(
+        "%d tokens, %.0f ms a token, %d bytes forward and %d back; picture: %s",
+        len(figures["token_ids"]),
+        1000 * (figures["token_seconds_p50"] or float("nan")),
+        figures["boundary_bytes_per_token"],
+        figures["return_bytes_per_token"],
+        figures["plots"][0],
+    )
+    return figures
+
+
 def show_split_training(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """split training: two processes with half of a model each train an adapter, gradients cross between them."""
     figures = last_line([*SPLIT_TRAIN, *settings.project.split_training, run_folder(folder)], settings)
@@ -82,7 +97,12 @@ def show_split_training(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     return figures
 
 
-PARTS = {"federated": show_federated, "speculative": show_speculative, "split_training": show_split_training}
+PARTS = {
+    "federated": show_federated,
+    "speculative": show_speculative,
+    "split": show_split,
+    "split_training": show_split_training,
+}
 
 
 @contextmanager

@@ -17,6 +17,8 @@ class DemoProjectSettings:
     """Of speculative.verifier."""
     drafter: list[str]
     """Of speculative.drafter; the prompt is the demonstration's own."""
+    split: list[str]
+    """Of split.infer; the same prompt."""
     split_training: list[str]
     """Of split.train."""
     part_timeout_seconds: float

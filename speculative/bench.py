@@ -128,7 +128,7 @@ def text_bytes(prompt_length: int, rounds: Sequence[Round]) -> int:
         draft = Draft(epoch=epoch, position=position)
         total += len(encode(TABLE, MessageType.draft, 1, draft, pack_tokens(done.guesses)))
         epoch += done.accepted < len(done.guesses)
-        verdict = Verdict(epoch=epoch, position=position, accepted=done.accepted)
+        verdict = Verdict(epoch=epoch, position=position, accepted=done.accepted, prefix=None)
         total += len(encode(TABLE, MessageType.verdict, 1, verdict, pack_tokens(done.ids)))
         position += len(done.tokens)
     return total
@@ -158,7 +158,7 @@ def _speak(settings: SpeculativeSettings, target: RemoteTarget, cell: Cell, new_
         size = target.welcome.vocabulary_size
         drafts = open_drafts(settings, open_device(settings.device), request.sampling, texts, size)
     tally = Tally()
-    for done in speculate(target, drafts, request, cell.draft_length, target.welcome.end_ids):
+    for done in speculate(target, drafts, request, target.welcome.end_ids):
         tally.add(done)
     drafts.close()
     return tally
@@ -169,7 +169,7 @@ def _of_cell(settings: SpeculativeSettings, cell: Cell, new_tokens: int) -> Spec
         settings.project,
         mode=cell.mode,
         max_new_tokens=new_tokens,
-        draft=replace(settings.project.draft, source=DraftSource.synthetic),
+        draft=replace(settings.project.draft, source=DraftSource.synthetic, length=str(max(1, cell.draft_length))),
     )
     return replace(settings, project=project)
 

@@ -73,7 +73,7 @@ def figures_of(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": tokens / max(text["generation_seconds"] for text in texts),
         "token_seconds_p50": statistics.median(text["ms_per_token_p50"] for text in texts) / 1000,
         "time_to_first_token_seconds": statistics.median(text["time_to_first_token_seconds"] for text in texts),
-        "alpha": sum(text["drafts_accepted"] for text in texts) / checked if checked else None,
+        "alpha": sum(text["drafts_accepted"] + text["drafts_late"] for text in texts) / checked if checked else None,
     }
 
 

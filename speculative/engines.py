@@ -44,21 +44,24 @@ class OpenTarget:
     model: str
     """Name for people."""
     dtype: str
+    bytes_per_token: int
+    """Of keys and values; 0 where they are not here."""
 
 
 def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarget:
     """The engine that `settings` name for the verifier. UserError for what it cannot do."""
     project = settings.project
     if project.engine is EngineKind.synthetic:
-        return OpenTarget(_synthetic_target(project), [], "synthetic", "none")
+        return OpenTarget(_synthetic_target(project), [], "synthetic", "none", 0)
     if project.engine is EngineKind.split:
         return OpenTarget(
-            _split_target(settings), end_ids_of(settings.model), settings.model.name, settings.model.dtype.name
+            _split_target(settings), end_ids_of(settings.model), settings.model.name, settings.model.dtype.name, 0
         )
     loaded = load_model(settings.model, device)
     rows = project.max_draft_length + 1 if project.exact_shapes else None
     engine = _local_engine(_with_adapter(loaded, settings.model), project, project.sessions, rows)
-    return OpenTarget(engine, end_ids(loaded.model), settings.model.name, settings.model.dtype.name)
+    name, dtype, size = settings.model.name, settings.model.dtype.name, engine.cache.bytes_per_position
+    return OpenTarget(engine, end_ids(loaded.model), name, dtype, size)
 
 
 def open_drafts(

@@ -7,6 +7,7 @@ Knows nothing about networks; an event loop is never blocked by it.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
-from speculative.verifying import Ended, Outcome, Verifier
+from speculative.text import Outcome
+from speculative.verifying import Verifier
 
-Call = Callable[[Verifier], Ended | None]
+Call = Callable[[Verifier], list[Outcome] | None]
 Deliver = Callable[[list[Outcome]], None]
 
 
@@ -59,18 +61,24 @@ class ForwardThread:
             self.finished.set_result(None)
 
     def _turn(self) -> bool:
-        """Do every call that is there, then one tick; returns whether to go on."""
+        """Do every call that is there, then a tick unless it is worth waiting for more; returns whether to go on."""
         outcomes: list[Outcome] = []
-        calls = [self._calls.get()] if self._verifier.is_idle else []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                calls.append(self._calls.get_nowait())
-        for call in calls:
+        for call in self._take(self._verifier.patience()):
             if call is None:
                 return False
-            if (ended := call(self._verifier)) is not None:
-                outcomes.append(ended)
-        outcomes += self._verifier.tick()
+            outcomes += call(self._verifier) or []
+        if self._verifier.patience() <= 0:
+            outcomes += self._verifier.tick()
         if outcomes:
             self._deliver(outcomes)
         return True
+
+    def _take(self, patience: float) -> list[Call | None]:
+        """Every call that is there; without one, the first that comes within `patience` seconds."""
+        calls: list[Call | None] = []
+        with contextlib.suppress(queue.Empty):
+            if patience > 0:
+                calls.append(self._calls.get(timeout=None if patience == math.inf else patience))
+            while True:
+                calls.append(self._calls.get_nowait())
+        return calls

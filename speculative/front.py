@@ -1,23 +1,25 @@
 """The verifier's front: connections on an event loop, texts in the forward thread, messages between the two.
 
 Sessions of `speculative.messages` and requests of the first protocol (`speculative.protocol`) come in on one port. A
-connection that ends takes its texts with it.
+connection that sends more frames than it may is not cut off: it is read more slowly, and nobody else is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import struct
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from lab.sampling import Sampling
-from lab.wire import BadFrame, Frame, FrameConnection, Peer, WireError, pack_tokens, unpack_tokens
+from lab.wire import BadFrame, Frame, FrameConnection, Peer, PeerSilent, WireError, pack_tokens, unpack_tokens
 from lab.wire.frames import Error, WireType
-from speculative.forward_thread import ForwardThread
+from speculative.forward_thread import Call, ForwardThread
 from speculative.messages import (
     AskVocabulary,
     Close,
@@ -25,13 +27,16 @@ from speculative.messages import (
     MessageType,
     Open,
     Reason,
+    Resume,
     Scores,
     Vocabulary,
     Welcome,
 )
 from speculative.messages import Verdict as VerdictHead
 from speculative.protocol import LeftBetweenMessages, read_msg, write_tokens
-from speculative.verifying import Ended, Outcome, TextRequest, Verdict, Verifier
+from speculative.settings import Mode
+from speculative.text import Ended, Outcome, TextRequest, Verdict
+from speculative.verifying import Verifier
 
 log = logging.getLogger(__name__)
 
@@ -61,23 +66,31 @@ class Front:
         token_texts: Sequence[str],
         tokenizer_fingerprint: str,
         answers: FirstProtocolAnswers,
+        frames_per_second: float,
+        idle_seconds: float,
     ) -> None:
         self._welcome = welcome
         self._token_texts = token_texts
         self._fingerprint = tokenizer_fingerprint
         self._answers = answers
+        self._frames_per_second = frames_per_second
+        self._idle_seconds = idle_seconds
         self._loop = asyncio.get_running_loop()
         self._receivers: dict[Hashable, Callable[[Outcome], None]] = {}
         """Who is told of a text's outcomes, by its key."""
+        self._numbers = itertools.count()
         self.thread = ForwardThread(verifier, self._deliver)
 
     async def serve_frames(self, connection: FrameConnection) -> None:
         """Everything a connection asks for, until it ends."""
         texts = _Texts(self, connection)
+        pace = _Pace(self._frames_per_second, self._loop.time())
         try:
             connection.send(MessageType.welcome, 0, self._welcome)
             while True:
-                texts.take(await connection.recv())
+                texts.take(await self._next_frame(connection, texts))
+                if (seconds := pace.spend(self._loop.time())) > 0:
+                    await asyncio.sleep(seconds)
         except BadFrame as bad:
             texts.refuse(bad)
             raise
@@ -101,19 +114,25 @@ class Front:
             ids = await self._continuation(text, peer)
             await write_tokens(writer, ids, peer=peer, timeout_seconds=self._answers.timeout_seconds)
 
-    def open(self, key: Hashable, request: TextRequest, receiver: Callable[[Outcome], None]) -> None:
-        """Begin a text; `receiver` is told of its outcomes, in the event loop."""
+    def open(self, key: Hashable, receiver: Callable[[Outcome], None], call: Call) -> None:
+        """Begin or resume a text, as `call` does it; `receiver` is told of its outcomes, in the event loop."""
         self._receivers[key] = receiver
-        self.thread.submit(lambda verifier: verifier.open(key, request))
+        self.thread.submit(call)
 
     def offer(self, key: Hashable, draft: Draft, guesses: Sequence[int]) -> None:
         """Hand in guesses."""
-        self.thread.submit(lambda verifier: verifier.offer(key, draft.epoch, draft.position, guesses))
+        now = time.monotonic()
+        self.thread.submit(lambda verifier: verifier.offer(key, draft.epoch, draft.position, guesses, now))
 
     def close(self, key: Hashable) -> None:
         """Forget a text; its receiver is told nothing more."""
-        if self._receivers.pop(key, None) is not None:
-            self.thread.submit(lambda verifier: verifier.close(key))
+        self._receivers.pop(key, None)
+        self.thread.submit(lambda verifier: verifier.close(key))
+
+    def leave(self, key: Hashable) -> None:
+        """Nobody listens to a text any more; its receiver is told nothing."""
+        self._receivers.pop(key, None)
+        self.thread.submit(lambda verifier: verifier.leave(key))
 
     def _deliver(self, outcomes: list[Outcome]) -> None:
         """Called in the forward thread."""
@@ -146,11 +165,11 @@ class Front:
             prompt_ids=prompt_ids,
             sampling=Sampling.greedy(),
             max_new_tokens=self._answers.max_new_tokens,
-            waits=False,
+            mode=Mode["async"],
             threshold=None,
         )
-        key = object()
-        self.open(key, request, receive)
+        key = client = self.new_key()
+        self.open(key, receive, lambda verifier: verifier.open(key, request, client=client))
         try:
             ended = await done
         finally:
@@ -158,6 +177,21 @@ class Front:
         if ended.reason in (Reason.refused, Reason.failed):
             raise BadFrame(peer, f"sent a prompt that cannot be continued: {ended.text}")
         return accepted
+
+    async def _next_frame(self, connection: FrameConnection, texts: _Texts) -> Frame:
+        """What the peer says next. A connection without a text is not worth its place for ever: raises `PeerSilent`."""
+        while True:
+            try:
+                async with asyncio.timeout(self._idle_seconds):
+                    return await connection.recv()
+            except TimeoutError:
+                if texts.is_idle:
+                    what = f"asked for nothing in {self._idle_seconds:g} s"
+                    raise PeerSilent(connection.peer, what) from None
+
+    def new_key(self) -> Hashable:
+        """Something that nothing else is named by."""
+        return next(self._numbers)
 
     def vocabulary(self) -> bytes:
         """The text of every id, as VOCABULARY's body."""
@@ -173,14 +207,47 @@ class Front:
         return self._welcome
 
 
+def _close(ended: Ended) -> Close:
+    return Close(
+        reason=ended.reason,
+        text=ended.text[:1024],
+        step_seconds=ended.step_seconds,
+        row_seconds=ended.row_seconds,
+    )
+
+
+class _Pace:
+    """Frames that a connection may send: so many a second, and what it did not use for a second."""
+
+    def __init__(self, per_second: float, now: float) -> None:
+        self._per_second = per_second
+        self._saved = per_second
+        self._now = now
+
+    def spend(self, now: float) -> float:
+        """A frame has come; returns how long not to read the next one."""
+        self._saved = min(self._per_second, self._saved + (now - self._now) * self._per_second) - 1
+        self._now = now
+        return max(0.0, -self._saved / self._per_second)
+
+
 class _Texts:
     """The texts of one connection."""
 
     def __init__(self, front: Front, connection: FrameConnection) -> None:
         self._front = front
         self._connection = connection
+        self._client = front.new_key()
         self._open: dict[int, Open] = {}
+        """By number; those that have ended are not in it."""
+        self._keys: dict[int, Hashable] = {}
+        """By number, for as long as the peer may still say something of the text."""
         self._asked = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no text."""
+        return not self._open
 
     def take(self, frame: Frame) -> None:
         """Do what a frame asks for. Raises `BadFrame` for what no drafter of ours would send."""
@@ -191,7 +258,7 @@ class _Texts:
             self._offer(frame, head)
         elif isinstance(head, Close):
             self._open.pop(frame.session, None)
-            self._front.close(self._key(frame.session))
+            self._front.close(self._keys.pop(frame.session, None))
         elif isinstance(head, AskVocabulary) and not self._asked:
             self._asked = True
             self._connection.send(MessageType.vocabulary, 0, Vocabulary(), self._front.vocabulary())
@@ -204,37 +271,48 @@ class _Texts:
             self._connection.send(WireType.error, 0, Error(code=type(bad).__name__, text=bad.what[:1024]))
 
     def close(self) -> None:
-        """Forget all texts."""
+        """The connection has ended: nobody listens."""
         for number in self._open:
-            self._front.close(self._key(number))
-
-    def _key(self, number: int) -> Hashable:
-        return id(self._connection), number
+            self._front.leave(self._keys[number])
 
     def _begin(self, frame: Frame, head: Open) -> None:
         peer = self._connection.peer
-        peer.phase = "OPEN"
+        peer.phase = "RESUME" if isinstance(head, Resume) else "OPEN"
         if frame.session in self._open:
             raise BadFrame(peer, f"opened text {frame.session} twice")
         if not self._front.knows(self._connection):
             raise BadFrame(peer, "opened a text with another tokenizer than the target's")
-        limits = self._front.limits
-        ids = unpack_tokens(frame.body, vocabulary_size=limits.vocabulary_size, peer=peer)
+        if head.threshold is not None:
+            log.warning("%s asked for rule cross_entropy: its text will not be the target's own (lossy)", peer)
+        ids = unpack_tokens(frame.body, vocabulary_size=self._front.limits.vocabulary_size, peer=peer)
+        request = self._request(head, ids)
+        key = self._front.new_key()
+
+        def begin(verifier: Verifier) -> list[Outcome]:
+            do = verifier.resume if isinstance(head, Resume) else verifier.open
+            return do(key, request, client=self._client, name=head.name, owner=head.owner)
+
+        self._open[frame.session], self._keys[frame.session] = head, key
+        self._front.open(key, lambda outcome: self._tell(frame.session, outcome), begin)
+
+    def _request(self, head: Open, ids: list[int]) -> TextRequest:
+        peer = self._connection.peer
         try:
             sampling = Sampling(seed=head.seed, temperature=head.temperature, top_k=head.top_k, top_p=head.top_p)
         except ValueError as error:
             raise BadFrame(peer, f"asked for sampling that makes no sense: {error}") from None
-        if head.threshold is not None:
-            log.warning("%s asked for rule cross_entropy: its text will not be the target's own (lossy)", peer)
-        request = TextRequest(
-            prompt_ids=ids,
+        new = head.new_tokens if isinstance(head, Resume) else 0
+        if new > len(ids):
+            raise BadFrame(peer, f"sent {len(ids)} ids and called {new} of them new")
+        return TextRequest(
+            prompt_ids=ids[: len(ids) - new],
+            new_ids=ids[len(ids) - new :],
             sampling=sampling,
             max_new_tokens=head.max_new_tokens,
-            waits=head.waits,
+            mode=head.mode,
             threshold=head.threshold,
+            draft_length=head.draft_length,
         )
-        self._open[frame.session] = head
-        self._front.open(self._key(frame.session), request, lambda outcome: self._tell(frame.session, outcome))
 
     def _offer(self, frame: Frame, head: Draft) -> None:
         peer = self._connection.peer
@@ -245,20 +323,21 @@ class _Texts:
         guesses = unpack_tokens(frame.body, vocabulary_size=limits.vocabulary_size, peer=peer)
         if len(guesses) > limits.max_draft_length:
             raise BadFrame(peer, f"sent {len(guesses)} guesses, at most {limits.max_draft_length} are checked at once")
-        self._front.offer(self._key(frame.session), head, guesses)
+        self._front.offer(self._keys[frame.session], head, guesses)
 
     def _tell(self, number: int, outcome: Outcome) -> None:
         try:
             if isinstance(outcome, Verdict):
                 self._send_verdict(number, outcome)
-            else:
-                self._open.pop(number, None)
-                self._connection.send(MessageType.close, number, Close(reason=outcome.reason, text=outcome.text[:1024]))
+            elif self._open.pop(number, None) is not None:
+                self._connection.send(MessageType.close, number, _close(outcome))
         except WireError as error:  # `serve_frames` sees it, too, and ends
             log.debug("%s", error)
 
     def _send_verdict(self, number: int, verdict: Verdict) -> None:
-        head = VerdictHead(epoch=verdict.epoch, position=verdict.position, accepted=verdict.accepted)
+        head = VerdictHead(
+            epoch=verdict.epoch, position=verdict.position, accepted=verdict.accepted, prefix=verdict.prefix
+        )
         self._connection.send(MessageType.verdict, number, head, pack_tokens(verdict.ids))
         if self._open[number].report:
             numbers = [*verdict.guess_nll, *verdict.margins]

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from lab.network import client_side_tls, make_endpoint
 from lab.settings import UserError
 from speculative.front import TOKENIZER
-from speculative.messages import PROTOCOL, TABLE
-from speculative.remote_target import RemoteTarget, connect
-from speculative.settings import SpeculativeSettings
+from speculative.messages import PROTOCOL, TABLE, Welcome
+from speculative.remote_target import RemoteTarget
+from speculative.settings import DraftSettings, SpeculativeSettings
+from speculative.verifier_connection import VerifierConnection
 from speculative.vocabulary import fingerprint, first_difference
 
 
@@ -25,8 +26,9 @@ def join(settings: SpeculativeSettings, token_texts: Sequence[str]) -> RemoteTar
         UserError: another tokenizer, with the first id that differs; a draft length that this verifier does not take.
     """
     ours = fingerprint(token_texts)
+    network = settings.network
     endpoint = make_endpoint(
-        settings.network,
+        network,
         role="drafter",
         peer_roles=frozenset({"verifier"}),
         table=TABLE,
@@ -34,25 +36,36 @@ def join(settings: SpeculativeSettings, token_texts: Sequence[str]) -> RemoteTar
         fingerprints={TOKENIZER: ours},
         difference=lambda ours, theirs: None,  # compared below, where the id that differs can be named
     )
+    tls = client_side_tls(network)
+
+    def connect() -> VerifierConnection:
+        seconds = network.request_timeout_seconds
+        return VerifierConnection(network.host, network.port, endpoint, tls, request_seconds=seconds)
+
     target = RemoteTarget(
-        connect(settings.network.host, settings.network.port, endpoint, client_side_tls(settings.network)),
+        connect,
+        connect_seconds=network.connect_timeout_seconds,
+        resume_seconds=settings.project.resume_seconds,
+        window=settings.project.draft.window,
         report=settings.project.report or settings.project.check,
-        request_seconds=settings.network.request_timeout_seconds,
     )
     try:
-        if target.fingerprints.get(TOKENIZER) != ours:
-            difference = first_difference(token_texts, target.vocabulary())
+        if target.connection.fingerprints.get(TOKENIZER) != ours:
+            difference = first_difference(token_texts, target.connection.vocabulary())
             raise UserError(f"model {settings.model.name} must have the verifier's tokenizer: {difference}")
-        _check_length(settings.project.draft.length, target.welcome.max_draft_length)
+        _check_credit(settings.project.draft, target.welcome)
     except BaseException:
         target.close()
         raise
     return target
 
 
-def _check_length(length: int, longest: int) -> None:
-    if length > longest:
-        raise UserError(
-            f"project.draft.length must be in [1, {longest}] for this verifier (its project.max_draft_length), "
-            f"got {length}"
-        )
+def _check_credit(draft: DraftSettings, welcome: Welcome) -> None:
+    for name, wanted, most, theirs in (
+        ("length", draft.fixed_length, welcome.max_draft_length, "project.max_draft_length"),
+        ("window", draft.window, welcome.window, "project.draft.window"),
+    ):
+        if wanted > most:
+            raise UserError(
+                f"project.draft.{name} must be in [1, {most}] for this verifier (its {theirs}), got {wanted}"
+            )

@@ -1,17 +1,42 @@
 """What a drafter and a verifier say to each other, as frames of `lab.wire`. Token ids travel raw, 4 bytes each.
 
-    drafter                                 verifier
-                                     <-     WELCOME                     what the target is
-    OPEN(sampling, limits) prompt    ->                                 a text, by its number (the frame's session)
-    DRAFT(epoch, position) guesses   ->                                 guesses for the places from `position` on
-                                     <-     VERDICT(epoch, position, accepted) more ids
-                                     <-     SCORES(position, guesses) numbers     only where OPEN asked for them
-                                     <-     CLOSE(reason, text)         the text is finished, or refused
-    CLOSE(left)                      ->                                 nobody waits for the rest
+    drafter                                  verifier
+                                      <-     WELCOME                     what the target is, and what it takes
+    OPEN(name, owner, sampling) prompt ->                                a text, by its number (the frame's session)
+    RESUME(the same, new tokens) ids  ->                                 the same text again, on another connection
+    DRAFT(epoch, position) guesses    ->                                 guesses for the places from `position` on
+                                      <-     VERDICT(epoch, position, accepted, prefix) ids
+                                      <-     SCORES(position, guesses) numbers     only where OPEN asked for them
+                                      <-     CLOSE(reason, text)         the text is finished, or refused
+    CLOSE(left)                       ->                                 nobody waits for the rest, or it has arrived
 
 The verifier owns the text. A VERDICT says how it goes on: from `position` on come the first `accepted` guesses and then
-the ids in its body. A guess that was not accepted begins a new epoch, and guesses of an older one are dropped unread:
-no DRAFT waits for an answer of its own, so that any number may be under way.
+the ids in its body, whether the target put them there in a pass that checked guesses or in one that it made alone.
+VERDICTs follow each other without a gap, each from where the one before ended. No DRAFT waits for an answer of its own.
+
+Guesses belong to places. Those of one epoch are one run: each DRAFT goes on where the one before ended, or, where the
+target has gone further meanwhile, behind the last token that the drafter was told. Guesses for places that have been
+decided since they left are compared with what stands there: where they agree they have merely come too late, and what
+follows them is as good as ever. The first guess that differs from the text, in a pass or late, ends the epoch.
+
+Both sides see that without being told. The verifier compares guesses with the text when it has both, the drafter when a
+VERDICT comes; they compare the same numbers, so that both count the same epochs. Behind a wrong guess the drafter goes
+back and begins the next epoch at once; the verifier drops what still comes of the old one by its number alone. (A guess
+that was made but not yet sent is simply made anew: only one that was sent can end an epoch.)
+
+At most `window` guesses (WELCOME) may be sent beyond the last place that a VERDICT has told: that is all the credit a
+drafter has, and VERDICTs renew it.
+
+`prefix` is a hash of 64 bits over all ids of the text up to the end of the VERDICT (`prefix_hash`). A drafter that has
+another one holds another text: it gives up. Everything is rebuilt from ids and seed: after a connection ended, by
+whatever, RESUME carries all ids that the drafter was told. A verifier that still has the text (it goes on alone
+meanwhile) answers with a VERDICT of all that came since; one that does not (it was started anew) reads the ids like a
+prompt and goes on. Both begin at epoch 0. A text is named by 64 random bits, and belongs to who knows the 128 that were
+sent with them in OPEN: RESUME of another's text is refused, and one that comes while the old connection still seems to
+live takes the text over.
+
+In mode sync a pass waits for a DRAFT, also an empty one, which is a wish for the target's next token; `prefix` is left
+out, since a DRAFT that answers each VERDICT says by its position whether both hold as much.
 
 ASK_VOCABULARY and VOCABULARY are spoken only when the tokenizers' fingerprints differ, to name what differs.
 """
@@ -24,13 +49,17 @@ import msgspec
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint32, Uint63
 from lab.wire.tokens import TOKEN_BYTES
-from speculative.settings import MAX_DRAFT_LENGTH
+from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
-PROTOCOL = range(1, 2)
+PROTOCOL = range(2, 3)
 MAX_PROMPT_TOKENS = 2**18
 MAX_VOCABULARY_BYTES = 2**24
 MAX_END_IDS = 16
 
+OWNER_BYTES = 16
+
+Uint64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack knows no longer one
+Owner = Annotated[bytes, msgspec.Meta(min_length=OWNER_BYTES, max_length=OWNER_BYTES)]
 EndIds = Annotated[list[Uint32], msgspec.Meta(max_length=MAX_END_IDS)]
 
 
@@ -45,6 +74,7 @@ class MessageType(IntEnum):
     welcome = FIRST_APPLICATION_TYPE + 5
     ask_vocabulary = FIRST_APPLICATION_TYPE + 6
     vocabulary = FIRST_APPLICATION_TYPE + 7
+    resume = FIRST_APPLICATION_TYPE + 8
 
 
 class Reason(Enum):
@@ -56,6 +86,8 @@ class Reason(Enum):
     """It has as many new tokens as were asked for."""
     left = "left"
     """The drafter wants no more of it."""
+    evicted = "evicted"
+    """Nobody has sent a DRAFT for it for too long (mode sync)."""
     refused = "refused"
     """It cannot be served: too long, no room, another tokenizer; the text says which."""
     failed = "failed"
@@ -72,6 +104,9 @@ class Welcome(Head):
     context: Uint32
     """Most tokens of a text, prompt included."""
     max_draft_length: Uint32
+    """Most guesses in one DRAFT, and in one pass."""
+    window: Uint32
+    """Most guesses beyond what the drafter knows of the text."""
     end_ids: EndIds
     """A text ends with any of these."""
 
@@ -79,21 +114,33 @@ class Welcome(Head):
 class Open(Head):
     """A new text; the body is its prompt."""
 
+    name: Uint64
+    """Random; how RESUME finds the text."""
+    owner: Owner
+    """Random, and secret: who knows it owns the text."""
     seed: Uint63
     temperature: float
     top_k: Uint32
     top_p: float
     max_new_tokens: Uint32
-    waits: bool
-    """True: the verifier checks a DRAFT for every pass (sync). False: it goes on alone (target_only)."""
+    mode: Mode
+    draft_length: Uint32
+    """Guesses a round, or as many as pay: 0."""
     threshold: float | None
     """None: rule exact. Else, in nats, what a guess may cost: rule cross_entropy, which is lossy."""
     report: bool
     """Whether SCORES are wanted."""
 
 
+class Resume(Open):
+    """A text that was opened before; the body is its prompt and its new tokens as far as the drafter knows them."""
+
+    new_tokens: Uint32
+    """How many of the ids in the body are new ones, at its end."""
+
+
 class Draft(Head):
-    """Guesses in the body, for the places from `position` on; none is a wish for the target's next token."""
+    """Guesses in the body, for the places from `position` on."""
 
     epoch: Uint32
     position: Uint32
@@ -103,9 +150,11 @@ class Verdict(Head):
     """How the text goes on from `position`: `accepted` guesses, then the ids in the body."""
 
     epoch: Uint32
-    """The epoch from now on."""
+    """The epoch from now on, as far as the verifier has seen guesses."""
     position: Uint32
     accepted: Uint32
+    prefix: Uint64 | None
+    """`prefix_hash` of the text, these tokens included; None in mode sync."""
 
 
 class Scores(Head):
@@ -122,6 +171,10 @@ class Close(Head):
 
     reason: Reason
     text: LongText
+    step_seconds: float = 0.0
+    """What a pass of the target over one row takes, as measured; 0: not known."""
+    row_seconds: float = 0.0
+    """And each further row."""
 
 
 class AskVocabulary(Head):
@@ -140,7 +193,9 @@ TABLE = MessageTable(
     {
         MessageType.open: MessageKind(head=Open, max_bytes=128 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         MessageType.draft: MessageKind(head=Draft, max_bytes=16 + _ids(MAX_DRAFT_LENGTH), has_body=True),
-        MessageType.verdict: MessageKind(head=Verdict, max_bytes=32 + _ids(MAX_DRAFT_LENGTH), has_body=True),
+        MessageType.resume: MessageKind(head=Resume, max_bytes=128 + _ids(MAX_PROMPT_TOKENS), has_body=True),
+        # Of one pass these are few; the answer to a RESUME holds whatever came since.
+        MessageType.verdict: MessageKind(head=Verdict, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         MessageType.scores: MessageKind(head=Scores, max_bytes=32 + 4 * (2 * MAX_DRAFT_LENGTH + 1), has_body=True),
         MessageType.close: MessageKind(head=Close, max_bytes=4 * 1024 + 64),
         MessageType.welcome: MessageKind(head=Welcome, max_bytes=4096),

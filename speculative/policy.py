@@ -26,7 +26,7 @@ ROW_BELIEF = 4.0
 LEAST_GAIN = 1.01
 """Speculation pays from this multiple of the target's own speed."""
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
-PLAN_EVERY = 16
+PLAN_EVERY = 24
 """Compared guesses between two plans."""
 LONGEST_EPOCH = 64
 """Tokens of an epoch that a plan looks at."""
@@ -39,7 +39,7 @@ HOPELESS = 0.03
 """A guess that is right with less than this probability is not worth its bytes."""
 PAUSES = (32, 64, 128, 256, 512)
 """Tokens for which a drafter that does not pay stays silent, the first time, the second, ..."""
-PROBE = 16
+PROBE = 24
 """Guesses that must have been compared before a drafter gives up, again."""
 
 

@@ -1,157 +1,189 @@
-"""A verifier over the wire, as a drafter's `Target`.
-
-One thread stays in `recv`, where heartbeats live: so a drafter that computes for long neither looks dead nor misses
-that its verifier is.
-"""
+"""A verifier over the wire, as a drafter's `Target`: one text at a time, over as many connections as it takes."""
 
 from __future__ import annotations
 
-import queue
-import ssl
+import contextlib
+import json
+import logging
+import os
+import secrets
 import struct
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from lab.wire import (
-    BadFrame,
-    Endpoint,
-    Frame,
-    FrameSocket,
-    PeerSilent,
-    Unreachable,
-    WireError,
-    pack_tokens,
-    unpack_tokens,
-)
-from speculative.messages import (
-    AskVocabulary,
-    Close,
-    Draft,
-    MessageType,
-    Open,
-    Reason,
-    Scores,
-    Vocabulary,
-    Welcome,
-)
+from lab.wire import Frame, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
+from speculative.drafting import TargetLost
+from speculative.messages import OWNER_BYTES, Close, Draft, MessageType, Open, Reason, Resume, Scores, Welcome
 from speculative.messages import Verdict as VerdictHead
-from speculative.verifying import Ended, Outcome, TextRequest, Verdict
+from speculative.text import Ended, Outcome, TextRequest, Verdict
+from speculative.verifier_connection import VerifierConnection
 
-LOOK_SECONDS = 0.5
-"""A wait is cut into pieces of this length, so that Ctrl+C comes through on every system."""
+log = logging.getLogger(__name__)
+
+Connect = Callable[[], VerifierConnection]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """How a text is named, and the secret that its owner is known by."""
+
+    name: int
+    owner: bytes
+
+    @classmethod
+    def new(cls) -> Ticket:
+        """One that nobody can guess."""
+        return cls(secrets.randbits(64), secrets.token_bytes(OWNER_BYTES))
+
+    @classmethod
+    def read(cls, path: Path) -> Ticket:
+        """One that was written. Raises `ValueError` for a file that is none."""
+        try:
+            kept = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+            ticket = cls(int(kept["name"], 16), bytes.fromhex(kept["owner"]))
+        except (OSError, KeyError, ValueError, msgspec.MsgspecError) as error:
+            raise ValueError(f"must be the text.json of a drafter's run folder, got {path} ({error})") from None
+        if not 0 <= ticket.name < 2**64 or len(ticket.owner) != OWNER_BYTES:
+            raise ValueError(f"must be the text.json of a drafter's run folder, got {path}")
+        return ticket
+
+    def write(self, path: Path) -> None:
+        """For whoever is to take the text up again after this process is gone; nobody else may read it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump({"name": f"{self.name:016x}", "owner": self.owner.hex()}, file)
 
 
 class RemoteTarget:
-    """A connection to a verifier, with one text at a time. A context manager: leaving it closes the connection.
+    """A context manager: leaving it closes the connection.
 
     Args:
-        frames: A connection that has agreed.
+        connect: Makes a connection; one attempt.
+        connect_seconds: How long to try at first, while nobody listens.
+        resume_seconds: How long to try when a connection was lost; 0: its loss ends the text.
+        window: Most guesses beyond what is verified; no more than the verifier gives.
         report: Whether to ask for cross-entropies and margins.
-        request_seconds: Longest wait for one answer.
     """
 
-    def __init__(self, frames: FrameSocket, *, report: bool, request_seconds: float) -> None:
-        self._frames = frames
+    def __init__(
+        self, connect: Connect, *, connect_seconds: float, resume_seconds: float, window: int, report: bool
+    ) -> None:
+        self._connect = connect
+        self._resume_seconds = resume_seconds
+        self._window = window
         self._report = report
-        self._request_seconds = request_seconds
-        self._arrived: queue.SimpleQueue[Frame | WireError] = queue.SimpleQueue()
+        self._connection = persistently(connect, connect_seconds, (Unreachable,))
         self._number = 0
-        self._is_open = False
-        self._reader = threading.Thread(target=self._read, name="drafter-reader", daemon=True)
-        self._reader.start()
-        try:
-            self.welcome: Welcome = self._expect(MessageType.welcome, "WELCOME").head
-        except BaseException:
-            self.close()
-            raise
+        self._ticket: Ticket | None = None
+        self._next_ticket: tuple[Ticket, bool] | None = None
+        self._lost: WireError | None = None
+        self._bytes_sent = self._bytes_received = 0
+        self.ended: Ended | None = None
+        """How the last text ended; None while none has."""
+        self.resumes = 0
+        """Times that a text was taken up again."""
 
     @property
-    def fingerprints(self) -> dict[str, str]:
-        """What the verifier showed in the handshake."""
-        return self._frames.agreed.fingerprints
+    def connection(self) -> VerifierConnection:
+        """The one that lives, or was the last to."""
+        return self._connection
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the verifier is and takes."""
+        return self._connection.welcome
+
+    @property
+    def longest_draft(self) -> int:
+        """See `Target`."""
+        return self.welcome.max_draft_length
+
+    @property
+    def window(self) -> int:
+        """See `Target`."""
+        return self._window
 
     @property
     def rtt_seconds(self) -> float | None:
         """Smoothed round-trip time of heartbeats; None before the first."""
-        return self._frames.rtt_seconds
+        return self._connection.frames.rtt_seconds
 
     @property
     def bytes_sent(self) -> int:
-        """All bytes so far, headers, handshake and heartbeats included."""
-        return self._frames.bytes_sent
+        """All bytes so far, headers, handshakes and heartbeats included."""
+        return self._bytes_sent + self._connection.frames.bytes_sent
 
     @property
     def bytes_received(self) -> int:
-        """All bytes so far, headers, handshake and heartbeats included."""
-        return self._frames.bytes_received
-
-    def vocabulary(self) -> list[str]:
-        """The text of every id of the verifier's tokenizer."""
-        self._frames.send(MessageType.ask_vocabulary, 0, AskVocabulary())
-        frame = self._expect(MessageType.vocabulary, "VOCABULARY")
-        assert isinstance(frame.head, Vocabulary)
-        try:
-            texts = msgspec.msgpack.decode(frame.body, type=list[bytes])
-            return [text.decode(errors="surrogatepass") for text in texts]
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadFrame(self._frames.peer, f"sent a bad vocabulary: {error}") from None
+        """All bytes so far, headers, handshakes and heartbeats included."""
+        return self._bytes_received + self._connection.frames.bytes_received
 
     def open(self, request: TextRequest) -> None:
         """See `Target.open`."""
-        assert not self._is_open, "one text at a time"
-        self._number += 1
-        self._is_open = True
-        sampling = request.sampling
-        head = Open(
-            seed=sampling.seed,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            max_new_tokens=request.max_new_tokens,
-            waits=request.waits,
-            threshold=request.threshold,
-            report=self._report,
-        )
-        self._frames.peer.phase = "OPEN"
-        self._frames.send(MessageType.open, self._number, head, pack_tokens(request.prompt_ids))
+        assert self._ticket is None, "one text at a time"
+        self._ticket, again = self._next_ticket or (Ticket.new(), False)
+        self._next_ticket = None
+        with contextlib.suppress(TargetLost):  # `next` says so, too
+            self._begin(request, self._ticket, again=again)
+
+    def name_next(self, ticket: Ticket, *, again: bool) -> None:
+        """Give the next text this name; `again`: it was opened by another process."""
+        self._next_ticket = ticket, again
+
+    def resume(self, request: TextRequest) -> None:
+        """See `Target.resume`. Raises the `WireError` that it was lost by when no connection can be had again."""
+        assert self._lost is not None, "nothing was lost"
+        assert self._ticket is not None, "no text is open"
+        lost, self._lost = self._lost, None
+        if self._resume_seconds <= 0:
+            raise lost
+        log.warning("%s; trying for %g s to take the text up again", lost, self._resume_seconds)
+        began = time.monotonic()
+        self._replace_connection(lost)
+        self.resumes += 1
+        with contextlib.suppress(TargetLost):
+            self._begin(request, self._ticket, again=True)
+        log.warning("connected again after %.1f s", time.monotonic() - began)
 
     def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
         """See `Target.draft`."""
-        self._frames.peer.phase, self._frames.peer.state = "DRAFT", f"epoch {epoch}, position {position}"
-        self._frames.send(MessageType.draft, self._number, Draft(epoch=epoch, position=position), pack_tokens(guesses))
+        state = f"epoch {epoch}, position {position}"
+        self._send(MessageType.draft, Draft(epoch=epoch, position=position), guesses, state)
+
+    def has_news(self) -> bool:
+        """See `Target.has_news`."""
+        return self._lost is not None or self._connection.has_news()
 
     def next(self) -> Outcome:
-        """See `Target.next`. Raises a `WireError`."""
-        frame = self._next_frame()
-        if isinstance(frame.head, Close):
-            self._is_open = False
-            return Ended(self._number, frame.head.reason, frame.head.text)
-        if not isinstance(frame.head, VerdictHead):
-            raise BadFrame(self._frames.peer, f"sent {type(frame.head).__name__.upper()} where VERDICT was due")
-        head = frame.head
-        nll, margins = self._scores() if self._report else ([], [])
-        ids = self._ids(frame)
-        return Verdict(self._number, head.epoch, head.position, head.accepted, ids, nll, margins)
+        """See `Target.next`. Raises `TargetLost`, or a `WireError` for a peer that does not speak as it should."""
+        if self._lost is not None:
+            raise TargetLost
+        try:
+            return self._read()
+        except (PeerGone, PeerSilent) as error:
+            raise self._lose(error) from None
 
     def leave(self) -> None:
-        """See `Target.leave`. The CLOSE of a text that has just ended is still under way: the verifier ignores ours."""
-        if self._is_open:
-            self._is_open = False
-            try:
-                self._frames.send(MessageType.close, self._number, Close(reason=Reason.left, text=""))
-            except WireError:  # there is nobody to tell; whoever waits for an answer hears of it
-                return
+        """See `Target.leave`."""
+        if self._ticket is None:
+            return
+        self._ticket = self._lost = None
+        try:
+            self._connection.send(MessageType.close, self._number, Close(reason=Reason.left, text=""))
+        except WireError:  # there is nobody to tell
+            return
 
     def close(self) -> None:
         """End the connection."""
-        self._frames.close()
-        self._reader.join()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -161,76 +193,103 @@ class RemoteTarget:
     ) -> None:
         self.close()
 
-    def _read(self) -> None:
+    def _begin(self, request: TextRequest, ticket: Ticket, *, again: bool) -> None:
+        self._number += 1
+        fields = self._open_fields(request, ticket)
+        if again:
+            head = Resume(**fields, new_tokens=len(request.new_ids))
+            self._send(MessageType.resume, head, [*request.prompt_ids, *request.new_ids])
+        else:
+            self._send(MessageType.open, Open(**fields), request.prompt_ids)
+
+    def _open_fields(self, request: TextRequest, ticket: Ticket) -> dict[str, Any]:
+        sampling = request.sampling
+        return {
+            "name": ticket.name,
+            "owner": ticket.owner,
+            "seed": sampling.seed,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "max_new_tokens": request.max_new_tokens,
+            "mode": request.mode,
+            "draft_length": request.draft_length,
+            "threshold": request.threshold,
+            "report": self._report,
+        }
+
+    def _send(self, number: MessageType, head: Open | Draft, ids: Sequence[int], state: str = "") -> None:
         try:
-            while True:
-                self._arrived.put(self._frames.recv())
-        except WireError as error:
-            self._arrived.put(error)
+            self._connection.send(number, self._number, head, pack_tokens(ids), state=state)
+        except (PeerGone, PeerSilent) as error:
+            raise self._lose(error) from None
+
+    def _lose(self, error: WireError) -> TargetLost:
+        self._lost = error
+        return TargetLost(str(error))
+
+    def _replace_connection(self, lost: WireError) -> None:
+        old = self._connection
+        old.close()
+        try:
+            self._connection = persistently(self._connect, self._resume_seconds, (Unreachable, PeerGone, PeerSilent))
+        except (Unreachable, PeerGone, PeerSilent) as error:
+            what = f"{lost.what}, and was not there again within {self._resume_seconds:g} s: it {error.what}"
+            raise PeerGone(old.frames.peer, what) from None
+        self._bytes_sent += old.frames.bytes_sent
+        self._bytes_received += old.frames.bytes_received
+        if self.welcome != old.welcome:
+            raise PeerMismatch(self._connection.frames.peer, f"is another target than before: {self.welcome.model}")
+
+    def _read(self) -> Outcome:
+        frame = self._next_frame()
+        if isinstance(frame.head, Close):
+            head = frame.head
+            self.ended = Ended(self._number, head.reason, head.text, head.step_seconds, head.row_seconds)
+            return self.ended
+        head = frame.head
+        if not isinstance(head, VerdictHead):
+            raise self._connection.bad(f"sent {type(head).__name__.upper()} where VERDICT was due")
+        nll, margins = self._scores() if self._report else ([], [])
+        ids = self._connection.ids(frame)
+        return Verdict(self._number, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
 
     def _next_frame(self) -> Frame:
         """The next frame of this text; those of texts that were left are dropped."""
         while True:
-            frame = self._wait()
+            frame = self._connection.wait()
             if frame.session == self._number:
                 return frame
-
-    def _wait(self) -> Frame:
-        deadline = time.monotonic() + self._request_seconds
-        while True:
-            try:
-                arrived = self._arrived.get(timeout=LOOK_SECONDS)
-            except queue.Empty:
-                if time.monotonic() > deadline:
-                    peer = self._frames.peer
-                    raise PeerSilent(peer, f"has not answered for {self._request_seconds:g} s") from None
-                continue
-            if isinstance(arrived, WireError):
-                self._arrived.put(arrived)  # whoever asks again hears it again
-                raise arrived
-            return arrived
-
-    def _expect(self, number: MessageType, name: str) -> Frame:
-        self._frames.peer.phase = name
-        frame = self._wait()
-        if frame.type != number:
-            raise BadFrame(self._frames.peer, f"sent a frame of type {frame.type} where {name} was due")
-        return frame
 
     def _scores(self) -> tuple[list[float], list[float]]:
         frame = self._next_frame()
         if not isinstance(frame.head, Scores) or len(frame.body) % 4 or frame.head.guesses > len(frame.body) // 4:
-            raise BadFrame(self._frames.peer, "sent no SCORES where they were due")
+            raise self._connection.bad("sent no SCORES where they were due")
         numbers = list(struct.unpack(f"<{len(frame.body) // 4}f", frame.body))
         return numbers[: frame.head.guesses], numbers[frame.head.guesses :]
 
-    def _ids(self, frame: Frame) -> list[int]:
-        return unpack_tokens(frame.body, vocabulary_size=self.welcome.vocabulary_size, peer=self._frames.peer)
 
-
-def connect(host: str, port: int, endpoint: Endpoint, tls: ssl.SSLContext | None) -> FrameSocket:
-    """Connect, trying again while nobody listens, for at most `connect_seconds` in all.
+def persistently(connect: Connect, seconds: float, faults: tuple[type[WireError], ...]) -> VerifierConnection:
+    """Connect, trying again after these faults for at most `seconds` in all.
 
     Raises:
-        Unreachable: with who, for how long, and how often it was tried.
-        WireError: what the handshake found; that is not tried again.
+        WireError: the last fault, with for how long and how often it was tried; others at once.
     """
-    seconds = endpoint.deadlines.connect_seconds
     began = time.monotonic()
 
     def give_up(state: RetryCallState) -> None:
         assert state.outcome is not None
         error = state.outcome.exception()
-        assert isinstance(error, Unreachable)
+        assert isinstance(error, WireError)
         waited = time.monotonic() - began
         error.what += f"; gave up after {waited:.1f} s, attempt {state.attempt_number}"
         error.args = (f"{error.role} {error.address} {error.what}",)
         raise error
 
     retrying = Retrying(
-        retry=retry_if_exception_type(Unreachable),
+        retry=retry_if_exception_type(faults),
         stop=stop_after_delay(seconds),
-        wait=wait_exponential(multiplier=0.1, max=2.0),
+        wait=wait_exponential(multiplier=0.05, max=0.25),
         retry_error_callback=give_up,
     )
-    return retrying(FrameSocket.connect, host, port, endpoint, tls=tls)
+    return retrying(connect)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -17,9 +17,13 @@ from lab.wire import FrameServer
 from speculative.engines import OpenTarget
 from speculative.front import TOKENIZER, FirstProtocolAnswers, Front
 from speculative.messages import PROTOCOL, TABLE, Reason, Welcome
-from speculative.settings import SpeculativeSettings
-from speculative.verifying import Ended, Text, Verifier
+from speculative.settings import SpeculativeProjectSettings, SpeculativeSettings
+from speculative.text import Ended, Text
+from speculative.verifying import Terms, Verifier
 from speculative.vocabulary import fingerprint, token_texts
+
+BACKLOG_BYTES = 2**20
+"""Frames of one connection that wait: about 2,000 of a client that sends more than it may."""
 
 
 @dataclass
@@ -33,17 +37,26 @@ class Served:
     passes: int = 0
     """Of texts: one that serves three texts counts three times."""
     drafts_checked: int = 0
+    drafts_right: int = 0
     drafts_accepted: int = 0
+    """Right ones that came in time."""
+    lookups_checked: int = 0
+    lookups_accepted: int = 0
+    resumes: int = 0
 
     def add(self, text: Text, ended: Ended) -> None:
         """A text that has ended."""
         figures = text.figures
         self.texts += 1
         self.unfinished += ended.reason is Reason.left
-        self.new_tokens += figures.new_tokens
+        self.new_tokens += text.new_tokens - len(text.request.new_ids)
         self.passes += figures.passes
         self.drafts_checked += figures.checked
+        self.drafts_right += figures.right
         self.drafts_accepted += figures.accepted
+        self.lookups_checked += figures.looked_up
+        self.lookups_accepted += figures.found
+        self.resumes += figures.resumes
 
 
 async def serve(
@@ -69,8 +82,16 @@ async def serve(
 
     texts = token_texts(tokenizer)
     digest = fingerprint(texts)
-    verifier = Verifier(target.engine, end_ids=target.end_ids, prefill_chunk=project.prefill_chunk, closed=closed)
-    front = Front(verifier, _welcome(target, project.max_draft_length), texts, digest, _answers(settings, tokenizer))
+    verifier = Verifier(target.engine, end_ids=target.end_ids, terms=_terms(target, project), closed=closed)
+    front = Front(
+        verifier,
+        _welcome(target, project),
+        texts,
+        digest,
+        _answers(settings, tokenizer),
+        frames_per_second=project.client.frames_per_second,
+        idle_seconds=project.idle_seconds,
+    )
     endpoint = make_endpoint(
         network,
         role="verifier",
@@ -81,7 +102,7 @@ async def serve(
         difference=lambda ours, theirs: None,  # the drafter asks which id differs; no text is opened for it
     )
     server = FrameServer(
-        endpoint,
+        replace(endpoint, limits=replace(endpoint.limits, backlog_bytes=BACKLOG_BYTES)),
         front.serve_frames,
         host=network.host,
         port=network.port,
@@ -110,11 +131,15 @@ def _record(served: Served, tracker: Tracker, text: Text, ended: Ended) -> None:
         served.texts,
         ended_by=ended.reason,
         prompt_tokens=len(text.request.prompt_ids),
-        new_tokens=figures.new_tokens,
+        new_tokens=text.new_tokens,
         passes=figures.passes,
         drafts_checked=figures.checked,
         drafts_accepted=figures.accepted,
-        alpha=figures.accepted / figures.checked if figures.checked else None,
+        alpha=figures.right / figures.checked if figures.checked else None,
+        lookups_checked=figures.looked_up,
+        lookups_accepted=figures.found,
+        epochs=text.epoch,
+        resumes=figures.resumes,
         drafts_stale=figures.stale_drafts,
         least_margin=figures.least_margin,
         guess_cross_entropy=[round(value, 4) for value in figures.guess_nll],
@@ -122,13 +147,29 @@ def _record(served: Served, tracker: Tracker, text: Text, ended: Ended) -> None:
     )
 
 
-def _welcome(target: OpenTarget, max_draft_length: int) -> Welcome:
+def _terms(target: OpenTarget, project: SpeculativeProjectSettings) -> Terms:
+    draft, client = project.draft, project.client
+    return Terms(
+        prefill_chunk=project.prefill_chunk,
+        longest_check=project.max_draft_length,
+        window=draft.window,
+        lookup=(draft.longest_ngram, draft.shortest_ngram) if project.lookup else None,
+        client_texts=client.texts,
+        client_cache_bytes=client.cache_bytes,
+        bytes_per_token=target.bytes_per_token,
+        keep_seconds=project.resume_seconds,
+        idle_seconds=project.idle_seconds,
+    )
+
+
+def _welcome(target: OpenTarget, project: SpeculativeProjectSettings) -> Welcome:
     return Welcome(
         model=target.model,
         dtype=target.dtype,
         vocabulary_size=target.engine.vocabulary_size,
         context=target.engine.context,
-        max_draft_length=max_draft_length,
+        max_draft_length=project.max_draft_length,
+        window=project.draft.window,
         end_ids=target.end_ids,
     )
 
@@ -147,5 +188,5 @@ def _answers(settings: SpeculativeSettings, tokenizer: PreTrainedTokenizerBase) 
 def figures_of(served: Served) -> dict[str, Any]:
     """The figures of a verifier's last line."""
     return vars(served) | {
-        "alpha": served.drafts_accepted / served.drafts_checked if served.drafts_checked else None,
+        "alpha": served.drafts_right / served.drafts_checked if served.drafts_checked else None,
     }

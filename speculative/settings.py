@@ -11,12 +11,13 @@ from lab.settings import Dtype, LabSettings, register_project, require
 MAX_DRAFT_LENGTH = 64
 """Guesses that one DRAFT can carry, part of the protocol; a verifier's own limit is `project.max_draft_length`."""
 
+AUTO = "auto"
+MAX_WINDOW = 1024
+"""Most guesses of a text that are under way or wait: a verifier's own limit is `project.draft.window`."""
 
-class Mode(Enum):
-    """`sync`: draft, send, wait for the verdict; `target_only`: the target streams its text, nobody drafts."""
-
-    sync = "sync"
-    target_only = "target_only"
+Mode = Enum("Mode", {"async": "async", "sync": "sync", "target_only": "target_only"})  # `async` is a keyword of Python
+"""`async`: the drafter guesses ahead all the time, and the target goes on alone where no guess has come. `sync`: draft,
+send, wait for the verdict. `target_only`: the target streams its text, nobody drafts."""
 
 
 class Rule(Enum):
@@ -60,8 +61,11 @@ class DraftSettings:
     """Name of a model in conf/model (source=model)."""
     dtype: Dtype | None
     """Precision of that model; null: the one its YAML says."""
-    length: int
-    """Guesses a round (k); fewer when the text ends before."""
+    length: str  # a union of int and str is too much for OmegaConf 2.3: merging fails
+    """Guesses of a pass (k), at most; fewer when the text ends before. auto: as many as pay, which may be none (mode
+    async); five (mode sync)."""
+    window: int
+    """Drafter: most guesses beyond what is verified (its credit). Verifier: how much of it it gives."""
     layers: int
     """How many of the target's layers draft (source=layers)."""
     noise: float
@@ -74,7 +78,11 @@ class DraftSettings:
     """Tokens that must stand in the text already, at least (source=ngram)."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.length <= MAX_DRAFT_LENGTH, f"length must be in [1, {MAX_DRAFT_LENGTH}]", self.length)
+        is_known = self.length == AUTO or (self.length.isdecimal() and 1 <= int(self.length) <= MAX_DRAFT_LENGTH)
+        given = int(self.length) if self.length.isdecimal() else self.length
+        require(is_known, f"length must be {AUTO} or in [1, {MAX_DRAFT_LENGTH}]", given)
+        least = self.fixed_length or 1
+        require(least <= self.window <= MAX_WINDOW, f"window must be in [{least}, {MAX_WINDOW}]", self.window)
         require(self.source is not DraftSource.model or bool(self.model), "model must be set for source=model", None)
         require(
             self.source is not DraftSource.recorded or bool(self.file), "file must be set for source=recorded", None
@@ -87,6 +95,11 @@ class DraftSettings:
             f"longest_ngram must be at least shortest_ngram={self.shortest_ngram}",
             self.longest_ngram,
         )
+
+    @property
+    def fixed_length(self) -> int:
+        """The length that was asked for; 0: auto."""
+        return 0 if self.length == AUTO else int(self.length)
 
 
 @dataclass(kw_only=True)
@@ -109,6 +122,23 @@ class SyntheticSettings:
         for name in ("step_seconds", "row_seconds", "draft_step_seconds"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
         require(0 <= self.agreement <= 1, "agreement must be in [0, 1]", self.agreement)
+
+
+@dataclass(kw_only=True)
+class ClientSettings:
+    """What one connection may take of a verifier."""
+
+    texts: int
+    """Texts at once."""
+    cache_bytes: int
+    """Keys and values that its texts need at their full length (prompt and max_new_tokens)."""
+    frames_per_second: float
+    """Frames; one that sends more is read more slowly."""
+
+    def __post_init__(self) -> None:
+        require(self.texts >= 1, "texts must be at least 1", self.texts)
+        require(self.cache_bytes >= 2**20, "cache_bytes must be at least 1 MiB", self.cache_bytes)
+        require(self.frames_per_second >= 1, "frames_per_second must be at least 1", self.frames_per_second)
 
 
 class BenchEngine(Enum):
@@ -187,6 +217,18 @@ class SpeculativeProjectSettings:
     check: bool
     """Drafter: afterwards let the target decode the text alone and count the tokens that differ (flips)."""
     draft: DraftSettings
+    resume_seconds: float
+    """Drafter: how long to try to reach a lost verifier again. Verifier: how long a text is kept whose connection is
+    lost, and goes on. 0: a lost connection ends its texts."""
+    resume: str | None
+    """Drafter: the text.json in the run folder of a drafter that is gone; its text goes on, if everything else is as it
+    was. null: a new text."""
+    lookup: bool
+    """Verifier: guess by itself what followed the last time (prompt lookup) where no guess has come (mode async)."""
+    client: ClientSettings
+    """Verifier."""
+    idle_seconds: float
+    """Verifier: how long a connection may be without a text, and a text of mode sync without a DRAFT."""
     engine: EngineKind
     """Verifier: what computes the target."""
     synthetic: SyntheticSettings
@@ -222,6 +264,8 @@ class SpeculativeProjectSettings:
             "cross_entropy_threshold must be at least 0",
             self.cross_entropy_threshold,
         )
+        require(self.resume_seconds >= 0, "resume_seconds must be at least 0", self.resume_seconds)
+        require(self.idle_seconds > 0, "idle_seconds must be greater than 0", self.idle_seconds)
         require(self.context >= 0, "context must be at least 0", self.context)
         longest = self.max_draft_length
         require(1 <= longest <= MAX_DRAFT_LENGTH, f"max_draft_length must be in [1, {MAX_DRAFT_LENGTH}]", longest)

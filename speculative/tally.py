@@ -1,10 +1,16 @@
 """The figures of one text: acceptance, speed, waste. Every definition stands here.
 
-alpha                   accepted guesses / checked guesses. Checked are the accepted ones and the first of each draft
-                        that was not; what stands behind it was never compared with anything.
-alpha_by_position[i]    the same for the i-th guess of a draft alone: conditional on all before it having been accepted.
-mean_accepted_length    accepted guesses / rounds that had guesses; without the token that the target adds.
-draft_waste             guesses that are not in the text / guesses made.
+alpha                   right guesses / checked guesses. Checked are those that were compared with the text: the right
+                        ones and the first wrong one of each epoch; what stands behind it was never compared.
+alpha_by_position[i]    the same for the i-th guess of a run alone: conditional on all before it having been right. A
+                        run begins with each draft (sync), behind a wrong guess and where the target was ahead (async).
+mean_accepted_length    accepted guesses / rounds that had guesses; accepted are the right ones that took no pass of
+                        their own, without the token that the target adds.
+drafts_late             right guesses that are not accepted: the target had put the token before they came (async).
+drafts_stale            guesses that were sent and never compared: one before them was wrong.
+draft_step_seconds      time of guessing / guesses made.
+draft_waste             guesses that were made and not accepted / guesses made.
+epochs                  wrong guesses that were sent: each ended an epoch.
 ms_per_token_p50        median over tokens; the n tokens of a round took 1/n of the time since the round before, each.
 tokens_per_second       new tokens / generation_seconds: from asking (connection and models are there) to the last one.
 """
@@ -13,6 +19,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,9 +52,9 @@ class Tally:
         """All figures, by the names of the last line; None where there was nothing to divide by."""
         drafted = [done for done in self.rounds if done.guesses]
         accepted = sum(done.accepted for done in drafted)
-        made = sum(len(done.guesses) for done in drafted)
-        by_position = self._alpha_by_position(drafted)
-        checked = sum(_checked(done) for done in drafted)
+        right = sum(done.right for done in drafted)
+        made = sum(done.made for done in self.rounds)
+        checked = sum(done.checked for done in drafted)
         new_tokens = len(self.token_ids)
         seconds = self._times[-1] - self._began if self._times else 0.0
         nll = [value for done in self.rounds for value in done.guess_nll]
@@ -58,11 +65,16 @@ class Tally:
             "ms_per_token_p50": self._ms_per_token_p50(),
             "time_to_first_token_seconds": self._times[0] - self._began if self._times else None,
             "rounds": len(self.rounds),
+            "epochs": self.rounds[-1].epoch if self.rounds else 0,
             "drafts_made": made,
+            "draft_step_seconds": _over(sum(done.draft_seconds for done in self.rounds), made),
+            "drafts_sent": sum(done.sent for done in self.rounds),
+            "drafts_stale": sum(done.stale for done in self.rounds),
             "drafts_checked": checked,
             "drafts_accepted": accepted,
-            "alpha": _over(accepted, checked),
-            "alpha_by_position": by_position,
+            "drafts_late": right - accepted,
+            "alpha": _over(right, checked),
+            "alpha_by_position": self._alpha_by_position(drafted),
             "mean_accepted_length": _over(accepted, len(drafted)),
             "draft_waste": _over(made - accepted, made),
             "guess_cross_entropy": _over(sum(nll), len(nll)),
@@ -83,24 +95,18 @@ class Tally:
 
     @staticmethod
     def _alpha_by_position(drafted: list[Round]) -> list[float]:
-        longest = max((_checked(done) for done in drafted), default=0)
-        rates = []
-        for position in range(longest):
-            reached = [done for done in drafted if _checked(done) > position]
-            rates.append(sum(done.accepted > position for done in reached) / len(reached))
-        return rates
+        reached: Counter[int] = Counter()
+        right: Counter[int] = Counter()
+        for done in drafted:
+            reached.update(range(done.place, done.place + done.checked))
+            right.update(range(done.place, done.place + done.right))
+        return [right[place] / reached[place] for place in sorted(reached)]
 
     def _ms_per_token_p50(self) -> float | None:
         times: list[float] = []
         for before, now, done in zip([self._began, *self._times], self._times, self.rounds):
             times += [(now - before) * 1000 / len(done.tokens)] * len(done.tokens)
         return statistics.median(times) if times else None
-
-
-def _checked(done: Round) -> int:
-    """Guesses that were looked at. A text that ended inside a draft looked at no more than it took."""
-    ended_inside = not done.ids
-    return min(len(done.guesses), done.accepted + (not ended_inside))
 
 
 def _over(count: float, of: float) -> float | None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 Acceptance = float | Sequence[float]
@@ -41,6 +41,8 @@ Acceptance = float | Sequence[float]
 
 LEAST_SURVIVAL = 1e-3
 """Epochs that are less likely to last so long are cut off there: their tokens and their seconds."""
+
+LONGEST_WAIT = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +154,12 @@ def async_tokens_per_second(chances: Sequence[float], pace: Pace, plan: Plan) ->
 
 
 def best_plan(chances: Sequence[float], pace: Pace, draft_lengths: Sequence[int]) -> tuple[Plan, float]:
-    """The best plan with one of these draft lengths, and its tokens per second; waits are tried with each of them."""
-    plans = [Plan(length, wait) for length in draft_lengths for wait in range(length + 1)]
+    """The best plan with one of these draft lengths, and its tokens per second.
+
+    Waits of up to `LONGEST_WAIT` guesses are tried where the first guess is there before a pass could have ended.
+    """
+    longest_wait = LONGEST_WAIT if pace.answer_seconds < pace.step_seconds else 0
+    plans = [Plan(length, wait) for length in draft_lengths for wait in range(min(length, longest_wait) + 1)]
     return max(((plan, async_tokens_per_second(chances, pace, plan)) for plan in plans), key=lambda pair: pair[1])
 
 
@@ -173,6 +179,17 @@ def predicted_async_tokens_per_second(
     return best_plan(survival(acceptance, new_tokens), speeds.pace(), lengths)[1]
 
 
+Guess = Callable[[int, int], bool]
+"""Whether a guess is right when all before it in its epoch were: by its place in the text and in the epoch."""
+
+
+def drawn(acceptance: Acceptance, seed: int) -> Guess:
+    """Guesses that are right with this probability, independently."""
+    rates = [acceptance] if isinstance(acceptance, (int, float)) else list(acceptance)
+    draws = random.Random(seed)
+    return lambda place, in_epoch: draws.random() < rates[min(in_epoch, len(rates) - 1)]
+
+
 @dataclass(frozen=True)
 class Simulated:
     """What `simulate` counted."""
@@ -184,30 +201,37 @@ class Simulated:
     epochs: int
 
 
+def simulated_optimum(guess: Callable[[], Guess], speeds: Speeds, *, longest: int, new_tokens: int) -> Simulated:
+    """The best that `simulate` finds for one text (a fresh `guess` for each try), over plans and windows."""
+    plans = [Plan(length, wait) for length in range(longest + 1) for wait in range(min(length, LONGEST_WAIT) + 1)]
+    runs = (
+        simulate(guess(), speeds, plan, window=window, new_tokens=new_tokens) for plan in plans for window in (16, 64)
+    )
+    return max(runs, key=lambda run: run.tokens_per_second)
+
+
 def simulate(
-    acceptance: Acceptance,
+    guess: Guess,
     speeds: Speeds,
     plan: Plan,
     *,
     window: int,
     new_tokens: int,
-    seed: int,
     up_seconds: float | None = None,
 ) -> Simulated:
     """Play the asynchronous loop, guess by guess.
 
     Args:
-        acceptance: Of the guesses, one for all or by their place in the epoch.
+        guess: Which guesses are right.
         speeds: Of both sides.
         plan: The verifier's.
         window: The drafter is at most so many tokens ahead of the last verdict it knows.
         new_tokens: Of the text.
-        seed: Of the draws.
         up_seconds: The way from the drafter to the verifier; half the round trip unless given.
     """
     up = speeds.rtt_seconds / 2 if up_seconds is None else up_seconds
     down = speeds.rtt_seconds - up
-    drafter = _SimulatedDrafter(acceptance, speeds.draft_step_seconds, window, random.Random(seed))
+    drafter = _SimulatedDrafter(guess, speeds.draft_step_seconds, window)
     now, position, passes = 0.0, 0, 0
     while position < new_tokens:
         if plan.wait_for:
@@ -226,10 +250,9 @@ def simulate(
 class _SimulatedDrafter:
     """Drafts all the time, restarts where a verdict says otherwise. Places count the new tokens of the text."""
 
-    acceptance: Acceptance
+    guess: Guess
     step_seconds: float
     window: int
-    random: random.Random
     drafted: int = 0
     epochs: int = 1
     _free_at: float = 0.0
@@ -297,9 +320,7 @@ class _SimulatedDrafter:
 
     def _draft(self) -> None:
         place = len(self._made_at)
-        rates = self.acceptance
-        rate = rates if isinstance(rates, (int, float)) else rates[min(place, len(rates) - 1)]
-        if self._wrong == math.inf and self.random.random() >= rate:
+        if self._wrong == math.inf and not self.guess(self._first + place, place):
             self._wrong = self._first + place
         self._free_at += self.step_seconds
         self._made_at.append(self._free_at)

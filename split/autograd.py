@@ -6,6 +6,7 @@ until its time-out. So the forwards are pipelined, and a shard holds all micro-b
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ class Autograd:
         """See `Backward.begin`: an optimizer at every shard that has something to learn."""
         recipe = self._recipe
         weights = [weight for seat in self._transport.seats for weight in seat.rpc_sync().parameters()]
+        logging.getLogger("torch.distributed.optim").setLevel(logging.ERROR)  # that it is plain Python is what we want
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the TorchScript that it uses here
             self._optimizer = DistributedOptimizer(

@@ -60,7 +60,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, fo
         tracker.log(index, **as_row(parts, [f"shard{place + 1}" for place in range(len(reports))]))
     figures = _figures(settings, tokenizer, text, engine, reports, apart)
     _print_table(figures["shards"])
-    figures["picture"] = draw(reports, _single(apart), folder / "split.png", settings.model.name)
+    figures["plots"] = [draw(reports, _single(apart), folder / "split.png", settings.model.name)]
     return figures
 
 
@@ -130,8 +130,9 @@ def _figures(
         "boundary_bytes_per_token": max(handed_on[:-1], default=0),
         "return_bytes_per_token": handed_on[-1],
         "shards": [_shard(report, place, _single(apart)) for place, report in enumerate(reports)],
-        "recoveries": engine.recoveries,
-        "recovery_seconds": engine.recovery_times,
+        "recoveries": len(engine.recoveries),
+        "recovery_start_seconds": [recovery.start_seconds for recovery in engine.recoveries],
+        "recovery_prefill_seconds": [recovery.prefill_seconds for recovery in engine.recoveries],
     }
 
 

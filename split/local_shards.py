@@ -109,6 +109,10 @@ class LocalShards:
             assert process.stdout is not None
             process.stdout.close()
 
+    def kill(self, place: int) -> None:
+        """SIGKILL one of them, to see it come back."""
+        self.processes[place].kill()
+
     def _watch(self) -> None:
         """Start again what has died. The client finds it at its address once it listens."""
         while not self._stopping.wait(WATCH_SECONDS):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lab.device import peak_rss_bytes
 from lab.entry import compose_settings
-from lab.models import prepare_checkpoint
 from split.train_settings import SplitTrainSettings
 from split.training_run import make_recipe
 from split.training_shard import Entering, TrainingShard
@@ -24,10 +23,9 @@ TINY = "model=random project.train=everything"
 
 
 def main(words: str, first: int, last: int) -> None:
-    """Measures layers first..last - 1."""
+    """Measures layers first..last - 1 of a model that has been made already."""
     torch.set_num_threads(1)
     train(TINY, range(0, 4))  # imports and whatever torch sets up at its first step
-    prepare_checkpoint(compose_settings("split_train", words, SplitTrainSettings).model)
     before = peak_rss_bytes()
     shard, activations = train(words, range(first, last))
     own = shard.weights_bytes + shard.gradient_bytes + shard.optimizer_bytes + HELD * activations

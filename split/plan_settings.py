@@ -20,13 +20,13 @@ class NodeSettings:
     """What the model may take there, in units of 10^9 bytes."""
     gb_per_second: float
     """How fast it reads weights: about its memory's bandwidth."""
-    delay_ms: float = 0.0
+    delay_ms: float
     """One way to the middle of the network."""
-    megabit_per_second: float = 1000.0
+    megabit_per_second: float
     """Of its link."""
-    layer_ms: float = 0.0
+    layer_ms: float
     """Measured time of a layer for one token (`split.bench`); 0: from `gb_per_second`."""
-    head_ms: float = 0.0
+    head_ms: float
     """Measured time of the head for one token; 0: from `gb_per_second`."""
 
     def __post_init__(self) -> None:

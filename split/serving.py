@@ -166,7 +166,9 @@ class ShardServer:
                 return
             reasons.append(f"{address} is another shard than the client's next one")
             link.close()
-        text = "the next shard is not there: " + ("; ".join(reasons) or "project.next is not set")
+        layers = self._stage.shard.layers
+        nobody = f"layers must end at the model's {self._model_layers}, got {layers.stop}; project.next is not set"
+        text = "the next shard is not there: " + ("; ".join(reasons) or nobody)
         client.connection.send(message_type(_link_fault("")), 0, _link_fault(text))
         raise BadFrame(client.connection.peer, text)
 

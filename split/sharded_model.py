@@ -66,6 +66,28 @@ class PassTime:
     answered: float
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """Shards that were lost and are there again; monotonic seconds."""
+
+    lost: float
+    """The client noticed."""
+    connected: float
+    """Every place of the chain was taken."""
+    rebuilt: float
+    """The shards held every text again."""
+
+    @property
+    def start_seconds(self) -> float:
+        """Until the last shard was back."""
+        return self.connected - self.lost
+
+    @property
+    def prefill_seconds(self) -> float:
+        """For the texts' ids to go through all shards."""
+        return self.rebuilt - self.connected
+
+
 @dataclass
 class _Run:
     number: int
@@ -123,10 +145,8 @@ class ShardedModel:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         self.vocabulary_size, self.context = vocabulary_size, context
-        self.recoveries = 0
-        """How often shards were lost and the texts rebuilt."""
-        self.recovery_times: list[float] = []
-        """Seconds of each, from the loss to the texts being there again."""
+        self.recoveries: list[Recovery] = []
+        """Each time that shards were lost and the texts rebuilt."""
         self.passes: deque[PassTime] = deque(maxlen=REPORTED_PASSES)
         """The last passes."""
         self._transport = transport
@@ -261,10 +281,10 @@ class ShardedModel:
 
     def _restore(self, deadline: float, began: float) -> None:
         self._transport.restore(deadline)
+        connected = time.monotonic()
         for journal in self._journals.values():
             self._rebuild(journal)
-        self.recoveries += 1
-        self.recovery_times.append(time.monotonic() - began)
+        self.recoveries.append(Recovery(began, connected, time.monotonic()))
         log.info("the shards hold all %d texts again", len(self._journals))
 
     def _rebuild(self, journal: _Journal) -> None:

@@ -15,6 +15,7 @@ Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -31,13 +32,13 @@ def run(settings: SplitTrainBenchSettings, place: entry.Run) -> dict[str, Any]:
     from lab.bench import write_report
     from split.train_benching import TrainBench
 
-    bench = TrainBench(settings, place.folder)
     rows: list[dict[str, Any]] = []
-    for name in settings.project.parts:
-        log.info("measuring %s", name)
-        row = {"row": name, **getattr(bench, name)(), "load_average": os.getloadavg()[0]}
-        log.info("%s: %s (%s)", name, "ok" if row["ok"] else "NOT OK", row["target"])
-        rows.append(row)
+    with contextlib.closing(TrainBench(settings, place.folder)) as bench:
+        for name in settings.project.parts:
+            log.info("measuring %s", name)
+            row = {"row": name, **getattr(bench, name)(), "load_average": os.getloadavg()[0]}
+            log.info("%s: %s (%s)", name, "ok" if row["ok"] else "NOT OK", row["target"])
+            rows.append(row)
     path = Path(settings.project.report or place.folder / "bench.json")
     write_report(path, "split_train", rows)
     return {"benchmark": "split_train", "report": path, "rows": rows}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from lab.bench import Sample, interleaved, pinned, ratio
 from lab.device import open_device
 from lab.entry import compose_settings
 from lab.examples import Batch, Example, collate
-from lab.models import load_config
+from lab.models import load_config, prepare_checkpoint
 from lab.training import train_steps
 from split.checkpoint import Manifest
+from split.local_shards import own_words
 from split.schedule import Phase, Schedule, Timeline, even_bubble, operations, replay
 from split.settings import TransportKind
 from split.train_bench_settings import SplitTrainBenchSettings
 from split.train_settings import SplitTrainSettings
-from split.trainer import DistributedTrainer, StepFigures, split_batch
+from split.trainer import Backward, DistributedTrainer, Shards, StepFigures, split_batch
 from split.training_opening import identity_of, open_shards
 from split.training_run import make_recipe
 from split.unsplit import whole_model
@@ -46,10 +47,11 @@ Row = dict[str, Any]
 
 
 class TrainBench:
-    """Everything that several measurements share."""
+    """Everything that several measurements share. Close it: it ends the processes."""
 
     def __init__(self, settings: SplitTrainBenchSettings, folder: Path) -> None:
         self._project, self._folder = settings.project, folder
+        self._stack = ExitStack()
         self._device = open_device(settings.device)
         training = compose_settings("split_train", "", SplitTrainSettings)
         self._settings = replace(
@@ -72,16 +74,19 @@ class TrainBench:
         ids_BT = generator.integers(0, vocabulary, shape).astype(np.int32)
         self._examples = [Example(ids_T, np.ones(len(ids_T), dtype=np.bool_)) for ids_T in ids_BT]
 
+    def close(self) -> None:
+        """End the shards."""
+        self._stack.close()
+
     def pipeline(self) -> Row:
         """Both schedules at every number of micro-batches."""
         rows: list[Row] = []
-        for schedule in Schedule:
-            for count in self._project.micro_batches:
-                with self._trainer(count, schedule) as trainer:
-                    trainer.train_step()
-                    figures = [trainer.train_step() for _ in range(self._project.steps)]
-                rows.append(pipeline_row(figures, schedule, count))
-                log.info("%s", rows[-1])
+        for schedule, count in product(Schedule, self._project.micro_batches):
+            trainer = self._trainer(count, schedule)
+            trainer.train_step()
+            figures = [trainer.train_step() for _ in range(self._project.steps)]
+            rows.append(pipeline_row(figures, schedule, count))
+            log.info("%s", rows[-1])
         ok = all(
             abs(row["predicted_over_measured"] - 1) <= MOST_OFF and row["bubble_fraction"] <= row["bubble_bound"]
             for row in rows
@@ -93,7 +98,8 @@ class TrainBench:
         """Tokens a second of both, a reading each in turn."""
         project, count = self._project, self._project.throughput_micro_batches
         optimization = self._settings.project.optimization
-        with self._trainer(count, Schedule.one_f_one_b) as trainer, pinned(0):
+        trainer = self._trainer(count)
+        with pinned(0):
             model = whole_model(self._settings, make_recipe(self._settings), self._device)
             parts = self._batches(count)
             micro_batches = (part for batch in parts for part in split_batch(batch, count))
@@ -130,8 +136,7 @@ class TrainBench:
         hidden = int(load_config(self._settings.model).get_text_config(decoder=True).hidden_size)
         rows = count * self._project.examples_per_micro_batch
         payload = 2 * rows * self._project.sequence_length * hidden * 4  # hidden states and gradients in float32
-        with self._trainer(count, Schedule.one_f_one_b) as trainer:
-            sent = trainer.train_step().boundary_bytes
+        sent = self._trainer(count).train_step().boundary_bytes
         return {
             "payload_bytes": payload,
             "boundary_bytes": sent,
@@ -141,8 +146,12 @@ class TrainBench:
         }
 
     def memory(self) -> Row:
-        """Each of four shards of a large random model, everything trained, in a process of its own."""
-        rows = [self._memory_of(first) for first in (0, 2, 4, 6)]
+        """Each shard of two layers of a large random model, everything trained, in a process of its own."""
+        words = " ".join([*self._project.memory_overrides, "project.train=everything"])
+        model = compose_settings("split_train", words, SplitTrainSettings).model
+        prepare_checkpoint(model)  # here: making the weights takes more memory than a shard of them
+        layers = model.architecture.layers
+        rows = [memory_of(words, range(first, first + 2)) for first in range(0, layers, 2)]
         worst = max(row["peak_over_own"] for row in rows)
         return {
             "shards": rows,
@@ -151,27 +160,13 @@ class TrainBench:
             "ok": worst <= MOST_MEMORY,
         }
 
-    def _memory_of(self, first: int) -> Row:
-        words = " ".join([*self._project.memory_overrides, "project.train=everything"])
-        done = subprocess.run(
-            [sys.executable, "-m", "split.memory_probe", words, str(first), str(first + 2)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"the probe of layers {first}:{first + 2} failed: {done.stderr.strip()[-500:]}")
-        row: Row = json.loads(done.stdout.splitlines()[-1])
-        return row
-
     def adapter(self) -> Row:
         """Losses of both, step by step."""
         steps = self._project.adapter_steps
         settings = replace(self._settings, project=replace(self._settings.project, steps=steps))
         count = settings.project.micro_batches
-        with self._trainer(count, Schedule.one_f_one_b, steps) as trainer:
-            ours = [trainer.train_step().loss for _ in range(steps)]
+        trainer = self._trainer(count, total_steps=steps)
+        ours = [trainer.train_step().loss for _ in range(steps)]
         theirs: list[float] = []
         batches = self._batches(count)
         train_steps(
@@ -200,41 +195,60 @@ class TrainBench:
         while True:
             yield collate(list(islice(rows, micro_batches * self._project.examples_per_micro_batch)))
 
-    @contextmanager
-    def _trainer(
-        self, micro_batches: int, schedule: Schedule, total_steps: int = 10**6
-    ) -> Iterator[DistributedTrainer]:
-        """Two pinned shards, and a trainer of them."""
+    @functools.cached_property
+    def _chain(self) -> tuple[Shards, Backward]:
+        """Two pinned shards, for every part that needs them."""
         settings = self._settings
         assert settings.project.transport is TransportKind.tcp
-        recipe = make_recipe(settings)
-        folder = self._folder / f"{schedule.name}-{micro_batches}-{time.monotonic_ns()}"
-        with open_shards(settings, recipe, self._device, folder, folder / "checkpoints") as (shards, backward):
-            layers = shards.transport.layers
-            yield DistributedTrainer(
-                shards,
-                backward,
-                batches=lambda: self._batches(micro_batches),
-                optimization=replace(settings.project.optimization, batch_size=micro_batches),
-                schedule=schedule,
-                manifest=Manifest(
-                    run="0" * 16,
-                    step=0,
-                    model=identity_of(settings.model),
-                    dtype=settings.model.dtype.name,
-                    cuts=[0, *(part.stop for part in layers)],
-                    digests=[],
-                    recipe=recipe,
-                    optimization={},
-                    data={},
-                    total_steps=total_steps,
-                    micro_batches=micro_batches,
-                    seed=0,
-                    loss_by_step=[],
-                ),
-                checkpoints=folder / "checkpoints",
-                recovery_seconds=0.0,
-            )
+        words = [word for word in own_words() if word.startswith(("model", "device."))]
+        recipe, checkpoints = make_recipe(settings), self._folder / "checkpoints"
+        return self._stack.enter_context(open_shards(settings, recipe, self._device, self._folder, checkpoints, words))
+
+    def _trainer(
+        self, micro_batches: int, schedule: Schedule = Schedule.one_f_one_b, total_steps: int = 10**6
+    ) -> DistributedTrainer:
+        """A run from its first step; the shards begin anew."""
+        settings, (shards, backward) = self._settings, self._chain
+        manifest = Manifest(
+            run="0" * 16,
+            step=0,
+            model=identity_of(settings.model),
+            dtype=settings.model.dtype.name,
+            cuts=[0, *(part.stop for part in shards.transport.layers)],
+            digests=[],
+            recipe=make_recipe(settings),
+            optimization={},
+            data={},
+            total_steps=total_steps,
+            micro_batches=micro_batches,
+            seed=0,
+            loss_by_step=[],
+        )
+        return DistributedTrainer(
+            shards,
+            backward,
+            batches=lambda: self._batches(micro_batches),
+            optimization=replace(settings.project.optimization, batch_size=micro_batches),
+            schedule=schedule,
+            manifest=manifest,
+            checkpoints=self._folder,
+            recovery_seconds=0.0,
+        )
+
+
+def memory_of(words: str, layers: range) -> Row:
+    """What `split.memory_probe` says of some layers."""
+    done = subprocess.run(
+        [sys.executable, "-m", "split.memory_probe", words, str(layers.start), str(layers.stop)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the probe of layers {layers} failed: {done.stderr.strip()[-500:]}")
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 def pipeline_row(figures: list[StepFigures], schedule: Schedule, micro_batches: int) -> Row:

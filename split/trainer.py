@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 CLOCK_ROUNDS = 5
 """The shortest of so many round trips tells how far a shard's clock is from ours (as NTP does, RFC 5905)."""
+MOST_LOSSES_A_STEP = 5
 Answer = TypeVar("Answer", bound=Head)
 
 
@@ -244,6 +245,7 @@ class DistributedTrainer:
         self.manifest = manifest
         """Of the last valid step; at step 0 there is nothing on disk for it."""
         self.recoveries = 0
+        self._lost_since_step = 0
         self.weights_delta_norms: list[float] = []
         """Of each shard, at the last checkpoint."""
         self._begin()
@@ -294,6 +296,7 @@ class DistributedTrainer:
         learning_rate = learning_rate_at(step, self.manifest.total_steps, optimization)
         self._backward.apply(step, Apply(scale=clip_scale(norm, optimization), learning_rate=learning_rate))
         self._losses.append(found.loss)
+        self._lost_since_step = 0
         return StepFigures(
             step=step,
             loss=found.loss,
@@ -367,6 +370,9 @@ class DistributedTrainer:
 
     def _recover(self, lost: ShardLost) -> None:
         deadline = time.monotonic() + self._recovery_seconds
+        self._lost_since_step += 1
+        if self._lost_since_step > MOST_LOSSES_A_STEP:  # what comes back well and is lost again at once will always be
+            raise lost
         while True:
             if isinstance(lost, ChainLost) or time.monotonic() >= deadline:
                 raise lost

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,14 +57,22 @@ def training_side(model: ModelSettings, network: NetworkSettings, role: str) -> 
 
 @contextmanager
 def open_shards(
-    settings: SplitTrainSettings, recipe: Recipe, device: torch.device, folder: Path, checkpoints: Path
+    settings: SplitTrainSettings,
+    recipe: Recipe,
+    device: torch.device,
+    folder: Path,
+    checkpoints: Path,
+    words: Sequence[str] | None = None,
 ) -> Iterator[tuple[Shards, Backward]]:
-    """The shards that the settings describe; local ones live as long as this does."""
+    """The shards that the settings describe; local ones live as long as this does.
+
+    `words`: what local shards are told besides their places; None: what we were told ourselves.
+    """
     project = settings.project
     if project.shards and project.local_shards:
         raise UserError(f"project.local_shards must be 0 where project.shards is given, got {project.local_shards}")
     with ExitStack() as stack:
-        transport = _open(settings, device, folder, checkpoints, stack)
+        transport = _open(settings, device, _Local(folder, checkpoints, words), stack)
         stack.callback(transport.shutdown)  # before the processes end
         shards = Shards(transport)
         yield shards, _backward(settings, shards, recipe)
@@ -79,26 +87,40 @@ def _backward(settings: SplitTrainSettings, shards: Shards, recipe: Recipe) -> B
     return Autograd(shards, recipe, bool(config.tie_word_embeddings))
 
 
-def _open(
-    settings: SplitTrainSettings, device: torch.device, folder: Path, checkpoints: Path, stack: ExitStack
-) -> TrainingTransport:
+class _Local(NamedTuple):
+    """What shards on this machine need."""
+
+    folder: Path
+    """Where they log."""
+    checkpoints: Path
+    words: Sequence[str] | None
+
+    def told(self) -> list[str]:
+        """The words of each of them, but for its place."""
+        words = own_words() if self.words is None else self.words
+        return [*words, f"project.checkpoints={json.dumps(str(self.checkpoints))}"]
+
+
+def _open(settings: SplitTrainSettings, device: torch.device, local: _Local, stack: ExitStack) -> TrainingTransport:
     project = settings.project
     if project.transport is TransportKind.rpc:
-        return _open_group(settings, folder, checkpoints, stack)
+        return _open_group(settings, local, stack)
     count = len(project.shards) or project.local_shards
     if not count:
         raise UserError("project.shards must name at least one shard (or set project.local_shards), got []")
     layers = cut_layers(settings.model, project.cuts, count)
     if project.transport is TransportKind.inproc:
-        return InProcessTraining([make_stage(settings.model, device, part, checkpoints) for part in layers], layers)
+        stages = [make_stage(settings.model, device, part, local.checkpoints) for part in layers]
+        return InProcessTraining(stages, layers)
     if project.shards:
         return _connect(settings, project.shards)
-    words = local_words(checkpoints)
-    local = LocalShards(layers, folder, project.start_seconds, words, module=LEARNER, pin=project.pin_cores)
-    return _connect(settings, [str(address) for address in stack.enter_context(local).addresses])
+    shards = LocalShards(
+        layers, local.folder, project.start_seconds, local.told(), module=LEARNER, pin=project.pin_cores
+    )
+    return _connect(settings, [str(address) for address in stack.enter_context(shards).addresses])
 
 
-def _open_group(settings: SplitTrainSettings, folder: Path, checkpoints: Path, stack: ExitStack) -> TrainingTransport:
+def _open_group(settings: SplitTrainSettings, local: _Local, stack: ExitStack) -> TrainingTransport:
     from split.transport.rpc import check_master  # some systems lack it
     from split.transport.training_rpc import RpcTraining
 
@@ -107,18 +129,14 @@ def _open_group(settings: SplitTrainSettings, folder: Path, checkpoints: Path, s
     if project.local_shards:
         port, world_size = free_port(), project.local_shards + 1
         layers = cut_layers(settings.model, project.cuts, project.local_shards)
-        words = local_words(checkpoints)
-        stack.enter_context(LocalShards.of_group(layers, folder, port, words, module=LEARNER, pin=project.pin_cores))
+        stack.enter_context(
+            LocalShards.of_group(layers, local.folder, port, local.told(), module=LEARNER, pin=project.pin_cores)
+        )
     elif project.shards or not world_size:
         raise UserError(
             f"project.world_size must be set for transport=rpc, where shards come to the trainer, got {world_size}"
         )
     return RpcTraining(world_size, settings.network, port, weights_fingerprints(settings.model))
-
-
-def local_words(checkpoints: Path) -> list[str]:
-    """What a shard on this machine is told besides its place: our own words, and where checkpoints are."""
-    return [*own_words(), f"project.checkpoints={json.dumps(str(checkpoints))}"]
 
 
 def _connect(settings: SplitTrainSettings, addresses: Sequence[str]) -> TcpTraining:

@@ -25,6 +25,7 @@ from split.checkpoint import Part, Parts, part_of
 from split.messages import Ask, Fault, FaultCode
 from split.schedule import Operation, Phase, Span, most_held, operations
 from split.training_messages import (
+    MAX_MICRO_BATCHES,
     Apply,
     Batch,
     Done,
@@ -44,6 +45,7 @@ from split.transport.base import Message
 
 log = logging.getLogger(__name__)
 
+MOST_WAITING = 4 * MAX_MICRO_BATCHES
 TIED_BYTES = 2**22
 """A tied embedding's gradient travels in pieces of at most so many bytes."""
 
@@ -71,6 +73,7 @@ class TrainingStage:
     def __init__(self, load: Callable[[Start], tuple[TrainingShard, InitialWeight]], checkpoints: Path) -> None:
         self._load, self._checkpoints = load, checkpoints
         self.shard: TrainingShard
+        self._initial: InitialWeight
         self.boundary_bytes = 0
         """Sent to neighbours in this step; whoever carries the messages counts."""
         self._start: Start | None = None
@@ -110,6 +113,8 @@ class TrainingStage:
             self._plan(message.number, head)
             yield from self._advance()
         elif isinstance(head, (Batch, Hidden, Gradient)):
+            if len(self._waiting) >= MOST_WAITING:
+                raise ValueError(f"messages of steps to come must be at most {MOST_WAITING}, got more")
             self._waiting[message.number, type(head), head.micro_batch] = message
             yield from self._advance()
         elif isinstance(head, Tied):
@@ -129,6 +134,9 @@ class TrainingStage:
         self._waiting.clear()
         self._order.clear()
         self._step = None
+        if self._start is not None:  # memory for one shard, not for the old and the new one
+            self._start = None
+            del self.shard, self._initial
         self.shard, self._initial = self._load(start)
         self._start = start
         self._parts = Parts(self._checkpoints, start.run, start.shard)

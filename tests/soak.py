@@ -9,6 +9,8 @@ Writes benchmarks/results/soak-<commit>.json; exit code 1 when a run found somet
 from __future__ import annotations
 
 import json
+import random
+import statistics
 import sys
 import tempfile
 import time
@@ -17,10 +19,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lab.bench import write_report
+from lab.entry import compose_settings
 from lab.environment import commit
+from speculative.settings import Mode
+from split.boundary import Boundary
+from split.joining import join_shards, make_side
+from split.local_shards import LocalShards
+from split.settings import SplitSettings
 from tests.speculative.identity import Compared, compare_everything, compare_random, smollm2_subject
-from tests.split.kills import kill_at_random
+from tests.speculative.kills import KINDS
+from tests.speculative.kills import kill_at_random as kill_drafting
+from tests.split import hostile, kills, texts
 from tests.split.training_kills import kill_while_training
 from tests.wire_fuzz import fuzz, server_process
 
@@ -29,7 +41,13 @@ COMPARED_TOKENS = 50_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
+DRAFTING_KILLS = 100
 LEARNER_KILLS = 10
+DETECTION_SECONDS = 2.0
+START_SECONDS = 120.0
+ATTACKING_FRAMES = 100_000
+ATTACKED_CACHE_BYTES = 2**23
+LARGEST_GROWTH_BYTES = 2**25
 
 
 def hostile_frames() -> dict[str, Any]:
@@ -41,21 +59,80 @@ def hostile_frames() -> dict[str, Any]:
 
 def speculative_identity() -> dict[str, Any]:
     """Tokens of speculative text that differ from the target's own, float64, all sources and lengths: none may."""
-    compared = compare_random(COMPARED_TOKENS)
+    compared = compare_random(COMPARED_TOKENS, Mode.sync)
+    return {"ok": not compared.flips, **_figures(compared)}
+
+
+def async_identity() -> dict[str, Any]:
+    """The same in mode async, at random delays."""
+    compared = compare_random(COMPARED_TOKENS, Mode["async"])
     return {"ok": not compared.flips, **_figures(compared)}
 
 
 def smollm2_identity() -> dict[str, Any]:
     """The same with SmolLM2 in float32, about 2,000 tokens: only ties may flip."""
-    compared = compare_everything(smollm2_subject(), SMOLLM2_TOKENS_A_TEXT, whole=False)
+    compared = compare_everything(smollm2_subject(), SMOLLM2_TOKENS_A_TEXT, Mode.sync, whole=False)
     return {"ok": all(flip.margin < LARGEST_TIE for flip in compared.flips), **_figures(compared)}
 
 
 def shards_killed() -> dict[str, Any]:
-    """One text over three shards, of which one goes at 50 random points: the same tokens, nothing raised."""
+    """Texts over three shard processes; SIGKILL of one of them at 50 random points: the same tokens, nothing raised."""
     with tempfile.TemporaryDirectory() as folder:
-        came = kill_at_random(KILLS, seed=1, folder=Path(folder))
-    return {"ok": came.same_tokens, **asdict(came)}
+        words = [*kills.WORDS, f"model.cache_dir={folder}/models"]
+        with LocalShards(kills.LAYERS, Path(folder), START_SECONDS, words) as shards:
+            came = kills.kill_at_random(KILLS, 1, kills.settings_of(f"{folder}/models"), shards)
+    found = came.slowest_detection_seconds <= DETECTION_SECONDS
+    return {"ok": came.same_tokens and came.recoveries == came.kills == KILLS and found, **asdict(came)}
+
+
+def shards_attacked() -> dict[str, Any]:
+    """Frames that make no sense at two shard processes that want a key, with the key and without: their client goes on,
+    and they grow by no more than the keys and values they may keep."""
+    with tempfile.TemporaryDirectory() as folder:
+        key_file = Path(folder) / "lab.key"
+        key_file.write_text(hostile.KEY.hex() + "\n")
+        key_file.chmod(0o600)
+        words = [*kills.WORDS, f"model.cache_dir={folder}/models", f"network.key_file={key_file}"]
+        words += [f"project.cache_limit_bytes={ATTACKED_CACHE_BYTES}", "project.max_connections=64"]
+        settings = compose_settings("split_inf", " ".join(words), SplitSettings)
+        with LocalShards([range(0, 2), range(2, 4)], Path(folder), START_SECONDS, words) as shards:
+            engine = join_shards(
+                settings.model, settings.network, shards=[str(a) for a in shards.addresses], spares=[],
+                boundary="float32", context=256, prefill_chunk=128, start_seconds=START_SECONDS, recovery_seconds=0.0,
+            )  # fmt: skip
+            before = [psutil.Process(process.pid).memory_info().rss for process in shards.processes]
+            first = [process.pid for process in shards.processes]
+            came = hostile.attack(
+                [address.port for address in shards.addresses],
+                make_side(settings.model, settings.network, Boundary.float32, "client"),
+                engine,
+                lambda count: texts.greedy(texts.inprocess(settings, (0, 4)), [1, 2, 3], count),
+                frames=ATTACKING_FRAMES,
+                seed=1,
+            )
+            after = [psutil.Process(process.pid).memory_info().rss for process in shards.processes]
+            lived = first == [process.pid for process in shards.processes]
+            engine.shutdown()
+    growth = max(b - a for a, b in zip(before, after, strict=True))
+    ok = came.same_tokens and lived and growth < ATTACKED_CACHE_BYTES + LARGEST_GROWTH_BYTES
+    return {"ok": ok, **asdict(came), "shards_lived": lived, "rss_growth_bytes": growth}
+
+
+def split_texts() -> dict[str, Any]:
+    """32 greedy texts of 128 tokens of SmolLM2, whole and over 2, 3 and 4 shards: no token differs."""
+    came = texts.compare_texts(
+        texts.settings_of(), [(0, 15, 30), (0, 7, 22, 30), (0, 4, 11, 23, 30)], prompts=32, tokens=128
+    )
+    return {"ok": not came.differing, **asdict(came)}
+
+
+def drafting_killed() -> dict[str, Any]:
+    """Texts whose verifier or link goes at 100 random points (SIGKILL, reset, half-open, stall), mode async:
+    the target's own tokens."""
+    came = kill_drafting(random.Random(2).choices(KINDS, k=DRAFTING_KILLS), seed=2)
+    times = sorted(came.resume_seconds)
+    figures = {"resume_seconds_median": statistics.median(times), "resume_seconds_most": times[-1]}
+    return {"ok": came.same_text, "kills": came.kills, "resumes": came.resumes, **figures}
 
 
 def learners_killed() -> dict[str, Any]:
@@ -69,7 +146,10 @@ def learners_killed() -> dict[str, Any]:
 
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
-    for run in (hostile_frames, speculative_identity, smollm2_identity, shards_killed, learners_killed)
+    for run in (
+        *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
+        *(shards_killed, shards_attacked, split_texts, learners_killed),
+    )
 }
 
 

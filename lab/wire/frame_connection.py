@@ -75,6 +75,8 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
 
     async def drain(self) -> None:
         """Wait until the peer has taken most of what was sent. Raises `PeerSilent`, `PeerGone`."""
+        if self._room.is_set() and self._fault is None:
+            return
         seconds = self.endpoint.deadlines.send_seconds
         try:
             async with asyncio.timeout(seconds):

@@ -45,6 +45,9 @@ class Gathered(NamedTuple):
 class LearnerSeat(Member):
     """A stage that learns, in a group."""
 
+    gradient_seconds = 30.0
+    """Longest wait for a gradient after the backward."""
+
     def __init__(self, stage: TrainingStage, place: Place) -> None:
         super().__init__(place)
         self._stage = stage
@@ -148,9 +151,18 @@ class LearnerSeat(Member):
         self.tied_gradient(context).copy_(total)
 
     def _take_gradients(self, context: int) -> None:
+        """A weight's gradient is put into the context once, when that of every micro-batch is in it."""
+        deadline = time.monotonic() + self.gradient_seconds
+        weights = self._stage.shard.weights
+        while missing := [name for name, weight in weights.items() if weight not in get_gradients(context)]:
+            # torch's backward returned before the gradients of another process were there, once in 60 runs under load
+            if time.monotonic() >= deadline:
+                raise RuntimeError(f"no gradient of {missing[0]} came within {self.gradient_seconds:g} s")
+            log.info("%d of %d gradients are still to come", len(missing), len(weights))
+            time.sleep(0.001)
         gradients = get_gradients(context)
-        for weight in self._stage.shard.weights.values():
-            weight.grad = gradients.get(weight)
+        for weight in weights.values():
+            weight.grad = gradients[weight]
 
 
 class RpcTraining(RpcChain):
@@ -185,7 +197,8 @@ class RpcTraining(RpcChain):
 
     def lost(self, error: RuntimeError) -> ShardLost:
         """What one of torch's errors means for a run."""
-        self._lost = self._lost or ShardLost(f"a shard is gone ({str(error).strip().splitlines()[0]})")
+        said = " ".join(str(error).split())[:300]  # who, then what was raised there
+        self._lost = self._lost or ShardLost(f"a shard is gone ({said})")
         return self._lost
 
     def _link(self) -> None:

@@ -41,6 +41,7 @@ def test_every_part_gives_its_figures(tmp_path: Path, caplog: pytest.LogCaptureF
         federated=on_jsonl(data, 2, "project.baseline=central"),
         verifier=RANDOM,
         drafter=[*RANDOM, "project.max_new_tokens=8", "project.check=true"],
+        split=[*RANDOM, "project.local_shards=2", "project.max_new_tokens=8"],
         split_training=[
             *RANDOM, "project.local_shards=2", "project.steps=2", "project.micro_batches=2",
             "project.optimization.batch_size=2", "project.data.sequence_length=64", "project.data.source=jsonl",
@@ -56,6 +57,7 @@ def test_every_part_gives_its_figures(tmp_path: Path, caplog: pytest.LogCaptureF
     assert figures["plots"]
     assert all(f">{part.replace('_', ' ').capitalize()}<" in figures["report"].read_text() for part in demo.PARTS)
     assert all(Path(plot).is_relative_to(tmp_path / "demo") for plot in figures["plots"])
+    assert len(figures["split"]["token_ids"]) == 8
     assert len(figures["split_training"]["loss_by_step"]) == 2
     said = [record.getMessage() for record in caplog.records]
     assert [line.partition(",")[0] for line in said if " of " in line.partition(",")[0]] == [

@@ -1,10 +1,12 @@
 """The proof that speculation does not change the text, at any size: `make test` runs a small one, `soak` the whole.
 
-    python -m tests.speculative.identity 50000
+    python -m tests.speculative.identity 50000 async
+    python -m tests.speculative.identity 50000 sync
 
 Every source of guesses, greedy and sampled, each draft length from 1 to 16, alone and with three other texts that share
-its passes; against the target decoding alone, one token a pass. float64: not one token may differ. float32: a token may
-flip where the target's two best are as close as rounding.
+its passes; against the target decoding alone, one token a pass. In mode async every word between drafter and verifier
+takes a random time, others for each text, and the verifier makes guesses of its own for every second cell. float64: not
+one token may differ. float32: a token may flip where the target's two best are as close as rounding.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from speculative.drafter import prompt_ids
 from speculative.drafting import Flip
 from speculative.drafts import Drafts
 from speculative.engines import open_drafts
-from speculative.settings import DraftSource, SpeculativeSettings
+from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import (
+    TERMS,
     InProcess,
     bench,
     decoded_alone,
@@ -47,6 +50,8 @@ TOGETHER = tuple(tuple(range(first, 17, 4)) for first in range(1, 5))
 """Draft lengths of four texts at once."""
 TEXTS = len(SOURCES) * len(SAMPLINGS) * (len(ALONE) + 4 * len(TOGETHER))
 """In the whole comparison."""
+DELAYS = (0.0, 0.002, 0.01, 0.03)
+"""Longest time of a word, each way, in seconds; a pass of the random model takes about 5 ms."""
 
 
 @dataclass
@@ -130,17 +135,26 @@ def smollm2_subject() -> Subject:
 
 
 def compare(
-    subject: Subject, source: str, sampling: Sampling, lengths: Sequence[int], new_tokens: int, first: int = 0
+    subject: Subject,
+    source: str,
+    sampling: Sampling,
+    lengths: Sequence[int],
+    new_tokens: int,
+    first: int = 0,
+    mode: Mode = Mode.sync,
 ) -> Compared:
     """Texts `first`, `first + 1`, ... at once on one verifier, one of each draft length, against the target alone."""
     kind = "sampled" if sampling.temperature else "greedy"
     compared = Compared(cells={(source, kind, tuple(lengths))})
     sources = [subject.drafts(source, sampling) for _ in lengths]  # not in the threads below: loading is for one
-    with bench(local_engine(subject.model, sessions=len(lengths))) as verifiers:
+    delays = DELAYS if mode is Mode["async"] else (0.0,)
+    terms = replace(TERMS, lookup=(3, 1)) if lengths[0] % 2 else TERMS
+    with bench(local_engine(subject.model, sessions=len(lengths)), terms=terms) as verifiers:
 
         def draft(index: int) -> tuple[list[int], int]:
-            asked = request(subject.prompts[first + index], new_tokens, sampling)
-            rounds = speculated(InProcess(verifiers, index), sources[index], asked, lengths[index])
+            asked = request(subject.prompts[first + index], new_tokens, sampling, mode, length=lengths[index])
+            delay = delays[(lengths[0] + index) % len(delays)]
+            rounds = speculated(InProcess(verifiers, index, delay, seed=index), sources[index], asked)
             sources[index].close()
             return tokens(rounds), sum(done.accepted for done in rounds)
 
@@ -170,20 +184,20 @@ def cells(whole: bool) -> Iterator[tuple[str, Sampling, tuple[int, ...], int]]:
         yield from ((source, sampling, lengths, len(alone) if whole else 1) for lengths in together)
 
 
-def compare_everything(subject: Subject, new_tokens: int, *, whole: bool) -> Compared:
+def compare_everything(subject: Subject, new_tokens: int, mode: Mode, *, whole: bool) -> Compared:
     """All cells, `new_tokens` a text."""
     torch.set_num_threads(1)
     total = Compared()
     for source, sampling, lengths, first in cells(whole):
-        total.add(compare(subject, source, sampling, lengths, new_tokens, first))
+        total.add(compare(subject, source, sampling, lengths, new_tokens, first, mode))
     return total
 
 
-def compare_random(at_least_tokens: int) -> Compared:
+def compare_random(at_least_tokens: int, mode: Mode) -> Compared:
     """The whole comparison of `model=random`."""
-    return compare_everything(random_subject(), -(-at_least_tokens // TEXTS), whole=True)
+    return compare_everything(random_subject(), -(-at_least_tokens // TEXTS), mode, whole=True)
 
 
 if __name__ == "__main__":
-    done = compare_random(int(sys.argv[1]))
+    done = compare_random(int(sys.argv[1]), Mode[sys.argv[2]])
     print(f"{done.tokens} tokens, {done.differing} differ, {done.accepted} guesses accepted, {len(done.cells)} cells")

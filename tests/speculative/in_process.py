@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Hashable, Iterator, Sequence
+import random
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,24 +16,37 @@ from lab.sampling import Sampling
 from speculative.drafting import Flip, Round, speculate
 from speculative.drafts import Drafts
 from speculative.forward_thread import ForwardThread
-from speculative.verifying import Ended, Outcome, Text, TextRequest, Verifier
+from speculative.settings import Mode
+from speculative.text import Ended, Outcome, Text, TextRequest
+from speculative.verifying import Terms, Verifier
 
 DEADLINE_SECONDS = 60.0
+TERMS = Terms(
+    prefill_chunk=64,
+    longest_check=16,
+    window=64,
+    lookup=None,
+    client_texts=64,
+    client_cache_bytes=2**40,
+    bytes_per_token=0,
+    keep_seconds=60.0,
+    idle_seconds=60.0,
+)
 
 
 class Bench:
     """One verifier, its forward thread, and a queue of outcomes for each text."""
 
-    def __init__(self, engine: Engine, end_ids: Sequence[int] = (), prefill_chunk: int = 64) -> None:
+    def __init__(self, engine: Engine, end_ids: Sequence[int] = (), terms: Terms = TERMS) -> None:
         self.ended: list[tuple[Text, Ended]] = []
         self.verifier = Verifier(
             engine,
             end_ids=end_ids,
-            prefill_chunk=prefill_chunk,
+            terms=terms,
             closed=lambda text, ended: self.ended.append((text, ended)),
         )
         self.end_ids = frozenset(end_ids)
-        self.queues: dict[Hashable, queue.Queue[Outcome]] = {}
+        self.receivers: dict[Hashable, Callable[[Outcome], None]] = {}
         self.batches: list[int] = []
         """Texts in each delivery: shows whether passes were shared."""
         self.thread = ForwardThread(self.verifier, self._deliver)
@@ -38,60 +54,124 @@ class Bench:
     def _deliver(self, outcomes: list[Outcome]) -> None:
         self.batches.append(len({outcome.key for outcome in outcomes}))
         for outcome in outcomes:
-            self.queues[outcome.key].put(outcome)
+            self.receivers[outcome.key](outcome)
 
 
 @contextmanager
-def bench(engine: Engine, end_ids: Sequence[int] = (), prefill_chunk: int = 64) -> Iterator[Bench]:
+def bench(engine: Engine, end_ids: Sequence[int] = (), terms: Terms = TERMS) -> Iterator[Bench]:
     """A running `Bench`; its thread must end without a fault."""
-    running = Bench(engine, end_ids, prefill_chunk)
+    running = Bench(engine, end_ids, terms)
     with running.thread:
         yield running
     running.thread.finished.result(timeout=DEADLINE_SECONDS)
 
 
-class InProcess:
-    """A drafter's `Target`: one text of a `Bench`."""
+class Wire:
+    """Does things later, each after a random time, in order: one direction of a link."""
 
-    def __init__(self, verifiers: Bench, name: Hashable = "text") -> None:
+    def __init__(self, most_seconds: float, seed: int) -> None:
+        self._most_seconds = most_seconds
+        self._numbers = random.Random(seed)
+        self._things: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def __call__(self, thing: Callable[[], None]) -> None:
+        self._things.put(thing)
+
+    def _run(self) -> None:
+        while True:
+            thing = self._things.get()
+            time.sleep(self._numbers.uniform(0, self._most_seconds))
+            thing()
+
+
+class InProcess:
+    """A drafter's `Target`: one text of a `Bench`. With `delay_seconds` word takes up to so long, each way."""
+
+    longest_draft = TERMS.longest_check
+    window = TERMS.window
+    rtt_seconds: float | None = None
+
+    def __init__(self, verifiers: Bench, name: Hashable = "text", delay_seconds: float = 0.0, seed: int = 0) -> None:
         self._bench = verifiers
         self._name = name
         self._count = 0
         self._key: Hashable = None
+        self._up = Wire(delay_seconds, seed) if delay_seconds else None
+        self._down = Wire(delay_seconds, seed + 1) if delay_seconds else None
+        self._arrived: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
 
     def open(self, request: TextRequest) -> None:
         self._count += 1
         self._key = key = (self._name, self._count)
-        self._bench.queues[key] = queue.Queue()
-        self._bench.thread.submit(lambda verifier: verifier.open(key, request))
+        self._arrived = arrived = queue.SimpleQueue()
+        later = self._down or (lambda thing: thing())
+        self._bench.receivers[key] = lambda outcome: later(lambda: arrived.put(outcome))
+        self._submit(lambda verifier: verifier.open(key, request, client=self._name))
+
+    def resume(self, request: TextRequest) -> None:
+        raise AssertionError("nothing is lost in one process")
 
     def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
-        key = self._key
-        self._bench.thread.submit(lambda verifier: verifier.offer(key, epoch, position, guesses))
+        key, copied = self._key, list(guesses)
+        self._submit(lambda verifier: verifier.offer(key, epoch, position, copied, time.monotonic()))
+
+    def has_news(self) -> bool:
+        return not self._arrived.empty()
 
     def next(self) -> Outcome:
-        return self._bench.queues[self._key].get(timeout=DEADLINE_SECONDS)
+        return self._arrived.get(timeout=DEADLINE_SECONDS)
 
     def leave(self) -> None:
         key = self._key
+        self._submit(lambda verifier: verifier.close(key))
 
-        def close(verifier: Verifier) -> None:
-            verifier.close(key)
-
-        self._bench.thread.submit(close)
+    def _submit(self, call: Callable[[Verifier], list[Outcome] | None]) -> None:
+        if self._up is None:
+            self._bench.thread.submit(call)
+        else:
+            self._up(lambda: self._bench.thread.submit(call))
 
 
 def request(
-    prompt: Sequence[int], count: int, sampling: Sampling, waits: bool = True, threshold: float | None = None
+    prompt: Sequence[int],
+    count: int,
+    sampling: Sampling,
+    mode: Mode = Mode.sync,
+    threshold: float | None = None,
+    length: int = 5,
 ) -> TextRequest:
-    return TextRequest(prompt_ids=prompt, sampling=sampling, max_new_tokens=count, waits=waits, threshold=threshold)
+    return TextRequest(
+        prompt_ids=prompt,
+        sampling=sampling,
+        max_new_tokens=count,
+        mode=mode,
+        threshold=threshold,
+        draft_length=length,
+    )
 
 
-def speculated(
-    target: InProcess, drafts: Drafts, asked: TextRequest, length: int, end_ids: Sequence[int] = ()
-) -> list[Round]:
+def speculated(target: InProcess, drafts: Drafts, asked: TextRequest, end_ids: Sequence[int] = ()) -> list[Round]:
     """All rounds of one text."""
-    return list(speculate(target, drafts, asked, length, frozenset(end_ids)))
+    return list(speculate(target, drafts, asked, frozenset(end_ids)))
+
+
+def sync_round(guesses: list[int], accepted: int, ids: list[int], nll: list[float], margins: list[float]) -> Round:
+    """A round of mode sync: every guess made for it, none late."""
+    return Round(
+        guesses=guesses,
+        accepted=accepted,
+        right=accepted,
+        ids=ids,
+        guess_nll=nll,
+        margins=margins,
+        place=0,
+        made=len(guesses),
+        sent=len(guesses),
+        draft_seconds=0.0,
+        stale=0,
+        epoch=0,
+    )
 
 
 def tokens(rounds: Sequence[Round]) -> list[int]:

@@ -23,7 +23,14 @@ from speculative.settings import SpeculativeSettings
 
 START_SECONDS = 120.0
 END_SECONDS = 60.0
-RANDOM = ("model=random", "model.dtype=float64", "tracking=none", "device.threads=1", "project.sessions=8")
+RANDOM = (
+    "model=random",
+    "model.dtype=float64",
+    "tracking=none",
+    "device.threads=1",
+    "project.sessions=8",
+    "project.client.texts=4",
+)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from speculative.drafting import speculate
 from speculative.drafts import EngineDrafts, RandomDrafts
 from speculative.joining import join
 from speculative.messages import TABLE, Close, MessageType, Open, Reason
-from speculative.settings import SpeculativeSettings
+from speculative.settings import Mode, SpeculativeSettings
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import InProcess, request, speculated
 from tests.speculative.in_process import bench as verifiers_on
@@ -66,7 +66,7 @@ def _bytes_per_accepted_guess(length: int) -> float:
     )
     with verifiers_on(target) as verifiers:
         drafts = EngineDrafts(drafter, Sampling.greedy(), 50_000)
-        rounds = speculated(InProcess(verifiers), drafts, request([1], 4000, Sampling.greedy()), length)
+        rounds = speculated(InProcess(verifiers), drafts, request([1], 4000, Sampling.greedy(), length=length))
     return bench.text_bytes(1, rounds) / sum(done.accepted for done in rounds)
 
 
@@ -77,16 +77,26 @@ def test_an_accepted_token_costs_at_most_25_bytes_both_ways() -> None:
 
 def test_these_bytes_are_the_ones_that_cross_the_socket(random_verifier: Role) -> None:
     settings = _settings("model=random", "model.dtype=float64", f"network.port={random_verifier.port}")
-    asked = request([1, 2, 3], 40, Sampling.greedy())
+    asked = request([1, 2, 3], 40, Sampling.greedy(), length=8)
     opened = Open(
-        seed=0, temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=40, waits=True, threshold=None, report=False
+        name=2**64 - 1,
+        owner=bytes(16),
+        seed=0,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=40,
+        mode=Mode.sync,
+        draft_length=8,
+        threshold=None,
+        report=False,
     )
     expected = len(encode(TABLE, MessageType.open, 1, opened, pack_tokens(asked.prompt_ids)))
     for reason in (Reason.length, Reason.left):  # the verifier's word and ours cross on the way
         expected += len(encode(TABLE, MessageType.close, 1, Close(reason=reason, text="")))
     with join(settings, token_texts(load_tokenizer_only(settings.model))) as target:
         before = target.bytes_sent + target.bytes_received
-        rounds = list(speculate(target, RandomDrafts(1, 256), asked, 8, []))
+        rounds = list(speculate(target, RandomDrafts(1, 256), asked, []))
         expected += bench.text_bytes(3, rounds)
         wait_until(lambda: target.bytes_sent + target.bytes_received - before >= expected, "the verifier's CLOSE")
         more = target.bytes_sent + target.bytes_received - before - expected

@@ -34,7 +34,7 @@ def test_every_text_fills_its_window(tmp_path: Path) -> None:
 
 def text(**figures: float) -> dict[str, float]:
     same = {"new_tokens": 10, "generation_seconds": 2.0, "ms_per_token_p50": 200.0, "time_to_first_token_seconds": 0.5}
-    return same | {"drafts_checked": 8, "drafts_accepted": 4} | figures
+    return same | {"drafts_checked": 8, "drafts_accepted": 4, "drafts_late": 0} | figures
 
 
 def test_figures_of_several_texts() -> None:

@@ -16,6 +16,8 @@ from lab.sampling import Sampling
 from speculative.drafting import Round, TextFailed, TextRefused, find_flips, speculate
 from speculative.drafts import EngineDrafts, NoDrafts, RandomDrafts, add_noise_to_head
 from speculative.messages import Reason
+from speculative.settings import Mode
+from speculative.text import Verdict
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import InProcess, bench, local_engine, request, speculated, tokens
 
@@ -64,7 +66,7 @@ def test_accepted_length_of_each_round_is_that_of_transformers(length: int, monk
     target, drafter = _pair()
     with bench(local_engine(target)) as verifiers:
         drafts = EngineDrafts(local_engine(drafter, sessions=1), GREEDY, VOCABULARY)
-        rounds = speculated(InProcess(verifiers), drafts, request(PROMPT, 60, GREEDY), length)
+        rounds = speculated(InProcess(verifiers), drafts, request(PROMPT, 60, GREEDY, length=length))
     assert tokens(rounds) == text
     ours = [done.accepted for done in rounds]
     assert ours[: len(theirs)] == theirs
@@ -92,13 +94,13 @@ def _synthetic(agreement: float = 1.0, sessions: int = 4) -> SyntheticEngine:
 
 def test_a_text_ends_with_the_first_end_token_wherever_it_stands_in_a_draft() -> None:
     with bench(_synthetic()) as free:
-        whole = tokens(speculated(InProcess(free), NoDrafts(), request([1], 60, GREEDY), 0))
+        whole = tokens(speculated(InProcess(free), NoDrafts(), request([1], 60, GREEDY)))
     end = whole[7]
     first = whole.index(end)
     for length in range(1, 12):
         with bench(_synthetic(), [end]) as verifiers:
             drafts = EngineDrafts(_synthetic(), GREEDY, 50)
-            rounds = speculated(InProcess(verifiers), drafts, request([1], 60, GREEDY), length, [end])
+            rounds = speculated(InProcess(verifiers), drafts, request([1], 60, GREEDY, length=length), [end])
         assert tokens(rounds) == whole[: first + 1]
         assert verifiers.ended[0][1].reason is Reason.end_token
 
@@ -107,7 +109,7 @@ def test_a_text_has_the_length_that_was_asked_for() -> None:
     for count in range(1, 12):
         with bench(_synthetic()) as verifiers:
             drafts = EngineDrafts(_synthetic(), GREEDY, 50)
-            rounds = speculated(InProcess(verifiers), drafts, request([1, 2], count, GREEDY), 5)
+            rounds = speculated(InProcess(verifiers), drafts, request([1, 2], count, GREEDY))
             assert len(tokens(rounds)) == count
         assert verifiers.ended[0][1].reason is Reason.length
 
@@ -115,15 +117,21 @@ def test_a_text_has_the_length_that_was_asked_for() -> None:
 def test_what_cannot_be_served_is_refused_in_one_line() -> None:
     with bench(_synthetic(sessions=1)) as verifiers:
         with pytest.raises(TextRefused, match=r"must fit the context of 400 tokens, got 395 \+ 6$"):
-            speculated(InProcess(verifiers), NoDrafts(), request([1] * 395, 6, GREEDY), 0)
+            speculated(InProcess(verifiers), NoDrafts(), request([1] * 395, 6, GREEDY))
         with pytest.raises(TextRefused, match="prompt must hold at least one token"):
-            speculated(InProcess(verifiers), NoDrafts(), request([], 6, GREEDY), 0)
-        rounds = speculate(InProcess(verifiers, "holds the slot"), NoDrafts(), request([1], 9, GREEDY), 0, [])
+            speculated(InProcess(verifiers), NoDrafts(), request([], 6, GREEDY))
+
+
+def test_a_text_waits_for_room_in_the_engine() -> None:
+    with bench(_synthetic(sessions=1)) as verifiers:
+        rounds = speculate(InProcess(verifiers, "holds the slot"), NoDrafts(), request([1], 9, GREEDY), [])
         next(rounds)
-        with pytest.raises(TextRefused, match="all 1 sessions"):
-            speculated(InProcess(verifiers, "second"), NoDrafts(), request([1], 6, GREEDY), 0)
+        second = InProcess(verifiers, "second")
+        second.open(request([1], 6, GREEDY, Mode.target_only))
+        next(rounds)
+        assert not second.has_news()
         rounds.close()  # type: ignore[attr-defined]  # a generator: leaving it gives the slot back
-        assert len(tokens(speculated(InProcess(verifiers, "third"), NoDrafts(), request([1], 6, GREEDY), 0))) == 6
+        assert isinstance(second.next(), Verdict)
 
 
 def test_two_sides_that_differ_on_the_text_are_told() -> None:
@@ -140,7 +148,7 @@ def test_guesses_of_an_older_epoch_are_dropped() -> None:
     with bench(_synthetic()) as verifiers:
         target = InProcess(verifiers)
         target.open(request([1], 30, GREEDY))
-        wrong = (tokens(speculated(InProcess(verifiers, "same"), NoDrafts(), request([1], 1, GREEDY), 0))[0] + 1) % 50
+        wrong = (tokens(speculated(InProcess(verifiers, "same"), NoDrafts(), request([1], 1, GREEDY)))[0] + 1) % 50
         target.draft(0, 1, [wrong])
         verdict = target.next()
         assert (verdict.epoch, verdict.accepted) == (1, 0)  # type: ignore[union-attr]
@@ -155,7 +163,7 @@ def test_a_target_that_fails_is_told() -> None:
     engine = local_engine(random_model("llama", torch.float64), sessions=2)
     engine.cache._limit_bytes = engine.cache.bytes_per_position * 32  # room for one bucket of one text
     with bench(engine) as verifiers, pytest.raises(TextFailed, match="KV cache is full"):
-        speculated(InProcess(verifiers), NoDrafts(), request([1], 60, GREEDY), 0)
+        speculated(InProcess(verifiers), NoDrafts(), request([1], 60, GREEDY))
 
 
 def test_without_room_for_all_only_who_is_too_long_fails() -> None:
@@ -163,10 +171,10 @@ def test_without_room_for_all_only_who_is_too_long_fails() -> None:
     engine.cache._limit_bytes = engine.cache.bytes_per_position * 32 * 2
     with bench(engine) as verifiers:
         short = InProcess(verifiers, "short")
-        rounds = speculate(short, NoDrafts(), replace(request([1], 20, GREEDY), waits=True), 0, [])
+        rounds = speculate(short, NoDrafts(), replace(request([1], 20, GREEDY), mode=Mode.sync), [])
         first = next(rounds)
         with pytest.raises(TextFailed, match="KV cache is full"):
-            speculated(InProcess(verifiers, "long"), NoDrafts(), request([1], 60, GREEDY), 0)
+            speculated(InProcess(verifiers, "long"), NoDrafts(), request([1], 60, GREEDY))
         assert len(tokens([first, *rounds])) == 20
 
 
@@ -176,8 +184,8 @@ def test_rule_cross_entropy_takes_more_and_says_what_each_guess_costs() -> None:
     def run(threshold: float | None) -> tuple[list[Round], list[float]]:
         with bench(local_engine(model)) as verifiers:
             drafts = RandomDrafts(1, VOCABULARY)
-            asked = request(PROMPT, 60, GREEDY, threshold=threshold)
-            rounds = speculated(InProcess(verifiers), drafts, asked, 4)
+            asked = request(PROMPT, 60, GREEDY, threshold=threshold, length=4)
+            rounds = speculated(InProcess(verifiers), drafts, asked)
         return rounds, [value for done in rounds for value in done.guess_nll]
 
     exact, costs = run(None)
@@ -193,7 +201,7 @@ def test_rule_cross_entropy_takes_more_and_says_what_each_guess_costs() -> None:
 def test_cross_entropy_of_each_guess_is_that_of_the_model() -> None:
     model: Any = random_model("llama", torch.float64)
     with bench(local_engine(model)) as verifiers:
-        rounds = speculated(InProcess(verifiers), RandomDrafts(1, VOCABULARY), request(PROMPT, 12, GREEDY), 4)
+        rounds = speculated(InProcess(verifiers), RandomDrafts(1, VOCABULARY), request(PROMPT, 12, GREEDY))
     text = list(PROMPT)
     for done in rounds:
         ids = torch.tensor([[*text, *done.guesses]])
@@ -209,7 +217,7 @@ def test_flips_are_found_with_their_margins() -> None:
     model = random_model("llama", torch.float64)
     asked = request(PROMPT, 40, GREEDY)
     with bench(local_engine(model)) as verifiers:
-        own = tokens(speculated(InProcess(verifiers), NoDrafts(), replace(asked, waits=False), 0))
+        own = tokens(speculated(InProcess(verifiers), NoDrafts(), replace(asked, mode=Mode.target_only)))
         assert find_flips(InProcess(verifiers, "check"), asked, own, []) == []
         changed = [*own]
         changed[9] = (own[9] + 1) % VOCABULARY

@@ -49,7 +49,7 @@ def test_bfloat16_is_identical_in_exact_shapes() -> None:
         with bench(local_engine(model, 2, 128, 8)) as verifiers:
             guesser = local_engine(random_model("llama", torch.float32), 1, 128)
             drafts = EngineDrafts(guesser, SAMPLED, VOCABULARY) if index % 2 else RandomDrafts(1, VOCABULARY)
-            rounds = speculated(InProcess(verifiers), drafts, request([index, 5, 9], 80, SAMPLED), 7)
+            rounds = speculated(InProcess(verifiers), drafts, request([index, 5, 9], 80, SAMPLED, length=7))
         assert tokens(rounds) == alone
         accepted += sum(done.accepted for done in rounds)
     assert accepted > 40
@@ -80,8 +80,8 @@ def _flips(subject: Subject, exact_rows: int | None) -> list[Flip]:
     """Tokens of a bfloat16 text, drafted badly so that shapes change all the time, that the target alone says not."""
     [prompt] = subject.prompts
     with bench(local_engine(subject.model, 1, 192, exact_rows)) as verifiers:
-        asked = request(prompt, 60, Sampling.greedy())
-        text = tokens(speculated(InProcess(verifiers), RandomDrafts(1, 1000), asked, 4))
+        asked = request(prompt, 60, Sampling.greedy(), length=4)
+        text = tokens(speculated(InProcess(verifiers), RandomDrafts(1, 1000), asked))
     return flips_alone(local_engine(subject.model, 1, 192, exact_rows), prompt, Sampling.greedy(), text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,11 @@ from speculative.messages import (
     Verdict,
     Welcome,
 )
-from speculative.settings import SpeculativeSettings
+from speculative.settings import Mode, SpeculativeSettings
 from speculative.vocabulary import fingerprint, token_texts
 from tests.speculative.processes import RANDOM, Role, drafted
 
+NAMES = itertools.count()
 OURS = fingerprint(token_texts(byte_tokenizer()))
 
 
@@ -40,7 +42,10 @@ def _open(**changes: Any) -> Open:
         "top_k": 0,
         "top_p": 1.0,
         "max_new_tokens": 20,
-        "waits": True,
+        "name": next(NAMES),
+        "owner": bytes(16),
+        "mode": Mode.sync,
+        "draft_length": 5,
         "threshold": None,
         "report": False,
     }
@@ -100,7 +105,7 @@ def _opened_then(*ids: int) -> Send:
         (lambda frames: frames.send(MessageType.open, 1, _open(), b"abc"), "sent 3 bytes of token ids"),
         (lambda frames: frames.send(MessageType.open, 1, _open(), pack_tokens([999])), "sent token id 999"),
         (
-            lambda frames: frames.send(MessageType.verdict, 1, Verdict(epoch=0, position=0, accepted=0)),
+            lambda frames: frames.send(MessageType.verdict, 1, Verdict(epoch=0, position=0, accepted=0, prefix=0)),
             "sent VERDICT, which a verifier does not take",
         ),
         (
@@ -133,7 +138,7 @@ def test_guesses_for_a_text_that_is_not_there_are_dropped(random_verifier: Role)
     with _connected(random_verifier.port) as frames:
         frames.send(MessageType.draft, 7, Draft(epoch=0, position=2), pack_tokens([1]))
         frames.send(MessageType.close, 7, Close(reason=Reason.left, text=""))
-        frames.send(MessageType.open, 7, _open(waits=False, max_new_tokens=1), pack_tokens([1]))
+        frames.send(MessageType.open, 7, _open(mode=Mode.target_only, max_new_tokens=1), pack_tokens([1]))
         assert frames.recv().head.accepted == 0
         assert frames.recv().head.reason is Reason.length
 
@@ -141,7 +146,9 @@ def test_guesses_for_a_text_that_is_not_there_are_dropped(random_verifier: Role)
 def test_several_texts_on_one_connection(random_verifier: Role) -> None:
     with _connected(random_verifier.port) as frames:
         for number in range(3):
-            frames.send(MessageType.open, number, _open(waits=False, max_new_tokens=5), pack_tokens([number, 4]))
+            frames.send(
+                MessageType.open, number, _open(mode=Mode.target_only, max_new_tokens=5), pack_tokens([number, 4])
+            )
         texts: dict[int, list[int]] = {number: [] for number in range(3)}
         closed = 0
         while closed < 3:

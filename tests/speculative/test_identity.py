@@ -11,7 +11,8 @@ import torch
 from lab.engine import Request, TargetStep
 from lab.kv import CacheFull
 from lab.sampling import Sampling
-from speculative import verifying
+from speculative import text, verifying
+from speculative.settings import Mode
 from tests.speculative.identity import (
     SAMPLINGS,
     SOURCES,
@@ -37,8 +38,9 @@ def subject() -> Subject:
     return random_subject()
 
 
-def test_no_token_differs_in_float64(subject: Subject) -> None:
-    compared = compare_everything(subject, 20, whole=False)
+@pytest.mark.parametrize("mode", [Mode["async"], Mode.sync])
+def test_no_token_differs_in_float64(subject: Subject, mode: Mode) -> None:
+    compared = compare_everything(subject, 20, mode, whole=False)
     assert compared.flips == []
     assert compared.tokens == 1200
     assert len(compared.cells) == 24
@@ -58,12 +60,12 @@ def test_the_whole_comparison_has_every_source_sampling_and_length_alone_and_amo
 def test_a_verifier_that_accepts_one_guess_too_many_is_seen(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
 ) -> None:
-    right = verifying.accepted_length
+    right = text.accepted_length
 
     def one_more(guesses: Sequence[int], chosen: Sequence[int], nll: Sequence[float], threshold: float | None) -> int:
         return min(len(guesses), right(guesses, chosen, nll, threshold) + 1)
 
-    monkeypatch.setattr(verifying, "accepted_length", one_more)
+    monkeypatch.setattr(text, "accepted_length", one_more)
     assert compare(subject, "noisy", sampling, [6], 40).differing > 0
 
 

@@ -11,6 +11,7 @@ from lab.wire import encode, pack_tokens
 from speculative.bench import text_bytes
 from speculative.drafts import EngineDrafts
 from speculative.messages import TABLE, Close, Draft, MessageType, Open, Reason, Verdict
+from speculative.settings import Mode
 from tests.speculative.in_process import InProcess, bench, request, speculated
 
 GREEDY = Sampling.greedy()
@@ -27,7 +28,7 @@ def test_bytes_of_a_text_at_length_8_and_acceptance_080() -> None:
     """25 bytes a guess that was accepted, both directions, frame headers included; per token of the text it is less."""
     with bench(_synthetic(1.0)) as verifiers:
         drafts = EngineDrafts(_synthetic(0.8), GREEDY, 40000)
-        rounds = speculated(InProcess(verifiers), drafts, request([5], 2500, GREEDY), 8)
+        rounds = speculated(InProcess(verifiers), drafts, request([5], 2500, GREEDY, length=8))
     accepted = sum(done.accepted for done in rounds)
     checked = sum(min(len(done.guesses), done.accepted + 1) for done in rounds)
     assert accepted / checked == pytest.approx(0.8, abs=0.02)
@@ -39,9 +40,15 @@ def test_bytes_of_a_text_at_length_8_and_acceptance_080() -> None:
 def test_ids_only() -> None:
     """Of a round nothing travels but three small numbers, one small number, and raw ids."""
     draft = encode(TABLE, MessageType.draft, 1, Draft(epoch=70000, position=70000), pack_tokens([1] * 8))
-    verdict = encode(TABLE, MessageType.verdict, 1, Verdict(epoch=70000, position=70000, accepted=8), pack_tokens([1]))
+    verdict = encode(
+        TABLE,
+        MessageType.verdict,
+        1,
+        Verdict(epoch=70000, position=70000, accepted=8, prefix=2**64 - 1),
+        pack_tokens([1]),
+    )
     assert len(draft) == 16 + (1 + 5 + 5) + 32
-    assert len(verdict) == 16 + (1 + 5 + 5 + 1) + 4
+    assert len(verdict) == 16 + (1 + 5 + 5 + 1 + 9) + 4
 
 
 @pytest.mark.parametrize(
@@ -53,7 +60,10 @@ def test_ids_only() -> None:
             top_k=3,
             top_p=0.9,
             max_new_tokens=5,
-            waits=True,
+            mode=Mode.sync,
+            draft_length=5,
+            name=2**64 - 1,
+            owner=bytes(16),
             threshold=None,
             report=False,
         ),

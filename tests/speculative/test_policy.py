@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from speculative.policy import AcceptanceByPlace, DraftLength, Pacing, PassCosts
-from speculative.theory import Plan, Speeds, best_plan, simulate, survival
+from speculative.theory import Plan, Speeds, best_plan, drawn, simulate, survival
 from tests.speculative.virtual import Virtual
 
 SPEEDS = Speeds(step_seconds=0.04, row_seconds=0.0008, draft_step_seconds=0.004, rtt_seconds=0.0)
@@ -25,7 +25,7 @@ def _virtual(alpha: float, rtt_seconds: float, *, draft_length: int | None = Non
 def _optimum(alpha: float, rtt_seconds: float) -> float:
     speeds = replace(SPEEDS, rtt_seconds=rtt_seconds)
     plans = [best_plan(survival(alpha, 400), speeds.pace(), [length])[0] for length in (0, 1, 2, 3, 5, 8, 12, 16)]
-    return max(simulate(alpha, speeds, p, window=64, new_tokens=3000, seed=1).tokens_per_second for p in plans)
+    return max(simulate(drawn(alpha, 1), speeds, p, window=64, new_tokens=3000).tokens_per_second for p in plans)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.6, 0.8, 0.95])

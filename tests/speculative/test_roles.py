@@ -29,7 +29,7 @@ from speculative.drafts import RandomDrafts
 from speculative.joining import join
 from speculative.remote_target import RemoteTarget
 from speculative.settings import SpeculativeSettings
-from speculative.verifying import Verdict, until_end
+from speculative.text import Verdict, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine, request
 from tests.speculative.processes import END_SECONDS, RANDOM, Role, drafted, drafter_process, verifier, wait_until
@@ -38,7 +38,8 @@ PROMPT = "def add(a, b):\n    return a"
 NEEDED = {
     *("status", "text", "token_ids", "new_tokens", "tokens_per_second", "ms_per_token_p50"),
     *("time_to_first_token_seconds", "alpha", "alpha_by_position", "mean_accepted_length", "draft_waste"),
-    *("rtt_seconds", "bytes_sent", "bytes_received"),
+    *("rtt_seconds", "bytes_sent", "bytes_received", "predicted_tokens_per_second"),
+    *("epochs", "resumes", "drafts_sent", "drafts_stale"),
 }
 SAMPLED = ("project.temperature=1.0", "seed=7", "project.top_k=60", "project.top_p=0.98")
 
@@ -131,9 +132,9 @@ def test_drafters_at_once_each_get_their_own_text(random_verifier: Role) -> None
     targets = [_joined(random_verifier.port) for _ in prompts]  # composing settings is not for several threads
 
     def draft(number: int) -> list[int]:
-        asked = request(list(tokenizer(prompts[number])["input_ids"]), 30, samplings[number])
+        asked = request(list(tokenizer(prompts[number])["input_ids"]), 30, samplings[number], length=number + 1)
         with targets[number] as target:
-            rounds = speculate(target, RandomDrafts(number, 256), asked, number + 1, [BYTE_EOS])
+            rounds = speculate(target, RandomDrafts(number, 256), asked, [BYTE_EOS])
             return [token for done in rounds for token in done.tokens]
 
     with ThreadPoolExecutor(4) as pool:
@@ -172,7 +173,14 @@ def test_a_bad_request_of_the_first_protocol_closes_its_connection_only(
 
 
 def test_ctrl_c_on_a_drafter_leaves_the_verifier_serving(random_verifier: Role, tmp_path: Path) -> None:
-    words = [*RANDOM, f"network.port={random_verifier.port}", f"prompt={PROMPT}", "project.max_new_tokens=990"]
+    words = [
+        *RANDOM,
+        *SAMPLED,
+        "project.draft.source=random",
+        f"network.port={random_verifier.port}",
+        f"prompt={PROMPT}",
+        "project.max_new_tokens=990",
+    ]
     process = drafter_process(*words, folder=tmp_path)
     assert process.stdout is not None
     assert process.stdout.read(3)  # the text has begun
@@ -188,7 +196,15 @@ def test_ctrl_c_on_a_drafter_leaves_the_verifier_serving(random_verifier: Role, 
 def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
     with verifier(*RANDOM) as running:
         wait_until(lambda: f"network.port={running.port} model=random" in running.stderr(), "the peer's command")
-        words = [*RANDOM, f"network.port={running.port}", f"prompt={PROMPT}", "project.max_new_tokens=990"]
+        words = [
+            *RANDOM,
+            *SAMPLED,
+            "project.draft.source=random",
+            f"network.port={running.port}",
+            f"prompt={PROMPT}",
+            "project.max_new_tokens=990",
+        ]
+        words.append("project.resume_seconds=0")
         process = drafter_process(*words, folder=tmp_path)
         assert process.stdout is not None
         assert process.stdout.read(3)
@@ -204,8 +220,8 @@ def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
 
 
 def test_a_verifier_that_is_killed_is_noticed_at_once() -> None:
-    with verifier(*RANDOM) as running, _joined(running.port) as target:
-        rounds = speculate(target, RandomDrafts(1, 256), request([1, 2, 3], 900, Sampling.greedy()), 5, [])
+    with verifier(*RANDOM) as running, _joined(running.port, "project.resume_seconds=0") as target:
+        rounds = speculate(target, RandomDrafts(1, 256), request([1, 2, 3], 900, Sampling.greedy()), [])
         next(rounds)
         running.process.kill()
         began = time.monotonic()
@@ -249,7 +265,7 @@ def test_bad_input_of_a_command_is_one_line_and_exit_code_2(tmp_path: Path) -> N
     process = drafter_process("project.draft.length=0", "prompt=x", folder=tmp_path)
     out, errors = process.communicate(timeout=END_SECONDS)
     assert (process.returncode, out) == (2, "")
-    assert errors == "error: project.draft.length must be in [1, 64], got 0\n"
+    assert errors == "error: project.draft.length must be auto or in [1, 64], got 0\n"
 
 
 def test_what_the_verifier_refuses_is_said_in_one_line(random_verifier: Role, tmp_path: Path) -> None:

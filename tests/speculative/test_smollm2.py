@@ -43,7 +43,7 @@ def test_text_is_the_targets_own_or_each_flip_is_a_tie(smollm2: Role, words: tup
     assert len(result["flips"]) <= 1
     assert result["drafts_checked"] > 5
     if "ngram" in words[0]:
-        assert result["drafts_accepted"] > 5
+        assert result["drafts_accepted"] + result["drafts_late"] > 5
 
 
 def test_the_chat_template_is_used_unless_it_is_not_wanted(smollm2: Role, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from lab.entry import compose_settings
 from lab.sampling import Sampling
 from lab.settings import UserError
 from speculative.engines import open_target
-from speculative.settings import SpeculativeSettings
-from speculative.verifying import Ended, TextRequest, Verdict, Verifier
+from speculative.settings import Mode, SpeculativeSettings
+from speculative.text import Ended, TextRequest, Verdict
+from speculative.verifying import Verifier
 from split.boundary import Boundary
 from split.joining import make_side
 from split.opening import load_stage
@@ -28,7 +29,7 @@ def _text(settings: SpeculativeSettings) -> list[int]:
     verifier = Verifier(target.engine, end_ids=[], prefill_chunk=16, closed=lambda *_: None)
     sampling = Sampling(seed=3, temperature=0.8, top_k=50, top_p=0.95)
     request = TextRequest(
-        prompt_ids=list(b"def main():"), sampling=sampling, max_new_tokens=40, waits=False, threshold=None
+        prompt_ids=list(b"def main():"), sampling=sampling, max_new_tokens=40, mode=Mode.target_only, threshold=None
     )
     verifier.open("text", request)
     written: list[int] = []

@@ -8,6 +8,7 @@ import pytest
 
 from speculative.drafting import Round
 from speculative.tally import Tally
+from tests.speculative.in_process import sync_round
 
 
 def _tally(rounds: list[Round], seconds: list[float]) -> Tally:
@@ -20,10 +21,10 @@ def _tally(rounds: list[Round], seconds: list[float]) -> Tally:
 
 def test_figures_by_hand() -> None:
     rounds = [
-        Round([1, 2, 3], 3, [4], [0.1, 0.2, 0.3], []),  # all accepted: 3 checked
-        Round([5, 6, 7], 1, [8], [0.4, 2.0], []),  # 2 checked, the third never looked at
-        Round([9, 9, 9], 0, [10], [5.0], []),  # 1 checked
-        Round([], 0, [11], [], []),  # no guesses: no round of speculation
+        sync_round([1, 2, 3], 3, [4], [0.1, 0.2, 0.3], []),  # all accepted: 3 checked
+        sync_round([5, 6, 7], 1, [8], [0.4, 2.0], []),  # 2 checked, the third never looked at
+        sync_round([9, 9, 9], 0, [10], [5.0], []),  # 1 checked
+        sync_round([], 0, [11], [], []),  # no guesses: no round of speculation
     ]
     figures = _tally(rounds, [0.4, 0.6, 0.7, 0.8]).figures()
     assert figures["new_tokens"] == 8
@@ -39,12 +40,12 @@ def test_figures_by_hand() -> None:
 
 
 def test_a_text_that_ends_inside_a_draft_looked_at_no_more_than_it_took() -> None:
-    figures = _tally([Round([1, 2, 3, 4], 2, [], [0.1, 0.1], [])], [1.0]).figures()
+    figures = _tally([sync_round([1, 2, 3, 4], 2, [], [0.1, 0.1], [])], [1.0]).figures()
     assert (figures["drafts_checked"], figures["alpha"], figures["alpha_by_position"]) == (2, 1.0, [1.0, 1.0])
 
 
 def test_nothing_to_divide_by_is_none() -> None:
-    figures = _tally([Round([], 0, [1], [], [])], [1.0]).figures()
+    figures = _tally([sync_round([], 0, [1], [], [])], [1.0]).figures()
     assert figures["alpha"] is None
     assert figures["mean_accepted_length"] is None
     assert figures["draft_waste"] is None
@@ -53,7 +54,7 @@ def test_nothing_to_divide_by_is_none() -> None:
 
 
 def test_rows_have_lists_only_where_they_were_reported() -> None:
-    tally = _tally([Round([1], 1, [2], [0.1], [3.0, 4.0]), Round([1], 0, [2], [], [])], [1.0, 3.0])
+    tally = _tally([sync_round([1], 1, [2], [0.1], [3.0, 4.0]), sync_round([1], 0, [2], [], [])], [1.0, 3.0])
     first, second = tally.rows()
     assert first["round_guess_cross_entropy"] == [0.1]
     assert first["round_margins"] == [3.0, 4.0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 
-from speculative.drafting import Round
 from speculative.terminal import ACCEPTED, CORRECTED, PLAIN, TextStream
+from tests.speculative.in_process import sync_round
 
 
 class Terminal(io.StringIO):
@@ -19,7 +19,7 @@ def _decode(ids: list[int]) -> str:
 
 def _shown(stream: io.StringIO, text: bytes, accepted: int) -> str:
     shown = TextStream(_decode, stream)
-    shown.show(Round(list(text[:accepted]), accepted, list(text[accepted:]), [], []))
+    shown.show(sync_round(list(text[:accepted]), accepted, list(text[accepted:]), [], []))
     shown.finish()
     return stream.getvalue()
 
@@ -36,7 +36,7 @@ def test_a_character_is_written_once_it_is_whole() -> None:
     stream = io.StringIO()
     shown = TextStream(_decode, stream)
     for byte in "é€x".encode():
-        shown.show(Round([], 0, [byte], [], []))
+        shown.show(sync_round([], 0, [byte], [], []))
         assert "\N{REPLACEMENT CHARACTER}" not in stream.getvalue()
     shown.finish()
     assert stream.getvalue() == "é€x\n"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 
 from speculative.theory import (
     ALONE,
+    Guess,
     Plan,
     Speeds,
     async_tokens_per_second,
     best_plan,
+    drawn,
     expected_tokens,
     predicted_async_tokens_per_second,
     simulate,
+    simulated_optimum,
     survival,
     sync_tokens_per_second,
 )
@@ -59,7 +63,7 @@ def test_the_table_of_an_asynchronous_loop_that_never_waits(alpha: float, never_
 @pytest.mark.parametrize("rtt", [*DELAYS, 0.3])
 def test_the_formula_is_what_the_simulation_gives(alpha: float, rtt: float) -> None:
     plan, formula = _best(alpha, _at(rtt))
-    runs = [simulate(alpha, _at(rtt), plan, window=400, new_tokens=4000, seed=seed) for seed in range(3)]
+    runs = [simulate(drawn(alpha, seed), _at(rtt), plan, window=400, new_tokens=4000) for seed in range(3)]
     simulated = sum(run.tokens_per_second for run in runs) / len(runs) * 0.04
     assert simulated == pytest.approx(formula, rel=0.035)
 
@@ -74,7 +78,7 @@ def test_without_delay_and_drafting_time_it_is_the_synchronous_formula() -> None
 def test_no_guess_is_ever_right() -> None:
     for rtt in DELAYS:
         assert _best(0.0, _at(rtt)) == (ALONE, pytest.approx(1.0))
-        alone = simulate(0.0, _at(rtt), ALONE, window=64, new_tokens=100, seed=0)
+        alone = simulate(drawn(0.0, 0), _at(rtt), ALONE, window=64, new_tokens=100)
         assert alone.tokens_per_second == pytest.approx(25.0)
 
 
@@ -82,17 +86,17 @@ def test_every_guess_is_right() -> None:
     # Passes are full as soon as the first guesses are there, and never run dry when drafting is fast enough.
     speeds = replace(_at(0.05), draft_step_seconds=0.001)
     full = 17 / speeds.pass_seconds(16)
-    run = simulate(1.0, speeds, Plan(16, 0), window=400, new_tokens=4000, seed=0)
+    run = simulate(drawn(1.0, 0), speeds, Plan(16, 0), window=400, new_tokens=4000)
     assert run.tokens_per_second == pytest.approx(full, rel=0.03)
     assert run.epochs == 1
     # A drafter that is slower than that sets the speed itself: its guesses and what a pass adds to them.
-    slow = simulate(1.0, _at(0.05), Plan(16, 0), window=400, new_tokens=4000, seed=0)
+    slow = simulate(drawn(1.0, 0), _at(0.05), Plan(16, 0), window=400, new_tokens=4000)
     assert slow.tokens_per_second == pytest.approx(1 / 0.004, rel=0.03)
 
 
 def test_a_delay_without_end_leaves_the_target_alone() -> None:
     assert _best(0.9, _at(1e6))[1] == pytest.approx(1.0, abs=1e-3)
-    run = simulate(0.9, _at(1e6), Plan(8, 0), window=64, new_tokens=200, seed=0)
+    run = simulate(drawn(0.9, 0), _at(1e6), Plan(8, 0), window=64, new_tokens=200)
     assert run.tokens_per_second == pytest.approx(25.0)
 
 
@@ -113,18 +117,18 @@ def test_a_short_wait_pays_only_near_by() -> None:
 
 def test_a_window_and_a_slow_drafter() -> None:
     wide, narrow = (
-        simulate(0.95, _at(0.1), Plan(16, 0), window=window, new_tokens=3000, seed=0).tokens_per_second
+        simulate(drawn(0.95, 0), _at(0.1), Plan(16, 0), window=window, new_tokens=3000).tokens_per_second
         for window in (64, 4)
     )
     assert narrow < 0.7 * wide
     slower_than_the_target = replace(_at(0.02), draft_step_seconds=0.05)
-    run = simulate(0.8, slower_than_the_target, Plan(4, 0), window=64, new_tokens=500, seed=0)
+    run = simulate(drawn(0.8, 0), slower_than_the_target, Plan(4, 0), window=64, new_tokens=500)
     assert run.tokens_per_second >= 0.98 * 25.0
 
 
 def test_only_the_round_trip_counts_not_how_it_is_split() -> None:
     speeds = [
-        simulate(0.8, _at(0.06), Plan(10, 0), window=64, new_tokens=4000, seed=3, up_seconds=up).tokens_per_second
+        simulate(drawn(0.8, 3), _at(0.06), Plan(10, 0), window=64, new_tokens=4000, up_seconds=up).tokens_per_second
         for up in (0.0, 0.03, 0.06)
     ]
     assert speeds == pytest.approx([speeds[0]] * 3, rel=0.02)
@@ -134,9 +138,25 @@ def test_acceptance_by_place() -> None:
     assert survival([0.5, 0.9], 4) == pytest.approx([1, 0.5, 0.45, 0.405])
     # Guesses in runs: half of the epochs have none, the others long ones. Their mean acceptance says something else.
     runs = predicted_async_tokens_per_second([0.3, 0.97], _at(0.02), longest=16, draft_length=None, new_tokens=400)
-    run = simulate([0.3, 0.97], _at(0.02), _best_by_place([0.3, 0.97]), window=400, new_tokens=20000, seed=0)
+    run = simulate(drawn([0.3, 0.97], 0), _at(0.02), _best_by_place([0.3, 0.97]), window=400, new_tokens=20000)
     assert run.tokens_per_second == pytest.approx(runs, rel=0.05)
 
 
 def _best_by_place(rates: list[float]) -> Plan:
     return best_plan(survival(rates, 400), _at(0.02).pace(), LENGTHS)[0]
+
+
+def test_the_optimum_of_one_text_is_above_every_plan_for_it() -> None:
+    draws = random.Random(0)
+    wrong = {place for place in range(600) if draws.random() < 0.2}
+
+    def guess() -> Guess:
+        return lambda place, in_epoch: place not in wrong
+
+    optimum = simulated_optimum(guess, _at(0.02), longest=16, new_tokens=600).tokens_per_second
+    tried = [
+        simulate(guess(), _at(0.02), Plan(length, wait), window=64, new_tokens=600).tokens_per_second
+        for length, wait in ((4, 0), (8, 0), (8, 4), (16, 0))
+    ]
+    assert max(tried) <= optimum <= 1.1 * max(tried)
+    assert optimum > 1.5 * 25.0

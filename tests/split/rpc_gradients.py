@@ -73,6 +73,7 @@ class Seat(LearnerSeat):
     """A seat that shows its gradients, and may forget to send any back."""
 
     detached = False
+    gradient_seconds = 5.0
 
     def gradients(self) -> dict[str, Tensor]:
         weights = self._stage.shard.weights.items()
@@ -107,7 +108,12 @@ def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: in
         transport, checkpoints, recipe=case.recipe, optimization=optimization, micro_batches=case.micro_batches,
         backward=backward, schedule=Schedule.gpipe,
     )  # fmt: skip
-    figures = [made.train_step() for _ in range(case.steps_before)]
+    try:
+        figures = [made.train_step() for _ in range(case.steps_before)]
+    except ShardLost as error:
+        transport.shutdown()
+        print(json.dumps({"backward": case.backward, "error": str(error)}), flush=True)
+        return
     made.save()
     found: dict[str, Tensor] = {}
 
@@ -136,7 +142,6 @@ def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: in
         "held": figures[-1].held, "boundary_bytes": figures[-1].boundary_bytes, "tied": case.tied,
         "delta": made.weights_delta_norms,
     }  # fmt: skip
-    row["norms"] = [[f.gradient_norm for f in figures], [f.gradient_norm for f in theirs]]
     print(json.dumps(row), flush=True)
 
 

@@ -39,9 +39,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
+def whole(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["backward"] != "detached"]
+
+
 def test_gradients_are_those_of_the_whole_model(rows: list[dict[str, Any]]) -> None:
     """One micro-batch, 2 and 3 shards: to the bit, by torch's autograd and by ours."""
-    single = [row for row in rows if row["held"][0] == 1 and not row["tied"] and row["backward"] != "detached"]
+    single = [row for row in whole(rows) if row["held"][0] == 1 and not row["tied"]]
     assert {(row["backward"], row["shards"], row["dtype"]) for row in single} == {
         ("autograd", 2, "float32"), ("autograd", 3, "float32"), ("autograd", 2, "float64"), ("explicit", 3, "float32"),
     }  # fmt: skip
@@ -53,7 +57,7 @@ def test_gradients_are_those_of_the_whole_model(rows: list[dict[str, Any]]) -> N
 
 def test_micro_batches_clipping_adapters_and_tied_embeddings(rows: list[dict[str, Any]]) -> None:
     """Several steps of `DistributedOptimizer` before the compared one; float64."""
-    others = [row for row in rows if row["held"][0] > 1 or row["tied"]]
+    others = [row for row in whole(rows) if row["held"][0] > 1 or row["tied"]]
     assert len(others) == 3
     for row in others:
         assert row["worst"] <= 1e-10, row  # rounding of the steps before is in it
@@ -64,13 +68,13 @@ def test_micro_batches_clipping_adapters_and_tied_embeddings(rows: list[dict[str
 
 
 def test_a_detached_boundary_is_noticed(rows: list[dict[str, Any]]) -> None:
+    """The last shard alone would lower the loss; a shard that no gradient reaches says so."""
     (row,) = [row for row in rows if row["backward"] == "detached"]
-    assert "model.embed_tokens.weight" in row["missing"], "the first shard has no gradient at all"
-    assert row["delta"][0] == 0.0, "and its weights do not move"
+    assert "no gradient of model.embed_tokens.weight came within" in row["error"]
 
 
 def test_what_is_lost_over_rpc_is_said(rows: list[dict[str, Any]]) -> None:
-    assert all("transport=rpc cannot replace it, transport=tcp can" in row["lost"] for row in rows)
+    assert all("transport=rpc cannot replace it, transport=tcp can" in row["lost"] for row in whole(rows))
 
 
 @pytest.mark.parametrize(

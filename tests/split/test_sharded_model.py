@@ -148,7 +148,7 @@ def test_an_evicted_text_is_rebuilt_with_the_same_tokens(tmp_path: Path) -> None
                 engine.extend([(text, text.step.next_ids[-1:])], "last")
         said.append([text.step.next_ids for text in pair if text.step])
     assert said[0] == said[1]
-    assert evicting.recoveries == 0
+    assert not evicting.recoveries
 
 
 def test_a_shard_reads_no_tensors_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from lab.entry import Run, compose_settings
+from lab.settings import UserError
+from split.merging import merge
 from split.schedule import even_bubble
+from split.train_settings import SplitTrainSettings
+from split.training_run import run_training
 from tests.split.training_kills import Killed, kill_while_training
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +29,9 @@ FIGURES = {
 }  # fmt: skip
 
 
-def train(folder: Path, *words: str, module: str = "split.train") -> subprocess.CompletedProcess[str]:
+def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", module, *words],
+        [sys.executable, "-m", "split.train", *words],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -74,48 +81,75 @@ def test_the_last_line_metrics_and_pictures_hold_it_all(killed: Killed) -> None:
     assert (Path(result["checkpoint_path"]) / "manifest.json").exists()
 
 
-@pytest.mark.real
-def test_resume_merge_and_what_does_not_fit(killed: Killed, tmp_path: Path) -> None:
-    words = ["model=random", f"model.cache_dir={killed.folder}/models"]
-    checkpoint = killed.result["checkpoint_path"]
-    merged = train(tmp_path, *words, f"project.checkpoint={checkpoint}", "project.output=merged", module="split.merge")
-    assert merged.returncode == 0, merged.stderr
-    assert json.loads(merged.stdout.splitlines()[-1])["kind"] == "transformers"
-    other = train(
-        tmp_path, *words, "project.local_shards=3", "project.transport=inproc", "project.train=everything",
-        f"project.resume={checkpoint}",
-    )  # fmt: skip
-    assert other.returncode == 2
-    last = other.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: project.resume must be a checkpoint of the cut")
-    assert "python -m split.merge" in last
+def settings_of(folder: Path, words: str) -> SplitTrainSettings:
+    told = f"model=random model.cache_dir={folder}/models project.transport=inproc tracking=none {words}"
+    return compose_settings("split_train", told, SplitTrainSettings)
 
 
 @pytest.mark.real
+def test_merge_resume_and_what_does_not_fit(killed: Killed, tmp_path: Path) -> None:
+    checkpoint = Path(killed.result["checkpoint_path"])
+    same = (
+        "project.steps=18 project.checkpoint_every=4 project.micro_batches=1 project.train=everything "
+        "project.optimization.max_gradient_norm=0.0 project.data.sequence_length=64 project.data.max_examples=64 "
+        f"project.resume={checkpoint} project.checkpoints={checkpoint.parent.parent}"
+    )
+    settings = settings_of(killed.folder, f"{same} project.local_shards=2")
+    assert merge(settings.model, checkpoint, tmp_path / "merged")["kind"] == "transformers"
+    result = run_training(settings, Run(tmp_path / "again"))
+    assert result["loss_by_step"] == killed.result["loss_by_step"], "all steps were taken: it is the same run"
+    with pytest.raises(UserError, match=r"a checkpoint of the cut 0:1, 1:3, 3:4, .*python -m split\.merge"):
+        run_training(settings_of(killed.folder, f"{same} project.local_shards=3"), Run(tmp_path))
+    with pytest.raises(UserError, match=r"of a run with micro_batches 2, got 1"):
+        run_training(
+            settings_of(killed.folder, f"{same} project.local_shards=2 project.micro_batches=2"), Run(tmp_path)
+        )
+
+
+def test_without_wandb_everything_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
+    words = (
+        "project.local_shards=2 project.steps=3 project.data.sequence_length=32 project.data.max_examples=16 "
+        "project.data.max_held_out=2"
+    )
+    plain = run_training(settings_of(tmp_path, words), Run(tmp_path / "plain"))
+    absent = run_training(settings_of(tmp_path, f"{words} tracking.wandb=offline"), Run(tmp_path / "absent"))
+    assert absent["loss_by_step"] == plain["loss_by_step"]
+    rows = [json.loads(line) for line in (tmp_path / "absent" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss_by_step"] == plain["loss_by_step"]
+    assert not list((tmp_path / "absent").glob("wandb"))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    """One line that names step and shard; the last valid step stays."""
-    done = train(
-        tmp_path, "model=random", f"model.cache_dir={tmp_path}/models", "project.local_shards=2", "project.steps=9",
-        "project.transport=inproc", "project.train=everything", "project.optimization.learning_rate=1e30",
-        "project.optimization.warmup_steps=0", "project.optimization.max_gradient_norm=0.0",
-        "project.checkpoint_every=1", "project.data.sequence_length=32", "tracking=none", "hydra.run.dir=run",
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: loss and gradients must be finite, got loss nan")
-    assert "at step 1, first at shard 1 (layers 0:2); step 1 is kept in" in last
-    assert not done.stdout
+    """The message names step and shard; the last valid step stays."""
+    words = (
+        "project.local_shards=2 project.steps=9 project.train=everything project.optimization.learning_rate=1e30 "
+        "project.optimization.warmup_steps=0 project.optimization.max_gradient_norm=0.0 project.checkpoint_every=1 "
+        "project.data.sequence_length=32 project.data.max_examples=16 project.data.max_held_out=2"
+    )
+    rule = r"got loss nan .* at step 1, first at shard 1 \(layers 0:2\); step 1 is kept in"
+    with pytest.raises(UserError, match=rule):
+        run_training(settings_of(tmp_path, words), Run(tmp_path / "run"))
     assert len(list((tmp_path / "run").glob("checkpoints/*/step-*/manifest.json"))) == 1
 
 
-@pytest.mark.real
-def test_unknown_targets_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    done = train(
-        tmp_path, "model=random", f"model.cache_dir={tmp_path}/models", "project.local_shards=2",
-        "model.lora_targets=[nothing]",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "model.lora_targets must be linear modules of the model" in done.stderr.strip().splitlines()[-1]
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        ("model.lora_targets=[nothing]", r"model\.lora_targets must be linear modules of the model"),
+        (
+            "project.train=everything model.quantization=nf4",
+            r"project\.train must be lora where the weights are quantised",
+        ),
+        ("project.local_shards=9", r"project\.local_shards must be in \[1, 4\] for this model, got 9"),
+        ("network.max_frame_bytes=4096", r"network\.max_frame_bytes must be at least \d+ for the hidden states"),
+        ("project.local_shards=0", r"project\.shards must name at least one shard"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_starts(words: str, rule: str, tmp_path: Path) -> None:
+    data = "project.data.sequence_length=32 project.data.max_examples=16 project.data.max_held_out=2"
+    with pytest.raises(UserError, match=rule):
+        run_training(settings_of(tmp_path, f"project.local_shards=2 {data} {words}"), Run(tmp_path / "run"))
 
 
 def figures(text: str) -> dict[str, Any]:
@@ -138,3 +172,27 @@ def test_autograd_over_rpc_is_the_whole_model(tmp_path: Path) -> None:
     assert 0 <= result["bubble_fraction"] < 1
     assert all(shard["weights_delta_norm"] > 0 for shard in result["shards"])
     assert math.isclose(even_bubble(2, 4), result["even_bubble_fraction"])
+
+
+@pytest.mark.real
+def test_ctrl_c_ends_the_trainer_and_its_shards(tmp_path: Path) -> None:
+    words = ["model=random", f"model.cache_dir={tmp_path}/models", "project.local_shards=2", "project.steps=90",
+             "project.data.sequence_length=32", "project.data.max_examples=32", "tracking=none"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "split.train", *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 2/"):
+                break
+        learners = psutil.Process(process.pid).children()
+        assert len([child for child in learners if "split.learn" in " ".join(child.cmdline())]) == 2
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert not output
+        assert not psutil.wait_procs(learners, timeout=10)[1], "nobody is left"
+    finally:
+        process.kill()

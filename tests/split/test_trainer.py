@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lab.settings import Dtype, ModelSettings
+from lab.settings import Dtype, ModelSettings, Quantization, UserError
 from split.schedule import Schedule, even_bubble, replay
 from split.trainer import DistributedTrainer, clip_scale
 from split.training_messages import Apply, Recipe, Train
@@ -274,3 +274,21 @@ def test_lora_trains_the_adapter_only(tmp_path: Path) -> None:
     assert all(".lora_" in name for name in first_shard(transport))
     assert made.trainable == [made.trainable[0]] * 2
     assert ADAPTER.train is Train.lora
+
+
+def test_an_adapter_learns_on_a_base_in_4_bits(tmp_path: Path) -> None:
+    """NF4 on every shard, in the blocks of the whole model; gradients go through all of it."""
+    settings = replace(model_settings(tmp_path), quantization=Quantization.nf4)
+    transport = in_process(settings, (0, 1, 3, 4), tmp_path)
+    made = trainer(transport, tmp_path, recipe=ADAPTER, total_steps=5)
+    theirs = Unsplit(settings, recipe=ADAPTER).train(5, 5)
+    assert [made.train_step().loss for _ in range(5)] == [figures.loss for figures in theirs]
+    plain = Unsplit(replace(settings, quantization=Quantization.none), recipe=ADAPTER).train(1, 5)
+    assert abs(plain[0].loss - theirs[0].loss) > 1e-3, "the control: 4 bits are not 32"
+    assert all(weight.abs().sum() > 0 for weight in first_shard(transport).values()), "B has left zero everywhere"
+
+
+def test_a_part_of_a_base_in_4_bits_cannot_be_trained(tmp_path: Path) -> None:
+    settings = replace(model_settings(tmp_path), quantization=Quantization.nf4)
+    with pytest.raises(UserError, match=r"nothing would be trained; got everything with model\.quantization=nf4"):
+        trainer(in_process(settings, (0, 2, 4), tmp_path), tmp_path)

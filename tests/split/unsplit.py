@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lab.device import TORCH_DTYPES
 from lab.examples import Batch, Example, batches
 from lab.lora import add_lora, fresh_adapter
+from lab.models import quantization_config
 from lab.settings import Dtype, LoraSettings, ModelSettings, OptimizationSettings
 from lab.training import StepFigures, accumulate_gradients, train_steps
 from split.checkpoint import Manifest
@@ -145,7 +146,10 @@ class Unsplit:
         examples: Sequence[Example] | None = None,
     ) -> None:
         dtype = TORCH_DTYPES[settings.dtype]
-        self.model: Any = AutoModelForCausalLM.from_pretrained(settings.path, dtype=dtype).requires_grad_(False)
+        quantization = quantization_config(settings, CPU, dtype)
+        placement: Any = {"quantization_config": quantization, "device_map": {"": CPU}} if quantization else {}
+        self.model: Any = AutoModelForCausalLM.from_pretrained(settings.path, dtype=dtype, **placement)
+        self.model.requires_grad_(False)
         self._optimization = replace(optimization, accumulation=optimization.accumulation * micro_batches)
         if recipe.train is Train.lora:
             lora = LoraSettings(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)

@@ -1,0 +1,119 @@
+"""One connection to a verifier, from the drafter's side.
+
+One thread stays in `recv`, where heartbeats live: so a drafter that computes for long neither looks dead nor misses
+that its verifier is.
+"""
+
+from __future__ import annotations
+
+import queue
+import ssl
+import threading
+import time
+
+import msgspec
+
+from lab.wire import BadFrame, Endpoint, Frame, FrameSocket, Head, PeerSilent, WireError, unpack_tokens
+from lab.wire.frames import Buffer
+from speculative.messages import AskVocabulary, MessageType, Vocabulary, Welcome
+
+LOOK_SECONDS = 0.5
+"""A wait is cut into pieces of this length, so that Ctrl+C comes through on every system."""
+
+
+class VerifierConnection:
+    """Frames there and back, and what the verifier said first. Whoever makes one closes it.
+
+    Args:
+        host: Of the verifier.
+        port: Of the verifier.
+        endpoint: Our side.
+        tls: None: none.
+        request_seconds: Longest wait for one answer.
+
+    Raises:
+        WireError: nobody is there, another key, no WELCOME.
+    """
+
+    def __init__(
+        self, host: str, port: int, endpoint: Endpoint, tls: ssl.SSLContext | None, *, request_seconds: float
+    ) -> None:
+        self.frames = FrameSocket.connect(host, port, endpoint, tls=tls)
+        self._request_seconds = request_seconds
+        self._arrived: queue.SimpleQueue[Frame | WireError] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name="drafter-reader", daemon=True)
+        self._reader.start()
+        try:
+            self.welcome: Welcome = self.expect(MessageType.welcome, "WELCOME").head
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What the verifier showed in the handshake."""
+        return self.frames.agreed.fingerprints
+
+    def vocabulary(self) -> list[str]:
+        """The text of every id of the verifier's tokenizer."""
+        self.frames.send(MessageType.ask_vocabulary, 0, AskVocabulary())
+        frame = self.expect(MessageType.vocabulary, "VOCABULARY")
+        assert isinstance(frame.head, Vocabulary)
+        try:
+            texts = msgspec.msgpack.decode(frame.body, type=list[bytes])
+            return [text.decode(errors="surrogatepass") for text in texts]
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise self.bad(f"sent a bad vocabulary: {error}") from None
+
+    def send(self, number: MessageType, session: int, head: Head, *body: Buffer, state: str = "") -> None:
+        """Send a frame. `state` is for the text of what may go wrong from now on."""
+        self.frames.peer.phase, self.frames.peer.state = number.name.upper(), state
+        self.frames.send(number, session, head, *body)
+
+    def has_news(self) -> bool:
+        """Whether `wait` would not have to."""
+        return not self._arrived.empty()
+
+    def wait(self) -> Frame:
+        """The next frame. Raises a `WireError`, again and again once the connection has ended."""
+        deadline = time.monotonic() + self._request_seconds
+        while True:
+            try:
+                arrived = self._arrived.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                if time.monotonic() > deadline:
+                    silent = f"has not answered for {self._request_seconds:g} s"
+                    raise PeerSilent(self.frames.peer, silent) from None
+                continue
+            if isinstance(arrived, WireError):
+                self._arrived.put(arrived)
+                raise arrived
+            return arrived
+
+    def expect(self, number: MessageType, name: str) -> Frame:
+        """The next frame, which must be of one type."""
+        self.frames.peer.phase = name
+        frame = self.wait()
+        if frame.type != number:
+            raise self.bad(f"sent a frame of type {frame.type} where {name} was due")
+        return frame
+
+    def ids(self, frame: Frame) -> list[int]:
+        """The token ids in the body of a frame."""
+        return unpack_tokens(frame.body, vocabulary_size=self.welcome.vocabulary_size, peer=self.frames.peer)
+
+    def bad(self, what: str) -> BadFrame:
+        """The fault of a peer that sent what it should not."""
+        return BadFrame(self.frames.peer, what)
+
+    def close(self) -> None:
+        """End the connection."""
+        self.frames.close()
+        self._reader.join()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._arrived.put(self.frames.recv())
+        except WireError as error:
+            self._arrived.put(error)

@@ -1,0 +1,59 @@
+"""A toy-size run of the benchmark, so that it does not rot. No time is asserted: the machine is shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from split.schedule import Operation, Phase, Schedule, Span, Timeline, operations, replay
+from split.train_benching import pipeline_row
+from split.trainer import StepFigures
+
+
+def figures(timeline: Timeline) -> StepFigures:
+    return StepFigures(
+        step=0, loss=0.0, tokens=1, learning_rate=0.0, gradient_norm=0.0, seconds=1.0,
+        bubble_fraction=timeline.bubble_fraction, timeline=timeline, held=[], boundary_bytes=0, rss_bytes=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_a_row_compares_a_step_with_its_replay(schedule: Schedule) -> None:
+    """A step that runs as its replay says is predicted exactly; one with a pause in it is not."""
+    orders = [operations(schedule, shards=2, shard=shard, micro_batches=4) for shard in range(2)]
+    timeline = replay(orders, [1.0, 2.0], [3.0, 4.0])
+    row = pipeline_row([figures(timeline)], schedule, 4)
+    assert row["predicted_over_measured"] == pytest.approx(1.0)
+    assert row["bubble_fraction"] == pytest.approx(row["replayed_bubble_fraction"])
+    late = Timeline([timeline.shards[0], [span.shifted(20.0) for span in timeline.shards[1]]])
+    assert pipeline_row([figures(late)], schedule, 4)["predicted_over_measured"] < 0.8
+    assert Span(Operation(0, Phase.forward), 1.0, 2.0).shifted(1.0).end == 3.0
+
+
+@pytest.mark.real
+def test_every_part_runs(tmp_path: Path) -> None:
+    words = [
+        "model=random", f"model.cache_dir={tmp_path}/models", "project.cut=2", "project.micro_batches=[2]",
+        "project.throughput_micro_batches=2", "project.sequence_length=16", "project.steps=1", "project.repeats=1",
+        "project.adapter_steps=3", f'project.memory_overrides=["model=random","model.cache_dir={tmp_path}/models"]',
+        "tracking=none",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "split.train_bench", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["row"]: row for row in json.loads(done.stdout.strip().splitlines()[-1])["rows"]}
+    assert set(rows) == {"pipeline", "throughput", "boundary", "memory", "adapter"}
+    assert rows["adapter"]["ok"], rows["adapter"]
+    assert rows["boundary"]["sent_over_payload"] > 1
+    assert len(rows["pipeline"]["cases"]) == 2
