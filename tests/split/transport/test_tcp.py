@@ -16,6 +16,7 @@ from lab.sampling import Sampling
 from lab.wire import PeerMismatch, PeerRefused, WrongKey
 from split.address import Address
 from split.boundary import Boundary
+from split.coding import encode
 from split.sharded_model import ShardedModel
 from split.times import take_apart
 from split.transport.base import ShardLost
@@ -181,6 +182,24 @@ def test_bytes_and_times_of_a_token(tmp_path: Path) -> None:
         assert [report.layers for report in reports] == [range(0, 2), range(2, 4)]
 
 
-def test_an_int8_boundary_is_half_of_bfloat16_plus_4(tmp_path: Path) -> None:
+def test_an_int8_boundary_is_half_of_bfloat16_plus_4() -> None:
     for hidden in (32, 576, 4096, 8192):
-        assert Boundary.int8.row_bytes(hidden) == Boundary.bfloat16.row_bytes(hidden) / 2 + 4
+        rows_NH = torch.randn(3, hidden)
+        int8, bfloat16 = (len(encode(rows_NH, kind)) for kind in (Boundary.int8, Boundary.bfloat16))
+        assert int8 == bfloat16 / 2 + 3 * 4
+        assert Boundary.int8.row_bytes(hidden) == int8 / 3
+
+
+def test_a_shard_that_falls_silent_is_found_in_time(tmp_path: Path) -> None:
+    """Nobody resets a connection to a machine without power: heartbeats find it, here after 1 s."""
+    no_delay = LinkSettings(up=OneWay(), down=OneWay(), buffer_bytes=2**20, seed=0)
+    with _serving(tmp_path, (0, 2, 4)) as (one, two), Link(
+        ("127.0.0.1", two.address.port), no_delay, host="127.0.0.1", port=0
+    ) as link, _engine([one.address, Address("127.0.0.1", link.port)]) as engine:  # fmt: skip
+        text = engine.open(some_ids(9, 1), SAMPLED)
+        link.cut(CutKind.blackhole, duration_seconds=60.0)
+        began = time.monotonic()
+        with pytest.raises(ShardLost):
+            engine.extend([(text, [3])], "last")
+        assert time.monotonic() - began < 2.0
+        link.heal()
