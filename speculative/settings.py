@@ -7,6 +7,7 @@ from enum import Enum
 
 from lab.engine import EngineKind
 from lab.settings import Dtype, LabSettings, register_project, require
+from speculative.bench_settings import BenchSettings
 
 MAX_DRAFT_LENGTH = 64
 """Guesses that one DRAFT can carry, part of the protocol; a verifier's own limit is `project.max_draft_length`."""
@@ -141,13 +142,6 @@ class ClientSettings:
         require(self.frames_per_second >= 1, "frames_per_second must be at least 1", self.frames_per_second)
 
 
-class BenchEngine(Enum):
-    """What `python -m speculative.bench` measures with."""
-
-    synthetic = "synthetic"
-    """Engines whose passes take the times of `project.synthetic`."""
-
-
 @dataclass(kw_only=True)
 class SplitTargetSettings:
     """A target that is split over shards which serve already (engine=split): `python -m split.serve`."""
@@ -166,30 +160,6 @@ class SplitTargetSettings:
     def __post_init__(self) -> None:
         require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)
         require(self.recovery_seconds >= 0, "recovery_seconds must be at least 0", self.recovery_seconds)
-
-
-@dataclass(kw_only=True)
-class BenchSettings:
-    """What `python -m speculative.bench` measures."""
-
-    engine: BenchEngine
-    rtt_seconds: list[float]
-    """Round-trip times that the link adds, half each way."""
-    draft_lengths: list[int]
-    new_tokens: int
-    """Of each run; the same for all."""
-    repeats: int
-    """Interleaved runs of each cell that count."""
-    frame_rounds: int
-    """Round trips of the frame comparison."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.rtt_seconds), "rtt_seconds must name at least one time", self.rtt_seconds)
-        require(min(self.rtt_seconds) >= 0, "rtt_seconds must be at least 0", self.rtt_seconds)
-        require(bool(self.draft_lengths), "draft_lengths must name at least one length", self.draft_lengths)
-        require(min(self.draft_lengths) >= 1, "draft_lengths must be at least 1", self.draft_lengths)
-        for name in ("new_tokens", "repeats", "frame_rounds"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
 
 
 @dataclass(kw_only=True)
