@@ -19,6 +19,7 @@ from lab.bench import pinned
 from lab.device import open_device
 from lab.engine import Engine, Request, Session, TargetStep, Want
 from lab.sampling import Sampling
+from lab.settings import WandbMode
 from lab.tracking import Tracker
 from speculative.drafting import Round
 from speculative.drafts import Drafts
@@ -120,7 +121,9 @@ class WatchedDrafts:
 @contextmanager
 def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
     """A verifier in a thread of this process, watched; yields its port."""
-    settings = rig.settings
+    network = replace(rig.settings.network, host="127.0.0.1", port=0)
+    tracking = replace(rig.settings.tracking, wandb=WandbMode.disabled)  # the benchmark's own run is open
+    settings = replace(rig.settings, network=network, tracking=tracking)
     target = open_target(settings, open_device(settings.device))
     watched = replace(target, engine=WatchedEngine(target.engine, timeline))
     listens: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()

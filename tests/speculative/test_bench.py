@@ -128,6 +128,7 @@ def test_which_guesses_of_a_text_were_right() -> None:
             place=0,
             made=len(guesses),
             sent=len(guesses),
+            draft_seconds=0.0,
             stale=0,
             epoch=0,
         )
