@@ -77,10 +77,17 @@ class BenchSettings:
     """Of each of them."""
     texts: list[BenchText]
     """Engine real."""
+    text_names: list[str]
+    """Which of them; none: all."""
     text_tokens: int
     """Of each answer to them, unless the target ends it sooner."""
     layers: list[int]
     """Of the target's own, as drafters (part sources)."""
+
+    @property
+    def chosen_texts(self) -> list[BenchText]:
+        """Those of `text_names`."""
+        return [text for text in self.texts if not self.text_names or text.name in self.text_names]
 
     def __post_init__(self) -> None:
         require(bool(self.rtt_seconds), "rtt_seconds must name at least one time", self.rtt_seconds)
@@ -89,6 +96,8 @@ class BenchSettings:
         lengths = [*self.draft_lengths, *self.fixed_lengths]
         require(min(lengths) >= 1, "draft_lengths and fixed_lengths must be at least 1", lengths)
         require(bool(self.texts), "texts must name at least one prompt", self.texts)
+        unknown = sorted(set(self.text_names) - {text.name for text in self.texts})
+        require(not unknown, "text_names must be names of texts", unknown)
         for name in ("new_tokens", "alone_tokens", "repeats", "frame_rounds", "neighbour_tokens", "crowd_tokens"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(self.crowd >= 2, "crowd must be at least 2", self.crowd)

@@ -234,7 +234,7 @@ def texts(rig: Rig) -> list[Row]:
     source = rig.settings.project.draft.source
     rows = []
     colocated = Assisted(rig.settings, rig.tokenizer)
-    for text in bench.texts:
+    for text in bench.chosen_texts:
         cases = []
         for rtt in bench.rtt_seconds:
             alone = Case(mode=Mode.target_only, rtt_seconds=rtt, prompt=text.prompt, new_tokens=bench.text_tokens)
@@ -269,7 +269,7 @@ def sources(rig: Rig) -> list[Row]:
     bench = rig.settings.project.bench
     rtt = min(bench.rtt_seconds)
     rows = []
-    for text in bench.texts:
+    for text in bench.chosen_texts:
         alone = Case(mode=Mode.target_only, rtt_seconds=rtt, prompt=text.prompt, new_tokens=bench.text_tokens)
         cases = [alone, replace(alone, mode=ASYNC, source=DraftSource.ngram)]
         cases += [replace(alone, mode=ASYNC, source=DraftSource.layers, layers=layers) for layers in bench.layers]
@@ -282,7 +282,7 @@ def crowd(rig: Rig) -> list[Row]:
     """Many prompt-lookup drafters on one verifier, in one process, beside one of them."""
     bench = rig.settings.project.bench
     rtt = min(bench.rtt_seconds)
-    prompt = bench.texts[0].prompt
+    prompt = bench.chosen_texts[0].prompt
     case = Case(mode=ASYNC, rtt_seconds=rtt, source=DraftSource.ngram, prompt=prompt, new_tokens=bench.crowd_tokens)
     speeds: dict[int, list[float]] = {1: [], bench.crowd: []}
     for _ in range(bench.repeats):
