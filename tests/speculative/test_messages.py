@@ -8,9 +8,9 @@ import pytest
 from lab.engine import SyntheticEngine
 from lab.sampling import Sampling
 from lab.wire import encode, pack_tokens
-from speculative.bench import text_bytes
 from speculative.drafts import EngineDrafts
 from speculative.messages import TABLE, Close, Draft, MessageType, Open, Reason, Verdict
+from speculative.rig import text_bytes
 from speculative.settings import Mode
 from tests.speculative.in_process import InProcess, bench, request, speculated
 
