@@ -12,7 +12,7 @@ Engine synthetic: passes take the times of `project.synthetic`, and guesses are 
 figure shows the loops and not the models.
 
     loops       the target alone, the synchronous loop and the asynchronous one at every delay. `over_optimum`: speed
-                over that of the best policy in a simulation with the very guesses of the text that were right.
+                over that of the best policy for the measured acceptance, in a simulation of this text, guess by guess.
                 `formula_over_measured`: what the formula gives for the very rounds of a text over what they took.
     lengths     automatic draft length against fixed ones
     near        no delay and low acceptance, where the synchronous loop is at its best

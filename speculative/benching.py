@@ -380,7 +380,9 @@ def _loop_row(rig: Rig, case: Case, readings: Readings, part: str = "loops") -> 
 def _beside_optimum(rig: Rig, case: Case, own: Sequence[Reading], row: Row) -> Row:
     project, speeds = rig.settings.project, rig.speeds(case.rtt_seconds)
     optima = [
-        simulated_optimum(reading.guess, speeds, longest=project.max_draft_length, new_tokens=case.new_tokens)
+        simulated_optimum(
+            reading.guess(), row["alpha"], speeds, longest=project.max_draft_length, new_tokens=case.new_tokens
+        )
         for reading in own
     ]
     row["over_optimum"] = Sample.of([r.tokens_per_second / best.tokens_per_second for r, best in zip(own, optima)])

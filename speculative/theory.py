@@ -201,12 +201,12 @@ class Simulated:
     epochs: int
 
 
-def simulated_optimum(guess: Callable[[], Guess], speeds: Speeds, *, longest: int, new_tokens: int) -> Simulated:
-    """The best that `simulate` finds for one text (a fresh `guess` for each try), over plans and windows."""
-    plans = [Plan(length, wait) for length in range(longest + 1) for wait in range(min(length, LONGEST_WAIT) + 1)]
-    runs = (
-        simulate(guess(), speeds, plan, window=window, new_tokens=new_tokens) for plan in plans for window in (16, 64)
-    )
+def simulated_optimum(
+    guess: Guess, acceptance: Acceptance, speeds: Speeds, *, longest: int, new_tokens: int
+) -> Simulated:
+    """What the best plan for these figures gives for one text, whose guesses nobody knows beforehand."""
+    plan, _ = best_plan(survival(acceptance, new_tokens), speeds.pace(), range(longest + 1))
+    runs = (simulate(guess, speeds, plan, window=window, new_tokens=new_tokens) for window in (16, 64))
     return max(runs, key=lambda run: run.tokens_per_second)
 
 
