@@ -31,10 +31,8 @@ PLAN_EVERY = 24
 LONGEST_EPOCH = 64
 """Tokens of an epoch that a plan looks at."""
 GROUP_SHARE = 0.3
-"""Part of a pass for which guesses are gathered before they go."""
+"""Part of a pass, or of the round trip if that is shorter, for which guesses are gathered before they go."""
 LARGEST_GROUP = 16
-NEAR_SHARE = 0.3
-"""With a round trip below this part of a pass a verifier waits for guesses, so that they are not gathered."""
 HOPELESS = 0.03
 """A guess that is right with less than this probability is not worth its bytes."""
 PAUSES = (32, 64, 128, 256, 512)
@@ -238,8 +236,8 @@ class Pacing:
 class DraftLength:
     """How many guesses go into the next DRAFT: the drafter's policy, one for each text.
 
-    Over a distance guesses go in groups, as many as are made in a small part of a pass, since at the verifier they wait
-    for the next one; only the first of an epoch go sooner. Guesses that are hardly ever reached are not made.
+    Over a distance guesses go in groups, since at the verifier they wait for the next pass; the first of an epoch go
+    sooner, and near by, where the verifier may wait for it, each goes alone. What is hardly ever reached is not guessed.
 
     Args:
         draft_length: Guesses of a DRAFT at most; None: what pays best, which may be none.
@@ -298,11 +296,10 @@ class DraftLength:
         step, draft_step = self._pass.value, self._draft_step.value
         if step is None or draft_step is None or self.rtt_seconds is None:
             return 1
-        if self.rtt_seconds < NEAR_SHARE * step:
-            return 1
-        if GROUP_SHARE * step >= LARGEST_GROUP * draft_step:
+        gathering = GROUP_SHARE * min(step, self.rtt_seconds)
+        if gathering >= LARGEST_GROUP * draft_step:
             return LARGEST_GROUP
-        return max(1, int(GROUP_SHARE * step / draft_step))
+        return max(1, int(gathering / draft_step))
 
     def _worth_making(self) -> int:
         """How far ahead of the verified text a guess is still reached often enough."""
