@@ -237,7 +237,7 @@ class DraftLength:
     """How many guesses go into the next DRAFT: the drafter's policy, one for each text.
 
     Over a distance guesses go in groups, since at the verifier they wait for the next pass; the first of an epoch go
-    sooner, and near by, where the verifier may wait for it, each goes alone. What is hardly ever reached is not guessed.
+    sooner, and near by, where the verifier may wait, each goes alone. What is hardly ever reached is not guessed.
 
     Args:
         draft_length: Guesses of a DRAFT at most; None: what pays best, which may be none.
