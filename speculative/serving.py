@@ -118,7 +118,7 @@ async def serve(
             raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
         try:
             announce(network.host, server.port)
-            await asyncio.wrap_future(front.thread.finished)
+            await asyncio.shield(asyncio.wrap_future(front.thread.finished))  # the thread itself says when it ends
         finally:
             await server.__aexit__(None, None, None)
     await asyncio.sleep(0)  # the texts that the thread closed at its end are recorded now
