@@ -60,13 +60,18 @@ class Mean:
 
 
 class PassCosts:
-    """What a pass of the target costs: a step, and each further row. Shared by all texts of a verifier."""
+    """What a pass of the target costs each of the texts that share it: a step, and each further guess.
+
+    A row that one text adds holds up all the others, and they do the same: so a guess costs its row once for each text.
+    """
 
     def __init__(self) -> None:
+        self._texts = Mean()
         self._weight = self._rows = self._seconds = self._rows_squared = self._rows_seconds = 0.0
 
-    def passed(self, seconds: float, rows: int) -> None:
-        """A pass over so many rows, of all texts together, took so long."""
+    def passed(self, seconds: float, rows: int, texts: int) -> None:
+        """A pass over so many rows, of so many texts together, took so long."""
+        self._texts.add(texts)
         if self._weight >= 1:  # one that the machine held up says little about the next
             seconds = min(seconds, 4 * self.pass_seconds(rows))
         further = rows - 1.0
@@ -83,6 +88,23 @@ class PassCosts:
 
     @property
     def row_seconds(self) -> float:
+        """Of one guess more in every text."""
+        return (self._texts.value or 1.0) * self._slope
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a pass with one row of every text."""
+        return self.pass_seconds(self._texts.value or 1.0)
+
+    def pass_seconds(self, rows: float) -> float:
+        """Of a pass over so many rows."""
+        if not self.known:
+            return 0.0
+        seconds = self._seconds / self._weight + (rows - 1 - self._rows / self._weight) * self._slope
+        return max(seconds, 0.1 * self._seconds / self._weight)
+
+    @property
+    def _slope(self) -> float:
         """Of each further row: least squares, pulled towards `ROW_SHARE` of a step where all passes were alike."""
         if not self.known:
             return 0.0
@@ -91,18 +113,6 @@ class PassCosts:
         together = self._rows_seconds - self._rows * mean_seconds
         usual = ROW_SHARE * mean_seconds / (1 + ROW_SHARE * mean_rows)
         return max(0.0, (together + ROW_BELIEF * usual) / (spread + ROW_BELIEF))
-
-    @property
-    def step_seconds(self) -> float:
-        """Of a pass over one row."""
-        return self.pass_seconds(1)
-
-    def pass_seconds(self, rows: float) -> float:
-        """Of a pass over so many rows."""
-        if not self.known:
-            return 0.0
-        seconds = self._seconds / self._weight + (rows - 1 - self._rows / self._weight) * self.row_seconds
-        return max(seconds, 0.1 * self._seconds / self._weight)
 
 
 class AcceptanceByPlace:
@@ -156,8 +166,6 @@ class Pacing:
         self.acceptance = AcceptanceByPlace()
         self.plan = Plan(self._lengths[-1], 0)
         self._planned_at = 0
-        self._others = Mean()
-        """Rows of other texts in the same pass."""
         self._answer, self._spacing = Mean(), Mean()
         self._rejected_at: float | None = None
         self._answered_at: float | None = None
@@ -193,10 +201,6 @@ class Pacing:
         if self.acceptance.compared - self._planned_at >= PLAN_EVERY:
             self._make_plan()
 
-    def joined(self, rows: int, own: int) -> None:
-        """A pass of so many rows in all had so many of this text."""
-        self._others.add(rows - own)
-
     def rows(self, waiting: int) -> int:
         """How many of the guesses that wait the next pass takes."""
         return min(waiting, self.plan.draft_length)
@@ -220,7 +224,7 @@ class Pacing:
         if answer is None or not costs.known:
             return
         pace = Pace(
-            step_seconds=costs.pass_seconds(1 + (self._others.value or 0.0)),
+            step_seconds=costs.step_seconds,
             row_seconds=costs.row_seconds,
             answer_seconds=answer,
             draft_step_seconds=self._spacing.value or 0.0,

@@ -235,10 +235,6 @@ class Text:
         self.figures.looked_up += len(found)
         return found
 
-    def joined(self, rows: int, own: int) -> None:
-        """A pass of so many rows in all had so many of this text."""
-        self._pacing.joined(rows, own)
-
     def judge(self, guesses: Sequence[int], step: TargetStep, end_ids: frozenset[int], now: float) -> Verdict:
         """Take what the target says about the last token and the guesses behind it; go on by what is accepted."""
         rows = len(guesses) + 1

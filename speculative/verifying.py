@@ -245,12 +245,10 @@ class Verifier:
         """One forward pass over the last token of each text and its guesses."""
         requests = [(text.session, [text.ids[-1], *guesses]) for text, guesses in ready]
         rows = sum(len(ids) for _, ids in requests)
-        for text, guesses in ready:
-            text.joined(rows, len(guesses) + 1)
         outcomes: list[Outcome] = []
         began = self._clock()
         steps = self._extend(requests, want_all=True)
-        self.costs.passed(self._clock() - began, rows)
+        self.costs.passed(self._clock() - began, rows, len(ready))
         for (text, guesses), step in zip(ready, steps):
             outcomes += [self._fail(text, step)] if isinstance(step, CacheFull) else self._judge(text, guesses, step)
         return outcomes

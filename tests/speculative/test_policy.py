@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from speculative.policy import AcceptanceByPlace, DraftLength, Pacing, PassCosts
-from speculative.theory import Plan, Speeds, best_plan, drawn, simulate, survival
+from speculative.theory import Speeds, best_plan, drawn, simulate, survival
 from tests.speculative.virtual import Virtual
 
 SPEEDS = Speeds(step_seconds=0.04, row_seconds=0.0008, draft_step_seconds=0.004, rtt_seconds=0.0)
@@ -85,7 +85,7 @@ def test_nobody_is_waited_for_over_a_distance() -> None:
     assert pacing.patience(100.0, 0) == 0
 
 
-def _trained(*, answer_seconds: float, spacing_seconds: float) -> Pacing:
+def _trained(*, answer_seconds: float, spacing_seconds: float, texts: int = 1) -> Pacing:
     """A policy that has seen 60 epochs of a drafter with acceptance 0.7."""
     costs, draws = PassCosts(), random.Random(0)
     pacing = Pacing(costs, None, 16)
@@ -100,8 +100,7 @@ def _trained(*, answer_seconds: float, spacing_seconds: float) -> Pacing:
             right += 1
         pacing.compared(right, 1)
         rows = 1 + min(right + 1, 8)
-        costs.passed(0.04 + 0.0008 * (rows - 1), rows)
-        pacing.joined(rows, rows)
+        costs.passed(0.04 + 0.0008 * (texts * rows - 1), texts * rows, texts)
         now += 0.2
     return pacing
 
@@ -112,18 +111,18 @@ def test_what_a_pass_costs_is_found_by_least_squares() -> None:
     assert costs.step_seconds == 0
     for _ in range(200):
         rows = draws.randint(1, 12)
-        costs.passed(0.05 + 0.002 * (rows - 1) + draws.uniform(-0.001, 0.001), rows)
+        costs.passed(0.05 + 0.002 * (rows - 1) + draws.uniform(-0.001, 0.001), rows, 1)
     assert costs.step_seconds == pytest.approx(0.05, rel=0.03)
     assert costs.row_seconds == pytest.approx(0.002, rel=0.1)
     before = costs.step_seconds
-    costs.passed(5.0, 3)
+    costs.passed(5.0, 3, 1)
     assert costs.step_seconds < 1.2 * before, "one pass that the machine held up"
 
 
 def test_passes_of_one_size_say_little_about_a_row() -> None:
     costs = PassCosts()
     for _ in range(100):
-        costs.passed(0.04, 1)
+        costs.passed(0.04, 1, 1)
     assert costs.step_seconds == pytest.approx(0.04)
     assert costs.row_seconds == pytest.approx(0.0008)
 
@@ -139,14 +138,10 @@ def test_acceptance_is_told_apart_by_place() -> None:
     assert acceptance.compared == 100 + 700
 
 
-def test_other_texts_in_the_pass_make_waiting_and_guessing_dearer() -> None:
-    alone, among = (_trained(answer_seconds=0.006, spacing_seconds=0.004) for _ in range(2))
-    for _ in range(40):
-        among.joined(40, 1)
-    for pacing in (alone, among):
-        pacing.compared(16, 0)
-    assert isinstance(among.plan, Plan)
-    assert among._others.value == pytest.approx(39, rel=0.01)
+def test_a_guess_is_dearer_among_other_texts_that_it_holds_up() -> None:
+    alone, among = (_trained(answer_seconds=0.06, spacing_seconds=0.004, texts=texts) for texts in (1, 16))
+    assert among._costs.row_seconds == pytest.approx(16 * alone._costs.row_seconds, rel=0.05)
+    assert 0 < among.plan.draft_length < alone.plan.draft_length
 
 
 def test_guesses_go_in_groups_over_a_distance_and_alone_near_by() -> None:

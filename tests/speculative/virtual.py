@@ -83,8 +83,7 @@ class Virtual:
 
     def _judge(self, guesses: list[bool], seconds: float) -> None:
         self._busy = False
-        self.costs.passed(seconds, len(guesses) + 1)
-        self.pacing.joined(len(guesses) + 1, len(guesses) + 1)
+        self.costs.passed(seconds, len(guesses) + 1, 1)
         right = guesses.index(False) if False in guesses else len(guesses)
         self.accepted += right
         self.position += right + 1
