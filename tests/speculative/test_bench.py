@@ -84,7 +84,7 @@ def test_lengths_near_and_useless_drafters(tmp_path: Path) -> None:
     rows = _rows(tmp_path, "project.bench.parts=[lengths,near,useless]")
     assert [row["draft_length"] for row in rows if row["part"] == "lengths"] == [2, "auto"] * 2
     judged = [row for row in rows if "holds" in row]
-    assert [row["part"] for row in judged] == ["lengths", "lengths", "near", "useless", "useless"]
+    assert [row["part"] for row in judged] == ["lengths", "lengths", "near", "near", "useless", "useless"]
     killed = judged[-1]
     assert killed["drafter"] == "killed"
     assert killed["speedup"]["median"] > 0.3, "the verifier went on while nobody listened"
