@@ -1,11 +1,9 @@
-"""The same cells on Ray: same figures; what a lost worker took along runs again; an address that does not answer."""
+"""The same cells on Ray: same figures; what is lost with a worker or node runs again; an address without an answer."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -78,7 +76,8 @@ def wait_for_worker(sweep: subprocess.Popen[str], log: Path) -> tuple[psutil.Pro
 
 
 @pytest.mark.real
-def test_a_lost_worker_costs_only_its_cell_which_runs_again(tmp_path: Path, cluster: str) -> None:
+@pytest.mark.parametrize("lost", ["worker", "node"])
+def test_what_is_lost_costs_only_its_cell_which_runs_again(tmp_path: Path, cluster: str, lost: str) -> None:
     on_ray = ("matrix.launcher=ray", f"matrix.address={cluster}", "matrix.memory_limit_gib=1")
     sweep = subprocess.Popen(
         command(tmp_path, AXES, *on_ray), cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
@@ -86,7 +85,8 @@ def test_a_lost_worker_costs_only_its_cell_which_runs_again(tmp_path: Path, clus
     )  # fmt: skip
     try:
         worker, cell = wait_for_worker(sweep, tmp_path / "log")
-        os.kill(worker.pid, signal.SIGKILL)
+        for victim in [worker] if lost == "worker" else [worker.parents()[0], worker]:  # a node: its raylet, too
+            victim.kill()
         assert not psutil.wait_procs([cell], timeout=15)[1], "the cell outlived its worker"
         out, errors = sweep.communicate(timeout=DEADLINE)
     finally:
