@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import platform
 import sys
@@ -109,6 +110,20 @@ def _device_memory(device: torch.device) -> tuple[int | None, int | None, int | 
         driver = torch.mps.driver_allocated_memory()
         return torch.mps.current_allocated_memory(), driver, torch.mps.recommended_max_memory()
     return None, None, None
+
+
+def give_back_freed_memory() -> None:
+    """Has this process return large blocks to the system when they are freed, where its C library is glibc.
+
+    glibc keeps them for later otherwise, and a step of training that frees and takes weight-sized blocks of different
+    tensors leaves gaps: seen as 10 % more memory than the tensors have.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+LARGE_BLOCK_BYTES = 2**20
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 
 def synchronize(device: torch.device) -> None:

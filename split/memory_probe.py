@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from lab.device import peak_rss_bytes
+from lab.device import give_back_freed_memory, peak_rss_bytes
 from lab.entry import compose_settings
 from split.train_settings import SplitTrainSettings
 from split.training_run import make_recipe
@@ -25,6 +25,7 @@ TINY = "model=random project.train=everything"
 def main(words: str, first: int, last: int) -> None:
     """Measures layers first..last - 1 of a model that has been made already."""
     torch.set_num_threads(1)
+    give_back_freed_memory()  # as a shard's process does
     train(TINY, range(0, 4))  # imports and whatever torch sets up at its first step
     before = peak_rss_bytes()
     shard, activations = train(words, range(first, last))

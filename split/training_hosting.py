@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lab.device import open_device
+from lab.device import give_back_freed_memory, open_device
 from lab.models import load_config
 from lab.network import address_for_peers, client_side_tls, listener_tls
 from lab.settings import UserError
@@ -29,6 +29,7 @@ def host(settings: SplitTrainSettings, folder: Path) -> dict[str, Any]:
     project, network = settings.project, settings.network
     if project.layers is None:
         raise UserError("project.layers must be set for a shard, as first:last, got null")
+    give_back_freed_memory()
     if project.transport is TransportKind.rpc:
         return _serve_group(settings, checkpoints_of(settings, folder))
     tls = listener_tls(network)
