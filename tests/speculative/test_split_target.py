@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ from split.boundary import Boundary
 from split.joining import make_side
 from split.opening import load_stage
 from split.settings import SplitSettings
+from tests.speculative.in_process import TERMS
 from tests.split.processes import Process
 
 
 def _text(settings: SpeculativeSettings) -> list[int]:
     """What a verifier writes, with guesses that are right, wrong and late offered to it."""
     target = open_target(settings, torch.device("cpu"))
-    verifier = Verifier(target.engine, end_ids=[], prefill_chunk=16, closed=lambda *_: None)
+    verifier = Verifier(target.engine, end_ids=[], terms=replace(TERMS, prefill_chunk=16), closed=lambda *_: None)
     sampling = Sampling(seed=3, temperature=0.8, top_k=50, top_p=0.95)
     request = TextRequest(
-        prompt_ids=list(b"def main():"), sampling=sampling, max_new_tokens=40, mode=Mode.target_only, threshold=None
+        prompt_ids=list(b"def main():"), sampling=sampling, max_new_tokens=40, mode=Mode["async"], threshold=None
     )
-    verifier.open("text", request)
+    assert verifier.open("text", request, client="client") == []
     written: list[int] = []
     guessed = False
     ended = False
@@ -41,7 +43,7 @@ def _text(settings: SpeculativeSettings) -> list[int]:
             if isinstance(outcome, Verdict):
                 written += outcome.ids
                 if not guessed and len(written) > 4:
-                    verifier.offer("text", outcome.epoch, len(request.prompt_ids) + len(written), [1, 2, 3])
+                    verifier.offer("text", outcome.epoch, len(request.prompt_ids) + len(written), [1, 2, 3], 0.0)
                     guessed = True
     verifier.shutdown()
     return written
