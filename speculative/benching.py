@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from typing import Any
 
 from lab.bench import Sample, judged, pinned, ratio
@@ -50,7 +51,7 @@ MOST_BYTES = 160.0
 MOST_ADDED = 60e-6
 MOST_MEDIAN, MOST_P99 = 1.05, 1.25
 FLOOD_FRAMES_PER_SECOND = 5000.0
-FLOOD_START_SECONDS = 15.0
+FLOOD_START_SECONDS = 60.0
 """For the process of the hostile client to be there."""
 DRAFTED_TOKENS = 40
 """After so many a drafter is killed."""
@@ -526,7 +527,8 @@ def _calm(rig: Rig) -> Iterator[None]:
 @contextmanager
 def _stalled(rig: Rig) -> Iterator[None]:
     """A drafter whose process is stopped in the middle of its text: it reads nothing and says nothing."""
-    words = [f"network.port={rig.port}", "prompt=x", "project.max_new_tokens=100000", *rig.drafter_words]
+    tokens = rig.settings.project.context // 2
+    words = [f"network.port={rig.port}", "prompt=x", f"project.max_new_tokens={tokens}", *rig.drafter_words]
     process = subprocess.Popen(
         [sys.executable, "-m", "speculative.drafter", f"hydra.run.dir={rig.folder}/stalled", *words],
         stdout=subprocess.PIPE,
@@ -534,7 +536,8 @@ def _stalled(rig: Rig) -> Iterator[None]:
     )
     try:
         assert process.stdout is not None
-        process.stdout.read(1)  # its text has begun
+        if not process.stdout.read(1):  # its text has begun
+            raise RuntimeError("the drafter that was to be stopped had ended before")
         process.send_signal(signal.SIGSTOP)
         yield
     finally:
@@ -545,25 +548,29 @@ def _stalled(rig: Rig) -> Iterator[None]:
 @contextmanager
 def _hostile(rig: Rig) -> Iterator[None]:
     """A client in a process of its own that sends frames as fast as `FLOOD_FRAMES_PER_SECOND`."""
-    process = multiprocessing.get_context("spawn").Process(target=flood, args=(rig.settings, rig.texts, rig.port))
+    context = multiprocessing.get_context("spawn")
+    is_there = context.Event()
+    process = context.Process(target=flood, args=(rig.settings, rig.texts, rig.port, is_there))
     with pinned(DRAFTER_CORE):
         process.start()
     try:
-        time.sleep(FLOOD_START_SECONDS)
+        if not is_there.wait(FLOOD_START_SECONDS):
+            raise RuntimeError(f"the hostile client was not there within {FLOOD_START_SECONDS:g} s")
         yield
     finally:
         process.kill()
         process.join()
 
 
-def flood(settings: SpeculativeSettings, texts: Sequence[str], port: int) -> None:
+def flood(settings: SpeculativeSettings, texts: Sequence[str], port: int, is_there: Event) -> None:
     """Open a text and send wrong guesses for its first place, again and again; join again when thrown out."""
     settings = replace(settings, network=replace(settings.network, host="127.0.0.1", port=port))
     frames_at_once = 50
     while True:
         with suppress(WireError, TargetLost), join(settings, texts) as target:
             request = make_request(settings, [0])
-            target.open(replace(request, mode=ASYNC, max_new_tokens=10000))
+            target.open(replace(request, mode=ASYNC, max_new_tokens=settings.project.context // 2))
+            is_there.set()
             while True:
                 for _ in range(frames_at_once):
                     target.draft(0, 1, [1] * target.longest_draft)
