@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from split.times import PassParts
 from split.transport.base import ShardReport
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PARTS = ("compute", "serialise", "queue", "wire", "wait")
+_LEGEND: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 5, "frameon": False}
+"""Below its panel, over nothing."""
 
 
 def draw(reports: Sequence[ShardReport], apart: Sequence[PassParts], path: Path, title: str) -> Path:
@@ -48,7 +50,7 @@ def _draw_memory(axes: Axes, reports: Sequence[ShardReport]) -> None:
     axes.scatter(labels, [report.rss_bytes / 2**20 for report in reports], color="0.2", marker="_", s=900, label="RSS")
     axes.set_ylabel("MiB")
     axes.set_title("memory per node")
-    axes.legend()
+    axes.legend(**_LEGEND)
 
 
 def _draw_seconds(axes: Axes, reports: Sequence[ShardReport], apart: Sequence[PassParts]) -> None:
@@ -67,4 +69,4 @@ def _draw_seconds(axes: Axes, reports: Sequence[ShardReport], apart: Sequence[Pa
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     axes.set_ylabel("ms of a token (median)")
     axes.set_title("a token's time by hop")
-    axes.legend()
+    axes.legend(**_LEGEND)
