@@ -202,8 +202,10 @@ def test_16_bits_learn_on_float32_masters(tmp_path: Path) -> None:
     for name, parameter, master in zip(before, optimizer.parameters, optimizer.masters, strict=True):
         assert master.dtype == torch.float32
         assert torch.equal(master.bfloat16(), parameter)
-        moved = (master.detach() - before[name].float()).abs().max()
-        assert 0 < moved < 40 * 2e-5
+        moved = (master.detach() - before[name].float()).abs()
+        assert 0 < moved.max() < 40 * 2e-5
+        large = moved[before[name].abs() > 0.1]  # one step is a hundredth of their last bit
+        assert large.numel() == 0 or large.max() > 3e-5, "steps add up"
     name = "model.layers.0.self_attn.q_proj.weight"
     changed = int((first_shard(transport)[name] != before[name]).sum())
     assert 0 < changed < before[name].numel(), "some have crossed a bfloat16's last bit, others not yet"
