@@ -49,7 +49,6 @@ def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
         for index, name in enumerate(settings.project.parts):
             log.info("measuring %s", name)
             row = {"row": name, **getattr(benching, name)(rig), "load_average": os.getloadavg()[0]}
-            log.info("%s: %s (%s)", name, "ok" if row["ok"] else "NOT OK", row["target"])
             tracker.log(index, **row)
             rows.append(row)
     path = Path(settings.project.report or place.folder / "bench.json")

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lab.bench import Sample, interleaved, listening, ratio
+from lab.bench import Sample, interleaved, judged, listening, ratio
 from lab.engine import Engine, Session
 from lab.entry import compose_settings
 from lab.models import load_tokenizer_only, prepare_checkpoint
@@ -42,11 +42,6 @@ ADDED_MEMORY_BYTES = 64 * 2**20
 PING_ROUNDS = 200
 
 
-def judged(row: Row, target: str, ok: bool) -> Row:
-    """The row with what it was to show, and whether it does."""
-    return row | {"target": target, "ok": ok}
-
-
 def added_tcp(rig: Rig) -> Row:
     """A token's time over two shards less that of the whole model: there is one boundary."""
     with rig.tcp() as engine:
@@ -64,6 +59,7 @@ def _added(rig: Rig, name: str, engines: Mapping[str, Engine], most_seconds: flo
     found = _token_seconds(rig, engines)
     over = {other: Sample.of([a - b for a, b in zip(found[name], found[other])]) for other in engines if other != name}
     return judged(
+        f"added_{name}",
         {
             **{f"{case}_token_seconds": Sample.of(readings) for case, readings in found.items()},
             **{f"added_over_{other}_seconds": sample for other, sample in over.items()},
@@ -82,6 +78,7 @@ def link(rig: Rig) -> Row:
     medians = [statistics.median(found[str(rtt)]) for rtt in rtts]
     slope = statistics.linear_regression(rtts, medians).slope
     return judged(
+        "link",
         {"rtt_seconds": rtts, "token_seconds": medians, "slope": slope},
         "slope 1.00 within 0.05",
         abs(slope - 1) <= 0.05,
@@ -102,6 +99,7 @@ def prefill(rig: Rig) -> Row:
         found = interleaved(cases, 1, project.repeats)
     over = ratio(found["chunked"], found["unchunked"])
     return judged(
+        "prefill",
         {
             "prompt_tokens": project.prompt_tokens,
             "prefill_chunk": project.prefill_chunk,
@@ -127,6 +125,7 @@ def batch(rig: Rig) -> Row:
         found = interleaved(cases, WARM_UP, rig.project.repeats)
     over = ratio(found["four"], found["one"])
     return judged(
+        "batch",
         {
             **{f"{name}_tokens_per_second": Sample.of(readings) for name, readings in found.items()},
             "four_over_one": over,
@@ -188,6 +187,7 @@ def plan(rig: Rig) -> Row:
             }
         )
     return judged(
+        "plan",
         {
             "layer_seconds": layer_seconds,
             "head_seconds": node.head_seconds,
@@ -219,6 +219,7 @@ def boundary(rig: Rig) -> Row:
     changes = {name: found["perplexity"] / encodings["float32"]["perplexity"] - 1 for name, found in encodings.items()}
     int8, bfloat16 = encodings["int8"]["token_bytes"], encodings["bfloat16"]["token_bytes"]
     return judged(
+        "boundary",
         {
             "forward_bytes_per_token": forward,
             "return_bytes_per_token": back,
@@ -245,6 +246,7 @@ def times(rig: Rig) -> Row:
         for part in ("compute", "serialise", "queue", "wire", "wait")
     }
     return judged(
+        "times",
         {
             **means,
             "answer_wire_seconds": statistics.fmean(parts.answer_wire for parts in apart),
@@ -274,6 +276,7 @@ def memory(rig: Rig) -> Row:
         for report in large
     ]
     return judged(
+        "memory",
         {"model_bytes": stored_bytes, "imports_peak_rss_bytes": tiny.peak_rss_bytes, "shards": shards},
         "over_imports_bytes at most 1.25 x weights_bytes + 64 MiB at each shard",
         all(shard["over_imports_bytes"] <= shard["limit_bytes"] for shard in shards),
@@ -317,6 +320,7 @@ def speculation(rig: Rig) -> Row:
     over = drafted["tokens_per_second"] / alone["tokens_per_second"]
     identical = drafted["token_ids"] == alone["token_ids"]
     return judged(
+        "speculation",
         {
             "rtt_seconds": project.speculation_rtt_seconds,
             "draft_length": project.draft_length,

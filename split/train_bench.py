@@ -37,7 +37,7 @@ def run(settings: SplitTrainBenchSettings, place: entry.Run) -> dict[str, Any]:
         for name in settings.project.parts:
             log.info("measuring %s", name)
             row = {"row": name, **getattr(bench, name)(), "load_average": os.getloadavg()[0]}
-            log.info("%s: %s (%s)", name, "ok" if row["ok"] else "NOT OK", row["target"])
+            log.info("%s: %s (%s)", name, "holds" if row["holds"] else "DOES NOT HOLD", row["target"])
             rows.append(row)
     path = Path(settings.project.report or place.folder / "bench.json")
     write_report(path, "split_train", rows)

@@ -34,7 +34,7 @@ def _rows(folder: Path, *parts: str) -> dict[str, dict[str, Any]]:
     rows = {row["row"]: row for row in json.loads(done.stdout.strip().splitlines()[-1])["rows"]}
     assert list(rows) == list(parts)
     assert {row["row"] for row in json.loads((folder / "all.json").read_text())["rows"]} >= set(parts)
-    assert all(row["target"] and row["ok"] in (True, False) for row in rows.values())
+    assert all(row["target"] and row["holds"] in (True, False) for row in rows.values())
     return rows
 
 
@@ -44,7 +44,7 @@ def test_parts_over_tcp(tmp_path: Path) -> None:
     slow, fast = rows["link"]["token_seconds"][1], rows["link"]["token_seconds"][0]
     assert slow - fast > 0.5 * 0.05, "the link's delay is in no token's time"
     assert rows["batch"]["texts_identical"]
-    assert rows["boundary"]["ok"]
+    assert rows["boundary"]["holds"]
     assert rows["boundary"]["perplexity_change"]["float32"] == 0 != rows["boundary"]["perplexity_change"]["int8"]
     assert [placement["cut"] for placement in rows["plan"]["placements"]] == [1, 3]
 
@@ -57,6 +57,6 @@ def test_parts_with_processes_of_their_own(tmp_path: Path) -> None:
     assert rows["speculation"]["drafted_over_alone"] > 1
     assert rows["added_rpc"]["added_over_whole_seconds"]["median"] > 0
     memory = rows["memory"]
-    assert memory["ok"]
+    assert memory["holds"]
     assert all(memory["model_bytes"] > shard["limit_bytes"] for shard in memory["shards"]), "all of it would fit, too"
     assert memory["model_bytes"] > 3e8

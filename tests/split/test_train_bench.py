@@ -54,6 +54,6 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = {row["row"]: row for row in json.loads(done.stdout.strip().splitlines()[-1])["rows"]}
     assert set(rows) == {"pipeline", "throughput", "boundary", "memory", "adapter"}
-    assert rows["adapter"]["ok"], rows["adapter"]
+    assert rows["adapter"]["holds"], rows["adapter"]
     assert rows["boundary"]["sent_over_payload"] > 1
     assert len(rows["pipeline"]["cases"]) == 2
