@@ -1,7 +1,11 @@
 """`make bench`: every pillar's benchmarks, one after the other, and one page of what they found.
 
-Writes `<folder>/results/<date>-<commit>.json` (all rows, with versions and machine) and `<folder>/RESULTS.md`, from
-which the README's figures come. A benchmark that fails is named in both, the others run; the exit code is 1 then.
+    python -m simulations.bench                              # all of them, more than an hour
+    python -m simulations.bench 'project.only=[split]'       # one; the others' figures stay on the page
+
+Writes `<folder>/results/<date>-<commit>.json` (all rows, each benchmark with its commit, versions and machine) and
+`<folder>/RESULTS.md`, from which the README's figures come; both after every benchmark, so that one that is cut off
+loses only itself. A benchmark that fails is named in both, the others run; the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -28,20 +33,31 @@ Row = dict[str, Any]
 
 
 def run(settings: BenchSettings, place: entry.Run) -> dict[str, Any]:
-    """All benchmarks in turn; the figures of the last line."""
+    """The benchmarks asked for, in turn; the figures of the last line."""
     project, folder = settings.project, Path(settings.project.folder)
-    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), **describe_environment(), "benchmarks": {}}
-    for benchmark in project.benchmarks:
-        done = measure(benchmark, place.folder / benchmark.name, project.timeout_seconds)
-        found["benchmarks"][benchmark.name] = done
-    report = folder / "results" / f"{found['date']}-{commit() or 'unknown'}.json"
-    write_whole(report, json.dumps(found, indent=1) + "\n")
-    write_whole(folder / "RESULTS.md", markdown(found, report.name))
-    failed = [name for name, done in found["benchmarks"].items() if done["failure"]]
+    page = folder / "RESULTS.md"
+    report = folder / "results" / f"{time.strftime('%Y-%m-%d')}-{commit() or 'unknown'}.json"
+    found = known_figures(folder / "results")
+    asked = [benchmark for benchmark in project.benchmarks if benchmark.name in project.only or not project.only]
+    for benchmark in asked:
+        found[benchmark.name] = measure(benchmark, place.folder / benchmark.name, project.timeout_seconds)
+        known = {each.name: found[each.name] for each in project.benchmarks if each.name in found}
+        write_whole(report, json.dumps({"benchmarks": known}, indent=1) + "\n")
+        write_whole(page, markdown(known, report.name))
+    failed = [benchmark.name for benchmark in asked if found[benchmark.name]["failure"]]
     if failed:
         log.error("%s failed; %s has the others", ", ".join(failed), report)
         raise SystemExit(1)
-    return {"report": report, "results": folder / "RESULTS.md", "benchmarks": list(found["benchmarks"])}
+    missed = sum(is_missed(row) for benchmark in asked for row in found[benchmark.name]["rows"])
+    names = [benchmark.name for benchmark in asked]
+    return {"report": report, "results": page, "benchmarks": names, "missed": missed}
+
+
+def known_figures(folder: Path) -> dict[str, Row]:
+    """The newest figures of each benchmark in all reports, by its name."""
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("????-??-??-*.json")]
+    found = [item for report in reports for item in report["benchmarks"].items()]
+    return dict(sorted(found, key=lambda item: str(item[1]["date"])))
 
 
 def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) -> Row:
@@ -49,7 +65,8 @@ def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) 
     words = ["-m", benchmark.command, *benchmark.overrides]
     log.info("python %s", " ".join(words))
     began = time.monotonic()
-    done: Row = {"command": f"python {' '.join(words)}", "failure": None, "rows": []}
+    done: Row = {"command": f"python {shlex.join(words)}", "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+    done |= {**describe_environment(), "failure": None, "rows": []}
     try:
         ended = subprocess.run(
             [sys.executable, *words, f"hydra.run.dir={json.dumps(str(folder))}"],
@@ -67,25 +84,49 @@ def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) 
     return done | {"seconds": time.monotonic() - began, "load_average": load}
 
 
-def markdown(found: Mapping[str, Any], report: str) -> str:
-    """RESULTS.md: a heading a benchmark, a table a kind of row."""
-    machine = found["machine"]
+def markdown(found: Mapping[str, Row], report: str) -> str:
+    """RESULTS.md: what does not hold, then a heading a benchmark, a table a kind of row."""
+    missed = [f"- {name}: {_missed(row)}" for name, done in found.items() for row in done["rows"] if is_missed(row)]
+    judged = sum("holds" in row for done in found.values() for row in done["rows"])
     lines = [
         "# Results",
         "",
-        f"Written by `make bench` on {found['date']} from commit {found['commit']}, on {machine['cores']} cores "
-        f"({machine['processor']}, {machine['system']}); every row is in [results/{report}](results/{report}).",
+        f"Written by `make bench`; every row is in [results/{report}](results/{report}).",
         "A figure with a spread is the median of n readings (smallest – largest).",
+        "",
+        f"{judged - len(missed)} of {judged} rows with a target hold{'; these do not:' if missed else '.'}",
+        *(["", *missed] if missed else []),
     ]
-    for name, done in found["benchmarks"].items():
-        load = "" if done["load_average"] is None else f", load average {done['load_average']:.1f} at its end"
-        lines += ["", f"## {name}", "", f"`{done['command']}`, {done['seconds']:.0f} s{load}"]
+    for name, done in found.items():
+        lines += ["", f"## {name}", "", f"`{done['command']}`", "", _circumstances(done)]
         if done["failure"]:
             lines += ["", f"**Failed:** {done['failure']}"]
         for kind in dict.fromkeys(_kind(row) for row in done["rows"]):
             lines += ["", *_table(kind, [row for row in done["rows"] if _kind(row) == kind])]
     return "\n".join(lines) + "\n"
 
+
+def is_missed(row: Row) -> bool:
+    """Whether a row has a target and does not reach it."""
+    return not row.get("holds", True)
+
+
+def _missed(row: Row) -> str:
+    known_by = [str(row[key]) for key in _NAMING if row.get(key) is not None]
+    return f"{', '.join([_kind(row), *known_by])}: {row['target']}"
+
+
+def _circumstances(done: Row) -> str:
+    machine = done["machine"]
+    load = "" if done["load_average"] is None else f", load average {done['load_average']:.1f} at its end"
+    return (
+        f"{done['date']}, commit {done['commit']}, {machine['cores']} cores ({machine['processor']}, "
+        f"{machine['system']}), {done['seconds']:.0f} s{load}"
+    )
+
+
+_NAMING = ("name", "model", "text", "mode", "drafter", "draft_length", "rtt_seconds", "fourth", "seed", "micro_batches")
+"""What tells rows of one kind apart."""
 
 _KINDS = ("part", "row")
 """How benchmarks name a kind of row."""

@@ -22,6 +22,8 @@ class BenchProjectSettings:
     """All of them, and where the figures go."""
 
     benchmarks: list[BenchmarkSettings]
+    only: list[str]
+    """Names of those to run; of the others the figures of the last report stay. Empty: all."""
     folder: str
     """Gets results/<date>-<commit>.json and RESULTS.md."""
     timeout_seconds: float
@@ -29,6 +31,8 @@ class BenchProjectSettings:
 
     def __post_init__(self) -> None:
         require(bool(self.benchmarks), "benchmarks must name at least one", self.benchmarks)
+        unknown = sorted(set(self.only) - {benchmark.name for benchmark in self.benchmarks})
+        require(not unknown, f"only must name some of {', '.join(b.name for b in self.benchmarks)}", unknown)
         require(self.timeout_seconds > 0, "timeout_seconds must be greater than 0", self.timeout_seconds)
 
 

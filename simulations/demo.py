@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 FED_SIM = (str(Path(__file__).with_name("fed_sim.py")),)
 SPLIT, SPLIT_TRAIN = ("-m", "split.infer"), ("-m", "split.train")
+MATRIX = ("-m", "lab.matrix.command")
 VERIFIER, DRAFTER = ("-m", "speculative.verifier"), ("-m", "speculative.drafter")
 
 
@@ -97,11 +98,25 @@ def show_split_training(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     return figures
 
 
+def show_matrix(settings: DemoSettings, folder: Path) -> dict[str, Any]:
+    """matrix: what this machine gives, context window by batch size, a process a cell."""
+    figures = last_line([*MATRIX, *settings.project.matrix, run_folder(folder)], settings)
+    log.info(
+        "cells: %d done, %d failed, %d known from before; page: %s",
+        figures["ok"] - figures["skipped"],
+        figures["failed"],
+        figures["skipped"],
+        figures["report"],
+    )
+    return figures
+
+
 PARTS = {
     "federated": show_federated,
     "speculative": show_speculative,
     "split": show_split,
     "split_training": show_split_training,
+    "matrix": show_matrix,
 }
 
 

@@ -21,6 +21,8 @@ class DemoProjectSettings:
     """Of split.infer; the same prompt."""
     split_training: list[str]
     """Of split.train."""
+    matrix: list[str]
+    """Of run_matrix.py."""
     part_timeout_seconds: float
     """Longest that one part may take."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lab.entry import Run, compose_settings
+from lab.settings import UserError
 from simulations import bench
 from simulations.bench_settings import BenchmarkSettings, BenchSettings
 
@@ -16,6 +17,7 @@ ROWS = [
     {"part": "speed", "tokens_per_second": {"median": 12.34, "low": 11.0, "high": 15.0, "n": 3}, "holds": True},
     {"part": "cells", "context": 128, "failure": None, "bytes": 1234567},
     {"part": "cells", "context": 512, "failure": "out of memory"},
+    {"part": "delay", "mode": "sync", "rtt_seconds": 0.1, "target": "speedup at least 2", "holds": False},
 ]
 
 
@@ -36,17 +38,38 @@ def settings(folder: Path, *modules: str) -> BenchSettings:
 
 def test_everything_found_is_in_both_files(modules: Path) -> None:
     figures = bench.run(settings(modules / "benchmarks", "good_bench"), Run(modules / "run"))
-    report = json.loads(figures["report"].read_text())
-    assert figures["report"].name == f"{report['date']}-{report['commit'] or 'unknown'}.json"
-    assert report["benchmarks"]["good_bench"]["rows"] == ROWS
-    assert report["machine"]["cores"] == os.cpu_count()
+    found = json.loads(figures["report"].read_text())["benchmarks"]["good_bench"]
+    assert figures["report"].name == f"{found['date'][:10]}-{found['commit'] or 'unknown'}.json"
+    assert found["rows"] == ROWS
+    assert found["machine"]["cores"] == os.cpu_count()
+    assert figures["missed"] == 1
     page = figures["results"].read_text().splitlines()
     assert "| tokens_per_second | 12.3 (11.0 – 15.0, n = 3) |" in page
     assert "| holds | yes |" in page
     assert "| cells | context | failure | bytes |" in page
     assert "| 0 | 128 | – | 1,234,567 |" in page
     assert "| 1 | 512 | out of memory | – |" in page
-    assert any(line.startswith("`python -m good_bench seed=1`, ") for line in page)
+    assert "`python -m good_bench seed=1`" in page
+    assert "1 of 2 rows with a target hold; these do not:" in page
+    assert "- good_bench: delay, sync, 0.1: speedup at least 2" in page
+
+
+def test_figures_of_benchmarks_that_are_not_asked_for_stay(modules: Path) -> None:
+    both = settings(modules / "benchmarks", "good_bench", "bad_bench")
+    with pytest.raises(SystemExit):
+        bench.run(both, Run(modules / "run"))
+    (modules / "bad_bench.py").write_text((modules / "good_bench.py").read_text().replace("512", "1024"))
+    both.project.only = ["bad_bench"]
+    (modules / "good_bench.py").unlink()
+    found = json.loads(bench.run(both, Run(modules / "run"))["report"].read_text())["benchmarks"]
+    assert list(found) == ["good_bench", "bad_bench"]
+    assert found["good_bench"]["rows"] == ROWS
+    assert found["bad_bench"]["rows"][2]["context"] == 1024
+
+
+def test_a_benchmark_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UserError, match=r"project\.only must name some of federated, .*, got \['slpit'\]"):
+        compose_settings("bench", "project.only=[split,slpit]", BenchSettings)
 
 
 def test_a_benchmark_that_fails_is_named_and_the_others_run(modules: Path) -> None:
