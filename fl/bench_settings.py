@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, register_project, require, require_above, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -36,14 +36,14 @@ class FederatedBenchProjectSettings:
             "adapter_bytes must be a positive multiple of 4",
             self.adapter_bytes,
         )
-        require(self.turns >= 1, "turns must be at least 1", self.turns)
-        require(self.few_replies >= 2, "few_replies must be at least 2", self.few_replies)
+        require_at_least(1, self, "turns")
+        require_at_least(2, self, "few_replies")
         require(
             self.many_replies > self.few_replies,
             f"many_replies must be greater than few_replies={self.few_replies}",
             self.many_replies,
         )
-        require(self.run_timeout_seconds > 0, "run_timeout_seconds must be greater than 0", self.run_timeout_seconds)
+        require_above(0, self, "run_timeout_seconds")
 
 
 @dataclass(kw_only=True)

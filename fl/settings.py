@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lab.settings import (
     DataSettings,
@@ -16,7 +13,13 @@ from lab.settings import (
     OptimizationSettings,
     register_project,
     require,
+    require_above,
+    require_at_least,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 class PartitionBy(Enum):
@@ -35,11 +38,15 @@ class WireDtype(Enum):
     @property
     def torch(self) -> torch.dtype:
         """The torch type of the tensors."""
+        import torch  # here, so that a bad setting is said without it
+
         return torch.float32 if self is WireDtype.float32 else torch.bfloat16
 
     @property
     def numpy(self) -> np.dtype[Any]:
         """The numpy type of the packed array."""
+        import numpy as np
+
         return np.dtype(np.float32 if self is WireDtype.float32 else np.uint16)
 
     @property
@@ -88,15 +95,10 @@ class FederatedProjectSettings:
     data: DataSettings
 
     def __post_init__(self) -> None:
-        require(self.num_clients >= 1, "num_clients must be at least 1", self.num_clients)
-        require(self.rounds >= 1, "rounds must be at least 1", self.rounds)
-        require(self.local_steps >= 1, "local_steps must be at least 1", self.local_steps)
+        require_at_least(1, self, "num_clients", "rounds", "local_steps")
+        require_at_least(0, self, "proximal_mu", "workers", "worker_retries")
+        require_above(0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds")
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
-        require(self.proximal_mu >= 0, "proximal_mu must be at least 0", self.proximal_mu)
-        for name in ("node_timeout_seconds", "reply_timeout_seconds", "poll_seconds"):
-            require(getattr(self, name) > 0, f"{name} must be greater than 0", getattr(self, name))
-        require(self.workers >= 0, "workers must be at least 0", self.workers)
-        require(self.worker_retries >= 0, "worker_retries must be at least 0", self.worker_retries)
 
 
 @dataclass(kw_only=True)

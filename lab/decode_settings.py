@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, register_project, require, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -25,9 +25,8 @@ class DecodeProjectSettings:
     """Most that keys and values of all texts may take."""
 
     def __post_init__(self) -> None:
-        for name in ("sessions", "prefill_chunk", "cache_bucket"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        require(self.max_new_tokens >= 2, "max_new_tokens must be at least 2", self.max_new_tokens)
+        require_at_least(1, self, "sessions", "prefill_chunk", "cache_bucket")
+        require_at_least(2, self, "max_new_tokens")
         rule = f"context must be greater than max_new_tokens={self.max_new_tokens}"
         require(self.context > self.max_new_tokens, rule, self.context)
         require(self.cache_limit_bytes >= 2**16, "cache_limit_bytes must be at least 64 KiB", self.cache_limit_bytes)

@@ -34,6 +34,18 @@ def require(holds: bool, rule: str, value: object) -> None:
         raise ValueError(f"{rule}, got {value!r}" if isinstance(value, str) else f"{rule}, got {value}")
 
 
+def require_at_least(least: float, settings: object, *names: str) -> None:
+    """Raises ValueError for the first of these fields that is below `least`."""
+    for name in names:
+        require(getattr(settings, name) >= least, f"{name} must be at least {least}", getattr(settings, name))
+
+
+def require_above(bound: float, settings: object, *names: str) -> None:
+    """Raises ValueError for the first of these fields that is not greater than `bound`."""
+    for name in names:
+        require(getattr(settings, name) > bound, f"{name} must be greater than {bound}", getattr(settings, name))
+
+
 class ModelSource(Enum):
     """Where a model's tensors come from."""
 
@@ -96,17 +108,8 @@ class ArchitectureSettings:
     """Positions the model was made for."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "layers",
-            "hidden_size",
-            "intermediate_size",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "vocabulary",
-            "context",
-        ):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        require_at_least(1, self, "layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim")
+        require_at_least(1, self, "vocabulary", "context")
         require(self.heads % self.kv_heads == 0, f"heads must be a multiple of kv_heads={self.kv_heads}", self.heads)
 
 
@@ -179,20 +182,15 @@ class NetworkSettings:
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "port must be in [0, 65535]", self.port)
-        for name in (
-            "connect_timeout_seconds",
-            "handshake_timeout_seconds",
-            "request_timeout_seconds",
-            "heartbeat_seconds",
-        ):
-            require(getattr(self, name) > 0, f"{name} must be greater than 0", getattr(self, name))
+        require_above(0, self, "connect_timeout_seconds", "handshake_timeout_seconds", "request_timeout_seconds")
+        require_above(0, self, "heartbeat_seconds")
         require(
             self.dead_after_seconds > self.heartbeat_seconds,
             f"dead_after_seconds must be greater than heartbeat_seconds={self.heartbeat_seconds}",
             self.dead_after_seconds,
         )
-        require(self.max_handshake_bytes >= 512, "max_handshake_bytes must be at least 512", self.max_handshake_bytes)
-        require(self.max_frame_bytes >= 4096, "max_frame_bytes must be at least 4096", self.max_frame_bytes)
+        require_at_least(512, self, "max_handshake_bytes")
+        require_at_least(4096, self, "max_frame_bytes")
 
 
 @dataclass(kw_only=True)
@@ -204,7 +202,7 @@ class DeviceSettings:
     """CPU threads of torch in each process; 0 leaves torch's own choice."""
 
     def __post_init__(self) -> None:
-        require(self.threads >= 0, "threads must be at least 0", self.threads)
+        require_at_least(0, self, "threads")
 
 
 @dataclass(kw_only=True)
@@ -251,10 +249,9 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.source is DataSource.hub:
             require(bool(self.repo), "repo must be set for source=hub", None)
-        require(self.sequence_length >= 8, "sequence_length must be at least 8", self.sequence_length)
+        require_at_least(8, self, "sequence_length")
         require(0 < self.held_out_fraction < 1, "held_out_fraction must be in (0, 1)", self.held_out_fraction)
-        require(self.max_examples >= 0, "max_examples must be at least 0", self.max_examples)
-        require(self.max_held_out >= 0, "max_held_out must be at least 0", self.max_held_out)
+        require_at_least(0, self, "max_examples", "max_held_out")
 
 
 @dataclass(kw_only=True)
@@ -266,8 +263,8 @@ class LoraSettings:
     dropout: float
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "rank must be at least 1", self.rank)
-        require(self.alpha > 0, "alpha must be greater than 0", self.alpha)
+        require_at_least(1, self, "rank")
+        require_above(0, self, "alpha")
         require(0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
 
 
@@ -291,16 +288,13 @@ class OptimizationSettings:
     """Forward passes per optimizer step."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, "learning_rate must be greater than 0", self.learning_rate)
+        require_above(0, self, "learning_rate")
         final = self.final_learning_rate_fraction
         require(0 <= final <= 1, "final_learning_rate_fraction must be in [0, 1]", final)
-        require(self.warmup_steps >= 0, "warmup_steps must be at least 0", self.warmup_steps)
-        require(self.weight_decay >= 0, "weight_decay must be at least 0", self.weight_decay)
+        require_at_least(0, self, "warmup_steps", "weight_decay", "max_gradient_norm")
+        require_at_least(1, self, "batch_size", "accumulation")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
-        require(self.max_gradient_norm >= 0, "max_gradient_norm must be at least 0", self.max_gradient_norm)
-        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
-        require(self.accumulation >= 1, "accumulation must be at least 1", self.accumulation)
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, register_project, require_above
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class DemoProjectSettings:
     """Longest that one part may take."""
 
     def __post_init__(self) -> None:
-        require(self.part_timeout_seconds > 0, "part_timeout_seconds must be greater than 0", self.part_timeout_seconds)
+        require_above(0, self, "part_timeout_seconds")
 
 
 @dataclass(kw_only=True)

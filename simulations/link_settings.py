@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lab.link import CutKind
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, register_project, require, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -19,8 +19,7 @@ class OneWaySettings:
     """0: no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("delay_seconds", "jitter_seconds", "bytes_per_second"):
-            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
+        require_at_least(0, self, "delay_seconds", "jitter_seconds", "bytes_per_second")
 
 
 @dataclass(kw_only=True)
@@ -34,8 +33,7 @@ class CutSettings:
     """0 with `reset`: the connections of that moment only."""
 
     def __post_init__(self) -> None:
-        require(self.at_seconds >= 0, "at_seconds must be at least 0", self.at_seconds)
-        require(self.duration_seconds >= 0, "duration_seconds must be at least 0", self.duration_seconds)
+        require_at_least(0, self, "at_seconds", "duration_seconds")
 
 
 @dataclass(kw_only=True)
@@ -54,7 +52,7 @@ class LinkProjectSettings:
 
     def __post_init__(self) -> None:
         require(1 <= self.target_port <= 65535, "target_port must be in [1, 65535]", self.target_port)
-        require(self.buffer_bytes >= 1460, "buffer_bytes must be at least 1460", self.buffer_bytes)
+        require_at_least(1460, self, "buffer_bytes")
 
 
 @dataclass(kw_only=True)
