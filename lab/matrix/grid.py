@@ -8,7 +8,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,12 @@ class Cell:
     settings: dict[str, Any]
     """Everything that comes of these."""
 
-    def signature(self, settings: SweepSettings, repeat: int, sources: str, device: str) -> str:
-        """Sixteen hex digits over all that its figures depend on."""
+    def signature(
+        self, settings: SweepSettings, repeat: int, sources: str, device: str, contents: Mapping[str, str]
+    ) -> str:
+        """Sixteen hex digits over all that its figures depend on; `contents`: of the files that its settings name."""
         signed = {"command": settings.command, "settings": without(self.settings, settings.unsigned)}
-        return digest(signed | {"repeat": repeat, "sources": sources, "device": device})
+        return digest(signed | {"repeat": repeat, "sources": sources, "device": device, "contents": dict(contents)})
 
 
 def sort_words(arguments: Sequence[str]) -> Words:

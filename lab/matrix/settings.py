@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from lab.settings import LabSettings, MainSchema, require
+from lab.settings import LabSettings, MainSchema, require, require_above, require_at_least
 
 
 class Launcher(Enum):
@@ -38,7 +38,7 @@ class MetricSettings:
     better: Better
 
     def __post_init__(self) -> None:
-        require(self.scale > 0, "scale must be greater than 0", self.scale)
+        require_above(0, self, "scale")
 
 
 @dataclass(kw_only=True)
@@ -90,17 +90,16 @@ class SweepSettings:
     """An axis of at least so many numbers is drawn as a line plot."""
     sources: list[str]
     """Packages whose code is part of a cell's signature."""
+    contents: list[str]
+    """Settings that name a local file or folder, dotted: what stands in it is part of a cell's signature, too."""
     unsigned: list[str]
     """Settings that change no figure and are left out of it, dotted; a group stands for all below it."""
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "max_cells"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("time_limit_seconds", "memory_limit_gib", "cores", "address_timeout_seconds"):
-            require(getattr(self, name) > 0, f"{name} must be greater than 0", getattr(self, name))
-        for name in ("at_once", "gpus"):
-            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
-        require(self.lines_from >= 2, "lines_from must be at least 2", self.lines_from)
+        require_at_least(1, self, "repeats", "max_cells")
+        require_above(0, self, "time_limit_seconds", "memory_limit_gib", "cores", "address_timeout_seconds")
+        require_at_least(0, self, "at_once", "gpus")
+        require_at_least(2, self, "lines_from")
         require(bool(self.metrics), "metrics must name at least one figure", self.metrics)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from lab.device import hardware, open_device
 from lab.environment import commit
+from lab.matrix.contents import Contents
 from lab.matrix.grid import QUIET, Cell, Words, make_cells
 from lab.matrix.launching import open_launcher
 from lab.matrix.results import CellRun, Result
@@ -84,10 +85,10 @@ def run_sweep(settings: MatrixSettings, words: Words, folder: Path) -> SweepResu
 def plan(sweep: SweepSettings, cells: Sequence[Cell], device: str) -> list[CellRun]:
     """Every run of every cell in the order in which they go."""
     sources, results = sources_digest(sweep.sources), Path(sweep.results).expanduser().absolute()
-    runs = []
+    contents, runs = Contents(sweep.contents), []
     for repeat in range(sweep.repeats):
         for cell in cells:
-            signature = cell.signature(sweep, repeat, sources, device)
+            signature = cell.signature(sweep, repeat, sources, device, contents.of(cell.settings))
             runs.append(CellRun(cell, repeat, signature, results / signature))
     return runs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,39 @@ def test_what_changes_no_figure_changes_no_signature() -> None:
     assert signatures("model=random", "tracking=online", "network.port=7", "model.cache_dir=/tmp/x") == before
     assert signatures("model=random", "matrix.time_limit_seconds=5", "matrix.launcher=ray") == before
     assert signatures("model=random", "matrix.unsigned=[]") != before, "the list is what leaves them out"
+
+
+def test_a_changed_file_changes_the_cells_that_name_it(tmp_path: Path) -> None:
+    """One cell per adapter: a file of the first gets another byte, the same length and the same time."""
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "weights").write_bytes(b"0123")
+    words = ["model=random", "project.context=64", "project.sessions=1", f"model.adapter={folders[0]},{folders[1]}"]
+    before = signatures(*words)
+    assert signatures(*words) == before
+    weights = folders[0] / "deep" / "weights"
+    when = weights.stat().st_mtime_ns
+    weights.write_bytes(b"0124")
+    os.utime(weights, ns=(when, when))
+    changed = signatures(*words)
+    assert changed[0] != before[0]
+    assert changed[1] == before[1]
+    weights.rename(weights.with_name("other"))
+    assert signatures(*words)[0] != changed[0], "a name is content, too"
+    unread = [*words, "matrix.contents=[]"]
+    before = signatures(*unread)
+    weights.write_bytes(b"0125")
+    assert signatures(*unread) == before, "it is the list that has them read"
+
+
+def test_the_settings_that_name_files_are_those_that_the_commands_have() -> None:
+    """Each key stands in at least one preset's cells, so that a renamed setting cannot fall out of the list."""
+    presets = [file.stem for file in sorted((ROOT / "conf" / "matrix").glob("*.yaml"))]
+    settings = [cells(f"matrix={preset}")[0].settings for preset in presets]
+    for key in sweep_settings().contents:
+        group, _, name = key.rpartition(".")
+        assert any(name in (look_up(one, group) or {}) for one in settings), key
 
 
 def test_repeats_are_interleaved_and_each_has_its_own_result() -> None:
