@@ -37,7 +37,7 @@ from fl.settings import FederatedSettings, WireDtype
 from fl.sizes import base_bytes, linear_shapes
 from fl.strategy import METRICS, WEIGHT, WeightedFedAvg
 from lab import entry
-from lab.bench import Sample, interleaved, judged, ratio, write_report
+from lab.bench import Sample, interleaved, judged, missed, ratio, write_report
 from lab.environment import commit
 from lab.settings import ModelSettings
 
@@ -58,7 +58,7 @@ def run(settings: FederatedBenchSettings, place: entry.Run) -> dict[str, Any]:
         rows.append(comparison(project, place.folder / "comparison"))
     path = Path(project.report or f"benchmarks/results/fl-{commit() or 'unknown'}.json")
     write_report(path, "fl", rows)
-    return {"report": path, "rows": rows}
+    return {"report": path, "missed": missed(rows), "rows": rows}
 
 
 def folding(project: FederatedBenchProjectSettings) -> Row:

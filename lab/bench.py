@@ -125,6 +125,11 @@ def judged(name: str, row: Mapping[str, Any], target: str, holds: bool) -> dict[
     return {**row, "target": target, "holds": holds}
 
 
+def missed(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many rows do not show what they were to show; a row without a judgement misses nothing."""
+    return sum(not row.get("holds", True) for row in rows)
+
+
 def write_report(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The benchmark's document (rows beside where they were measured), written to `path` and returned."""
     figures = {

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.bench import Sample, interleaved, judged, ratio, write_report
+from lab.bench import Sample, interleaved, judged, missed, ratio, write_report
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1))
@@ -78,3 +78,8 @@ def test_what_a_row_was_to_show_stands_in_it_and_is_said(caplog: pytest.LogCaptu
     caplog.set_level("INFO", "lab.bench")
     assert judged("frame", {"n": 3}, "n at least 4", 3 >= 4) == {"n": 3, "target": "n at least 4", "holds": False}
     assert caplog.messages == ["frame: DOES NOT HOLD (n at least 4)"]
+
+
+def test_rows_that_miss_their_target_are_counted() -> None:
+    rows = [judged("a", {}, "n", holds) for holds in (True, False, False)]
+    assert missed([*rows, {"part": "not judged"}]) == 2
