@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from fl.settings import FederatedSettings
 from lab.entry import Run, compose_settings
+from lab.settings import UserError
 from simulations import demo
 from simulations.demo_settings import DemoSettings
+from speculative.settings import SpeculativeSettings
+from split.settings import SplitSettings
+from split.train_settings import SplitTrainSettings
 from tests.federated import on_jsonl, write_dialogues
 
 RANDOM = ["model=random", "model.quantization=none", "model.dtype=float32", "device.threads=1", "tracking=none"]
@@ -65,6 +71,23 @@ def test_every_part_gives_its_figures(tmp_path: Path, caplog: pytest.LogCaptureF
     assert [line.partition(",")[0] for line in said if " of " in line.partition(",")[0]] == [
         f"{number} of {len(demo.PARTS)}" for number in range(1, len(demo.PARTS) + 1)
     ]
+
+
+def test_what_make_demo_tells_its_parts_are_words_that_they_know() -> None:
+    """Each list composes as its own command's settings, so that minutes do not end in a typo."""
+    project = compose_settings("demo", "", DemoSettings).project
+    told = [
+        ("fed_learn", project.federated, FederatedSettings),
+        ("spec_decoding", project.verifier, SpeculativeSettings),
+        ("spec_decoding", project.drafter, SpeculativeSettings),
+        ("split_inf", project.split, SplitSettings),
+        ("split_train", project.split_training, SplitTrainSettings),
+    ]
+    for config, words, settings_type in told:
+        assert compose_settings(config, shlex.join(words), settings_type).seed == 0
+    assert len(told) == len(fields(project)) - 1, "all but the time limit"
+    with pytest.raises(UserError, match=r"^project.part_timeout_seconds must be greater than 0, got 0.0$"):
+        compose_settings("demo", "project.part_timeout_seconds=0", DemoSettings)
 
 
 def test_a_part_that_fails_ends_the_demonstration(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
