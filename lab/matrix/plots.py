@@ -28,6 +28,9 @@ WIDEST_INCHES = 12.0
 CHARACTERS_AN_INCH = 11
 """Of a title."""
 
+MANY_COLUMNS = 8
+"""With more, the texts in the cells are smaller."""
+
 LEAST_RANGE = 0.2
 """Of the colour scale, as a share of the largest figure."""
 
@@ -120,7 +123,8 @@ def _heatmap(picture: Picture, metric: Metric) -> Figure:
     colours = GOOD_IS_HIGH if metric.better == "higher" else GOOD_IS_LOW
     middles = [[math.nan if sample is None else sample.median for sample in line] for line in scaled]
     texts = [["" if sample is None else _text(sample) for sample in line] for line in scaled]
-    figure, axes = _draw_grid(picture, middles, texts, colours, metric.label, limits=_limits(middles))
+    reasons = [[_reason(row) for row in line] for line in picture.grid()]
+    figure, axes = _draw_grid(picture, middles, texts, reasons, colours, metric.label, limits=_limits(middles))
     bar = axes.collections[0].colorbar
     assert bar is not None
     _say_better(bar.ax, top=metric.better == "higher")
@@ -132,11 +136,12 @@ def _ratio_heatmap(picture: Picture, metric: Metric, other: Table) -> Figure:
     """This sweep's median over the other's; colours by the logarithm, so that half and double weigh the same."""
     ratios = [[_ratio(row, metric, other) for row in line] for line in picture.grid()]
     texts = [["" if math.isnan(ratio) else f"{ratio:.3g}×" for ratio in line] for line in ratios]
+    reasons = [[_reason_beside(row, metric, other) for row in line] for line in picture.grid()]
     colours = RATIO_GOOD_IS_HIGH if metric.better == "higher" else RATIO_GOOD_IS_LOW
     doublings = [[math.log2(ratio) for ratio in line] for line in ratios]
     widest = max((abs(value) for line in doublings for value in line if not math.isnan(value)), default=0.0) or 1.0
     label = "log₂ of the ratio (0: equal)"
-    figure, axes = _draw_grid(picture, doublings, texts, colours, label, limits=(-widest, widest))
+    figure, axes = _draw_grid(picture, doublings, texts, reasons, colours, label, limits=(-widest, widest))
     bar = axes.collections[0].colorbar
     assert bar is not None
     _say_better(bar.ax, top=metric.better == "higher")
@@ -149,6 +154,7 @@ def _draw_grid(
     picture: Picture,
     values: Sequence[Sequence[float]],
     texts: Sequence[Sequence[str]],
+    reasons: Sequence[Sequence[str | None]],
     colours: str,
     label: str,
     limits: tuple[float, float],
@@ -171,7 +177,7 @@ def _draw_grid(
         linewidths=1.5,
         linecolor="white",
         cbar_kws={"label": label},
-        annot_kws={"fontsize": 10 if columns <= 8 else 7},
+        annot_kws={"fontsize": 10 if columns <= MANY_COLUMNS else 7},
         xticklabels=[_tick(value) for value in picture.values(picture.across)],
         yticklabels=[_tick(value) for value in picture.values(picture.down)],
         ax=axes,
@@ -180,21 +186,36 @@ def _draw_grid(
     axes.set_ylabel(picture.label(picture.down), labelpad=8)
     axes.tick_params(axis="y", rotation=0)
     axes.tick_params(axis="x", rotation=0)
-    _hatch_failures(axes, picture.grid())
+    _hatch(axes, reasons)
     return figure, axes
 
 
-def _hatch_failures(axes: Axes, grid: Sequence[Sequence[Row | None]]) -> None:
+def _hatch(axes: Axes, reasons: Sequence[Sequence[str | None]]) -> None:
+    """Every cell without a figure, with the reason."""
     from matplotlib.patches import Rectangle
 
-    for down, line in enumerate(grid):
-        for across, row in enumerate(line):
-            if row is not None and row.failed is None:
+    fontsize = 9 if len(reasons[0]) <= MANY_COLUMNS else 6
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 2.0}
+    for down, line in enumerate(reasons):
+        for across, reason in enumerate(line):
+            if reason is None:
                 continue
             axes.add_patch(Rectangle((across, down), 1, 1, facecolor="0.93", edgecolor="0.6", hatch="///", linewidth=0))
-            reason = row.failed["failure"] if row is not None and row.failed else "not run"
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 2.0}
-            axes.text(across + 0.5, down + 0.5, reason, ha="center", va="center", fontsize=9, bbox=box)
+            axes.text(across + 0.5, down + 0.5, reason, ha="center", va="center", fontsize=fontsize, bbox=box)
+
+
+def _reason(row: Row | None) -> str | None:
+    """Why a cell has no figures; None for one that has."""
+    if row is None:
+        return "not run"
+    return str(row.failed["failure"]) if row.failed else None
+
+
+def _reason_beside(row: Row | None, metric: Metric, other: Table) -> str | None:
+    """Why a cell has no ratio, here or in the other sweep; None for one that has."""
+    if row is None or row.failed or not math.isnan(_ratio(row, metric, other)):
+        return _reason(row)
+    return f"other sweep:\n{_reason(same_point(other.rows, row.point)) or 'no figure'}"
 
 
 def _lines(picture: Picture, metric: Metric, along: str) -> Figure:

@@ -91,6 +91,13 @@ def texts_overlap(figure: Figure) -> list[tuple[str, str]]:
     return outside + [(a, b) for (a, one), (b, two) in pairs if one.padded(-1).overlaps(two.padded(-1)) and a != b]
 
 
+def texts_beyond_their_cell(figure: Figure) -> list[str]:
+    """Texts of a heatmap that are wider than a cell."""
+    axes = main_axes(figure)
+    (left, _), (right, _) = axes.transData.transform([(0, 0), (1, 0)])
+    return [text.get_text() for text in axes.texts if text.get_window_extent().width > right - left]
+
+
 def main_axes(figure: Figure) -> Axes:
     return figure.axes[0]
 
@@ -169,7 +176,10 @@ def test_more_axes_make_more_pictures_fewer_one_row(drawn: dict[str, Figure], tm
 def test_a_comparison_is_a_ratio_per_cell(drawn: dict[str, Figure], tmp_path: Path) -> None:
     plots.draw_sweep(table(failing=[(128, 1)]), tmp_path, lines_from=8, other=table(by=2.0, failing=[(128, 2)]))
     axes = main_axes(drawn["token_seconds_ratio.png"])
-    assert {text.get_text() for text in axes.texts} - {""} >= {"0.5×"}
+    reasons = {"out of memory", "other sweep:\nout of memory"}
+    assert {text.get_text() for text in axes.texts} - {""} == {"0.5×", *reasons}
+    hatched = {patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_hatch()}
+    assert hatched == {(0, 0), (1, 0)}
     mesh = axes.collections[0]
     assert mesh.get_clim() == (-1.0, 1.0)
     assert drawn["token_seconds_ratio.png"].get_suptitle().splitlines() == [
@@ -178,13 +188,15 @@ def test_a_comparison_is_a_ratio_per_cell(drawn: dict[str, Figure], tmp_path: Pa
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("columns", [1, 3, 7])
+@pytest.mark.parametrize("columns", [1, 3, 7, 10])
 def test_no_text_lies_over_another(drawn: dict[str, Figure], tmp_path: Path, columns: int) -> None:
     axes = {"project.context": [128, 512, 1024], "project.sessions": [2**n for n in range(columns)]}
-    plots.draw_sweep(table(axes, failing=[(1024, 1)], repeats=3), tmp_path, lines_from=8, other=table(axes, by=3.3))
+    other = table(axes, by=3.3, failing=[(512, 1)])
+    plots.draw_sweep(table(axes, failing=[(1024, 1)], repeats=3), tmp_path, lines_from=99, other=other)
     assert len(drawn) == 4
     for name, figure in drawn.items():
         assert not texts_overlap(figure), name
+        assert not texts_beyond_their_cell(figure), name
 
 
 def test_overlapping_texts_are_noticed() -> None:
@@ -193,6 +205,8 @@ def test_overlapping_texts_are_noticed() -> None:
     axes.text(0.5, 0.5, "one text")
     axes.text(0.52, 0.5, "another")
     assert ("one text", "another") in texts_overlap(figure)
+    axes.set_xlim(0, 100)
+    assert texts_beyond_their_cell(figure) == ["one text", "another"]
 
 
 def test_a_table_without_results_is_refused() -> None:
