@@ -40,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lab.device import TORCH_DTYPES, check_dtype
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
+from lab.wide_products import lacks_sixteen_bits, widen_products
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     if quantization is None:
         model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
     model.requires_grad_(False)
+    if lacks_sixteen_bits(device, dtype):
+        widen_products(model)
     return LoadedModel(model.eval(), load_tokenizer(checkpoint), checkpoint, device)
 
 
@@ -132,6 +135,8 @@ def load_layers(
     assert set(loaded.missing_keys) == packed, "every tensor is either packed or stored as it is"
     if stored and embedding and head:
         model.tie_weights()
+    if lacks_sixteen_bits(device, dtype):
+        widen_products(model)
     return cast(PreTrainedModel, model.to(device).requires_grad_(False).eval())
 
 
