@@ -29,6 +29,10 @@ class TextFailed(RuntimeError):
     """The target could not go on with the text; says why."""
 
 
+class Desync(TextFailed):
+    """The two sides do not hold the same text; a target that is asked for it again may mend that."""
+
+
 class TargetLost(Exception):
     """Whoever owns the text is out of reach; it may be taken up again with `Target.resume`."""
 
@@ -56,7 +60,8 @@ class Target(Protocol):
         ...
 
     def resume(self, request: TextRequest) -> None:
-        """Take it up again after `TargetLost`, if that is possible. A verdict of what came since follows."""
+        """Take it up again after `TargetLost`, if that is possible, or after `Desync`. A verdict of what came since
+        follows."""
         ...
 
     def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
@@ -179,11 +184,14 @@ class OwnText:
         """Go on by a verdict. Guesses that agree with it are used up; behind one that does not, all are given up.
 
         Raises:
-            TextFailed: the two sides do not hold the same text.
+            Desync: the verdict is for another text; this one is as it was.
         """
         if verdict.position != self.position or verdict.accepted > self._sent:
-            raise TextFailed(f"the verdict is for position {verdict.position}, the text is at {self.position}")
+            raise Desync(f"the verdict is for position {verdict.position}, the text is at {self.position}")
         tokens = [*self._guesses[: verdict.accepted], *verdict.ids]
+        prefix = prefix_hash(tokens, self._prefix)
+        if verdict.prefix not in (None, prefix):
+            raise Desync(f"the two sides hold different texts up to position {self.position + len(tokens)}")
         right = common_length(self._guesses, tokens)
         wrong = right < min(len(self._guesses), len(tokens))
         ended_epoch = wrong and right < self._sent
@@ -214,9 +222,7 @@ class OwnText:
             self._sent = max(0, self._sent - right)
             self._place += right
         self.new_ids += tokens
-        self._prefix = prefix_hash(tokens, self._prefix)
-        if verdict.prefix not in (None, self._prefix):
-            raise TextFailed(f"the two sides hold different texts up to position {self.position}")
+        self._prefix = prefix
         return done
 
     def begin_again(self) -> None:
@@ -233,24 +239,29 @@ def speculate(target: Target, drafts: Drafts, request: TextRequest, end_ids: Col
 
     Raises:
         TextRefused: the target does not take the request.
-        TextFailed: it could not go on.
+        TextFailed: it could not go on, or holds another text although it was asked for it again.
     """
     target.open(request)
     try:
         text = OwnText(request, drafts)
         draft = _DraftRound(text) if request.mode is Mode.sync else _DraftAhead(text, target.window)
+        mended_at = -1
         while True:
             try:
                 if request.mode is not Mode.target_only:
                     draft.go_on(target)
                 outcome = target.next()
-            except TargetLost:
+                if isinstance(outcome, Ended):
+                    raise _fault(outcome)
+                done = text.take(outcome)
+            except (TargetLost, Desync) as error:
+                if isinstance(error, Desync):
+                    if mended_at == text.position:  # asking again has not helped
+                        raise
+                    mended_at = text.position
                 target.resume(replace(request, new_ids=text.new_ids))
                 draft.begin_again()
                 continue
-            if isinstance(outcome, Ended):
-                raise _fault(outcome)
-            done = text.take(outcome)
             draft.took(done)
             if done.tokens:
                 yield done

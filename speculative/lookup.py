@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from speculative.drafts import NgramDrafts
-from speculative.policy import PLACES, AcceptanceByPlace, PassCosts
+from speculative.policy import AcceptanceByPlace, PassCosts
 
 
 class Lookup:
@@ -33,7 +33,8 @@ class Lookup:
     def guesses(self, most: int) -> list[int]:
         """What to check in the next pass, at most so many."""
         self._found = self._drafts.propose(most)
-        return self._found[: self._rows()]
+        rows = self._acceptance.worth(most, self._costs) if self._costs.known else most
+        return self._found[:rows]
 
     def grow(self, position: int, new: Sequence[int]) -> None:
         """From `position` on the text goes on with `new`."""
@@ -43,15 +44,3 @@ class Lookup:
         self._acceptance.add(right, int(right < min(len(self._found), len(new))))
         self._found = []
         self._drafts.correct(position, new)
-
-    def _rows(self) -> int:
-        """Guess n saves a step when all up to it are right, and costs a row when it is not."""
-        if not self._costs.known:
-            return len(self._found)
-        rates, place = self._acceptance.rates, self._acceptance.place
-        chance = 1.0
-        for count in range(len(self._found)):
-            chance *= rates[min(place + count, PLACES - 1)]
-            if chance * self._costs.step_seconds <= self._costs.row_seconds:
-                return count
-        return len(self._found)

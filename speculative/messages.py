@@ -28,7 +28,8 @@ At most `window` guesses (WELCOME) may be sent beyond the last place that a VERD
 drafter has, and VERDICTs renew it.
 
 `prefix` is a hash of 64 bits over all ids of the text up to the end of the VERDICT (`prefix_hash`). A drafter that has
-another one holds another text: it gives up. Everything is rebuilt from ids and seed: after a connection ended, by
+another one holds another text: it asks for it again by RESUME, on the same connection, and gives up if that does not
+help. Everything is rebuilt from ids and seed: after a connection ended, by
 whatever, RESUME carries all ids that the drafter was told. A verifier that still has the text (it goes on alone
 meanwhile) answers with a VERDICT of all that came since; one that does not (it was started anew) reads the ids like a
 prompt and goes on. Both begin at epoch 0. A text is named by 64 random bits, and belongs to who knows the 128 that were

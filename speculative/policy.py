@@ -27,7 +27,7 @@ LEAST_GAIN = 1.01
 """Speculation pays from this multiple of the target's own speed."""
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 PLAN_EVERY = 24
-"""Compared guesses between two plans."""
+"""Compared guesses between two plans, at most: a third of all while they are few."""
 LONGEST_EPOCH = 64
 """Tokens of an epoch that a plan looks at."""
 GROUP_SHARE = 0.3
@@ -62,34 +62,48 @@ class Mean:
 class PassCosts:
     """What a pass of the target costs each of the texts that share it: a step, and each further guess.
 
+    A pass over a single row may be another matter than one over several (a vector times a matrix needs no tiles), so
+    that the first guess can cost far more than the next ones: a mean is kept of the one, a line through the others.
+
     A row that one text adds holds up all the others, and they do the same: so a guess costs its row once for each text.
     """
 
     def __init__(self) -> None:
         self._texts = Mean()
+        self._single = Mean(FORGET)
         self._weight = self._rows = self._seconds = self._rows_squared = self._rows_seconds = 0.0
 
     def passed(self, seconds: float, rows: int, texts: int) -> None:
         """A pass over so many rows, of so many texts together, took so long."""
         self._texts.add(texts)
-        if self._weight >= 1:  # one that the machine held up says little about the next
-            seconds = min(seconds, 4 * self.pass_seconds(rows))
-        further = rows - 1.0
+        if self._single.value is not None if rows == 1 else self._weight >= 1:
+            seconds = min(seconds, 4 * self.pass_seconds(rows))  # the machine held it up: that says little of the next
+        if rows == 1:
+            self._single.add(seconds)
+            return
         self._weight = FORGET * self._weight + 1
-        self._rows = FORGET * self._rows + further
+        self._rows = FORGET * self._rows + rows
         self._seconds = FORGET * self._seconds + seconds
-        self._rows_squared = FORGET * self._rows_squared + further * further
-        self._rows_seconds = FORGET * self._rows_seconds + further * seconds
+        self._rows_squared = FORGET * self._rows_squared + rows * rows
+        self._rows_seconds = FORGET * self._rows_seconds + rows * seconds
 
     @property
     def known(self) -> bool:
         """Whether there was a pass."""
-        return self._weight > 0
+        return self._weight > 0 or self._single.value is not None
 
     @property
     def row_seconds(self) -> float:
         """Of one guess more in every text."""
         return (self._texts.value or 1.0) * self._slope
+
+    @property
+    def first_seconds(self) -> float:
+        """What the first guess costs beyond that: nothing where several texts make a pass of several rows anyway."""
+        single = self._single.value
+        if single is None or not self._weight or (self._texts.value or 1.0) >= 1.5:
+            return 0.0
+        return max(0.0, self._line(1.0) - single)
 
     @property
     def step_seconds(self) -> float:
@@ -98,20 +112,24 @@ class PassCosts:
 
     def pass_seconds(self, rows: float) -> float:
         """Of a pass over so many rows."""
-        if not self.known:
-            return 0.0
-        seconds = self._seconds / self._weight + (rows - 1 - self._rows / self._weight) * self._slope
-        return max(seconds, 0.1 * self._seconds / self._weight)
+        single = self._single.value
+        if single is not None and (rows < 1.5 or not self._weight):
+            return single + (rows - 1) * self._slope
+        return self._line(rows) if self._weight else 0.0
+
+    def _line(self, rows: float) -> float:
+        mean = self._seconds / self._weight
+        return max(mean + (rows - self._rows / self._weight) * self._slope, 0.1 * mean)
 
     @property
     def _slope(self) -> float:
         """Of each further row: least squares, pulled towards `ROW_SHARE` of a step where all passes were alike."""
-        if not self.known:
-            return 0.0
+        if not self._weight:
+            return ROW_SHARE * (self._single.value or 0.0)
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
         spread = self._rows_squared - self._rows * mean_rows
         together = self._rows_seconds - self._rows * mean_seconds
-        usual = ROW_SHARE * mean_seconds / (1 + ROW_SHARE * mean_rows)
+        usual = ROW_SHARE * mean_seconds / (1 + ROW_SHARE * (mean_rows - 1))
         return max(0.0, (together + ROW_BELIEF * usual) / (spread + ROW_BELIEF))
 
 
@@ -143,6 +161,18 @@ class AcceptanceByPlace:
         overall = self._right / self._seen
         return [(r + BELIEF * overall) / (s + BELIEF) for r, s in zip(self._right_at, self._seen_at)]
 
+    def worth(self, most: int, costs: PassCosts) -> int:
+        """How many of so many guesses a pass should take: guess n saves a step when all up to it are right, and costs a
+        row when it is not."""
+        step, row, rates = costs.step_seconds, costs.row_seconds, self.rates
+        chance, gain, best, count = 1.0, -costs.first_seconds, 0.0, 0
+        for number in range(most):
+            chance *= rates[min(self.place + number, PLACES - 1)]
+            gain += chance * step - row
+            if gain >= best:
+                best, count = gain, number + 1
+        return count
+
     def doubt(self) -> None:
         """Hold on to what was seen less firmly."""
         self._right, self._seen = 0.1 * self._right, 0.1 * self._seen
@@ -162,6 +192,7 @@ class Pacing:
     def __init__(self, costs: PassCosts, draft_length: int | None, longest: int) -> None:
         self._costs = costs
         self._longest = longest
+        self._is_free = draft_length is None
         self._lengths = [n for n in LENGTHS if n <= longest] if draft_length is None else [min(draft_length, longest)]
         self.acceptance = AcceptanceByPlace()
         self.plan = Plan(self._lengths[-1], 0)
@@ -198,12 +229,13 @@ class Pacing:
     def compared(self, right: int, wrong: int) -> None:
         """So many guesses, in order, were what the target says; and then so many (0 or 1) were not."""
         self.acceptance.add(right, wrong)
-        if self.acceptance.compared - self._planned_at >= PLAN_EVERY:
+        if self.acceptance.compared - self._planned_at >= min(PLAN_EVERY, self.acceptance.compared / 3):
             self._make_plan()
 
     def rows(self, waiting: int) -> int:
         """How many of the guesses that wait the next pass takes."""
-        return min(waiting, self.plan.draft_length)
+        most = min(waiting, self.plan.draft_length)
+        return self.acceptance.worth(most, self._costs) if self._is_free and self._costs.known else most
 
     def patience(self, now: float, waiting: int) -> float:
         """Seconds to wait for more guesses before the next pass; 0: go. Never longer than a pass."""
@@ -221,11 +253,12 @@ class Pacing:
     def _make_plan(self) -> None:
         answer, costs = self._answer.value, self._costs
         self._planned_at = self.acceptance.compared
-        if answer is None or not costs.known:
+        if answer is None or not costs.step_seconds:
             return
         pace = Pace(
             step_seconds=costs.step_seconds,
             row_seconds=costs.row_seconds,
+            first_seconds=costs.first_seconds,
             answer_seconds=answer,
             draft_step_seconds=self._spacing.value or 0.0,
         )

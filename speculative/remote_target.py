@@ -140,18 +140,13 @@ class RemoteTarget:
 
     def resume(self, request: TextRequest) -> None:
         """See `Target.resume`. Raises the `WireError` that it was lost by when no connection can be had again."""
-        assert self._lost is not None, "nothing was lost"
         assert self._ticket is not None, "no text is open"
         lost, self._lost = self._lost, None
-        if self._resume_seconds <= 0:
-            raise lost
-        log.warning("%s; trying for %g s to take the text up again", lost, self._resume_seconds)
-        began = time.monotonic()
-        self._replace_connection(lost)
+        if lost is not None:
+            self._connect_again(lost)
         self.resumes += 1
         with contextlib.suppress(TargetLost):
             self._begin(request, self._ticket, again=True)
-        log.warning("connected again after %.1f s", time.monotonic() - began)
 
     def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
         """See `Target.draft`."""
@@ -227,6 +222,14 @@ class RemoteTarget:
     def _lose(self, error: WireError) -> TargetLost:
         self._lost = error
         return TargetLost(str(error))
+
+    def _connect_again(self, lost: WireError) -> None:
+        if self._resume_seconds <= 0:
+            raise lost
+        log.warning("%s; trying for %g s to take the text up again", lost, self._resume_seconds)
+        began = time.monotonic()
+        self._replace_connection(lost)
+        log.warning("connected again after %.1f s", time.monotonic() - began)
 
     def _replace_connection(self, lost: WireError) -> None:
         old = self._connection

@@ -132,6 +132,8 @@ class Text:
         """No guess of this epoch is for a place before it; of those that came it is the end."""
         self._asked = False
         """Whether a DRAFT came since the last pass (mode sync)."""
+        self._judged_at = -math.inf
+        """When the last VERDICT went off."""
         if lookup is not None:
             lookup.begin(self.ids)
 
@@ -189,7 +191,7 @@ class Text:
         right = common_length(decided, guesses)
         if right < min(len(decided), len(guesses)):
             self._compared(right, wrong=True)
-            self._begin_epoch(position + right + 1, now)
+            self._begin_epoch(position + right + 1, max(now, self._judged_at))  # the drafter hears of it by the VERDICT
             return
         self._compared(right, wrong=False)
         self._guesses += guesses[right:]
@@ -237,6 +239,7 @@ class Text:
 
     def judge(self, guesses: Sequence[int], step: TargetStep, end_ids: frozenset[int], now: float) -> Verdict:
         """Take what the target says about the last token and the guesses behind it; go on by what is accepted."""
+        self._judged_at = now
         rows = len(guesses) + 1
         chosen, margins, nll = step.next_ids[-rows:], step.margin[-rows:], step.nll[-len(guesses) :] if guesses else []
         accepted = accepted_length(guesses, chosen, nll, self.request.threshold)

@@ -81,6 +81,8 @@ class Pace:
     """From a verdict that rejects to the first guess of the new epoch."""
     draft_step_seconds: float
     """From one guess to the next."""
+    first_seconds: float = 0.0
+    """What a pass with guesses costs beyond their rows."""
 
     def arrival(self, count: int) -> float:
         """When so many guesses of an epoch are there, after the verdict before it: A(n)."""
@@ -146,7 +148,7 @@ def async_tokens_per_second(chances: Sequence[float], pace: Pace, plan: Plan) ->
         begin = max(end, pace.arrival(covered + plan.wait_for)) if plan.wait_for else end
         there = pace.arrived(begin, covered + plan.draft_length) - covered if plan.draft_length else 0
         guesses = min(max(there, 0), plan.draft_length)
-        after = begin + pace.step_seconds + pace.row_seconds * guesses
+        after = begin + pace.step_seconds + (pace.first_seconds + pace.row_seconds * guesses if guesses else 0.0)
         seconds += (after - end) * chances[covered]
         covered += guesses + 1
         end = after

@@ -71,7 +71,7 @@ def test_a_drafter_that_stops_is_not_waited_for_again_and_again() -> None:
     pacing = _trained(answer_seconds=0.006, spacing_seconds=0.004)
     assert pacing.plan.wait_for >= 1
     pacing.rejected(100.0)
-    assert 0 < pacing.patience(100.0, 0) <= 0.02
+    assert 0 < pacing.patience(100.0, 0) < 0.03
     assert pacing.patience(100.03, 0) == 0, "long past the time at which guesses usually come"
     pacing.rejected(200.0)
     pacing.arrived(200.001, 0)
@@ -125,6 +125,34 @@ def test_passes_of_one_size_say_little_about_a_row() -> None:
         costs.passed(0.04, 1, 1)
     assert costs.step_seconds == pytest.approx(0.04)
     assert costs.row_seconds == pytest.approx(0.0008)
+
+
+@pytest.mark.parametrize(("right", "most", "worth"), [(0.3, 10, 0), (0.6, 1, 0), (0.9, 10, 10)])
+def test_the_first_guess_may_cost_more_than_the_next_ones(right: float, most: int, worth: int) -> None:
+    """So that one alone is not worth it, and ten are."""
+    costs, acceptance, draws = PassCosts(), AcceptanceByPlace(), random.Random(0)
+    for rows in (1, 1, 2, 5) * 100:
+        costs.passed(0.05 if rows == 1 else 0.08 + 0.006 * (rows - 1), rows, 1)
+    assert costs.step_seconds == pytest.approx(0.05)
+    assert costs.first_seconds == pytest.approx(0.03, rel=0.1)
+    assert costs.row_seconds == pytest.approx(0.006, rel=0.1)
+    for _ in range(400):
+        is_right = draws.random() < right
+        acceptance.add(int(is_right), int(not is_right))
+    acceptance.place = 0
+    assert acceptance.worth(most, costs) == worth
+
+
+def test_a_guess_among_several_texts_costs_its_row_only() -> None:
+    costs = PassCosts()
+    for rows in (4, 6, 9) * 50:
+        costs.passed(0.05, 1, 1)
+        costs.passed(0.08 + 0.006 * (rows - 1), rows, 4)
+    costs.passed(0.098, 4, 4)
+    assert costs.first_seconds == 0
+    for _ in range(20):
+        costs.passed(0.05, 1, 1)
+    assert costs.first_seconds == pytest.approx(0.03, rel=0.1)
 
 
 def test_acceptance_is_told_apart_by_place() -> None:

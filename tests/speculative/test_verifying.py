@@ -10,7 +10,7 @@ import pytest
 
 from lab.engine import SyntheticEngine
 from lab.sampling import Sampling
-from speculative.drafting import OwnText, TextFailed
+from speculative.drafting import Desync, OwnText
 from speculative.drafts import RandomDrafts
 from speculative.messages import Reason
 from speculative.settings import Mode
@@ -119,6 +119,18 @@ def test_a_late_guess_that_differs_ends_the_epoch() -> None:
     assert (verdict.epoch, verdict.accepted, verdict.ids) == (1, 0, [TEXT[3]])
     core.offer(1, 1, 6, TEXT[3:6])  # the drafter knows of the third token only
     assert core.verdict().accepted == 2
+
+
+def test_an_answer_to_a_late_wrong_guess_is_timed_from_the_verdict_that_told_of_it() -> None:
+    """The guess had come in the middle of the pass, and was looked at behind it."""
+    core = Core()
+    core.open(1)
+    core.clock.now += 0.04
+    core.verdict()
+    core.verifier.offer(1, 0, 3, [(TEXT[0] + 1) % 50], core.clock.now - 0.035)
+    core.verifier.offer(1, 1, 4, [TEXT[1]], core.clock.now + 0.005)
+    pacing = core.verifier._running[1]._pacing
+    assert pacing._answer.value == pytest.approx(0.005)
 
 
 def test_a_wrong_guess_in_a_pass_ends_the_epoch_and_what_waits_behind_it() -> None:
@@ -281,9 +293,10 @@ def test_a_drafter_that_holds_another_text_notices() -> None:
     text = OwnText(asked(), RandomDrafts(0, 50))
     right = Verdict(1, 0, 3, 0, TEXT[:1], prefix_hash([*PROMPT, TEXT[0]]), [], [])
     text.take(right)
-    with pytest.raises(TextFailed, match="position 5"):
+    with pytest.raises(Desync, match="position 5"):
         text.take(replace(right, position=4, ids=TEXT[1:2], prefix=right.prefix))
-    with pytest.raises(TextFailed, match="for position 3"):
+    assert text.new_ids == TEXT[:1], "it took none of what it does not believe"
+    with pytest.raises(Desync, match="for position 3"):
         OwnText(replace(asked(), new_ids=TEXT[:1]), RandomDrafts(0, 50)).take(right)
 
 
