@@ -1,42 +1,54 @@
 """A text whose peers and link are taken away at random points: one function for a few in `test` and 100 in `soak`.
 
 Every time a real verifier process, a real link and a drafter's own code: the text must be the target's, whatever goes.
+A drafter that is killed is a process, too; who takes its text up again has nothing of it but its run folder.
 """
 
 from __future__ import annotations
 
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
 
 from lab.device import open_device
 from lab.entry import compose_settings
 from lab.link import CutKind, Link, LinkSettings, OneWay
-from lab.models import load_model, load_tokenizer_only
+from lab.models import BYTE_EOS, load_model, load_tokenizer_only
 from lab.sampling import Sampling
-from speculative.drafting import speculate
+from speculative.drafter import prompt_ids
+from speculative.drafting import Target, speculate
 from speculative.engines import open_drafts
 from speculative.joining import join
+from speculative.remote_target import RemoteTarget
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.text import TextRequest
+from speculative.text import TextRequest, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine
-from tests.speculative.processes import RANDOM, Role, verifier
+from tests.speculative.processes import RANDOM, Role, drafted, drafter_process, verifier
 
-KINDS = ("verifier", "reset", "half_open", "stall")
+KINDS = ("verifier", "drafter", "reset", "half_open", "stall")
 SAMPLING = Sampling(seed=5, temperature=1.0, top_k=60, top_p=0.98)
+SAMPLED = ("seed=5", "project.temperature=1.0", "project.top_k=60", "project.top_p=0.98")
+"""The same, for a drafter as people start it."""
 WORDS = (
     *RANDOM,
     *("project.draft.source=noisy", "project.draft.noise=0.05", "project.lookup=true"),
-    *("network.heartbeat_seconds=0.25", "network.dead_after_seconds=1.0"),
 )
+QUICK = ("network.heartbeat_seconds=0.25", "network.dead_after_seconds=1.0")
+"""A dead peer is found four times as soon as with the shipped settings."""
 TOKENS_PER_KILL = 20
 LAST_TOKENS = 60
 """Behind the last kill: what is under way by then."""
 DELAY_SECONDS = 0.01
+"""Each way, and as much again at random."""
+SHOWN_CHARACTERS = 40
+"""Of the text, at most, when its drafter is killed."""
 MOST_TOKENS = 800
 """Of one text: the context of `model=random` is 1,024."""
 
@@ -50,33 +62,38 @@ class Kills:
     same_text: bool = True
     resume_seconds: list[float] = field(default_factory=list)
     """From when the peer listens, or the link is whole, to the next new token."""
+    found_seconds: list[float] = field(default_factory=list)
+    """From when the peer or the link went to when the drafter knew."""
 
 
 class _Scene:
     """One verifier, one link to it, and what is done to them."""
 
-    def __init__(self, stack: ExitStack, generator: random.Random) -> None:
+    def __init__(self, stack: ExitStack, generator: random.Random, words: Sequence[str]) -> None:
         self._stack = stack
         self._generator = generator
+        self.words = words
+        self.settings = compose_settings("spec_decoding", " ".join(words), SpeculativeSettings)
         self._living: tuple[ExitStack, Role] = self._started(0)
         one_way = OneWay(delay_seconds=DELAY_SECONDS, jitter_seconds=DELAY_SECONDS)
         target = ("127.0.0.1", self._living[1].port)
         settings = LinkSettings(up=one_way, down=one_way, buffer_bytes=2**20, seed=1)
         self.link = stack.enter_context(Link(target, settings, host="127.0.0.1", port=0))
-        self.whole_at = 0.0
+        self.harmed_at = self.whole_at = 0.0
         self._mending: threading.Thread | None = None
 
     def harm(self, kind: str) -> None:
         """Does it, and has it mended after a while."""
         if self._mending is not None:
             self._mending.join()
+        self.harmed_at = time.monotonic()
         if kind == "verifier":
             self._living[1].process.kill()
             self._mend(0.0, self._restart)
             return
         cut, seconds = {
             "reset": (CutKind.reset, self._generator.uniform(0, 0.3)),
-            "half_open": (CutKind.blackhole, 1.6),  # longer than a peer may be silent
+            "half_open": (CutKind.blackhole, 1.6 * self.settings.network.dead_after_seconds),
             "stall": (CutKind.blackhole, self._generator.uniform(0, 0.5)),
         }[kind]
         self.link.cut(cut, duration_seconds=float("inf"))
@@ -106,22 +123,39 @@ class _Scene:
 
     def _started(self, port: int) -> tuple[ExitStack, Role]:
         stack = ExitStack()
-        running = stack.enter_context(verifier(*WORDS, f"network.port={port}"))
+        running = stack.enter_context(verifier(*self.words, f"network.port={port}"))
         self._stack.callback(stack.close)
         return stack, running
 
 
-def kill_at_random(kinds: Sequence[str], seed: int) -> Kills:
+class _Watched:
+    """A drafter's target that notes when it was lost."""
+
+    def __init__(self, target: RemoteTarget) -> None:
+        self._target = target
+        self.lost_at = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def resume(self, request: TextRequest) -> None:
+        self.lost_at = time.monotonic()
+        self._target.resume(request)
+
+
+def kill_at_random(kinds: Sequence[str], seed: int, words: Sequence[str] = ()) -> Kills:
     """One text after the other, at most `MOST_TOKENS` each; at random points what `kinds` names happens, in turn."""
     came = Kills()
     generator = random.Random(seed)
-    left = list(kinds)
+    left = [kind for kind in kinds if kind != "drafter"]
     with ExitStack() as stack:
-        scene = _Scene(stack, generator)
+        scene = _Scene(stack, generator, (*WORDS, *words))
         while left:
             most = (MOST_TOKENS - LAST_TOKENS) // TOKENS_PER_KILL
             left = _one_text(scene, generator, left[:most], came) + left[most:]
         scene.mended()
+        for _ in range(list(kinds).count("drafter")):
+            _kill_drafter(scene, generator, came)
     return came
 
 
@@ -129,10 +163,7 @@ def _one_text(scene: _Scene, generator: random.Random, kinds: Sequence[str], cam
     """Returns what is left: a verifier goes on alone and may have finished the text before its drafter is back."""
     count = len(kinds) * TOKENS_PER_KILL + LAST_TOKENS
     points = list(zip(sorted(generator.sample(range(1, count - LAST_TOKENS), len(kinds))), kinds, strict=True))
-    settings = compose_settings(
-        "spec_decoding", " ".join((*WORDS, f"network.port={scene.link.port}")), SpeculativeSettings
-    )
-    loaded = load_model(settings.model, open_device(settings.device))
+    settings = replace(scene.settings, network=replace(scene.settings.network, port=scene.link.port))
     prompt = [generator.randrange(256) for _ in range(30)]
     request = TextRequest(
         prompt_ids=prompt, sampling=SAMPLING, max_new_tokens=count, mode=Mode["async"], threshold=None
@@ -143,9 +174,11 @@ def _one_text(scene: _Scene, generator: random.Random, kinds: Sequence[str], cam
     with join(settings, texts) as target:
         drafts = open_drafts(settings, open_device(settings.device), SAMPLING, texts, target.welcome.vocabulary_size)
         before = target.resumes
-        for done in speculate(target, drafts, request, []):
+        watched = _Watched(target)
+        for done in speculate(cast(Target, watched), drafts, request, []):
             if harmed and target.resumes > before:
                 came.resume_seconds.append(max(0.0, time.monotonic() - scene.whole_at))
+                came.found_seconds.append(watched.lost_at - scene.harmed_at)
                 harmed, before = False, target.resumes
             ids += done.tokens
             if points and len(ids) >= points[0][0] and not harmed:  # one at a time
@@ -155,5 +188,34 @@ def _one_text(scene: _Scene, generator: random.Random, kinds: Sequence[str], cam
                 came.kills[kind] = came.kills.get(kind, 0) + 1
         drafts.close()
         came.resumes += target.resumes
-    came.same_text &= ids == decoded_alone(local_engine(loaded.model, 1, context=1024), prompt, SAMPLING, count)
+    came.same_text &= ids == _own_text(scene, prompt, count)
     return [kind for _, kind in points]
+
+
+def _kill_drafter(scene: _Scene, generator: random.Random, came: Kills) -> None:
+    """A text whose drafter is killed; another takes it up again, to its end."""
+    prompt = f"text number {generator.randrange(1000)}"
+    words = (*scene.words, *SAMPLED, f"project.max_new_tokens={MOST_TOKENS}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = drafter_process(
+            *words, f"network.port={scene.link.port}", f"prompt={prompt}", folder=folder / "killed"
+        )
+        assert process.stdout is not None
+        shown = process.stdout.read(generator.randint(1, SHOWN_CHARACTERS))
+        process.kill()
+        process.communicate()
+        assert shown, "the drafter had ended before it was killed"
+        resume = f"project.resume={folder}/killed/text.json"
+        result = drafted(scene.link.port, (*words, resume), folder / "second", prompt)
+    came.kills["drafter"] = came.kills.get("drafter", 0) + 1
+    came.resumes += 1
+    came.resume_seconds.append(result["time_to_first_token_seconds"])
+    ids = prompt_ids(load_tokenizer_only(scene.settings.model), prompt, chat=True)
+    came.same_text &= result["token_ids"] == until_end(_own_text(scene, ids, MOST_TOKENS), frozenset({BYTE_EOS}))
+
+
+def _own_text(scene: _Scene, prompt: Sequence[int], count: int) -> list[int]:
+    """What the target says without any verifier."""
+    loaded = load_model(scene.settings.model, open_device(scene.settings.device))
+    return decoded_alone(local_engine(loaded.model, 1, context=1024), prompt, SAMPLING, count)

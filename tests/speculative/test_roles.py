@@ -8,9 +8,11 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -24,12 +26,12 @@ from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.wire import PeerGone
 from speculative import verifier as verifier_role
-from speculative.drafting import speculate
-from speculative.drafts import RandomDrafts
+from speculative.drafting import TextFailed, speculate
+from speculative.drafts import NgramDrafts, RandomDrafts
 from speculative.joining import join
 from speculative.remote_target import RemoteTarget
-from speculative.settings import SpeculativeSettings
-from speculative.text import Verdict, until_end
+from speculative.settings import Mode, SpeculativeSettings
+from speculative.text import Outcome, Verdict, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine, request
 from tests.speculative.processes import END_SECONDS, RANDOM, Role, drafted, drafter_process, verifier, wait_until
@@ -125,20 +127,23 @@ def _joined(port: int, *words: str) -> RemoteTarget:
     return join(settings, token_texts(load_tokenizer_only(settings.model)))
 
 
-def test_drafters_at_once_each_get_their_own_text(random_verifier: Role) -> None:
+@pytest.mark.parametrize("source", ["random", "ngram"])
+@pytest.mark.parametrize("mode", [Mode.sync, Mode["async"]], ids=lambda mode: mode.name)
+def test_drafters_at_once_each_get_their_own_text(random_verifier: Role, source: str, mode: Mode) -> None:
     tokenizer = load_tokenizer_only(compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings).model)
-    prompts = [f"text number {number}: " + "ab" * number for number in range(4)]
-    samplings = [Sampling(seed=number, temperature=1.0, top_k=0, top_p=1.0) for number in range(4)]
+    prompts = [f"text number {number}: " + "ab" * number for number in range(8)]
+    samplings = [Sampling(seed=number, temperature=1.0, top_k=0, top_p=1.0) for number in range(8)]
     targets = [_joined(random_verifier.port) for _ in prompts]  # composing settings is not for several threads
 
     def draft(number: int) -> list[int]:
-        asked = request(list(tokenizer(prompts[number])["input_ids"]), 30, samplings[number], length=number + 1)
+        asked = request(list(tokenizer(prompts[number])["input_ids"]), 30, samplings[number], mode, length=number + 1)
         with targets[number] as target:
-            rounds = speculate(target, RandomDrafts(number, 256), asked, [BYTE_EOS])
+            drafts = RandomDrafts(number, 256) if source == "random" else NgramDrafts(3, 1)
+            rounds = speculate(target, drafts, asked, [BYTE_EOS])
             return [token for done in rounds for token in done.tokens]
 
-    with ThreadPoolExecutor(4) as pool:
-        texts = list(pool.map(draft, range(4)))
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(draft, range(8)))
     assert texts == [_own_text(prompt, sampling, 30) for prompt, sampling in zip(prompts, samplings)]
 
 
@@ -230,6 +235,38 @@ def test_a_verifier_that_is_killed_is_noticed_at_once() -> None:
         assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("verdicts", [1, 1000])
+def test_a_drafter_that_misheard_asks_for_the_text_again_once(
+    random_verifier: Role, verdicts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fifth VERDICT, or each from there on, arrives with another id than was sent."""
+    sampling = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
+    with _joined(random_verifier.port) as target:
+        tokenizer = load_tokenizer_only(compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings).model)
+        prompt = list(tokenizer(PROMPT)["input_ids"])
+        heard = 0
+        listen = target.next
+
+        def mishear() -> Outcome:
+            nonlocal heard
+            outcome = listen()
+            if not isinstance(outcome, Verdict) or not outcome.ids:
+                return outcome
+            heard += 1
+            is_bent = 5 <= heard < 5 + verdicts
+            return replace(outcome, ids=[outcome.ids[0] ^ 1, *outcome.ids[1:]]) if is_bent else outcome
+
+        monkeypatch.setattr(target, "next", mishear)
+        rounds = speculate(target, RandomDrafts(1, 256), request(prompt, 40, sampling, Mode["async"]), [BYTE_EOS])
+        if verdicts == 1:
+            ids = [token for done in rounds for token in done.tokens]
+            assert ids == _own_text(PROMPT, sampling, 40)
+        else:
+            with pytest.raises(TextFailed, match="hold different texts up to position"):
+                list(rounds)
+        assert target.resumes == 1
+
+
 def test_texts_of_a_drafter_that_vanishes_are_forgotten(random_verifier: Role, tmp_path: Path) -> None:
     """Eight slots: nine texts whose drafter is gone would fill them."""
     for _ in range(9):
@@ -261,17 +298,52 @@ def test_an_unreachable_verifier_is_named_with_time_and_attempt(tmp_path: Path) 
     assert int(text.partition("attempt ")[2].split()[0]) > 2
 
 
-def test_bad_input_of_a_command_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    process = drafter_process("project.draft.length=0", "prompt=x", folder=tmp_path)
-    out, errors = process.communicate(timeout=END_SECONDS)
-    assert (process.returncode, out) == (2, "")
-    assert errors == "error: project.draft.length must be auto or in [1, 64], got 0\n"
+@pytest.mark.parametrize(
+    ("module", "word", "complaint"),
+    [
+        ("drafter", "draft.length=0", "draft.length must be auto or in [1, 64], got 0"),
+        ("drafter", "draft.window=0", "draft.window must be in [1, 1024], got 0"),
+        ("verifier", "client.texts=0", "client.texts must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_of_a_command_is_one_line_and_exit_code_2(
+    module: str, word: str, complaint: str, tmp_path: Path
+) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", f"speculative.{module}", f"hydra.run.dir={tmp_path}", "prompt=x", f"project.{word}"],
+        capture_output=True,
+        text=True,
+        timeout=END_SECONDS,
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == f"error: project.{complaint}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("draft.window=1025", "draft.window must be in [1, 1024], got 1025"),
+        ("draft.length=9 project.draft.window=8", "draft.window must be in [9, 1024], got 8"),
+        ("client.cache_bytes=1000", "client.cache_bytes must be at least 1 MiB, got 1000"),
+        ("client.frames_per_second=0.5", "client.frames_per_second must be at least 1, got 0.5"),
+        ("idle_seconds=0", "idle_seconds must be greater than 0, got 0.0"),
+        ("resume_seconds=-1", "resume_seconds must be at least 0, got -1.0"),
+        ("sessions=0", "sessions must be at least 1, got 0"),
+    ],
+)
+def test_credit_and_limits_that_make_no_sense_are_refused(word: str, complaint: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compose_settings("spec_decoding", f"project.{word}", SpeculativeSettings)
+    assert str(refused.value) == f"project.{complaint}"
 
 
 def test_what_the_verifier_refuses_is_said_in_one_line(random_verifier: Role, tmp_path: Path) -> None:
     port = random_verifier.port
     assert _refused(port, ("project.draft.length=17",), tmp_path) == (
         "project.draft.length must be in [1, 16] for this verifier (its project.max_draft_length), got 17"
+    )
+    assert _refused(port, ("project.draft.window=65",), tmp_path) == (
+        "project.draft.window must be in [1, 64] for this verifier (its project.draft.window), got 65"
     )
     assert _refused(port, (), tmp_path, "x" * 1000) == (
         "prompt and max_new_tokens together must fit the context of 1024 tokens, got 1000 + 64"
