@@ -26,7 +26,8 @@ Engine real: `model` as the target, `project.draft` guesses.
     sources     prompt lookup and the target's first layers as drafters, on every text, without a delay
     texts       every text at every delay: alone (B0), sync (B2), async (B3), and transformers' own assisted generation
                 with the same drafter on the target's machine (B1), which knows no delay
-    crowd       several prompt-lookup drafters on one verifier, all their tokens together, over one of them
+    crowd       several prompt-lookup drafters on one verifier, all their tokens together, over the same texts one after
+                the other, prompts included: all with the same text, and with all texts in turn
 
 Bytes are all that went over the connection while the text was made, both directions, headers and heartbeats included.
 """
@@ -42,9 +43,9 @@ from lab.bench import write_report
 from lab.environment import commit
 from lab.settings import UserError
 from lab.tracking import Tracker
-from speculative import benching, plots
+from speculative import bench_clients, benching, plots
+from speculative.bench_rows import Row
 from speculative.bench_settings import BenchEngine, BenchPart
-from speculative.benching import Row
 from speculative.rig import Rig, for_engine
 from speculative.settings import SpeculativeSettings
 
@@ -54,14 +55,14 @@ PARTS: dict[BenchEngine, dict[BenchPart, Callable[[Rig], list[Row]]]] = {
         BenchPart.lengths: benching.lengths,
         BenchPart.near: benching.near,
         BenchPart.useless: benching.useless,
-        BenchPart.neighbours: benching.neighbours,
+        BenchPart.neighbours: bench_clients.neighbours,
         BenchPart.frame: benching.frame,
         BenchPart.busy: benching.busy,
     },
     BenchEngine.real: {
         BenchPart.sources: benching.sources,
         BenchPart.texts: benching.texts,
-        BenchPart.crowd: benching.crowd,
+        BenchPart.crowd: bench_clients.crowd,
     },
 }
 

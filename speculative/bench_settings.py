@@ -61,6 +61,8 @@ class BenchSettings:
     """Of a text of the target alone, whose speed does not change along it."""
     repeats: int
     """Interleaved runs of each case that count."""
+    text_repeats: int
+    """The same of part texts."""
     low_acceptances: list[float]
     """Where a short wait beats going at once (part near)."""
     far_rtt_seconds: list[float]
@@ -98,6 +100,14 @@ class BenchSettings:
         require(bool(self.texts), "texts must name at least one prompt", self.texts)
         unknown = sorted(set(self.text_names) - {text.name for text in self.texts})
         require(not unknown, "text_names must be names of texts", unknown)
-        for name in ("new_tokens", "alone_tokens", "repeats", "frame_rounds", "neighbour_tokens", "crowd_tokens"):
+        for name in (
+            "new_tokens",
+            "alone_tokens",
+            "repeats",
+            "text_repeats",
+            "frame_rounds",
+            "neighbour_tokens",
+            "crowd_tokens",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(self.crowd >= 2, "crowd must be at least 2", self.crowd)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 COLOURS = {"target_only": "0.45", "sync": "#dd8452", "async": "#4c72b0", "assisted": "#55a868"}
 NAMES = {"target_only": "target alone", "sync": "sync", "async": "async", "assisted": "transformers, co-located"}
+SHOWN_PLACES = 12
+"""Of a run: few guesses come after so many that were right."""
 SHOWN_SECONDS = 0.7
 """Of a text, from its second epoch on."""
 
@@ -24,14 +26,16 @@ def draw_speedups(path: Path, rows: Sequence[Row], title: str) -> Path:
     by_place = [row for row in rows if row.get("alpha_by_position")]
     figure, axes = _panels(2 if by_place else 1)
     loops = dict.fromkeys((row["mode"], row["draft_length"]) for row in rows)
-    for (mode, length), marker in zip(loops, "ossD^v"):
+    for (mode, length), marker in zip(loops, "os^Dv"):
         own = [row for row in rows if (row["mode"], row["draft_length"]) == (mode, length)]
         _draw_loop(axes[0], own, mode, NAMES[mode] + (f", k = {length}" if length else ""), marker)
     axes[0].set(xlabel="round trip (ms)", ylabel="speed over the target alone", ylim=(0, None), title=title)
     axes[0].legend(fontsize="small")
-    for row in by_place:
-        rates = row["alpha_by_position"][:16]
-        axes[1].plot(range(1, len(rates) + 1), rates, marker="o", label=f"{row['rtt_seconds'] * 1000:g} ms")
+    curves: dict[tuple[float, ...], list[str]] = {}
+    for row in by_place:  # the same text at every delay has the same wrong guesses: one curve
+        curves.setdefault(tuple(row["alpha_by_position"][:SHOWN_PLACES]), []).append(f"{row['rtt_seconds'] * 1000:g}")
+    for rates, delays in curves.items():
+        axes[1].plot(range(1, len(rates) + 1), rates, marker="o", label=f"{', '.join(delays)} ms")
     if by_place:
         axes[1].set(xlabel="place of the guess in its run", ylabel="right, when all before it were", ylim=(0, 1.02))
         axes[1].set_title("acceptance by place")

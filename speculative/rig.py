@@ -36,6 +36,8 @@ from speculative.theory import Guess, Speeds
 from speculative.vocabulary import token_texts
 
 START_SECONDS = 120.0
+IDLE_SECONDS = 3600.0
+"""That a connection may wait while texts go over others: one that is made again within a text would cost it time."""
 VERIFIER_CORE, DRAFTER_CORE = 0, 1
 WARM_UP_TOKENS = 4
 
@@ -236,6 +238,7 @@ def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence
         "network.port=0",
         f"project.context={project.context}",
         f"project.max_draft_length={project.max_draft_length}",
+        f"project.idle_seconds={IDLE_SECONDS}",
         f"project.sessions={max(project.sessions, project.bench.crowd)}",
         *more,
     ]

@@ -36,6 +36,7 @@ TOY = (
     "project.bench.new_tokens=36",
     "project.bench.alone_tokens=12",
     "project.bench.repeats=1",
+    "project.bench.text_repeats=1",
     "project.bench.low_acceptances=[0.5]",
     "project.bench.far_rtt_seconds=[]",
     "project.bench.frame_rounds=20",
@@ -102,12 +103,15 @@ def test_a_real_pair_beside_transformers(tmp_path: Path) -> None:
         "model=random",
         "project.bench.engine=real",
         "project.bench.rtt_seconds=[0.0]",
-        "'project.bench.texts=[{name: edit, prompt: one two one two one, repeats: true}]'",
+        "'project.bench.texts=[{name: edit, prompt: one two one two one, repeats: true},"
+        "{name: prose, prompt: three, repeats: false}]'",
     )
     parts = [row["part"] for row in rows]
     assert sorted(set(parts)) == ["crowd", "sources", "texts"]
     texts = [row for row in rows if row["part"] == "texts"]
-    assert [row["mode"] for row in texts] == ["assisted", "target_only", "sync", "async"]
+    assert [row["mode"] for row in texts] == ["assisted", "target_only", "sync", "async"] * 2
+    crowds = [(row["text"], row["drafters"]) for row in rows if row["part"] == "crowd"]
+    assert crowds == [(text, drafters) for text in ("edit", "prose", "all") for drafters in (1, 2)]
     assert all(row["tokens_per_second"]["median"] > 0 for row in rows)
 
 

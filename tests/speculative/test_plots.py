@@ -39,7 +39,8 @@ def test_measured_points_predicted_lines_and_acceptance(tmp_path: Path, figures:
         for mode, speed in (("target_only", 1.0), ("sync", 2.3), ("async", 2.5))
         for rtt in (0.0, 0.05, 0.1)
     ]
-    rows[-1]["alpha_by_position"] = [0.8, 0.7, 0.9]
+    rows[-3]["alpha_by_position"] = [0.8, 0.7, 0.9]
+    rows[-2]["alpha_by_position"] = rows[-1]["alpha_by_position"] = [0.8, 0.6]
     path = plots.draw_speedups(tmp_path / "speedup.png", rows, "title")
     assert path.stat().st_size > 1000
     [figure] = figures
@@ -51,7 +52,8 @@ def test_measured_points_predicted_lines_and_acceptance(tmp_path: Path, figures:
     dashed = [list(line.get_ydata()) for line in speeds.get_lines() if line.get_linestyle() == "--"]
     assert [2.3] * 3 in dashed
     assert [2.5] * 3 in dashed
-    assert list(acceptance.get_lines()[0].get_ydata()) == [0.8, 0.7, 0.9]
+    curves = {line.get_label(): list(line.get_ydata()) for line in acceptance.get_lines()}
+    assert curves == {"0 ms": [0.8, 0.7, 0.9], "50, 100 ms": [0.8, 0.6]}
 
 
 def test_a_panel_for_each_text(tmp_path: Path, figures: list[Any]) -> None:
