@@ -152,7 +152,7 @@ def _measured(own: Sequence[Reading], alone: Sequence[Reading]) -> Row:
 
 
 def _bytes(own: Sequence[Reading]) -> Row:
-    """Both directions with headers; accepted are the guesses that took no pass of their own."""
+    """Both directions with headers; accepted are the guesses that were there when the target said the same."""
     total = sum(reading.frame_bytes for reading in own)
     accepted = sum(reading.figures["drafts_accepted"] for reading in own)
     tokens = sum(reading.figures["new_tokens"] for reading in own)

@@ -88,7 +88,7 @@ class Round:
     guesses: list[int]
     """What was guessed from the verdict's position on when it came."""
     accepted: int
-    """New tokens that were guessed, and in time to take no pass of their own."""
+    """New tokens that were guessed in time: the guess was there when the target said the same."""
     right: int
     """New tokens that were guessed: the accepted ones, and those that came too late."""
     ids: list[int]

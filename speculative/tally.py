@@ -4,8 +4,8 @@ alpha                   right guesses / checked guesses. Checked are those that 
                         ones and the first wrong one of each epoch; what stands behind it was never compared.
 alpha_by_position[i]    the same for the i-th guess of a run alone: conditional on all before it having been right. A
                         run begins with each draft (sync), behind a wrong guess and where the target was ahead (async).
-mean_accepted_length    accepted guesses / rounds that had guesses; accepted are the right ones that took no pass of
-                        their own, without the token that the target adds.
+mean_accepted_length    accepted guesses / rounds that had guesses; accepted are the right ones that were there when the
+                        target said the same, in a pass over them or (async) in the one just before.
 drafts_late             right guesses that are not accepted: the target had put the token before they came (async).
 drafts_stale            guesses that were sent and never compared: one before them was wrong.
 draft_step_seconds      time of guessing / guesses made.

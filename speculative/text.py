@@ -89,7 +89,7 @@ class TextFigures:
     not."""
     right: int = 0
     accepted: int = 0
-    """Right ones that came in time: tokens that took no pass of their own."""
+    """Right ones that were there when the target said the same."""
     stale_drafts: int = 0
     """DRAFT frames of an epoch that was over."""
     looked_up: int = 0
