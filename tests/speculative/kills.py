@@ -39,6 +39,7 @@ SAMPLED = ("seed=5", "project.temperature=1.0", "project.top_k=60", "project.top
 WORDS = (
     *RANDOM,
     *("project.draft.source=noisy", "project.draft.noise=0.05", "project.lookup=true"),
+    "project.resume_seconds=300.0",  # a busy machine takes long to start a verifier
 )
 QUICK = ("network.heartbeat_seconds=0.25", "network.dead_after_seconds=1.0")
 """A dead peer is found four times as soon as with the shipped settings."""
