@@ -2,7 +2,7 @@
 
 Shard processes, links and this one, with the whole model, have a core and a thread each (a core is shared where there
 are fewer; of two neighbours in a chain only one computes). Readings are interleaved, and compared turn by turn. Every
-row says what it is to show (`target`) and whether it does (`ok`).
+row says what it is to show (`target`) and whether it does (`holds`); the last line counts those that do not (`missed`).
 
 added_tcp    a token's time over two shards less that of the whole model: what the one boundary costs; also less that
              of the same two slices in this process, without a network
@@ -53,7 +53,8 @@ def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
             rows.append(row)
     path = Path(settings.project.report or place.folder / "bench.json")
     document = write_report(path, "split", [*_kept(path, settings.project.parts), *rows])
-    return {"benchmark": document["benchmark"], "report": path, "rows": rows}
+    missed = sum(not row["holds"] for row in rows)
+    return {"benchmark": document["benchmark"], "report": path, "missed": missed, "rows": rows}
 
 
 def _kept(path: Path, parts: Sequence[str]) -> list[Row]:

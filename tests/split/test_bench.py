@@ -31,7 +31,9 @@ def _rows(folder: Path, *parts: str) -> dict[str, dict[str, Any]]:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    rows = {row["row"]: row for row in json.loads(done.stdout.strip().splitlines()[-1])["rows"]}
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    rows = {row["row"]: row for row in last["rows"]}
+    assert last["missed"] == [row["holds"] for row in rows.values()].count(False)
     assert list(rows) == list(parts)
     assert {row["row"] for row in json.loads((folder / "all.json").read_text())["rows"]} >= set(parts)
     assert all(row["target"] and row["holds"] in (True, False) for row in rows.values())
