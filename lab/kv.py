@@ -71,8 +71,9 @@ class _Writes:
 
     slots: list[int]
     counts: list[int]
-    slot_index: Tensor
-    column_index: Tensor
+    slot_index: Tensor | int
+    column_index: Tensor | slice
+    """A number and a slice for one text alone: the new keys go there in one piece."""
     source: tuple[Tensor, Tensor] | None
     """Rows and positions to take from the new keys (N each); None: all of them."""
     read: slice | Tensor
@@ -298,20 +299,18 @@ class SlotCache(Cache):
     def _positions(self, batch: list[int], counts: list[int]) -> Tensor:
         """Padding repeats a row's last position, so that no rotary embedding sees one beyond the context."""
         width = max(counts) if self._exact is None else self._exact.rows
+        if counts == [width]:
+            start = self.lengths[batch[0]]
+            return torch.arange(start, start + width, device=self._device)[None]
         start_B1 = torch.tensor([[self.lengths[slot]] for slot in batch], device=self._device)
         last_B1 = start_B1 + torch.tensor([[max(count, 1) - 1] for count in counts], device=self._device)
         return torch.minimum(start_B1 + torch.arange(width, device=self._device), last_B1)
 
     def _plan_writes(self, batch: list[int], count_of: dict[int, int], positions_BT: Tensor) -> _Writes:
-        slot_B = torch.tensor(batch, device=self._device)
-        contiguous = batch == list(range(batch[0], batch[0] + len(batch)))
         ends = [self.lengths[slot] + count for slot, count in count_of.items()]
-        slot_index, column_index, source = slot_B[:, None], positions_BT, None
-        if any(count_of.get(slot, 0) != positions_BT.shape[1] for slot in batch):
-            count_B = torch.tensor([count_of.get(slot, 0) for slot in batch], device=self._device)
-            asked_BT = torch.arange(positions_BT.shape[1], device=self._device) < count_B[:, None]
-            row_N, step_N = asked_BT.nonzero(as_tuple=True)
-            slot_index, column_index, source = slot_B[row_N], positions_BT[row_N, step_N], (row_N, step_N)
+        is_one = positions_BT.shape == (1, count_of.get(batch[0], 0))
+        where = self._where_one(batch[0], ends[0]) if is_one else self._where(batch, count_of, positions_BT)
+        slot_index, column_index, source, read = where
         for slot, count in count_of.items():
             self._written[slot] = max(self._written[slot], self.lengths[slot] + count)
         return _Writes(
@@ -320,11 +319,31 @@ class SlotCache(Cache):
             slot_index=slot_index,
             column_index=column_index,
             source=source,
-            read=slice(batch[0], batch[-1] + 1) if contiguous else slot_B,
+            read=read,
             columns=self._exact.columns if self._exact else self._rounded(max(ends)),
         )
 
+    def _where_one(self, slot: int, end: int) -> tuple[int, slice, None, slice]:
+        """The indices of a pass of one text, without padding."""
+        return slot, slice(self.lengths[slot], end), None, slice(slot, slot + 1)
+
+    def _where(
+        self, batch: list[int], count_of: dict[int, int], positions_BT: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, slice | Tensor]:
+        slot_B = torch.tensor(batch, device=self._device)
+        contiguous = batch == list(range(batch[0], batch[0] + len(batch)))
+        read = slice(batch[0], batch[-1] + 1) if contiguous else slot_B
+        if all(count_of.get(slot, 0) == positions_BT.shape[1] for slot in batch):
+            return slot_B[:, None], positions_BT, None, read
+        count_B = torch.tensor([count_of.get(slot, 0) for slot in batch], device=self._device)
+        asked_BT = torch.arange(positions_BT.shape[1], device=self._device) < count_B[:, None]
+        row_N, step_N = asked_BT.nonzero(as_tuple=True)
+        return slot_B[row_N], positions_BT[row_N, step_N], (row_N, step_N), read
+
     def _write(self, stored_SHLD: Tensor, new_BHTD: Tensor, writes: _Writes) -> Tensor:
+        if isinstance(writes.slot_index, int):
+            stored_SHLD[writes.slot_index, :, writes.column_index] = new_BHTD[0]
+            return stored_SHLD[writes.read, :, : writes.columns]
         new_BTHD = new_BHTD.transpose(1, 2)
         stored_SHLD[writes.slot_index, :, writes.column_index] = (
             new_BTHD if writes.source is None else new_BTHD[writes.source]
