@@ -1,7 +1,9 @@
 """The asyncio end of a wire: one connection of a server, or of a server that connects to the next one."""
 
 import asyncio
+import os
 import ssl
+import threading
 from collections import deque
 
 from lab.wire.connected import Connected
@@ -13,7 +15,7 @@ from lab.wire.listener import tls_refused, why_gone
 
 
 class FrameConnection(Connected, asyncio.BufferedProtocol):
-    """Frames over an asyncio transport. Belongs to its loop: other threads go through `loop.call_soon_threadsafe`.
+    """Frames over an asyncio transport. Belongs to its loop; other threads may only `send_at_once`.
 
     A callback protocol rather than asyncio streams: it reads into one buffer that is used again, and a received frame
     wakes its reader at once. When the application does not take its frames, the socket is not read.
@@ -24,6 +26,9 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         self._listening = listening
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
+        self._writing = threading.Lock()
+        self._direct: int | None = None  # the socket, where a thread may write to it past the transport
+        self._rest = b""  # of a frame that a thread began to write
         self._backlog: deque[Frame] = deque()
         self._backlog_bytes = 0
         self._reading = True
@@ -73,6 +78,28 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
             raise self._fail(PeerSilent(self.peer, f"does not read: {waiting} bytes wait for it"))
         self._write(frame)
 
+    def send_at_once(self, number: int, session: int, head: Head, *body: Buffer) -> int:
+        """From any thread: send one frame past the event loop, which saves waking it; return its bytes. 0: it was not
+        sent, since something waits to be sent already or the transport wants it otherwise (TLS); `send` it.
+
+        Raises what ended the connection.
+        """
+        if self._fault is not None:
+            raise self._fault
+        frame = encode(self.endpoint.table, number, session, head, *body)
+        with self._writing:
+            if self._direct is None or self._rest or self._fault or self._transport.get_write_buffer_size():
+                return 0
+            try:
+                count = os.write(self._direct, frame)
+            except OSError:  # no room, or the end of the connection, which the loop is about to see
+                return 0
+            self.bytes_sent += count
+            self._rest = bytes(memoryview(frame)[count:])
+        if self._rest:
+            self._loop.call_soon_threadsafe(self._write, b"")
+        return len(frame)
+
     async def drain(self) -> None:
         """Wait until the peer has taken most of what was sent. Raises `PeerSilent`, `PeerGone`."""
         if self._room.is_set() and self._fault is None:
@@ -100,6 +127,9 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         """Begin the handshake."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        plain = transport.get_extra_info("sslcontext") is None
+        if plain and os.name == "posix" and isinstance(self._loop, asyncio.SelectorEventLoop):
+            self._direct = transport.get_extra_info("socket").fileno()
         self.peer.address = address(transport)
         self._conversation = Conversation(self.endpoint, self.peer, listening=self._listening, now=self._loop.time())
         self._flush()
@@ -138,6 +168,8 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wake whoever waits."""
+        with self._writing:
+            self._direct = None  # the socket is closed next, and its number given to another
         self._end(PeerGone(self.peer, f"broke the connection ({exc})" if exc else "closed the connection"))
         self._room.set()
         if not self._closed.done():
@@ -189,9 +221,13 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
             self._write(bytearray().join(outbox))
         outbox.clear()
 
-    def _write(self, data: bytearray) -> None:
-        self.bytes_sent += len(data)
-        self._transport.write(data)
+    def _write(self, data: bytearray | bytes) -> None:
+        with self._writing:
+            if self._rest:
+                data, self._rest = self._rest + data, b""
+            if data:
+                self.bytes_sent += len(data)
+                self._transport.write(data)
 
     def _fail(self, error: WireError) -> WireError:
         """End the connection for a reason of ours, tell the peer, and return the reason; the first one stays."""
@@ -210,6 +246,7 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         self._fault = error
         if self._tick is not None:
             self._tick.cancel()
+        self._write(b"")
         self._transport.close()
         if self._transport.get_write_buffer_size():  # give it that long to leave, then drop it
             self._tick = self._loop.call_later(self.endpoint.deadlines.send_seconds, self._transport.abort)

@@ -655,6 +655,37 @@ def test_threads_share_a_connection_and_whole_frames_never_mix() -> None:
             done.result(20)
 
 
+def test_threads_of_a_server_send_past_its_loop_and_whole_frames_never_mix() -> None:
+    at_once: list[int] = []
+
+    async def pour(connection: FrameConnection) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def send(*frame: Any) -> None:
+            await connection.drain()
+            connection.send(*frame)
+
+        def many(thread: int) -> None:
+            for number in range(60):
+                frame = NOTE, thread, Note(number), bytes([thread]) * (1 + 3000 * number)
+                at_once.append(connection.send_at_once(*frame))
+                if not at_once[-1]:
+                    asyncio.run_coroutine_threadsafe(send(*frame), loop).result(20)
+
+        await asyncio.gather(*(asyncio.to_thread(many, thread) for thread in range(3)))
+        assert connection.bytes_sent > sum(at_once) > 0
+        await connection.recv()
+
+    with Server(verifier(), pour) as server, dial(server.port) as connection:
+        seen: dict[int, int] = dict.fromkeys(range(3), 0)
+        for _ in range(3 * 60):
+            frame = recv(connection)
+            assert frame.head.number == seen[frame.session], "in order per thread"
+            assert bytes(frame.body) == bytes([frame.session]) * (1 + 3000 * frame.head.number)
+            seen[frame.session] += 1
+    assert 0 in at_once, "never had to wait"
+
+
 def test_one_write_per_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     writes: list[int] = []
     ours: list[int] = []
@@ -1042,6 +1073,23 @@ def test_frames_over_tls_with_both_certificates_checked(certificates: dict[str, 
             sending.result(20)
         with pytest.raises(WireError):
             dial(server.port, tls=client_tls(cert, None, None)).recv()
+
+
+def test_nothing_goes_past_tls(certificates: dict[str, Path]) -> None:
+    cert, key = certificates["lab.pem"], certificates["lab.key"]
+    sent: list[int] = []
+
+    async def send(connection: FrameConnection) -> None:
+        sent.append(await asyncio.to_thread(connection.send_at_once, NOTE, 1, Note(1)))
+        connection.send(NOTE, 1, Note(2))
+        await connection.recv()
+
+    with (
+        Server(verifier(), send, tls=server_tls(cert, key, cert)) as server,
+        dial(server.port, tls=client_tls(cert, cert, key)) as connection,
+    ):
+        assert recv(connection).head == Note(2)
+    assert sent == [0]
 
 
 def test_tls_refuses_a_stranger_and_a_plain_peer(certificates: dict[str, Path]) -> None:
