@@ -168,10 +168,10 @@ def test_rpc_says_the_same_text_until_a_shard_is_lost(cache: str, whole: dict[st
 
 
 @pytest.mark.real
-def test_ctrl_c_leaves_no_shard_behind(cache: str, tmp_path: Path) -> None:
-    process = _start(
-        tmp_path, [*WORDS, cache, "tracking=none", "project.local_shards=2", "project.max_new_tokens=1000"]
-    )
+@pytest.mark.parametrize("transport", ["tcp", "rpc"])
+def test_ctrl_c_leaves_no_shard_behind(transport: str, cache: str, tmp_path: Path) -> None:
+    words = ["tracking=none", "project.local_shards=2", "project.max_new_tokens=1000", f"project.transport={transport}"]
+    process = _start(tmp_path, [*WORDS, cache, *words])
     shards = _shards_of(process, 2)
     assert process.stdout is not None
     process.stdout.read(1)
@@ -223,6 +223,31 @@ def test_what_the_user_got_wrong_is_one_line(
     assert code == 2, err
     assert line in err.strip().splitlines()[-1]
     assert "Traceback" not in err
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("module", "words", "line"),
+    [
+        ("split.serve", ["project.layers=2:9"], "error: layers must be a range within the model's 4 layers"),
+        ("split.infer", ["project.shards=[127.0.0.1:1]", "project.start_seconds=0.2"], "could not be reached"),
+        ("split.plan", [f"project.nodes={NO_ROOM}", "model=llama3_70b"], "GB are missing"),
+    ],
+)
+def test_as_a_process_it_ends_with_code_2(module: str, words: list[str], line: str, cache: str, tmp_path: Path) -> None:
+    model = [] if module == "split.plan" else ["model=random"]
+    done = subprocess.run(
+        [sys.executable, "-m", module, cache, "tracking=none", "prompt=Hello", *model, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert line in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_transport_that_the_system_lacks_is_one_line(
