@@ -41,6 +41,7 @@ def host(settings: SplitSettings) -> dict[str, Any]:
         endpoint=make_side(settings.model, network, project.boundary, "shard"),
         next_addresses=[Address.parse(project.next)] if project.next else [],
         client_tls=client_side_tls(network),
+        awake_seconds=project.awake_seconds,
     )
     listen_for_the_end(project.follow_stdin)
     try:
@@ -69,7 +70,7 @@ def _serve_group(settings: SplitSettings) -> dict[str, Any]:
     )
     listen_for_the_end(project.follow_stdin)
     try:
-        serve_seat(Seat(stage, place), project.rank, project.world_size, settings.network)
+        serve_seat(Seat(stage, place, project.awake_seconds), project.rank, project.world_size, settings.network)
     except KeyboardInterrupt:
         log.info("stopped")
     return _result(project.layers, stage)

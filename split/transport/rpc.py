@@ -9,6 +9,7 @@ RPC hands out calls to threads, so that their order is lost: every message has a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 CLIENT = "client"
 HOPS_KEPT = 4096
+DOZE_SECONDS = 50e-6
 WORKER_THREADS = 128
 """Of each process's agent. A call that waits for another shard's result keeps one until the result is there."""
 
@@ -110,13 +112,20 @@ class Member:
 
 
 class Seat(Member):
-    """A stage in a group: takes messages in the order of their serial numbers, on one thread of its own."""
+    """A stage in a group: takes messages in the order of their serial numbers, on one thread of its own.
 
-    def __init__(self, stage: Stage, place: Place) -> None:
+    Args:
+        stage: The shard. Its thread is the seat's.
+        place: What it holds.
+        awake_seconds: For so long after a message the thread only dozes until the next one comes.
+    """
+
+    def __init__(self, stage: Stage, place: Place, awake_seconds: float) -> None:
         super().__init__(place)
         self._stage = stage
+        self._awake_seconds = awake_seconds
         self._next: Any = None
-        self._arrived: queue.PriorityQueue[tuple[int, float, Message]] = queue.PriorityQueue()
+        self._arrived: queue.SimpleQueue[tuple[int, float, Message]] = queue.SimpleQueue()
         self._hops: dict[int, Hop] = {}
         self._thread = threading.Thread(target=self._work, name="forward", daemon=True)
 
@@ -137,11 +146,19 @@ class Seat(Member):
         due = 1
         early: dict[int, tuple[float, Message]] = {}
         while True:
-            serial, arrived, message = self._arrived.get()
+            serial, arrived, message = self._await_message()
             early[serial] = arrived, message
             while due in early:
                 self._do(due, *early.pop(due))
                 due += 1
+
+    def _await_message(self) -> tuple[int, float, Message]:
+        """A core that sleeps until the next pass takes tenths of a millisecond to be at work again."""
+        until = time.monotonic() + self._awake_seconds
+        while time.monotonic() < until:
+            with contextlib.suppress(queue.Empty):
+                return self._arrived.get(timeout=DOZE_SECONDS)
+        return self._arrived.get()
 
     def _do(self, serial: int, arrived: float, message: Message) -> None:
         began = time.monotonic()
@@ -153,12 +170,18 @@ class Seat(Member):
             if self._next is None:
                 tell_client(serial, result.number, result.head, body)
             else:
-                future = self._next.rpc_async().deliver(serial, result.number, result.head, body)
+                future = deliver(self._next, serial, result.number, result.head, body)
                 future.add_done_callback(lambda done: check_delivered(done, serial, result.number))
         if isinstance(message.head, Pass):
             size = len(result.body) if result else 0
             self._hops[message.number] = Hop(arrived, began, computed, sent, self._stage.coding_seconds, size)
             self._hops.pop(message.number - HOPS_KEPT, None)
+
+
+def deliver(seat: Any, serial: int, number: int, head: Head, body: torch.Tensor) -> Any:
+    """Send the owner of an RRef a message for its seat; the future of its delivery. The RRef itself stays here: each
+    one that travels is counted, which takes messages of its own."""
+    return torch_rpc.rpc_async(seat.owner(), _deliver, args=(serial, number, head, body))
 
 
 def check_delivered(done: Any, serial: int, number: int) -> None:
@@ -183,6 +206,12 @@ INBOX: queue.SimpleQueue[tuple[int, Message | ShardLost]] = queue.SimpleQueue()
 
 def _seat_here() -> Member:
     return _SEATS[0]
+
+
+def _deliver(serial: int, number: int, head: Head, body: torch.Tensor) -> None:
+    seat = _SEATS[0]
+    assert isinstance(seat, Seat)
+    seat.deliver(serial, number, head, body)
 
 
 def _answer(serial: int, number: int, head: Head, body: torch.Tensor) -> None:
@@ -262,7 +291,7 @@ class RpcChain:
         self._serial += 1
         if not isinstance(message.head, Close):
             self._awaited.append(self._serial)
-        future = self._seats[0].rpc_async().deliver(self._serial, message.number, message.head, as_tensor(message.body))
+        future = deliver(self._seats[0], self._serial, message.number, message.head, as_tensor(message.body))
         future.add_done_callback(self._check_submitted)
 
     def collect(self) -> Message:

@@ -55,6 +55,7 @@ class Process:
             endpoint=ours or endpoint("shard"),
             next_addresses=next_addresses,
             client_tls=None,
+            awake_seconds=0.02,
         )
         self._port = port
         self._listening = threading.Event()
