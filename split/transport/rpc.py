@@ -33,11 +33,16 @@ from split.transport.inproc import report_of
 
 log = logging.getLogger(__name__)
 
+Packed = bytes | torch.Tensor
+"""A body on its way."""
+
 CLIENT = "client"
 HOPS_KEPT = 4096
 DOZE_SECONDS = 50e-6
-WORKER_THREADS = 128
-"""Of each process's agent. A call that waits for another shard's result keeps one until the result is there."""
+WORKER_THREADS = 4
+"""Of each process's agent: no call waits for another one here."""
+INLINE_BYTES = 2**16
+"""Bodies up to here travel inside the pickled call: one message, where a tensor beside it takes several."""
 
 
 def check_master(network: NetworkSettings) -> None:
@@ -51,7 +56,7 @@ def check_master(network: NetworkSettings) -> None:
         )
 
 
-def join_group(name: str, rank: int, world_size: int, network: NetworkSettings, port: int) -> None:
+def join_group(name: str, rank: int, world_size: int, network: NetworkSettings, port: int, worker_threads: int) -> None:
     """Join the group that the client opens at `network.host`:`port`. Raises UserError when it is not complete in time.
 
     Its default transport polls a whole core even when idle; libuv's does not.
@@ -63,7 +68,7 @@ def join_group(name: str, rank: int, world_size: int, network: NetworkSettings, 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     warnings.filterwarnings("ignore", message="You are using a Backend")
     options = torch_rpc.TensorPipeRpcBackendOptions(
-        num_worker_threads=WORKER_THREADS,
+        num_worker_threads=worker_threads,
         init_method=f"tcp://{network.host}:{port}",
         rpc_timeout=network.request_timeout_seconds,
         _transports=["uv"],
@@ -96,6 +101,9 @@ class Place:
 
 class Member:
     """What every seat of a group can be asked."""
+
+    worker_threads = WORKER_THREADS
+    """Of its process's agent."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -134,9 +142,9 @@ class Seat(Member):
         self._next = next_seat
         self._thread.start()
 
-    def deliver(self, serial: int, number: int, head: Head, body: torch.Tensor) -> None:
+    def deliver(self, serial: int, number: int, head: Head, body: Packed) -> None:
         """Take a message; it is done in its turn."""
-        self._arrived.put((serial, time.monotonic(), Message(number, head, body.numpy().data)))
+        self._arrived.put((serial, time.monotonic(), Message(number, head, unpack(body))))
 
     def report(self) -> tuple[float, ShardReport]:
         """Our clock, and our figures by it."""
@@ -165,7 +173,7 @@ class Seat(Member):
         result = self._stage.take(0, message)
         computed = sent = time.monotonic()
         if result is not None:
-            body = as_tensor(result.body)
+            body = pack(result.body)
             sent = time.monotonic()
             if self._next is None:
                 tell_client(serial, result.number, result.head, body)
@@ -178,7 +186,7 @@ class Seat(Member):
             self._hops.pop(message.number - HOPS_KEPT, None)
 
 
-def deliver(seat: Any, serial: int, number: int, head: Head, body: torch.Tensor) -> Any:
+def deliver(seat: Any, serial: int, number: int, head: Head, body: Packed) -> Any:
     """Send the owner of an RRef a message for its seat; the future of its delivery. The RRef itself stays here: each
     one that travels is counted, which takes messages of its own."""
     return torch_rpc.rpc_async(seat.owner(), _deliver, args=(serial, number, head, body))
@@ -190,10 +198,10 @@ def check_delivered(done: Any, serial: int, number: int) -> None:
         done.value()
     except RuntimeError as error:  # all of torch's RPC errors are
         fault = Fault(code=FaultCode.link, session=0, text=f"the next shard is gone ({_first_line(error)})")
-        tell_client(serial, number, fault, as_tensor(b""))
+        tell_client(serial, number, fault, b"")
 
 
-def tell_client(serial: int, number: int, head: Head, body: torch.Tensor) -> None:
+def tell_client(serial: int, number: int, head: Head, body: Packed) -> None:
     """Send the client an answer."""
     torch_rpc.rpc_async(CLIENT, _answer, args=(serial, number, head, body))
 
@@ -208,20 +216,20 @@ def _seat_here() -> Member:
     return _SEATS[0]
 
 
-def _deliver(serial: int, number: int, head: Head, body: torch.Tensor) -> None:
+def _deliver(serial: int, number: int, head: Head, body: Packed) -> None:
     seat = _SEATS[0]
     assert isinstance(seat, Seat)
     seat.deliver(serial, number, head, body)
 
 
-def _answer(serial: int, number: int, head: Head, body: torch.Tensor) -> None:
-    INBOX.put((serial, Message(number, head, body.numpy().data)))
+def _answer(serial: int, number: int, head: Head, body: Packed) -> None:
+    INBOX.put((serial, Message(number, head, unpack(body))))
 
 
 def serve_seat(seat: Member, rank: int, world_size: int, network: NetworkSettings) -> None:
     """Be one shard of a group until the client leaves or is lost. Raises UserError, KeyboardInterrupt."""
     _SEATS[:] = [seat]
-    join_group(f"shard{rank}", rank, world_size, network, network.port)
+    join_group(f"shard{rank}", rank, world_size, network, network.port, seat.worker_threads)
     try:
         while not seat.left.wait(network.heartbeat_seconds):
             try:
@@ -250,6 +258,9 @@ class RpcChain:
         UserError: a group that is refused or not complete, other models, layers that do not make up the model.
     """
 
+    worker_threads = WORKER_THREADS
+    """Of this process's agent."""
+
     def __init__(self, world_size: int, network: NetworkSettings, port: int, fingerprints: dict[str, str]) -> None:
         self._network = network
         self._serial = 0
@@ -257,7 +268,7 @@ class RpcChain:
         self._early: dict[int, Message] = {}
         self._lost: ShardLost | None = None
         self._closing = threading.Event()
-        join_group(CLIENT, 0, world_size, network, port)
+        join_group(CLIENT, 0, world_size, network, port, self.worker_threads)
         names = [f"shard{rank}" for rank in range(1, world_size)]
         self._seats: list[Any] = [torch_rpc.remote(name, _seat_here) for name in names]
         try:
@@ -291,7 +302,7 @@ class RpcChain:
         self._serial += 1
         if not isinstance(message.head, Close):
             self._awaited.append(self._serial)
-        future = deliver(self._seats[0], self._serial, message.number, message.head, as_tensor(message.body))
+        future = deliver(self._seats[0], self._serial, message.number, message.head, pack(message.body))
         future.add_done_callback(self._check_submitted)
 
     def collect(self) -> Message:
@@ -388,6 +399,16 @@ def _check_places(places: Sequence[Place], fingerprints: dict[str, str]) -> None
         expected = place.layers.stop
     if expected != places[-1].model_layers:
         raise UserError(f"layers of the shards must end at the model's {places[-1].model_layers}, got {expected}")
+
+
+def pack(body: bytes | memoryview) -> Packed:
+    """A body as it travels."""
+    return bytes(body) if len(body) <= INLINE_BYTES else as_tensor(body)
+
+
+def unpack(body: Packed) -> memoryview:
+    """A body as it was."""
+    return memoryview(body) if isinstance(body, bytes) else body.numpy().data
 
 
 def as_tensor(body: bytes | memoryview) -> torch.Tensor:

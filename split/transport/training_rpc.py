@@ -29,6 +29,9 @@ from split.transport.rpc import INBOX, Member, Place, RpcChain, as_tensor, check
 
 log = logging.getLogger(__name__)
 
+WORKER_THREADS = 128
+"""Of each process's agent. A call that waits for another shard's result keeps one until the result is there."""
+
 
 class Gathered(NamedTuple):
     """What a shard says after a distributed backward."""
@@ -45,6 +48,7 @@ class Gathered(NamedTuple):
 class LearnerSeat(Member):
     """A stage that learns, in a group."""
 
+    worker_threads = WORKER_THREADS
     gradient_seconds = 30.0
     """Longest wait for a gradient after the backward."""
 
@@ -167,6 +171,8 @@ class LearnerSeat(Member):
 
 class RpcTraining(RpcChain):
     """A `TrainingTransport`: the trainer's end of a group. A process that is lost cannot be replaced."""
+
+    worker_threads = WORKER_THREADS
 
     @property
     def seats(self) -> list[Any]:

@@ -40,7 +40,7 @@ def test_hostile_frames_hurt_nobody_else(two: list[Process], tmp_path: Path) -> 
     came = attack(ports, endpoint("client", KEY), engine, expected, frames=FRAMES, seed=4)
     assert came.same_tokens
     assert came.tokens > 10
-    assert came.refused > 3
+    assert came.refused > 0
     deadline = time.monotonic() + 10
     while len(two[0].server._clients) > 1 and time.monotonic() < deadline:
         time.sleep(0.02)
