@@ -96,6 +96,7 @@ class Shard:
         self, model: PreTrainedModel, layers: range, limits: ShardLimits, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
+        self._decoder = self._model.get_decoder()
         config: Any = self._model.config
         longest = getattr(config, "max_position_embeddings", None) or limits.context
         if not 1 <= limits.context <= longest:
@@ -189,7 +190,7 @@ class Shard:
         return texts
 
     def _forward(self, texts: Sequence[_Text], plan: Pass, entering: Entering) -> Leaving:
-        hidden_BTH = self._decode(self._model.get_decoder(), plan, entering).last_hidden_state
+        hidden_BTH = self._decode(self._decoder, plan, entering).last_hidden_state
         parts = [hidden_BTH[row, : piece.count] for row, piece in zip(plan.rows, entering.pieces, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -244,7 +245,7 @@ class Shard2(Shard):
         pieces, want = entering.pieces, entering.want
         read = [want == "all" or piece.is_last for piece in pieces]
         if not any(read):
-            self._decode(self._model.get_decoder(), plan, entering)
+            self._decode(self._decoder, plan, entering)
             return []
         # As a LocalEngine does: the head only where it is asked for, in the same rows, to the same bits.
         steps = None if want == "all" else sorted({piece.count - 1 for piece in pieces})
