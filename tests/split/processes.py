@@ -47,6 +47,7 @@ class Process:
         next_addresses: Sequence[Address] = (),
         boundary: Boundary = Boundary.float32,
         ours: Endpoint | None = None,
+        awake_seconds: float = 0.02,
     ) -> None:
         self._server_of = lambda: ShardServer(
             Stage(shard, boundary),
@@ -55,7 +56,7 @@ class Process:
             endpoint=ours or endpoint("shard"),
             next_addresses=next_addresses,
             client_tls=None,
-            awake_seconds=0.02,
+            awake_seconds=awake_seconds,
         )
         self._port = port
         self._listening = threading.Event()

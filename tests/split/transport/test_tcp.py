@@ -14,6 +14,7 @@ import torch
 from lab.link import CutKind, Link, LinkSettings, OneWay
 from lab.sampling import Sampling
 from lab.wire import PeerMismatch, PeerRefused, WrongKey
+from split import serving
 from split.address import Address
 from split.boundary import Boundary
 from split.coding import encode
@@ -180,6 +181,23 @@ def test_bytes_and_times_of_a_token(tmp_path: Path) -> None:
         assert reports[0].hops[number].sent_bytes <= 4 * 32 + 64
         assert reports[1].hops[number].sent_bytes <= 48
         assert [report.layers for report in reports] == [range(0, 2), range(2, 4)]
+
+
+@pytest.mark.parametrize("awake_seconds", [0.0, 0.2])
+def test_a_shard_looks_for_the_next_pass_and_then_sleeps(
+    awake_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+    monkeypatch.setattr(serving, "_yield_core", lambda: looks.append(time.monotonic()))
+    [shard] = shards(saved_model("llama", tmp_path), (0, 4))
+    with Process(shard, awake_seconds=awake_seconds) as process, _engine([process.address]) as engine:
+        with engine.open(some_ids(5, 1), SAMPLED) as text:
+            engine.extend([(text, [1])], "last")
+        time.sleep(awake_seconds + 0.3)
+        before = len(looks)
+        time.sleep(0.2)
+        assert len(looks) == before, "nobody asks for anything, and it does not sleep"
+    assert bool(looks) == (awake_seconds > 0)
 
 
 def test_an_int8_boundary_is_half_of_bfloat16_plus_4() -> None:
