@@ -75,16 +75,16 @@ def attack(
         connections += 1
         assert text.step is not None
         if connections % 3 == 0:
-            if len(said) % TEXT_TOKENS == TEXT_TOKENS - 1:
+            if said and len(said) % TEXT_TOKENS == 0:
                 text.close()
                 text = engine.open([1, 2, 3], GREEDY)
                 assert text.step is not None
             said += text.step.next_ids
             engine.extend([(text, text.step.next_ids)], "last")
     text.close()
-    length = TEXT_TOKENS - 1
-    whole = expected(length)
-    same = all(said[begin : begin + length] == whole[: len(said) - begin] for begin in range(0, len(said), length))
+    whole = expected(TEXT_TOKENS)
+    begins = range(0, len(said), TEXT_TOKENS)
+    same = all(said[begin : begin + TEXT_TOKENS] == whole[: len(said) - begin] for begin in begins)
     return Attacked(sent, connections, refused, len(said), same)
 
 
