@@ -45,16 +45,17 @@ def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
     from split.rig import Rig
 
     rows: list[Row] = []
+    path = Path(settings.project.report or place.folder / "bench.json")
+    kept = _kept(path, settings.project.parts)
     with contextlib.closing(Rig(settings, place.folder)) as rig, Tracker(settings, "split", place.folder) as tracker:
         for index, name in enumerate(settings.project.parts):
             log.info("measuring %s", name)
             row = {"row": name, **getattr(benching, name)(rig), "load_average": os.getloadavg()[0]}
             tracker.log(index, **row)
             rows.append(row)
-    path = Path(settings.project.report or place.folder / "bench.json")
-    document = write_report(path, "split", [*_kept(path, settings.project.parts), *rows])
+            write_report(path, "split", [*kept, *rows])  # now: what follows may fail
     missed = sum(not row["holds"] for row in rows)
-    return {"benchmark": document["benchmark"], "report": path, "missed": missed, "rows": rows}
+    return {"benchmark": "split", "report": path, "missed": missed, "rows": rows}
 
 
 def _kept(path: Path, parts: Sequence[str]) -> list[Row]:
