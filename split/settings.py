@@ -78,9 +78,9 @@ class SplitProjectSettings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "prefill_chunk", "sessions", "max_connections", "cache_bucket"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("local_shards", "temperature", "top_k", "recovery_seconds", "context", "idle_seconds", "rank"):
+        seconds = ("recovery_seconds", "idle_seconds", "awake_seconds")
+        for name in ("local_shards", "temperature", "top_k", "context", "rank", *seconds):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
-        require(self.awake_seconds >= 0, "awake_seconds must be at least 0", self.awake_seconds)
         require(self.world_size == 0 or self.world_size >= 2, "world_size must be 0 or at least 2", self.world_size)
         require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
         require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)
