@@ -14,6 +14,7 @@ import pytest
 from lab.entry import compose_settings, literal_prompt
 from lab.matrix.grid import make_cells, sort_words
 from lab.matrix.settings import MatrixSettings
+from simulations.bench_settings import BenchSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
 from split.merge_settings import MergeSettings
@@ -45,6 +46,7 @@ PROVED_ELSEWHERE = {
 COMPOSED = {
     "python -m speculative.": ("spec_decoding", SpeculativeSettings),
     "python simulations/link.py": ("link", LinkRunSettings),
+    "python -m simulations.bench": ("bench", BenchSettings),
     "python -m split.train": ("split_train", SplitTrainSettings),
     "python -m split.learn": ("split_train", SplitTrainSettings),
     "python -m split.merge": ("split_merge", MergeSettings),
