@@ -1,5 +1,6 @@
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from fl.strategy import RoundFold
 from lab.entry import Run, compose_settings
 from lab.lora import fresh_adapter
 from lab.settings import UserError, to_plain
-from tests.federated import on_jsonl, write_dialogues
+from tests.fl import two_sites
 
-ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 
 
@@ -119,24 +119,38 @@ def test_a_server_that_grows_is_caught(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.real
-def test_a_toy_run_of_all_parts_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = write_dialogues(tmp_path / "data.jsonl", 30)
-    small = [f'"{override}"' for override in on_jsonl(data, 2, "project.partition_by=iid", "project.workers=1")]
+def test_a_toy_run_of_all_parts_writes_its_report(
+    tmp_path: Path, simulated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The federated runs are one, which other tests look at, too; the central one is a process of its own."""
+    here = f"[{','.join(json.dumps(word) for word in two_sites.words(simulated / 'shared.jsonl'))}]"
     overrides = [
         f"project.adapter_bytes={MIB}", "project.many_replies=20", "project.turns=2", "project.size_models=[random]",
-        f"project.scale=[{','.join(small)}]", f"project.compare=[{','.join(small)}]", "project.compare_seeds=[0]",
+        f"project.scale={here}", f"project.compare={here}", f"project.compare_seeds=[{two_sites.SEED}]",
         f"project.report={tmp_path / 'report.json'}", "project.run_timeout_seconds=270",
     ]  # fmt: skip
     settings = compose_settings("fed_bench", " ".join(map(shlex.quote, overrides)), FederatedBenchSettings)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(two_sites.ROOT))
+    as_a_process = bench.simulate
+
+    def simulate(overrides: list[str], folder: Path, timeout_seconds: float) -> dict[str, Any]:
+        if "project.baseline=central" in overrides:
+            return as_a_process(overrides, folder, timeout_seconds)
+        shutil.copytree(simulated, folder)
+        done: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return done
+
+    monkeypatch.setattr(bench, "simulate", simulate)
     done = bench.run(settings, Run(tmp_path / "run"))
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["benchmark"] == "fl"
     assert report["rows"] == to_plain(done["rows"])
     assert [row["part"] for row in report["rows"]] == ["folding", "memory", "message", "scale", "comparison"]
+    assert done["missed"] == sum(not row["holds"] for row in report["rows"])
     simulation, comparison = report["rows"][3:]
     assert (simulation["num_clients"], simulation["rounds_completed"], simulation["refused"]) == (2, 2, 0)
     assert len(simulation["server_rss_bytes"]) == 2
     [seed] = comparison["seeds"]
     assert seed["perplexity_federated"] < seed["perplexity_before"]
     assert seed["perplexity_central"] < seed["perplexity_before"]
+    assert seed["perplexity_central"] != seed["perplexity_federated"]

@@ -32,31 +32,15 @@ from flwr.clientapp import ClientApp
 from fl import certificates
 from fl.client import Site, read_split
 from fl.client_app import site_of
-from fl.partition import client_documents
 from fl.server_app import deployed
 from fl.settings import FederatedSettings
-from lab.data import open_source
 from lab.entry import compose_settings
 from lab.models import byte_tokenizer
 from lab.settings import UserError
 from tests.federated import InProcessGrid
+from tests.fl.two_sites import OVERRIDES, ROOT, SITES, write_data
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(sys.executable).parent
-SITES = ("alice", "bob")
-SEED = 5
-OVERRIDES = [
-    "model=random",
-    "model.quantization=none",
-    "device.threads=1",
-    "tracking=none",
-    f"seed={SEED}",
-    "project.rounds=2",
-    "project.local_steps=3",
-    "project.optimization.batch_size=2",
-    "project.data.source=jsonl",
-    "project.data.sequence_length=64",
-]
 DEADLINE_SECONDS = 240.0  # for what takes seconds on an idle machine
 
 
@@ -233,34 +217,8 @@ def adapters(run_folder: Path) -> dict[str, bytes]:
     return {file.parent.name: file.read_bytes() for file in files}
 
 
-def write_data(folder: Path) -> Path:
-    """A shared file for the simulation; for each site a file with just the lines that the simulation gives it."""
-    shared = folder / "shared.jsonl"
-    rows = [{"prompt": f"What is {n} times {n}?", "response": f"It is {n * n}" + "!" * (n % 7)} for n in range(30)]
-    shared.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    overrides = shlex.join([*OVERRIDES, f"project.data.path={shared}"])
-    project = compose_settings("fed_learn", overrides, FederatedSettings).project
-    source, text = open_source(project.data), shared.read_bytes()
-    for index, site in enumerate(SITES):
-        documents = client_documents(source, index, len(SITES), project.partition_by, SEED)
-        lines = [text[document.position :].splitlines(keepends=True)[0] for document in documents]
-        (folder / f"{site}.jsonl").write_bytes(b"".join(lines))
-    return shared
-
-
 @pytest.fixture(scope="module")
-def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    """The same run simulated, meanwhile."""
-    folder = tmp_path_factory.mktemp("simulation")
-    command = [sys.executable, "simulations/fed_sim.py", *OVERRIDES, f"project.num_clients={len(SITES)}"]
-    command += ["project.workers=1", f"project.data.path={write_data(folder)}", f"hydra.run.dir={folder}"]
-    program = Program.start(command, folder / "simulation.log", ROOT, {**os.environ})
-    yield program
-    program.kill()
-
-
-@pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory, simulated: Program) -> Iterator[Deployment]:
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder, port = tmp_path_factory.mktemp("deployment"), free_port()
     write_data(folder)
     server = certificates.make_server(folder, ["localhost"], port)
@@ -309,19 +267,18 @@ def test_strangers_are_refused(deployment: Deployment, tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.timeout(600)
-def test_deployed_is_simulated(deployment: Deployment, simulated: Program) -> None:
+def test_deployed_is_simulated(deployment: Deployment, simulated: Path) -> None:
     """Same settings and seed, every site taking part: the same bytes in every round."""
     log, status, details = deployment.finished(deployment.good_run)
     assert (status, details) == ("finished:completed", "N/A"), log
-    assert simulated.wait() == 0, simulated.text
-    expected, got = adapters(simulated.output.parent), deployment.adapters(deployment.good_run)
+    expected, got = adapters(simulated), deployment.adapters(deployment.good_run)
     assert list(got) == ["round-0000", "round-0001", "round-0002"]
     assert len(set(got.values())) == 3, "training changes the adapter in every round"
     assert got == expected
     last = json.loads(next(line for line in reversed(log.splitlines()) if line.startswith("{")))
     assert (last["status"], last["rounds_completed"], last["num_clients"]) == ("ok", 2, 2)
     assert Path(last["adapter_path"], "adapter_model.safetensors").read_bytes() == got["round-0002"]
-    theirs = json.loads((simulated.output.parent / "result.json").read_text())
+    theirs = json.loads((simulated / "result.json").read_text())
     assert last["eval_loss_by_round"] == theirs["eval_loss_by_round"]
 
 

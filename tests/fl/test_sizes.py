@@ -1,11 +1,9 @@
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -16,6 +14,7 @@ from lab.entry import compose_settings
 from lab.lora import lora_config
 from lab.models import load_config
 from lab.settings import ArchitectureSettings, ModelSettings
+from tests.in_process import exit_code
 
 
 def settings_of(model: str) -> FederatedSettings:
@@ -85,29 +84,26 @@ def test_the_numbers_in_conf_are_those_of_the_model_itself(model: str) -> None:
     assert counted(settings, skeleton) == counted(settings, from_numbers(settings.model))
 
 
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
-    monkeypatch.setattr(sys, "argv", ["fl.sizes", *arguments])
-    with pytest.raises(SystemExit) as left:
-        sizes.main()
-    GlobalHydra.instance().clear()
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    code = exit_code(sizes.main, *words)
     out, err = capsys.readouterr()
-    return left.value.code, (out or err).splitlines()[-1]
+    return code, (out or err).splitlines()[-1]
 
 
 def test_the_command_says_what_travels_and_what_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, line = command(monkeypatch, capsys, "model=llama3_8b", "model.dtype=bfloat16")
+    code, line = command(capsys, "model=llama3_8b", "model.dtype=bfloat16")
     figures = json.loads(line)
     assert code == 0
     # q: 8 (4096 + 4096), v: 8 (4096 + 1024), 32 layers, 4 bytes
     assert figures["adapter_bytes"] == 32 * 8 * (8192 + 5120) * 4 == 13_631_488
     assert figures["base_bytes"] == 16_060_522_496
-    code, line = command(monkeypatch, capsys, "model=llama3_8b", "project.wire_dtype=bfloat16")
+    code, line = command(capsys, "model=llama3_8b", "project.wire_dtype=bfloat16")
     assert json.loads(line)["adapter_bytes"] == 13_631_488 // 2
-    code, line = command(monkeypatch, capsys, "model=llama3_8b", "project.lora.rank=0")
+    code, line = command(capsys, "model=llama3_8b", "project.lora.rank=0")
     assert (code, line) == (2, "error: project.lora.rank must be at least 1, got 0")
-    code, line = command(monkeypatch, capsys, "model=llama3_8b", "model.lora_targets=[c_attn]")
+    code, line = command(capsys, "model=llama3_8b", "model.lora_targets=[c_attn]")
     assert code == 2
     assert line.startswith("error: model.lora_targets must be among ['down_proj', ")

@@ -15,6 +15,7 @@ import torch
 
 from lab import doctor, entry, models
 from lab.settings import WandbMode
+from tests.in_process import exit_code
 
 CPU = torch.device("cpu")
 NAMES = ["python", "packages", "device", "dtypes", "memory", "cores", "nf4", "torch_rpc", "model", "ports", "wandb"]
@@ -43,11 +44,8 @@ def test_every_line_is_there_and_this_machine_is_well(
 def test_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     overrides = ["model=llama3_8b", "device.name=cpu", "tracking=none", "project.matrix_size=64", "project.ports=[]"]
-    monkeypatch.setattr(sys, "argv", ["lab-doctor", *overrides])
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    with pytest.raises(SystemExit) as left:
-        doctor.main()
-    assert left.value.code == 0
+    assert exit_code(doctor.main, *overrides) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["status"], last["device"], last["checks"]["wandb"]["mode"]) == ("ok", "cpu", "disabled")
     assert "Llama-3.1-8B-Instruct" in last["checks"]["model"]["found"]

@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +28,7 @@ from lab.lora import fresh_adapter, lora_config
 from lab.models import prepare_checkpoint
 from simulations import fed_sim
 from tests.federated import CANARY, files_below, leaks, on_jsonl, small_settings, write_dialogues
+from tests.in_process import exit_code
 from tests.wandb_files import held, wandb_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,19 +312,15 @@ def test_the_real_model_in_nf4_learns(ray_folder: Path, folder: Path) -> None:
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """The command in this process: its exit code and what it said on stderr."""
     monkeypatch.chdir(tmp_path)
 
     def call(*overrides: str) -> tuple[int, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["fed_sim.py", *overrides])
-        with pytest.raises(SystemExit) as left:
-            fed_sim.main()
-        assert isinstance(left.value.code, int)
-        return left.value.code, capsys.readouterr().err.splitlines()
+        code = exit_code(fed_sim.main, *overrides)
+        return code, capsys.readouterr().err.splitlines()
 
-    yield call
-    GlobalHydra.instance().clear()
+    return call
 
 
 BAD = [

@@ -1,0 +1,59 @@
+"""A small federation of two sites, each with a file of its own: what every way to run it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from fl.partition import client_documents
+from fl.settings import FederatedSettings
+from lab.data import open_source
+from lab.entry import compose_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+SITES = ("alice", "bob")
+SEED = 5
+OVERRIDES = [
+    "model=random",
+    "model.quantization=none",
+    "device.threads=1",
+    "tracking=none",
+    f"seed={SEED}",
+    "project.rounds=2",
+    "project.local_steps=3",
+    "project.optimization.batch_size=2",
+    "project.data.source=jsonl",
+    "project.data.sequence_length=64",
+]
+
+
+def write_data(folder: Path) -> Path:
+    """A shared file for the simulation; for each site a file with just the lines that the simulation gives it."""
+    shared = folder / "shared.jsonl"
+    rows = [{"prompt": f"What is {n} times {n}?", "response": f"It is {n * n}" + "!" * (n % 7)} for n in range(30)]
+    shared.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    overrides = shlex.join([*OVERRIDES, f"project.data.path={shared}"])
+    project = compose_settings("fed_learn", overrides, FederatedSettings).project
+    source, text = open_source(project.data), shared.read_bytes()
+    for index, site in enumerate(SITES):
+        documents = client_documents(source, index, len(SITES), project.partition_by, SEED)
+        lines = [text[document.position :].splitlines(keepends=True)[0] for document in documents]
+        (folder / f"{site}.jsonl").write_bytes(b"".join(lines))
+    return shared
+
+
+def words(shared: Path) -> list[str]:
+    """What a run on one machine is told."""
+    return [*OVERRIDES, f"project.num_clients={len(SITES)}", "project.workers=1", f"project.data.path={shared}"]
+
+
+def simulate(folder: Path) -> None:
+    """The run as a process of its own; `folder` gets its data and becomes its run folder."""
+    command = [sys.executable, "simulations/fed_sim.py", *words(write_data(folder)), f"hydra.run.dir={folder}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
