@@ -18,8 +18,8 @@ least
 (a shard can begin when the first micro-batch has come through those before it, and its last backward must go through
 them), and just that when the shards are equal. What is not work is the bubble: 1 - m sum_s (f_s + b_s) / (p T), which
 is (p - 1) / (m + p - 1) for equal shards under both. Shards of unequal times wait for the slowest one in every
-micro-batch, so that more micro-batches do not take that part of the bubble away; another cut does. `replay` gives
-the times of either schedule exactly, links included.
+micro-batch, so that more micro-batches do not take that part of the bubble away; another cut does. `least_seconds` has
+the formulas; `replay` gives the times of either schedule exactly, links included.
 """
 
 from __future__ import annotations
@@ -72,6 +72,16 @@ def most_held(schedule: Schedule, *, shards: int, shard: int, micro_batches: int
 def even_bubble(shards: int, micro_batches: int) -> float:
     """The bubble's share of a step when all shards take equally long: (p - 1) / (m + p - 1)."""
     return (shards - 1) / (micro_batches + shards - 1)
+
+
+def least_seconds(
+    schedule: Schedule, forward_seconds: Sequence[float], backward_seconds: Sequence[float], micro_batches: int
+) -> float:
+    """T of the formulas above: what a step takes under GPipe, and takes at least under 1F1B."""
+    if schedule is Schedule.gpipe:
+        return sum(sum(seconds) + (micro_batches - 1) * max(seconds) for seconds in (forward_seconds, backward_seconds))
+    both = [forward + backward for forward, backward in zip(forward_seconds, backward_seconds, strict=True)]
+    return max(sum(both[:shard]) + micro_batches * own for shard, own in enumerate(both))
 
 
 @dataclass(frozen=True)

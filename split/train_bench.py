@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: SplitTrainBenchSettings, place: entry.Run) -> dict[str, Any]:
-    """Measures the parts that are asked for; the rows are the result."""
-    from lab.bench import write_report
+    """Measures the parts that are asked for; the rows are the result, and how many of them do not hold."""
+    from lab.bench import missed, write_report
     from split.train_benching import TrainBench
 
     rows: list[dict[str, Any]] = []
@@ -41,7 +41,7 @@ def run(settings: SplitTrainBenchSettings, place: entry.Run) -> dict[str, Any]:
             rows.append(row)
     path = Path(settings.project.report or place.folder / "bench.json")
     write_report(path, "split_train", rows)
-    return {"benchmark": "split_train", "report": path, "rows": rows}
+    return {"benchmark": "split_train", "report": path, "missed": missed(rows), "rows": rows}
 
 
 def main() -> None:

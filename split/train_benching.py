@@ -25,7 +25,7 @@ from lab.models import load_config, prepare_checkpoint
 from lab.training import train_steps
 from split.checkpoint import Manifest
 from split.local_shards import own_words
-from split.schedule import Phase, Schedule, Timeline, even_bubble, operations, replay
+from split.schedule import Phase, Schedule, Timeline, even_bubble, least_seconds, operations, replay
 from split.settings import TransportKind
 from split.train_bench_settings import SplitTrainBenchSettings
 from split.train_settings import SplitTrainSettings
@@ -265,11 +265,13 @@ def pipeline_row(figures: list[StepFigures], schedule: Schedule, micro_batches: 
         "forward_seconds": seconds[Phase.forward],
         "backward_seconds": seconds[Phase.backward],
         "predicted_seconds": predicted.seconds,
+        "formula_seconds": least_seconds(schedule, seconds[Phase.forward], seconds[Phase.backward], micro_batches),
         "measured_seconds": Sample.of([timeline.seconds for timeline in timelines]),
         "predicted_over_measured": predicted.seconds / measured,
         "bubble_fraction": statistics.median(timeline.bubble_fraction for timeline in timelines),
         "replayed_bubble_fraction": predicted.bubble_fraction,
         "bubble_bound": even_bubble(shards, micro_batches) + BUBBLE_SLACK,
+        "held": [max(one.held[place] for one in figures) for place in range(shards)],
     }
 
 

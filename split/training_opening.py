@@ -55,6 +55,12 @@ def training_side(model: ModelSettings, network: NetworkSettings, role: str) -> 
     )
 
 
+def checkpoints_of(settings: SplitTrainSettings, folder: Path) -> Path:
+    """Where checkpoints are on this machine: as set, else in the run's folder."""
+    named = settings.project.checkpoints
+    return Path(named).expanduser().absolute() if named else folder / "checkpoints"
+
+
 @contextmanager
 def open_shards(
     settings: SplitTrainSettings,

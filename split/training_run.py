@@ -22,7 +22,7 @@ from split.train_settings import Baseline, SplitTrainSettings
 from split.trainer import DistributedTrainer, Shards, StepFigures
 from split.training_data import ordered, training_examples
 from split.training_messages import Figures, Recipe, Train
-from split.training_opening import identity_of, open_shards
+from split.training_opening import checkpoints_of, identity_of, open_shards
 from split.training_weights import check_can_train_everything, initial_adapter
 from split.unsplit import train_unsplit
 
@@ -37,9 +37,7 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
         ShardLost, TrainingFault: a shard that was lost for good, or failed.
     """
     project = settings.project
-    checkpoints = (
-        Path(project.checkpoints).expanduser().absolute() if project.checkpoints else place.folder / "checkpoints"
-    )
+    checkpoints = checkpoints_of(settings, place.folder)
     recipe = make_recipe(settings)
     examples = training_examples(project.data, load_tokenizer_only(settings.model), settings.seed)
     check_frame(settings, examples)

@@ -61,6 +61,9 @@ CASES = [
     Case((0, 2, 4), Dtype.float32),
     Case((0, 1, 3, 4), Dtype.float32),
     Case((0, 2, 4), Dtype.float64),
+    Case((0, 1, 3, 4), Dtype.float64, steps_before=0),
+    Case((0, 1, 3, 4), Dtype.float32, micro_batches=4, steps_before=0),
+    Case((0, 1, 3, 4), Dtype.float64, micro_batches=4, steps_before=0),
     Case((0, 1, 3, 4), Dtype.float64, micro_batches=4, steps_before=5, max_gradient_norm=0.5),
     Case((0, 2, 4), Dtype.float64, recipe=ADAPTER, micro_batches=2, steps_before=3),
     Case((0, 1, 3, 4), Dtype.float64, tied=True, steps_before=3),
@@ -114,7 +117,8 @@ def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: in
         transport.shutdown()
         print(json.dumps({"backward": case.backward, "error": str(error)}), flush=True)
         return
-    made.save()
+    if figures:
+        made.save()
     found: dict[str, Tensor] = {}
 
     def keep(step: int, apply: Apply) -> None:
@@ -122,16 +126,19 @@ def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: in
             found.update(seat.rpc_sync().gradients())
 
     made._backward.apply = keep  # type: ignore[method-assign]
-    made.train_step()
+    figures.append(made.train_step())
     lost = ""
     try:
         transport.restore(0.0)
     except (ChainLost, ShardLost) as error:
         lost = str(error)
     transport.shutdown()
-    whole = Unsplit(settings, recipe=case.recipe, optimization=optimization, micro_batches=case.micro_batches)
-    theirs = whole.train(case.steps_before, 8)
-    expected = whole.gradients()
+
+    def whole() -> Unsplit:
+        return Unsplit(settings, recipe=case.recipe, optimization=optimization, micro_batches=case.micro_batches)
+
+    theirs = whole().train(len(figures), 8)
+    expected = whole().gradients(after=case.steps_before)
     missing = sorted(expected.keys() - found.keys())
     worst = max(float((found[name] - g).abs().max() / g.abs().max()) for name, g in expected.items() if name in found)
     largest = max(abs(mine.loss - other.loss) for mine, other in zip(figures, theirs, strict=True))
@@ -140,7 +147,7 @@ def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: in
         "backward": case.backward, "shards": len(case.cuts) - 1, "dtype": case.dtype.name, "worst": worst,
         "loss_difference": largest, "norm_difference": norms, "missing": missing, "lost": lost,
         "held": figures[-1].held, "boundary_bytes": figures[-1].boundary_bytes, "tied": case.tied,
-        "delta": made.weights_delta_norms,
+        "delta": made.weights_delta_norms, "steps_before": case.steps_before,
     }  # fmt: skip
     print(json.dumps(row), flush=True)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from split.schedule import Operation, Phase, Schedule, even_bubble, most_held, operations, replay
+from split.schedule import Operation, Phase, Schedule, even_bubble, least_seconds, most_held, operations, replay
 
 SIZES = {"shards": st.integers(1, 6), "micro_batches": st.integers(1, 12), "schedule": st.sampled_from(Schedule)}
 SECONDS = st.floats(0.01, 10.0)
@@ -69,11 +69,17 @@ def test_unequal_shards_take_what_the_docstring_says(micro_batches: int, times: 
     def seconds(schedule: Schedule) -> float:
         return replay(orders(schedule, len(times), micro_batches), forward, backward).seconds
 
-    expected = sum(forward) + (micro_batches - 1) * max(forward) + sum(backward) + (micro_batches - 1) * max(backward)
+    expected = least_seconds(Schedule.gpipe, forward, backward, micro_batches)
     assert seconds(Schedule.gpipe) == pytest.approx(expected)
-    both = [f + b for f, b in times]
-    least = max(sum(both[:shard]) + micro_batches * own for shard, own in enumerate(both))
+    least = least_seconds(Schedule.one_f_one_b, forward, backward, micro_batches)
     assert seconds(Schedule.one_f_one_b) >= least * (1 - 1e-9)
+
+
+def test_the_formulas_of_unequal_shards() -> None:
+    """Three micro-batches, by hand."""
+    assert least_seconds(Schedule.gpipe, [1.0, 2.0], [3.0, 4.0], 3) == 3.0 + 2 * 2.0 + 7.0 + 2 * 4.0
+    assert least_seconds(Schedule.one_f_one_b, [1.0, 2.0], [3.0, 4.0], 3) == 4.0 + 3 * 6.0
+    assert least_seconds(Schedule.one_f_one_b, [2.0, 1.0], [4.0, 3.0], 3) == 3 * 6.0
 
 
 @given(**SIZES, link=SECONDS)

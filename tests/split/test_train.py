@@ -21,6 +21,7 @@ from split.schedule import even_bubble
 from split.train_settings import SplitTrainSettings
 from split.training_run import run_training
 from tests.split.training_kills import Killed, kill_while_training
+from tests.wandb_files import held, wandb_text
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {
@@ -77,7 +78,15 @@ def test_the_last_line_metrics_and_pictures_hold_it_all(killed: Killed) -> None:
         "machine",
     }
     assert [Path(plot).stat().st_size > 10_000 for plot in result["plots"]] == [True, True]
-    assert list((killed.folder / "run").glob("wandb/offline-run-*/*.wandb"))
+    (run,) = (killed.folder / "run").glob("wandb/offline-run-*/*.wandb")
+    kept = wandb_text(run)
+    figures = {key: result[key] for key in rows[-1].keys() & result.keys()}
+    assert all(key.encode() in kept for key in figures)
+    plain = {key: value for key, value in figures.items() if isinstance(value, int | float) or key.endswith("by_step")}
+    assert plain.keys() >= {"steps", "loss_by_step", "tokens_per_second", "bubble_fraction", "boundary_bytes_per_step"}
+    for row in (plain, *result["shards"]):
+        assert not [key for key, value in row.items() if not held(kept, key, value)]
+    assert not held(kept, "tokens_per_second", result["tokens_per_second"] + 1e-9), "another figure is not found"
     assert (Path(result["checkpoint_path"]) / "manifest.json").exists()
 
 
@@ -92,12 +101,16 @@ def test_merge_resume_and_what_does_not_fit(killed: Killed, tmp_path: Path) -> N
     same = (
         "project.steps=18 project.checkpoint_every=4 project.micro_batches=1 project.train=everything "
         "project.optimization.max_gradient_norm=0.0 project.data.sequence_length=64 project.data.max_examples=64 "
-        f"project.resume={checkpoint} project.checkpoints={checkpoint.parent.parent}"
+        f"project.checkpoints={checkpoint.parent.parent}"
     )
     settings = settings_of(killed.folder, f"{same} project.local_shards=2")
     assert merge(settings.model, checkpoint, tmp_path / "merged")["kind"] == "transformers"
-    result = run_training(settings, Run(tmp_path / "again"))
-    assert result["loss_by_step"] == killed.result["loss_by_step"], "all steps were taken: it is the same run"
+    same += " project.resume="
+    for step in ("step-00000018", "step-00000016"):
+        settings = settings_of(killed.folder, f"{same}{checkpoint.parent / step} project.local_shards=2")
+        result = run_training(settings, Run(tmp_path / step))
+        assert result["loss_by_step"] == killed.result["loss_by_step"], "the steps that were taken, and those left"
+    same += str(checkpoint)
     with pytest.raises(UserError, match=r"a checkpoint of the cut 0:1, 1:3, 3:4, .*python -m split\.merge"):
         run_training(settings_of(killed.folder, f"{same} project.local_shards=3"), Run(tmp_path))
     with pytest.raises(UserError, match=r"of a run with micro_batches 2, got 1"):

@@ -18,7 +18,7 @@ from split.trainer import StepFigures
 def figures(timeline: Timeline) -> StepFigures:
     return StepFigures(
         step=0, loss=0.0, tokens=1, learning_rate=0.0, gradient_norm=0.0, seconds=1.0,
-        bubble_fraction=timeline.bubble_fraction, timeline=timeline, held=[], boundary_bytes=0, rss_bytes=[],
+        bubble_fraction=timeline.bubble_fraction, timeline=timeline, held=[2, 1], boundary_bytes=0, rss_bytes=[],
     )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_a_row_compares_a_step_with_its_replay(schedule: Schedule) -> None:
 @pytest.mark.real
 def test_every_part_runs(tmp_path: Path) -> None:
     words = [
-        "model=random", f"model.cache_dir={tmp_path}/models", "project.cut=2", "project.micro_batches=[2]",
+        "model=random", f"model.cache_dir={tmp_path}/models", "project.cut=2", "project.micro_batches=[3]",
         "project.throughput_micro_batches=2", "project.sequence_length=16", "project.steps=1", "project.repeats=1",
         "project.adapter_steps=3", f'project.memory_overrides=["model=random","model.cache_dir={tmp_path}/models"]',
         "tracking=none",
@@ -52,8 +52,12 @@ def test_every_part_runs(tmp_path: Path) -> None:
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    rows = {row["row"]: row for row in json.loads(done.stdout.strip().splitlines()[-1])["rows"]}
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    rows = {row["row"]: row for row in result["rows"]}
+    assert result["missed"] == sum(not row["holds"] for row in result["rows"])
     assert set(rows) == {"pipeline", "throughput", "boundary", "memory", "adapter"}
     assert rows["adapter"]["holds"], rows["adapter"]
     assert rows["boundary"]["sent_over_payload"] > 1
-    assert len(rows["pipeline"]["cases"]) == 2
+    assert {case["schedule"]: case["held"] for case in rows["pipeline"]["cases"]} == {
+        "gpipe": [3, 3], "one_f_one_b": [2, 1],
+    }  # fmt: skip

@@ -13,26 +13,28 @@ from torch import Tensor
 
 from lab.settings import Dtype, ModelSettings, Quantization, UserError
 from split.schedule import Schedule, even_bubble, replay
-from split.trainer import DistributedTrainer, clip_scale
-from split.training_messages import Apply, Recipe, Train
+from split.trainer import clip_scale
+from split.training_messages import Recipe, Train
 from split.training_shard import Entering, TrainingShard
 from split.training_weights import load_training_shard
 from split.transport.training import InProcessTraining
 from tests.split.unsplit import (
     ADAPTER,
+    BANDS,
     CPU,
     EVERYTHING,
     OPTIMIZATION,
     Unsplit,
+    gradients_of,
     in_process,
     load_plain,
     model_settings,
     some_examples,
     trainer,
+    worst,
 )
 
 CUTS = [(0, 2, 4), (0, 1, 3, 4), (0, 4)]
-BANDS = {Dtype.float32: 1e-6, Dtype.float64: 1e-12}
 
 
 @pytest.fixture(autouse=True)
@@ -55,27 +57,6 @@ def load_detached(settings: ModelSettings, layers: range, recipe: Recipe) -> Tra
     return shard
 
 
-def gradients_of(made: DistributedTrainer, transport: InProcessTraining) -> dict[str, Tensor]:
-    """Of the next step; the optimizer's step that would use them is not taken."""
-    found: dict[str, Tensor] = {}
-
-    def keep(step: int, apply: Apply) -> None:
-        for stage in transport._stages:
-            for name, weight in stage.shard.weights.items():
-                assert weight.grad is not None, name
-                found[name] = weight.grad.clone()
-
-    made._backward.apply = keep  # type: ignore[method-assign]
-    made.train_step()
-    return found
-
-
-def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest max |dg| / max |g| of all tensors."""
-    assert found.keys() - {"lm_head.weight"} == expected.keys() - {"lm_head.weight"}
-    return max(float((found[name] - g).abs().max() / g.abs().max()) for name, g in expected.items())
-
-
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("dtype", BANDS)
 @pytest.mark.parametrize("recipe", [EVERYTHING, ADAPTER], ids=lambda recipe: recipe.train.name)
@@ -88,7 +69,7 @@ def test_gradients_are_those_of_the_whole_model(
     transport = in_process(settings, cuts, tmp_path)
     made = trainer(transport, tmp_path, recipe=recipe)
     made.train_step()
-    assert worst(gradients_of(made, transport), Unsplit(settings, recipe=recipe).gradients(after=1)) == 0.0
+    assert worst(gradients_of(made, transport._stages), Unsplit(settings, recipe=recipe).gradients(after=1)) == 0.0
 
 
 @pytest.mark.parametrize("schedule", Schedule)
@@ -96,7 +77,7 @@ def test_gradients_are_those_of_the_whole_model(
 def test_micro_batches_add_up_to_the_same_gradients(schedule: Schedule, dtype: Dtype, tmp_path: Path) -> None:
     settings = model_settings(tmp_path, dtype)
     transport = in_process(settings, (0, 1, 3, 4), tmp_path)
-    found = gradients_of(trainer(transport, tmp_path, micro_batches=4, schedule=schedule), transport)
+    found = gradients_of(trainer(transport, tmp_path, micro_batches=4, schedule=schedule), transport._stages)
     assert worst(found, Unsplit(settings, micro_batches=4).gradients()) <= BANDS[dtype]
 
 
@@ -104,7 +85,7 @@ def test_a_detached_boundary_is_noticed(tmp_path: Path) -> None:
     """The control of the two above: the last shard alone would lower the loss."""
     settings = model_settings(tmp_path)
     transport = in_process(settings, (0, 2, 4), tmp_path, load_detached)
-    found = gradients_of(trainer(transport, tmp_path), transport)
+    found = gradients_of(trainer(transport, tmp_path), transport._stages)
     expected = Unsplit(settings).gradients()
     assert worst(found, expected) > 0.5
     made = trainer(in_process(settings, (0, 2, 4), tmp_path, load_detached), tmp_path, total_steps=12)
@@ -116,7 +97,7 @@ def test_a_detached_boundary_is_noticed(tmp_path: Path) -> None:
 def test_both_copies_of_a_tied_embedding_get_the_sum_and_stay_equal(dtype: Dtype, tmp_path: Path) -> None:
     settings = model_settings(tmp_path, dtype, tied=True)
     transport = in_process(settings, (0, 1, 3, 4), tmp_path)
-    found = gradients_of(trainer(transport, tmp_path), transport)
+    found = gradients_of(trainer(transport, tmp_path), transport._stages)
     expected = Unsplit(settings).gradients()
     assert torch.equal(found["model.embed_tokens.weight"], found["lm_head.weight"])
     assert worst(found, expected) <= BANDS[dtype]
@@ -181,6 +162,27 @@ def test_accumulation_and_checkpointed_activations_change_nothing(tmp_path: Path
         )  # fmt: skip
         for other in plain:
             assert made.train_step().loss == pytest.approx(other.loss, rel=1e-12)
+
+
+def test_checkpointed_activations_are_not_kept(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    checkpointed = Recipe(**{**_fields(EVERYTHING), "activation_checkpointing": True})
+    assert kept_bytes(settings, checkpointed) < kept_bytes(settings, EVERYTHING) / 4
+
+
+def kept_bytes(settings: ModelSettings, recipe: Recipe) -> int:
+    """What autograd keeps of a micro-batch between its forward and its backward, weights apart."""
+    shard = load_training_shard(settings, CPU, range(1, 3), recipe)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        shard.forward(Entering(0, 0, torch.randn(4, 20, shard.hidden_size), [20] * 4, None, 80))
+    weights = {weight.data_ptr() for weight in shard.weights.values()}
+    return sum(size for place, size in kept.items() if place not in weights)
 
 
 def _fields(recipe: Recipe) -> dict[str, object]:
@@ -263,6 +265,26 @@ def test_nan_stops_the_run_and_names_step_shard_and_what_is_kept(tmp_path: Path)
         if step == 1:
             made.save()
     with pytest.raises(ValueError, match=r"nan.* at step 3, first at shard 2 \(layers 1:3\); step 2 is kept in .*"):
+        made.train_step()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path: Path) -> None:
+    """The loss was: the backward of shard 2 went wrong, and what it sent to shard 1."""
+
+    def load_poisoned(settings: ModelSettings, layers: range, recipe: Recipe) -> TrainingShard:
+        shard = load_plain(settings, layers, recipe)
+        backward = shard.backward
+
+        def poisoned(micro_batch: int, gradient_BTH: Tensor | None) -> Tensor | None:
+            is_second = layers.start == 1 and gradient_BTH is not None
+            return backward(micro_batch, gradient_BTH * math.inf if is_second else gradient_BTH)
+
+        shard.backward = poisoned  # type: ignore[method-assign]
+        return shard
+
+    made = trainer(in_process(model_settings(tmp_path), (0, 1, 3, 4), tmp_path, load_poisoned), tmp_path)
+    rule = r"got loss \d\S* and gradient norm nan at step 0, first at shard 2 \(layers 1:3\); no step was saved yet"
+    with pytest.raises(UserError, match=rule):
         made.train_step()
 
 

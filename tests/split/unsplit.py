@@ -23,7 +23,7 @@ from lab.training import StepFigures, accumulate_gradients, train_steps
 from split.checkpoint import Manifest
 from split.schedule import Schedule
 from split.trainer import Backward, DistributedTrainer, Explicit, Shards, split_batch
-from split.training_messages import Recipe, Start, Train
+from split.training_messages import Apply, Recipe, Start, Train
 from split.training_shard import TrainingShard, whole_name
 from split.training_stage import InitialWeight, TrainingStage
 from split.training_weights import initial_weight, load_training_shard
@@ -31,6 +31,8 @@ from split.transport.training import InProcessTraining, TrainingTransport
 from tests.split.chains import VOCABULARY, saved_model
 
 CPU = torch.device("cpu")
+BANDS = {Dtype.float32: 1e-6, Dtype.float64: 1e-12}
+"""The largest `worst` where operations are not the same."""
 RUN = "0123456789abcdef"
 LORA = LoraSettings(rank=4, alpha=8.0, dropout=0.0)
 OPTIMIZATION = OptimizationSettings(
@@ -131,6 +133,27 @@ def trainer(
         checkpoints=checkpoints,
         recovery_seconds=recovery_seconds,
     )  # fmt: skip
+
+
+def gradients_of(made: DistributedTrainer, stages: Sequence[TrainingStage]) -> dict[str, Tensor]:
+    """Of the next step; the optimizer's step that would use them is not taken."""
+    found: dict[str, Tensor] = {}
+
+    def keep(step: int, apply: Apply) -> None:
+        for stage in stages:
+            for name, weight in stage.shard.weights.items():
+                assert weight.grad is not None, name
+                found[name] = weight.grad.clone()
+
+    made._backward.apply = keep  # type: ignore[method-assign]
+    made.train_step()
+    return found
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest max |dg| / max |g| of all tensors."""
+    assert found.keys() - {"lm_head.weight"} == expected.keys() - {"lm_head.weight"}
+    return max(float((found[name] - g).abs().max() / g.abs().max()) for name, g in expected.items())
 
 
 class Unsplit:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from lab.settings import Dtype
 from lab.wire import WrongKey
 from lab.wire.tensors import TensorSpec, WireDtype
 from split.messages import Fault
 from split.schedule import Schedule
 from split.training_messages import Batch, Hidden, Step
 from split.transport.base import Message, ShardLost
-from tests.split.training_processes import Learner, connect, over_tcp
-from tests.split.unsplit import Unsplit, in_process, model_settings, some_examples, trainer
+from tests.split.training_processes import Learner, connect, connected, learners_of, over_tcp
+from tests.split.unsplit import BANDS, Unsplit, gradients_of, in_process, model_settings, some_examples, trainer, worst
 
 CUTS = (0, 1, 3, 4)
 
@@ -40,11 +42,23 @@ def test_steps_are_those_in_one_process_to_the_bit(schedule: Schedule, tied: boo
             assert other.held == ([4, 4, 4] if schedule is Schedule.gpipe else [3, 2, 1])
 
 
-def test_one_micro_batch_is_the_whole_model_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cuts", [(0, 2, 4), CUTS])
+@pytest.mark.parametrize("dtype", BANDS)
+def test_gradients_are_those_of_the_whole_model(cuts: Sequence[int], dtype: Dtype, tmp_path: Path) -> None:
+    """Of every parameter: to the bit with one micro-batch, within the band with four."""
+    settings = model_settings(tmp_path, dtype)
+    with learners_of(settings, cuts, tmp_path) as learners, connected(learners) as transport:
+        for micro_batches, band in ((1, 0.0), (4, BANDS[dtype])):
+            made = trainer(transport, tmp_path, micro_batches=micro_batches, schedule=Schedule.one_f_one_b)
+            found = gradients_of(made, [learner.stage for learner in learners])
+            assert worst(found, Unsplit(settings, micro_batches=micro_batches).gradients()) <= band
+
+
+def test_200_steps_are_those_of_the_whole_model_to_the_bit(tmp_path: Path) -> None:
     settings = model_settings(tmp_path)
     with over_tcp(settings, (0, 2, 4), tmp_path) as transport:
-        made = trainer(transport, tmp_path, total_steps=20)
-        assert [made.train_step().loss for _ in range(20)] == [f.loss for f in Unsplit(settings).train(20, 20)]
+        made = trainer(transport, tmp_path, total_steps=200)
+        assert [made.train_step().loss for _ in range(200)] == [f.loss for f in Unsplit(settings).train(200, 200)]
 
 
 def test_what_crosses_is_little_more_than_activations_and_gradients(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""The process of a shard, whatever it does: it says where it listens, and serves until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import ssl
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from lab.network import address_for_peers
+from lab.settings import NetworkSettings, UserError
+
+if TYPE_CHECKING:
+    from split.transport.rpc import Member  # some systems lack it
+
+log = logging.getLogger(__name__)
+
+
+class ShardProject(Protocol):
+    """What a shard's process reads of its project."""
+
+    layers: str | None
+    follow_stdin: bool
+    max_connections: int
+    rank: int
+    world_size: int
+
+
+class Server(Protocol):
+    """What serves a shard over tcp."""
+
+    async def serve(
+        self,
+        *,
+        host: str,
+        port: int,
+        max_connections: int,
+        tls: ssl.SSLContext | None,
+        announce: Callable[[int], None],
+    ) -> None:
+        """Serve until cancelled; `announce(port)` is called when it listens. Raises `OSError` for a taken address."""
+        ...
+
+
+def layers_to_serve(project: ShardProject) -> str:
+    """As they were set. UserError when they were not."""
+    if project.layers is None:
+        raise UserError("project.layers must be set for a shard, as first:last, got null")
+    return project.layers
+
+
+def serve_port(
+    server: Server,
+    project: ShardProject,
+    network: NetworkSettings,
+    tls: ssl.SSLContext | None,
+    *,
+    role: str,
+    peer_role: str,
+) -> None:
+    """Serve over tcp until Ctrl+C; `peer_role` is whose settings are to name us. UserError for a taken address."""
+
+    def announce(port: int) -> None:
+        ready = {"status": "listening", "role": role, "host": network.host, "port": port, "layers": project.layers}
+        print(json.dumps(ready), flush=True)
+        address = f"{address_for_peers(network.host)}:{port}"
+        print(f"this shard's address in the {peer_role}'s project.shards=[...]: {address}", file=sys.stderr, flush=True)
+
+    serving = server.serve(
+        host=network.host, port=network.port, max_connections=project.max_connections, tls=tls, announce=announce
+    )
+    with _until_told(project):
+        try:
+            asyncio.run(serving)
+        except OSError as error:
+            raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
+
+
+def check_rank(project: ShardProject) -> None:
+    """UserError for a place that the group does not have."""
+    if not 1 <= project.rank < project.world_size:
+        raise UserError(f"project.rank must be in [1, world_size={project.world_size}), got {project.rank}")
+
+
+def serve_rank(seat: Member, project: ShardProject, network: NetworkSettings) -> None:
+    """Be a member of a group of torch's RPC until the rank 0 leaves, or Ctrl+C."""
+    from split.transport.rpc import serve_seat
+
+    with _until_told(project):
+        serve_seat(seat, project.rank, project.world_size, network)
+
+
+@contextmanager
+def _until_told(project: ShardProject) -> Iterator[None]:
+    """Ctrl+C, SIGTERM, and the end of standard input where that is followed, end what is inside."""
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    if project.follow_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.info("stopped")
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with_stdin() -> None:
+    """The process that started us holds the other end of the pipe: when it is gone, however, so are we."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
