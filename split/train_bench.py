@@ -3,8 +3,9 @@
 Shard processes have a core and a thread each; the whole model, in this process, has the first core while they wait.
 Sizes are in conf/project/split_train_bench.yaml. Every row says what it is to show (`target`) and whether it does.
 
-pipeline    a step's time over what a replay of its schedule with the measured stage times predicts, and its bubble, at
-            several numbers of micro-batches of the same size; the stage times are medians of the same run
+pipeline    what a replay of the schedule with the measured stage times predicts over a step's whole time (optimizer and
+            all), and the bubble, at several numbers of micro-batches of the same size; stage times are medians of the
+            same run
 throughput  tokens a second over two shards over those of the whole model on one core, turn by turn
 boundary    bytes that shards sent each other over those of the hidden states and gradients themselves
 memory      peak memory of a shard's process above one with the same imports, over what it has to hold

@@ -258,7 +258,7 @@ def pipeline_row(figures: list[StepFigures], schedule: Schedule, micro_batches: 
     seconds = {phase: [stage_seconds(timelines, place, phase) for place in range(shards)] for phase in Phase}
     orders = [operations(schedule, shards=shards, shard=place, micro_batches=micro_batches) for place in range(shards)]
     predicted = replay(orders, seconds[Phase.forward], seconds[Phase.backward])
-    measured = statistics.median(timeline.seconds for timeline in timelines)
+    measured = statistics.median(one.seconds for one in figures)
     return {
         "schedule": schedule.name,
         "micro_batches": micro_batches,
@@ -266,7 +266,8 @@ def pipeline_row(figures: list[StepFigures], schedule: Schedule, micro_batches: 
         "backward_seconds": seconds[Phase.backward],
         "predicted_seconds": predicted.seconds,
         "formula_seconds": least_seconds(schedule, seconds[Phase.forward], seconds[Phase.backward], micro_batches),
-        "measured_seconds": Sample.of([timeline.seconds for timeline in timelines]),
+        "measured_seconds": Sample.of([one.seconds for one in figures]),
+        "timeline_seconds": Sample.of([timeline.seconds for timeline in timelines]),
         "predicted_over_measured": predicted.seconds / measured,
         "bubble_fraction": statistics.median(timeline.bubble_fraction for timeline in timelines),
         "replayed_bubble_fraction": predicted.bubble_fraction,

@@ -106,7 +106,7 @@ def test_merge_resume_and_what_does_not_fit(killed: Killed, tmp_path: Path) -> N
     settings = settings_of(killed.folder, f"{same} project.local_shards=2")
     assert merge(settings.model, checkpoint, tmp_path / "merged")["kind"] == "transformers"
     same += " project.resume="
-    for step in ("step-00000018", "step-00000016"):
+    for step in ("step-00000016", "step-00000018"):
         settings = settings_of(killed.folder, f"{same}{checkpoint.parent / step} project.local_shards=2")
         result = run_training(settings, Run(tmp_path / step))
         assert result["loss_by_step"] == killed.result["loss_by_step"], "the steps that were taken, and those left"
@@ -193,7 +193,7 @@ def test_ctrl_c_ends_the_trainer_and_its_shards(tmp_path: Path) -> None:
              "project.data.sequence_length=32", "project.data.max_examples=32", "tracking=none"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "split.train", *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
     )  # fmt: skip
     try:
         assert process.stderr is not None
@@ -209,3 +209,48 @@ def test_ctrl_c_ends_the_trainer_and_its_shards(tmp_path: Path) -> None:
         assert not psutil.wait_procs(learners, timeout=10)[1], "nobody is left"
     finally:
         process.kill()
+
+
+@pytest.mark.real
+def test_shards_on_their_own_learn_and_end_with_ctrl_c(tmp_path: Path) -> None:
+    """As on several machines: two processes with a key, a trainer that is told where they listen. Each keeps its part
+    of the checkpoint."""
+    key = tmp_path / "lab.key"
+    key.write_text("ab" * 32 + "\n")
+    key.chmod(0o600)
+    words = ["model=random", f"model.cache_dir={tmp_path}/models", f"network.key_file={key}", "tracking=none"]
+    learners = [learner(tmp_path, *words, f"project.layers={layers}") for layers in ("0:2", "2:4")]
+    try:
+        lines = [json.loads(process.stdout.readline()) for process in learners if process.stdout is not None]
+        addresses = ",".join(f"127.0.0.1:{line['port']}" for line in lines)
+        done = train(
+            tmp_path, *words, f"project.shards=[{addresses}]",
+            "project.steps=3", "project.micro_batches=1", "project.baseline=unsplit",
+            "project.data.sequence_length=32", "project.data.max_examples=16", "project.data.max_held_out=2",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert figures(done.stdout)["largest_loss_difference"] == 0.0
+        for place, process in enumerate(learners, 1):
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=30)
+            result = figures(output)
+            assert (process.returncode, result["role"]) == (0, "learner")
+            parts = Path(result["checkpoints"]).glob("*/step-00000003/*")
+            assert [part.name for part in parts] == [f"shard-{place}"]
+    finally:
+        for process in learners:
+            process.kill()
+
+
+def interruptible() -> None:
+    """In the child: a shell's background job ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def learner(folder: Path, *words: str) -> subprocess.Popen[str]:
+    place = next(word for word in words if word.startswith("project.layers=")).replace(":", "-")
+    return subprocess.Popen(
+        [sys.executable, "-m", "split.learn", *words, "network.port=0", f"hydra.run.dir={folder / place}"],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, preexec_fn=interruptible,
+    )  # fmt: skip
