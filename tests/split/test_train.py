@@ -219,7 +219,7 @@ def test_shards_on_their_own_learn_and_end_with_ctrl_c(tmp_path: Path) -> None:
     key.write_text("ab" * 32 + "\n")
     key.chmod(0o600)
     words = ["model=random", f"model.cache_dir={tmp_path}/models", f"network.key_file={key}", "tracking=none"]
-    learners = [learner(tmp_path, *words, f"project.layers={layers}") for layers in ("0:2", "2:4")]
+    learners = [learner(tmp_path / f"shard-{place}", layers, words) for place, layers in ((1, "0:2"), (2, "2:4"))]
     try:
         lines = [json.loads(process.stdout.readline()) for process in learners if process.stdout is not None]
         addresses = ",".join(f"127.0.0.1:{line['port']}" for line in lines)
@@ -247,10 +247,11 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def learner(folder: Path, *words: str) -> subprocess.Popen[str]:
-    place = next(word for word in words if word.startswith("project.layers=")).replace(":", "-")
+def learner(folder: Path, layers: str, words: list[str]) -> subprocess.Popen[str]:
+    folder.mkdir()
+    own = [f"project.layers={layers}", "network.port=0", f"hydra.run.dir={folder}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "split.learn", *words, "network.port=0", f"hydra.run.dir={folder / place}"],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, preexec_fn=interruptible,
+        [sys.executable, "-m", "split.learn", *words, *own], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=interruptible,
     )  # fmt: skip
