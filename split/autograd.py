@@ -20,8 +20,7 @@ from lab.settings import UserError
 from split.optimizer import MasterAdamW
 from split.trainer import Gradients, Shards, TrainingFault
 from split.training_messages import Apply, Recipe, Step, Train
-from split.transport.rpc import WORKER_THREADS
-from split.transport.training_rpc import RpcTraining
+from split.transport.training_rpc import WORKER_THREADS, RpcTraining
 
 MOST_MICRO_BATCHES = WORKER_THREADS // 2
 """Each may keep a thread of a shard's agent waiting; some must be left to bring it what it waits for."""

@@ -90,7 +90,7 @@ def check_rank(project: ShardProject) -> None:
 
 
 def serve_rank(seat: Member, project: ShardProject, network: NetworkSettings) -> None:
-    """Be a member of a group of torch's RPC until the rank 0 leaves, or Ctrl+C."""
+    """Be a member of a group of torch's RPC until rank 0 leaves, or Ctrl+C."""
     from split.transport.rpc import serve_seat
 
     with _until_told(project):
