@@ -109,7 +109,7 @@ class Text:
         request: What was asked for.
         window: Most guesses that may wait.
         pacing: When a pass begins and how many guesses it takes (mode async).
-        lookup: The verifier's own guesses, for when there are no others; None: none.
+        lookup: The verifier's own guesses, for when there are no others, or fewer that are worth it; None: none.
     """
 
     def __init__(
@@ -132,6 +132,8 @@ class Text:
         """No guess of this epoch is for a place before it; of those that came it is the end."""
         self._asked = False
         """Whether a DRAFT came since the last pass (mode sync)."""
+        self._checks_own = False
+        """Whether the pass under way is over our own guesses."""
         self._judged_at = -math.inf
         """When the last VERDICT went off."""
         if lookup is not None:
@@ -227,13 +229,13 @@ class Text:
         return 0.0 if self.is_ready else math.inf
 
     def guesses(self, most: int) -> list[int]:
-        """What to check in the next pass: at most `most` of the guesses that wait, or else some of our own."""
+        """What to check in the next pass: at most `most` of the guesses that wait, or our own where they are more."""
         most = min(most, self.remaining - 1)
-        if self._guesses:
-            return self._guesses[: self._worth(most)]
-        if self._lookup is None or self.request.mode is not Mode["async"]:
-            return []
-        found = self._lookup.guesses(most)
+        drafted = self._guesses[: self._worth(most)]
+        found = self._lookup.guesses(most) if self._lookup and self.request.mode is Mode["async"] else []
+        self._checks_own = len(found) > len(drafted)
+        if not self._checks_own:
+            return drafted
         self.figures.looked_up += len(found)
         return found
 
@@ -245,8 +247,8 @@ class Text:
         accepted = accepted_length(guesses, chosen, nll, self.request.threshold)
         new = until_end([*guesses[:accepted], chosen[accepted]], end_ids)
         self.session.position = min(self.session.position, self.position + accepted)
-        looked_at = nll[: min(len(new), len(guesses))] if self._guesses else []
-        if guesses and not self._guesses:
+        looked_at = [] if self._checks_own else nll[: min(len(new), len(guesses))]
+        if self._checks_own:
             self.figures.found += min(accepted, len(new))
         return self._grow(new, looked_at, margins[: len(new)], now)
 
