@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import entry
+from lab.bench import missed
 from lab.environment import commit, describe_environment
 from lab.figures import number
 from lab.files import write_whole
@@ -48,9 +49,9 @@ def run(settings: BenchSettings, place: entry.Run) -> dict[str, Any]:
     if failed:
         log.error("%s failed; %s has the others", ", ".join(failed), report)
         raise SystemExit(1)
-    missed = sum(is_missed(row) for benchmark in asked for row in found[benchmark.name]["rows"])
+    rows = [row for benchmark in asked for row in found[benchmark.name]["rows"]]
     names = [benchmark.name for benchmark in asked]
-    return {"report": report, "results": page, "benchmarks": names, "missed": missed}
+    return {"report": report, "results": page, "benchmarks": names, "missed": missed(rows)}
 
 
 def known_figures(folder: Path) -> dict[str, Row]:
@@ -86,7 +87,7 @@ def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) 
 
 def markdown(found: Mapping[str, Row], report: str) -> str:
     """RESULTS.md: what does not hold, then a heading a benchmark, a table a kind of row."""
-    missed = [f"- {name}: {_missed(row)}" for name, done in found.items() for row in done["rows"] if is_missed(row)]
+    short = [f"- {name}: {_missed(row)}" for name, done in found.items() for row in done["rows"] if missed([row])]
     judged = sum("holds" in row for done in found.values() for row in done["rows"])
     lines = [
         "# Results",
@@ -94,8 +95,8 @@ def markdown(found: Mapping[str, Row], report: str) -> str:
         f"Written by `make bench`; every row is in [results/{report}](results/{report}).",
         "A figure with a spread is the median of n readings (smallest – largest).",
         "",
-        f"{judged - len(missed)} of {judged} rows with a target hold{'; these do not:' if missed else '.'}",
-        *(["", *missed] if missed else []),
+        f"{judged - len(short)} of {judged} rows with a target hold{'; these do not:' if short else '.'}",
+        *(["", *short] if short else []),
     ]
     for name, done in found.items():
         lines += ["", f"## {name}", "", f"`{done['command']}`", "", _circumstances(done)]
@@ -104,11 +105,6 @@ def markdown(found: Mapping[str, Row], report: str) -> str:
         for kind in dict.fromkeys(_kind(row) for row in done["rows"]):
             lines += ["", *_table(kind, [row for row in done["rows"] if _kind(row) == kind])]
     return "\n".join(lines) + "\n"
-
-
-def is_missed(row: Row) -> bool:
-    """Whether a row has a target and does not reach it."""
-    return not row.get("holds", True)
 
 
 def _missed(row: Row) -> str:

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import entry
-from lab.bench import write_report
+from lab.bench import missed, write_report
 from lab.environment import commit
 from lab.settings import UserError
 from lab.tracking import Tracker
@@ -85,12 +85,11 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         document = write_report(path, "speculative", rows)
         pictures = draw(place.folder, document["rows"])
         tracker.result({"rows": len(rows)})
-    missed = sum(not row.get("holds", True) for row in rows)
     return {
         "benchmark": "speculative",
         "report": path,
         "pictures": pictures,
-        "missed": missed,
+        "missed": missed(rows),
         "rows": document["rows"],
     }
 

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
     """Measures the parts that are asked for; the rows are the result."""
-    from lab.bench import write_report
+    from lab.bench import missed, write_report
     from lab.tracking import Tracker
     from split import benching
     from split.rig import Rig
@@ -54,8 +54,7 @@ def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
             tracker.log(index, **row)
             rows.append(row)
             write_report(path, "split", [*kept, *rows])  # now: what follows may fail
-    missed = sum(not row["holds"] for row in rows)
-    return {"benchmark": "split", "report": path, "missed": missed, "rows": rows}
+    return {"benchmark": "split", "report": path, "missed": missed(rows), "rows": rows}
 
 
 def _kept(path: Path, parts: Sequence[str]) -> list[Row]:
