@@ -12,6 +12,8 @@ import pytest
 
 from fl.settings import FederatedSettings
 from lab.entry import Run, compose_settings
+from lab.matrix.grid import make_cells, sort_words
+from lab.matrix.settings import MatrixSettings
 from lab.settings import UserError
 from simulations import demo
 from simulations.demo_settings import DemoSettings
@@ -85,7 +87,9 @@ def test_what_make_demo_tells_its_parts_are_words_that_they_know() -> None:
     ]
     for config, words, settings_type in told:
         assert compose_settings(config, shlex.join(words), settings_type).seed == 0
-    assert len(told) == len(fields(project)) - 1, "all but the time limit"
+    words = sort_words(project.matrix)
+    assert len(make_cells(compose_settings("matrix", shlex.join(words.sweep), MatrixSettings).matrix, words)) == 4
+    assert len(told) == len(fields(project)) - 2, "all but the matrix and the time limit"
     with pytest.raises(UserError, match=r"^project.part_timeout_seconds must be greater than 0, got 0.0$"):
         compose_settings("demo", "project.part_timeout_seconds=0", DemoSettings)
 

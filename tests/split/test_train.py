@@ -193,7 +193,7 @@ def test_ctrl_c_ends_the_trainer_and_its_shards(tmp_path: Path) -> None:
              "project.data.sequence_length=32", "project.data.max_examples=32", "tracking=none"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "split.train", *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         assert process.stderr is not None
@@ -242,16 +242,10 @@ def test_shards_on_their_own_learn_and_end_with_ctrl_c(tmp_path: Path) -> None:
             process.kill()
 
 
-def interruptible() -> None:
-    """In the child: a shell's background job ignores SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def learner(folder: Path, layers: str, words: list[str]) -> subprocess.Popen[str]:
     folder.mkdir()
     own = [f"project.layers={layers}", "network.port=0", f"hydra.run.dir={folder}"]
     return subprocess.Popen(
         [sys.executable, "-m", "split.learn", *words, *own], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        preexec_fn=interruptible,
     )  # fmt: skip

@@ -92,7 +92,6 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_behind(tmp_path: Path)
     sweep = subprocess.Popen(
         command(tmp_path, axes, "project.matrix_size=2"), cwd=tmp_path, env=environment(tmp_path),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     wait_for_results(tmp_path / "results" / "matrix", 1)
     while len(started(tmp_path)) < 2:
