@@ -61,19 +61,21 @@ class Rig:
             f"project.cache_limit_bytes={self.project.cache_limit_bytes}",
             f"project.max_connections={MAX_CONNECTIONS}",
         ]
-        self._addresses: dict[int, list[str]] = {}
+        self._addresses: dict[tuple[int, bool], list[str]] = {}
 
     def close(self) -> None:
         """End the shards."""
         self._stack.close()
 
-    def addresses(self, cut: int) -> list[str]:
-        """Two shards, the second of which begins at `cut`; started when they are first asked for."""
-        if cut not in self._addresses:
-            folder = self.folder / f"cut-{cut}"
-            shards = LocalShards(self.ranges(cut), folder, self.project.start_seconds, self._words, pin=True)
-            self._addresses[cut] = [str(address) for address in self._stack.enter_context(shards).addresses]
-        return self._addresses[cut]
+    def addresses(self, cut: int, *, awake: bool = True) -> list[str]:
+        """Two shards, the second of which begins at `cut`; started when they are first asked for. Those that are not
+        awake sleep as soon as a pass is over."""
+        if (cut, awake) not in self._addresses:
+            folder = self.folder / f"cut-{cut}{'' if awake else '-asleep'}"
+            words = self._words if awake else [*self._words, "project.awake_seconds=0"]
+            shards = LocalShards(self.ranges(cut), folder, self.project.start_seconds, words, pin=True)
+            self._addresses[cut, awake] = [str(address) for address in self._stack.enter_context(shards).addresses]
+        return self._addresses[cut, awake]
 
     def ranges(self, cut: int) -> list[range]:
         """The layers of two shards."""
@@ -105,8 +107,9 @@ class Rig:
     @contextmanager
     def linked(self, rtt_seconds: float) -> Iterator[list[str]]:
         """Addresses of two shards for a client beside the first: the second is behind a link for both of them, so that
-        a token crosses it once each way. The link is a process of its own."""
-        one, two = self.addresses(self.project.cut)
+        a token crosses it once each way. The link is a process of its own, on the second shard's core: that of a shard
+        which stays awake would not be free when the delay is over."""
+        one, two = self.addresses(self.project.cut, awake=False)
         delay = rtt_seconds / 2
         words = [
             "network.port=0",
