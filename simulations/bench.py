@@ -108,7 +108,7 @@ def markdown(found: Mapping[str, Row], report: str) -> str:
 
 
 def _missed(row: Row) -> str:
-    known_by = [str(row[key]) for key in _NAMING if row.get(key) is not None]
+    known_by = [str(row[key]) for key in _NAMING if isinstance(row.get(key), str | int | float)]
     return f"{', '.join([_kind(row), *known_by])}: {row['target']}"
 
 
