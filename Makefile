@@ -37,7 +37,7 @@ lint: setup ## style and strict types
 	$(BIN)/mypy
 
 test: setup ## all tests, the real model and real Flower processes included
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 
 soak: setup ## the long fault and fuzz runs
 	$(BIN)/python -m tests.soak
