@@ -162,8 +162,7 @@ class TrainBench:
         }
 
     def adapter(self) -> Row:
-        """Losses of a run on real text beside those of the unsplit run: on ids drawn at random every loss is one of
-        its own, and the last bits of a sum decide what AdamW makes of a gradient of nearly nothing."""
+        """Losses of a run on real text beside those of the unsplit run."""
         words = [word for word in own_words() if word.startswith(("model", "device."))]
         words += [f"project.steps={self._project.adapter_steps}", "project.local_shards=2", "project.baseline=unsplit"]
         done = subprocess.run(
