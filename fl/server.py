@@ -104,11 +104,13 @@ def finish(
     project = settings.project
     how = "central" if project.baseline.name == "central" else f"{project.num_clients} clients"
     title = (
-        f"{settings.model.name} ({settings.model.quantization.name}), {how}, {project.rounds} rounds, commit {commit()}"
+        f"{settings.model.name} ({settings.model.quantization.name}, {settings.model.dtype.name}), {how}, "
+        f"{project.rounds} rounds, commit {commit()}"
     )
     picture = draw_run(states, title, base_bytes(settings.model), place.folder / "federated.png")
     return {
         "model": settings.model.name,
+        "dtype": settings.model.dtype.name,
         "baseline": project.baseline.name,
         "num_clients": project.num_clients,
         **summary(states, index.tensor_bytes, adapter, [picture]),

@@ -6,13 +6,14 @@ from typing import Any
 
 from fl.settings import FederatedSettings, WireDtype
 from lab import entry
-from lab.settings import ArchitectureSettings, Dtype, ModelSettings, UserError
+from lab.settings import ArchitectureSettings, ModelSettings, UserError
 
-DTYPE_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
+CHECKPOINT_NUMBER_BYTES = 2
+"""Such models are published in 16 bits a number, whatever they compute in."""
 
 
 def base_bytes(model: ModelSettings) -> int:
-    """Bytes of the base model's parameters in `model.dtype`, from the numbers of its architecture.
+    """Bytes of the base model as it is published, from the numbers of its architecture.
 
     Linear layers, two norms a layer and a last one, the embedding, and the head unless it is tied to it; Qwen2 has a
     bias on queries, keys and values, Qwen3 a norm (one vector of head_dim) on queries and on keys.
@@ -22,7 +23,7 @@ def base_bytes(model: ModelSettings) -> int:
     layer += (numbers.family == "qwen2") * (numbers.heads + 2 * numbers.kv_heads) * numbers.head_dim
     layer += (numbers.family == "qwen3") * 2 * numbers.head_dim
     embeddings = numbers.vocabulary * numbers.hidden_size * (1 if numbers.tied_embeddings else 2)
-    return (numbers.layers * layer + embeddings + numbers.hidden_size) * DTYPE_BYTES[model.dtype]
+    return (numbers.layers * layer + embeddings + numbers.hidden_size) * CHECKPOINT_NUMBER_BYTES
 
 
 def travelling_bytes(model: ModelSettings, rank: int, dtype: WireDtype) -> int:

@@ -8,6 +8,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -49,16 +50,22 @@ def available() -> list[DeviceName]:
     return [*found, DeviceName.cpu]
 
 
-def open_device(settings: DeviceSettings) -> torch.device:
-    """The device that `settings` ask for, with this process's thread count set; UserError when it is not there."""
+def choose_device(settings: DeviceSettings) -> torch.device:
+    """The device that `settings` ask for; UserError when it is not there."""
     present = available()
     name = present[0] if settings.name is DeviceName.auto else settings.name
     if name not in present:
         names = ", ".join(device.name for device in present)
         raise UserError(f"device.name must be one of auto, {names} on this machine, got {name.name}")
+    return torch.device(name.name)
+
+
+def open_device(settings: DeviceSettings) -> torch.device:
+    """`choose_device`, with this process's thread count set."""
+    device = choose_device(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    return torch.device(name.name)
+    return device
 
 
 def hardware(device: torch.device) -> str:
@@ -74,6 +81,26 @@ def check_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
     if device.type == "mps" and dtype is Dtype.float64:
         raise UserError("model.dtype must be float32, bfloat16 or float16 on mps, got float64")
     return TORCH_DTYPES[dtype]
+
+
+def best_dtype(device: torch.device) -> Dtype:
+    """What `model.dtype=auto` is on this device: bfloat16 where it has instructions for it, else float32."""
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        has = torch.backends.mps.is_macos_or_newer(14, 0)
+    else:
+        has = not lacks_sixteen_bits(device, torch.bfloat16)
+    return Dtype.bfloat16 if has else Dtype.float32
+
+
+def lacks_sixteen_bits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this is a 16-bit dtype that the device, a CPU, computes only number by number."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    mkldnn: Any = torch.ops.mkldnn
+    has = mkldnn._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
+    return not (torch.backends.mkldnn.is_available() and has())
 
 
 def read_memory(device: torch.device) -> Memory:

@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -28,7 +28,7 @@ from rich.logging import RichHandler
 from lab.environment import describe_environment
 from lab.explain import explain
 from lab.files import write_whole
-from lab.settings import LabSettings, UserError, digest, to_plain, to_settings
+from lab.settings import Dtype, LabSettings, UserError, digest, to_plain, to_settings
 from lab.tracking import finite
 
 Settings = TypeVar("Settings", bound=LabSettings)
@@ -63,7 +63,7 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
     def task(config: DictConfig) -> None:
         place = Run(Path(HydraConfig.get().runtime.output_dir).absolute())
         try:
-            settings = to_settings(config, settings_type)
+            settings = settle(config, settings_type)
             finish(run(settings, place), settings, place)
         except UserError as error:  # here and not outside, where Hydra has put a line of its own before ours
             leave(2, str(error))
@@ -82,7 +82,17 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
 
 def compose_settings(config_name: str, overrides: str, settings_type: type[Settings]) -> Settings:
     """Settings for a process that has no command line of its own: a config name and a string of Hydra overrides."""
-    return to_settings(compose_config(config_name, shlex.split(overrides)), settings_type)
+    return settle(compose_config(config_name, shlex.split(overrides)), settings_type)
+
+
+def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
+    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in."""
+    settings = to_settings(config, settings_type)
+    if settings.model.dtype is Dtype.auto:
+        from lab.device import best_dtype, choose_device  # torch, which other settings can do without
+
+        settings.model = replace(settings.model, dtype=best_dtype(choose_device(settings.device)))
+    return settings
 
 
 def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:

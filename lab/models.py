@@ -38,9 +38,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from lab.device import TORCH_DTYPES, check_dtype
+from lab.device import TORCH_DTYPES, check_dtype, lacks_sixteen_bits
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
-from lab.wide_products import lacks_sixteen_bits, widen_products
+from lab.wide_products import widen_products
 
 log = logging.getLogger(__name__)
 

@@ -56,8 +56,13 @@ class ModelSource(Enum):
 
 
 class Dtype(Enum):
-    """Precision in which a model computes; the names are torch's own."""
+    """Precision in which a model computes; the names are torch's own.
 
+    `auto` is bfloat16 where the device has instructions for it, float32 elsewhere; settings that a command runs with
+    have one of the two in its place (`lab.entry`).
+    """
+
+    auto = "auto"
     float64 = "float64"
     float32 = "float32"
     bfloat16 = "bfloat16"

@@ -10,8 +10,6 @@ Only in inference mode: a backward pass would keep the wide blocks.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,15 +33,6 @@ class WideLinear(nn.Linear):
             for block, bias in zip(self.weight.split(rows), biases, strict=False)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-def lacks_sixteen_bits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this is a 16-bit dtype that the device computes only number by number."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    mkldnn: Any = torch.ops.mkldnn
-    has = mkldnn._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
-    return not (torch.backends.mkldnn.is_available() and has())
 
 
 def widen_products(model: nn.Module) -> None:

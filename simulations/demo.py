@@ -46,21 +46,11 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
 
 def show_federated(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """federated: sites fine-tune one adapter together, none of them shows its text."""
-    words = [*FED_SIM, *bearable_dtype(settings), *settings.project.federated, run_folder(folder)]
+    words = [*FED_SIM, *settings.project.federated, run_folder(folder)]
     figures = last_line(words, settings)
     losses = [figures["eval_loss_before"], *figures["eval_loss_by_round"]]
     log.info("held-out loss %s; picture: %s", " -> ".join(f"{loss:.4f}" for loss in losses), figures["plots"][0])
     return figures
-
-
-def bearable_dtype(settings: DemoSettings) -> list[str]:
-    """Without instructions for 16-bit floats a step in bfloat16 takes ten times as long as one in float32."""
-    import torch
-
-    from lab.device import open_device
-    from lab.wide_products import lacks_sixteen_bits
-
-    return ["model.dtype=float32"] if lacks_sixteen_bits(open_device(settings.device), torch.bfloat16) else []
 
 
 def show_speculative(settings: DemoSettings, folder: Path) -> dict[str, Any]:

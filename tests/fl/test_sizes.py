@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fl import sizes
 from fl.settings import FederatedSettings, WireDtype
-from fl.sizes import DTYPE_BYTES, base_bytes, travelling_bytes
+from fl.sizes import base_bytes, travelling_bytes
 from lab.entry import compose_settings
 from lab.lora import lora_config
 from lab.models import load_config
@@ -56,7 +56,7 @@ def test_sizes_are_those_of_a_real_skeleton_these_numbers(model: str) -> None:
     assert travelling_bytes(settings.model, rank, WireDtype.float32) == 4 * adapter
     assert travelling_bytes(settings.model, rank, WireDtype.bfloat16) == 2 * adapter
     assert travelling_bytes(settings.model, 2 * rank, WireDtype.bfloat16) == 4 * adapter
-    assert base_bytes(settings.model) == DTYPE_BYTES[settings.model.dtype] * base
+    assert base_bytes(settings.model) == 2 * base
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "down_proj"]])
@@ -72,7 +72,7 @@ def test_sizes_of_other_families_numbers_and_targets(family: str, tied: bool, ta
     model = replace(settings.model, architecture=numbers, lora_targets=targets)
     adapter, base = counted(replace(settings, model=model), from_numbers(model))
     assert travelling_bytes(model, settings.project.lora.rank, WireDtype.float32) == 4 * adapter
-    assert base_bytes(model) == DTYPE_BYTES[model.dtype] * base
+    assert base_bytes(model) == 2 * base
 
 
 @pytest.mark.parametrize("model", ["random", "smollm2_135m"])
@@ -94,7 +94,7 @@ def test_the_command_says_what_travels_and_what_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, line = command(capsys, "model=llama3_8b", "model.dtype=bfloat16")
+    code, line = command(capsys, "model=llama3_8b")
     figures = json.loads(line)
     assert code == 0
     # q: 8 (4096 + 4096), v: 8 (4096 + 1024), 32 layers, 4 bytes

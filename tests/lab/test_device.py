@@ -62,7 +62,23 @@ def test_float64_needs_another_device_than_mps() -> None:
     with pytest.raises(UserError, match=r"^model.dtype must be float32, .* on mps, got float64$"):
         device.check_dtype(mps, Dtype.float64)
     assert device.check_dtype(mps, Dtype.bfloat16) is torch.bfloat16
-    assert [device.check_dtype(cpu, dtype).itemsize for dtype in Dtype] == [8, 4, 2, 2]
+    named = [dtype for dtype in Dtype if dtype is not Dtype.auto]
+    assert [device.check_dtype(cpu, dtype).itemsize for dtype in named] == [8, 4, 2, 2]
+
+
+@pytest.mark.parametrize(("has", "best"), [(True, Dtype.bfloat16), (False, Dtype.float32)])
+def test_the_best_dtype_has_sixteen_bits_where_the_device_has(
+    has: bool, best: Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has or including_emulation)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: has)
+    monkeypatch.setattr(device, "lacks_sixteen_bits", lambda where, dtype: not has)
+    assert {device.best_dtype(torch.device(name)) for name in ("cuda", "mps", "cpu")} == {best}
+
+
+def test_only_sixteen_bits_of_a_cpu_can_lack() -> None:
+    assert not device.lacks_sixteen_bits(torch.device("cpu"), torch.float32)
+    assert not device.lacks_sixteen_bits(torch.device("meta"), torch.bfloat16)
 
 
 def test_cpu_memory_follows_an_allocation() -> None:

@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 
 from lab import entry
 from lab.doctor import DoctorSettings
-from lab.settings import UserError, digest, to_settings
+from lab.settings import Dtype, UserError, digest, to_settings
 
 Work = Callable[[DoctorSettings, entry.Run], dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +84,21 @@ def test_last_line_is_the_result(
     assert last["settings_digest"] == digest(settings)
     assert last["device"] in ("cpu", "cuda", "mps")
     assert {"commit", "versions", "machine"} <= last.keys()
+
+
+@pytest.mark.parametrize("best", [Dtype.float32, Dtype.bfloat16])
+def test_a_work_sees_the_dtype_that_the_device_chose(best: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lab.device.best_dtype", lambda device: best)
+    seen: list[Dtype] = []
+
+    def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        seen.append(settings.model.dtype)
+        return {}
+
+    assert command(monkeypatch, work, "model.dtype=auto") == 0
+    assert command(monkeypatch, work, "model.dtype=float64") == 0
+    seen.append(entry.compose_settings("doctor", "model.dtype=auto", DoctorSettings).model.dtype)
+    assert seen == [best, Dtype.float64, best]
 
 
 def test_figures_that_json_lacks_do_not_lose_the_run(

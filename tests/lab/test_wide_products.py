@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lab import models, wide_products
+from lab import models
 from lab.device import open_device
 from lab.entry import compose_settings
 from lab.wide_products import WideLinear, widen_products
@@ -62,8 +62,3 @@ def test_models_are_loaded_with_them_where_the_machine_needs_them(lacks: bool, m
     for model in (whole, some):
         kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
         assert kinds == {WideLinear if lacks else nn.Linear}
-
-
-def test_only_sixteen_bits_of_a_cpu_can_lack() -> None:
-    assert not wide_products.lacks_sixteen_bits(torch.device("cpu"), torch.float32)
-    assert not wide_products.lacks_sixteen_bits(torch.device("meta"), torch.bfloat16)

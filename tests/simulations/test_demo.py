@@ -99,11 +99,3 @@ def test_a_part_that_fails_ends_the_demonstration(tmp_path: Path, capfd: pytest.
     with pytest.raises(RuntimeError, match=r"fed_sim\.py project.rounds=0 .* ended with code 2"):
         demo.run(settings, Run(tmp_path / "demo"))
     assert "error: project.rounds must be at least 1, got 0" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(("lacks", "words"), [(True, ["model.dtype=float32"]), (False, [])])
-def test_where_16_bits_are_slow_the_federation_learns_in_float32(
-    lacks: bool, words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lab.wide_products.lacks_sixteen_bits", lambda device, dtype: lacks)
-    assert demo.bearable_dtype(compose_settings("demo", "", DemoSettings)) == words
