@@ -11,11 +11,12 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from lab.network import address_for_peers
 from lab.settings import NetworkSettings, UserError
+from lab.wire import Endpoint, FrameConnection, FrameServer
 
 if TYPE_CHECKING:
     from split.transport.rpc import Member  # some systems lack it
@@ -34,18 +35,16 @@ class ShardProject(Protocol):
 
 
 class Server(Protocol):
-    """What serves a shard over tcp."""
+    """A shard over tcp."""
 
-    async def serve(
-        self,
-        *,
-        host: str,
-        port: int,
-        max_connections: int,
-        tls: ssl.SSLContext | None,
-        announce: Callable[[int], None],
-    ) -> None:
-        """Serve until cancelled; `announce(port)` is called when it listens. Raises `OSError` for a taken address."""
+    endpoint: Endpoint
+
+    def working(self) -> AbstractContextManager[None]:
+        """Its thread works as long as the block lasts, within a running event loop."""
+        ...
+
+    async def handle(self, connection: FrameConnection) -> None:
+        """One connection, until it ends."""
         ...
 
 
@@ -73,14 +72,44 @@ def serve_port(
         address = f"{address_for_peers(network.host)}:{port}"
         print(f"this shard's address in the {peer_role}'s project.shards=[...]: {address}", file=sys.stderr, flush=True)
 
-    serving = server.serve(
-        host=network.host, port=network.port, max_connections=project.max_connections, tls=tls, announce=announce
+    serving = serve(
+        server,
+        host=network.host,
+        port=network.port,
+        max_connections=project.max_connections,
+        tls=tls,
+        announce=announce,
     )
     with _until_told(project):
         try:
             asyncio.run(serving)
         except OSError as error:
             raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
+
+
+async def serve(
+    server: Server,
+    *,
+    host: str,
+    port: int,
+    max_connections: int,
+    tls: ssl.SSLContext | None,
+    announce: Callable[[int], None],
+) -> None:
+    """Serve until cancelled; `announce(port)` is called when it listens. Raises `OSError` for a taken address."""
+    frames = FrameServer(
+        server.endpoint,
+        server.handle,
+        host=host,
+        port=port,
+        max_connections=max_connections,
+        tls=tls,
+        handle_first_protocol=None,
+    )
+    with server.working():
+        async with frames:
+            announce(frames.port)
+            await asyncio.get_running_loop().create_future()
 
 
 def check_rank(project: ShardProject) -> None:

@@ -17,12 +17,12 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lab.device import read_memory
-from lab.wire import BadFrame, Endpoint, FrameConnection, FrameServer, WireError, connect
+from lab.wire import BadFrame, Endpoint, FrameConnection, WireError, connect
 from split.address import Address
 from split.messages import (
     HOP,
@@ -127,31 +127,13 @@ class ShardServer:
         self._awake: asyncio.Task[None] | None = None
         self._under_way = 0
 
-    async def serve(
-        self,
-        *,
-        host: str,
-        port: int,
-        max_connections: int,
-        tls: ssl.SSLContext | None,
-        announce: Callable[[int], None],
-    ) -> None:
-        """Serve until cancelled; `announce(port)` is called when it listens. Raises `OSError` for a taken address."""
-        server = FrameServer(
-            self.endpoint,
-            self.handle,
-            host=host,
-            port=port,
-            max_connections=max_connections,
-            tls=tls,
-            handle_first_protocol=None,
-        )
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Its thread works as long as the block lasts."""
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._work, name="forward").start()
         try:
-            async with server:
-                announce(server.port)
-                await self._loop.create_future()
+            yield
         finally:
             self._jobs.put(None)
 

@@ -7,14 +7,15 @@ ends, the run ends here, and the links with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from lab.wire import BadFrame, Endpoint, Frame, FrameConnection, FrameServer, WireError, connect
+from lab.wire import BadFrame, Endpoint, Frame, FrameConnection, WireError, connect
 from split.address import Address
 from split.messages import Attach, Fault, FaultCode, Join, Welcome
 from split.training_messages import MAX_MICRO_BATCHES, training_type
@@ -60,35 +61,17 @@ class TrainingServer:
         client_tls: ssl.SSLContext | None,
     ) -> None:
         self._stage, self._layers, self._model_layers = stage, layers, model_layers
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._next_addresses, self._client_tls = list(next_addresses), client_tls
         self._instance = secrets.randbits(32)
         self._run: _Run | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stage")
 
-    async def serve(
-        self,
-        *,
-        host: str,
-        port: int,
-        max_connections: int,
-        tls: ssl.SSLContext | None,
-        announce: Callable[[int], None],
-    ) -> None:
-        """Serve until cancelled; `announce(port)` is called when it listens. Raises `OSError` for a taken address."""
-        server = FrameServer(
-            self._endpoint,
-            self.handle,
-            host=host,
-            port=port,
-            max_connections=max_connections,
-            tls=tls,
-            handle_first_protocol=None,
-        )
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Its thread works as long as the block lasts."""
         try:
-            async with server:
-                announce(server.port)
-                await asyncio.get_running_loop().create_future()
+            yield
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -131,7 +114,7 @@ class TrainingServer:
         """Connect to the process that the trainer means. The trainer is told when that cannot be."""
         reasons = []
         for address in [*self._next_addresses, *(Address.parse(text) for text in attach.next)]:
-            ours = replace(self._endpoint, peer_roles=frozenset({self._endpoint.role}))
+            ours = replace(self.endpoint, peer_roles=frozenset({self.endpoint.role}))
             try:
                 link = await connect(address.host, address.port, ours, tls=self._client_tls)
                 _say(link, Join(client=attach.client))

@@ -10,7 +10,7 @@ from typing import Generic, Self, TypeVar
 
 from lab.wire import Deadlines, Endpoint, Limits, MessageTable
 from split.address import Address
-from split.process import Server
+from split.process import Server, serve
 
 MAX_BYTES = 2**22
 """Of a frame."""
@@ -35,7 +35,9 @@ class Listening(Generic[Served]):
         self._loop = asyncio.get_running_loop()
         self.server = self.make_server()
         self._task = self._loop.create_task(
-            self.server.serve(host="127.0.0.1", port=self._port, max_connections=16, tls=None, announce=self._announced)
+            serve(
+                self.server, host="127.0.0.1", port=self._port, max_connections=16, tls=None, announce=self._announced
+            )
         )
         await asyncio.wait([self._task])
 
