@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
+# Test processes share the cores: a thread that spins while it waits for another keeps that one from running, and 4-bit
+# training takes four times as long. OpenMP reads this when torch is loaded, here and in every process that is started.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A shell's background job ignores SIGINT, and so would every process that tests start and interrupt there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
