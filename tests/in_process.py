@@ -18,5 +18,9 @@ def exit_code(main: Callable[[], NoReturn], *words: str) -> int:
             main()
     finally:
         GlobalHydra.instance().clear()
-    assert isinstance(left.value.code, int)
-    return left.value.code
+    code = left.value.code
+    if isinstance(code, str):  # what Python itself makes of a text
+        print(code, file=sys.stderr)
+        return 1
+    assert isinstance(code, int)
+    return code

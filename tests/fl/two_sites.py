@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from fl.partition import client_documents
 from fl.settings import FederatedSettings
 from lab.data import open_source
 from lab.entry import compose_settings
+from simulations import fed_sim
+from tests.in_process import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("alice", "bob")
@@ -25,6 +26,7 @@ OVERRIDES = [
     f"seed={SEED}",
     "project.rounds=2",
     "project.local_steps=3",
+    "project.poll_seconds=0.2",  # each look is a call over TLS, and it is client processes that take the time
     "project.optimization.batch_size=2",
     "project.data.source=jsonl",
     "project.data.sequence_length=64",
@@ -52,8 +54,6 @@ def words(shared: Path) -> list[str]:
 
 
 def simulate(folder: Path) -> None:
-    """The run as a process of its own; `folder` gets its data and becomes its run folder."""
-    command = [sys.executable, "simulations/fed_sim.py", *words(write_data(folder)), f"hydra.run.dir={folder}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    """The run on a Ray worker, commanded from this process; `folder` gets its data and becomes its run folder."""
+    with patch.dict(os.environ, PYTHONPATH=str(ROOT)):
+        assert exit_code(fed_sim.main, *words(write_data(folder)), f"hydra.run.dir={folder}") == 0

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +69,19 @@ def start(
 ) -> Any:
     """The command as a process of a session of its own."""
     command = [sys.executable, *(driver or [str(ROOT / "simulations" / "fed_sim.py")])]
-    environment = os.environ | {
+    arguments = [*command, *overrides, f"hydra.run.dir={folder}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    settings = os.environ | environment(ray_folder, path)
+    return subprocess.Popen(arguments, env=settings, cwd=folder.parent, start_new_session=True, **pipes)  # type: ignore[call-overload]
+
+
+def environment(ray_folder: Path, path: str = "") -> dict[str, str]:
+    return {
         "RAY_TMPDIR": str(ray_folder),
         "RAY_ADDRESS": "127.0.0.1:1",  # a cluster that is not ours to use: a simulation has its own
         "PYTHONPATH": f"{path}{os.pathsep}{ROOT}" if path else str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }
-    arguments = [*command, *overrides, f"hydra.run.dir={folder}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(arguments, env=environment, cwd=folder.parent, start_new_session=True, **pipes)  # type: ignore[call-overload]
 
 
 def run(ray_folder: Path, folder: Path, overrides: Sequence[str], **how: Any) -> Done:
@@ -87,6 +91,21 @@ def run(ray_folder: Path, folder: Path, overrides: Sequence[str], **how: Any) ->
     finally:
         end_session(process.pid)
     return Done(process.returncode, out, err, folder)
+
+
+@pytest.fixture
+def run_here(
+    ray_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """The command in this process, which has its imports already; Ray's processes are as real as ever."""
+    for name, value in environment(ray_folder).items():
+        monkeypatch.setenv(name, value)
+
+    def call(name: str, overrides: Sequence[str]) -> Done:
+        code = exit_code(fed_sim.main, *overrides, f"hydra.run.dir={folder / name}")
+        return Done(code, *capfd.readouterr(), folder / name)
+
+    return call
 
 
 def session_of(leader: int) -> list[psutil.Process]:
@@ -252,10 +271,10 @@ def test_one_worker_that_is_killed_and_no_wandb_change_nothing(
 
 @pytest.mark.real
 def test_when_every_client_fails_one_line_says_why_and_the_last_adapter_is_there(
-    ray_folder: Path, folder: Path
+    run_here: Callable[..., Done], folder: Path
 ) -> None:
     (folder / "bad.jsonl").write_text("not json\n" * 4)
-    done = run(ray_folder, folder / "bad", on_jsonl(folder / "bad.jsonl", 2, "project.workers=1"))
+    done = run_here("bad", on_jsonl(folder / "bad.jsonl", 2, "project.workers=1"))
     assert (done.code, done.out) == (1, "")
     [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: round 1 had no good reply: 1 of 2 clients raised an error")
@@ -300,12 +319,12 @@ def wait_for(path: Path, process: Any) -> None:
 
 
 @pytest.mark.real
-def test_the_real_model_in_nf4_learns(ray_folder: Path, folder: Path) -> None:
+def test_the_real_model_in_nf4_learns(run_here: Callable[..., Done], folder: Path) -> None:
     real = ["model=smollm2_135m", "model.quantization=nf4", "project.optimization.warmup_steps=0"]
-    small = ["project.rounds=1", "project.workers=1", "device.threads=2", "project.data.max_held_out=2"]
+    small = ["project.rounds=1", "project.workers=1", "project.data.max_held_out=2"]
     path = write_dialogues(folder / "real.jsonl", 20)
     overrides = on_jsonl(path, 2, *real, *small)
-    line = run(ray_folder, folder / "real", overrides).last_line
+    line = run_here("real", overrides).last_line
     assert line["model"] == "SmolLM2-135M-Instruct"
     assert line["eval_loss_after"] < line["eval_loss_before"] < 8, "who knows nothing has ln 49152 = 10.8"
     assert line["uplink_bytes_per_client_round"] <= 1.01 * line["adapter_bytes"]
