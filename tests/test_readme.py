@@ -29,7 +29,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 TINY = (
     "model=random model.quantization=none model.dtype=float32 project.rounds=1 project.local_steps=1 tracking=none "
-    "project.data.sequence_length=32 project.data.max_examples=8 project.data.max_held_out=2 project.num_clients=2 "
+    "project.data.sequence_length=128 project.data.max_examples=8 project.data.max_held_out=2 project.num_clients=2 "
     "project.workers=1"
 ).split()
 """Makes a federation take seconds; a command's own words stand before these."""
