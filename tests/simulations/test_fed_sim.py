@@ -29,6 +29,7 @@ from lab.models import prepare_checkpoint
 from simulations import fed_sim
 from tests.federated import CANARY, files_below, leaks, on_jsonl, small_settings, write_dialogues
 from tests.in_process import exit_code
+from tests.shared import made_once
 from tests.wandb_files import held, wandb_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,22 +180,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fed_sim")
 
 
-@pytest.fixture(scope="module")
-def data(folder: Path) -> Path:
+def write_data(path: Path) -> None:
     """Every line holds the canary, but for one line that is none."""
-    path = write_dialogues(folder / "data.jsonl", 60, CANARY)
+    write_dialogues(path, 60, CANARY)
     lines = path.read_text().splitlines()
     longest = max(range(len(lines)), key=lambda number: len(lines[number]))
     lines[longest] = lines[longest][:-1]
     path.write_text("\n".join(lines) + "\n")
-    return path
+
+
+def watch(folder: Path) -> None:
+    """Four clients, of which one cannot read its data; two workers, W&B offline.
+
+    `folder` gets the data, every message (wire), Ray's logs (ray), the run folder, and what the command said.
+    """
+    write_data(folder / "data.jsonl")
+    overrides = on_jsonl(folder / "data.jsonl", 4, "tracking=offline", "project.workers=2")
+    driver = ["-c", CAPTURING, str(folder / "wire")]
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+        done = run(Path(ray_folder), folder / "run", overrides, driver=driver)
+        shutil.copytree(ray_folder, folder / "ray", symlinks=True, ignore=sockets)
+    (folder / "done.json").write_text(json.dumps({"code": done.code, "out": done.out, "err": done.err}))
+
+
+def sockets(folder: str, names: list[str]) -> list[str]:
+    """Those of a folder's files that cannot be copied."""
+    return [name for name in names if Path(folder, name).is_socket()]
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """One simulation for every test process."""
+    folder = made_once(tmp_path_factory, "watched", watch)
+    return Done(**json.loads((folder / "done.json").read_text()), folder=folder / "run")
 
 
 @pytest.fixture(scope="module")
-def watched(ray_folder: Path, folder: Path, data: Path) -> Done:
-    """Four clients, of which one cannot read its data; two workers, W&B offline, every message kept in folder/wire."""
-    overrides = on_jsonl(data, 4, "tracking=offline", "project.workers=2")
-    return run(ray_folder, folder / "watched", overrides, driver=["-c", CAPTURING, str(folder / "wire")])
+def data(watched: Done) -> Path:
+    return watched.folder.parent / "data.jsonl"
 
 
 @pytest.mark.real
@@ -234,16 +257,17 @@ def test_metrics_and_the_offline_run_hold_every_figure_of_the_last_line(watched:
 
 
 @pytest.mark.real
-def test_no_message_no_file_and_no_log_holds_a_clients_text(watched: Done, folder: Path, ray_folder: Path) -> None:
+def test_no_message_no_file_and_no_log_holds_a_clients_text(watched: Done, data: Path) -> None:
     assert watched.code == 0, watched.err
+    folder = watched.folder.parent
     wire = list((folder / "wire").iterdir())
     kinds = {file.name.partition("-")[0] for file in wire}
     assert kinds == {"train", "evaluate"}
     assert len(wire) > 40
-    assert "text" in leaks([(folder / "data.jsonl").read_bytes()])
+    assert "text" in leaks([data.read_bytes()])
     assert not leaks(files_below(folder / "wire", watched.folder))
     assert not leaks([watched.out.encode(), watched.err.encode()])
-    logs = list(files_below(ray_folder))
+    logs = list(files_below(folder / "ray"))
     assert logs, "Ray's own logs were searched"
     assert not leaks(logs)
 
