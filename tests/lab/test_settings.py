@@ -80,7 +80,7 @@ BAD = {
     "model.lora_targets=q_proj": "model.lora_targets must be a list, each text, got 'q_proj'",
     "project.lora=3": "project.lora must be a group of settings (rank, alpha, dropout), got 3",
     # no member of a closed choice
-    "model.dtype=int8": "model.dtype must be one of float64, float32, bfloat16, float16, got 'int8'",
+    "model.dtype=int8": "model.dtype must be one of auto, float64, float32, bfloat16, float16, got 'int8'",
     "model.quantization=int4": "model.quantization must be one of none, nf4, got 'int4'",
     "device.name=gpu": "device.name must be one of auto, cuda, mps, cpu, got 'gpu'",
     "project.partition_by=unit": "project.partition_by must be one of package, iid, got 'unit'",
