@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lab.kv import CacheFull, ExactShape, SlotCache
 from lab.sampling import Sampling, choose, mix64, nll
+from lab.wide_products import pack_products
 
 Want = Literal["last", "all"]
 """`all`: a step for every id given; `last`: only for the last one, so that a long prompt costs the head once."""
@@ -320,6 +321,7 @@ class LocalEngine:
         prefill_chunk: int,
         exact_rows: int | None,
     ) -> None:
+        pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         config = self._model.config.get_text_config(decoder=True)
         longest = getattr(config, "max_position_embeddings", None) or context

@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
+from lab import row_attention
+
 Mask = Tensor | dict[str, Tensor]
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -111,7 +113,7 @@ def masks_are_added(config: PreTrainedConfig) -> bool:
         ValueError: an attention that takes neither.
     """
     attention = config.get_text_config(decoder=True)._attn_implementation
-    if attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", row_attention.NAME, "eager"):
         raise ValueError(f"attn_implementation must be sdpa or eager, got {attention}")
     return bool(attention == "eager")
 

@@ -39,6 +39,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from lab.device import TORCH_DTYPES, check_dtype, lacks_sixteen_bits
+from lab.row_attention import attend_by_row
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
 from lab.wide_products import widen_products
 
@@ -81,6 +82,7 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     model.requires_grad_(False)
     if lacks_sixteen_bits(device, dtype):
         widen_products(model)
+        attend_by_row(model)
     return LoadedModel(model.eval(), load_tokenizer(checkpoint), checkpoint, device)
 
 
@@ -137,6 +139,7 @@ def load_layers(
         model.tie_weights()
     if lacks_sixteen_bits(device, dtype):
         widen_products(model)
+        attend_by_row(model)
     return cast(PreTrainedModel, model.to(device).requires_grad_(False).eval())
 
 

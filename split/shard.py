@@ -24,6 +24,7 @@ from lab.kv import CacheFull, Pass, SlotCache
 from lab.models import load_config, load_layers, model_identity
 from lab.sampling import Sampling
 from lab.settings import ModelSettings, UserError
+from lab.wide_products import pack_products
 from split.adapter import add_adapter
 from split.messages import Piece
 
@@ -95,6 +96,7 @@ class Shard:
     def __init__(
         self, model: PreTrainedModel, layers: range, limits: ShardLimits, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         self._decoder = self._model.get_decoder()
         config: Any = self._model.config
