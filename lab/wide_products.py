@@ -6,10 +6,10 @@ float32 a piece at a time, multiplied by all rows, and the outcome is rounded: w
 anyway, sums in another order.
 
 Where torch has FBGEMM (x86), `PackedLinear`: its product of float32 rows and float16 weights, which widens them in
-registers. SmolLM2's matrices take 28 ms over up to three rows and 46 over nine there, as blocks 46 to 69 and 90, in
-torch's own way 30 over one and 27 for each further. Every row is summed in the same order however many share the pass, so that a guess that is checked says
-bit by bit what a pass of its own had said. It has its weights in a layout of its own: a second copy, beside the pages
-of the checkpoint, which are mapped and which the system can drop.
+registers. SmolLM2's matrices take 28 ms over one to three rows there and 46 over nine; as blocks 46 to 69 and 90; in
+torch's own way 30 over one and 27 for each further. Every row is summed in the same order however many share the pass,
+so that a guess that is checked says bit by bit what a pass of its own had said. It has its weights in a layout of its
+own: a second copy, beside the pages of the checkpoint, which are mapped and which the system can drop.
 
 Elsewhere `WideLinear`: a block of a matrix at a time, where rows share the work.
 
