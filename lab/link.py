@@ -167,6 +167,8 @@ class Link:
         self._stopping = True
         self._wake()
         self._thread.join()
+        for owned in (self._wake_in, self._wake_out):  # not by the thread, which may stop before it is woken
+            owned.close()
 
     def _command(self, do: Callable[[], None]) -> None:
         done = threading.Event()
@@ -191,8 +193,7 @@ class Link:
                 self._wait_for_work(started)
         finally:
             self._reset_all()
-            for owned in (self._listener, self._wake_in, self._wake_out):
-                owned.close()
+            self._listener.close()
 
     def _obey(self, elapsed: float, now: float) -> None:
         """Do what was asked for and what is due."""

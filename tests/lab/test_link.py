@@ -236,6 +236,20 @@ def test_a_target_that_is_not_there(server: EchoServer) -> None:
         assert is_refused(link)
 
 
+def test_a_thread_that_stops_before_it_is_woken(server: EchoServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traffic may wake it first: then it is told to stop when it has."""
+    link = link_to(server, settings())
+    wake = link._wake
+
+    def wake_late() -> None:
+        with contextlib.suppress(ConnectionError), dial(link):
+            link.wait()
+        wake()
+
+    with link:
+        monkeypatch.setattr(link, "_wake", wake_late)
+
+
 def test_a_reset_cut_hits_both_ends_and_new_connections_live(server: EchoServer) -> None:
     with link_to(server, settings()) as link, dial(link) as connection:
         ask(connection)
