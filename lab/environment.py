@@ -25,13 +25,17 @@ def describe_environment() -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str | None:
-    """Commit of the checkout this package runs from, `+` when files differ from it; null when installed without one."""
+    """Commit of the checkout this package runs from, `+` when files differ from it; null when installed without one.
+
+    Reports in `benchmarks/` do not count: a run of several benchmarks writes them on its way.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks")
+        return head + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -55,6 +55,16 @@ def test_changed_files_are_marked_and_new_ones_are_not(checkout: Path) -> None:
     assert environment.commit() == git(checkout, "rev-parse", "HEAD")[:12] + "+"
 
 
+def test_a_report_that_was_written_again_is_no_change(checkout: Path) -> None:
+    page = checkout / "benchmarks" / "RESULTS.md"
+    page.parent.mkdir()
+    page.write_text("old\n")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "--quiet", "--message", "a page", "--no-verify")
+    page.write_text("new\n")
+    assert environment.commit() == git(checkout, "rev-parse", "HEAD")[:12]
+
+
 def test_commit_is_null_without_a_checkout_or_git(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", os.devnull)
     assert environment.commit() is None
