@@ -44,6 +44,7 @@ WORDS = (
 QUICK = ("network.heartbeat_seconds=0.25", "network.dead_after_seconds=1.0")
 """A dead peer is found four times as soon as with the shipped settings."""
 TOKENS_PER_KILL = 20
+ENDS = frozenset({BYTE_EOS})
 LAST_TOKENS = 60
 """Behind the last kill: what is under way by then."""
 DELAY_SECONDS = 0.01
@@ -161,7 +162,9 @@ def kill_at_random(kinds: Sequence[str], seed: int, words: Sequence[str] = ()) -
 
 
 def _one_text(scene: _Scene, generator: random.Random, kinds: Sequence[str], came: Kills) -> list[str]:
-    """Returns what is left: a verifier goes on alone and may have finished the text before its drafter is back."""
+    """Returns what is left: a verifier goes on alone and may have finished the text before its drafter is back, and a
+    long text may end by itself."""
+    scene.mended()
     count = len(kinds) * TOKENS_PER_KILL + LAST_TOKENS
     points = list(zip(sorted(generator.sample(range(1, count - LAST_TOKENS), len(kinds))), kinds, strict=True))
     settings = replace(scene.settings, network=replace(scene.settings.network, port=scene.link.port))
@@ -176,7 +179,7 @@ def _one_text(scene: _Scene, generator: random.Random, kinds: Sequence[str], cam
         drafts = open_drafts(settings, open_device(settings.device), SAMPLING, texts, target.welcome.vocabulary_size)
         before = target.resumes
         watched = _Watched(target)
-        for done in speculate(cast(Target, watched), drafts, request, []):
+        for done in speculate(cast(Target, watched), drafts, request, ENDS):
             if harmed and target.resumes > before:
                 came.resume_seconds.append(max(0.0, time.monotonic() - scene.whole_at))
                 came.found_seconds.append(watched.lost_at - scene.harmed_at)
@@ -189,7 +192,7 @@ def _one_text(scene: _Scene, generator: random.Random, kinds: Sequence[str], cam
                 came.kills[kind] = came.kills.get(kind, 0) + 1
         drafts.close()
         came.resumes += target.resumes
-    came.same_text &= ids == _own_text(scene, prompt, count)
+    came.same_text &= ids == until_end(_own_text(scene, prompt, count), ENDS)
     return [kind for _, kind in points]
 
 
@@ -213,7 +216,7 @@ def _kill_drafter(scene: _Scene, generator: random.Random, came: Kills) -> None:
     came.resumes += 1
     came.resume_seconds.append(result["time_to_first_token_seconds"])
     ids = prompt_ids(load_tokenizer_only(scene.settings.model), prompt, chat=True)
-    came.same_text &= result["token_ids"] == until_end(_own_text(scene, ids, MOST_TOKENS), frozenset({BYTE_EOS}))
+    came.same_text &= result["token_ids"] == until_end(_own_text(scene, ids, MOST_TOKENS), ENDS)
 
 
 def _own_text(scene: _Scene, prompt: Sequence[int], count: int) -> list[int]:
