@@ -27,9 +27,12 @@ def test_workers_are_ended_and_nothing_else_whatever_state_a_process_is_in(monke
         named = psutil.Process.cmdline
         monkeypatch.setattr(psutil.Process, "cmdline", lambda p: [] if p.pid == nameless.pid else named(p))
         done = threading.Event()
-        threading.Timer(0.5, done.set).start()
-        end_workers(done)
-        assert worker.wait(10) != 0
+        ending = threading.Thread(target=end_workers, args=(done,))  # imports Ray, which may take seconds
+        ending.start()
+        assert worker.wait(30) != 0
+        done.set()
+        ending.join(10)
+        assert not ending.is_alive()
         assert (other.poll(), nameless.poll()) == (None, None)
     finally:
         for process in (worker, other, nameless, ended):
