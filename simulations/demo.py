@@ -46,8 +46,7 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
 
 def show_federated(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """federated: sites fine-tune one adapter together, none of them shows its text."""
-    words = [*FED_SIM, *settings.project.federated, run_folder(folder)]
-    figures = last_line(words, settings)
+    figures = last_line([*FED_SIM, *settings.project.federated, run_folder(folder)], settings)
     losses = [figures["eval_loss_before"], *figures["eval_loss_by_round"]]
     log.info("held-out loss %s; picture: %s", " -> ".join(f"{loss:.4f}" for loss in losses), figures["plots"][0])
     return figures

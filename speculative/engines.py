@@ -200,11 +200,13 @@ def _from_model(
 
 def _draft_model(settings: SpeculativeSettings, device: torch.device, target_texts: list[str]) -> PreTrainedModel:
     draft = settings.project.draft
+    words = [f"model={draft.model}", f"device.name={device.type}"]
+    words += [f"model.dtype={draft.dtype.name}"] if draft.dtype else []
     try:
-        model = compose_settings("spec_decoding", f"model={draft.model}", SpeculativeSettings).model
+        model = compose_settings("spec_decoding", " ".join(words), SpeculativeSettings).model
     except UserError as error:
         raise UserError(f"project.draft.{error}") from None
-    model = replace(model, cache_dir=settings.model.cache_dir, dtype=draft.dtype or model.dtype)
+    model = replace(model, cache_dir=settings.model.cache_dir)
     check_same_vocabulary(load_tokenizer_only(model), target_texts, f"project.draft.model {draft.model}")
     return load_model(model, device).model
 

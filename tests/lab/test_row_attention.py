@@ -19,6 +19,9 @@ from lab.settings import ModelSettings
 from speculative.settings import SpeculativeSettings
 
 CPU = torch.device("cpu")
+lacking = pytest.mark.skipif(
+    not lacks_sixteen_bits(CPU, torch.bfloat16), reason="models here use the processor's own instructions for bfloat16"
+)
 TEXT = [number * 37 % 256 for number in range(120)]
 START = 40
 """The bucket of 64 columns ends behind it, and the second one within the longest pass."""
@@ -53,7 +56,7 @@ def _engine(model: Any) -> LocalEngine:
     )
 
 
-@pytest.mark.skipif(not lacks_sixteen_bits(CPU, torch.bfloat16), reason="this processor has instructions for bfloat16")
+@lacking
 def test_a_pass_over_several_rows_says_what_passes_over_one_say(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.load_model(_settings("bfloat16"), CPU).model
     engine = _engine(model)
@@ -64,7 +67,7 @@ def test_a_pass_over_several_rows_says_what_passes_over_one_say(monkeypatch: pyt
     assert not torch.equal(_logits(engine, 5, monkeypatch), _logits(engine, 1, monkeypatch)), "the products do not"
 
 
-@pytest.mark.skipif(not lacks_sixteen_bits(CPU, torch.bfloat16), reason="this processor has instructions for bfloat16")
+@lacking
 def test_a_row_attends_as_if_it_were_alone() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 200, 64, dtype=torch.bfloat16) for heads in (9, 3, 3))

@@ -71,9 +71,15 @@ def start(
     """The command as a process of a session of its own."""
     command = [sys.executable, *(driver or [str(ROOT / "simulations" / "fed_sim.py")])]
     arguments = [*command, *overrides, f"hydra.run.dir={folder}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    settings = os.environ | environment(ray_folder, path)
-    return subprocess.Popen(arguments, env=settings, cwd=folder.parent, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen(
+        arguments,
+        env=os.environ | environment(ray_folder, path),
+        cwd=folder.parent,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def environment(ray_folder: Path, path: str = "") -> dict[str, str]:

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from lab.engine import LocalEngine, SyntheticEngine
+from lab.entry import compose_settings
+from lab.models import load_tokenizer_only
 from lab.sampling import Sampling, mix64
+from lab.settings import Dtype
 from speculative.drafts import (
     Drafts,
     EngineDrafts,
@@ -20,6 +23,9 @@ from speculative.drafts import (
     RecordedDrafts,
     add_noise_to_head,
 )
+from speculative.engines import open_drafts
+from speculative.settings import SpeculativeSettings
+from speculative.vocabulary import token_texts
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import local_engine
 
@@ -190,3 +196,19 @@ def test_a_known_text_is_guessed_as_often_as_was_asked_for() -> None:
         place += accepted + 1
     assert abs(right / checked - 0.8) < 4 * (0.8 * 0.2 / checked) ** 0.5
     assert drafts.propose(1) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "loaded"), [("auto", torch.bfloat16), ("float64", torch.float64), ("null", torch.float32)]
+)
+def test_a_draft_model_has_the_dtype_that_was_asked_for(
+    asked: str, loaded: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lab.device.best_dtype", lambda device: Dtype.bfloat16)
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr("speculative.engines._from_model", lambda model, *rest: seen.append(model.dtype))
+    words = f"model=random project.draft.source=model project.draft.model=random project.draft.dtype={asked}"
+    settings = compose_settings("spec_decoding", words, SpeculativeSettings)
+    texts = token_texts(load_tokenizer_only(settings.model))
+    open_drafts(settings, torch.device("cpu"), Sampling.greedy(), texts, len(texts))
+    assert seen == [loaded]
