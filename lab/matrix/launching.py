@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict
@@ -20,14 +20,15 @@ from lab.matrix.supervisor import Job, Outcome
 
 
 class Supervised:
-    """A job under its supervisor. Closing it ends both."""
+    """A job under its supervisor, which both have `environment`. Closing it ends both."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lab.matrix.supervisor"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=environment,
             start_new_session=True,  # Ctrl+C is for us
         )
         assert self._process.stdin is not None
@@ -54,7 +55,7 @@ class Supervised:
 
 def run_job(job: Job) -> Outcome:
     """One job, from its start to its end."""
-    with closing(Supervised(job)) as supervised:
+    with closing(Supervised(job, os.environ)) as supervised:
         return supervised.outcome()
 
 
@@ -73,6 +74,8 @@ class LocalLauncher:
 
     def __init__(self, at_once: int) -> None:
         self.at_once = at_once
+        self._environment = dict(os.environ)
+        """As it is now, since the threads below start cells while W&B changes ours for the cell that has ended."""
         self._running: set[Supervised] = set()
         self._lock = threading.Lock()
         self._stopped = False
@@ -92,7 +95,7 @@ class LocalLauncher:
         with self._lock:
             if self._stopped:
                 raise CancelledError
-            supervised = Supervised(job)
+            supervised = Supervised(job, self._environment)
             self._running.add(supervised)
         try:
             return supervised.outcome()

@@ -98,7 +98,7 @@ def test_a_supervisor_that_is_left_alone_ends_its_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str | signal.Signals
 ) -> None:
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
-    supervised = Supervised(job(tmp_path, "hang"))
+    supervised = Supervised(job(tmp_path, "hang"), os.environ)
     cell = wait_until_started(tmp_path / "log")
     assert cell.is_running()
     if isinstance(how, signal.Signals):
@@ -131,6 +131,21 @@ def test_the_thread_count_is_that_of_whoever_asked(tmp_path: Path, monkeypatch: 
             **(asdict(job(tmp_path, "ok")) | {"arguments": [sys.executable, "-c", code], "omp_threads": omp_threads})
         )
         assert run_job(asked).figures == {"threads": omp_threads}
+
+
+def test_what_changes_in_the_environment_meanwhile_reaches_no_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sink of a cell that has ended sets variables in this process while the next cells are started."""
+    code = "import json, os, time; time.sleep(0.3); print(json.dumps({'seen': os.environ.get('WANDB_DIR')}))"
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    words = {"arguments": [sys.executable, "-c", code]}
+    jobs = [Job(**(asdict(job(tmp_path / str(index), "ok")) | words)) for index in range(3)]
+    seen = []
+    for _, outcome in LocalLauncher(at_once=1).run(jobs):
+        monkeypatch.setenv("WANDB_DIR", "of the cell that has ended")
+        seen.append(outcome.figures)
+    assert seen == [{"seen": None}] * 3
 
 
 @pytest.mark.parametrize("there", [True, False])
