@@ -27,6 +27,10 @@ class SplitBenchProjectSettings:
     """Tokens of each reading."""
     repeats: int
     """Interleaved readings that count."""
+    added_tokens: int
+    """Tokens of each reading of what a boundary adds: few, and many readings, since memory's own speed changes by more
+    from one second to the next."""
+    added_repeats: int
     rtt_seconds: list[float]
     """Round trips that the link adds between shard 1, shard 2 and the client."""
     prompt_tokens: int
@@ -54,7 +58,7 @@ class SplitBenchProjectSettings:
 
     def __post_init__(self) -> None:
         sizes = ("cut", "new_tokens", "repeats", "prompt_tokens", "prefill_chunk", "context", "speculation_tokens")
-        for name in (*sizes, "draft_length"):
+        for name in (*sizes, "draft_length", "added_tokens", "added_repeats"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(len(self.rtt_seconds) >= 2, "rtt_seconds must name at least two times", self.rtt_seconds)
         require(min(self.rtt_seconds) >= 0, "rtt_seconds must be at least 0", self.rtt_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -56,7 +57,7 @@ def added_rpc(rig: Rig) -> Row:
 
 
 def _added(rig: Rig, name: str, engines: Mapping[str, Engine], most_seconds: float) -> Row:
-    found = _token_seconds(rig, engines)
+    found = _token_seconds(rig, engines, tokens=rig.project.added_tokens, repeats=rig.project.added_repeats)
     over = {other: Sample.of([a - b for a, b in zip(found[name], found[other])]) for other in engines if other != name}
     return judged(
         f"added_{name}",
@@ -357,17 +358,25 @@ def _drafted(rig: Rig, port: int, name: str, words: Sequence[str]) -> dict[str, 
 
 
 def _token_seconds(
-    rig: Rig, engines: Mapping[str, Engine], beside: Mapping[str, Callable[[], None]] | None = None
+    rig: Rig,
+    engines: Mapping[str, Engine],
+    beside: Mapping[str, Callable[[], None]] | None = None,
+    *,
+    tokens: int | None = None,
+    repeats: int | None = None,
 ) -> dict[str, list[float]]:
-    """Median time of a token in each reading, engines in turn; `beside` is done in each turn, too."""
+    """Median time of a token in each reading, engines in turn; `beside` is done in each turn, too. None: the sizes of
+    most parts."""
     sessions = {name: engine.open(rig.prompt(16), Sampling.greedy()) for name, engine in engines.items()}
+
+    def reading(engine: Engine, session: Session) -> float:
+        time.sleep(rig.settings.project.awake_seconds)  # shards of the reading before share no core with this one
+        return statistics.median(_continue(engine, [session], tokens or rig.project.new_tokens)[0])
+
     cases: dict[str, Callable[[], float | None]] = {
-        name: lambda engine=engine, session=sessions[name]: statistics.median(  # type: ignore[misc]
-            _continue(engine, [session], rig.project.new_tokens)[0]
-        )
-        for name, engine in engines.items()
+        name: functools.partial(reading, engine, sessions[name]) for name, engine in engines.items()
     }
-    return interleaved(cases | dict(beside or {}), WARM_UP, rig.project.repeats)
+    return interleaved(cases | dict(beside or {}), WARM_UP, repeats or rig.project.repeats)
 
 
 def _continue(engine: Engine, sessions: Sequence[Session], count: int) -> tuple[list[float], list[list[int]]]:

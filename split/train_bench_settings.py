@@ -24,9 +24,9 @@ class SplitTrainBenchProjectSettings:
     sequence_length: int
     """Tokens of an example."""
     steps: int
-    """That count, of each reading."""
+    """That count, at each number of micro-batches of pipeline."""
     repeats: int
-    """Interleaved readings."""
+    """Interleaved readings of throughput, a step each."""
     adapter_steps: int
     memory_overrides: list[str]
     """The model of the part memory: large against what a process needs besides."""

@@ -14,6 +14,7 @@ import pytest
 SIZES = [
     "project.cut=2", "project.placements=[1,3]", "project.context=256", "project.prompt_tokens=64",
     "project.prefill_chunk=16", "project.repeats=1", "project.new_tokens=3", "project.rtt_seconds=[0.0,0.05]",
+    "project.added_tokens=3", "project.added_repeats=1",
     "project.perplexity_tokens=40", "project.speculation_tokens=40",
     "project.memory_model.hidden_size=1024", "project.memory_model.intermediate_size=2048",
     "project.memory_model.head_dim=64",
