@@ -9,7 +9,8 @@ pipeline    what a replay of the schedule with the measured stage times predicts
 throughput  tokens a second over two shards over those of the whole model on one core, turn by turn
 boundary    bytes that shards sent each other over those of the hidden states and gradients themselves
 memory      peak memory of a shard's process above one with the same imports, over what it has to hold
-adapter     `split.train`, a LoRA adapter on real text, over two shards and unsplit: the largest difference of a loss
+adapter     a LoRA adapter on real text, as `split.train` trains it, over two shards and unsplit: the largest difference
+            of a loss
 
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """

@@ -21,7 +21,7 @@ from lab.bench import Sample, interleaved, pinned, ratio
 from lab.device import open_device
 from lab.entry import compose_settings
 from lab.examples import Batch, Example, collate
-from lab.models import load_config, prepare_checkpoint
+from lab.models import load_config, load_tokenizer_only, prepare_checkpoint
 from lab.training import train_steps
 from split.checkpoint import Manifest
 from split.local_shards import own_words
@@ -30,9 +30,10 @@ from split.settings import TransportKind
 from split.train_bench_settings import SplitTrainBenchSettings
 from split.train_settings import SplitTrainSettings
 from split.trainer import Backward, DistributedTrainer, Shards, StepFigures, split_batch
+from split.training_data import ordered, training_examples
 from split.training_opening import identity_of, open_shards
 from split.training_run import make_recipe
-from split.unsplit import whole_model
+from split.unsplit import train_unsplit, whole_model
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ LEAST_SPEEDUP = 1.5
 MOST_OVERHEAD = 1.01
 MOST_MEMORY = 1.1
 ADAPTER_BAND = 1e-4
-ADAPTER_SECONDS = 1800.0
 Row = dict[str, Any]
 
 
@@ -66,6 +66,7 @@ class TrainBench:
                 cuts=[self._project.cut],
                 pin_cores=True,
                 checkpoint_every=0,
+                steps=self._project.adapter_steps,
                 start_seconds=self._project.start_seconds,
             ),
         )
@@ -163,22 +164,25 @@ class TrainBench:
 
     def adapter(self) -> Row:
         """Losses of a run on real text beside those of the unsplit run."""
-        words = [word for word in own_words() if word.startswith(("model", "device."))]
-        words += [f"project.steps={self._project.adapter_steps}", "project.local_shards=2", "project.baseline=unsplit"]
-        done = subprocess.run(
-            [sys.executable, "-m", "split.train", *words, "tracking=none", f"hydra.run.dir={self._folder / 'adapter'}"],
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=ADAPTER_SECONDS,
-            check=True,
+        project, seed = self._settings.project, self._settings.seed
+        examples = training_examples(project.data, load_tokenizer_only(self._settings.model), seed)
+        trainer = DistributedTrainer(
+            *self._chain,
+            batches=lambda: ordered(examples, project.optimization.batch_size, seed),
+            optimization=project.optimization,
+            schedule=project.schedule,
+            manifest=self._manifest(project.micro_batches, project.steps),
+            checkpoints=self._folder,
+            recovery_seconds=0.0,
         )
-        figures = json.loads(done.stdout.splitlines()[-1])
-        apart = figures["largest_loss_difference"]
+        losses = [trainer.train_step().loss for _ in range(project.steps)]
+        unsplit = train_unsplit(self._settings, make_recipe(self._settings), examples, self._device)
+        apart = max(abs(a - b) for a, b in zip(losses, unsplit, strict=True))
         return {
-            "steps": figures["steps"],
-            "micro_batches": self._settings.project.micro_batches,
-            "first_loss": figures["loss_by_step"][0],
-            "last_loss": figures["loss_by_step"][-1],
+            "steps": project.steps,
+            "micro_batches": project.micro_batches,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
             "largest_difference": apart,
             "target": f"losses within {ADAPTER_BAND:g} at every step",
             "holds": apart <= ADAPTER_BAND,
@@ -201,31 +205,34 @@ class TrainBench:
 
     def _trainer(self, micro_batches: int, schedule: Schedule = Schedule.one_f_one_b) -> DistributedTrainer:
         """A run from its first step; the shards begin anew."""
-        settings, (shards, backward) = self._settings, self._chain
-        manifest = Manifest(
+        optimization = replace(self._settings.project.optimization, batch_size=micro_batches)
+        return DistributedTrainer(
+            *self._chain,
+            batches=lambda: self._batches(micro_batches),
+            optimization=optimization,
+            schedule=schedule,
+            manifest=self._manifest(micro_batches, 10**6),
+            checkpoints=self._folder,
+            recovery_seconds=0.0,
+        )
+
+    def _manifest(self, micro_batches: int, steps: int) -> Manifest:
+        """Of a run that has taken no step."""
+        settings = self._settings
+        return Manifest(
             run="0" * 16,
             step=0,
             model=identity_of(settings.model),
             dtype=settings.model.dtype.name,
-            cuts=[0, *(part.stop for part in shards.transport.layers)],
+            cuts=[0, *(part.stop for part in self._chain[0].transport.layers)],
             digests=[],
             recipe=make_recipe(settings),
             optimization={},
             data={},
-            total_steps=10**6,
+            total_steps=steps,
             micro_batches=micro_batches,
-            seed=0,
+            seed=settings.seed,
             loss_by_step=[],
-        )
-        return DistributedTrainer(
-            shards,
-            backward,
-            batches=lambda: self._batches(micro_batches),
-            optimization=replace(settings.project.optimization, batch_size=micro_batches),
-            schedule=schedule,
-            manifest=manifest,
-            checkpoints=self._folder,
-            recovery_seconds=0.0,
         )
 
 

@@ -94,7 +94,8 @@ def learner(case: Case, settings: ModelSettings, network: NetworkSettings, rank:
     made = stage(settings, layers, Path(settings.cache_dir), load_plain)
     place = Place(name=str(rank), layers=layers, model_layers=4, context=0, fingerprints={"model": "tests"})
     seat = Seat(made, place)
-    seat.detached = case.backward == "detached"
+    if case.backward == "detached":
+        seat.detached, seat.gradient_seconds = True, 0.5  # for what never comes
     serve_seat(seat, rank, len(case.cuts), network)
 
 

@@ -229,7 +229,7 @@ def test_what_the_user_got_wrong_is_one_line(
 @pytest.mark.parametrize(
     ("module", "words", "line"),
     [
-        ("split.serve", ["project.layers=2:9"], "error: layers must be a range within the model's 4 layers"),
+        ("split.serve", ["project.layers=2"], "error: project.layers must be first:last with first < last, got '2'"),
         ("split.infer", ["project.shards=[127.0.0.1:1]", "project.start_seconds=0.2"], "could not be reached"),
         ("split.plan", [f"project.nodes={NO_ROOM}", "model=llama3_70b"], "GB are missing"),
     ],

@@ -213,23 +213,22 @@ def test_ctrl_c_ends_the_trainer_and_its_shards(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_shards_on_their_own_learn_and_end_with_ctrl_c(tmp_path: Path) -> None:
-    """As on several machines: two processes with a key, a trainer that is told where they listen. Each keeps its part
-    of the checkpoint."""
+    """As on several machines: two processes with a key, a trainer that is told where they listen, which is here. Each
+    keeps its part of the checkpoint."""
     key = tmp_path / "lab.key"
     key.write_text("ab" * 32 + "\n")
     key.chmod(0o600)
-    words = ["model=random", f"model.cache_dir={tmp_path}/models", f"network.key_file={key}", "tracking=none"]
+    words = ["model=random", f"model.cache_dir={tmp_path}/models", f"network.key_file={key}", "device.threads=1",
+             "tracking=none"]  # fmt: skip
     learners = [learner(tmp_path / f"shard-{place}", layers, words) for place, layers in ((1, "0:2"), (2, "2:4"))]
     try:
         lines = [json.loads(process.stdout.readline()) for process in learners if process.stdout is not None]
         addresses = ",".join(f"127.0.0.1:{line['port']}" for line in lines)
-        done = train(
-            tmp_path, *words, f"project.shards=[{addresses}]",
-            "project.steps=3", "project.micro_batches=1", "project.baseline=unsplit",
-            "project.data.sequence_length=32", "project.data.max_examples=16", "project.data.max_held_out=2",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert figures(done.stdout)["largest_loss_difference"] == 0.0
+        told = [*words, f"project.shards=[{addresses}]", "project.steps=3", "project.micro_batches=1",
+                "project.baseline=unsplit", "project.data.sequence_length=32", "project.data.max_examples=16",
+                "project.data.max_held_out=2"]  # fmt: skip
+        settings = compose_settings("split_train", " ".join(told), SplitTrainSettings)
+        assert run_training(settings, Run(tmp_path / "run"))["largest_loss_difference"] == 0.0
         for place, process in enumerate(learners, 1):
             process.send_signal(signal.SIGINT)
             output, _ = process.communicate(timeout=30)

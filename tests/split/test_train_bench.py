@@ -37,11 +37,11 @@ def test_a_row_compares_a_step_with_its_replay(schedule: Schedule) -> None:
 
 @pytest.mark.real
 def test_every_part_runs(tmp_path: Path) -> None:
+    large = ["model=random", f"model.cache_dir={tmp_path}/models", "model.architecture.layers=2"]
     words = [
         "model=random", f"model.cache_dir={tmp_path}/models", "project.cut=2", "project.micro_batches=[3]",
         "project.throughput_micro_batches=2", "project.sequence_length=16", "project.steps=1", "project.repeats=1",
-        "project.adapter_steps=3", f'project.memory_overrides=["model=random","model.cache_dir={tmp_path}/models"]',
-        "tracking=none",
+        "project.adapter_steps=3", f"project.memory_overrides={json.dumps(large)}", "tracking=none",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "split.train_bench", *words],
