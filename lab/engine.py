@@ -16,13 +16,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from lab.engine_kind import EngineKind
 from lab.kv import CacheFull, ExactShape, SlotCache
 from lab.sampling import Sampling, choose, mix64, nll
 from lab.wide_products import pack_products
@@ -550,14 +550,6 @@ class SyntheticEngine:
         if mix64(prefix + 2) < self._agreement * 2**64:
             return target
         return (target + 1 + mix64(prefix + 3) % (self.vocabulary_size - 1)) % self.vocabulary_size
-
-
-class EngineKind(Enum):
-    """Which engine stands behind a role; names are what people type."""
-
-    local = "lab.engine:LocalEngine"
-    split = "split.joining:join_shards"
-    synthetic = "lab.engine:SyntheticEngine"
 
 
 def open_engine(kind: EngineKind, *arguments: Any, **options: Any) -> Engine:

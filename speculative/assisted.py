@@ -11,9 +11,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab.bench import pinned
 from lab.device import open_device
 from lab.models import load_layers, load_model
-from speculative.drafter import prompt_ids
 from speculative.rig import VERIFIER_CORE
 from speculative.settings import DraftSource, SpeculativeSettings
+from speculative.speaking import prompt_ids
 
 
 class Assisted:

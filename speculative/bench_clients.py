@@ -18,12 +18,12 @@ from typing import Any
 from lab.bench import Sample, judged, pinned, ratio
 from lab.wire import WireError
 from speculative.bench_rows import ASYNC, Row, plain_row, row_name, synthetic_case
-from speculative.drafter import make_request
 from speculative.drafting import TargetLost
 from speculative.joining import join
 from speculative.remote_target import RemoteTarget
 from speculative.rig import DRAFTER_CORE, Case, Rig
 from speculative.settings import DraftSource, SpeculativeSettings
+from speculative.speaking import make_request
 from speculative.tally import Tally
 
 LEAST_OVER_ONE = 2.5

@@ -25,9 +25,9 @@ from lab.bench import listening
 from lab.models import load_tokenizer_only
 from lab.settings import UserError
 from lab.tracking import Tracker
-from speculative.drafter import draft
 from speculative.drafting import TextRefused
 from speculative.settings import SpeculativeSettings
+from speculative.speaking import draft
 
 START_SECONDS = 300.0
 WARM_UP_TOKENS = 8

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
 from lab import entry
-from lab.device import open_device
-from lab.models import load_tokenizer_only
-from lab.network import is_users_to_mend
-from lab.sampling import Sampling
-from lab.settings import UserError
-from lab.tracking import Tracker
-from lab.wire import WireError
-from speculative.drafting import SYNC_LENGTH, TextFailed, TextRefused, find_flips, speculate
-from speculative.drafts import Drafts, NoDrafts
-from speculative.engines import open_drafts
-from speculative.joining import join
-from speculative.remote_target import RemoteTarget, Ticket
-from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
-from speculative.tally import Tally
-from speculative.terminal import TextStream
-from speculative.text import TextRequest
-from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
-from speculative.vocabulary import token_texts
+from speculative.settings import SpeculativeSettings
 
 log = logging.getLogger(__name__)
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     """One text; the figures of the last line."""
+    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    from lab.network import is_users_to_mend
+    from lab.settings import UserError
+    from lab.wire import WireError
+    from speculative.drafting import TextFailed, TextRefused
+    from speculative.speaking import draft
+
     try:
         return draft(settings, place)
     except TextRefused as error:
@@ -45,133 +29,6 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             raise UserError(str(error)) from None
         log.error("%s", error)
         raise SystemExit(1) from None
-
-
-def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Join the verifier, draft the text, count. Raises `WireError`, `TextRefused`, `TextFailed`, UserError."""
-    project = settings.project
-    device = open_device(settings.device)
-    tokenizer = load_tokenizer_only(settings.model)
-    texts = token_texts(tokenizer)
-    request = make_request(settings, prompt_ids(tokenizer, settings.prompt, project.chat))
-    with Tracker(settings, "drafter", place.folder) as tracker, join(settings, texts) as target:
-        drafts: Drafts = NoDrafts()
-        if request.mode is not Mode.target_only:
-            drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
-        try:
-            name_text(settings.project.resume, target, place.folder / "text.json")
-            tally = speak(target, drafts, request, tokenizer)
-        finally:
-            drafts.close()
-        result = _figures(settings, target, tokenizer, tally)
-        if project.check:
-            flips = find_flips(target, request, tally.token_ids, target.welcome.end_ids)
-            result["flips"] = [asdict(flip) for flip in flips]
-        for index, row in enumerate(tally.rows()):
-            tracker.log(index, **row)
-        tracker.result(result)
-    return result
-
-
-def speak(target: RemoteTarget, drafts: Drafts, request: TextRequest, tokenizer: PreTrainedTokenizerBase) -> Tally:
-    """Draft the whole text, showing it as it is verified."""
-    if request.threshold is not None:
-        log.warning("rule cross_entropy is lossy: this text is not the target's own")
-    stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
-    tally = Tally()
-    for done in speculate(target, drafts, request, target.welcome.end_ids):
-        tally.add(done)
-        stream.show(done)
-    stream.finish()
-    return tally
-
-
-def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
-    """Have the next text be one that another process has opened, or a new one; its name is written to `path`."""
-    try:
-        ticket = Ticket.new() if resume is None else Ticket.read(Path(resume).expanduser())
-    except ValueError as error:
-        raise UserError(f"project.resume {error}") from None
-    ticket.write(path)
-    target.name_next(ticket, again=resume is not None)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
-    """The prompt as the target reads it: through the chat template when there is one and it is wanted."""
-    if not prompt:
-        raise UserError("prompt must not be empty, got ''")
-    if not (chat and tokenizer.chat_template):
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
-
-
-def make_request(settings: SpeculativeSettings, ids: Sequence[int]) -> TextRequest:
-    """What is asked of the target."""
-    project = settings.project
-    sampling = Sampling(seed=settings.seed, temperature=project.temperature, top_k=project.top_k, top_p=project.top_p)
-    return TextRequest(
-        prompt_ids=ids,
-        sampling=sampling,
-        max_new_tokens=project.max_new_tokens,
-        mode=project.mode,
-        draft_length=project.draft.fixed_length,
-        threshold=project.cross_entropy_threshold if project.rule is Rule.cross_entropy else None,
-    )
-
-
-def _figures(
-    settings: SpeculativeSettings, target: RemoteTarget, tokenizer: PreTrainedTokenizerBase, tally: Tally
-) -> dict[str, Any]:
-    project = settings.project
-    ids, figures = tally.token_ids, tally.figures()
-    return {
-        "text": str(tokenizer.decode(ids, skip_special_tokens=True)),
-        "token_ids": ids,
-        **figures,
-        "predicted_tokens_per_second": _predicted(project, target, figures),
-        "rtt_seconds": target.rtt_seconds,
-        "resumes": target.resumes,
-        "bytes_sent": target.bytes_sent,
-        "bytes_received": target.bytes_received,
-        "ended_by": "end_token" if ids[-1] in target.welcome.end_ids else "length",
-        "mode": project.mode,
-        "drafter": "none" if project.mode is Mode.target_only else project.draft.source,
-        "draft_length": project.draft.length,
-        "rule": project.rule,
-        "lossless": project.rule is Rule.exact,
-        "seed": settings.seed,
-        "target": target.welcome.model,
-        "target_dtype": target.welcome.dtype,
-        "flips": None,
-    }
-
-
-def _predicted(project: SpeculativeProjectSettings, target: RemoteTarget, figures: dict[str, Any]) -> float | None:
-    """Tokens per second that theory gives for what was measured; None where something was not."""
-    ended, rtt, draft_step = target.ended, target.rtt_seconds, figures["draft_step_seconds"]
-    if ended is None or not ended.step_seconds:
-        return None
-    if project.mode is Mode.target_only:
-        return 1 / ended.step_seconds
-    if rtt is None or draft_step is None or figures["alpha"] is None:
-        return None
-    speeds = Speeds(
-        step_seconds=ended.step_seconds,
-        row_seconds=ended.row_seconds,
-        draft_step_seconds=draft_step,
-        rtt_seconds=rtt,
-    )
-    if project.mode is Mode.sync:
-        return sync_tokens_per_second(figures["alpha"], project.draft.fixed_length or SYNC_LENGTH, speeds)
-    return predicted_async_tokens_per_second(
-        figures["alpha_by_position"],
-        speeds,
-        longest=target.longest_draft,
-        draft_length=project.draft.fixed_length or None,
-        new_tokens=figures["new_tokens"],
-    )
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.engine import Engine, EngineKind, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
+from lab.engine import Engine, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
+from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
 from lab.kv import CacheFull
 from lab.models import LoadedModel, end_ids_of, load_layers, load_model, load_tokenizer_only

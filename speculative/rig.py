@@ -18,12 +18,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 import conf
 from lab.bench import listening, pinned
 from lab.device import open_device
-from lab.engine import EngineKind
+from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
 from lab.models import load_tokenizer_only
 from lab.wire import encode, pack_tokens
 from speculative.bench_settings import BenchEngine
-from speculative.drafter import make_request, prompt_ids
 from speculative.drafting import Round, speculate
 from speculative.drafts import Drafts, NoDrafts
 from speculative.engines import open_drafts
@@ -31,6 +30,7 @@ from speculative.joining import join
 from speculative.messages import TABLE, Draft, MessageType, Verdict
 from speculative.remote_target import RemoteTarget
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
+from speculative.speaking import make_request, prompt_ids
 from speculative.tally import Tally
 from speculative.theory import Guess, Speeds
 from speculative.vocabulary import token_texts

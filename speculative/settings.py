@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lab.engine import EngineKind
+from lab.engine_kind import EngineKind
 from lab.settings import Dtype, LabSettings, register_project, require
 from speculative.bench_settings import BenchSettings
 

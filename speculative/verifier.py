@@ -7,19 +7,18 @@ import json
 import logging
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
 from lab import entry
-from lab.device import open_device
-from lab.models import load_tokenizer_only
 from lab.network import address_for_peers, listener_tls
 from lab.settings import NetworkSettings
 from lab.tracking import Tracker
-from speculative.engines import OpenTarget, open_target
-from speculative.serving import Served, figures_of, serve
 from speculative.settings import SpeculativeSettings
+
+if TYPE_CHECKING:
+    from speculative.engines import OpenTarget
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +26,12 @@ log = logging.getLogger(__name__)
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     """Serves until Ctrl+C; the figures of the last line."""
     tls = listener_tls(settings.network)  # before a model is loaded for nothing
+    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    from lab.device import open_device
+    from lab.models import load_tokenizer_only
+    from speculative.engines import open_target
+    from speculative.serving import Served, figures_of, serve
+
     target = open_target(settings, open_device(settings.device))
     tokenizer = load_tokenizer_only(settings.model)
     served = Served()

@@ -22,7 +22,6 @@ from lab import engine as engine_module
 from lab import kv as kv_module
 from lab.engine import (
     Engine,
-    EngineKind,
     LocalEngine,
     Request,
     Scored,
@@ -33,6 +32,7 @@ from lab.engine import (
     Want,
     open_engine,
 )
+from lab.engine_kind import EngineKind
 from lab.kv import CacheFull, LayerShape, SlotCache
 from lab.sampling import Sampling
 from tests.random_models import ARCHITECTURES, VOCABULARY, WINDOW, random_model

@@ -24,11 +24,11 @@ from lab.device import open_device
 from lab.entry import compose_settings
 from lab.models import load_model, load_tokenizer_only
 from lab.sampling import Sampling
-from speculative.drafter import prompt_ids
 from speculative.drafting import Flip
 from speculative.drafts import Drafts
 from speculative.engines import open_drafts
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
+from speculative.speaking import prompt_ids
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import (
     TERMS,
