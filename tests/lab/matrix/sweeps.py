@@ -46,10 +46,14 @@ def sweep_here(folder: Path, axes: dict[str, list[Any]], *typed: str, **more: An
     return run_sweep(settings, words, folder / "sweep")
 
 
+def words_of(folder: Path, axes: dict[str, list[Any]], *typed: str, **more: Any) -> list[str]:
+    """The words of a command line."""
+    return [preset(folder, axes, **more), "matrix=fake", "tracking=none", *typed]
+
+
 def command(folder: Path, axes: dict[str, list[Any]], *typed: str, **more: Any) -> list[str]:
-    """The same as a command line."""
-    words = [preset(folder, axes, **more), "matrix=fake", "tracking=none"]
-    return [sys.executable, str(ROOT / "run_matrix.py"), *words, *typed]
+    """The same as a process of its own."""
+    return [sys.executable, str(ROOT / "run_matrix.py"), *words_of(folder, axes, *typed, **more)]
 
 
 def environment(folder: Path) -> dict[str, str]:

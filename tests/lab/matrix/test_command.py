@@ -12,7 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.lab.matrix.sweeps import command, environment, started, sweep_as_command
+from lab.matrix.command import main
+from tests.in_process import exit_code
+from tests.lab.matrix.sweeps import command, environment, started, sweep_as_command, words_of
 from tests.lab.matrix.test_sweep import wait_for_results
 
 MIB = 1 / 1024
@@ -54,12 +56,16 @@ def test_failures_are_results(swept: tuple[Path, dict[str, Any]]) -> None:
 
 
 @pytest.mark.real
-def test_a_sweep_is_drawn_again_and_compared(swept: tuple[Path, dict[str, Any]]) -> None:
+def test_a_sweep_is_drawn_again_and_compared(
+    swept: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, last = swept
+    monkeypatch.chdir(folder)
     sweep = str(Path(last["sweep"]).parent)
     for plot in last["plots"]:
         Path(plot).unlink()
-    again = sweep_as_command(folder, WAYS, f"matrix.plot={sweep}", f"matrix.compare={sweep}")
+    assert exit_code(main, *words_of(folder, WAYS, f"matrix.plot={sweep}", f"matrix.compare={sweep}")) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (again["cells"], again["ok"], again["failed"], again["skipped"]) == (8, 2, 6, 8)
     names = ["speed.png", "speed_ratio.png", "end.png", "end_ratio.png"]
     assert [Path(plot).name for plot in again["plots"]] == names
@@ -67,7 +73,6 @@ def test_a_sweep_is_drawn_again_and_compared(swept: tuple[Path, dict[str, Any]])
     assert len(started(folder)) == 8, "drawing runs nothing"
 
 
-@pytest.mark.real
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -76,13 +81,28 @@ def test_a_sweep_is_drawn_again_and_compared(swept: tuple[Path, dict[str, Any]])
         (["project.matrix_sze=1,2"], "project.matrix_sze must be a setting (did you mean project.matrix_size?)"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(main, *words_of(tmp_path, {"seed": [1]}, *words)) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}")
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.real
+def test_as_a_process_it_ends_with_code_2(tmp_path: Path) -> None:
     done = subprocess.run(
-        command(tmp_path, {"seed": [1]}, *words), cwd=tmp_path, env=environment(tmp_path), capture_output=True,
-        text=True, timeout=120, check=False,
+        command(tmp_path, {"seed": [1]}, "matrix.plot=nowhere"), cwd=tmp_path, env=environment(tmp_path),
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.startswith("error: matrix.plot must be the folder of a sweep")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -96,12 +96,19 @@ def test_figures_are_looked_up_by_dotted_key(key: str, value: object) -> None:
     assert look_up({"a": {"b": 1}, "c": [2, 3]}, key) == value
 
 
-def test_every_preset_names_its_pillars_context_and_batch() -> None:
+@pytest.fixture(scope="module")
+def presets() -> dict[str, list[Cell]]:
+    """Each preset's cells."""
+    files = sorted((ROOT / "conf" / "matrix").glob("*.yaml"))
+    return {file.stem: cells(f"matrix={file.stem}", "model=random") for file in files}
+
+
+def test_every_preset_names_its_pillars_context_and_batch(presets: dict[str, list[Cell]]) -> None:
     """Each composes, and its cells take a context window and a batch size."""
-    for file in sorted((ROOT / "conf" / "matrix").glob("*.yaml")):
-        found = cells(f"matrix={file.stem}", "model=random")
+    assert len(presets) > 4
+    for preset, found in presets.items():
         assert len(found) == 9
-        labels = [sweep_settings(f"matrix={file.stem}").labels[key] for key in found[0].point]
+        labels = [sweep_settings(f"matrix={preset}").labels[key] for key in found[0].point]
         assert labels[0] == "context window (tokens)"
         assert labels[1].startswith("batch size (")
 
@@ -110,22 +117,26 @@ def signatures(*words: str, device: str = "cpu") -> list[str]:
     return [run.signature for run in plan(sweep_settings(*words), cells(*words), device)]
 
 
+TWO = ("model=random", "project.context=128,512", "project.sessions=1")
+"""A grid of two cells."""
+
+
 def test_a_changed_value_changes_the_cells_that_have_it() -> None:
-    before = signatures("model=random")
-    assert len(set(before)) == 9
-    assert signatures("model=random") == before
-    wider = signatures("model=random", "project.context=128,512,2048")
-    assert wider[:6] == before[:6]
-    assert set(wider[6:]).isdisjoint(before)
-    assert set(signatures("model=random", "seed=1")).isdisjoint(before)
-    assert set(signatures("model=random", device="a GPU")).isdisjoint(before)
+    before = signatures(*TWO)
+    assert len(set(before)) == 2
+    assert signatures(*TWO) == before
+    wider = signatures("model=random", "project.context=128,512,2048", "project.sessions=1")
+    assert wider[:2] == before
+    assert set(wider[2:]).isdisjoint(before)
+    assert set(signatures(*TWO, "seed=1")).isdisjoint(before)
+    assert set(signatures(*TWO, device="a GPU")).isdisjoint(before)
 
 
 def test_what_changes_no_figure_changes_no_signature() -> None:
-    before = signatures("model=random")
-    assert signatures("model=random", "tracking=online", "network.port=7", "model.cache_dir=/tmp/x") == before
-    assert signatures("model=random", "matrix.time_limit_seconds=5", "matrix.launcher=ray") == before
-    assert signatures("model=random", "matrix.unsigned=[]") != before, "the list is what leaves them out"
+    before = signatures(*TWO)
+    assert signatures(*TWO, "tracking=online", "network.port=7", "model.cache_dir=/tmp/x") == before
+    assert signatures(*TWO, "matrix.time_limit_seconds=5", "matrix.launcher=ray") == before
+    assert signatures(*TWO, "matrix.unsigned=[]") != before, "the list is what leaves them out"
 
 
 def test_a_changed_file_changes_the_cells_that_name_it(tmp_path: Path) -> None:
@@ -152,10 +163,9 @@ def test_a_changed_file_changes_the_cells_that_name_it(tmp_path: Path) -> None:
     assert signatures(*unread) == before, "it is the list that has them read"
 
 
-def test_the_settings_that_name_files_are_those_that_the_commands_have() -> None:
+def test_the_settings_that_name_files_are_those_that_the_commands_have(presets: dict[str, list[Cell]]) -> None:
     """Each key stands in at least one preset's cells, so that a renamed setting cannot fall out of the list."""
-    presets = [file.stem for file in sorted((ROOT / "conf" / "matrix").glob("*.yaml"))]
-    settings = [cells(f"matrix={preset}")[0].settings for preset in presets]
+    settings = [found[0].settings for found in presets.values()]
     for key in sweep_settings().contents:
         group, _, name = key.rpartition(".")
         assert any(name in (look_up(one, group) or {}) for one in settings), key

@@ -14,7 +14,7 @@ import pytest
 from lab.matrix.results import Result
 from lab.matrix.sweep import seconds_left
 from lab.tracking import Wandb
-from tests.lab.matrix.sweeps import command, environment, started, sweep_as_command, sweep_here
+from tests.lab.matrix.sweeps import command, environment, started, sweep_here
 
 SIZES: dict[str, list[Any]] = {"project.matrix_size": [1, 2, 3]}
 
@@ -149,9 +149,9 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(tmp_path: Path) -> No
         assert len(kept) >= count
         sizes = {json.loads(content)["point"]["project.matrix_size"] for content in kept.values()}
         cut_off |= {int(line.split()[1]) for line in started(tmp_path)} - sizes
-    last = sweep_as_command(tmp_path, axes)
-    assert (last["cells"], last["ok"], last["failed"]) == (12, 12, 0)
-    assert last["skipped"] >= len(kept)
+    last = sweep_here(tmp_path, axes, f"matrix.results={cells}")
+    assert [result["status"] for result in last.document["results"]] == ["ok"] * 12
+    assert last.skipped >= len(kept)
     assert all(file.read_bytes() == content for file, content in kept.items())
     assert len(started(tmp_path)) <= 12 + 2, "at most the one cell that each kill cut off runs again"
     for content in kept.values():
