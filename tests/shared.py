@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that whoever asks first fills; the others wait for it. One that was not finished is `make`'s own error.
 
     pytest-xdist's workers are processes, whose temporary folders lie below that of the whole run.

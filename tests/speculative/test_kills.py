@@ -14,7 +14,9 @@ from lab.entry import compose_settings
 from lab.models import load_model
 from lab.sampling import Sampling
 from lab.settings import UserError
+from speculative import drafter
 from speculative.settings import SpeculativeSettings
+from tests.in_process import exit_code
 from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.kills import KINDS, QUICK, kill_at_random
 from tests.speculative.processes import END_SECONDS, RANDOM, Role, drafted, drafter_process
@@ -35,8 +37,9 @@ def test_a_text_survives_whatever_is_taken_away() -> None:
 
 
 def test_a_drafter_that_was_killed_is_started_again_and_finds_its_text_further_on(
-    random_verifier: Role, tmp_path: Path
+    random_verifier: Role, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Who does not have its run folder is not given the text."""
     words = (*LONG, f"network.port={random_verifier.port}", f"prompt={PROMPT}")
     process = drafter_process(*words, folder=tmp_path / "first")
     assert process.stdout is not None
@@ -45,6 +48,17 @@ def test_a_drafter_that_was_killed_is_started_again_and_finds_its_text_further_o
     process.communicate(timeout=END_SECONDS)
     kept = tmp_path / "first" / "text.json"
     assert kept.stat().st_mode & 0o777 == 0o600
+
+    name = json.loads(kept.read_text())["name"]
+    stolen = tmp_path / "stolen.json"
+    stolen.write_text(json.dumps({"name": name, "owner": "00" * 16}))
+    thief = (*words, f"project.resume={stolen}", f"hydra.run.dir={tmp_path}/thief")
+    assert exit_code(drafter.main, *thief) == 2
+    assert capsys.readouterr() == ("", f"error: text {name} must be resumed by who opened it\n")
+    stolen.write_text("{}")
+    with pytest.raises(UserError, match=r"project\.resume must be the text\.json of a drafter's run folder, got "):
+        drafted(random_verifier.port, (*LONG, f"project.resume={stolen}"), tmp_path / "thief")
+
     result = drafted(random_verifier.port, (*LONG, f"project.resume={kept}"), tmp_path / "second")
     settings = compose_settings("spec_decoding", " ".join(LONG), SpeculativeSettings)
     loaded = load_model(settings.model, open_device(settings.device))
@@ -52,22 +66,3 @@ def test_a_drafter_that_was_killed_is_started_again_and_finds_its_text_further_o
     sampling = Sampling(seed=7, temperature=1.0, top_k=0, top_p=1.0)
     whole = decoded_alone(local_engine(loaded.model, 1, context=1024), ids, sampling, 600)
     assert result["token_ids"] == whole[: result["new_tokens"]]
-
-
-def test_another_ones_text_is_not_given_away(random_verifier: Role, tmp_path: Path) -> None:
-    words = (*LONG, f"network.port={random_verifier.port}", f"prompt={PROMPT}")
-    process = drafter_process(*words, folder=tmp_path / "owner")
-    assert process.stdout is not None
-    assert process.stdout.read(3)
-    kept = json.loads((tmp_path / "owner" / "text.json").read_text())
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=END_SECONDS)
-    stolen = tmp_path / "stolen.json"
-    stolen.write_text(json.dumps({"name": kept["name"], "owner": "00" * 16}))
-    thief = drafter_process(*words, f"project.resume={stolen}", folder=tmp_path / "thief")
-    out, errors = thief.communicate(timeout=END_SECONDS)
-    assert (thief.returncode, out) == (2, "")
-    assert errors == f"error: text {kept['name']} must be resumed by who opened it\n"
-    stolen.write_text("{}")
-    with pytest.raises(UserError, match=r"project\.resume must be the text\.json of a drafter's run folder, got "):
-        drafted(random_verifier.port, (*LONG, f"project.resume={stolen}"), tmp_path / "thief")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -21,7 +22,7 @@ import torch
 
 from lab.device import open_device
 from lab.entry import Run, compose_settings
-from lab.models import BYTE_EOS, load_model, load_tokenizer_only
+from lab.models import BYTE_EOS, LoadedModel, load_model
 from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.wire import PeerGone
@@ -54,10 +55,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@functools.cache
+def _settings() -> SpeculativeSettings:
+    return compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings)
+
+
+@functools.cache
+def _target() -> LoadedModel:
+    return load_model(_settings().model, open_device(_settings().device))
+
+
 def _own_text(prompt: str, sampling: Sampling, count: int) -> list[int]:
     """The target's text by a loop of our own, without any verifier."""
-    settings = compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings)
-    loaded = load_model(settings.model, open_device(settings.device))
+    loaded = _target()
     ids = list(loaded.tokenizer(prompt)["input_ids"])
     return until_end(decoded_alone(local_engine(loaded.model, sessions=1), ids, sampling, count), frozenset({BYTE_EOS}))
 
@@ -121,19 +131,20 @@ def test_the_same_without_wandb(random_verifier: Role, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def _joined(port: int, *words: str) -> RemoteTarget:
-    overrides = " ".join((*RANDOM, f"network.port={port}", *words))
-    settings = compose_settings("spec_decoding", overrides, SpeculativeSettings)
-    return join(settings, token_texts(load_tokenizer_only(settings.model)))
+def _joined(port: int, resume_seconds: float | None = None) -> RemoteTarget:
+    settings = replace(_settings(), network=replace(_settings().network, port=port))
+    if resume_seconds is not None:
+        settings = replace(settings, project=replace(settings.project, resume_seconds=resume_seconds))
+    return join(settings, token_texts(_target().tokenizer))
 
 
 @pytest.mark.parametrize("source", ["random", "ngram"])
 @pytest.mark.parametrize("mode", [Mode.sync, Mode["async"]], ids=lambda mode: mode.name)
 def test_drafters_at_once_each_get_their_own_text(random_verifier: Role, source: str, mode: Mode) -> None:
-    tokenizer = load_tokenizer_only(compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings).model)
+    tokenizer = _target().tokenizer
     prompts = [f"text number {number}: " + "ab" * number for number in range(8)]
     samplings = [Sampling(seed=number, temperature=1.0, top_k=0, top_p=1.0) for number in range(8)]
-    targets = [_joined(random_verifier.port) for _ in prompts]  # composing settings is not for several threads
+    targets = [_joined(random_verifier.port) for _ in prompts]
 
     def draft(number: int) -> list[int]:
         asked = request(list(tokenizer(prompts[number])["input_ids"]), 30, samplings[number], mode, length=number + 1)
@@ -225,7 +236,7 @@ def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
 
 
 def test_a_verifier_that_is_killed_is_noticed_at_once() -> None:
-    with verifier(*RANDOM) as running, _joined(running.port, "project.resume_seconds=0") as target:
+    with verifier(*RANDOM) as running, _joined(running.port, resume_seconds=0.0) as target:
         rounds = speculate(target, RandomDrafts(1, 256), request([1, 2, 3], 900, Sampling.greedy()), [])
         next(rounds)
         running.process.kill()
@@ -242,8 +253,7 @@ def test_a_drafter_that_misheard_asks_for_the_text_again_once(
     """The fifth VERDICT, or each from there on, arrives with another id than was sent."""
     sampling = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
     with _joined(random_verifier.port) as target:
-        tokenizer = load_tokenizer_only(compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings).model)
-        prompt = list(tokenizer(PROMPT)["input_ids"])
+        prompt = list(_target().tokenizer(PROMPT)["input_ids"])
         heard = 0
         listen = target.next
 
