@@ -5,7 +5,8 @@ are fewer; of two neighbours in a chain only one computes). Readings are interle
 row says what it is to show (`target`) and whether it does (`holds`); the last line counts those that do not (`missed`).
 
 added_tcp    a token's time over two shards less that of the whole model: what the one boundary costs; also less that
-             of the same two slices in this process, without a network
+             of the same two slices in this process, without a network, on one core and on a core each: a core that has
+             waited for the other computes more slowly at first
 added_rpc    the same over torch.distributed.rpc
 link         token time against the round trip of a link with 1 -> 2 and 2 -> client in it; the slope, in round trips
 prefill      the prompt in chunks that overlap on the shards, over the prompt in one pass

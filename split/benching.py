@@ -27,7 +27,7 @@ from split.local_shards import LocalShards
 from split.opening import ranges
 from split.plan import architecture_of
 from split.planning import Node, Work, make_plan_with_cuts
-from split.rig import Rig
+from split.rig import OnCore, Rig
 from split.settings import SplitSettings
 from split.stage import Stage
 from split.times import take_apart
@@ -46,7 +46,13 @@ PING_ROUNDS = 200
 def added_tcp(rig: Rig) -> Row:
     """A token's time over two shards less that of the whole model: there is one boundary."""
     with rig.tcp() as engine:
-        engines: dict[str, Engine] = {"tcp": engine, "inproc": rig.inproc(rig.stages()), "whole": rig.whole()}
+        on_cores = [OnCore(stage, core) for core, stage in enumerate(rig.stages())]
+        engines: dict[str, Engine] = {
+            "tcp": engine,
+            "two_cores": rig.inproc(on_cores),
+            "inproc": rig.inproc(rig.stages()),
+            "whole": rig.whole(),
+        }
         return _added(rig, "tcp", engines, ADDED_TCP_SECONDS)
 
 

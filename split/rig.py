@@ -6,7 +6,7 @@ This process holds the whole model for comparison; it stays on the first shard's
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +25,24 @@ from split.opening import free_port, load_stage, model_layers, ranges
 from split.settings import SplitSettings
 from split.sharded_model import ShardedModel
 from split.stage import Stage
-from split.transport.base import Transport
+from split.transport.base import Message, Transport
 from split.transport.inproc import InProcess
 
 LINK_BUFFER_BYTES = 2**24
 MAX_CONNECTIONS = 64
+
+
+class OnCore(Stage):
+    """A stage that works on a core of its own, as a shard's process does: one thread goes from core to core."""
+
+    def __init__(self, stage: Stage, core: int) -> None:
+        super().__init__(stage.shard, stage.boundary)
+        self._core = core
+
+    def take(self, client: Hashable, message: Message) -> Message | None:
+        """See `Stage.take`."""
+        with pinned(self._core):
+            return super().take(client, message)
 
 
 class Rig:
