@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from lab.entry import compose_settings
 from lab.kv import CacheFull
 from lab.models import LoadedModel, end_ids_of, load_layers, load_model, load_tokenizer_only
 from lab.sampling import Sampling
-from lab.settings import ModelSettings, UserError
+from lab.settings import Dtype, ModelSettings, UserError
 from speculative.drafts import (
     Drafts,
     EngineDrafts,
@@ -201,15 +202,21 @@ def _from_model(
 
 def _draft_model(settings: SpeculativeSettings, device: torch.device, target_texts: list[str]) -> PreTrainedModel:
     draft = settings.project.draft
-    words = [f"model={draft.model}", f"device.name={device.type}"]
-    words += [f"model.dtype={draft.dtype.name}"] if draft.dtype else []
     try:
-        model = compose_settings("spec_decoding", " ".join(words), SpeculativeSettings).model
+        model = _settings_of_model(str(draft.model), draft.dtype, device.type)
     except UserError as error:
         raise UserError(f"project.draft.{error}") from None
     model = replace(model, cache_dir=settings.model.cache_dir)
     check_same_vocabulary(load_tokenizer_only(model), target_texts, f"project.draft.model {draft.model}")
     return load_model(model, device).model
+
+
+@functools.cache
+def _settings_of_model(name: str, dtype: Dtype | None, device: str) -> ModelSettings:
+    """Composed once: benchmarks and proofs open the same drafter again and again."""
+    words = [f"model={name}", f"device.name={device}"]
+    words += [f"model.dtype={dtype.name}"] if dtype else []
+    return compose_settings("spec_decoding", " ".join(words), SpeculativeSettings).model
 
 
 def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list[str], whose: str) -> None:
