@@ -28,14 +28,13 @@ from flwr.supercore.run import Run
 from fl.checkpoint import latest_adapter
 from fl.client_app import make_client_app
 from fl.partition import client_documents
-from fl.server import serve
+from fl.server import first_adapter, serve
 from fl.server_app import make_server_app
 from fl.settings import FederatedSettings
 from fl.strategy import NodesMissing, RoundFailed
 from lab import entry
 from lab.data import open_source
 from lab.device import check_dtype, open_device
-from lab.lora import fresh_adapter
 from lab.models import quantization_config
 
 log = logging.getLogger(__name__)
@@ -83,12 +82,12 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def check(settings: FederatedSettings) -> None:
-    """UserError now for what every client would run into later: data, model, adapter, device."""
+    """UserError now for what clients or server would run into later: data, model, adapter, device."""
     project = settings.project
     client_documents(open_source(project.data), 0, project.num_clients, project.partition_by, settings.seed)
     device = open_device(settings.device)
     quantization_config(settings.model, device, check_dtype(device, settings.model.dtype))
-    fresh_adapter(settings.model, project.lora, settings.seed)
+    first_adapter(settings)
 
 
 def last_words(error: RoundFailed | NodesMissing, place: entry.Run) -> str:
