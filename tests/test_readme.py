@@ -29,10 +29,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 SMALL = (
     "project.rounds=1 project.local_steps=2 project.optimization.warmup_steps=0 project.data.sequence_length=64 "
-    "project.data.max_examples=8 project.data.max_held_out=2 project.num_clients=2 project.workers=1 tracking=none"
+    "project.data.max_examples=8 project.data.max_held_out=2 project.num_clients=2 project.workers=1 tracking=none "
+    "model.dtype=float32"
 ).split()
 """Makes a federation take seconds; a command's own words stand before these."""
-TINY = [*SMALL, "model=random", "model.quantization=none", "model.dtype=float32"]
+TINY = [*SMALL, "model=random", "model.quantization=none"]
 ONE_FILE = ["project.data.source=jsonl", "project.data.path=my.jsonl", "project.baseline=central"]
 """For those that are not the first: a process, Ray and the default data were seen to work by then."""
 
