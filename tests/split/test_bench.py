@@ -55,7 +55,7 @@ def _rows(folder: Path) -> dict[str, dict[str, Any]]:
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.strip().splitlines()[-1])

@@ -230,11 +230,12 @@ def test_what_the_user_got_wrong_is_one_line(
     ("module", "words", "line"),
     [
         ("split.serve", ["project.layers=2"], "error: project.layers must be first:last with first < last, got '2'"),
-        ("split.infer", ["project.shards=[127.0.0.1:1]", "project.start_seconds=0.2"], "could not be reached"),
+        ("split.infer", ["project.shards=[nowhere]"], "error: project.shards must hold host:port, got 'nowhere'"),
         ("split.plan", [f"project.nodes={NO_ROOM}", "model=llama3_70b"], "GB are missing"),
     ],
 )
 def test_as_a_process_it_ends_with_code_2(module: str, words: list[str], line: str, cache: str, tmp_path: Path) -> None:
+    """By words that are found wrong before anything is loaded: what is found later is above."""
     model = [] if module == "split.plan" else ["model=random"]
     done = subprocess.run(
         [sys.executable, "-m", module, cache, "tracking=none", "prompt=Hello", *model, *words],
