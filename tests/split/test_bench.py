@@ -28,6 +28,7 @@ PARTS = (
 
 
 @pytest.mark.real
+@pytest.mark.timeout(600)
 def test_every_part_runs(tmp_path: Path) -> None:
     """One run, whose parts share their shards."""
     rows = _rows(tmp_path)
@@ -55,7 +56,7 @@ def _rows(folder: Path) -> dict[str, dict[str, Any]]:
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
     )
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.strip().splitlines()[-1])
