@@ -8,7 +8,7 @@ import logging
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle, islice, product
@@ -166,15 +166,9 @@ class TrainBench:
         """Losses of a run on real text beside those of the unsplit run."""
         project, seed = self._settings.project, self._settings.seed
         examples = training_examples(project.data, load_tokenizer_only(self._settings.model), seed)
-        trainer = DistributedTrainer(
-            *self._chain,
-            batches=lambda: ordered(examples, project.optimization.batch_size, seed),
-            optimization=project.optimization,
-            schedule=project.schedule,
-            manifest=self._manifest(project.micro_batches, project.steps),
-            checkpoints=self._folder,
-            recovery_seconds=0.0,
-        )
+        size = project.optimization.batch_size
+        manifest = self._manifest(project.micro_batches, project.steps)
+        trainer = self._run(lambda: ordered(examples, size, seed), size, project.schedule, manifest)
         losses = [trainer.train_step().loss for _ in range(project.steps)]
         unsplit = train_unsplit(self._settings, make_recipe(self._settings), examples, self._device)
         apart = max(abs(a - b) for a, b in zip(losses, unsplit, strict=True))
@@ -205,13 +199,19 @@ class TrainBench:
 
     def _trainer(self, micro_batches: int, schedule: Schedule = Schedule.one_f_one_b) -> DistributedTrainer:
         """A run from its first step; the shards begin anew."""
-        optimization = replace(self._settings.project.optimization, batch_size=micro_batches)
+        manifest = self._manifest(micro_batches, 10**6)
+        return self._run(lambda: self._batches(micro_batches), micro_batches, schedule, manifest)
+
+    def _run(
+        self, batches: Callable[[], Iterator[Batch]], batch_size: int, schedule: Schedule, manifest: Manifest
+    ) -> DistributedTrainer:
+        """Over the shards that every part has."""
         return DistributedTrainer(
             *self._chain,
-            batches=lambda: self._batches(micro_batches),
-            optimization=optimization,
+            batches=batches,
+            optimization=replace(self._settings.project.optimization, batch_size=batch_size),
             schedule=schedule,
-            manifest=self._manifest(micro_batches, 10**6),
+            manifest=manifest,
             checkpoints=self._folder,
             recovery_seconds=0.0,
         )

@@ -136,7 +136,8 @@ def test_the_thread_count_is_that_of_whoever_asked(tmp_path: Path, monkeypatch: 
 def test_what_changes_in_the_environment_meanwhile_reaches_no_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sink of a cell that has ended sets variables in this process while the next cells are started."""
+    """A sink of a cell that has ended sets variables in this process while the next cells are started. Each lasts long
+    enough that ours change before the third one starts."""
     code = "import json, os, time; time.sleep(0.3); print(json.dumps({'seen': os.environ.get('WANDB_DIR')}))"
     monkeypatch.delenv("WANDB_DIR", raising=False)
     words = {"arguments": [sys.executable, "-c", code]}
