@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.split.benchmark import rows_of
 
 SIZES = [
     "project.cut=2", "project.placements=[1,2]", "project.context=256", "project.prompt_tokens=64",
@@ -50,18 +49,8 @@ def test_every_part_runs(tmp_path: Path) -> None:
 
 def _rows(folder: Path) -> dict[str, dict[str, Any]]:
     words = ["model=random", f"model.cache_dir={folder}/models", "tracking=none", *SIZES]
-    done = subprocess.run(
-        [sys.executable, "-m", "split.bench", *words, f"project.parts=[{','.join(PARTS)}]", "project.report=all.json"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=560,
-    )
-    assert done.returncode == 0, done.stderr
-    last = json.loads(done.stdout.strip().splitlines()[-1])
-    rows = {row["row"]: row for row in last["rows"]}
-    assert last["missed"] == [row["holds"] for row in rows.values()].count(False)
+    words += [f"project.parts=[{','.join(PARTS)}]", "project.report=all.json"]
+    rows = rows_of("split.bench", words, folder, seconds=560)
     assert tuple(rows) == PARTS
     assert {row["row"] for row in json.loads((folder / "all.json").read_text())["rows"]} >= set(PARTS)
     assert all(row["target"] and row["holds"] in (True, False) for row in rows.values())

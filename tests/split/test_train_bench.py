@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import pytest
 from split.schedule import Operation, Phase, Schedule, Span, Timeline, operations, replay
 from split.train_benching import pipeline_row
 from split.trainer import StepFigures
+from tests.split.benchmark import rows_of
 
 
 def figures(timeline: Timeline) -> StepFigures:
@@ -43,18 +41,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
         "project.throughput_micro_batches=2", "project.sequence_length=16", "project.steps=1", "project.repeats=1",
         "project.adapter_steps=3", f"project.memory_overrides={json.dumps(large)}", "tracking=none",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "split.train_bench", *words],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.strip().splitlines()[-1])
-    rows = {row["row"]: row for row in result["rows"]}
-    assert result["missed"] == sum(not row["holds"] for row in result["rows"])
+    rows = rows_of("split.train_bench", words, tmp_path, seconds=280)
     assert set(rows) == {"pipeline", "throughput", "boundary", "memory", "adapter"}
     assert rows["adapter"]["holds"], rows["adapter"]
     assert rows["boundary"]["sent_over_payload"] > 1
