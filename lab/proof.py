@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,7 +186,9 @@ def _try_engine(model: PreTrainedModel) -> None:
     )
     texts = [_ids(length, seed) for seed, length in enumerate((3, most - 30, most - 21))]
     sessions = [local.open([], Sampling.greedy()) for _ in texts]
-    local.extend([(session, text) for session, text in zip(sessions, texts, strict=True)], "last")
+    first = local.extend([(session, text) for session, text in zip(sessions, texts, strict=True)], "last")
+    for text, step in zip(texts, first, strict=True):
+        _compare_with_plain(model, text, 1, step.next_ids, [])
     for turn in range(4):
         if turn == 1:  # a slot that held a longer text
             sessions[2].close()
@@ -210,8 +213,8 @@ def _compare_with_plain(
     model: Any, text: Sequence[int], new: int, next_ids: Sequence[int], known_nll: Sequence[float]
 ) -> None:
     logits_TV = model(input_ids=torch.tensor([text]), use_cache=False).logits[0].double()
-    expected = nll(logits_TV[-new - 1 : -1], list(text[-new:])) if len(text) > new else [float("nan"), *nll(logits_TV[:-1], list(text[1:]))]
-    errors = [abs(a - b) for a, b in zip(known_nll, expected, strict=True) if a == a and b == b]
+    expected = [math.nan, *nll(logits_TV[:-1], list(text[1:]))][-new:]
+    errors = [abs(said - right) for said, right in zip(known_nll, expected) if not math.isnan(said + right)]
     wrong = max(errors, default=0.0)
     if not wrong <= LARGEST_ERROR:
         raise _Differs(f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats")
@@ -292,7 +295,8 @@ class _Trial:
         expected = {name: weight.grad for name, weight in whole.named_parameters() if weight.grad is not None}
         parts, states, links = self.slices(), ids_BT, []
         for part in parts:
-            part.requires_grad_(True)
+            for name, weight in part.named_parameters():
+                weight.requires_grad_(cut_of(part).owns(name))
             leaf = states if cut_of(part).layers.start == 0 else states.detach().requires_grad_()
             states = run_slice(part, leaf, **options)
             links.append((leaf, states))
@@ -311,8 +315,7 @@ class _Trial:
         found: dict[str, Tensor] = {}
         for part in parts:
             for name, weight in part.named_parameters():
-                belongs = outline.layer_of(name) is None or outline.layer_of(name) in cut_of(part).layers
-                if not belongs:
+                if outline.layer_of(name) is not None and not cut_of(part).owns(name):
                     raise _Differs(f"a slice holds {name}, which is not its own")
                 if weight.grad is not None:
                     same = f"{outline.embedding}.weight" if is_tied and name == f"{outline.head}.weight" else name

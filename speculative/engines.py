@@ -18,7 +18,9 @@ from lab.engine import Engine, LocalEngine, ShapeDependence, SyntheticEngine, op
 from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
 from lab.kv import CacheFull
-from lab.models import LoadedModel, end_ids_of, load_layers, load_model, load_tokenizer_only
+from lab.context import model_context
+from lab.layers import load_layers, load_proved
+from lab.models import LoadedModel, end_ids_of, load_tokenizer_only
 from lab.sampling import Sampling
 from lab.settings import Dtype, ModelSettings, UserError
 from speculative.drafts import (
@@ -59,7 +61,7 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
         return OpenTarget(
             _split_target(settings), end_ids_of(settings.model), settings.model.name, settings.model.dtype.name, 0
         )
-    loaded = load_model(settings.model, device)
+    loaded = load_proved(settings.model, device)
     rows = project.max_draft_length + 1 if project.exact_shapes else None
     engine = _local_engine(_with_adapter(loaded, settings.model), project, project.sessions, rows)
     name, dtype, size = settings.model.name, settings.model.dtype.name, engine.cache.bytes_per_position
@@ -116,15 +118,6 @@ def end_ids(model: PreTrainedModel) -> list[int]:
         if found is not None:
             return [found] if isinstance(found, int) else list(found)
     return []
-
-
-def model_context(config: PreTrainedConfig, wanted: int) -> int:
-    """Most tokens of a text: `wanted`, but no more than what the model was made for; 0: just that."""
-    made_for = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    sizes = [size for size in (wanted, made_for) if size]
-    if not sizes:
-        raise UserError("project.context must be set for a model that does not say what it was made for, got 0")
-    return int(min(sizes))
 
 
 def _local_engine(
@@ -208,7 +201,7 @@ def _draft_model(settings: SpeculativeSettings, device: torch.device, target_tex
         raise UserError(f"project.draft.{error}") from None
     model = replace(model, cache_dir=settings.model.cache_dir)
     check_same_vocabulary(load_tokenizer_only(model), target_texts, f"project.draft.model {draft.model}")
-    return load_model(model, device).model
+    return load_proved(model, device).model
 
 
 @functools.cache
@@ -227,12 +220,12 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list
 
 def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:
     try:
-        return load_layers(settings.model, device, 0, settings.project.draft.layers, embedding=True, head=True)
+        return load_layers(settings.model, device, range(settings.project.draft.layers), embedding=True, head=True)
     except UserError as error:
         raise UserError(f"project.draft.layers: {error}") from None
 
 
 def _noisy_target(settings: SpeculativeSettings, device: torch.device) -> torch.nn.Module:
-    loaded = load_model(settings.model, device)
+    loaded = load_proved(settings.model, device)
     add_noise_to_head(loaded.model, settings.project.draft.noise, settings.seed)
     return _with_adapter(loaded, settings.model)

@@ -38,7 +38,7 @@ def make_stage(model: ModelSettings, device: torch.device, layers: range, checkp
 
     def load(start: Start) -> tuple[TrainingShard, InitialWeight]:
         shard = load_training_shard(model, device, layers, start.recipe)
-        return shard, initial_weight(model, start.recipe)
+        return shard, initial_weight(model, start.recipe, layers)
 
     return TrainingStage(load, checkpoints)
 
@@ -89,8 +89,7 @@ def _backward(settings: SplitTrainSettings, shards: Shards, recipe: Recipe) -> B
         return Explicit(shards)
     from split.autograd import Autograd  # some systems lack it
 
-    config: Any = load_config(settings.model).get_text_config(decoder=True)
-    return Autograd(shards, recipe, bool(config.tie_word_embeddings))
+    return Autograd(shards, recipe)
 
 
 class _Local(NamedTuple):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 
-from lab.models import load_config, load_layers, model_identity, prepare_checkpoint, read_tensors
+from lab.layers import count_layers, load_layers
+from lab.models import fetch, load_config, model_identity
+from lab.proof import Use
 from lab.settings import LoraSettings, ModelSettings, Quantization, UserError
+from lab.slices import cut_of
 from split.training_messages import Recipe, Train
 from split.training_shard import TrainingShard
 
@@ -24,24 +28,27 @@ def load_training_shard(settings: ModelSettings, device: torch.device, layers: r
     Raises:
         UserError: what `load_layers` and `initial_adapter` refuse, everything trained where that cannot be.
     """
-    config: Any = load_config(settings).get_text_config(decoder=True)
-    is_first, is_last = layers.start == 0, layers.stop == int(config.num_hidden_layers)
-    model = load_layers(settings, device, layers.start, layers.stop, embedding=is_first, head=is_last)
+    model = _load_slice(settings, device, layers)
     if recipe.train is Train.lora:
         from lab.lora import add_lora  # loads PEFT
 
         add_lora(model, recipe.lora_targets, lora_of(recipe))
     else:
         check_can_train_everything(settings)
-        model.requires_grad_(True)
-    tied = bool(config.tie_word_embeddings)
-    shard = TrainingShard(model, layers, is_first=is_first, is_last=is_last, is_tied=tied, recipe=recipe)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(cut_of(model).owns(name))
+    shard = TrainingShard(model, recipe)
     if recipe.train is Train.lora:
         adapter = initial_adapter(settings, recipe)
         with torch.no_grad():
             for name, weight in shard.weights.items():
                 weight.copy_(adapter[name])
     return shard
+
+
+def _load_slice(settings: ModelSettings, device: torch.device, layers: range) -> PreTrainedModel:
+    first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
+    return load_layers(settings, device, layers, embedding=first, head=last, use=Use.training)
 
 
 def check_can_train_everything(settings: ModelSettings) -> None:
@@ -83,18 +90,21 @@ def initial_adapter(settings: ModelSettings, recipe: Recipe) -> dict[str, Tensor
     return tensors
 
 
-def initial_weight(settings: ModelSettings, recipe: Recipe) -> Callable[[str], Tensor]:
-    """A trainable weight before the first step, by its name in the whole model; read again, not kept."""
+def initial_weight(settings: ModelSettings, recipe: Recipe, layers: range) -> Callable[[str], Tensor]:
+    """A trainable weight before the first step, by its name in the whole model; read again, not kept.
+
+    Where the checkpoint has the tensor under another name, or as a part of it, the slice is loaded again, and kept.
+    """
     if recipe.train is Train.lora:
         return initial_adapter(settings, recipe).__getitem__
-    folder = prepare_checkpoint(settings).folder
-    config: Any = load_config(settings).get_text_config(decoder=True)
-    # A tied head is stored under the embedding's name only.
-    stored = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    folder = fetch(settings, ())
+
+    @cache
+    def again() -> dict[str, Tensor]:
+        return dict(_load_slice(settings, torch.device("cpu"), layers).state_dict())
 
     def read(name: str) -> Tensor:
-        place = stored.get(name, name)
-        return read_tensors(folder, {place})[place]
+        return folder.read({name})[name] if name in folder.files else again()[name]
 
     return read
 

@@ -16,7 +16,7 @@ from split.train_settings import SplitTrainSettings
 from split.trainer import split_batch
 from split.training_data import ordered
 from split.training_messages import Recipe, Train
-from split.training_shard import whole_name
+from split.training_shard import name_in_file
 from split.training_weights import initial_adapter, lora_of
 
 
@@ -66,5 +66,5 @@ def whole_model(settings: SplitTrainSettings, recipe: Recipe, device: torch.devi
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad:
-                weight.copy_(adapter[whole_name(name, 0)])
+                weight.copy_(adapter[name_in_file(name)])
     return model

@@ -24,7 +24,7 @@ from split.checkpoint import Manifest
 from split.schedule import Schedule
 from split.trainer import Backward, DistributedTrainer, Explicit, Shards, split_batch
 from split.training_messages import Apply, Recipe, Start, Train
-from split.training_shard import TrainingShard, whole_name
+from split.training_shard import TrainingShard, name_in_file
 from split.training_stage import InitialWeight, TrainingStage
 from split.training_weights import initial_weight, load_training_shard
 from split.transport.training import InProcessTraining, TrainingTransport
@@ -91,7 +91,7 @@ def stage(settings: ModelSettings, layers: range, checkpoints: Path, load: Load 
     def make(start: Start) -> tuple[TrainingShard, InitialWeight]:
         shard = load(settings, layers, start.recipe)
         with _LOADING:
-            return shard, initial_weight(settings, start.recipe)
+            return shard, initial_weight(settings, start.recipe, layers)
 
     return TrainingStage(make, checkpoints)
 
@@ -187,7 +187,7 @@ class Unsplit:
         self._batches = (part for batch in whole for part in split_batch(batch, micro_batches))
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
-        return {whole_name(name, 0): p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name_in_file(name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def gradients(self, after: int = 0) -> dict[str, Tensor]:
         """Of the step after so many."""
