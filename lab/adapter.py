@@ -99,7 +99,9 @@ def read_adapter(folder: str | Path, setting: str = "model.adapter") -> AdapterF
         with safe_open(place / TENSORS_FILE, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # of safetensors, or of the system
-        raise UserError(f"{setting} must hold a whole {TENSORS_FILE}, got {str(place)!r} ({_one_line(error)})") from None
+        raise UserError(
+            f"{setting} must hold a whole {TENSORS_FILE}, got {str(place)!r} ({_one_line(error)})"
+        ) from None
     if strange := [name for name in shapes if not name.startswith(PREFIX)]:
         raise UserError(f"{setting} must name its tensors {PREFIX}..., got {strange[0]!r} in {str(place)!r}")
     return AdapterFolder(place=place, setting=setting, fields=found, shapes=shapes)
@@ -124,8 +126,8 @@ def _check_fields(found: Mapping[str, Any], place: Path, setting: str) -> None:
             )
     if found.get("init_lora_weights", True) not in _INITIALISATIONS:
         raise UserError(
-            f"{setting} must have init_lora_weights of {', '.join(map(str, _INITIALISATIONS))} (others need a base with "
-            f"changed weights, which is not in the folder), got {found['init_lora_weights']!r} in {str(place)!r}"
+            f"{setting} must have init_lora_weights of {', '.join(map(str, _INITIALISATIONS))} (others need a base "
+            f"with changed weights, which is not in the folder), got {found['init_lora_weights']!r} in {str(place)!r}"
         )
 
 
@@ -208,7 +210,9 @@ def _on_twin(config: LoraConfig, whole: PreTrainedConfig) -> tuple[PreTrainedMod
     with torch.device("meta"):
         twin: Any = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
     tuner = LoraModel(twin, config, NAME)
-    wrappers = {name: type(module) for name, module in twin.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    wrappers = {
+        name: type(module) for name, module in twin.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    }
     fit = Fit(
         config=config,
         modules=list(tuner.targeted_module_names),
@@ -227,7 +231,7 @@ def _shared(twin: torch.nn.Module, missing: set[str]) -> dict[str, str]:
     same: dict[int, list[str]] = {}
     for name, weight in twin.named_parameters(remove_duplicate=False):
         same.setdefault(id(weight), []).append(name)
-    found = {}
+    found: dict[str, str] = {}
     for names in same.values():
         stored = [name for name in names if name not in missing]
         found |= {name: stored[0] for name in names if stored and name in missing}
@@ -273,7 +277,7 @@ def put_adapter(model: PreTrainedModel, adapter: AdapterFolder, fit: Fit) -> Non
 def add_adapter(model: PreTrainedModel, settings: ModelSettings, layers: range | None = None) -> None:
     """Put `model.adapter`, where it is set, on a model or on its slice of `layers`, frozen.
 
-    The modules are PEFT's own beside the weights and not merged into them: a sum in 16 bits would round the adapter away.
+    The modules are PEFT's own, beside the weights and not merged into them: a sum in 16 bits rounds the adapter away.
 
     Raises:
         UserError: what `read_adapter` and `fit_adapter` refuse, and an adapter that was trained on another base model.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,11 +20,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
 from lab.kv import CacheFull, Pass, SlotCache
-from lab.models import load_config, load_layers, model_identity
+from lab.models import load_config, load_layers
 from lab.sampling import Sampling
 from lab.settings import ModelSettings, UserError
 from lab.wide_products import pack_products
-from split.adapter import add_adapter
 from split.messages import Piece
 
 
@@ -289,11 +287,9 @@ def load_shard(settings: ModelSettings, device: torch.device, layers: range, lim
     first, last = layers.start == 0, layers.stop == count
     model = load_layers(settings, device, layers.start, layers.stop, embedding=first, head=last)
     if settings.adapter is not None:
-        from lab.lora import check_adapter_folder  # loads PEFT, which plain models can do without
+        from lab.adapter import add_adapter  # loads PEFT, which plain models can do without
 
-        folder = Path(settings.adapter).expanduser()
-        check_adapter_folder(folder, model_identity(settings))
-        add_adapter(model, folder, layers)
+        add_adapter(model, settings, layers)
     return shard_class(first, last)(model, layers, limits)
 
 

@@ -23,7 +23,7 @@ from split.trainer import DistributedTrainer, Shards, StepFigures
 from split.training_data import ordered, training_examples
 from split.training_messages import Figures, Recipe, Train
 from split.training_opening import checkpoints_of, identity_of, open_shards
-from split.training_weights import check_can_train_everything, initial_adapter
+from split.training_weights import check_can_train_everything
 from split.unsplit import train_unsplit
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,9 @@ def make_recipe(settings: SplitTrainSettings) -> Recipe:
         seed=derive_seed(settings.seed, "split"),
     )
     if project.train is Train.lora:
-        initial_adapter(settings.model, recipe)  # refuses targets that the model lacks, before any shard is started
+        from split.first_adapter import first_adapter  # loads PEFT
+
+        first_adapter(settings.model, recipe)  # refuses what the model lacks, before any shard is started
     else:
         check_can_train_everything(settings.model)
     return recipe

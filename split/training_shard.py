@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.models import name_in_whole
 from lab.training import autocast, derive_seed, keep_differentiable, token_cross_entropy
 from split.optimizer import MasterAdamW
 from split.training_messages import Recipe, Train
@@ -51,6 +50,7 @@ class TrainingShard:
 
     Args:
         model: From `lab.models.load_layers`, with the adapter on it where one is trained.
+        weights: Those that are trained, by their names in the whole model (in a PEFT file, for an adapter).
         layers: Which layers of the whole model these are.
         is_first, is_last: Whether it has the embedding, the head.
         is_tied: Whether embedding and head are one matrix in the whole model.
@@ -58,7 +58,15 @@ class TrainingShard:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: range, *, is_first: bool, is_last: bool, is_tied: bool, recipe: Recipe
+        self,
+        model: PreTrainedModel,
+        weights: dict[str, torch.nn.Parameter],
+        layers: range,
+        *,
+        is_first: bool,
+        is_last: bool,
+        is_tied: bool,
+        recipe: Recipe,
     ) -> None:
         self._model = cast(Any, model)  # the forward of a model is not typed
         self.layers, self.recipe = layers, recipe
@@ -66,8 +74,7 @@ class TrainingShard:
         self.device: torch.device = model.device
         self.hidden_size = int(self._model.config.hidden_size)
         self.vocabulary_size = int(self._model.config.vocab_size)
-        self.weights = {whole_name(name, layers.start): p for name, p in model.named_parameters() if p.requires_grad}
-        """Trainable weights, by their name in the whole model (in a PEFT file, for an adapter)."""
+        self.weights = weights
         self.optimizer = self._new_optimizer() if self.weights else None
         is_copy = is_tied and not (is_first and is_last) and recipe.train is Train.everything
         self.tied: torch.nn.Parameter | None = self._tied_copy() if is_copy else None
@@ -182,12 +189,6 @@ class TrainingShard:
         if self.is_first:
             return cast(torch.nn.Parameter, self._model.get_input_embeddings().weight)
         return cast(torch.nn.Parameter, self._model.get_output_embeddings().weight) if self.is_last else None
-
-
-def whole_name(name: str, first: int) -> str:
-    """The name in the whole model of a slice's parameter; one of an adapter as PEFT's files have it."""
-    whole = name_in_whole(name, first)
-    return f"base_model.model.{whole.replace('.default.', '.')}" if ".lora_" in name else whole
 
 
 def _seed(device: torch.device, seed: int) -> None:

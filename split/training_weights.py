@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lab.models import load_config, load_layers, model_identity, prepare_checkpoint, read_tensors
-from lab.settings import LoraSettings, ModelSettings, Quantization, UserError
+from lab.models import load_config, load_layers, name_in_whole, prepare_checkpoint, read_tensors
+from lab.settings import ModelSettings, Quantization, UserError
 from split.training_messages import Recipe, Train
 from split.training_shard import TrainingShard
 
@@ -22,26 +18,21 @@ def load_training_shard(settings: ModelSettings, device: torch.device, layers: r
     """The shard of these layers as it is before the first step; only its own tensors are read.
 
     Raises:
-        UserError: what `load_layers` and `initial_adapter` refuse, everything trained where that cannot be.
+        UserError: what `load_layers` and `first_adapter` refuse, everything trained where that cannot be.
     """
     config: Any = load_config(settings).get_text_config(decoder=True)
     is_first, is_last = layers.start == 0, layers.stop == int(config.num_hidden_layers)
     model = load_layers(settings, device, layers.start, layers.stop, embedding=is_first, head=is_last)
     if recipe.train is Train.lora:
-        from lab.lora import add_lora  # loads PEFT
+        from split.first_adapter import first_adapter  # loads PEFT
 
-        add_lora(model, recipe.lora_targets, lora_of(recipe))
+        weights = first_adapter(settings, recipe).put_on(model, layers)
     else:
         check_can_train_everything(settings)
         model.requires_grad_(True)
+        weights = {name_in_whole(name, layers.start): weight for name, weight in model.named_parameters()}
     tied = bool(config.tie_word_embeddings)
-    shard = TrainingShard(model, layers, is_first=is_first, is_last=is_last, is_tied=tied, recipe=recipe)
-    if recipe.train is Train.lora:
-        adapter = initial_adapter(settings, recipe)
-        with torch.no_grad():
-            for name, weight in shard.weights.items():
-                weight.copy_(adapter[name])
-    return shard
+    return TrainingShard(model, weights, layers, is_first=is_first, is_last=is_last, is_tied=tied, recipe=recipe)
 
 
 def check_can_train_everything(settings: ModelSettings) -> None:
@@ -57,36 +48,12 @@ def check_can_train_everything(settings: ModelSettings) -> None:
         )
 
 
-def initial_adapter(settings: ModelSettings, recipe: Recipe) -> dict[str, Tensor]:
-    """The whole model's adapter before the first step, by its names in a PEFT file: `model.adapter`, else a fresh one.
-
-    Raises:
-        UserError: modules that the model does not have; an adapter of another model, rank or scale.
-    """
-    from lab.lora import check_adapter_folder, fresh_adapter
-
-    lora = lora_of(recipe)
-    fresh = fresh_adapter(replace(settings, lora_targets=recipe.lora_targets), lora, recipe.seed)
-    if settings.adapter is None:
-        return fresh
-    folder = Path(settings.adapter).expanduser().absolute()
-    check_adapter_folder(folder, model_identity(settings))
-    tensors: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
-    alpha = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("lora_alpha")
-    if {name: tensor.shape for name, tensor in tensors.items()} != {n: t.shape for n, t in fresh.items()}:
-        raise UserError(
-            f"model.adapter must have the modules of model.lora_targets and project.lora.rank={lora.rank}, "
-            f"got {str(folder)!r}"
-        )
-    if alpha != lora.alpha:
-        raise UserError(f"model.adapter must have project.lora.alpha={lora.alpha}, got {alpha} in {str(folder)!r}")
-    return tensors
-
-
 def initial_weight(settings: ModelSettings, recipe: Recipe) -> Callable[[str], Tensor]:
     """A trainable weight before the first step, by its name in the whole model; read again, not kept."""
     if recipe.train is Train.lora:
-        return initial_adapter(settings, recipe).__getitem__
+        from split.first_adapter import first_adapter  # loads PEFT
+
+        return first_adapter(settings, recipe).tensors().__getitem__
     folder = prepare_checkpoint(settings).folder
     config: Any = load_config(settings).get_text_config(decoder=True)
     # A tied head is stored under the embedding's name only.
@@ -97,8 +64,3 @@ def initial_weight(settings: ModelSettings, recipe: Recipe) -> Callable[[str], T
         return read_tensors(folder, {place})[place]
 
     return read
-
-
-def lora_of(recipe: Recipe) -> LoraSettings:
-    """The recipe's adapter, as the lab's settings have it."""
-    return LoraSettings(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)

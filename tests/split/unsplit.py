@@ -24,7 +24,7 @@ from split.checkpoint import Manifest
 from split.schedule import Schedule
 from split.trainer import Backward, DistributedTrainer, Explicit, Shards, split_batch
 from split.training_messages import Apply, Recipe, Start, Train
-from split.training_shard import TrainingShard, whole_name
+from split.training_shard import TrainingShard
 from split.training_stage import InitialWeight, TrainingStage
 from split.training_weights import initial_weight, load_training_shard
 from split.transport.training import InProcessTraining, TrainingTransport
@@ -156,6 +156,11 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name] - g).abs().max() / g.abs().max()) for name, g in expected.items())
 
 
+def _in_file(name: str) -> str:
+    """An adapter's weight as PEFT's files name it; others as the model does."""
+    return f"base_model.model.{name.replace('.default.', '.')}" if ".lora_" in name else name
+
+
 class Unsplit:
     """The whole model, trained by lab.training: what a split run is compared with."""
 
@@ -187,7 +192,7 @@ class Unsplit:
         self._batches = (part for batch in whole for part in split_batch(batch, micro_batches))
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
-        return {whole_name(name, 0): p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {_in_file(name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def gradients(self, after: int = 0) -> dict[str, Tensor]:
         """Of the step after so many."""
