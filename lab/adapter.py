@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.models import load_config, model_identity, slice_config
+from lab.models import load_config, model_identity
 from lab.peft_folder import RECORDS, TENSORS_FILE, check_base, find_folder, read_fields
 from lab.settings import ModelSettings, UserError
 
@@ -204,11 +204,10 @@ def _on_twin(config: LoraConfig, whole: PreTrainedConfig) -> tuple[PreTrainedMod
     config = copy.deepcopy(config)
     config.inference_mode = False  # so that what the adapter trains is marked
     config.init_lora_weights = True
-    text: Any = slice_config(whole, 0, int(whole.get_text_config(decoder=True).num_hidden_layers))
     if config.ensure_weight_tying:
         raise ValueError("ensure_weight_tying is not supported here")
     with torch.device("meta"):
-        twin: Any = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+        twin: Any = AutoModelForCausalLM.from_config(whole, trust_remote_code=False)
     tuner = LoraModel(twin, config, NAME)
     wrappers = {
         name: type(module) for name, module in twin.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
@@ -320,7 +319,7 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 @contextmanager
 def numbered_as_whole(model: PreTrainedModel, layers: range | None, whole: PreTrainedConfig) -> Iterator[None]:
     """While this is open, a slice of layers, which counts from 0, has the names of the whole model."""
-    if layers is None:
+    if layers is None or hasattr(model, "cut"):  # it has them
         yield
         return
     decoder = cast(Any, model).get_decoder()

@@ -19,7 +19,7 @@ from lab.examples import Batch, Example, batches
 from lab.lora import add_lora, fresh_adapter
 from lab.models import quantization_config
 from lab.settings import Dtype, LoraSettings, ModelSettings, OptimizationSettings
-from lab.training import StepFigures, accumulate_gradients, train_steps
+from lab.training import StepFigures, accumulate_gradients, adamw, train_steps
 from split.checkpoint import Manifest
 from split.schedule import Schedule
 from split.trainer import Backward, DistributedTrainer, Explicit, Shards, split_batch
@@ -188,6 +188,7 @@ class Unsplit:
                     weight.copy_(fresh[name])
         else:
             self.model.requires_grad_(True)
+        self._optimizer: torch.optim.Optimizer | None = None
         whole = all_batches(examples or some_examples(), optimization.batch_size)
         self._batches = (part for batch in whole for part in split_batch(batch, micro_batches))
 
@@ -202,10 +203,12 @@ class Unsplit:
         accumulate_gradients(self.model, list(itertools.islice(self._batches, self._optimization.accumulation)))
         return {name: weight.grad for name, weight in self.weights().items() if weight.grad is not None}
 
-    def train(self, steps: int, total_steps: int) -> list[StepFigures]:
+    def train(self, steps: int, total_steps: int, first_step: int = 0) -> list[StepFigures]:
         found: list[StepFigures] = []
+        if self._optimizer is None:
+            self._optimizer = adamw(self.model, self._optimization)
         train_steps(
-            self.model, self._batches, self._optimization, first_step=0, total_steps=total_steps, steps=steps, seed=0,
-            on_step=found.append,
+            self.model, self._batches, self._optimization, first_step=first_step, total_steps=total_steps, steps=steps,
+            seed=0, optimizer=self._optimizer, on_step=found.append,
         )  # fmt: skip
         return found
