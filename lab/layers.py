@@ -81,7 +81,9 @@ def check_layers(config: PreTrainedConfig, layers: range) -> None:
     """UserError for layers that the model does not have."""
     count = count_layers(config)
     if not 0 <= layers.start < layers.stop <= count:
-        raise UserError(f"layers must be a range within the model's {count} layers, got {layers.start} to {layers.stop}")
+        raise UserError(
+            f"layers must be a range within the model's {count} layers, got {layers.start} to {layers.stop}"
+        )
 
 
 def stored_names(

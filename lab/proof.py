@@ -91,7 +91,9 @@ def require(config: PreTrainedConfig, use: Use, cache_dir: str) -> Proof:
     """
     proof = prove(config, Path(cache_dir).expanduser() / "proofs")
     if against := proof.against(use):
-        raise UserError(f"model must be of an architecture that is proved for {use.value}, got {proof.model_type}: {against}")
+        raise UserError(
+            f"model must be of an architecture that is proved for {use.value}, got {proof.model_type}: {against}"
+        )
     return proof
 
 
@@ -154,7 +156,11 @@ def _failure(attempt: Callable[[], None]) -> str | None:
 
 def _in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split())[:240]
-    return text if isinstance(error, (_Differs, Unsliceable, NoTwin, kv.UnknownState)) else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, (_Differs, Unsliceable, NoTwin, kv.UnknownState))
+        else f"{type(error).__name__}: {text}"
+    )
 
 
 @contextmanager
@@ -217,7 +223,9 @@ def _compare_with_plain(
     errors = [abs(said - right) for said, right in zip(known_nll, expected) if not math.isnan(said + right)]
     wrong = max(errors, default=0.0)
     if not wrong <= LARGEST_ERROR:
-        raise _Differs(f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats")
+        raise _Differs(
+            f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats"
+        )
     best_T = logits_TV[-new:].argmax(-1).tolist()
     leads_T2 = logits_TV[-new:].topk(2).values
     for said, best, lead in zip(next_ids, best_T, (leads_T2[:, 0] - leads_T2[:, 1]).tolist(), strict=True):
@@ -267,7 +275,10 @@ class _Trial:
         """Three passes over two sequences: logits and caches of the slices are those of the whole."""
         whole: Any = self.whole()
         chain = [_Cached(whole, self._most, run=lambda states, **options: whole(input_ids=states, **options).logits)]
-        parts = [_Cached(part, self._most, run=lambda states, part=part, **options: run_slice(part, states, **options)) for part in self.slices()]  # type: ignore[misc]
+        parts = [
+            _Cached(part, self._most, run=lambda states, part=part, **options: run_slice(part, states, **options))
+            for part in self.slices()
+        ]  # type: ignore[misc]
         for slots, counts in (([0], [11]), ([0, 1], [2, self._most - 30]), ([0, 1], [1, 1])):
             texts = [_ids(count, 7 * slot + count) for slot, count in zip(slots, counts, strict=True)]
             width = max(counts)
@@ -348,9 +359,7 @@ class _Cached:
     def forward(self, states: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         """One pass; rows in the order of slots."""
         plan = self._cache.begin(slots, counts)
-        leaving = self._run(
-            states, position_ids=plan.position_ids_BT, past_key_values=self._cache, use_cache=True
-        )
+        leaving = self._run(states, position_ids=plan.position_ids_BT, past_key_values=self._cache, use_cache=True)
         self._cache.commit()
         return leaving
 

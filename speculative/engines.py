@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lab.context import model_context
 from lab.engine import Engine, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
 from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
 from lab.kv import CacheFull
-from lab.context import model_context
 from lab.layers import load_layers, load_proved
-from lab.models import LoadedModel, end_ids_of, load_tokenizer_only
+from lab.models import end_ids_of, load_tokenizer_only
 from lab.sampling import Sampling
 from lab.settings import Dtype, ModelSettings, UserError
 from speculative.drafts import (
@@ -63,7 +62,7 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
         )
     loaded = load_proved(settings.model, device)
     rows = project.max_draft_length + 1 if project.exact_shapes else None
-    engine = _local_engine(_with_adapter(loaded, settings.model), project, project.sessions, rows)
+    engine = _local_engine(_with_adapter(loaded.model, settings.model), project, project.sessions, rows)
     name, dtype, size = settings.model.name, settings.model.dtype.name, engine.cache.bytes_per_position
     return OpenTarget(engine, end_ids(loaded.model), name, dtype, size)
 
@@ -142,13 +141,12 @@ def _local_engine(
         raise UserError(f"project.exact_shapes: {error}" if exact_rows else str(error)) from None
 
 
-def _with_adapter(loaded: LoadedModel, settings: ModelSettings) -> torch.nn.Module:
-    if settings.adapter is None:
-        return loaded.model
-    from lab.lora import apply_adapter  # loads PEFT and bitsandbytes, which plain models can do without
+def _with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
+    if settings.adapter is not None:
+        from lab.adapter import add_adapter  # loads PEFT and bitsandbytes, which plain models can do without
 
-    adapted: torch.nn.Module = apply_adapter(loaded, settings.adapter)
-    return adapted
+        add_adapter(model, settings)
+    return model
 
 
 def _split_target(settings: SpeculativeSettings) -> Engine:
@@ -220,12 +218,13 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list
 
 def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:
     try:
-        return load_layers(settings.model, device, range(settings.project.draft.layers), embedding=True, head=True)
+        model = load_layers(settings.model, device, range(settings.project.draft.layers), embedding=True, head=True)
     except UserError as error:
         raise UserError(f"project.draft.layers: {error}") from None
+    return _with_adapter(model, settings.model)
 
 
 def _noisy_target(settings: SpeculativeSettings, device: torch.device) -> torch.nn.Module:
     loaded = load_proved(settings.model, device)
     add_noise_to_head(loaded.model, settings.project.draft.noise, settings.seed)
-    return _with_adapter(loaded, settings.model)
+    return _with_adapter(loaded.model, settings.model)

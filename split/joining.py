@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from lab.context import model_context
 from lab.models import load_config, model_identity, prepare_checkpoint
 from lab.network import client_side_tls, make_endpoint
+from lab.peft_folder import folder_digest
 from lab.settings import ModelSettings, ModelSource, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.address import Address
@@ -97,17 +96,7 @@ def weights_fingerprints(model: ModelSettings) -> dict[str, str]:
         identity += f"@{prepare_checkpoint(model).folder.name}"
     return {
         "model": identity,
-        "adapter": _adapter_digest(model.adapter),
+        "adapter": "none" if model.adapter is None else folder_digest(model.adapter),
         "dtype": model.dtype.name,
         "quantization": model.quantization.name,
     }
-
-
-def _adapter_digest(folder: str | None) -> str:
-    if folder is None:
-        return "none"
-    file = Path(folder).expanduser() / "adapter_model.safetensors"
-    if not file.exists():
-        raise UserError(f"model.adapter must be a PEFT folder with adapter_model.safetensors, got {folder!r}")
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

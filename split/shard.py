@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,12 +23,11 @@ from lab.context import longest_text
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
 from lab.kv import CacheFull, Pass, SlotCache, check_attention, layer_shapes
 from lab.layers import count_layers, load_layers
-from lab.models import load_config, model_identity
+from lab.models import load_config
 from lab.sampling import Sampling
 from lab.settings import ModelSettings, UserError
 from lab.slices import run_slice
 from lab.wide_products import pack_products
-from split.adapter import add_adapter
 from split.messages import Piece
 
 
@@ -298,11 +296,9 @@ def load_shard(settings: ModelSettings, device: torch.device, layers: range, lim
     first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
     model = load_layers(settings, device, layers, embedding=first, head=last)
     if settings.adapter is not None:
-        from lab.lora import check_adapter_folder  # loads PEFT, which plain models can do without
+        from lab.adapter import add_adapter  # loads PEFT, which plain models can do without
 
-        folder = Path(settings.adapter).expanduser()
-        check_adapter_folder(folder, model_identity(settings))
-        add_adapter(model, folder, layers)
+        add_adapter(model, settings)
     return shard_class(first, last)(model, layers, limits)
 
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from lab.models import load_config, model_identity
+from lab.models import model_identity
 from lab.network import client_side_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError

@@ -51,10 +51,11 @@ class TrainingShard:
 
     Args:
         model: From `lab.layers.load_layers`, with the adapter on it where one is trained.
+        weights: Those that are trained, by their names in the whole model (in a PEFT file, for an adapter).
         recipe: What is trained, and how.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe) -> None:
+    def __init__(self, model: PreTrainedModel, weights: dict[str, torch.nn.Parameter], recipe: Recipe) -> None:
         self._model = cast(Any, model)  # the forward of a model is not typed
         cut = cut_of(model)
         self.layers, self.recipe = cut.layers, recipe
@@ -62,8 +63,7 @@ class TrainingShard:
         self.device: torch.device = model.device
         config: Any = model.config.get_text_config(decoder=True)
         self.hidden_size, self.vocabulary_size = int(config.hidden_size), int(config.vocab_size)
-        self.weights = {name_in_file(name): p for name, p in model.named_parameters() if p.requires_grad}
-        """Trainable weights, by their name in the whole model (in a PEFT file, for an adapter)."""
+        self.weights = weights
         self.optimizer = self._new_optimizer() if self.weights else None
         is_copy = cut.is_tied and not (self.is_first and self.is_last) and recipe.train is Train.everything
         self.tied: torch.nn.Parameter | None = self._tied_copy() if is_copy else None
@@ -174,11 +174,6 @@ class TrainingShard:
         if self.is_first:
             return cast(torch.nn.Parameter, self._model.get_input_embeddings().weight)
         return cast(torch.nn.Parameter, self._model.get_output_embeddings().weight) if self.is_last else None
-
-
-def name_in_file(name: str) -> str:
-    """A parameter's name in a checkpoint; one of an adapter as PEFT's files have it."""
-    return f"base_model.model.{name.replace('.default.', '.')}" if ".lora_" in name else name
 
 
 def _seed(device: torch.device, seed: int) -> None:
