@@ -70,9 +70,10 @@ class AdapterFolder:
 
     def config(self) -> LoraConfig:
         """PEFT's config, a new one each time: PEFT writes into it."""
+        known = {name: copy.deepcopy(value) for name, value in self.fields.items() if name in _types()}
         try:
             with _said_once(self.setting):
-                return LoraConfig(**copy.deepcopy(dict(self.fields)) | {"inference_mode": True})
+                return LoraConfig(**known | {"inference_mode": True})
         except Exception as error:  # PEFT's checks raise a dozen kinds
             raise self.misfit(_one_line(error)) from None
 
