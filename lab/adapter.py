@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -36,6 +36,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lab.models import load_config, model_identity
 from lab.peft_folder import RECORDS, TENSORS_FILE, check_base, find_folder, read_fields
 from lab.settings import ModelSettings, UserError
+from lab.slices import cut_of
 
 log = logging.getLogger(__name__)
 
@@ -274,8 +275,8 @@ def put_adapter(model: PreTrainedModel, adapter: AdapterFolder, fit: Fit) -> Non
                 weights[name].copy_(adapter.tensors([PREFIX + stored])[PREFIX + stored])
 
 
-def add_adapter(model: PreTrainedModel, settings: ModelSettings, layers: range | None = None) -> None:
-    """Put `model.adapter`, where it is set, on a model or on its slice of `layers`, frozen.
+def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Put `model.adapter`, where it is set, on a model or on a slice of it, frozen.
 
     The modules are PEFT's own, beside the weights and not merged into them: a sum in 16 bits rounds the adapter away.
 
@@ -286,12 +287,10 @@ def add_adapter(model: PreTrainedModel, settings: ModelSettings, layers: range |
         return
     adapter = read_adapter(settings.adapter)
     check_base(adapter.place, model_identity(settings))
-    whole = load_config(settings)
-    fit = fit_adapter(adapter, whole)
-    with numbered_as_whole(model, layers, whole):
-        inject_adapter(model, fit, trainable=False)
-        put_adapter(model, adapter, fit)
-        _unwrap_saved(model)
+    fit = fit_adapter(adapter, load_config(settings))
+    inject_adapter(model, fit, trainable=False)
+    put_adapter(model, adapter, fit)
+    _unwrap_saved(model)
     model.requires_grad_(False).eval()
 
 
@@ -317,25 +316,10 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-@contextmanager
-def numbered_as_whole(model: PreTrainedModel, layers: range | None, whole: PreTrainedConfig) -> Iterator[None]:
-    """While this is open, a slice of layers, which counts from 0, has the names of the whole model."""
-    if layers is None or hasattr(model, "cut"):  # it has them
-        yield
-        return
-    decoder = cast(Any, model).get_decoder()
-    count = int(cast(Any, whole.get_text_config(decoder=True)).num_hidden_layers)
-    own = list(decoder.layers)
-    elsewhere = [torch.nn.Identity() for _ in range(count - len(own))]
-    decoder.layers = torch.nn.ModuleList([*elsewhere[: layers.start], *own, *elsewhere[layers.start :]])
-    try:
-        yield
-    finally:
-        decoder.layers = torch.nn.ModuleList(list(decoder.layers)[layers.start : layers.stop])
-
-
 def _is_here(model: torch.nn.Module, name: str) -> bool:
     """Whether a slice has the place of a module or tensor of the whole model."""
+    if hasattr(model, "cut") and not cut_of(model).owns(name):
+        return False
     module = model
     for part in name.split("."):
         child = module._modules.get(part)

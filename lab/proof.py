@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,7 +91,9 @@ def require(config: PreTrainedConfig, use: Use, cache_dir: str) -> Proof:
     """
     proof = prove(config, Path(cache_dir).expanduser() / "proofs")
     if against := proof.against(use):
-        raise UserError(f"model must be of an architecture that is proved for {use.value}, got {proof.model_type}: {against}")
+        raise UserError(
+            f"model must be of an architecture that is proved for {use.value}, got {proof.model_type}: {against}"
+        )
     return proof
 
 
@@ -153,7 +156,11 @@ def _failure(attempt: Callable[[], None]) -> str | None:
 
 def _in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split())[:240]
-    return text if isinstance(error, (_Differs, Unsliceable, NoTwin, kv.UnknownState)) else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, (_Differs, Unsliceable, NoTwin, kv.UnknownState))
+        else f"{type(error).__name__}: {text}"
+    )
 
 
 @contextmanager
@@ -185,7 +192,9 @@ def _try_engine(model: PreTrainedModel) -> None:
     )
     texts = [_ids(length, seed) for seed, length in enumerate((3, most - 30, most - 21))]
     sessions = [local.open([], Sampling.greedy()) for _ in texts]
-    local.extend([(session, text) for session, text in zip(sessions, texts, strict=True)], "last")
+    first = local.extend([(session, text) for session, text in zip(sessions, texts, strict=True)], "last")
+    for text, step in zip(texts, first, strict=True):
+        _compare_with_plain(model, text, 1, step.next_ids, [])
     for turn in range(4):
         if turn == 1:  # a slot that held a longer text
             sessions[2].close()
@@ -210,11 +219,13 @@ def _compare_with_plain(
     model: Any, text: Sequence[int], new: int, next_ids: Sequence[int], known_nll: Sequence[float]
 ) -> None:
     logits_TV = model(input_ids=torch.tensor([text]), use_cache=False).logits[0].double()
-    expected = nll(logits_TV[-new - 1 : -1], list(text[-new:])) if len(text) > new else [float("nan"), *nll(logits_TV[:-1], list(text[1:]))]
-    errors = [abs(a - b) for a, b in zip(known_nll, expected, strict=True) if a == a and b == b]
+    expected = [math.nan, *nll(logits_TV[:-1], list(text[1:]))][-new:]
+    errors = [abs(said - right) for said, right in zip(known_nll, expected) if not math.isnan(said + right)]
     wrong = max(errors, default=0.0)
     if not wrong <= LARGEST_ERROR:
-        raise _Differs(f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats")
+        raise _Differs(
+            f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats"
+        )
     best_T = logits_TV[-new:].argmax(-1).tolist()
     leads_T2 = logits_TV[-new:].topk(2).values
     for said, best, lead in zip(next_ids, best_T, (leads_T2[:, 0] - leads_T2[:, 1]).tolist(), strict=True):
@@ -264,7 +275,10 @@ class _Trial:
         """Three passes over two sequences: logits and caches of the slices are those of the whole."""
         whole: Any = self.whole()
         chain = [_Cached(whole, self._most, run=lambda states, **options: whole(input_ids=states, **options).logits)]
-        parts = [_Cached(part, self._most, run=lambda states, part=part, **options: run_slice(part, states, **options)) for part in self.slices()]  # type: ignore[misc]
+        parts = [
+            _Cached(part, self._most, run=lambda states, part=part, **options: run_slice(part, states, **options))
+            for part in self.slices()
+        ]  # type: ignore[misc]
         for slots, counts in (([0], [11]), ([0, 1], [2, self._most - 30]), ([0, 1], [1, 1])):
             texts = [_ids(count, 7 * slot + count) for slot, count in zip(slots, counts, strict=True)]
             width = max(counts)
@@ -292,7 +306,8 @@ class _Trial:
         expected = {name: weight.grad for name, weight in whole.named_parameters() if weight.grad is not None}
         parts, states, links = self.slices(), ids_BT, []
         for part in parts:
-            part.requires_grad_(True)
+            for name, weight in part.named_parameters():
+                weight.requires_grad_(cut_of(part).owns(name))
             leaf = states if cut_of(part).layers.start == 0 else states.detach().requires_grad_()
             states = run_slice(part, leaf, **options)
             links.append((leaf, states))
@@ -311,8 +326,7 @@ class _Trial:
         found: dict[str, Tensor] = {}
         for part in parts:
             for name, weight in part.named_parameters():
-                belongs = outline.layer_of(name) is None or outline.layer_of(name) in cut_of(part).layers
-                if not belongs:
+                if outline.layer_of(name) is not None and not cut_of(part).owns(name):
                     raise _Differs(f"a slice holds {name}, which is not its own")
                 if weight.grad is not None:
                     same = f"{outline.embedding}.weight" if is_tied and name == f"{outline.head}.weight" else name
@@ -345,9 +359,7 @@ class _Cached:
     def forward(self, states: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         """One pass; rows in the order of slots."""
         plan = self._cache.begin(slots, counts)
-        leaving = self._run(
-            states, position_ids=plan.position_ids_BT, past_key_values=self._cache, use_cache=True
-        )
+        leaving = self._run(states, position_ids=plan.position_ids_BT, past_key_values=self._cache, use_cache=True)
         self._cache.commit()
         return leaving
 

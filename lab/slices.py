@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -35,6 +34,17 @@ class Cut:
         self.is_tied = False
         """Whether embedding and head are one matrix in the whole model."""
         self.entering_BTH: Tensor | None = None
+
+    def owns(self, name: str) -> bool:
+        """Whether a weight, by its name in the whole model, is this slice's to train.
+
+        What stands before the layers is in every slice, since the model passes through it, but belongs to the first.
+        """
+        layer = self.structure.layer_of(name)
+        if layer is not None:
+            return layer in self.layers
+        closes = any(name.startswith(f"{module}.") for module in self.structure.closing)
+        return self.head if closes else self.embedding
 
 
 class _Left(Exception):
@@ -85,15 +95,20 @@ class _Exit(_Elsewhere):
 class _NoEmbedding(nn.Module):
     """Stands for an embedding that is elsewhere: what comes out of it is forgotten before the slice's first layer."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, cut: Cut) -> None:
         super().__init__()
-        self.embedding_dim = size
-        # Models ask an embedding's weight for its dtype and device.
-        self.register_buffer("weight", torch.empty(0), persistent=False)
+        self._cut = cut
+        self.embedding_dim = cut.structure.embedding_size
+
+    @property
+    def weight(self) -> Tensor:
+        """What has the dtype and device of the hidden states: models ask an embedding's weight for both."""
+        assert self._cut.entering_BTH is not None, "hidden states must be given to a slice that does not begin a model"
+        return self._cut.entering_BTH.detach()
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Return zeros, B x T x E."""
-        return cast(Tensor, self.weight).new_zeros(*ids_BT.shape, self.embedding_dim)
+        return self.weight.new_zeros(*ids_BT.shape, self.embedding_dim)
 
 
 def cut_of(model: nn.Module) -> Cut:
@@ -101,16 +116,18 @@ def cut_of(model: nn.Module) -> Cut:
     return cast(Cut, cast(Any, model).cut)
 
 
-def run_slice(model: nn.Module, states: Tensor, **options: Any) -> Tensor:
+def run_slice(model: nn.Module, states: Tensor, *, without_head: bool = False, **options: Any) -> Tensor:
     """A forward pass through a slice.
 
     Args:
         model: From `read_slice`, with an adapter on it or not.
         states: Token ids B x T where the slice begins the model, else hidden states B x T x H.
+        without_head: Leave out the head, of a slice that has one: for what is written to a cache only.
         options: What the model takes besides, such as `position_ids` and `past_key_values`.
 
     Returns:
-        Logits B x K x V from a slice with the head, else hidden states B x T x H for the next one.
+        Logits B x K x V from a slice with the head, else hidden states B x T x H for the next one. Without the head
+        what the model's decoder returns.
     """
     cut = cut_of(model)
     if cut.layers.start == 0:
@@ -119,6 +136,9 @@ def run_slice(model: nn.Module, states: Tensor, **options: Any) -> Tensor:
         cut.entering_BTH = states
         ids_BT = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
     try:
+        if without_head:
+            decoder = cast(Any, model).get_decoder()
+            return cast(Tensor, decoder(input_ids=ids_BT, **options).last_hidden_state)
         output = model(input_ids=ids_BT, **options)
     except _Left as left:
         return left.hidden_BTH
@@ -172,9 +192,7 @@ def read_slice(
     if mismatched:
         raise UserError(f"model.path must hold tensors of its config's shapes, got another for {mismatched[0][0]!r}")
     table, top = model.get_submodule(structure.embedding), model.get_submodule(structure.head)
-    cut.is_tied = getattr(table, "weight", None) is not None and getattr(table, "weight", None) is getattr(
-        top, "weight", None
-    )
+    cut.is_tied = bool(ties) and (embedding or head) and cast(Any, table).weight is cast(Any, top).weight
     _take_out_ends(model, cut)
     model.cut = cut
     return cast(PreTrainedModel, model.requires_grad_(False).eval())
@@ -195,8 +213,10 @@ def _sliced_class(config: PreTrainedConfig, cut: Cut, *, keeps_both: bool) -> An
             for number, layer in enumerate(blocks):
                 if number not in cut.layers:
                     blocks[number] = _stand_in(number, layer, cut)
-            for name in structure.unused:
-                self.set_submodule(name, nn.Identity())
+            left_out = structure.unused if cut.head else [*structure.unused, *structure.closing]
+            for name in left_out:
+                if name != structure.head:
+                    self.set_submodule(name, nn.Identity())
             if not keeps_both:
                 _take_out_ends(self, cut)
 
@@ -213,6 +233,6 @@ def _stand_in(number: int, layer: nn.Module, cut: Cut) -> nn.Module:
 def _take_out_ends(model: nn.Module, cut: Cut) -> None:
     structure = cut.structure
     if not cut.embedding:
-        model.set_submodule(structure.embedding, _NoEmbedding(structure.embedding_size))
+        model.set_submodule(structure.embedding, _NoEmbedding(cut))
     if not cut.head:
         model.set_submodule(structure.head, nn.Identity())

@@ -4,6 +4,7 @@ which modules a text never passes through. Nothing is guessed from names.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ class Structure:
     head: str
     embedding_size: int
     """Numbers in a row of the embedding; not always the hidden size (OPT)."""
+    closing: list[str]
+    """Modules with weights that a text passes after the last layer, such as a final norm; the head is one of them."""
     unused: list[str]
     """Modules that a text never passes through, such as the tower of an image model."""
 
@@ -40,6 +43,8 @@ class Structure:
 
 @dataclass
 class _Call:
+    at: int
+    """How many modules had ended before it."""
     name: str
     hidden: Tensor | None
     output: Any
@@ -72,7 +77,8 @@ def find_structure(model: PreTrainedModel, layers: int) -> Structure:
             raise Unsliceable("its layers do not all return the same number of things")
         table = model.get_submodule(embedding)
         size = int(getattr(table, "embedding_dim", 0) or table.weight.shape[-1])  # type: ignore[union-attr]
-        return Structure(blocks, outputs.pop(), embedding, head, size, _unused(model, called, blocks))
+        closing = [name for name, at in called.items() if at > passed[-1].at and _has_own_weights(model, name)]
+        return Structure(blocks, outputs.pop(), embedding, head, size, closing, _unused(model, called, blocks))
     raise Unsliceable(f"it has no list of {layers} layers that a text passes through one after the other")
 
 
@@ -86,10 +92,14 @@ def _lists(model: nn.Module, length: int) -> list[str]:
     ]
 
 
-def _watch(model: PreTrainedModel) -> tuple[list[_Call], set[str]]:
-    """The calls of members of lists, in order, and the names of all modules that were called."""
+def _has_own_weights(model: nn.Module, name: str) -> bool:
+    return any(True for _ in model.get_submodule(name).parameters(recurse=False))
+
+
+def _watch(model: PreTrainedModel) -> tuple[list[_Call], dict[str, int]]:
+    """The calls of members of lists, in order, and all modules that were called, with their place in that order."""
     calls: list[_Call] = []
-    called: set[str] = set()
+    called: dict[str, int] = {}
     handles = []
     in_lists = {
         f"{name}.{number}"
@@ -100,10 +110,10 @@ def _watch(model: PreTrainedModel) -> tuple[list[_Call], set[str]]:
     for name, module in model.named_modules():
 
         def note(_: nn.Module, arguments: Any, options: Any, output: Any, name: str = name) -> None:
-            called.add(name)
+            called[name] = len(called)
             if name in in_lists:
                 first = arguments[0] if arguments else options.get("hidden_states")
-                calls.append(_Call(name, first if isinstance(first, Tensor) else None, output))
+                calls.append(_Call(called[name], name, first if isinstance(first, Tensor) else None, output))
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
     try:
@@ -115,7 +125,7 @@ def _watch(model: PreTrainedModel) -> tuple[list[_Call], set[str]]:
     return calls, called
 
 
-def _unused(model: nn.Module, called: set[str], blocks: str) -> list[str]:
+def _unused(model: nn.Module, called: Collection[str], blocks: str) -> list[str]:
     """The outermost modules with tensors that no forward pass of a text called, nor anything within them."""
     found: list[str] = []
     for name, module in model.named_modules():

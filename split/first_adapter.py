@@ -16,7 +16,6 @@ from lab.adapter import (
     fit_adapter,
     fit_config,
     inject_adapter,
-    numbered_as_whole,
     put_adapter,
     read_adapter,
     trained_weights,
@@ -38,18 +37,17 @@ class FirstAdapter:
     folder: AdapterFolder | None
     """None: a fresh one."""
 
-    def put_on(self, model: PreTrainedModel, layers: range | None) -> dict[str, torch.nn.Parameter]:
-        """Make a frozen model, or its slice of `layers`, learn this; its weights, by their names in a PEFT file."""
-        with numbered_as_whole(model, layers, load_config(self.settings)):
-            inject_adapter(model, self.fit, trainable=True, dropout=self.recipe.lora_dropout)
-            weights = trained_weights(model)
-            if self.folder is not None:
-                put_adapter(model, self.folder, self.fit)
-            else:
-                fresh = self._fresh()
-                with torch.no_grad():
-                    for name, weight in weights.items():
-                        weight.copy_(fresh[name])
+    def put_on(self, model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+        """Make a frozen model, or a slice of it, learn this; its weights, by their names in a PEFT file."""
+        inject_adapter(model, self.fit, trainable=True, dropout=self.recipe.lora_dropout)
+        weights = trained_weights(model)
+        if self.folder is not None:
+            put_adapter(model, self.folder, self.fit)
+        else:
+            fresh = self._fresh()
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(fresh[name])
         return weights
 
     def tensors(self) -> Mapping[str, Tensor]:

@@ -15,7 +15,9 @@ from lab.environment import commit
 from lab.files import whole_folder
 from lab.models import Checkpoint, load_tokenizer, model_identity, prepare_checkpoint
 from lab.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE
+from lab.proof import Use, require
 from lab.settings import ModelSettings, UserError
+from lab.structure import Structure
 from split.checkpoint import Manifest, Parts, latest_step, part_of, read_manifest
 from split.training_messages import Train
 from split.training_opening import identity_of
@@ -73,15 +75,22 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
 
     base = prepare_checkpoint(model)
     config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
-    if config.tie_word_embeddings and "lm_head.weight" in weights:
-        copies = weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]
-        assert torch.equal(*copies), "both copies of a tied embedding learn the same"
+    if config.get_text_config(decoder=True).tie_word_embeddings:
+        _drop_tied_head(weights, require(config, Use.training, model.cache_dir).structure)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.dtype = next(iter(weights.values())).dtype
     config.save_pretrained(folder)
     if (base.folder / "generation_config.json").exists():
         GenerationConfig.from_pretrained(str(base.folder)).save_pretrained(str(folder))
     _copy_tokenizer(base, folder)
+
+
+def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> None:
+    """Both copies of a tied embedding learned the same; a head of its own stays."""
+    assert structure is not None, "what was trained in slices is known in its parts"
+    head, embedding = f"{structure.head}.weight", f"{structure.embedding}.weight"
+    if head in weights and embedding in weights and torch.equal(weights[head], weights[embedding]):
+        del weights[head]
 
 
 def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:

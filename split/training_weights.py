@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 
-from lab.models import load_config, load_layers, name_in_whole, prepare_checkpoint, read_tensors
+from lab.layers import count_layers, load_layers
+from lab.models import fetch, load_config, stored_as
+from lab.proof import Use
+from lab.quantized import Stored
 from lab.settings import ModelSettings, Quantization, UserError
+from lab.slices import cut_of
 from split.training_messages import Recipe, Train
 from split.training_shard import TrainingShard
 
@@ -20,23 +25,29 @@ def load_training_shard(settings: ModelSettings, device: torch.device, layers: r
     Raises:
         UserError: what `load_layers` and `first_adapter` refuse, everything trained where that cannot be.
     """
-    config: Any = load_config(settings).get_text_config(decoder=True)
-    is_first, is_last = layers.start == 0, layers.stop == int(config.num_hidden_layers)
-    model = load_layers(settings, device, layers.start, layers.stop, embedding=is_first, head=is_last)
+    model = _load_slice(settings, device, layers)
     if recipe.train is Train.lora:
         from split.first_adapter import first_adapter  # loads PEFT
 
-        weights = first_adapter(settings, recipe).put_on(model, layers)
+        weights = first_adapter(settings, recipe).put_on(model)
     else:
         check_can_train_everything(settings)
-        model.requires_grad_(True)
-        weights = {name_in_whole(name, layers.start): weight for name, weight in model.named_parameters()}
-    tied = bool(config.tie_word_embeddings)
-    return TrainingShard(model, weights, layers, is_first=is_first, is_last=is_last, is_tied=tied, recipe=recipe)
+        weights = {name: weight for name, weight in model.named_parameters() if cut_of(model).owns(name)}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+    return TrainingShard(model, weights, recipe)
+
+
+def _load_slice(settings: ModelSettings, device: torch.device, layers: range) -> PreTrainedModel:
+    first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
+    return load_layers(settings, device, layers, embedding=first, head=last, use=Use.training)
 
 
 def check_can_train_everything(settings: ModelSettings) -> None:
     """UserError for weights that have no gradient, and for an adapter that nobody would train."""
+    stored = stored_as(fetch(settings, ()), load_config(settings), settings)
+    if stored in (Stored.nf4, Stored.fp4):
+        raise UserError(f"project.train must be lora for a model that is stored as {stored.name}, got everything")
     if settings.quantization is not Quantization.none:
         raise UserError(
             "project.train must be lora where the weights are quantised: they have no gradient, and nothing would be "
@@ -48,19 +59,23 @@ def check_can_train_everything(settings: ModelSettings) -> None:
         )
 
 
-def initial_weight(settings: ModelSettings, recipe: Recipe) -> Callable[[str], Tensor]:
-    """A trainable weight before the first step, by its name in the whole model; read again, not kept."""
+def initial_weight(settings: ModelSettings, recipe: Recipe, layers: range) -> Callable[[str], Tensor]:
+    """A trainable weight before the first step, by its name in the whole model; read again, not kept.
+
+    Where the checkpoint has the tensor under another name, or as a part of it, the slice is loaded again, and kept.
+    """
     if recipe.train is Train.lora:
         from split.first_adapter import first_adapter  # loads PEFT
 
         return first_adapter(settings, recipe).tensors().__getitem__
-    folder = prepare_checkpoint(settings).folder
-    config: Any = load_config(settings).get_text_config(decoder=True)
-    # A tied head is stored under the embedding's name only.
-    stored = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    folder = fetch(settings, ())
+    is_plain = stored_as(folder, load_config(settings), settings) is Stored.plain
+
+    @cache
+    def again() -> dict[str, Tensor]:
+        return dict(_load_slice(settings, torch.device("cpu"), layers).state_dict())
 
     def read(name: str) -> Tensor:
-        place = stored.get(name, name)
-        return read_tensors(folder, {place})[place]
+        return folder.read({name})[name] if is_plain and name in folder.files else again()[name]
 
     return read

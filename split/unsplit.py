@@ -59,5 +59,5 @@ def whole_model(settings: SplitTrainSettings, recipe: Recipe, device: torch.devi
         return model.requires_grad_(True)
     from split.first_adapter import first_adapter  # loads PEFT
 
-    first_adapter(settings.model, recipe).put_on(model, None)
+    first_adapter(settings.model, recipe).put_on(model)
     return model

@@ -92,7 +92,7 @@ def stage(settings: ModelSettings, layers: range, checkpoints: Path, load: Load 
     def make(start: Start) -> tuple[TrainingShard, InitialWeight]:
         shard = load(settings, layers, start.recipe)
         with _LOADING:
-            return shard, initial_weight(settings, start.recipe)
+            return shard, initial_weight(settings, start.recipe, layers)
 
     return TrainingStage(make, checkpoints)
 
