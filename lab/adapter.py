@@ -318,7 +318,7 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def _is_here(model: torch.nn.Module, name: str) -> bool:
     """Whether a slice has the place of a module or tensor of the whole model."""
-    if hasattr(model, "cut") and not cut_of(model).owns(name):
+    if hasattr(model, "cut") and not cut_of(model).owns(f"{name}."):  # the dot: it may be a module's name
         return False
     module = model
     for part in name.split("."):

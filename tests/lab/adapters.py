@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from lab.adapter import add_adapter
 from lab.device import TORCH_DTYPES
-from lab.models import load_layers
+from lab.layers import load_layers
 from lab.settings import ModelSettings, UserError
+from lab.slices import run_slice
 
 IDS_BT = torch.tensor([[3, 1, 5, 9, 20, 8, 1, 5]])
 CPU = torch.device("cpu")
@@ -58,9 +59,9 @@ def slices_say(settings: ModelSettings, folder: Path, cuts: tuple[int, ...]) -> 
     adapted = replace(settings, adapter=str(folder))
     slices, refusals = [], []
     for first, last in itertools.pairwise(cuts):
-        model = load_layers(settings, CPU, first, last, embedding=first == 0, head=last == cuts[-1])
+        model = load_layers(settings, CPU, range(first, last), embedding=first == 0, head=last == cuts[-1])
         try:
-            add_adapter(model, adapted, range(first, last))
+            add_adapter(model, adapted)
             slices.append(model)
         except UserError as error:
             refusals.append(error)
@@ -68,14 +69,9 @@ def slices_say(settings: ModelSettings, folder: Path, cuts: tuple[int, ...]) -> 
         assert not slices, f"some slices take what others refuse: {refusals[0]}"
         raise refusals[0]
     states = IDS_BT
-    for number, model in enumerate(slices):
-        states = _run(model, states, is_first=number == 0, is_last=number == len(slices) - 1)
+    for model in slices:
+        states = run_slice(model, states)
     return states
-
-
-def _run(model: Any, states: torch.Tensor, *, is_first: bool, is_last: bool) -> torch.Tensor:
-    given = {"input_ids" if is_first else "inputs_embeds": states}
-    return torch.as_tensor(model(**given).logits if is_last else model.get_decoder()(**given).last_hidden_state)
 
 
 # Fuzz
