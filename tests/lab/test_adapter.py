@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -14,6 +15,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedConfig
 
 from lab import decode
 from lab.adapter import add_adapter, fit_adapter, read_adapter
@@ -23,7 +25,7 @@ from lab.models import byte_tokenizer, load_config, load_model, model_identity
 from lab.peft_folder import IDENTITY_KEY, folder_digest
 from lab.settings import ModelSettings, Quantization, UserError
 from tests.lab.adapters import CPU, IDS_BT, fuzz, make_adapter, peft_says, sample_of_changes, slices_say
-from tests.split.chains import saved_model
+from tests.split.chains import VOCABULARY, saved_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -272,3 +274,57 @@ def test_lab_decode_reads_it(tmp_path: Path) -> None:
     settings = compose_settings("decode", f"{words} model.adapter=/not/there", DecodeSettings)
     with pytest.raises(UserError, match=r"^model\.adapter must be a PEFT folder"):
         decode.run(settings, Run(tmp_path / "run"))
+
+
+_SMALL = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+FAMILIES: dict[str, tuple[PreTrainedConfig, list[dict[str, Any]]]] = {
+    "gpt2": (  # matrices that are stored turned, and a tied embedding
+        GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=64, **_SMALL),
+        [
+            {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"},
+            {"target_modules": ["wte", "wpe", "c_fc"], "modules_to_save": ["ln_f"]},
+        ],
+    ),
+    "mixtral": (  # experts that are one parameter
+        MixtralConfig(
+            hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+            num_local_experts=4, **_SMALL,
+        ),
+        [{"target_parameters": _EXPERTS, "rank_pattern": {"layers.1.mlp.experts.down_proj": 2}}],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family: str, settings: ModelSettings, tmp_path: Path) -> None:
+    config, kinds = FAMILIES[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base = replace(settings, name=family, path=str(tmp_path / "base"))
+    for number, changes in enumerate(kinds):
+        made = make_adapter(tmp_path / "base", tmp_path / f"{number}", **{"target_modules": ["q_proj"]} | changes)
+        expected = peft_says(base, made)
+        assert not torch.equal(expected, peft_says(base, None)), "the adapter changes nothing"
+        assert torch.equal(slices_say(base, made, (0, 1, 3, 4)), expected), changes
+
+
+def test_an_adapter_of_experts_that_were_modules_once(settings: ModelSettings, tmp_path: Path) -> None:
+    """Saved before transformers 5 fused them: PEFT puts the matrices of all experts together."""
+    config, _ = FAMILIES["mixtral"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+        made = make_adapter(tmp_path / "base", tmp_path / "made", target_modules=["q_proj"])
+        tensors = load_file(made / "adapter_model.safetensors")
+        for layer, expert in itertools.product(range(4), range(4)):
+            for name, (entering, leaving) in {"w1": (32, 48), "w2": (48, 32), "w3": (32, 48)}.items():
+                place = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors[f"{place}.lora_A.weight"] = torch.randn(4, entering)
+                tensors[f"{place}.lora_B.weight"] = torch.randn(leaving, 4)
+    save_file(tensors, made / "adapter_model.safetensors")
+    written = json.loads((made / "adapter_config.json").read_text()) | {"target_modules": ["q_proj", "w1", "w2", "w3"]}
+    (made / "adapter_config.json").write_text(json.dumps(written))
+    base = replace(settings, name="mixtral", path=str(tmp_path / "base"))
+    assert torch.equal(slices_say(base, made, (0, 1, 3, 4)), peft_says(base, made))
