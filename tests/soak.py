@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from lab.bench import write_report
 from lab.entry import compose_settings
@@ -29,10 +30,12 @@ from split.boundary import Boundary
 from split.joining import join_shards, make_side
 from split.local_shards import LocalShards
 from split.settings import SplitSettings
+from tests.lab import adapters
 from tests.speculative.identity import Compared, compare_everything, compare_random, smollm2_subject
 from tests.speculative.kills import DELAY_SECONDS, KINDS
 from tests.speculative.kills import kill_at_random as kill_drafting
 from tests.split import hostile, kills, texts
+from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
 from tests.wire_fuzz import fuzz, server_process
 
@@ -154,11 +157,21 @@ def learners_killed() -> dict[str, Any]:
     return {"ok": came.same_losses and came.kills == LEARNER_KILLS, "kills": came.kills, **figures}
 
 
+def adapters_changed() -> dict[str, Any]:
+    """Changes of adapter folders (each key of the config, each file, tensors): slices say what PEFT says or refuse."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = saved_model("qwen2", Path(folder) / "model")
+        came = adapters.fuzz(settings, Path(folder), list(adapters.all_changes()))
+    return {"ok": not came.wrong and not came.broken and came.same > 0, **asdict(came)}
+
+
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed),
+        adapters_changed,
     )
 }
 
