@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -69,20 +69,20 @@ class ModelFolder:
         """Weight files that the index names and the folder lacks."""
         return [file for file in self.weight_files if not (self.path / file).is_file()]
 
-    def check(self) -> None:
-        """UserError unless config.json is there and every weight file is whole, and holds what the index says."""
+    def check(self, files: Collection[str] | None = None) -> None:
+        """UserError unless config.json is there and these weight files (None: all) are whole and as the index says."""
         if not (self.path / CONFIG).is_file():
             raise self._refused("be a folder with config.json and safetensors")
         if (self.path / "adapter_config.json").exists():
             raise self._refused("be a base model alone (an adapter goes to model.adapter)", "adapter_config.json")
-        for file in self.weight_files:
+        for file in self.weight_files if files is None else files:
             self._tensors_in(file)
 
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype (as safetensors names it) and shape of every stored tensor that is here."""
-        found = {}
-        for file in self.weight_files:
-            if (self.path / file).is_file():
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if (self.path / SINGLE).is_file() or (self.path / INDEX).is_file():
+            for file in set(self.weight_files).difference(self.missing_files()):
                 found |= self._tensors_in(file)
         return found
 
@@ -93,7 +93,7 @@ class ModelFolder:
             if name not in self.files:
                 raise UserError(f"{self.setting} must hold the tensors of its architecture, got none named {name!r}")
             by_file[self.files[name]].append(name)
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
             self._tensors_in(file)
             with self._open(file) as tensors:
@@ -137,7 +137,7 @@ class ModelFolder:
             options: `lab.quantized.load_options`.
         """
         with self._reading("hold a model that transformers can load", self.path.name):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
                 self.path,
                 config=config,
                 dtype=dtype,
@@ -180,7 +180,9 @@ class ModelFolder:
         if (self.path / GENERATION).exists():
             self._json(GENERATION)
             with self._reading("have a generation_config.json that transformers can read", GENERATION):
-                found = GenerationConfig.from_pretrained(str(self.path), local_files_only=True).eos_token_id
+                found = GenerationConfig.from_pretrained(
+                    str(self.path), local_files_only=True, trust_remote_code=False
+                ).eos_token_id
         else:
             found = GenerationConfig.from_model_config(config).eos_token_id
         ends = [] if found is None else found if isinstance(found, list) else [found]
@@ -203,10 +205,10 @@ class ModelFolder:
         found = self._stored_in(file)
         expected = {name for name, place in self.files.items() if place == file}
         if odd := sorted(found.keys() ^ expected):
-            place = self.files.get(odd[0], "no file") if odd[0] in found else "it"
+            place = self.files.get(odd[0], "no file") if odd[0] in found else "this file"
             raise UserError(
                 f"{self.setting} must have an index that says what each file holds, got {str(self.path / file)!r} "
-                f"{'with' if odd[0] in found else 'without'} {odd[0]!r}, which the index has in {place}"
+                f"{'with' if odd[0] in found else 'without'} {odd[0]!r}, which the index says is in {place}"
             )
         return found
 

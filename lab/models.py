@@ -42,7 +42,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lab.device import TORCH_DTYPES, check_dtype, lacks_sixteen_bits
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
-from lab.folder import CONFIG, SINGLE, ModelFolder
+from lab.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from lab.quantized import Stored, can_become, load_options
 from lab.row_attention import attend_by_row
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
@@ -80,9 +80,8 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     dtype = check_dtype(device, settings.dtype)
     quantization = quantization_config(settings, device, dtype)
     folder = fetch(settings, None)
-    config = folder.config()
-    stored = stored_as(folder, config, settings)
-    tokenizer = folder.tokenizer()
+    config, tokenizer = folder.config(), folder.tokenizer()
+    stored = folder.stored(config)
     model = folder.load(config, dtype, **load_options(stored, quantization, device))
     if quantization is None and stored in (Stored.plain, Stored.fp8):
         model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
@@ -102,17 +101,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 def load_tokenizer_only(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """A model's tokenizer for who needs no weights: of a hub model none are downloaded."""
     return fetch(settings, ()).tokenizer()
-
-
-def stored_as(folder: ModelFolder, config: PreTrainedConfig, settings: ModelSettings) -> Stored:
-    """How a folder keeps its matrices; UserError where it cannot be read, or not under `model.quantization`."""
-    stored = folder.stored(config)
-    if not can_become(stored, settings.quantization):
-        raise UserError(
-            f"model.quantization must be none for a model that is stored as {stored.name}, "
-            f"got {settings.quantization.name}"
-        )
-    return stored
 
 
 def load_layers(
@@ -213,6 +201,22 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
     return random_config(settings) if settings.source is ModelSource.random else fetch(settings, ()).config()
 
 
+def read_own_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The config of a folder, or out of a GGUF file's header: nothing is converted. UserError for others."""
+    match settings.source:
+        case ModelSource.path:
+            return _model_folder(settings).config()
+        case ModelSource.gguf:
+            file = gguf_file(settings)
+            with _alone_in_a_folder(file) as place, _reading_gguf(file):
+                config: PreTrainedConfig = AutoConfig.from_pretrained(
+                    place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
+                )
+                return config
+        case _:
+            raise UserError(f"model.source must be path or gguf to read a config from here, got {settings.source.name}")
+
+
 def end_ids_of(settings: ModelSettings) -> list[int]:
     """The ids with which a model ends a text, from its generation config, else its config; no weights are read."""
     return fetch(settings, ()).end_ids()
@@ -255,13 +259,28 @@ def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder
         case ModelSource.hub:
             return _from_hub(settings, names)
         case ModelSource.path:
-            folder = ModelFolder(Path(str(settings.path)).expanduser().absolute(), setting)
+            folder = _model_folder(settings)
         case ModelSource.gguf:
             folder = ModelFolder(_converted(settings, _write_gguf), setting)
         case ModelSource.random:
             folder = ModelFolder(_converted(settings, _write_random), setting)
     folder.check()
+    _check_stored(folder, settings)
     return folder
+
+
+def _check_stored(folder: ModelFolder, settings: ModelSettings) -> None:
+    """UserError for matrices that are stored in a way that is not read, or not under `model.quantization`."""
+    stored = folder.stored(folder.config())
+    if not can_become(stored, settings.quantization):
+        raise UserError(
+            f"model.quantization must be none for a model that is stored as {stored.name}, "
+            f"got {settings.quantization.name}"
+        )
+
+
+def _model_folder(settings: ModelSettings) -> ModelFolder:
+    return ModelFolder(Path(str(settings.path)).expanduser().absolute(), _SETTING[ModelSource.path])
 
 
 _SETTING = {
@@ -308,13 +327,16 @@ DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 def _from_hub(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:
     folder = ModelFolder(_described_on_hub(settings), _SETTING[ModelSource.hub])
     if names is None or names:
-        _download(settings, [SINGLE], folder.path.name)  # where there is one, it is what counts
+        _download(settings, [SINGLE, INDEX], folder.path.name)  # a single file counts where there is one
         folder.files  # noqa: B018 (UserError where there are no weights)
-        wanted = set(folder.weight_files) if names is None else {folder.files.get(name) for name in names} - {None}
+        asked = folder.files.keys() if names is None else folder.files.keys() & set(names)
+        wanted = {folder.files[name] for name in asked}
         if absent := sorted(wanted.intersection(folder.missing_files())):
             _download(settings, absent, folder.path.name)
         if lacking := sorted(wanted.intersection(folder.missing_files())):
             raise _unreachable(str(settings.repo), OSError(f"it has no {lacking[0]}"))
+        folder.check(wanted)
+    _check_stored(folder, settings)
     return folder
 
 
@@ -395,10 +417,9 @@ def _reading_gguf(file: Path) -> Iterator[None]:
 def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
     file = gguf_file(settings)
     log.info("converting %s once (about 20 s for 135M parameters)", file.name)
-    with tempfile.TemporaryDirectory() as alone, _reading_gguf(file):  # nothing that lies beside it takes part
-        _link(file, Path(alone) / "model.gguf")
-        options = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
-        model, report = AutoModelForCausalLM.from_pretrained(
+    with _alone_in_a_folder(file) as place, _reading_gguf(file):
+        alone, options = place.parent, {"gguf_file": place.name, "local_files_only": True, "trust_remote_code": False}
+        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
             alone, dtype=torch.float32, output_loading_info=True, **options
         )
         if missing := sorted(report["missing_keys"]):
@@ -418,11 +439,16 @@ def _drop_ids_from(file: Path, rows: int) -> None:
     file.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
 
 
-def _link(file: Path, place: Path) -> None:
-    try:
-        place.symlink_to(file.absolute())
-    except OSError:  # Windows asks for a privilege
-        shutil.copy(file, place)
+@contextmanager
+def _alone_in_a_folder(file: Path) -> Iterator[Path]:
+    """The file in a folder of its own: nothing that lies beside it takes part."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "model.gguf"
+        try:
+            place.symlink_to(file.absolute())
+        except OSError:  # Windows asks for a privilege
+            shutil.copy(file, place)
+        yield place
 
 
 def _write_random(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lab.models import load_config, load_layers, model_identity, prepare_checkpoint, read_tensors
+from lab.models import fetch, load_config, load_layers, model_identity
+from lab.quantized import Stored
 from lab.settings import LoraSettings, ModelSettings, Quantization, UserError
 from split.training_messages import Recipe, Train
 from split.training_shard import TrainingShard
@@ -51,6 +52,9 @@ def check_can_train_everything(settings: ModelSettings) -> None:
             "project.train must be lora where the weights are quantised: they have no gradient, and nothing would be "
             f"trained; got everything with model.quantization={settings.quantization.name}"
         )
+    folder = fetch(settings, ())
+    if (stored := folder.stored(folder.config())) is not Stored.plain:
+        raise UserError(f"project.train must be lora for a model that is stored quantised, got {stored.name} weights")
     if settings.adapter is not None:
         raise UserError(
             f"project.train must be lora to go on from model.adapter, got everything with {settings.adapter!r}"
@@ -87,14 +91,13 @@ def initial_weight(settings: ModelSettings, recipe: Recipe) -> Callable[[str], T
     """A trainable weight before the first step, by its name in the whole model; read again, not kept."""
     if recipe.train is Train.lora:
         return initial_adapter(settings, recipe).__getitem__
-    folder = prepare_checkpoint(settings).folder
     config: Any = load_config(settings).get_text_config(decoder=True)
     # A tied head is stored under the embedding's name only.
     stored = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
 
     def read(name: str) -> Tensor:
         place = stored.get(name, name)
-        return read_tensors(folder, {place})[place]
+        return fetch(settings, {place}).read({place})[place]
 
     return read
 
