@@ -161,6 +161,7 @@ class ModelFolder:
                 self.path, local_files_only=True, trust_remote_code=False
             )
             ids = tokenizer.get_vocab()
+            tokenizer("a")  # some find out only then that they lack a token they need
         added = tokenizer.get_added_vocab()
         if not ids.keys() - added.keys():  # transformers makes an empty one where the files are missing
             raise self._refused("have a tokenizer with a vocabulary", str(self.path))

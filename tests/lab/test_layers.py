@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from fl.settings import FederatedSettings
 from lab import models
 from lab.entry import compose_settings
+from lab.folder import ModelFolder
 from lab.models import load_layers, load_model, load_tokenizer_only
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from tests.random_models import ARCHITECTURES, WINDOW, random_model
@@ -86,11 +87,14 @@ def test_only_its_own_tensors_are_read(tmp_path: Path, monkeypatch: pytest.Monke
         def keys(self) -> Any:
             return self._file.keys()
 
+        def get_slice(self, name: str) -> Any:
+            return self._file.get_slice(name)
+
         def get_tensor(self, name: str) -> Any:
             read.append(name)
             return self._file.get_tensor(name)
 
-    monkeypatch.setattr(models, "safe_open", Noting)
+    monkeypatch.setattr("lab.folder.safe_open", Noting)
     load_layers(settings, CPU, 2, 4, embedding=False, head=True)
     assert {name.rpartition("layers.")[2][:2] for name in read if "layers" in name} == {"2.", "3."}
     assert {name for name in read if "layers" not in name} == {"model.norm.weight", "lm_head.weight"}
@@ -123,12 +127,9 @@ def test_slices_in_4_bits_are_the_whole_model_in_4_bits(architecture: str, tmp_p
 
 def test_a_checkpoint_without_a_tensor_is_named(tmp_path: Path) -> None:
     settings = _saved("llama", tmp_path)
-    for file in tmp_path.glob("*.safetensors"):
-        with safetensors.safe_open(file, framework="pt") as tensors:
-            if "model.norm.weight" in tensors.keys():  # noqa: SIM118 (no mapping)
-                held = {name: tensors.get_tensor(name) for name in tensors.keys() if name != "model.norm.weight"}  # noqa: SIM118
-                found = file
-    save_file(held, found)
+    folder = ModelFolder(tmp_path)
+    held = folder.read(folder.files.keys() - {"model.norm.weight"})
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"got none named 'model\.norm\.weight'"):
         load_layers(settings, CPU, 0, 4, embedding=True, head=True)
     load_layers(settings, CPU, 0, 4, embedding=True, head=False)
