@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lab.quantized import READ, Stored, Unreadable, stored_kind
+from lab.quantized import READ, Stored, Unreadable, stored_kind, unpacked
 from lab.settings import UserError
 
 CONFIG = "config.json"
@@ -150,8 +150,18 @@ class ModelFolder:
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"{self.setting} must hold the tensors of its architecture, got none named {missing[0]!r}")
         assert not report["mismatched_keys"], "transformers refuses them itself"
+        if getattr(model, "is_loaded_in_4bit", False) and (bare := unpacked(model)):
+            raise UserError(
+                f"{self.setting} must hold all 4-bit weights that its config speaks of, got none for {bare!r}"
+            )
         loaded: PreTrainedModel = model
         return loaded
+
+    def check_computes(self, model: PreTrainedModel) -> None:
+        """UserError for a model that cannot compute two tokens: a config may make one that fails only then."""
+        ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+        with self._reading("hold a model that computes", self.path.name), torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, chat template included; each of its ids has a row in the embedding."""

@@ -89,7 +89,8 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     if lacks_sixteen_bits(device, dtype):
         widen_products(model)
         attend_by_row(model)
-    return LoadedModel(model.eval(), tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
+    folder.check_computes(model.eval())
+    return LoadedModel(model, tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
