@@ -113,6 +113,8 @@ def _presets() -> list[dict[str, Any]]:
 
 
 def _is_preset(settings: ModelSettings) -> bool:
-    origin = {"source": settings.source.name}
-    origin |= {name: getattr(settings, name) for name in ("repo", "path", "package")}
-    return any(all(preset.get(name) == value for name, value in origin.items()) for preset in _presets())
+    origin = (settings.source.name, settings.repo, settings.path, settings.package is None)
+    return any(
+        (preset["source"], preset.get("repo"), preset.get("path"), preset.get("package") is None) == origin
+        for preset in _presets()
+    )

@@ -53,7 +53,7 @@ class ModelFolder:
         """
         if (self.path / SINGLE).is_file():
             return dict.fromkeys(self._stored_in(SINGLE), SINGLE)
-        if not (self.path / INDEX).is_file():
+        if not self.has_weights:
             raise self._refused("be a folder with config.json and safetensors")
         named = self._json(INDEX).get("weight_map")
         if not isinstance(named, dict) or not named or not all(_is_file_name(file) for file in named.values()):
@@ -64,6 +64,11 @@ class ModelFolder:
     def weight_files(self) -> list[str]:
         """The files that hold its tensors, sorted; not all of them need be there while `check` was not called."""
         return sorted(set(self.files.values()))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a file, or an index, that says which tensors it has."""
+        return (self.path / SINGLE).is_file() or (self.path / INDEX).is_file()
 
     def missing_files(self) -> list[str]:
         """Weight files that the index names and the folder lacks."""
@@ -81,7 +86,7 @@ class ModelFolder:
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype (as safetensors names it) and shape of every stored tensor that is here."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
-        if (self.path / SINGLE).is_file() or (self.path / INDEX).is_file():
+        if self.has_weights:
             for file in set(self.weight_files).difference(self.missing_files()):
                 found |= self._tensors_in(file)
         return found

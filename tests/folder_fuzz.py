@@ -105,11 +105,11 @@ def fuzz_folders(count: int, seed: int) -> Found:
     return found
 
 
-def good_folder(family: str, folder: Path, **sizes: Any) -> Path:
+def good_folder(family: str, folder: Path, shard: str = "60KB", **sizes: Any) -> Path:
     """A random model in several files, with a byte tokenizer and an end of its own."""
     model: Any = random_model(family, torch.float32, tie_word_embeddings=family == "gemma2", **sizes)
     model.generation_config.eos_token_id = [256]
-    model.save_pretrained(folder, max_shard_size="60KB")
+    model.save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -28,14 +28,16 @@ class Hub(ThreadingHTTPServer):
     def reply(self, path: str) -> tuple[bytes, dict[str, str]] | None:
         """What to say to a request, and with which headers; None for 404."""
         files = sorted(file for file in self.folder.iterdir() if file.is_file())
+        asked = [part for part in path.split("/") if len(part) == len(self.commit)]  # by commit, not by branch
+        commit = asked[0] if asked else self.commit
         if path.startswith(f"/api/models/{REPO}"):
             tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _digest(f)} for f in files]
-            about = {"id": REPO, "sha": self.commit, "siblings": [{"rfilename": file.name} for file in files]}
+            about = {"id": REPO, "sha": commit, "siblings": [{"rfilename": file.name} for file in files]}
             return json.dumps(tree if "/tree/" in path else about).encode(), {"Content-Type": "application/json"}
         file = self.folder / path.rpartition("/")[2]
         if "/resolve/" not in path or file not in files:
             return None
-        return file.read_bytes(), {"ETag": f'"{_digest(file)}"', "X-Repo-Commit": self.commit}
+        return file.read_bytes(), {"ETag": f'"{_digest(file)}"', "X-Repo-Commit": commit}
 
 
 class _Handler(BaseHTTPRequestHandler):

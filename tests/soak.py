@@ -29,6 +29,7 @@ from split.boundary import Boundary
 from split.joining import join_shards, make_side
 from split.local_shards import LocalShards
 from split.settings import SplitSettings
+from tests.folder_fuzz import fuzz_folders
 from tests.speculative.identity import Compared, compare_everything, compare_random, smollm2_subject
 from tests.speculative.kills import DELAY_SECONDS, KINDS
 from tests.speculative.kills import kill_at_random as kill_drafting
@@ -37,6 +38,7 @@ from tests.split.training_kills import kill_while_training
 from tests.wire_fuzz import fuzz, server_process
 
 HOSTILE_FRAMES = 200_000
+CHANGED_FOLDERS = 1500
 COMPARED_TOKENS = 50_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
@@ -154,11 +156,17 @@ def learners_killed() -> dict[str, Any]:
     return {"ok": came.same_losses and came.kills == LEARNER_KILLS, "kills": came.kills, **figures}
 
 
+def model_folders() -> dict[str, Any]:
+    """Model folders changed in one place: transformers' own model, or one line; no traceback."""
+    found = fuzz_folders(CHANGED_FOLDERS, seed=1)
+    return {"ok": not found.faults, **asdict(found)}
+
+
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
-        *(shards_killed, shards_attacked, split_texts, learners_killed),
+        *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders),
     )
 }
 
