@@ -21,6 +21,7 @@ from lab.device import open_device
 from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
 from lab.models import load_tokenizer_only
+from lab.settings import UserError
 from lab.wire import encode, pack_tokens
 from speculative.bench_settings import BenchEngine
 from speculative.drafting import Round, speculate
