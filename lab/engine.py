@@ -15,15 +15,18 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
+from lab.context import longest_text
 from lab.engine_kind import EngineKind
-from lab.kv import CacheFull, ExactShape, SlotCache
+from lab.kv import CacheFull, ExactShape, SlotCache, check_attention, layer_shapes
+from lab.not_finite import NotFinite
 from lab.sampling import Sampling, choose, mix64, nll
 from lab.wide_products import pack_products
 
@@ -56,6 +59,8 @@ class TargetStep:
     nll: list[float]
     """[t] is the cross-entropy, in nats, of ids[t] under the step before it. NaN at t = 0 unless ids[0] is what the
     target had put there itself in the extend just before: no other logits are kept between calls."""
+    fault: str = ""
+    """Where NaN or infinity came up first, for people. With a fault the lists above mean nothing."""
 
     def then(self, later: TargetStep) -> TargetStep:
         """This step and the one that goes on behind it, as one."""
@@ -64,6 +69,7 @@ class TargetStep:
             self.next_nll + later.next_nll,
             self.margin + later.margin,
             self.nll + later.nll,
+            self.fault or later.fault,
         )
 
 
@@ -100,7 +106,7 @@ class Session:
     def advance(self, ids: Sequence[int], step: TargetStep) -> TargetStep:
         """For engines: the ids are held now, and this is what came of them. Fills in ``nll[0]`` where it is known."""
         if step.nll and math.isnan(step.nll[0]):
-            step = TargetStep(step.next_ids, step.next_nll, step.margin, [self._own_nll(ids[0]), *step.nll[1:]])
+            step = replace(step, nll=[self._own_nll(ids[0]), *step.nll[1:]])
         self._position += len(ids)
         self._first_next = self._position - len(step.next_ids) + 1
         self.step = step
@@ -146,6 +152,7 @@ class Engine(Protocol):
         Raises:
             ValueError: an id outside the vocabulary, or a prompt longer than the context.
             CacheFull: no slot or no memory is left for another session.
+            NotFinite: see `extend`; the session is closed again.
         """
         ...
 
@@ -155,6 +162,9 @@ class Engine(Protocol):
         Raises:
             ValueError: no ids, ids outside the vocabulary, a session twice, closed or beyond the context.
             CacheFull: the limit in bytes is reached. In both cases every session is where it was.
+            NotFinite: the logits of some sessions, or hidden states on the way to them, hold NaN or infinity. These
+                sessions must be closed: what the cache holds of them would spoil every later pass. The others have
+                advanced, and their steps are in the exception.
         """
         ...
 
@@ -182,6 +192,13 @@ def check_requests(engine: Engine, requests: Sequence[Request]) -> None:
                 f"got {session.position} + {len(ids)}"
             )
         check_ids(ids, engine.vocabulary_size)
+
+
+def check_finite(steps: list[TargetStep]) -> list[TargetStep]:
+    """The steps of an `extend`, whose sessions have advanced. Raises `NotFinite` where one of them has a fault."""
+    if any(step.fault for step in steps):
+        raise NotFinite(steps)
+    return steps
 
 
 def check_prompt(engine: Engine, prompt_ids: Sequence[int]) -> None:
@@ -213,7 +230,10 @@ class Scored:
 
 
 def read_steps(blocks: Sequence[Scored], want: Want) -> list[TargetStep]:
-    """Let the target choose in every row of every session at once: the end of an engine, for who has the logits."""
+    """Let the target choose in every row of every session at once: the end of an engine, for who has the logits.
+
+    A session whose logits hold NaN or infinity gets a step with a fault; the others get what they get without it.
+    """
     samplings: list[Sampling] = []
     positions: list[int] = []
     followers: list[int] = []
@@ -228,8 +248,15 @@ def read_steps(blocks: Sequence[Scored], want: Want) -> list[TargetStep]:
     for block in blocks:
         rows = slice(row, row := row + block.logits_KV.shape[0])
         known = [_nll_before(block), *choice.follower_nll[rows][:-1]] if want == "all" else []
-        steps.append(TargetStep(choice.ids[rows], choice.nll[rows], choice.margins[rows], known))
+        fault = _fault(choice.finite[rows], positions[rows])
+        steps.append(TargetStep(choice.ids[rows], choice.nll[rows], choice.margins[rows], known, fault))
     return steps
+
+
+def _fault(finite: Sequence[bool], positions: Sequence[int]) -> str:
+    if all(finite):
+        return ""
+    return f"the logits for position {positions[finite.index(False)]} hold NaN or infinity"
 
 
 def _nll_before(block: Scored) -> float:
@@ -304,8 +331,8 @@ class LocalEngine:
             it was asked for. Probed here.
 
     Raises:
-        ValueError: a context the model was not made for, an attention that takes no masks, more than one CPU thread
-            with exact shapes.
+        ValueError: a context the model was not made for, an attention that takes no masks, a model that keeps
+            something else than keys and values, more than one CPU thread with exact shapes.
         CacheFull: the exact shape does not fit into the limit.
         ShapeDependence: exact shapes do not hold on this device.
     """
@@ -324,7 +351,7 @@ class LocalEngine:
         pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         config = self._model.config.get_text_config(decoder=True)
-        longest = getattr(config, "max_position_embeddings", None) or context
+        longest = longest_text(config) or context
         if not 1 <= context <= longest:
             raise ValueError(f"context must be in [1, {longest}], got {context}")
         if prefill_chunk < 1:
@@ -336,8 +363,9 @@ class LocalEngine:
         self._device: torch.device = self._model.device
         self._exact_rows = exact_rows and -(-exact_rows // _BLOCK_ROWS) * _BLOCK_ROWS
         self._chunk = self._exact_rows or prefill_chunk
-        self.cache = SlotCache.for_model(
-            config,
+        check_attention(self._model.config)
+        self.cache = SlotCache(
+            layer_shapes(self._run_one),
             slots=sessions,
             bucket=bucket,
             limit_bytes=kv_limit_bytes,
@@ -372,7 +400,7 @@ class LocalEngine:
             pieces = [_Piece(run, start, run.ids[start:end]) for run in runs if run.ids[start:]]
             for group in together(pieces, math.inf if self._exact_rows else SWEEP_ROWS):
                 self._pass(group, want)
-        return [run.session.advance(run.ids, run.step) for run in runs]
+        return check_finite([run.session.advance(run.ids, run.step) for run in runs])
 
     def close(self, session: Session) -> None:
         """See `Engine.close`."""
@@ -382,6 +410,12 @@ class LocalEngine:
     def shutdown(self) -> None:
         """Drop model and cache; the engine is of no use afterwards."""
         del self._model, self.cache
+
+    @torch.inference_mode()
+    def _run_one(self, cache: Cache) -> None:
+        """A forward pass over one token: it shows what each layer keeps, and that the engine runs at all."""
+        one = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+        self._model(input_ids=one, position_ids=one, past_key_values=cache, use_cache=True)
 
     def _pass(self, pieces: Sequence[_Piece], want: Want) -> None:
         """Run some pieces together, and read the rows of logits that are asked for."""
@@ -412,7 +446,6 @@ class LocalEngine:
         output = model(
             input_ids=torch.tensor(ids_BT, device=self._device),
             position_ids=plan.position_ids_BT,
-            attention_mask=plan.attention_mask,
             past_key_values=self.cache,
             use_cache=True,
             **options,

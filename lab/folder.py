@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ GENERATION = "generation_config.json"
 ATTENTIONS = (None, "eager", "sdpa")
 """What a config may ask for; transformers would fetch others from the hub, as code."""
 
+PROBE = "A b\n\u00e9\U0001f600"
 PLACEHOLDERS = ("image_token", "audio_token", "video_token")
 """Tokens of a tokenizer that a family's text-only models share with others, and have no rows for (Gemma 3)."""
 
@@ -105,6 +106,19 @@ class ModelFolder:
                 found |= {name: tensors.get_tensor(name) for name in wanted}
         return found
 
+    @contextmanager
+    def lazy(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
+        """Those of these tensors that are here, as safetensors' slices: read only when they are used."""
+        with ExitStack() as stack:
+            found: dict[str, Any] = {}
+            for file in self.weight_files:
+                if (self.path / file).is_file():
+                    self._tensors_in(file)
+                    tensors = stack.enter_context(self._open(file))
+                    here = set(names).intersection(tensors.keys())
+                    found |= {name: tensors.get_slice(name) for name in here}
+            yield found
+
     def config(self) -> PreTrainedConfig:
         """The config, of an architecture that has a causal language model in transformers."""
         described = self._json(CONFIG)
@@ -166,7 +180,7 @@ class ModelFolder:
         """UserError for a model that cannot compute two tokens: a config may make one that fails only then."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
         with self._reading("hold a model that computes", self.path.name), torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=True)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, chat template included; each of its ids has a row in the embedding."""
@@ -176,7 +190,7 @@ class ModelFolder:
                 self.path, local_files_only=True, trust_remote_code=False
             )
             ids = tokenizer.get_vocab()
-            tokenizer("a")  # some find out only then that they lack a token they need
+            tokenizer(PROBE)  # some find out only then that they lack a token they need
         added = tokenizer.get_added_vocab()
         if not ids.keys() - added.keys():  # transformers makes an empty one where the files are missing
             raise self._refused("have a tokenizer with a vocabulary", str(self.path))

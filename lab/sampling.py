@@ -1,7 +1,8 @@
 """Sampling as a function of position: who draws a token does not matter, only where it stands.
 
-A token is ``argmax(logits / temperature + g(seed, position, token))`` over the tokens that top-k and top-p leave, with
-``g`` Gumbel noise from a counter-based hash. There is no generator state: a drafter and a target that share the seed
+A token is ``argmax(logits + temperature * g(seed, position, token))`` over the tokens that top-k and top-p leave, with
+``g`` Gumbel noise from a counter-based hash. (Above 1 the temperature divides the logits instead, so that no finite
+temperature makes infinity of a finite number.) There is no generator state: a drafter and a target that share the seed
 draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 + TV)`` (TV: the
 total variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to travel.
 
@@ -32,7 +33,8 @@ class Sampling:
     seed: int
     """Which noise, in [0, 2^63)."""
     temperature: float
-    """Divides the logits; 0 takes the best token, and the lowest id among equals."""
+    """Multiplies the noise; 0 takes the best token, and the lowest id among equals. So does one that is so small that
+    the noise is lost beside the logits."""
     top_k: int
     """Only the k best tokens can be drawn (all that equal the k-th); 0 switches it off."""
     top_p: float
@@ -67,6 +69,8 @@ class Choice:
     tokens, only an error of more than half of it can change the choice. Infinite when one candidate was left."""
     follower_nll: list[float]
     """Cross-entropy of the token that follows in the text instead; NaN where none was given."""
+    finite: list[bool]
+    """Whether all logits were finite; where one was not, nothing above means anything."""
 
 
 def choose(
@@ -85,6 +89,7 @@ def choose(
     """
     logits_RV = _wide(logits_RV)
     log_total_R = logits_RV.logsumexp(-1)
+    finite_R = log_total_R.isfinite() & logits_RV.amin(-1).isfinite()  # NaN and +inf show in the sum, -inf does not
     ids_R = torch.empty(len(samplings), dtype=torch.int64, device=logits_RV.device)
     margins_R = torch.empty_like(log_total_R)
     for rule, rows in _rows_by_rule(samplings).items():
@@ -97,7 +102,7 @@ def choose(
     follower_R = torch.tensor(followers, dtype=torch.int64, device=logits_RV.device)
     follower_nll_R = (log_total_R - _pick(logits_RV, follower_R.clamp(min=0))).masked_fill(follower_R < 0, math.nan)
     nll_R = log_total_R - _pick(logits_RV, ids_R)
-    return Choice(ids_R.tolist(), nll_R.tolist(), margins_R.tolist(), follower_nll_R.tolist())
+    return Choice(ids_R.tolist(), nll_R.tolist(), margins_R.tolist(), follower_nll_R.tolist(), finite_R.tolist())
 
 
 def nll(logits_RV: Tensor, ids: Sequence[int]) -> list[float]:
@@ -178,11 +183,12 @@ def _choose_by_one_rule(
     temperature, top_k, top_p = rule
     if temperature == 0:
         return _best_and_margin(logits_RV.clone())
-    scores_RM, tokens_RM = _survivors(logits_RV / temperature, top_k, top_p)
+    divisor, heat = min(max(temperature, 1.0), torch.finfo(logits_RV.dtype).max), min(temperature, 1.0)
+    scores_RM, tokens_RM = _survivors(logits_RV / divisor if divisor > 1 else logits_RV, top_k, top_p, heat)
     bits_RM = noise_bits(noise_keys(seeds, positions, logits_RV.device)[:, None], tokens_RM)
-    best_R, margins_R = _best_and_margin(scores_RM + gumbel(bits_RM, scores_RM.dtype))
+    best_R, margins_R = _best_and_margin(gumbel(bits_RM, scores_RM.dtype).mul_(heat).add_(scores_RM))
     ids_R = tokens_RM.expand(len(seeds), -1).gather(-1, best_R[:, None])[:, 0]
-    return ids_R, margins_R * temperature
+    return ids_R, margins_R * divisor
 
 
 def _best_and_margin(scores_RM: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,11 +199,11 @@ def _best_and_margin(scores_RM: Tensor) -> tuple[Tensor, Tensor]:
     return best_R, best_R1[:, 0] - scores_RM.amax(-1)
 
 
-def _survivors(scores_RV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+def _survivors(scores_RV: Tensor, top_k: int, top_p: float, heat: float) -> tuple[Tensor, Tensor]:
     """What can be drawn: scores (-inf: cannot) and token ids, of all tokens or of the M best. Only these need noise.
 
     Both rules keep what reaches a threshold and do not count: which of several equal tokens a sort puts first differs
-    between devices. So M must reach below the threshold.
+    between devices. So M must reach below the threshold. `heat` is the temperature that the scores still have.
     """
     vocabulary_size = scores_RV.shape[-1]
     if top_k >= vocabulary_size:
@@ -210,16 +216,22 @@ def _survivors(scores_RV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Ten
         by_count_RM = best_RM >= best_RM[:, top_k - 1, None]  # top_k = 0: the last one, so that all remain
         inside_RM = by_count_RM
         if top_p < 1:
-            log_total_R1 = (best_RM.masked_fill(~by_count_RM, -math.inf) if top_k else scores_RV).logsumexp(-1, True)
-            inside_RM = by_count_RM & (best_RM >= _nucleus_threshold(best_RM, log_total_R1, top_p))
+            counted_RX = best_RM.masked_fill(~by_count_RM, -math.inf) if top_k else scores_RV
+            inside_RM = by_count_RM & (best_RM >= _nucleus_threshold(best_RM, counted_RX, top_p, heat))
         cut_off_RM = by_count_RM if top_k else inside_RM
         if count >= vocabulary_size or not bool(cut_off_RM[:, -1].any()):
             return best_RM.masked_fill(~inside_RM, -math.inf), tokens_RM
         count *= 16
 
 
-def _nucleus_threshold(best_RM: Tensor, log_total_R1: Tensor, top_p: float) -> Tensor:
-    """The last of the sorted scores that is needed to reach the probability, R x 1."""
-    probability_RM = (best_RM - log_total_R1).exp()
+def _nucleus_threshold(best_RM: Tensor, counted_RX: Tensor, top_p: float, heat: float) -> Tensor:
+    """The last of the sorted scores that is needed to reach the probability, R x 1.
+
+    Scores are taken from the best one down, so that dividing by the smallest heat makes nothing but -inf of them.
+    """
+    heat = max(heat, torch.finfo(best_RM.dtype).tiny)
+    best_R1 = best_RM[:, :1]
+    log_total_R1 = ((counted_RX - best_R1) / heat).logsumexp(-1, True)
+    probability_RM = ((best_RM - best_R1) / heat - log_total_R1).exp()
     needed_RM = probability_RM.cumsum(-1) - probability_RM < top_p
     return best_RM.gather(-1, needed_RM.sum(-1, True).clamp_(min=1) - 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
+from lab.context import model_context
 from lab.models import load_config, model_identity
 from lab.network import client_side_tls, make_endpoint
+from lab.peft_folder import folder_digest
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.address import Address
@@ -66,19 +66,10 @@ def join_shards(
     return ShardedModel(
         chain,
         vocabulary_size=int(load_config(model).get_text_config(decoder=True).vocab_size),
-        context=min(chain.context, model_context(model, context)),
+        context=min(chain.context, model_context(load_config(model), context)),
         prefill_chunk=prefill_chunk,
         recovery_seconds=recovery_seconds,
     )
-
-
-def model_context(model: ModelSettings, wanted: int) -> int:
-    """Most tokens of a text: `wanted`, but no more than what the model was made for; 0: just that."""
-    made_for = getattr(load_config(model).get_text_config(decoder=True), "max_position_embeddings", None)
-    sizes = [size for size in (wanted, made_for) if size]
-    if not sizes:
-        raise UserError("project.context must be set for a model that does not say what it was made for, got 0")
-    return int(min(sizes))
 
 
 def make_side(model: ModelSettings, network: NetworkSettings, boundary: Boundary, role: str) -> Endpoint:
@@ -102,17 +93,7 @@ def weights_fingerprints(model: ModelSettings) -> dict[str, str]:
     """Which tensors under which config, in which precision."""
     return {
         "model": model_identity(model),
-        "adapter": _adapter_digest(model.adapter),
+        "adapter": "none" if model.adapter is None else folder_digest(model.adapter),
         "dtype": model.dtype.name,
         "quantization": model.quantization.name,
     }
-
-
-def _adapter_digest(folder: str | None) -> str:
-    if folder is None:
-        return "none"
-    file = Path(folder).expanduser() / "adapter_model.safetensors"
-    if not file.exists():
-        raise UserError(f"model.adapter must be a PEFT folder with adapter_model.safetensors, got {folder!r}")
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

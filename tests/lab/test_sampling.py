@@ -106,7 +106,7 @@ def test_noise_of_few_bits_fails_the_same_test(monkeypatch: pytest.MonkeyPatch) 
 def test_the_wrong_nucleus_fails_the_same_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token too few: what a cumulative sum compared the wrong way round gives."""
     right = sampling._nucleus_threshold
-    monkeypatch.setattr(sampling, "_nucleus_threshold", lambda best, total, top_p: right(best, total, top_p) + 1e-3)
+    monkeypatch.setattr(sampling, "_nucleus_threshold", lambda *given: right(*given) + 1e-3)
     logits_V = _logits(1)
     assert _p_value(_draw(logits_V, RULES[2], range(50_000)), _oracle(logits_V, RULES[2])) < 1e-6
 
@@ -245,7 +245,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(rule: Sampling, dtype: torc
 def test_survivors_are_right_when_they_are_many_or_few(top_k: int, top_p: float) -> None:
     rule = Sampling(seed=1, temperature=1.0, top_k=top_k, top_p=top_p)
     logits_V = torch.randn(3000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    scores_RM, tokens_RM = sampling._survivors(logits_V[None], top_k, top_p)
+    scores_RM, tokens_RM = sampling._survivors(logits_V[None], top_k, top_p, 1.0)
     kept = tokens_RM[0][scores_RM[0] > -math.inf].sort().values
     assert kept.tolist() == np.flatnonzero(_oracle(logits_V, rule)).tolist()
 
@@ -260,7 +260,9 @@ def test_equal_tokens_stay_or_go_together() -> None:
 
 def test_more_equal_tokens_than_are_sorted_first_count_for_the_nucleus() -> None:
     logits_V = torch.cat([torch.tensor([math.log(600)]), torch.zeros(600), torch.full((50,), -3.0)])
-    scores_RM, tokens_RM = sampling._survivors(logits_V[None], 2, 0.6)  # the first alone has half of what top-k leaves
+    scores_RM, tokens_RM = sampling._survivors(
+        logits_V[None], 2, 0.6, 1.0
+    )  # the first alone has half of what top-k leaves
     assert sorted(tokens_RM[0][scores_RM[0] > -math.inf].tolist()) == list(range(601))
 
 
@@ -274,6 +276,57 @@ def test_temperature_zero_takes_the_lowest_of_the_best() -> None:
     assert nll(logits_RV, [1, 3]) == pytest.approx(expected, abs=1e-6)
     assert choice.follower_nll[1] == pytest.approx(expected[1], abs=1e-6)
     assert logits_RV[0].tolist() == [1.0, 3.0, 3.0, 2.0], "the caller's logits were changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-45, 1e-38, 1e-30, 1e-7])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.5), (40, 1e-300), (0, math.nextafter(1, 0))])
+def test_a_tiny_temperature_takes_the_best_token(
+    dtype: torch.dtype, temperature: float, top_k: int, top_p: float
+) -> None:
+    """Also between the ends of the dtype; two logits of a row differ by at least 0.01."""
+    generator = torch.Generator().manual_seed(9)
+    logits_RV = torch.stack([torch.randperm(300, generator=generator) / 10 - 10 for _ in range(6)]).to(dtype)
+    logits_RV[4], logits_RV[5, 7] = torch.finfo(dtype).min, torch.finfo(dtype).max
+    logits_RV[4, 200] = torch.finfo(dtype).min / 2
+    rule = Sampling(seed=2**63 - 1, temperature=temperature, top_k=top_k, top_p=top_p)
+    found = choose(logits_RV, [rule] * 6, list(range(6)), [-1] * 6)
+    best = choose(logits_RV, [Sampling.greedy()] * 6, list(range(6)), [-1] * 6)
+    assert found.ids == best.ids
+    assert all(found.finite)
+    assert not any(math.isnan(number) for number in (*found.margins, *found.nll))
+    if top_p == 1:
+        assert found.margins == pytest.approx(best.margins, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300, 1.7e308])
+def test_a_huge_temperature_draws_all_tokens_alike(dtype: torch.dtype, temperature: float) -> None:
+    logits_V = _logits(1).to(dtype)
+    for top_p in (1.0, 0.999999):
+        rule = Sampling(seed=0, temperature=temperature, top_k=0, top_p=top_p)
+        assert _p_value(_draw(logits_V, rule, range(5_000)), np.full(VOCABULARY, 1 / VOCABULARY)) > 0.001
+        choice = choose(logits_V[None], [rule], [0], [-1])
+        assert not math.isnan(choice.margins[0])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_row_that_is_not_finite_is_named_and_touches_no_other(wrong: float, dtype: torch.dtype) -> None:
+    logits_RV = (torch.randn(8, 3000, generator=torch.Generator().manual_seed(3)) * 2).to(dtype)
+    rules = [*RULES, Sampling.greedy(), *RULES[:3]]
+    positions, followers = list(range(8)), [1] * 8
+    clean = choose(logits_RV, rules, positions, followers)
+    logits_RV[2, 17] = wrong
+    spoilt = choose(logits_RV, rules, positions, followers)
+    assert spoilt.finite == [row != 2 for row in range(8)]
+    assert all(clean.finite)
+    for row in {*range(8)} - {2}:
+        assert (spoilt.ids[row], spoilt.nll[row], spoilt.margins[row]) == (
+            clean.ids[row],
+            clean.nll[row],
+            clean.margins[row],
+        )
 
 
 def test_the_margin_is_what_an_error_in_the_logits_must_exceed() -> None:
@@ -298,6 +351,7 @@ def test_the_margin_is_what_an_error_in_the_logits_must_exceed() -> None:
         ("seed", 2**63, "seed must be in"),
         ("temperature", -0.1, "temperature must be finite and at least 0, got -0.1"),
         ("temperature", math.nan, "temperature must be"),
+        ("temperature", math.inf, "temperature must be finite"),
         ("top_k", -1, "top_k must be at least 0, got -1"),
         ("top_p", 0.0, r"top_p must be in \(0, 1\], got 0.0"),
         ("top_p", 1.1, "top_p must be in"),
