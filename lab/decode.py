@@ -40,6 +40,8 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
             figures = decode(engine, **counts, new_tokens=project.max_new_tokens)
         except CacheFull as full:
             raise UserError(f"project.cache_limit_bytes must have room for these texts: {full}") from None
+        except UserError:
+            raise
         except ValueError as error:  # a context that the model was not made for
             raise UserError(f"project.{error}") from None
         memory = read_memory(device)

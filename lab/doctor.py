@@ -233,12 +233,19 @@ def _check_hub_cache(model: ModelSettings, title: str) -> Finding:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    from lab.folder import ModelFolder
+
     try:
-        folder = Path(snapshot_download(str(model.repo), local_files_only=True))
+        folder = Path(snapshot_download(str(model.repo), revision=model.revision, local_files_only=True))
     except LocalEntryNotFoundError:
         remedy = f"its first use downloads it, or now: hf download {model.repo}"
         return Finding(f"{title}: not on this machine", {"ok": False}, remedy)
-    return Finding(f"{title}: {folder}", {"ok": True, "folder": folder})
+    here = ModelFolder(folder, "model.repo")
+    absent = here.missing_files() if here.has_weights else []
+    state = "without weights" if not here.has_weights else f"{len(here.weight_files) - len(absent)} of its weight files"
+    if here.has_weights and not absent:
+        state = "whole"
+    return Finding(f"{title}: {folder} ({state})", {"ok": True, "folder": folder, "absent": absent})
 
 
 def check_ports(host: str, ports: list[int]) -> Finding:

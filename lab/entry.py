@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lab.architecture import as_described
 from lab.environment import describe_environment
 from lab.explain import explain
 from lab.files import write_whole
@@ -88,8 +89,10 @@ def compose_settings(config_name: str, overrides: str, settings_type: type[Setti
 
 
 def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
-    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in."""
+    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in, a preset's name
+    and numbers those of the model that is meant."""
     settings = to_settings(config, settings_type)
+    settings.model = as_described(settings.model)
     if settings.model.dtype is Dtype.auto:
         from lab.device import best_dtype, choose_device  # torch, which other settings can do without
 

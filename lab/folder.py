@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lab.quantized import READ, Stored, Unreadable, stored_kind
+from lab.quantized import READ, Stored, Unreadable, stored_kind, unpacked
 from lab.settings import UserError
 
 CONFIG = "config.json"
@@ -33,6 +33,7 @@ GENERATION = "generation_config.json"
 ATTENTIONS = (None, "eager", "sdpa")
 """What a config may ask for; transformers would fetch others from the hub, as code."""
 
+PROBE = "A b\n\u00e9\U0001f600"
 PLACEHOLDERS = ("image_token", "audio_token", "video_token")
 """Tokens of a tokenizer that a family's text-only models share with others, and have no rows for (Gemma 3)."""
 
@@ -53,7 +54,7 @@ class ModelFolder:
         """
         if (self.path / SINGLE).is_file():
             return dict.fromkeys(self._stored_in(SINGLE), SINGLE)
-        if not (self.path / INDEX).is_file():
+        if not self.has_weights:
             raise self._refused("be a folder with config.json and safetensors")
         named = self._json(INDEX).get("weight_map")
         if not isinstance(named, dict) or not named or not all(_is_file_name(file) for file in named.values()):
@@ -65,24 +66,29 @@ class ModelFolder:
         """The files that hold its tensors, sorted; not all of them need be there while `check` was not called."""
         return sorted(set(self.files.values()))
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a file, or an index, that says which tensors it has."""
+        return (self.path / SINGLE).is_file() or (self.path / INDEX).is_file()
+
     def missing_files(self) -> list[str]:
         """Weight files that the index names and the folder lacks."""
         return [file for file in self.weight_files if not (self.path / file).is_file()]
 
-    def check(self) -> None:
-        """UserError unless config.json is there and every weight file is whole, and holds what the index says."""
+    def check(self, files: Collection[str] | None = None) -> None:
+        """UserError unless config.json is there and these weight files (None: all) are whole and as the index says."""
         if not (self.path / CONFIG).is_file():
             raise self._refused("be a folder with config.json and safetensors")
         if (self.path / "adapter_config.json").exists():
             raise self._refused("be a base model alone (an adapter goes to model.adapter)", "adapter_config.json")
-        for file in self.weight_files:
+        for file in self.weight_files if files is None else files:
             self._tensors_in(file)
 
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype (as safetensors names it) and shape of every stored tensor that is here."""
-        found = {}
-        for file in self.weight_files:
-            if (self.path / file).is_file():
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if self.has_weights:
+            for file in set(self.weight_files).difference(self.missing_files()):
                 found |= self._tensors_in(file)
         return found
 
@@ -93,7 +99,7 @@ class ModelFolder:
             if name not in self.files:
                 raise UserError(f"{self.setting} must hold the tensors of its architecture, got none named {name!r}")
             by_file[self.files[name]].append(name)
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
             self._tensors_in(file)
             with self._open(file) as tensors:
@@ -150,7 +156,7 @@ class ModelFolder:
             options: `lab.quantized.load_options`.
         """
         with self._reading("hold a model that transformers can load", self.path.name):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
                 self.path,
                 config=config,
                 dtype=dtype,
@@ -163,8 +169,18 @@ class ModelFolder:
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"{self.setting} must hold the tensors of its architecture, got none named {missing[0]!r}")
         assert not report["mismatched_keys"], "transformers refuses them itself"
+        if getattr(model, "is_loaded_in_4bit", False) and (bare := unpacked(model)):
+            raise UserError(
+                f"{self.setting} must hold all 4-bit weights that its config speaks of, got none for {bare!r}"
+            )
         loaded: PreTrainedModel = model
         return loaded
+
+    def check_computes(self, model: PreTrainedModel) -> None:
+        """UserError for a model that cannot compute two tokens: a config may make one that fails only then."""
+        ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+        with self._reading("hold a model that computes", self.path.name), torch.inference_mode():
+            model(input_ids=ids, use_cache=True)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, chat template included; each of its ids has a row in the embedding."""
@@ -174,6 +190,7 @@ class ModelFolder:
                 self.path, local_files_only=True, trust_remote_code=False
             )
             ids = tokenizer.get_vocab()
+            tokenizer(PROBE)  # some find out only then that they lack a token they need
         added = tokenizer.get_added_vocab()
         if not ids.keys() - added.keys():  # transformers makes an empty one where the files are missing
             raise self._refused("have a tokenizer with a vocabulary", str(self.path))
@@ -193,7 +210,9 @@ class ModelFolder:
         if (self.path / GENERATION).exists():
             self._json(GENERATION)
             with self._reading("have a generation_config.json that transformers can read", GENERATION):
-                found = GenerationConfig.from_pretrained(str(self.path), local_files_only=True).eos_token_id
+                found = GenerationConfig.from_pretrained(
+                    str(self.path), local_files_only=True, trust_remote_code=False
+                ).eos_token_id
         else:
             found = GenerationConfig.from_model_config(config).eos_token_id
         ends = [] if found is None else found if isinstance(found, list) else [found]
@@ -216,10 +235,10 @@ class ModelFolder:
         found = self._stored_in(file)
         expected = {name for name, place in self.files.items() if place == file}
         if odd := sorted(found.keys() ^ expected):
-            place = self.files.get(odd[0], "no file") if odd[0] in found else "it"
+            place = self.files.get(odd[0], "no file") if odd[0] in found else "this file"
             raise UserError(
                 f"{self.setting} must have an index that says what each file holds, got {str(self.path / file)!r} "
-                f"{'with' if odd[0] in found else 'without'} {odd[0]!r}, which the index has in {place}"
+                f"{'with' if odd[0] in found else 'without'} {odd[0]!r}, which the index says is in {place}"
             )
         return found
 

@@ -43,7 +43,7 @@ def fresh_adapter(settings: ModelSettings, lora: LoraSettings, seed: int) -> dic
     """
     config = load_config(settings)  # may convert the model first, which needs real tensors
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shapes = get_peft_model_state_dict(add_lora(skeleton, settings.lora_targets, lora), save_embedding_layers=False)
     generator = torch.Generator().manual_seed(seed)
     return {name: _initial(name, tuple(shapes[name].shape), generator) for name in sorted(shapes)}

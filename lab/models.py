@@ -19,12 +19,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -37,7 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lab.device import TORCH_DTYPES, check_dtype, lacks_sixteen_bits
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
-from lab.folder import CONFIG, SINGLE, ModelFolder
+from lab.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from lab.quantized import Stored, can_become, load_options
 from lab.row_attention import attend_by_row
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
@@ -85,7 +87,8 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     if lacks_sixteen_bits(device, dtype):
         widen_products(model)
         attend_by_row(model)
-    return LoadedModel(model.eval(), tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
+    folder.check_computes(model.eval())
+    return LoadedModel(model, tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -118,6 +121,22 @@ def read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
 def load_config(settings: ModelSettings) -> PreTrainedConfig:
     """The model's config alone: of a hub model no weights are downloaded."""
     return random_config(settings) if settings.source is ModelSource.random else fetch(settings, ()).config()
+
+
+def read_own_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The config of a folder, or out of a GGUF file's header: nothing is converted. UserError for others."""
+    match settings.source:
+        case ModelSource.path:
+            return _model_folder(settings).config()
+        case ModelSource.gguf:
+            file = gguf_file(settings)
+            with _alone_in_a_folder(file) as place, _reading_gguf(file):
+                config: PreTrainedConfig = AutoConfig.from_pretrained(
+                    place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
+                )
+                return config
+        case _:
+            raise UserError(f"model.source must be path or gguf to read a config from here, got {settings.source.name}")
 
 
 def end_ids_of(settings: ModelSettings) -> list[int]:
@@ -162,13 +181,18 @@ def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder
         case ModelSource.hub:
             return _from_hub(settings, names)
         case ModelSource.path:
-            folder = ModelFolder(Path(str(settings.path)).expanduser().absolute(), setting)
+            folder = _model_folder(settings)
         case ModelSource.gguf:
             folder = ModelFolder(_converted(settings, _write_gguf), setting)
         case ModelSource.random:
             folder = ModelFolder(_converted(settings, _write_random), setting)
     folder.check()
+    stored_as(folder, folder.config(), settings)
     return folder
+
+
+def _model_folder(settings: ModelSettings) -> ModelFolder:
+    return ModelFolder(Path(str(settings.path)).expanduser().absolute(), _SETTING[ModelSource.path])
 
 
 _SETTING = {
@@ -215,13 +239,16 @@ DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 def _from_hub(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:
     folder = ModelFolder(_described_on_hub(settings), _SETTING[ModelSource.hub])
     if names is None or names:
-        _download(settings, [SINGLE], folder.path.name)  # where there is one, it is what counts
+        _download(settings, [SINGLE, INDEX], folder.path.name)  # a single file counts where there is one
         folder.files  # noqa: B018 (UserError where there are no weights)
-        wanted = set(folder.weight_files) if names is None else {folder.files.get(name) for name in names} - {None}
+        asked = folder.files.keys() if names is None else folder.files.keys() & set(names)
+        wanted = {folder.files[name] for name in asked}
         if absent := sorted(wanted.intersection(folder.missing_files())):
             _download(settings, absent, folder.path.name)
         if lacking := sorted(wanted.intersection(folder.missing_files())):
             raise _unreachable(str(settings.repo), OSError(f"it has no {lacking[0]}"))
+        folder.check(wanted)
+    stored_as(folder, folder.config(), settings)
     return folder
 
 
@@ -302,15 +329,20 @@ def _reading_gguf(file: Path) -> Iterator[None]:
 def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
     file = gguf_file(settings)
     log.info("converting %s once (about 20 s for 135M parameters)", file.name)
-    with tempfile.TemporaryDirectory() as alone, _reading_gguf(file):  # nothing that lies beside it takes part
-        _link(file, Path(alone) / "model.gguf")
-        options = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
-        model, report = AutoModelForCausalLM.from_pretrained(
-            alone, dtype=torch.float32, output_loading_info=True, **options
+    with _alone_in_a_folder(file) as place, _reading_gguf(file):
+        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+            place.parent,
+            gguf_file=place.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it has no {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(alone, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
+        )
     # A GGUF-loaded model refuses to be saved; its tensors are plain, only the config still says gguf.
     del model.config.quantization_config
     _write_model(folder, model, dtype)
@@ -325,11 +357,16 @@ def _drop_ids_from(file: Path, rows: int) -> None:
     file.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
 
 
-def _link(file: Path, place: Path) -> None:
-    try:
-        place.symlink_to(file.absolute())
-    except OSError:  # Windows asks for a privilege
-        shutil.copy(file, place)
+@contextmanager
+def _alone_in_a_folder(file: Path) -> Iterator[Path]:
+    """The file in a folder of its own: nothing that lies beside it takes part."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "model.gguf"
+        try:
+            place.symlink_to(file.absolute())
+        except OSError:  # Windows asks for a privilege
+            shutil.copy(file, place)
+        yield place
 
 
 def _write_random(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:

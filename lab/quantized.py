@@ -44,7 +44,7 @@ def stored_kind(config: PreTrainedConfig, tensors: Shapes) -> Stored:
     if described.get("load_in_8bit"):
         raise Unreadable("bitsandbytes in 8 bits, where a request's result depends on the requests beside it")
     if described.get("load_in_4bit"):
-        return _four_bits(described)
+        return _four_bits(described, tensors)
     if method == "fp8":
         _check_fp8(described, tensors)
         return Stored.fp8
@@ -89,11 +89,26 @@ def can_become(stored: Stored, wanted: Quantization) -> bool:
     return wanted is Quantization.none or stored in (Stored.plain, Stored.nf4)
 
 
-def _four_bits(described: Mapping[str, Any]) -> Stored:
+def _four_bits(described: Mapping[str, Any], tensors: Shapes) -> Stored:
     kind, storage = described.get("bnb_4bit_quant_type", "fp4"), described.get("bnb_4bit_quant_storage", "uint8")
     if kind not in ("nf4", "fp4") or storage != "uint8":
         raise Unreadable(f"bitsandbytes with bnb_4bit_quant_type={kind!r}, bnb_4bit_quant_storage={storage!r}")
+    packed = {name for name, (dtype, _) in tensors.items() if name.endswith("weight") and dtype == "U8"}
+    if tensors and not packed:
+        raise Unreadable("bitsandbytes in 4 bits with no weight packed so")
+    if bare := sorted(name for name in packed if f"{name}.absmax" not in tensors):
+        raise Unreadable(f"bitsandbytes in 4 bits without {bare[0] + '.absmax'!r}")
     return Stored[kind]
+
+
+def unpacked(model: torch.nn.Module) -> str | None:
+    """A module of a model loaded in 4 bits whose weight is not packed, by its path; None when all are."""
+    from bitsandbytes.nn import Linear4bit
+
+    found = (
+        path for path, part in model.named_modules() if isinstance(part, Linear4bit) and part.weight.quant_state is None
+    )
+    return next(found, None)
 
 
 def _check_plain(tensors: Shapes) -> None:

@@ -21,6 +21,7 @@ from lab.device import open_device
 from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
 from lab.models import load_tokenizer_only
+from lab.settings import UserError
 from lab.wire import encode, pack_tokens
 from speculative.bench_settings import BenchEngine
 from speculative.drafting import Round, speculate
@@ -259,9 +260,13 @@ def model_words(settings: SpeculativeSettings) -> list[str]:
     """The words that give another process our model."""
     model = settings.model
     files = (Path(conf.__file__).parent / "model").glob("*.yaml")
-    choice = next(file.stem for file in files if cast(DictConfig, OmegaConf.load(file)).get("name") == model.name)
+    names = {cast(DictConfig, OmegaConf.load(file)).get("name"): file.stem for file in files}
+    if model.name not in names:
+        raise UserError(
+            f"model must be one of {', '.join(sorted(names.values()))} for this benchmark, got {model.name!r}"
+        )
     cache = Path(model.cache_dir).expanduser()
-    return [f"model={choice}", f"model.dtype={model.dtype.name}", f"model.cache_dir='{cache}'"]
+    return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", f"model.cache_dir='{cache}'"]
 
 
 @contextmanager

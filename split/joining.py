@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lab.context import model_context
-from lab.models import load_config, model_identity, prepare_checkpoint
+from lab.models import load_config, model_identity
 from lab.network import client_side_tls, make_endpoint
 from lab.peft_folder import folder_digest
-from lab.settings import ModelSettings, ModelSource, NetworkSettings, UserError
+from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.address import Address
 from split.boundary import Boundary
@@ -91,11 +91,8 @@ def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
 
 def weights_fingerprints(model: ModelSettings) -> dict[str, str]:
     """Which tensors under which config, in which precision."""
-    identity = model_identity(model)
-    if model.source is ModelSource.hub:  # a repository changes; its snapshot's folder is named by the revision
-        identity += f"@{prepare_checkpoint(model).folder.name}"
     return {
-        "model": identity,
+        "model": model_identity(model),
         "adapter": "none" if model.adapter is None else folder_digest(model.adapter),
         "dtype": model.dtype.name,
         "quantization": model.quantization.name,

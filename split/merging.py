@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from lab.environment import commit
 from lab.files import whole_folder
-from lab.models import Checkpoint, load_tokenizer, model_identity, prepare_checkpoint
+from lab.folder import GENERATION, ModelFolder
+from lab.models import fetch, model_identity
 from lab.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE
 from lab.proof import Use, require
 from lab.settings import ModelSettings, UserError
@@ -71,17 +73,17 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
     """A transformers folder: config, weights, tokenizer."""
-    from transformers import AutoConfig, GenerationConfig
-
-    base = prepare_checkpoint(model)
-    config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    base = fetch(model, ())
+    config: Any = base.config()
     if config.get_text_config(decoder=True).tie_word_embeddings:
         _drop_tied_head(weights, require(config, Use.training, model.cache_dir).structure)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.dtype = next(iter(weights.values())).dtype
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what was trained is stored as it is
     config.save_pretrained(folder)
-    if (base.folder / "generation_config.json").exists():
-        GenerationConfig.from_pretrained(str(base.folder)).save_pretrained(str(folder))
+    if (base.path / GENERATION).exists():
+        shutil.copy(base.path / GENERATION, folder)
     _copy_tokenizer(base, folder)
 
 
@@ -99,15 +101,15 @@ def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, T
 
     first = first_adapter(model, manifest.recipe)
     config = first.described()
-    config.base_model_name_or_path = model.repo if model.repo else str(prepare_checkpoint(model).folder)
+    config.base_model_name_or_path = model.repo if model.repo else str(fetch(model, ()).path)
     config.save_pretrained(str(folder))
     save_file(first.untrained() | weights, folder / TENSORS_FILE, metadata={"format": "pt"})
     record = {IDENTITY_KEY: model_identity(model), "name": model.name, "step": manifest.step, "commit": commit()}
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(base: Checkpoint, folder: Path) -> None:
+def _copy_tokenizer(base: ModelFolder, folder: Path) -> None:
     try:
-        load_tokenizer(base).save_pretrained(str(folder))
+        base.tokenizer().save_pretrained(str(folder))
     except (OSError, ValueError) as error:  # a folder of weights without one
         log.warning("no tokenizer is in the merged folder: %s", " ".join(str(error).split())[:200])

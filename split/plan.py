@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lab import entry
+from lab.architecture import architecture_of as numbers_of
+from lab.architecture import is_of_preset, layer_weights_of
 from lab.settings import Dtype, ModelSettings, Quantization, UserError
 from split.plan_settings import NodeSettings, PlanSettings
 from split.planning import NF4_BYTES, Architecture, FitsNowhere, Node, Plan, Work, make_plan
@@ -18,25 +21,40 @@ _VALUE_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.flo
 
 def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:
     """The plan; the figures of the last line. UserError, with the missing GB, when it fits nowhere."""
-    project = settings.project
+    project, model = settings.project, settings.model
+    architecture = own_architecture(model)
     work = Work(
         context=project.context,
         sessions=project.sessions,
         prefill_chunk=project.prefill_chunk,
-        boundary_row_bytes=project.boundary.row_bytes(settings.model.architecture.hidden_size),
+        boundary_row_bytes=project.boundary.row_bytes(architecture.hidden_size),
         overhead_bytes=round(project.overhead_gb * 1e9),
         hop_seconds=project.hop_ms / 1000,
     )
     try:
-        plan = make_plan(architecture_of(settings.model), [node_of(node) for node in project.nodes], work)
+        plan = make_plan(architecture, [node_of(node) for node in project.nodes], work)
     except FitsNowhere as error:
-        raise UserError(f"project.nodes must have room for {settings.model.name}: {error}") from None
-    print_plan(plan, settings.model.name)
+        raise UserError(f"project.nodes must have room for {model.name}: {error}") from None
+    print_plan(plan, model.name)
     return figures_of(plan)
 
 
+def own_architecture(model: ModelSettings) -> Architecture:
+    """The model's numbers in its precision: a preset's, or its own config's where no preset describes it.
+
+    UserError for a config that cannot be read. Of a hub model without a preset the config is downloaded.
+    """
+    if is_of_preset(model):
+        return architecture_of(model)
+    from lab.models import load_config  # loads transformers
+
+    config = load_config(model)
+    own = architecture_of(replace(model, architecture=numbers_of(config)))
+    return replace(own, layer_weights=layer_weights_of(config))
+
+
 def architecture_of(model: ModelSettings) -> Architecture:
-    """The model's numbers in its precision."""
+    """`model.architecture` in the model's precision."""
     numbers, value_bytes = model.architecture, _VALUE_BYTES[model.dtype]
     return Architecture(
         layers=numbers.layers,

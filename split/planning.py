@@ -34,13 +34,16 @@ class Architecture:
     """Of one number in the precision it computes in."""
     weight_bytes: float
     """Of one weight in a layer's matrices: `value_bytes`, or fewer when they are quantised."""
+    layer_weights: int | None = None
+    """Of the largest layer, all of its matrices; None: gated MLP and attention of the sizes above, nothing else."""
 
     @property
     def layer_bytes(self) -> int:
         """Attention, MLP and norms of one layer."""
         attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         mlp = 3 * self.hidden_size * self.intermediate_size
-        return math.ceil((attention + mlp) * self.weight_bytes + 2 * self.hidden_size * self.value_bytes)
+        weights = attention + mlp if self.layer_weights is None else self.layer_weights
+        return math.ceil(weights * self.weight_bytes + 2 * self.hidden_size * self.value_bytes)
 
     @property
     def table_bytes(self) -> int:

@@ -30,6 +30,7 @@ from split.boundary import Boundary
 from split.joining import join_shards, make_side
 from split.local_shards import LocalShards
 from split.settings import SplitSettings
+from tests.folder_fuzz import fuzz_folders
 from tests.lab import adapters
 from tests.speculative.identity import Compared, compare_everything, compare_random, smollm2_subject
 from tests.speculative.kills import DELAY_SECONDS, KINDS
@@ -40,6 +41,7 @@ from tests.split.training_kills import kill_while_training
 from tests.wire_fuzz import fuzz, server_process
 
 HOSTILE_FRAMES = 200_000
+CHANGED_FOLDERS = 1500
 COMPARED_TOKENS = 50_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
@@ -166,12 +168,17 @@ def adapters_changed() -> dict[str, Any]:
     return {"ok": not came.wrong and not came.broken and came.same > 0, **asdict(came)}
 
 
+def model_folders() -> dict[str, Any]:
+    """Model folders changed in one place: transformers' own model, or one line; no traceback."""
+    found = fuzz_folders(CHANGED_FOLDERS, seed=1)
+    return {"ok": not found.faults, **asdict(found)}
+
+
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
-        *(shards_killed, shards_attacked, split_texts, learners_killed),
-        adapters_changed,
+        *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
     )
 }
 

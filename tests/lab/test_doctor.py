@@ -138,8 +138,8 @@ def test_hub_model_is_looked_up_without_a_download(tmp_path: Path, monkeypatch: 
 
     here = False
 
-    def look(repo: str, *, local_files_only: bool) -> str:
-        assert local_files_only
+    def look(repo: str, *, revision: str | None, local_files_only: bool) -> str:
+        assert (local_files_only, revision) == (True, None)
         if not here:
             raise LocalEntryNotFoundError("absent")
         return str(tmp_path)
@@ -150,7 +150,14 @@ def test_hub_model_is_looked_up_without_a_download(tmp_path: Path, monkeypatch: 
     here = True
     finding = doctor.check_model(model)
     assert finding.remedy is None
-    assert str(tmp_path) in finding.found
+    assert f"{tmp_path} (without weights)" in finding.found
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'
+    )
+    (tmp_path / "1.safetensors").touch()
+    assert "(1 of its weight files)" in doctor.check_model(model).found
+    (tmp_path / "2.safetensors").touch()
+    assert "(whole)" in doctor.check_model(model).found
 
 
 def test_model_in_a_folder(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 import torch
 from safetensors.torch import save_file
 
 from fl.settings import FederatedSettings
 from lab import models
 from lab.entry import compose_settings
+from lab.folder import ModelFolder
 from lab.layers import load_layers
 from lab.models import load_model, load_tokenizer_only
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
@@ -96,13 +96,10 @@ def test_slices_in_4_bits_are_the_whole_model_in_4_bits(architecture: str, tmp_p
 
 def test_a_checkpoint_without_a_tensor_is_named(tmp_path: Path) -> None:
     settings = _saved("llama", tmp_path)
-    for file in tmp_path.glob("*.safetensors"):
-        with safetensors.safe_open(file, framework="pt") as tensors:
-            if "model.norm.weight" in tensors.keys():  # noqa: SIM118 (no mapping)
-                held = {name: tensors.get_tensor(name) for name in tensors.keys() if name != "model.norm.weight"}  # noqa: SIM118
-                found = file
-    save_file(held, found)
-    with pytest.raises(UserError, match=r"without 'model\.norm\.weight'"):
+    folder = ModelFolder(tmp_path)
+    held = folder.read(folder.files.keys() - {"model.norm.weight"})
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"got none named 'model\.norm\.weight'"):
         load_layers(settings, CPU, range(0, 4), embedding=True, head=True)
 
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from safetensors.torch import load_file, save_file
 from lab import models
 from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
+from lab.folder import INDEX, ModelFolder
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
+from tests.folder_fuzz import good_folder
+from tests.hub_stand_in import REPO, serving
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,6 +219,7 @@ from pathlib import Path
 from lab import models
 from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
+from lab.folder import INDEX, ModelFolder
 
 place, overrides, roles = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 settings = compose_settings("doctor", overrides, DoctorSettings).model
@@ -365,6 +370,15 @@ def test_identity_of_a_folder_sees_any_changed_tensor(tiny: ModelSettings, folde
         merged = dict(tensors) | {name: tensors[name] * 1.001}
         save_file(merged, copy / "model.safetensors", metadata={"format": "pt"})
         assert models.model_identity(settings) != original, name
+    late = tensors["lm_head.weight"].clone()
+    late[-1, -1] += 1  # far behind the first KiB of its tensor
+    save_file(tensors | {"lm_head.weight": late}, copy / "model.safetensors", metadata={"format": "pt"})
+    assert models.model_identity(settings) != original
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert models.model_identity(settings) == original
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert models.model_identity(settings) != original
 
 
 # gguf
@@ -418,7 +432,7 @@ def test_gguf_is_converted_once(tiny: ModelSettings, tmp_path: Path) -> None:
     assert (models.prepare_checkpoint(settings).folder / "config.json").stat().st_mtime_ns == modified
 
 
-def write_gguf(file: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+def write_gguf(file: Path, without: str = "") -> tuple[Path, dict[str, torch.Tensor]]:
     """A Llama of one layer over the byte tokens and one merge."""
     import gguf
 
@@ -448,7 +462,8 @@ def write_gguf(file: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(256)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.numpy())
+        if name != without:
+            writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -456,24 +471,100 @@ def write_gguf(file: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return file, tensors
 
 
+@pytest.mark.parametrize("at", [4, 24, 100, 900, 3000, -1])
+def test_a_gguf_cut_short_is_refused(tiny: ModelSettings, tmp_path: Path, at: int) -> None:
+    file, _ = write_gguf(tmp_path / "tiny.gguf")
+    file.write_bytes(file.read_bytes()[:at])
+    settings = replace(tiny, source=ModelSource.gguf, path=str(file), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"^model.path must be a GGUF file that transformers can read, got [^\n]+$"):
+        models.load_model(settings, CPU)
+
+
+def test_a_gguf_without_a_tensor_is_refused(tiny: ModelSettings, tmp_path: Path) -> None:
+    file, _ = write_gguf(tmp_path / "tiny.gguf", without="blk.0.ffn_up.weight")
+    settings = replace(tiny, source=ModelSource.gguf, path=str(file), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"it has no model.layers.0.mlp.up_proj.weight\)$"):
+        models.load_model(settings, CPU)
+
+
+def test_what_lies_beside_a_gguf_takes_no_part(tiny: ModelSettings, tmp_path: Path) -> None:
+    file, _ = write_gguf(tmp_path / "tiny.gguf")
+    for name in ("config.json", "tokenizer_config.json", "adapter_config.json"):
+        (tmp_path / name).write_text("{")
+    settings = replace(tiny, source=ModelSource.gguf, path=str(file), cache_dir=str(tmp_path / "cache"))
+    assert models.load_model(settings, CPU).model.config.num_hidden_layers == 1
+
+
 # hub
 
 
-def test_hub_goes_through_the_hubs_own_cache(
-    tiny: ModelSettings, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A model of four layers in many small files."""
+    return good_folder("llama", tmp_path / "repository", shard="12KB")
+
+
+@pytest.fixture
+def of_hub(tiny: ModelSettings) -> Iterator[ModelSettings]:
+    models._first_seen.cache_clear()
+    yield replace(tiny, source=ModelSource.hub, repo=REPO)
+    models._first_seen.cache_clear()
+
+
+def test_hub_client_fetches_no_weights_and_a_shard_its_own(
+    of_hub: ModelSettings, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, list[str]]] = []
+    def weights_given() -> set[str]:
+        given, hub.given[:] = list(hub.given), []
+        assert len(given) == len(set(given)), "a file was fetched twice"
+        return {name for name in given if name.endswith(".safetensors")}
 
-    def download(repo: str, *, allow_patterns: list[str]) -> str:
-        asked.append((repo, allow_patterns))
-        return str(folder)
+    with serving(repository, tmp_path / "cache", monkeypatch) as hub:
+        models.load_tokenizer_only(of_hub)
+        assert models.load_config(of_hub).hidden_size == 32
+        assert models.end_ids_of(of_hub) == [256]
+        assert models.model_identity(of_hub) == f"hub:{REPO}@{'a' * 40}"
+        assert {"config.json", "tokenizer.json", INDEX} <= set(hub.given)
+        assert weights_given() == set()
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    loaded = models.load_model(replace(tiny, source=ModelSource.hub, repo="someone/model"), CPU)
-    assert (loaded.checkpoint.folder, loaded.checkpoint.identity) == (folder, "hub:someone/model")
-    assert asked[0][0] == "someone/model"
-    assert "*.safetensors" in asked[0][1]
-    assert not [pattern for pattern in asked[0][1] if "bin" in pattern or "pt" in pattern], "no pickle is fetched"
+        described = ModelFolder(repository)
+        second = {name for name in described.files if ".layers.1." in name}
+        read = models.fetch(of_hub, second).read(second)
+        assert weights_given() == {described.files[name] for name in second}
+        assert all(torch.equal(tensor, described.read({name})[name]) for name, tensor in read.items())
+        assert 0 < len({described.files[name] for name in second}) < len(described.weight_files) / 2
+
+        whole = models.load_model(of_hub, CPU)
+        assert weights_given() == set(described.weight_files) - {described.files[name] for name in second}
+        assert whole.checkpoint.folder.name == "a" * 40
+    models._first_seen.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    models.load_model(of_hub, CPU)
+
+
+def test_a_run_keeps_to_one_commit(
+    of_hub: ModelSettings, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(repository, tmp_path / "cache", monkeypatch) as hub:
+        first = models.model_identity(of_hub)
+        hub.commit = "b" * 40
+        folder = models.fetch(of_hub, {"model.norm.weight"})
+        assert (folder.path.name, models.model_identity(of_hub)) == ("a" * 40, first)
+        models._first_seen.cache_clear()  # the next run
+        assert models.model_identity(of_hub) == f"hub:{REPO}@{'b' * 40}"
+        assert models.model_identity(replace(of_hub, revision="a" * 40)) == first
+
+
+def test_a_hub_model_of_which_a_part_is_here_and_no_hub(
+    of_hub: ModelSettings, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(repository, tmp_path / "cache", monkeypatch):
+        models.fetch(of_hub, {"model.norm.weight"}).read({"model.norm.weight"})
+    models._first_seen.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    models.fetch(of_hub, {"model.norm.weight"}).read({"model.norm.weight"})
+    with pytest.raises(UserError, match=r"^model.repo must be a repository that this machine can reach, got [^\n]+$"):
+        models.load_model(of_hub, CPU)
 
 
 @pytest.mark.parametrize("error", [OSError("404 Client Error\nRequest ID 7"), ValueError("bad id"), TimeoutError()])
@@ -481,6 +572,7 @@ def test_hub_out_of_reach(tiny: ModelSettings, monkeypatch: pytest.MonkeyPatch, 
     def download(repo: str, **options: Any) -> str:
         raise error
 
+    models._first_seen.cache_clear()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(UserError) as caught:
         models.load_model(replace(tiny, source=ModelSource.hub, repo="someone/model"), CPU)

@@ -40,7 +40,8 @@ def saved_model(architecture: str, folder: Path, dtype: torch.dtype = torch.floa
         vocabulary=VOCABULARY, tied_embeddings=False, context=256,
     )  # fmt: skip
     return ModelSettings(
-        name=architecture, source=ModelSource.path, repo=None, revision=None, path=str(folder), package=None, wheel=None, seed=0,
+        name=architecture, source=ModelSource.path, repo=None, revision=None, path=str(folder), package=None,
+        wheel=None, seed=0,
         dtype=Dtype[str(dtype).removeprefix("torch.")], quantization=Quantization.none, adapter=None,
         cache_dir=str(folder), lora_targets=["q_proj"], architecture=sizes,
     )  # fmt: skip

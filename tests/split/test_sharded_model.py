@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lab.engine import Engine, TargetStep
 from lab import folder as folder_module
+from lab.engine import Engine, TargetStep
 from lab.kv import CacheFull
 from lab.layers import load_layers
 from lab.sampling import Sampling

@@ -1,0 +1,120 @@
+"""What a model's own description says of its name and size, where a preset's would be another model's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+import conf
+from lab.settings import ArchitectureSettings, ModelSettings, ModelSource, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def as_described(settings: ModelSettings) -> ModelSettings:
+    """These settings with the name and the numbers of the model they lead to.
+
+    A preset's name goes where a model has another origin than the preset's; a name that is no preset's was given for
+    this model and stays. Nothing is downloaded or converted: the numbers of a hub model are the preset's still
+    (`architecture_of` its config has its own). What cannot be read is left for its loader to refuse.
+    """
+    if settings.source is ModelSource.random or _is_preset(settings):
+        return settings
+    if settings.name in {preset["name"] for preset in _presets()}:
+        settings = replace(settings, name=own_name(settings))
+    if settings.source is ModelSource.hub:
+        return settings
+    from lab.models import read_own_config  # loads transformers
+
+    try:
+        return replace(settings, architecture=architecture_of(read_own_config(settings)))
+    except UserError:
+        return settings
+
+
+def is_of_preset(settings: ModelSettings) -> bool:
+    """Whether `model.architecture` was written for this model."""
+    return settings.source is ModelSource.random or _is_preset(settings)
+
+
+def own_name(settings: ModelSettings) -> str:
+    """The last part of the repository, of the folder's path, or of the file's without its ending."""
+    if settings.source is ModelSource.hub:
+        return str(settings.repo).rpartition("/")[2]
+    path = Path(str(settings.path)).expanduser().absolute()
+    return path.stem if settings.source is ModelSource.gguf else path.name
+
+
+def architecture_of(config: PreTrainedConfig) -> ArchitectureSettings:
+    """The numbers of a config; UserError where it lacks one of them."""
+    text: Any = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    hidden = text.hidden_size
+    numbers = {
+        "layers": text.num_hidden_layers,
+        "hidden_size": hidden,
+        "intermediate_size": _first(text, "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner") or 4 * hidden,
+        "heads": heads,
+        "kv_heads": _kv_heads(text) or heads,
+        "head_dim": _first(text, "head_dim") or (hidden // heads if _is_count(heads) else None),
+        "vocabulary": text.vocab_size,
+        "context": _first(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
+    }
+    if odd := [name for name, value in numbers.items() if not _is_count(value)]:
+        raise UserError(f"model.architecture must have {odd[0]}, got a {text.model_type} whose config has none")
+    try:
+        return ArchitectureSettings(family=text.model_type, tied_embeddings=bool(text.tie_word_embeddings), **numbers)
+    except ValueError as error:
+        raise UserError(f"model.architecture.{error}") from None
+
+
+def layer_weights_of(config: PreTrainedConfig) -> int:
+    """How many weights the largest layer has in its matrices, by the model's own modules; no weights are made."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # numbers that make no model
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"model must have a config that makes a model, got {config.model_type} ({reason})") from None
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
+    layers = [
+        sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1) for found in lists for layer in found
+    ]
+    if not layers:
+        raise UserError(f"model must have its layers in a list to be planned, got {config.model_type}")
+    return max(layers)
+
+
+def _kv_heads(text: Any) -> Any:
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):  # Falcon, BigCode
+        return 1
+    return _first(text, "num_key_value_heads", "num_kv_heads")
+
+
+def _first(text: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(text, name, None)) is not None), None)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _presets() -> list[dict[str, Any]]:
+    files = sorted((Path(conf.__file__).parent / "model").glob("*.yaml"))
+    return [dict(OmegaConf.load(file)) for file in files]
+
+
+def _is_preset(settings: ModelSettings) -> bool:
+    origin = (settings.source.name, settings.repo, settings.path, settings.package is None)
+    return any(
+        (preset["source"], preset.get("repo"), preset.get("path"), preset.get("package") is None) == origin
+        for preset in _presets()
+    )
