@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
+from lab.first_fault import first_faults
 from lab.kv import CacheFull, Pass, SlotCache
 from lab.models import load_config, load_layers, model_identity
 from lab.sampling import Sampling
@@ -173,6 +174,13 @@ class Shard:
         leaving = self._forward(texts, plan, entering)
         self.cache.commit()
         return leaving
+
+    def find_faults(self, keys: Sequence[Hashable], entering: Entering) -> list[int | None]:
+        """Make a pass again that gave NaN or infinity, to see which position of each piece was the first to have it."""
+        slots = [self._texts[key].slot for key in keys]
+        with first_faults(max(piece.count for piece in entering.pieces)) as found:
+            self.run(keys, entering)
+        return [found.get(sorted(slots).index(slot)) for slot in slots]
 
     def _find(self, keys: Sequence[Hashable], pieces: Sequence[Piece]) -> list[_Text]:
         if len(set(keys)) < len(keys):
