@@ -7,14 +7,17 @@ is a memory-mapped read. Knows nothing of pillars, adapters or networks.
 from __future__ import annotations
 
 import copy
+import functools
+import glob
 import hashlib
 import importlib.util
 import json
 import logging
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +33,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     LlamaConfig,
     PreTrainedConfig,
 )
@@ -39,13 +41,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from lab.device import TORCH_DTYPES, check_dtype, lacks_sixteen_bits
+from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
+from lab.folder import CONFIG, SINGLE, ModelFolder
+from lab.quantized import Stored, can_become, load_options
 from lab.row_attention import attend_by_row
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
 from lab.wide_products import widen_products
 
 log = logging.getLogger(__name__)
 
-CONVERSION = 1
+CONVERSION = 2
 """Part of the cache key: raise it when the same source would be written differently."""
 
 
@@ -74,31 +79,40 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     disable_progress_bar()  # weights are mapped, not read: its bar is over before it shows
     dtype = check_dtype(device, settings.dtype)
     quantization = quantization_config(settings, device, dtype)
-    checkpoint = prepare_checkpoint(settings)
-    placement = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True, **placement)
-    if quantization is None:
+    folder = fetch(settings, None)
+    config = folder.config()
+    stored = stored_as(folder, config, settings)
+    tokenizer = folder.tokenizer()
+    model = folder.load(config, dtype, **load_options(stored, quantization, device))
+    if quantization is None and stored in (Stored.plain, Stored.fp8):
         model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
     model.requires_grad_(False)
     if lacks_sixteen_bits(device, dtype):
         widen_products(model)
         attend_by_row(model)
-    return LoadedModel(model.eval(), load_tokenizer(checkpoint), checkpoint, device)
+    return LoadedModel(model.eval(), tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, chat template included."""
-    return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    source = ModelSource[checkpoint.identity.partition(":")[0]]
+    return ModelFolder(checkpoint.folder, _SETTING[source]).tokenizer()
 
 
 def load_tokenizer_only(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """A model's tokenizer for who needs no weights: of a hub model nothing else is downloaded."""
-    if settings.source is not ModelSource.hub:
-        return load_tokenizer(prepare_checkpoint(settings))
-    try:
-        return AutoTokenizer.from_pretrained(str(settings.repo))
-    except (OSError, ValueError) as error:
-        raise _unreachable(settings, error) from None
+    """A model's tokenizer for who needs no weights: of a hub model none are downloaded."""
+    return fetch(settings, ()).tokenizer()
+
+
+def stored_as(folder: ModelFolder, config: PreTrainedConfig, settings: ModelSettings) -> Stored:
+    """How a folder keeps its matrices; UserError where it cannot be read, or not under `model.quantization`."""
+    stored = folder.stored(config)
+    if not can_become(stored, settings.quantization):
+        raise UserError(
+            f"model.quantization must be none for a model that is stored as {stored.name}, "
+            f"got {settings.quantization.name}"
+        )
+    return stored
 
 
 def load_layers(
@@ -191,71 +205,72 @@ def name_in_whole(name: str, first: int) -> str:
 
 def read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
     """These tensors of a checkpoint, mapped from its safetensors. UserError when one is missing."""
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
-    if missing := sorted(names - found.keys()):
-        raise UserError(f"model.path must hold the tensors of its architecture, got none named {missing[0]!r}")
-    return found
+    return ModelFolder(folder).read(names)
 
 
 def load_config(settings: ModelSettings) -> PreTrainedConfig:
-    """The model's config alone: for hub models nothing else is downloaded."""
-    config: PreTrainedConfig
-    if settings.source is ModelSource.hub:
-        try:
-            config = AutoConfig.from_pretrained(str(settings.repo))
-            return config
-        except OSError as error:
-            raise _unreachable(settings, error) from None
-    if settings.source is ModelSource.random:
-        return random_config(settings)
-    config = AutoConfig.from_pretrained(prepare_checkpoint(settings).folder, local_files_only=True)
-    return config
+    """The model's config alone: of a hub model no weights are downloaded."""
+    return random_config(settings) if settings.source is ModelSource.random else fetch(settings, ()).config()
 
 
 def end_ids_of(settings: ModelSettings) -> list[int]:
     """The ids with which a model ends a text, from its generation config, else its config; no weights are read."""
-    place = settings.repo if settings.source is ModelSource.hub else prepare_checkpoint(settings).folder
-    try:
-        found = GenerationConfig.from_pretrained(str(place)).eos_token_id
-    except OSError:  # it has none
-        found = load_config(settings).get_text_config(decoder=True).eos_token_id
-    if found is None:
-        return []
-    return [found] if isinstance(found, int) else list(found)
+    return fetch(settings, ()).end_ids()
 
 
 def model_identity(settings: ModelSettings) -> str:
-    """Which weights `settings` name, whatever their precision; an adapter belongs to one identity."""
+    """Which weights `settings` name, whatever their precision; an adapter belongs to one identity.
+
+    It covers all bytes of config and weights of a folder, all bytes of a GGUF file, and the commit of a hub model.
+    """
     match settings.source:
         case ModelSource.hub:
-            return f"hub:{settings.repo}"
+            return f"hub:{settings.repo}@{_described_on_hub(settings).name}"
         case ModelSource.path:
-            return f"path:{_folder_digest(_model_folder(settings))}"
+            return f"path:{_folder_digest(settings, fetch(settings, None))}"
         case ModelSource.gguf:
-            return f"gguf:{_file_digest(gguf_file(settings))}"
+            file = gguf_file(settings)
+            record = record_in_cache(file.parent, _cache(settings))
+            return f"gguf:{file_digests(file.parent, [file.name], [record])[file.name][:16]}"
         case ModelSource.random:
             return f"random:{digest({'architecture': asdict(settings.architecture), 'seed': settings.seed})}"
 
 
 def prepare_checkpoint(settings: ModelSettings) -> Checkpoint:
-    """The folder of a model, converted first where its source is no folder."""
-    identity = model_identity(settings)
+    """The folder of a model with all of its weights, converted first where its source is no folder."""
+    return Checkpoint(fetch(settings, None).path, model_identity(settings))
+
+
+def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:
+    """A model's folder, with the files that hold these tensors; None: with all of them.
+
+    Config, index and tokenizer are always there. Only hub models can have less than all weights: each file is
+    downloaded when a tensor of it is asked for, always from the commit that this process saw first.
+
+    Raises:
+        UserError: a model that cannot be had, a folder that is not whole.
+    """
+    setting = _SETTING[settings.source]
     match settings.source:
         case ModelSource.hub:
-            return Checkpoint(_from_hub(settings), identity)
+            return _from_hub(settings, names)
         case ModelSource.path:
-            return Checkpoint(_model_folder(settings), identity)
+            folder = ModelFolder(Path(str(settings.path)).expanduser().absolute(), setting)
         case ModelSource.gguf:
-            return Checkpoint(
-                _converted(settings, identity, lambda folder, dtype: _write_gguf(settings, folder, dtype)), identity
-            )
+            folder = ModelFolder(_converted(settings, _write_gguf), setting)
         case ModelSource.random:
-            return Checkpoint(
-                _converted(settings, identity, lambda folder, dtype: _write_random(settings, folder, dtype)), identity
-            )
+            folder = ModelFolder(_converted(settings, _write_random), setting)
+    folder.check()
+    return folder
+
+
+_SETTING = {
+    ModelSource.hub: "model.repo",
+    ModelSource.path: "model.path",
+    ModelSource.gguf: "model.cache_dir",
+    ModelSource.random: "model.cache_dir",
+}
+"""Who names the folder that a model of each source ends in."""
 
 
 def tensor_digests(folder: Path) -> dict[str, str]:
@@ -286,58 +301,59 @@ def quantization_config(settings: ModelSettings, device: torch.device, dtype: to
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _from_hub(settings: ModelSettings) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        folder = snapshot_download(str(settings.repo), allow_patterns=patterns)
-    except Exception as error:  # the hub's client has a dozen ways to say no; all are the user's to mend
-        raise _unreachable(settings, error) from None
-    return Path(folder)
+DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+"""What a hub repository has besides weights: config, index, tokenizer, chat template."""
 
 
-def _unreachable(settings: ModelSettings, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"model.repo must be a repository that this machine can reach, got {settings.repo!r} ({reason})")
-
-
-def _model_folder(settings: ModelSettings) -> Path:
-    folder = Path(str(settings.path)).expanduser().absolute()
-    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
-        raise UserError(f"model.path must be a folder with config.json and safetensors, got {str(folder)!r}")
+def _from_hub(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:
+    folder = ModelFolder(_described_on_hub(settings), _SETTING[ModelSource.hub])
+    if names is None or names:
+        _download(settings, [SINGLE], folder.path.name)  # where there is one, it is what counts
+        folder.files  # noqa: B018 (UserError where there are no weights)
+        wanted = set(folder.weight_files) if names is None else {folder.files.get(name) for name in names} - {None}
+        if absent := sorted(wanted.intersection(folder.missing_files())):
+            _download(settings, absent, folder.path.name)
+        if lacking := sorted(wanted.intersection(folder.missing_files())):
+            raise _unreachable(str(settings.repo), OSError(f"it has no {lacking[0]}"))
     return folder
 
 
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+def _described_on_hub(settings: ModelSettings) -> Path:
+    return _first_seen(str(settings.repo), settings.revision)
 
 
-def _folder_digest(folder: Path) -> str:
-    """Over the config, every safetensors header (names, shapes, offsets) and the first KiB of every tensor.
-
-    The weights are not read whole, yet a model that an adapter was merged into is another one.
-    """
-    sha = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = stream.read(min(length, file.stat().st_size))
-            sha.update(header)
-            for begin, end in _tensor_spans(header, file):
-                stream.seek(8 + length + begin)
-                sha.update(stream.read(min(1024, end - begin)))
-    return sha.hexdigest()[:16]
+@functools.cache
+def _first_seen(repo: str, revision: str | None) -> Path:
+    """The snapshot of a repository that this process keeps to, named by its commit, with its descriptions."""
+    return _snapshot(repo, revision, DESCRIPTIONS)
 
 
-def _tensor_spans(header: bytes, file: Path) -> list[tuple[int, int]]:
-    """Where each tensor begins and ends after the header (https://huggingface.co/docs/safetensors, Format)."""
+def _download(settings: ModelSettings, files: Sequence[str], commit: str) -> None:
+    _snapshot(str(settings.repo), commit, [glob.escape(file) for file in files])
+
+
+def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
-        tensors = json.loads(header)
-        return sorted(tuple(tensor["data_offsets"]) for name, tensor in tensors.items() if name != "__metadata__")
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"model.path must hold whole safetensors files, got {str(file)!r}") from None
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's client has a dozen ways to say no; all are the user's to mend
+        raise _unreachable(repo, error) from None
+
+
+def _unreachable(repo: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"model.repo must be a repository that this machine can reach, got {repo!r} ({reason})")
+
+
+def _folder_digest(settings: ModelSettings, folder: ModelFolder) -> str:
+    """Over all bytes of config and weights, and the names of their files."""
+    records = [folder.path / RECORD_FILE, record_in_cache(folder.path, _cache(settings))]
+    return digest(file_digests(folder.path, [CONFIG, *folder.weight_files], records))
+
+
+def _cache(settings: ModelSettings) -> Path:
+    return Path(settings.cache_dir).expanduser().absolute()
 
 
 def gguf_file(settings: ModelSettings) -> Path:
@@ -364,20 +380,55 @@ def _is_gguf(path: Path) -> bool:
         return stream.read(4) == b"GGUF"
 
 
+@contextmanager
+def _reading_gguf(file: Path) -> Iterator[None]:
+    """Turns whatever the readers make of a strange GGUF file into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"model.path must be a GGUF file that transformers can read, got {str(file)!r} ({reason})"
+        ) from None
+
+
 def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
     file = gguf_file(settings)
     log.info("converting %s once (about 20 s for 135M parameters)", file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as alone, _reading_gguf(file):  # nothing that lies beside it takes part
+        _link(file, Path(alone) / "model.gguf")
+        options = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
+        model, report = AutoModelForCausalLM.from_pretrained(
+            alone, dtype=torch.float32, output_loading_info=True, **options
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"it has no {missing[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(alone, **options)
     # A GGUF-loaded model refuses to be saved; its tensors are plain, only the config still says gguf.
     del model.config.quantization_config
     _write_model(folder, model, dtype)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _drop_ids_from(folder / "tokenizer.json", model.config.get_text_config(decoder=True).vocab_size)
+
+
+def _drop_ids_from(file: Path, rows: int) -> None:
+    """Take out what transformers adds to a GGUF's tokens without being asked: it has no row in the embedding."""
+    described = json.loads(file.read_text(encoding="utf-8"))
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < rows]
+    file.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+
+
+def _link(file: Path, place: Path) -> None:
+    try:
+        place.symlink_to(file.absolute())
+    except OSError:  # Windows asks for a privilege
+        shutil.copy(file, place)
 
 
 def _write_random(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = AutoModelForCausalLM.from_config(random_config(settings))
+        model = AutoModelForCausalLM.from_config(random_config(settings), trust_remote_code=False)
     _write_model(folder, model, dtype)
     byte_tokenizer().save_pretrained(folder)
 
@@ -437,8 +488,7 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 
 def converted_folder(settings: ModelSettings, identity: str) -> Path:
     """`<cache>/<digest>-<dtype>`: where a model of source gguf or random is kept once it was converted."""
-    cache = Path(settings.cache_dir).expanduser().absolute()
-    return cache / f"{identity.partition(':')[2]}-v{CONVERSION}-{_stored_dtype(settings).name}"
+    return _cache(settings) / f"{identity.partition(':')[2]}-v{CONVERSION}-{_stored_dtype(settings).name}"
 
 
 def _stored_dtype(settings: ModelSettings) -> Dtype:
@@ -446,9 +496,9 @@ def _stored_dtype(settings: ModelSettings) -> Dtype:
     return Dtype.float32 if settings.dtype is Dtype.float64 else settings.dtype
 
 
-def _converted(settings: ModelSettings, identity: str, write: Callable[[Path, torch.dtype], None]) -> Path:
+def _converted(settings: ModelSettings, write: Callable[[ModelSettings, Path, torch.dtype], None]) -> Path:
     """`converted_folder`, written once whoever comes first; readers see all of it or nothing."""
-    target = converted_folder(settings, identity)
+    target = converted_folder(settings, model_identity(settings))
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -458,7 +508,7 @@ def _converted(settings: ModelSettings, identity: str, write: Callable[[Path, to
             shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: the lock is ours
             temporary.mkdir()
             try:
-                write(temporary, TORCH_DTYPES[_stored_dtype(settings)])
+                write(settings, temporary, TORCH_DTYPES[_stored_dtype(settings)])
                 temporary.replace(target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -127,6 +127,8 @@ class ModelSettings:
     source: ModelSource
     repo: str | None
     """Hub repository id (source=hub)."""
+    revision: str | None
+    """Commit, branch or tag of the repository (source=hub); null: the newest commit of its main branch."""
     path: str | None
     """Folder with config.json and safetensors (source=path), or a .gguf file (source=gguf)."""
     package: str | None

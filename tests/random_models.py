@@ -22,7 +22,7 @@ from transformers import (
 )
 
 WINDOW = 8
-VOCABULARY = 97
+VOCABULARY = 264
 _HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 _ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {

@@ -24,7 +24,7 @@ from split.stage import Stage
 from split.transport.inproc import InProcess
 from tests.random_models import random_model
 
-VOCABULARY = 97
+VOCABULARY = 264
 CONTEXT, BUCKET, KV_BYTES, CHUNK, SESSIONS = 200, 16, 10**8, 7, 4
 SAMPLED = Sampling(seed=21, temperature=0.8, top_k=40, top_p=0.95)
 
@@ -40,7 +40,7 @@ def saved_model(architecture: str, folder: Path, dtype: torch.dtype = torch.floa
         vocabulary=VOCABULARY, tied_embeddings=False, context=256,
     )  # fmt: skip
     return ModelSettings(
-        name=architecture, source=ModelSource.path, repo=None, path=str(folder), package=None, wheel=None, seed=0,
+        name=architecture, source=ModelSource.path, repo=None, revision=None, path=str(folder), package=None, wheel=None, seed=0,
         dtype=Dtype[str(dtype).removeprefix("torch.")], quantization=Quantization.none, adapter=None,
         cache_dir=str(folder), lora_targets=["q_proj"], architecture=sizes,
     )  # fmt: skip

@@ -1,0 +1,73 @@
+"""SHA-256 of large files, computed once: a record keeps them by the file's name, size and times."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lab.files import write_whole
+
+log = logging.getLogger(__name__)
+
+RECORD_FILE = ".lab_digests.json"
+"""Beside the files that it is about."""
+LARGE_BYTES = 2**30
+"""From here on the first reading takes seconds, and is announced."""
+
+
+def file_digests(folder: Path, names: Sequence[str], records: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of these files of `folder`, in hexadecimal, by name.
+
+    A file is read again when its size, its time of modification or its time of change differs from the record's: the
+    last one cannot be set back. The digests are kept in the first of `records` that can be written.
+    """
+    known: dict[str, Any] = {}
+    for place in reversed(records):
+        known |= _read(place)
+    found = {name: _entry(folder / name, known.get(name)) for name in names}
+    if any(known.get(name) != entry for name, entry in found.items()):
+        _keep(records, known | found)
+    return {name: str(entry["sha256"]) for name, entry in found.items()}
+
+
+def record_in_cache(folder: Path, cache_dir: Path) -> Path:
+    """Where the digests of files of `folder` are kept when not beside them."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return cache_dir / "digests" / f"{name}.json"
+
+
+def _read(place: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # none yet, or not ours: the files are read instead
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _entry(file: Path, known: Any) -> dict[str, Any]:
+    status = file.stat()
+    stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+    if (
+        isinstance(known, dict)
+        and isinstance(known.get("sha256"), str)
+        and known == {**stamp, "sha256": known["sha256"]}
+    ):
+        return known
+    if status.st_size >= LARGE_BYTES:
+        log.info("reading all %.1f GB of %s once, for its fingerprint", status.st_size / 1e9, file.name)
+    with file.open("rb") as stream:
+        return {**stamp, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _keep(places: Sequence[Path], found: dict[str, Any]) -> None:
+    text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+    for place in places:
+        with contextlib.suppress(OSError):
+            write_whole(place, text)
+            return
+    log.warning("the fingerprint could not be kept in %s: it is computed again at each start", places[0].parent)
