@@ -99,7 +99,9 @@ def read_adapter(folder: str | Path, setting: str = "model.adapter") -> AdapterF
         with safe_open(place / TENSORS_FILE, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # of safetensors, or of the system
-        raise UserError(f"{setting} must hold a whole {TENSORS_FILE}, got {str(place)!r} ({_one_line(error)})") from None
+        raise UserError(
+            f"{setting} must hold a whole {TENSORS_FILE}, got {str(place)!r} ({_one_line(error)})"
+        ) from None
     if strange := [name for name in shapes if not name.startswith(PREFIX)]:
         raise UserError(f"{setting} must name its tensors {PREFIX}..., got {strange[0]!r} in {str(place)!r}")
     return AdapterFolder(place=place, setting=setting, fields=found, shapes=shapes)
@@ -208,7 +210,9 @@ def _on_twin(config: LoraConfig, whole: PreTrainedConfig) -> tuple[PreTrainedMod
     with torch.device("meta"):
         twin: Any = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
     tuner = LoraModel(twin, config, NAME)
-    wrappers = {name: type(module) for name, module in twin.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    wrappers = {
+        name: type(module) for name, module in twin.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    }
     fit = Fit(
         config=config,
         modules=list(tuner.targeted_module_names),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
-from lab.models import load_config, model_identity, prepare_checkpoint
+from lab.fingerprints import weights_fingerprints
+from lab.models import load_config
 from lab.network import client_side_tls, make_endpoint
-from lab.settings import ModelSettings, ModelSource, NetworkSettings, UserError
+from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.address import Address
 from split.boundary import Boundary
@@ -96,26 +95,3 @@ def make_side(model: ModelSettings, network: NetworkSettings, boundary: Boundary
 def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
     """What all roles must have alike: the weights, and how hidden states travel."""
     return weights_fingerprints(model) | {"boundary": boundary.name}
-
-
-def weights_fingerprints(model: ModelSettings) -> dict[str, str]:
-    """Which tensors under which config, in which precision."""
-    identity = model_identity(model)
-    if model.source is ModelSource.hub:  # a repository changes; its snapshot's folder is named by the revision
-        identity += f"@{prepare_checkpoint(model).folder.name}"
-    return {
-        "model": identity,
-        "adapter": _adapter_digest(model.adapter),
-        "dtype": model.dtype.name,
-        "quantization": model.quantization.name,
-    }
-
-
-def _adapter_digest(folder: str | None) -> str:
-    if folder is None:
-        return "none"
-    file = Path(folder).expanduser() / "adapter_model.safetensors"
-    if not file.exists():
-        raise UserError(f"model.adapter must be a PEFT folder with adapter_model.safetensors, got {folder!r}")
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

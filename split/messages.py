@@ -81,7 +81,7 @@ class Pass(Head):
     read_all: bool
     """want=all: the last shard gives a step for every id, and needs the ids for that."""
     pieces: Annotated[list[Piece], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
-    unfit: Unfits = []
+    unfit: Unfits = msgspec.field(default_factory=list)
     """The texts that ended at the shards before; zeros go on in place of their hidden states."""
 
     @property
@@ -99,7 +99,7 @@ class Steps(Head):
     """What the target says in one pass: the body has the steps of the pieces that are read, in their order. Empty in
     answer to OPEN."""
 
-    unfit: Unfits = []
+    unfit: Unfits = msgspec.field(default_factory=list)
     """The texts that ended at any shard; their steps mean nothing."""
 
 

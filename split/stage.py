@@ -147,9 +147,7 @@ class Stage:
 
     def _unfit(self, piece: Piece, first: int | None, seen: int, what: str) -> Unfit:
         position = piece.position + (seen if first is None else first)
-        return Unfit(
-            session=piece.session, text=f"the hidden states of position {position} {what} {self._layers}"
-        )
+        return Unfit(session=piece.session, text=f"the hidden states of position {position} {what} {self._layers}")
 
     @property
     def _layers(self) -> str:

@@ -260,7 +260,9 @@ def test_equal_tokens_stay_or_go_together() -> None:
 
 def test_more_equal_tokens_than_are_sorted_first_count_for_the_nucleus() -> None:
     logits_V = torch.cat([torch.tensor([math.log(600)]), torch.zeros(600), torch.full((50,), -3.0)])
-    scores_RM, tokens_RM = sampling._survivors(logits_V[None], 2, 0.6, 1.0)  # the first alone has half of what top-k leaves
+    scores_RM, tokens_RM = sampling._survivors(
+        logits_V[None], 2, 0.6, 1.0
+    )  # the first alone has half of what top-k leaves
     assert sorted(tokens_RM[0][scores_RM[0] > -math.inf].tolist()) == list(range(601))
 
 
