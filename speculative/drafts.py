@@ -20,7 +20,6 @@ from lab.engine import Engine
 from lab.not_finite import NotFinite
 from lab.sampling import Sampling, mix64
 
-
 log = logging.getLogger(__name__)
 
 

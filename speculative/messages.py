@@ -29,13 +29,13 @@ drafter has, and VERDICTs renew it.
 
 `prefix` is a hash of 64 bits over all ids of the text up to the end of the VERDICT (`prefix_hash`). A drafter that has
 another one holds another text: it asks for it again by RESUME, on the same connection, and gives up if that does not
-help. Everything is rebuilt from ids and seed: after a connection ended, by
-whatever, RESUME carries all ids that the drafter was told. A verifier that still has the text (it goes on alone
-meanwhile) answers with a VERDICT of all that came since; one that does not (it was started anew) reads the ids like a
-prompt and goes on, if it has the target that the text was begun at: other weights under the same name would make a text
-of two halves, so RESUME says the target's fingerprints, and a verifier with others refuses it. Both begin at epoch 0. A text is named by 64 random bits, and belongs to who knows the 128 that were
-sent with them in OPEN: RESUME of another's text is refused, and one that comes while the old connection still seems to
-live takes the text over.
+help. Everything is rebuilt from ids and seed: after a connection ended, by whatever, RESUME carries all ids that the
+drafter was told. A verifier that still has the text (it goes on alone meanwhile) answers with a VERDICT of all that
+came since; one that does not (it was started anew) reads the ids like a prompt and goes on. RESUME also says at which
+target the text was begun: other weights under the same name would make a text of two halves, so that a verifier whose
+fingerprints (WELCOME) are others refuses it. Both begin at epoch 0. A text is named by 64 random bits, and belongs to
+who knows the 128 that were sent with them in OPEN: RESUME of another's text is refused, and one that comes while the
+old connection still seems to live takes the text over.
 
 In mode sync a pass waits for a DRAFT, also an empty one, which is a wish for the target's next token; `prefix` is left
 out, since a DRAFT that answers each VERDICT says by its position whether both hold as much.

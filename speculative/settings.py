@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lab.engine_kind import EngineKind
-from lab.settings import Dtype, LabSettings, register_project, require
+from lab.settings import Dtype, LabSettings, check_sampling, register_project, require
 from speculative.bench_settings import BenchSettings
 
 MAX_DRAFT_LENGTH = 64

@@ -40,8 +40,9 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
     Raises:
         UserError: a prompt or settings that this target does not take.
-        WireError, TextRefused, TextFailed: what ended the text before its first token.
-        Unfinished: what ended it later, with the figures so far.
+        WireError: the verifier cannot be joined.
+        TextRefused: the verifier does not take the text.
+        Unfinished: the text could not go on; with the figures so far.
     """
     project = settings.project
     device = open_device(settings.device)
@@ -58,7 +59,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             name_text(settings.project.resume, target, place.folder / "text.json")
             speak(target, drafts, request, tokenizer, tally)
         except (WireError, TextFailed, TextRefused) as error:
-            if not tally.token_ids:
+            if isinstance(error, TextRefused) and not tally.token_ids:
                 raise
             figures = _figures(settings, target, tokenizer, tally) | {"ended_by": "failed"}
             raise entry.Unfinished(str(error), _exit_code(error), figures) from None
@@ -155,7 +156,7 @@ def _figures(
         "resumes": target.resumes,
         "bytes_sent": target.bytes_sent,
         "bytes_received": target.bytes_received,
-        "ended_by": "end_token" if ids[-1] in target.welcome.end_ids else "length",
+        "ended_by": "end_token" if ids and ids[-1] in target.welcome.end_ids else "length",
         "mode": project.mode,
         "drafter": "none" if project.mode is Mode.target_only else project.draft.source,
         "draft_length": project.draft.length,
