@@ -104,7 +104,8 @@ def speak(
             tally.add(done)
             stream.show(done)
     finally:
-        stream.finish()
+        if tally.token_ids:
+            stream.finish()
 
 
 def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:

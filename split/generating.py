@@ -105,7 +105,7 @@ def write(
                 text.token_seconds.append(time.monotonic() - before)
                 _take(text, session, stream)
     finally:
-        if stream is not None:
+        if stream is not None and text.ids:
             stream.finish()
     return text
 
