@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
 from fl.adapters import Adapter
+from lab.adapter import Fit, fit_adapter, fit_config, read_adapter
 from lab.files import sync
-from lab.lora import IDENTITY_KEY, RECORD_FILE, recorded_identity
+from lab.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE, recorded_identity
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 
 log = logging.getLogger(__name__)
@@ -131,23 +131,33 @@ def latest_adapter(root: Path) -> Path | None:
     return rounds[max(rounds)].absolute() if rounds else None
 
 
-def load_adapter(folder: Path, base: BaseModel, lora: LoraConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a PEFT folder, to start from on `base` with `lora`.
+def load_adapter(folder: Path, base: BaseModel, lora: LoraConfig, whole: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a PEFT folder, to start from on `base` (a model of config `whole`) with `lora`.
 
-    ValueError naming both sides when the folder is of another model (by digest; by name in a folder that we did not
-    write) or of another rank, scale or kind of LoRA, which the tensors alone do not show; ValueError when files are
-    missing.
+    Clients make their adapter from the run's settings and never see the folder: it must compute what they compute.
+
+    Raises:
+        UserError: a folder that is broken, of a kind that is not supported, or that does not fit the model.
+        ValueError: naming both sides, one of another model (by digest; by name in a folder that we did not write), or
+            of other modules, ranks, scales or trained weights than the run's.
     """
-    for name in (CONFIG_FILE, TENSORS_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"adapter folder {folder} must contain {name}, and does not")
-    saved = LoraConfig.from_pretrained(str(folder))
-    _check_base(folder, saved, base)
-    for field in ("r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out"):
-        if getattr(saved, field) != getattr(lora, field):
-            raise ValueError(f"adapter {folder} has {field}={getattr(saved, field)}, the run {getattr(lora, field)}")
-    tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS_FILE)
-    return tensors
+    adapter = read_adapter(folder, "project.warm_start")
+    _check_base(adapter.place, adapter.config(), base)
+    theirs, ours = fit_adapter(adapter, whole), fit_config(lora, whole)
+    for what, found, wanted in (
+        ("a LoRA of rank", _ranks(theirs), _ranks(ours)),
+        ("a scale", theirs.scales, ours.scales),
+        ("the weights", theirs.shapes, ours.shapes),
+    ):
+        for name in sorted(found.keys() | wanted.keys()):
+            one, other = found.get(name, "none"), wanted.get(name, "none")
+            if one != other:
+                raise ValueError(f"adapter {folder} has {what} {one} at {name}, the run {other}")
+    return adapter.tensors(ours.shapes)
+
+
+def _ranks(fit: Fit) -> dict[str, int]:
+    return {name: shape[0] for name, shape in fit.shapes.items() if name.endswith(".lora_A.weight")}
 
 
 def _check_base(folder: Path, saved: LoraConfig, base: BaseModel) -> None:

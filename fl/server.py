@@ -26,7 +26,7 @@ from lab.device import open_device, read_memory
 from lab.entry import Run
 from lab.environment import commit
 from lab.lora import fresh_adapter, lora_config
-from lab.models import model_identity
+from lab.models import load_config, model_identity
 from lab.settings import UserError
 from lab.tracking import Tracker, progress
 
@@ -136,9 +136,10 @@ def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
     if settings.project.warm_start is not None:
         folder = Path(settings.project.warm_start).expanduser()
         try:
-            return load_adapter(
-                folder, base_model(settings), lora_config(settings.model.lora_targets, settings.project.lora)
-            )
+            lora = lora_config(settings.model.lora_targets, settings.project.lora)
+            return load_adapter(folder, base_model(settings), lora, load_config(settings.model))
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(
                 f"project.warm_start must be an adapter of this run's kind, got {str(folder)!r}: {error}"

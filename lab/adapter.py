@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -33,9 +33,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.models import load_config, model_identity, slice_config
+from lab.models import load_config, model_identity
 from lab.peft_folder import RECORDS, TENSORS_FILE, check_base, find_folder, read_fields
 from lab.settings import ModelSettings, UserError
+from lab.slices import cut_of
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,8 @@ def _check_fields(found: Mapping[str, Any], place: Path, setting: str) -> None:
             )
     if found.get("init_lora_weights", True) not in _INITIALISATIONS:
         raise UserError(
-            f"{setting} must have init_lora_weights of {', '.join(map(str, _INITIALISATIONS))} (others need a base with "
-            f"changed weights, which is not in the folder), got {found['init_lora_weights']!r} in {str(place)!r}"
+            f"{setting} must have init_lora_weights of {', '.join(map(str, _INITIALISATIONS))} (others need a base "
+            f"with changed weights, which is not in the folder), got {found['init_lora_weights']!r} in {str(place)!r}"
         )
 
 
@@ -204,11 +205,10 @@ def _on_twin(config: LoraConfig, whole: PreTrainedConfig) -> tuple[PreTrainedMod
     config = copy.deepcopy(config)
     config.inference_mode = False  # so that what the adapter trains is marked
     config.init_lora_weights = True
-    text: Any = slice_config(whole, 0, int(whole.get_text_config(decoder=True).num_hidden_layers))
     if config.ensure_weight_tying:
         raise ValueError("ensure_weight_tying is not supported here")
     with torch.device("meta"):
-        twin: Any = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+        twin: Any = AutoModelForCausalLM.from_config(whole, trust_remote_code=False)
     tuner = LoraModel(twin, config, NAME)
     wrappers = {
         name: type(module) for name, module in twin.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
@@ -231,7 +231,7 @@ def _shared(twin: torch.nn.Module, missing: set[str]) -> dict[str, str]:
     same: dict[int, list[str]] = {}
     for name, weight in twin.named_parameters(remove_duplicate=False):
         same.setdefault(id(weight), []).append(name)
-    found = {}
+    found: dict[str, str] = {}
     for names in same.values():
         stored = [name for name in names if name not in missing]
         found |= {name: stored[0] for name in names if stored and name in missing}
@@ -274,10 +274,10 @@ def put_adapter(model: PreTrainedModel, adapter: AdapterFolder, fit: Fit) -> Non
                 weights[name].copy_(adapter.tensors([PREFIX + stored])[PREFIX + stored])
 
 
-def add_adapter(model: PreTrainedModel, settings: ModelSettings, layers: range | None = None) -> None:
-    """Put `model.adapter`, where it is set, on a model or on its slice of `layers`, frozen.
+def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Put `model.adapter`, where it is set, on a model or on a slice of it, frozen.
 
-    The modules are PEFT's own beside the weights and not merged into them: a sum in 16 bits would round the adapter away.
+    The modules are PEFT's own, beside the weights and not merged into them: a sum in 16 bits rounds the adapter away.
 
     Raises:
         UserError: what `read_adapter` and `fit_adapter` refuse, and an adapter that was trained on another base model.
@@ -286,12 +286,10 @@ def add_adapter(model: PreTrainedModel, settings: ModelSettings, layers: range |
         return
     adapter = read_adapter(settings.adapter)
     check_base(adapter.place, model_identity(settings))
-    whole = load_config(settings)
-    fit = fit_adapter(adapter, whole)
-    with numbered_as_whole(model, layers, whole):
-        inject_adapter(model, fit, trainable=False)
-        put_adapter(model, adapter, fit)
-        _unwrap_saved(model)
+    fit = fit_adapter(adapter, load_config(settings))
+    inject_adapter(model, fit, trainable=False)
+    put_adapter(model, adapter, fit)
+    _unwrap_saved(model)
     model.requires_grad_(False).eval()
 
 
@@ -317,25 +315,10 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-@contextmanager
-def numbered_as_whole(model: PreTrainedModel, layers: range | None, whole: PreTrainedConfig) -> Iterator[None]:
-    """While this is open, a slice of layers, which counts from 0, has the names of the whole model."""
-    if layers is None:
-        yield
-        return
-    decoder = cast(Any, model).get_decoder()
-    count = int(cast(Any, whole.get_text_config(decoder=True)).num_hidden_layers)
-    own = list(decoder.layers)
-    elsewhere = [torch.nn.Identity() for _ in range(count - len(own))]
-    decoder.layers = torch.nn.ModuleList([*elsewhere[: layers.start], *own, *elsewhere[layers.start :]])
-    try:
-        yield
-    finally:
-        decoder.layers = torch.nn.ModuleList(list(decoder.layers)[layers.start : layers.stop])
-
-
 def _is_here(model: torch.nn.Module, name: str) -> bool:
     """Whether a slice has the place of a module or tensor of the whole model."""
+    if hasattr(model, "cut") and not cut_of(model).owns(name):
+        return False
     module = model
     for part in name.split("."):
         child = module._modules.get(part)

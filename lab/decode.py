@@ -20,10 +20,15 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
     from lab.tracking import Tracker
 
     project, device = settings.project, open_device(settings.device)
+    model = load_model(settings.model, device).model
+    if settings.model.adapter is not None:
+        from lab.adapter import add_adapter  # loads PEFT, which plain models can do without
+
+        add_adapter(model, settings.model)
     with Tracker(settings, "decode", place.folder) as tracker:
         try:
             engine = LocalEngine(
-                load_model(settings.model, device).model,
+                model,
                 sessions=project.sessions,
                 context=project.context,
                 bucket=project.cache_bucket,

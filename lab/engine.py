@@ -21,10 +21,12 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
+from lab.context import longest_text
 from lab.engine_kind import EngineKind
 from lab.first_fault import first_faults
-from lab.kv import CacheFull, ExactShape, SlotCache
+from lab.kv import CacheFull, ExactShape, SlotCache, check_attention, layer_shapes
 from lab.not_finite import NotFinite
 from lab.sampling import Sampling, choose, mix64, nll
 from lab.wide_products import pack_products
@@ -338,8 +340,8 @@ class LocalEngine:
             it was asked for. Probed here.
 
     Raises:
-        ValueError: a context the model was not made for, an attention that takes no masks, more than one CPU thread
-            with exact shapes.
+        ValueError: a context the model was not made for, an attention that takes no masks, a model that keeps
+            something else than keys and values, more than one CPU thread with exact shapes.
         CacheFull: the exact shape does not fit into the limit.
         ShapeDependence: exact shapes do not hold on this device.
     """
@@ -358,7 +360,7 @@ class LocalEngine:
         pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         config = self._model.config.get_text_config(decoder=True)
-        longest = getattr(config, "max_position_embeddings", None) or context
+        longest = longest_text(config) or context
         if not 1 <= context <= longest:
             raise ValueError(f"context must be in [1, {longest}], got {context}")
         if prefill_chunk < 1:
@@ -370,8 +372,9 @@ class LocalEngine:
         self._device: torch.device = self._model.device
         self._exact_rows = exact_rows and -(-exact_rows // _BLOCK_ROWS) * _BLOCK_ROWS
         self._chunk = self._exact_rows or prefill_chunk
-        self.cache = SlotCache.for_model(
-            config,
+        check_attention(self._model.config)
+        self.cache = SlotCache(
+            layer_shapes(self._run_one),
             slots=sessions,
             bucket=bucket,
             limit_bytes=kv_limit_bytes,
@@ -418,6 +421,12 @@ class LocalEngine:
         """Drop model and cache; the engine is of no use afterwards."""
         del self._model, self.cache
 
+    @torch.inference_mode()
+    def _run_one(self, cache: Cache) -> None:
+        """A forward pass over one token: it shows what each layer keeps, and that the engine runs at all."""
+        one = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+        self._model(input_ids=one, position_ids=one, past_key_values=cache, use_cache=True)
+
     def _pass(self, pieces: Sequence[_Piece], want: Want) -> None:
         """Run some pieces together, and read the rows of logits that are asked for."""
         read = [want == "all" or piece.is_last for piece in pieces]
@@ -442,7 +451,7 @@ class LocalEngine:
         """Where a pass gave NaN or infinity, say which position was the first of its text."""
         if all(piece.run.is_located or not piece.run.step.fault for piece in pieces):
             return
-        with first_faults(max(len(piece.ids) for piece in pieces)) as found:
+        with first_faults(self._exact_rows or max(len(piece.ids) for piece in pieces)) as found:
             rows, _ = self._forward(self._model, pieces)
         for piece, row in zip(pieces, rows, strict=True):
             if piece.run.step.fault and not piece.run.is_located and row in found:
@@ -462,7 +471,6 @@ class LocalEngine:
         output = model(
             input_ids=torch.tensor(ids_BT, device=self._device),
             position_ids=plan.position_ids_BT,
-            attention_mask=plan.attention_mask,
             past_key_values=self.cache,
             use_cache=True,
             **options,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +99,19 @@ class ModelFolder:
             with self._open(file) as tensors:
                 found |= {name: tensors.get_tensor(name) for name in wanted}
         return found
+
+    @contextmanager
+    def lazy(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
+        """Those of these tensors that are here, as safetensors' slices: read only when they are used."""
+        with ExitStack() as stack:
+            found: dict[str, Any] = {}
+            for file in self.weight_files:
+                if (self.path / file).is_file():
+                    self._tensors_in(file)
+                    tensors = stack.enter_context(self._open(file))
+                    here = set(names).intersection(tensors.keys())
+                    found |= {name: tensors.get_slice(name) for name in here}
+            yield found
 
     def config(self) -> PreTrainedConfig:
         """The config, of an architecture that has a causal language model in transformers."""

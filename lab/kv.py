@@ -1,12 +1,14 @@
 """The one KV cache of the lab: fixed slots, each with a length of its own, advanced together in one batched forward.
 
-A pass is three steps: `begin` takes slots and counts and gives the position ids and masks for the model, the model
-calls `update` in every attention layer, `commit` moves the lengths. Rewinding is an assignment to ``lengths``: what
-lies beyond a length is masked out, and overwritten later. Keys are kept for all positions, and sliding windows are
-folded into the masks, so that a rewind never meets a window that has already moved on.
+A pass is three steps: `begin` takes slots and counts and gives the position ids for the model, the model calls
+`update` in every attention layer, `commit` moves the lengths. Rewinding is an assignment to ``lengths``: what lies
+beyond a length is masked out, and overwritten later. Keys are kept for all positions, and sliding windows are folded
+into the masks, so that a rewind never meets a window that has already moved on.
 
-Knows nothing about sessions, tokens or sampling. Indices of layers are local: a slice of a model brings its own config,
-with its own ``num_hidden_layers`` and ``layer_types``, and gets a cache over its own layers.
+A model makes its masks itself, with its own rules (causal, sliding, chunked): transformers asks the cache where the
+queries stand, and `_mask_of` applies the model's rule to each slot's own positions.
+
+Knows nothing about sessions, tokens or sampling. Layers go by their number in the whole model.
 
 Shapes: S slots, B batch rows (one slot each), T positions in this pass, L cache columns, H key/value heads, D head
 size, N positions written in this pass.
@@ -14,20 +16,17 @@ size, N positions written in this pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+from transformers import AttentionMaskInterface, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from lab import row_attention
-
-Mask = Tensor | dict[str, Tensor]
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 class CacheFull(RuntimeError):
@@ -36,14 +35,19 @@ class CacheFull(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """What one attention layer keeps of each position, and how far back it looks."""
+    """What one attention layer keeps of each position."""
 
     heads: int
     """Key/value heads."""
-    head_size: int
-    """Numbers in one key, and in one value, of one head."""
-    window: int | None
-    """How many positions a token sees, its own included; None: all before it."""
+    key_size: int
+    """Numbers in one key of one head."""
+    value_size: int
+    """Numbers in one value of one head: fewer than in a key where keys carry positions apart (MLA)."""
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one position, keys and values together."""
+        return self.heads * (self.key_size + self.value_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,6 @@ class Pass:
     rows: list[int]
     """The batch row of each slot that was asked for."""
     position_ids_BT: Tensor
-    attention_mask: Mask
-    """Boolean B x 1 x T x L (True: visible), or additive for eager attention; by layer type in hybrid models."""
 
 
 @dataclass(frozen=True)
@@ -83,52 +85,101 @@ class _Writes:
     columns: int
 
 
-def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
-    """The attention layers of a decoder-only model, read off its config (sliced configs of a shard included).
+class UnknownState(ValueError):
+    """A model keeps something of its past that is no key and no value, or not in the way of other models."""
+
+
+def layer_shapes(run: Callable[[Cache], object]) -> dict[int, LayerShape]:
+    """What each attention layer of a model keeps, by its number: seen in a forward pass over one token.
+
+    Args:
+        run: A forward pass over one token of one sequence, with a cache that is empty before.
 
     Raises:
-        ValueError: a layer that is neither full nor sliding-window attention, or sliding windows of several sizes.
+        UnknownState: the model keeps something else, or nothing at all.
     """
-    text: Any = config.get_text_config(decoder=True)
-    kinds, options = get_layer_types_and_kwargs(text)
-    if unknown := set(kinds) - {_FULL, _SLIDING}:
-        raise ValueError(f"layer_types must be {_FULL} or {_SLIDING}, got {sorted(unknown)}")
-    windows: list[int | None] = [option.get("sliding_window") for option in options]
-    sizes = {window for window in windows if window is not None}
-    if len(sizes) > 1:
-        raise ValueError(f"sliding_window must be the same in all layers, got {sorted(sizes)}")
-    return [_layer_shape(layer, window) for layer, window in zip(text.per_layer_config, windows, strict=True)]
+    cache = DynamicCache()
+    try:
+        run(cache)
+    except Exception as error:  # a model that wants another kind of cache stumbles over this one somewhere
+        raise UnknownState(f"a forward pass with a cache of keys and values failed: {_in_one_line(error)}") from error
+    found = {}
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            raise UnknownState(f"layer {number} keeps a {type(layer).__name__}")
+        if layer.is_initialized:
+            assert layer.keys is not None and layer.values is not None
+            key_size, value_size = layer.keys.shape[3], layer.values.shape[3]
+            found[number] = LayerShape(heads=layer.keys.shape[1], key_size=key_size, value_size=value_size)
+    if not found:
+        raise UnknownState("no layer keeps keys and values")
+    return found
 
 
-def _layer_shape(layer: Any, window: int | None) -> LayerShape:
-    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-    head_size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-    return LayerShape(heads=heads, head_size=head_size, window=window)
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def masks_are_added(config: PreTrainedConfig) -> bool:
-    """Whether the model's attention adds its mask to the scores (eager) or takes a boolean one (sdpa).
-
-    Raises:
-        ValueError: an attention that takes neither.
-    """
+def check_attention(config: PreTrainedConfig) -> None:
+    """Refuse an attention whose masks are not made here, as a ValueError."""
     attention = config.get_text_config(decoder=True)._attn_implementation
-    if attention not in ("sdpa", row_attention.NAME, "eager"):
+    if attention not in _MASKS:
         raise ValueError(f"attn_implementation must be sdpa or eager, got {attention}")
-    return bool(attention == "eager")
+
+
+class _Positions(int):
+    """Where the queries of a pass stand, handed through transformers in the place of the first one's position."""
+
+    ids_BT: Tensor
+
+
+def _mask_of(original: Callable[..., Tensor | None], *, is_added: bool) -> Callable[..., Tensor | None]:
+    """transformers' `sdpa_mask` or `eager_mask`, but in a pass of a `SlotCache` over each slot's own positions.
+
+    Returns:
+        Boolean B x 1 x T x L, True where a query sees a column; with `is_added` numbers to add to the scores.
+    """
+
+    def mask(*arguments: Any, **options: Any) -> Tensor | None:
+        positions = options.get("q_offset")
+        if not isinstance(positions, _Positions):
+            return original(*arguments, **options)
+        rule = options.get("mask_function", causal_mask_function)
+        ids_BT, columns = positions.ids_BT, options["kv_length"]
+        batch, width = ids_BT.shape
+        device = ids_BT.device
+        batch_B111 = torch.arange(batch, device=device)[:, None, None, None]
+        columns_L = torch.arange(columns, device=device)[None, None, None]
+        visible = rule(batch_B111, torch.zeros_like(columns_L[..., :1]), ids_BT[:, None, :, None], columns_L)
+        visible_B1TL: Tensor = visible.expand(batch, 1, width, columns)
+        if not is_added:
+            return visible_B1TL
+        dtype = options.get("dtype", torch.float32)
+        lowest = torch.finfo(dtype).min
+        return torch.zeros(visible_B1TL.shape, dtype=dtype, device=device).masked_fill_(~visible_B1TL, lowest)
+
+    return mask
+
+
+_MASKS = {
+    "sdpa": _mask_of(sdpa_mask, is_added=False),
+    row_attention.NAME: _mask_of(sdpa_mask, is_added=False),
+    "eager": _mask_of(eager_mask, is_added=True),
+}
+for _name, _mask in _MASKS.items():
+    AttentionMaskInterface.register(_name, _mask)
 
 
 class SlotCache(Cache):
     """Keys and values of several texts. Storage follows what is in use: slots by one, columns by buckets.
 
     Args:
-        layers: One shape for each attention layer, in local order (`layer_shapes`).
+        layers: The shape of each attention layer, by its number in the whole model (`layer_shapes`).
         slots: The most texts held at once.
         bucket: Columns are allocated, and attended to, in multiples of this.
         limit_bytes: The most that keys and values may take together.
         dtype: Of the keys and values; the model's.
         device: Of the keys and values; the model's.
-        additive_masks: False for attention that takes boolean masks (sdpa), True where masks are added (eager).
         exact: Give every pass this shape, and allocate it all now. None: each pass as large as it must be.
 
     Raises:
@@ -137,14 +188,13 @@ class SlotCache(Cache):
 
     def __init__(
         self,
-        layers: Sequence[LayerShape],
+        layers: Mapping[int, LayerShape],
         *,
         slots: int,
         bucket: int,
         limit_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
-        additive_masks: bool,
         exact: ExactShape | None,
     ) -> None:
         super().__init__(layers=[])
@@ -154,42 +204,19 @@ class SlotCache(Cache):
             raise ValueError(f"bucket must be at least 1, got {bucket}")
         self.lengths = [0] * slots
         """Positions held by each slot. Assign a smaller number to rewind."""
-        self._shapes = list(layers)
+        self._shapes = dict(layers)
         self._bucket, self._limit_bytes = bucket, limit_bytes
         self._dtype, self._device = dtype, device
-        self._additive_masks, self._exact = additive_masks, exact
+        self._exact = exact
         self._in_use = [False] * slots
         self._written = [0] * slots
-        self._keys: list[Tensor] = [self._empty(shape, 0, 0) for shape in self._shapes]
-        self._values: list[Tensor] = [self._empty(shape, 0, 0) for shape in self._shapes]
-        self._columns_L = torch.arange(0, device=device)
+        self._keys = {number: self._empty(shape.heads, shape.key_size, 0, 0) for number, shape in layers.items()}
+        self._values = {number: self._empty(shape.heads, shape.value_size, 0, 0) for number, shape in layers.items()}
+        self._slots = self._columns = 0
+        self._positions_now = _Positions(0)
         self._writes: _Writes | None = None
         if exact is not None:
             self._allocate(slots, exact.columns)
-
-    @classmethod
-    def for_model(
-        cls,
-        config: PreTrainedConfig,
-        *,
-        slots: int,
-        bucket: int,
-        limit_bytes: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        exact: ExactShape | None,
-    ) -> Self:
-        """A cache for the layers that a config describes: a whole model's, or a slice's own."""
-        return cls(
-            layer_shapes(config),
-            slots=slots,
-            bucket=bucket,
-            limit_bytes=limit_bytes,
-            dtype=dtype,
-            device=device,
-            additive_masks=masks_are_added(config),
-            exact=exact,
-        )
 
     # Slots
 
@@ -208,7 +235,7 @@ class SlotCache(Cache):
     def release(self, slot: int) -> None:
         """Give a slot back. What was written is wiped: the next text in it can neither see nor inherit it (a masked
         column still multiplies its value by zero, and zero times infinity is not zero)."""
-        for stored in (*self._keys, *self._values):
+        for stored in self._stored():
             stored[slot : slot + 1, :, : self._written[slot]].zero_()
         self._in_use[slot], self.lengths[slot], self._written[slot] = False, 0, 0
 
@@ -217,12 +244,12 @@ class SlotCache(Cache):
     @property
     def bytes_per_position(self) -> int:
         """Keys and values of one position in all layers."""
-        return sum(2 * shape.heads * shape.head_size for shape in self._shapes) * self._dtype.itemsize
+        return sum(shape.numbers for shape in self._shapes.values()) * self._dtype.itemsize
 
     @property
     def allocated_bytes(self) -> int:
         """What the storage takes now."""
-        return sum(stored.nbytes for stored in (*self._keys, *self._values))
+        return sum(stored.nbytes for stored in self._stored())
 
     @property
     def used_bytes(self) -> int:
@@ -246,7 +273,9 @@ class SlotCache(Cache):
         count_of = dict(zip(slots, counts, strict=True))
         positions_BT = self._positions(batch, [count_of.get(slot, 0) for slot in batch])
         self._writes = self._plan_writes(batch, count_of, positions_BT)
-        return Pass([row_of[slot] for slot in slots], positions_BT, self._mask(positions_BT, self._writes.columns))
+        self._positions_now = _Positions(int(max(self.lengths[slot] for slot in slots)))
+        self._positions_now.ids_BT = positions_BT
+        return Pass([row_of[slot] for slot in slots], positions_BT)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -274,17 +303,22 @@ class SlotCache(Cache):
         assert self._writes is not None, "get_mask_sizes() outside of a pass: call begin() first"
         return self._writes.columns, 0
 
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the queries of this pass stand, for `_mask_of`."""
+        assert self._writes is not None, "get_query_offset() outside of a pass: call begin() first"
+        return self._positions_now
+
     def __len__(self) -> int:
         return len(self._shapes)
 
     def fill_with_noise(self, length: int, seed: int) -> None:
         """Take every slot and give all of them the same random keys and values: what a probe of shapes runs against."""
         generator = torch.Generator(self._device).manual_seed(seed)
-        for stored in (*self._keys, *self._values):
+        for stored in self._stored():
             noise = torch.randn(stored[:1].shape, generator=generator, device=self._device, dtype=torch.float32)
             stored.copy_(noise.to(self._dtype))
         for slot in range(len(self.lengths)):
-            self._in_use[slot], self.lengths[slot], self._written[slot] = True, length, self._keys[0].shape[2]
+            self._in_use[slot], self.lengths[slot], self._written[slot] = True, length, self._columns
 
     def _check(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         if len(set(slots)) < len(slots):
@@ -352,25 +386,6 @@ class SlotCache(Cache):
         )
         return stored_SHLD[:, :, : writes.columns][writes.read]
 
-    def _mask(self, positions_BT: Tensor, columns: int) -> Mask:
-        positions_B1T1 = positions_BT[:, None, :, None]
-        columns_L = self._columns_L[:columns]
-        past_B1TL = columns_L <= positions_B1T1
-        windows = {shape.window for shape in self._shapes}
-        masks = {
-            window: past_B1TL if window is None else past_B1TL & (columns_L > positions_B1T1 - window)
-            for window in windows
-        }
-        if self._additive_masks:
-            masks = {window: self._additive(mask) for window, mask in masks.items()}
-        if len(masks) == 1:
-            return next(iter(masks.values()))
-        return {_FULL if window is None else _SLIDING: mask for window, mask in masks.items()}
-
-    def _additive(self, mask: Tensor) -> Tensor:
-        lowest = torch.finfo(self._dtype).min
-        return torch.zeros(mask.shape, dtype=self._dtype, device=self._device).masked_fill_(~mask, lowest)
-
     # Storage
 
     def _rounded(self, columns: int) -> int:
@@ -378,12 +393,11 @@ class SlotCache(Cache):
 
     def _make_room(self, ends: list[int]) -> None:
         """Grow to what is in use now; a text that was long and has gone gives its columns back on this occasion."""
-        slots, columns = self._keys[0].shape[0], self._keys[0].shape[2]
         need_slots = 1 + max(slot for slot, used in enumerate(self._in_use) if used)
-        if need_slots <= slots and max(ends) <= columns:
+        if need_slots <= self._slots and max(ends) <= self._columns:
             return
         if self._exact is not None:
-            raise ValueError(f"positions must be at most {columns} in exact shapes, got {max(ends)}")
+            raise ValueError(f"positions must be at most {self._columns} in exact shapes, got {max(ends)}")
         held = [length for length, used in zip(self.lengths, self._in_use, strict=True) if used]
         self._allocate(need_slots, self._rounded(max(*ends, *held)))
 
@@ -394,15 +408,25 @@ class SlotCache(Cache):
                 f"the KV cache is full: {slots} sessions x {columns} positions need {need_bytes} bytes, "
                 f"the limit is {self._limit_bytes}"
             )
-        for layer, shape in enumerate(self._shapes):  # layer by layer: the peak is one layer above the sum
-            self._keys[layer] = self._moved(self._keys[layer], self._empty(shape, slots, columns))
-            self._values[layer] = self._moved(self._values[layer], self._empty(shape, slots, columns))
+        for layer, shape in self._shapes.items():  # layer by layer: the peak is one layer above the sum
+            keys = self._empty(shape.heads, shape.key_size, slots, columns)
+            self._keys[layer] = self._moved(self._keys[layer], keys)
+            values = self._empty(shape.heads, shape.value_size, slots, columns)
+            self._values[layer] = self._moved(self._values[layer], values)
         self._written = [min(written, columns) for written in self._written]
-        self._columns_L = torch.arange(columns, device=self._device)
+        self._slots, self._columns = slots, columns
 
-    def _empty(self, shape: LayerShape, slots: int, columns: int) -> Tensor:
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored, S x H x L x D each, as `keys of layer 3`."""
+        keys = {f"keys of layer {number}": stored for number, stored in self._keys.items()}
+        return keys | {f"values of layer {number}": stored for number, stored in self._values.items()}
+
+    def _stored(self) -> list[Tensor]:
+        return [*self._keys.values(), *self._values.values()]
+
+    def _empty(self, heads: int, size: int, slots: int, columns: int) -> Tensor:
         with torch.inference_mode(False):  # a normal tensor, so that passes with and without inference mode can write
-            return torch.zeros(slots, shape.heads, columns, shape.head_size, dtype=self._dtype, device=self._device)
+            return torch.zeros(slots, heads, columns, size, dtype=self._dtype, device=self._device)
 
     @staticmethod
     def _moved(old_SHLD: Tensor, new_SHLD: Tensor) -> Tensor:

@@ -6,14 +6,12 @@ is a memory-mapped read. Knows nothing of pillars, adapters or networks.
 
 from __future__ import annotations
 
-import copy
 import functools
 import glob
 import hashlib
 import importlib.util
 import json
 import logging
-import re
 import shutil
 import tempfile
 import time
@@ -21,15 +19,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]  # ships no types
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -83,7 +78,7 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     config = folder.config()
     stored = stored_as(folder, config, settings)
     tokenizer = folder.tokenizer()
-    model = folder.load(config, dtype, **load_options(stored, quantization, device))
+    model = folder.load(config, dtype, **load_options(stored, quantization, device, dtype))
     if quantization is None and stored in (Stored.plain, Stored.fp8):
         model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
     model.requires_grad_(False)
@@ -113,94 +108,6 @@ def stored_as(folder: ModelFolder, config: PreTrainedConfig, settings: ModelSett
             f"got {settings.quantization.name}"
         )
     return stored
-
-
-def load_layers(
-    settings: ModelSettings, device: torch.device, first: int, last: int, *, embedding: bool, head: bool
-) -> PreTrainedModel:
-    """Layers `first` to `last` - 1 of a model as a model of its own, frozen; no other tensor is read from the disk.
-
-    What the slice leaves out is an identity: without `embedding` it takes `inputs_embeds`, without `head` its
-    `last_hidden_state` is what the next slice takes (no final norm). Layers count from 0 within the slice, and so does
-    its config, so that a `SlotCache` of it is one of its own layers. A slice of all layers computes, bit by bit, what
-    `load_model` computes, in 4 bits too: a matrix is quantised in blocks of its own.
-
-    Raises:
-        UserError: layers the model does not have, a quantisation that cannot be had, a checkpoint with other names of
-            tensors.
-    """
-    dtype = check_dtype(device, settings.dtype)
-    quantization = quantization_config(settings, device, dtype)
-    folder = prepare_checkpoint(settings).folder
-    config = slice_config(AutoConfig.from_pretrained(folder, local_files_only=True), first, last)
-    with init_empty_weights(include_buffers=False):  # rotary frequencies are buffers that no checkpoint has
-        model = cast(Any, AutoModelForCausalLM.from_config(config, dtype=dtype))
-    if not head:
-        model.get_decoder().norm = torch.nn.Identity()
-        model.set_output_embeddings(torch.nn.Identity())
-    if not embedding:
-        model.set_input_embeddings(torch.nn.Identity())
-    # A tied head is stored under the embedding's name only.
-    stored = {"lm_head.weight": f"{model.base_model_prefix}.embed_tokens.weight"} if config.tie_word_embeddings else {}
-    names = {name: name_in_whole(stored.get(name, name), first) for name in model.state_dict()}
-    packed = _load_4bit(model, quantization, folder, names, device, dtype) if quantization else set()
-    names = {name: whole for name, whole in names.items() if name not in packed}
-    read = read_tensors(folder, set(names.values()))
-    tensors = {name: read[whole].to(device=device, dtype=dtype) for name, whole in names.items()}
-    loaded = model.load_state_dict(tensors, strict=False, assign=True)
-    assert set(loaded.missing_keys) == packed, "every tensor is either packed or stored as it is"
-    if stored and embedding and head:
-        model.tie_weights()
-    if lacks_sixteen_bits(device, dtype):
-        widen_products(model)
-        attend_by_row(model)
-    return cast(PreTrainedModel, model.to(device).requires_grad_(False).eval())
-
-
-def _load_4bit(
-    model: Any,
-    quantization: BitsAndBytesConfig,
-    folder: Path,
-    names: dict[str, str],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> set[str]:
-    """Give a slice on the meta device its linear layers in 4 bits, as transformers does to a whole model (the head
-    stays as it is); returns the names of their weights. One matrix at a time is held in full precision.
-    """
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-    head = model.get_output_embeddings()
-    kept = [name for name, module in model.named_modules() if module is head]
-    replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantization)
-    packed = set()
-    for path, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            name = f"{path}.weight"
-            whole = read_tensors(folder, {names[name]})[names[name]].to(device=device, dtype=dtype)
-            module.weight = Params4bit(whole, requires_grad=False, **vars(module.weight)).to(device)
-            packed.add(name)
-    model.is_loaded_in_4bit = True  # PEFT asks
-    return packed
-
-
-def slice_config(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
-    """The config of layers `first` to `last` - 1, counted from 0. UserError for layers the model does not have."""
-    text: Any = config.get_text_config(decoder=True)
-    count = int(text.num_hidden_layers)
-    if not 0 <= first < last <= count:
-        raise UserError(f"layers must be a range within the model's {count} layers, got {first} to {last}")
-    sliced: Any = copy.deepcopy(text)
-    if getattr(sliced, "layer_types", None) is not None:
-        sliced.layer_types = text.layer_types[first:last]
-    sliced.num_hidden_layers = last - first
-    return cast(PreTrainedConfig, sliced)
-
-
-def name_in_whole(name: str, first: int) -> str:
-    """The name in the whole model of a tensor of the slice that begins at layer `first`."""
-    return re.sub(r"(\.layers\.)(\d+)(\.)", lambda found: f"{found[1]}{int(found[2]) + first}{found[3]}", name, count=1)
 
 
 def read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:

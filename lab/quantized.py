@@ -64,14 +64,19 @@ def description(config: PreTrainedConfig) -> dict[str, Any] | None:
     return None
 
 
-def load_options(stored: Stored, wanted: BitsAndBytesConfig | None, device: torch.device) -> dict[str, Any]:
+def load_options(
+    stored: Stored, wanted: BitsAndBytesConfig | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """What `from_pretrained` has to be told besides config and dtype.
 
     Args:
         stored: How the folder keeps its matrices.
         wanted: How to quantise them while they are loaded; only plain ones can be.
         device: Where the model will be.
+        dtype: What it computes in.
     """
+    if dtype is torch.float64 and stored is Stored.plain:
+        return {"experts_implementation": "eager"}  # torch's grouped product has no float64
     if stored is Stored.fp8:  # never its kernels: they would be fetched from the hub
         return {"quantization_config": FineGrainedFP8Config(dequantize=True)}
     if stored is not Stored.plain:

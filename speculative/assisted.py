@@ -10,7 +10,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.bench import pinned
 from lab.device import open_device
-from lab.models import load_layers, load_model
+from lab.layers import load_layers
+from lab.models import load_model
 from speculative.rig import VERIFIER_CORE
 from speculative.settings import DraftSource, SpeculativeSettings
 from speculative.speaking import prompt_ids
@@ -27,7 +28,7 @@ class Assisted:
         self._device = device
         self._options: dict[str, Any] = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": draft.longest_ngram}
         if draft.source is DraftSource.layers:
-            layers = load_layers(settings.model, device, 0, draft.layers, embedding=True, head=True)
+            layers = load_layers(settings.model, device, range(draft.layers), embedding=True, head=True)
             self._options = {"assistant_model": layers}
 
     def speed(self, prompt: str) -> float:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lab.context import model_context
 from lab.engine import Engine, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
 from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
 from lab.fingerprints import weights_fingerprints
 from lab.kv import CacheFull
-from lab.models import LoadedModel, end_ids_of, load_layers, load_model, load_tokenizer_only
+from lab.layers import load_layers, load_proved
+from lab.models import end_ids_of, load_tokenizer_only
 from lab.sampling import Sampling
 from lab.settings import Dtype, ModelSettings, UserError
 from speculative.drafts import (
@@ -64,9 +65,9 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
     if project.engine is EngineKind.split:
         fingerprints["boundary"] = project.split.boundary
         return OpenTarget(_split_target(settings), ends, model.name, model.dtype.name, 0, fingerprints)
-    loaded = load_model(model, device)
+    loaded = load_proved(model, device)
     rows = project.max_draft_length + 1 if project.exact_shapes else None
-    engine = _local_engine(_with_adapter(loaded, model), project, project.sessions, rows)
+    engine = _local_engine(_with_adapter(loaded.model, model), project, project.sessions, rows)
     if project.exact_shapes:
         fingerprints["shapes"] = "exact"
     return OpenTarget(engine, ends, model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)
@@ -130,15 +131,6 @@ def _synthetic_fingerprints(project: SpeculativeProjectSettings) -> dict[str, st
     return {"model": "synthetic", "vocabulary": str(project.synthetic.vocabulary_size)}
 
 
-def model_context(config: PreTrainedConfig, wanted: int) -> int:
-    """Most tokens of a text: `wanted`, but no more than what the model was made for; 0: just that."""
-    made_for = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    sizes = [size for size in (wanted, made_for) if size]
-    if not sizes:
-        raise UserError("project.context must be set for a model that does not say what it was made for, got 0")
-    return int(min(sizes))
-
-
 def _local_engine(
     model: torch.nn.Module, project: SpeculativeProjectSettings, sessions: int, exact_rows: int | None
 ) -> LocalEngine:
@@ -161,13 +153,12 @@ def _local_engine(
         raise UserError(f"project.exact_shapes: {error}" if exact_rows else str(error)) from None
 
 
-def _with_adapter(loaded: LoadedModel, settings: ModelSettings) -> torch.nn.Module:
-    if settings.adapter is None:
-        return loaded.model
-    from lab.lora import apply_adapter  # loads PEFT and bitsandbytes, which plain models can do without
+def _with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
+    if settings.adapter is not None:
+        from lab.adapter import add_adapter  # loads PEFT and bitsandbytes, which plain models can do without
 
-    adapted: torch.nn.Module = apply_adapter(loaded, settings.adapter)
-    return adapted
+        add_adapter(model, settings)
+    return model
 
 
 def _split_target(settings: SpeculativeSettings) -> Engine:
@@ -220,7 +211,7 @@ def _draft_model(settings: SpeculativeSettings, device: torch.device, target_tex
         raise UserError(f"project.draft.{error}") from None
     model = replace(model, cache_dir=settings.model.cache_dir)
     check_same_vocabulary(load_tokenizer_only(model), target_texts, f"project.draft.model {draft.model}")
-    return load_model(model, device).model
+    return load_proved(model, device).model
 
 
 @functools.cache
@@ -239,12 +230,13 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list
 
 def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:
     try:
-        return load_layers(settings.model, device, 0, settings.project.draft.layers, embedding=True, head=True)
+        model = load_layers(settings.model, device, range(settings.project.draft.layers), embedding=True, head=True)
     except UserError as error:
         raise UserError(f"project.draft.layers: {error}") from None
+    return _with_adapter(model, settings.model)
 
 
 def _noisy_target(settings: SpeculativeSettings, device: torch.device) -> torch.nn.Module:
-    loaded = load_model(settings.model, device)
+    loaded = load_proved(settings.model, device)
     add_noise_to_head(loaded.model, settings.project.draft.noise, settings.seed)
-    return _with_adapter(loaded, settings.model)
+    return _with_adapter(loaded.model, settings.model)

@@ -32,14 +32,13 @@ class Autograd:
     Args:
         shards: Over `rpc`.
         recipe: What is trained, and how.
-        is_tied: Whether the model has one matrix as embedding and head.
     """
 
-    def __init__(self, shards: Shards, recipe: Recipe, is_tied: bool) -> None:
+    def __init__(self, shards: Shards, recipe: Recipe) -> None:
         assert isinstance(shards.transport, RpcTraining)
         self._transport = shards.transport
         self._recipe = recipe
-        self._sums_tied = is_tied and recipe.train is Train.everything and shards.count > 1
+        self._sums_tied = recipe.train is Train.everything and shards.count > 1
         self._optimizer: Any = None
         self._context: Any = None
         self._context_id = 0

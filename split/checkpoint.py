@@ -121,6 +121,10 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     micro_batches: int
     seed: int
     loss_by_step: list[float]
+    data_digest: str = ""
+    """`split.training_data.examples_digest` of what is learnt from; empty where an older version wrote it."""
+    altered_at: int = 0
+    """The last step after which the data or the number of steps became another; 0: never."""
 
     @property
     def layers(self) -> list[range]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lab.context import model_context
 from lab.fingerprints import weights_fingerprints
 from lab.models import load_config
 from lab.network import client_side_tls, make_endpoint
@@ -65,19 +66,10 @@ def join_shards(
     return ShardedModel(
         chain,
         vocabulary_size=int(load_config(model).get_text_config(decoder=True).vocab_size),
-        context=min(chain.context, model_context(model, context)),
+        context=min(chain.context, model_context(load_config(model), context)),
         prefill_chunk=prefill_chunk,
         recovery_seconds=recovery_seconds,
     )
-
-
-def model_context(model: ModelSettings, wanted: int) -> int:
-    """Most tokens of a text: `wanted`, but no more than what the model was made for; 0: just that."""
-    made_for = getattr(load_config(model).get_text_config(decoder=True), "max_position_embeddings", None)
-    sizes = [size for size in (wanted, made_for) if size]
-    if not sizes:
-        raise UserError("project.context must be set for a model that does not say what it was made for, got 0")
-    return int(min(sizes))
 
 
 def make_side(model: ModelSettings, network: NetworkSettings, boundary: Boundary, role: str) -> Endpoint:

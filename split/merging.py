@@ -14,11 +14,13 @@ from torch import Tensor
 from lab.environment import commit
 from lab.files import whole_folder
 from lab.models import Checkpoint, load_tokenizer, model_identity, prepare_checkpoint
+from lab.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE
+from lab.proof import Use, require
 from lab.settings import ModelSettings, UserError
+from lab.structure import Structure
 from split.checkpoint import Manifest, Parts, latest_step, part_of, read_manifest
-from split.training_messages import Recipe, Train
+from split.training_messages import Train
 from split.training_opening import identity_of
-from split.training_weights import lora_of
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +75,8 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
 
     base = prepare_checkpoint(model)
     config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
-    if config.tie_word_embeddings and "lm_head.weight" in weights:
-        copies = weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]
-        assert torch.equal(*copies), "both copies of a tied embedding learn the same"
+    if config.get_text_config(decoder=True).tie_word_embeddings:
+        _drop_tied_head(weights, require(config, Use.training, model.cache_dir).structure)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.dtype = next(iter(weights.values())).dtype
     config.save_pretrained(folder)
@@ -84,17 +85,23 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
     _copy_tokenizer(base, folder)
 
 
+def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> None:
+    """Both copies of a tied embedding learned the same; a head of its own stays."""
+    assert structure is not None, "what was trained in slices is known in its parts"
+    head, embedding = f"{structure.head}.weight", f"{structure.embedding}.weight"
+    if head in weights and embedding in weights and torch.equal(weights[head], weights[embedding]):
+        del weights[head]
+
+
 def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
     """A PEFT folder, with the record of its base model."""
-    from lab.lora import IDENTITY_KEY, RECORD_FILE, lora_config  # load PEFT
+    from split.first_adapter import first_adapter  # loads PEFT
 
-    recipe: Recipe = manifest.recipe
-    config = lora_config(recipe.lora_targets, lora_of(recipe))
+    first = first_adapter(model, manifest.recipe)
+    config = first.described()
     config.base_model_name_or_path = model.repo if model.repo else str(prepare_checkpoint(model).folder)
-    config.inference_mode = True
-    config.target_modules = sorted(recipe.lora_targets)  # a set has another order in every process
     config.save_pretrained(str(folder))
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(first.untrained() | weights, folder / TENSORS_FILE, metadata={"format": "pt"})
     record = {IDENTITY_KEY: model_identity(model), "name": model.name, "step": manifest.step, "commit": commit()}
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

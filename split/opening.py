@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from lab.context import model_context
+from lab.layers import count_layers
 from lab.models import load_config
 from lab.settings import ModelSettings, UserError
-from split.joining import fingerprints, join_shards, model_context
+from split.joining import fingerprints, join_shards
 from split.local_shards import LocalShards
 from split.settings import SplitSettings, TransportKind
 from split.shard import ShardLimits, load_shard
@@ -23,7 +25,7 @@ from split.transport.inproc import InProcess
 
 def model_layers(settings: SplitSettings) -> int:
     """Layers of the whole model."""
-    return int(load_config(settings.model).get_text_config(decoder=True).num_hidden_layers)
+    return count_layers(load_config(settings.model))
 
 
 def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> Stage:
@@ -31,7 +33,7 @@ def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> 
     project = settings.project
     limits = ShardLimits(
         sessions=project.sessions,
-        context=model_context(settings.model, project.context),
+        context=model_context(load_config(settings.model), project.context),
         bucket=project.cache_bucket,
         kv_limit_bytes=project.cache_limit_bytes,
         idle_seconds=project.idle_seconds,
@@ -53,7 +55,7 @@ def ranges(settings: SplitSettings, count: int) -> list[range]:
 
 def cut_layers(model: ModelSettings, cuts: Sequence[int], count: int) -> list[range]:
     """The layers of `count` shards: between `cuts`, or even without any. UserError for cuts that do not fit."""
-    total = int(load_config(model).get_text_config(decoder=True).num_hidden_layers)
+    total = count_layers(load_config(model))
     if not 1 <= count <= total:
         raise UserError(f"project.local_shards must be in [1, {total}] for this model, got {count}")
     if not cuts:
@@ -83,7 +85,7 @@ def _open(settings: SplitSettings, device: torch.device, folder: Path, stack: Ex
         raise UserError("project.shards must name at least one shard (or set project.local_shards), got []")
     if project.transport is TransportKind.inproc:
         stages = [load_stage(settings, device, layers) for layers in ranges(settings, count)]
-        return _engine(settings, InProcess(stages), model_context(settings.model, project.context))
+        return _engine(settings, InProcess(stages), model_context(load_config(settings.model), project.context))
     if project.shards:
         return _connect(settings, project.shards)
     local = stack.enter_context(LocalShards(ranges(settings, count), folder, project.start_seconds))

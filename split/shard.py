@@ -12,21 +12,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
+from lab.context import longest_text
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
 from lab.first_fault import first_faults
-from lab.kv import CacheFull, Pass, SlotCache
-from lab.models import load_config, load_layers, model_identity
+from lab.kv import CacheFull, Pass, SlotCache, check_attention, layer_shapes
+from lab.layers import count_layers, load_layers
+from lab.models import load_config
 from lab.sampling import Sampling
 from lab.settings import ModelSettings, UserError
+from lab.slices import run_slice
 from lab.wide_products import pack_products
-from split.adapter import add_adapter
 from split.messages import Piece
 
 
@@ -88,7 +90,7 @@ class Shard:
     """Layers `layers` of a model: hidden states in, hidden states out.
 
     Args:
-        model: From `lab.models.load_layers`.
+        model: From `lab.layers.load_layers`.
         layers: Which layers of the whole model these are.
         limits: How much it gives.
         clock: Seconds, for idle texts.
@@ -99,17 +101,17 @@ class Shard:
     ) -> None:
         pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
-        self._decoder = self._model.get_decoder()
-        config: Any = self._model.config
-        longest = getattr(config, "max_position_embeddings", None) or limits.context
+        config: Any = self._model.config.get_text_config(decoder=True)
+        longest = longest_text(config) or limits.context
         if not 1 <= limits.context <= longest:
             raise UserError(f"project.context must be in [1, {longest}], got {limits.context}")
         self.layers, self.limits = layers, limits
         self.hidden_size, self.vocabulary_size = int(config.hidden_size), int(config.vocab_size)
         self.dtype: torch.dtype = self._model.dtype
         self.device: torch.device = self._model.device
-        self.cache = SlotCache.for_model(
-            config,
+        check_attention(config)
+        self.cache = SlotCache(
+            layer_shapes(self._run_one),
             slots=limits.sessions,
             bucket=limits.bucket,
             limit_bytes=limits.kv_limit_bytes,
@@ -199,32 +201,40 @@ class Shard:
             text.used_at = self._clock()
         return texts
 
+    @torch.inference_mode()
+    def _run_one(self, cache: Cache) -> None:
+        """A forward pass over one token: it shows what each layer keeps, and that the shard runs at all."""
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        hidden_11H = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        states = one if self.takes_ids else hidden_11H
+        run_slice(self._model, states, position_ids=one, past_key_values=cache, use_cache=True)
+
     def _forward(self, texts: Sequence[_Text], plan: Pass, entering: Entering) -> Leaving:
-        hidden_BTH = self._decode(self._decoder, plan, entering).last_hidden_state
+        hidden_BTH = self._decode(plan, entering)
         parts = [hidden_BTH[row, : piece.count] for row, piece in zip(plan.rows, entering.pieces, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode(self, model: Any, plan: Pass, entering: Entering, **options: Any) -> Any:
-        """Run the slice, or only its decoder, and return its output."""
-        return model(
-            **self._input(plan, entering),
+    def _decode(self, plan: Pass, entering: Entering, **options: Any) -> Tensor:
+        """Run the slice: hidden states for the next shard, or logits."""
+        return run_slice(
+            self._model,
+            self._input(plan, entering),
             position_ids=plan.position_ids_BT,
-            attention_mask=plan.attention_mask,
             past_key_values=self.cache,
             use_cache=True,
             **options,
         )
 
-    def _input(self, plan: Pass, entering: Entering) -> dict[str, Tensor]:
+    def _input(self, plan: Pass, entering: Entering) -> Tensor:
         assert entering.hidden_NH is not None
         batch, width = plan.position_ids_BT.shape
         if batch == 1 and entering.hidden_NH.shape[0] == width:
-            return {"inputs_embeds": entering.hidden_NH[None]}
+            return entering.hidden_NH[None]
         hidden_BTH = entering.hidden_NH.new_zeros(batch, width, self.hidden_size)
         ends = _ends(entering.pieces)
         for row, piece, end in zip(plan.rows, entering.pieces, ends, strict=True):
             hidden_BTH[row, : piece.count] = entering.hidden_NH[end - piece.count : end]
-        return {"inputs_embeds": hidden_BTH}
+        return hidden_BTH
 
     def _evict_idle(self) -> None:
         key, text = min(self._texts.items(), key=lambda item: item[1].used_at)
@@ -237,13 +247,13 @@ class Shard1(Shard):
 
     takes_ids = True
 
-    def _input(self, plan: Pass, entering: Entering) -> dict[str, Tensor]:
+    def _input(self, plan: Pass, entering: Entering) -> Tensor:
         check_ids(entering.ids, self.vocabulary_size)
         batch, width = plan.position_ids_BT.shape
         ids_BT = [[0] * width for _ in range(batch)]
         for row, ids in zip(plan.rows, entering.ids_of_pieces(), strict=True):
             ids_BT[row][: len(ids)] = ids
-        return {"input_ids": torch.tensor(ids_BT, device=self.device)}
+        return torch.tensor(ids_BT, device=self.device)
 
 
 class Shard2(Shard):
@@ -255,13 +265,11 @@ class Shard2(Shard):
         pieces, want = entering.pieces, entering.want
         read = [want == "all" or piece.is_last for piece in pieces]
         if not any(read):
-            self._decode(self._decoder, plan, entering)
+            self._decode(plan, entering, without_head=True)
             return []
         # As a LocalEngine does: the head only where it is asked for, in the same rows, to the same bits.
         steps = None if want == "all" else sorted({piece.count - 1 for piece in pieces})
-        logits_BKV = self._decode(
-            self._model, plan, entering, logits_to_keep=0 if steps is None else torch.tensor(steps)
-        ).logits
+        logits_BKV = self._decode(plan, entering, logits_to_keep=0 if steps is None else torch.tensor(steps))
         ids_of_pieces = entering.ids_of_pieces() if want == "all" else [[-1] * piece.count for piece in pieces]
         wanted = [
             (text, _scored(logits_BKV[row], piece, ids, steps, text))
@@ -293,15 +301,12 @@ def load_shard(settings: ModelSettings, device: torch.device, layers: range, lim
     Raises:
         UserError: layers that the model does not have, or what `load_layers` and `add_adapter` refuse.
     """
-    count = int(load_config(settings).get_text_config(decoder=True).num_hidden_layers)
-    first, last = layers.start == 0, layers.stop == count
-    model = load_layers(settings, device, layers.start, layers.stop, embedding=first, head=last)
+    first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
+    model = load_layers(settings, device, layers, embedding=first, head=last)
     if settings.adapter is not None:
-        from lab.lora import check_adapter_folder  # loads PEFT, which plain models can do without
+        from lab.adapter import add_adapter  # loads PEFT, which plain models can do without
 
-        folder = Path(settings.adapter).expanduser()
-        check_adapter_folder(folder, model_identity(settings))
-        add_adapter(model, folder, layers)
+        add_adapter(model, settings)
     return shard_class(first, last)(model, layers, limits)
 
 

@@ -68,7 +68,8 @@ class SplitTrainProjectSettings:
     """Trainer: how long the shards may take to be there at first."""
     train: Train
     steps: int
-    """Trainer: optimizer steps of the whole run, resumed ones included."""
+    """Trainer: optimizer steps of the whole run, resumed ones included. A finished run may be given more: what is left
+    follows the schedule of the new number."""
     micro_batches: int
     """Trainer: parts of a batch that are under way at the same time."""
     activation_checkpointing: bool
@@ -79,8 +80,11 @@ class SplitTrainProjectSettings:
     """Trainer: steps between two checkpoints; 0: only after the last step. The last two are kept."""
     resume: str | None
     """Trainer: a run's checkpoints, or one step of them, to go on from; null: from the beginning."""
+    allow_changed_data: bool
+    """Trainer: go on from a checkpoint although its examples were others; said in the log."""
     baseline: Baseline
     lora: LoraSettings
+    """With model.adapter its rank and alpha must be these, and the rest of it is the folder's but for the dropout."""
     optimization: OptimizationSettings
     data: DataSettings
 

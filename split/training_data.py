@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 
@@ -28,6 +29,16 @@ def training_examples(data: DataSettings, tokenizer: PreTrainedTokenizerBase, se
         if enough is not None and len(found) >= enough:
             break
     return split_examples(found, data.held_out_fraction, seed, data.max_examples, data.max_held_out).train
+
+
+def examples_digest(found: list[Example]) -> str:
+    """Sixteen hex digits over every token of every example, in their order, and which of them the loss counts."""
+    sha = hashlib.sha256()
+    for example in found:
+        sha.update(len(example.ids_T).to_bytes(8, "little"))
+        sha.update(example.ids_T.astype("<i4").tobytes())
+        sha.update(example.counted_T.tobytes())
+    return sha.hexdigest()[:16]
 
 
 def ordered(found: list[Example], batch_size: int, seed: int) -> Iterator[Batch]:

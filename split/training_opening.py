@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from lab.fingerprints import weights_fingerprints
-from lab.models import load_config, model_identity
+from lab.models import model_identity
 from lab.network import client_side_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
@@ -38,7 +38,7 @@ def make_stage(model: ModelSettings, device: torch.device, layers: range, checkp
 
     def load(start: Start) -> tuple[TrainingShard, InitialWeight]:
         shard = load_training_shard(model, device, layers, start.recipe)
-        return shard, initial_weight(model, start.recipe)
+        return shard, initial_weight(model, start.recipe, layers)
 
     return TrainingStage(load, checkpoints)
 
@@ -89,8 +89,7 @@ def _backward(settings: SplitTrainSettings, shards: Shards, recipe: Recipe) -> B
         return Explicit(shards)
     from split.autograd import Autograd  # some systems lack it
 
-    config: Any = load_config(settings.model).get_text_config(decoder=True)
-    return Autograd(shards, recipe, bool(config.tie_word_embeddings))
+    return Autograd(shards, recipe)
 
 
 class _Local(NamedTuple):

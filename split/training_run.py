@@ -20,10 +20,10 @@ from split.checkpoint import Manifest, latest_step, read_manifest
 from split.schedule import even_bubble
 from split.train_settings import Baseline, SplitTrainSettings
 from split.trainer import DistributedTrainer, Shards, StepFigures
-from split.training_data import ordered, training_examples
+from split.training_data import examples_digest, ordered, training_examples
 from split.training_messages import Figures, Recipe, Train
 from split.training_opening import checkpoints_of, identity_of, open_shards
-from split.training_weights import check_can_train_everything, initial_adapter
+from split.training_weights import check_can_train_everything
 from split.unsplit import train_unsplit
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
     device = open_device(settings.device)
     with Tracker(settings, "split_train", place.folder) as tracker:
         with open_shards(settings, recipe, device, place.folder, checkpoints) as (shards, backward):
-            manifest, root = first_manifest(settings, shards, recipe, checkpoints)
+            manifest, root = first_manifest(settings, shards, recipe, checkpoints, examples_digest(examples))
             trainer = DistributedTrainer(
                 shards,
                 backward,
@@ -84,7 +84,9 @@ def make_recipe(settings: SplitTrainSettings) -> Recipe:
         seed=derive_seed(settings.seed, "split"),
     )
     if project.train is Train.lora:
-        initial_adapter(settings.model, recipe)  # refuses targets that the model lacks, before any shard is started
+        from split.first_adapter import first_adapter  # loads PEFT
+
+        first_adapter(settings.model, recipe)  # refuses what the model lacks, before any shard is started
     else:
         check_can_train_everything(settings.model)
     return recipe
@@ -105,7 +107,7 @@ def check_frame(settings: SplitTrainSettings, examples: list[Example]) -> None:
 
 
 def first_manifest(
-    settings: SplitTrainSettings, shards: Shards, recipe: Recipe, checkpoints: Path
+    settings: SplitTrainSettings, shards: Shards, recipe: Recipe, checkpoints: Path, data_digest: str
 ) -> tuple[Manifest, Path]:
     """Where the run begins, and the root of its checkpoints. UserError for a checkpoint that does not fit."""
     project = settings.project
@@ -124,12 +126,19 @@ def first_manifest(
         micro_batches=project.micro_batches,
         seed=settings.seed,
         loss_by_step=[],
+        data_digest=data_digest,
     )
     if project.resume is None:
         return begin, checkpoints
     folder = latest_step(Path(project.resume).expanduser().absolute())
     found = read_manifest(folder)
-    check_resumable(found, begin, folder)
+    check_resumable(found, begin, folder, allow_changed_data=project.allow_changed_data)
+    follow(found, begin)
+    if found.altered_at and project.baseline is Baseline.unsplit:
+        raise UserError(
+            "project.baseline must be none for a run that was given other data or more steps (an unsplit run from the "
+            f"beginning is another one), got unsplit for {str(folder)!r}, altered after step {found.altered_at}"
+        )
     root = folder.parent.parent
     if project.local_shards and root != checkpoints:
         raise UserError(
@@ -140,8 +149,11 @@ def first_manifest(
     return found, root
 
 
-def check_resumable(found: Manifest, ours: Manifest, folder: Path) -> None:
-    """UserError when a checkpoint is of another model, cut or recipe than this run."""
+def check_resumable(found: Manifest, ours: Manifest, folder: Path, *, allow_changed_data: bool) -> None:
+    """UserError when a checkpoint is of another model, cut, recipe, data or number of steps than this run.
+
+    A finished run may be given more steps, and `allow_changed_data` lets other data pass.
+    """
     if found.model != ours.model:
         raise UserError(
             f"project.resume must be a checkpoint of model {ours.model}, got {str(folder)!r} of {found.model}"
@@ -152,10 +164,39 @@ def check_resumable(found: Manifest, ours: Manifest, folder: Path) -> None:
             f"anew, merge it (python -m split.merge project.checkpoint={folder} project.output=FOLDER) and start from "
             "the result with model.path=FOLDER (an adapter: model.adapter=FOLDER) and the new cut"
         )
-    for name in ("dtype", "recipe", "optimization", "data", "total_steps", "micro_batches", "seed"):
+    is_finished = found.step == found.total_steps
+    if not (found.total_steps == ours.total_steps or (is_finished and ours.total_steps > found.step)):
+        raise UserError(
+            f"project.steps must be {found.total_steps} to go on from {str(folder)!r}"
+            + (", or more" if is_finished else "; a finished run may be given more")
+            + f", got {ours.total_steps}"
+        )
+    if found.data_digest != ours.data_digest and not allow_changed_data:
+        now = "" if found.data == ours.data else f": project.data was {found.data} and is {ours.data}"
+        raise UserError(
+            f"project.data must hold the examples that {str(folder)!r} learnt from (project.allow_changed_data=true "
+            f"goes on with others), got others{now}"
+        )
+    for name in ("dtype", "recipe", "optimization", "micro_batches", "seed"):
         theirs, mine = to_plain(_plain(getattr(found, name))), to_plain(_plain(getattr(ours, name)))
         if theirs != mine:
             raise UserError(f"project.resume must be a checkpoint of a run with {name} {mine}, got {theirs}")
+
+
+def follow(found: Manifest, ours: Manifest) -> None:
+    """Give a checkpoint that is gone on from this run's data and number of steps; what changes is logged."""
+    if found.data_digest != ours.data_digest:
+        log.warning("from step %d on the run learns from other examples than before", found.step)
+    if found.total_steps != ours.total_steps:
+        log.warning(
+            "the run ended after %d steps and now takes %d: from here on its learning rate is that of %d steps",
+            found.total_steps,
+            ours.total_steps,
+            ours.total_steps,
+        )
+    if (found.data_digest, found.total_steps) != (ours.data_digest, ours.total_steps):
+        found.altered_at = found.step
+    found.data, found.data_digest, found.total_steps = ours.data, ours.data_digest, ours.total_steps
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.models import name_in_whole
+from lab.slices import cut_of, run_slice
 from lab.training import autocast, derive_seed, keep_differentiable, token_cross_entropy
 from split.optimizer import MasterAdamW
 from split.training_messages import Recipe, Train
@@ -50,26 +50,22 @@ class TrainingShard:
     """Layers of a model, and the optimizer of those of its weights that are trained.
 
     Args:
-        model: From `lab.models.load_layers`, with the adapter on it where one is trained.
-        layers: Which layers of the whole model these are.
-        is_first, is_last: Whether it has the embedding, the head.
-        is_tied: Whether embedding and head are one matrix in the whole model.
+        model: From `lab.layers.load_layers`, with the adapter on it where one is trained.
+        weights: Those that are trained, by their names in the whole model (in a PEFT file, for an adapter).
         recipe: What is trained, and how.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, layers: range, *, is_first: bool, is_last: bool, is_tied: bool, recipe: Recipe
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, weights: dict[str, torch.nn.Parameter], recipe: Recipe) -> None:
         self._model = cast(Any, model)  # the forward of a model is not typed
-        self.layers, self.recipe = layers, recipe
-        self.is_first, self.is_last = is_first, is_last
+        cut = cut_of(model)
+        self.layers, self.recipe = cut.layers, recipe
+        self.is_first, self.is_last = cut.embedding, cut.head
         self.device: torch.device = model.device
-        self.hidden_size = int(self._model.config.hidden_size)
-        self.vocabulary_size = int(self._model.config.vocab_size)
-        self.weights = {whole_name(name, layers.start): p for name, p in model.named_parameters() if p.requires_grad}
-        """Trainable weights, by their name in the whole model (in a PEFT file, for an adapter)."""
+        config: Any = model.config.get_text_config(decoder=True)
+        self.hidden_size, self.vocabulary_size = int(config.hidden_size), int(config.vocab_size)
+        self.weights = weights
         self.optimizer = self._new_optimizer() if self.weights else None
-        is_copy = is_tied and not (is_first and is_last) and recipe.train is Train.everything
+        is_copy = cut.is_tied and not (self.is_first and self.is_last) and recipe.train is Train.everything
         self.tied: torch.nn.Parameter | None = self._tied_copy() if is_copy else None
         """This shard's copy of a tied embedding whose other copy learns elsewhere."""
         self.held: dict[int, Held] = {}
@@ -106,17 +102,13 @@ class TrainingShard:
         seed = derive_seed(self.recipe.seed, "dropout", entering.step, entering.micro_batch, self.layers.start)
         _seed(self.device, seed)
         positions_T = torch.arange(entering.states.shape[1])
-        options: dict[str, Any] = {
-            "input_ids" if self.is_first else "inputs_embeds": entering.states,
-            "attention_mask": (positions_T[None] < torch.tensor(entering.lengths)[:, None]).long().to(self.device),
-            "use_cache": False,
-        }
+        attention_BT = (positions_T[None] < torch.tensor(entering.lengths)[:, None]).long().to(self.device)
         with autocast(self._model):
-            if not self.is_last:
-                return cast(Tensor, self._model.get_decoder()(**options).last_hidden_state)
-            logits_BTV = self._model(**options).logits
+            leaving = run_slice(self._model, entering.states, attention_mask=attention_BT, use_cache=False)
+        if not self.is_last:
+            return leaving
         assert entering.labels_BT is not None
-        share = token_cross_entropy(logits_BTV, entering.labels_BT)[0] / entering.tokens
+        share = token_cross_entropy(leaving, entering.labels_BT)[0] / entering.tokens
         self.losses[entering.micro_batch] = share.item()
         return share
 
@@ -182,12 +174,6 @@ class TrainingShard:
         if self.is_first:
             return cast(torch.nn.Parameter, self._model.get_input_embeddings().weight)
         return cast(torch.nn.Parameter, self._model.get_output_embeddings().weight) if self.is_last else None
-
-
-def whole_name(name: str, first: int) -> str:
-    """The name in the whole model of a slice's parameter; one of an adapter as PEFT's files have it."""
-    whole = name_in_whole(name, first)
-    return f"base_model.model.{whole.replace('.default.', '.')}" if ".lora_" in name else whole
 
 
 def _seed(device: torch.device, seed: int) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import cache
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 
-from lab.models import load_config, load_layers, model_identity, prepare_checkpoint, read_tensors
-from lab.settings import LoraSettings, ModelSettings, Quantization, UserError
+from lab.layers import count_layers, load_layers
+from lab.models import fetch, load_config, stored_as
+from lab.proof import Use
+from lab.quantized import Stored
+from lab.settings import ModelSettings, Quantization, UserError
+from lab.slices import cut_of
 from split.training_messages import Recipe, Train
 from split.training_shard import TrainingShard
 
@@ -22,30 +23,31 @@ def load_training_shard(settings: ModelSettings, device: torch.device, layers: r
     """The shard of these layers as it is before the first step; only its own tensors are read.
 
     Raises:
-        UserError: what `load_layers` and `initial_adapter` refuse, everything trained where that cannot be.
+        UserError: what `load_layers` and `first_adapter` refuse, everything trained where that cannot be.
     """
-    config: Any = load_config(settings).get_text_config(decoder=True)
-    is_first, is_last = layers.start == 0, layers.stop == int(config.num_hidden_layers)
-    model = load_layers(settings, device, layers.start, layers.stop, embedding=is_first, head=is_last)
+    model = _load_slice(settings, device, layers)
     if recipe.train is Train.lora:
-        from lab.lora import add_lora  # loads PEFT
+        from split.first_adapter import first_adapter  # loads PEFT
 
-        add_lora(model, recipe.lora_targets, lora_of(recipe))
+        weights = first_adapter(settings, recipe).put_on(model)
     else:
         check_can_train_everything(settings)
-        model.requires_grad_(True)
-    tied = bool(config.tie_word_embeddings)
-    shard = TrainingShard(model, layers, is_first=is_first, is_last=is_last, is_tied=tied, recipe=recipe)
-    if recipe.train is Train.lora:
-        adapter = initial_adapter(settings, recipe)
-        with torch.no_grad():
-            for name, weight in shard.weights.items():
-                weight.copy_(adapter[name])
-    return shard
+        weights = {name: weight for name, weight in model.named_parameters() if cut_of(model).owns(name)}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+    return TrainingShard(model, weights, recipe)
+
+
+def _load_slice(settings: ModelSettings, device: torch.device, layers: range) -> PreTrainedModel:
+    first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
+    return load_layers(settings, device, layers, embedding=first, head=last, use=Use.training)
 
 
 def check_can_train_everything(settings: ModelSettings) -> None:
     """UserError for weights that have no gradient, and for an adapter that nobody would train."""
+    stored = stored_as(fetch(settings, ()), load_config(settings), settings)
+    if stored in (Stored.nf4, Stored.fp4):
+        raise UserError(f"project.train must be lora for a model that is stored as {stored.name}, got everything")
     if settings.quantization is not Quantization.none:
         raise UserError(
             "project.train must be lora where the weights are quantised: they have no gradient, and nothing would be "
@@ -57,48 +59,23 @@ def check_can_train_everything(settings: ModelSettings) -> None:
         )
 
 
-def initial_adapter(settings: ModelSettings, recipe: Recipe) -> dict[str, Tensor]:
-    """The whole model's adapter before the first step, by its names in a PEFT file: `model.adapter`, else a fresh one.
+def initial_weight(settings: ModelSettings, recipe: Recipe, layers: range) -> Callable[[str], Tensor]:
+    """A trainable weight before the first step, by its name in the whole model; read again, not kept.
 
-    Raises:
-        UserError: modules that the model does not have; an adapter of another model, rank or scale.
+    Where the checkpoint has the tensor under another name, or as a part of it, the slice is loaded again, and kept.
     """
-    from lab.lora import check_adapter_folder, fresh_adapter
-
-    lora = lora_of(recipe)
-    fresh = fresh_adapter(replace(settings, lora_targets=recipe.lora_targets), lora, recipe.seed)
-    if settings.adapter is None:
-        return fresh
-    folder = Path(settings.adapter).expanduser().absolute()
-    check_adapter_folder(folder, model_identity(settings))
-    tensors: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
-    alpha = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("lora_alpha")
-    if {name: tensor.shape for name, tensor in tensors.items()} != {n: t.shape for n, t in fresh.items()}:
-        raise UserError(
-            f"model.adapter must have the modules of model.lora_targets and project.lora.rank={lora.rank}, "
-            f"got {str(folder)!r}"
-        )
-    if alpha != lora.alpha:
-        raise UserError(f"model.adapter must have project.lora.alpha={lora.alpha}, got {alpha} in {str(folder)!r}")
-    return tensors
-
-
-def initial_weight(settings: ModelSettings, recipe: Recipe) -> Callable[[str], Tensor]:
-    """A trainable weight before the first step, by its name in the whole model; read again, not kept."""
     if recipe.train is Train.lora:
-        return initial_adapter(settings, recipe).__getitem__
-    folder = prepare_checkpoint(settings).folder
-    config: Any = load_config(settings).get_text_config(decoder=True)
-    # A tied head is stored under the embedding's name only.
-    stored = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        from split.first_adapter import first_adapter  # loads PEFT
+
+        return first_adapter(settings, recipe).tensors().__getitem__
+    folder = fetch(settings, ())
+    is_plain = stored_as(folder, load_config(settings), settings) is Stored.plain
+
+    @cache
+    def again() -> dict[str, Tensor]:
+        return dict(_load_slice(settings, torch.device("cpu"), layers).state_dict())
 
     def read(name: str) -> Tensor:
-        place = stored.get(name, name)
-        return read_tensors(folder, {place})[place]
+        return folder.read({name})[name] if is_plain and name in folder.files else again()[name]
 
     return read
-
-
-def lora_of(recipe: Recipe) -> LoraSettings:
-    """The recipe's adapter, as the lab's settings have it."""
-    return LoraSettings(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)

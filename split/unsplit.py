@@ -16,8 +16,6 @@ from split.train_settings import SplitTrainSettings
 from split.trainer import split_batch
 from split.training_data import ordered
 from split.training_messages import Recipe, Train
-from split.training_shard import whole_name
-from split.training_weights import initial_adapter, lora_of
 
 
 def train_unsplit(
@@ -59,12 +57,7 @@ def whole_model(settings: SplitTrainSettings, recipe: Recipe, device: torch.devi
     model: Any = load_model(settings.model, device).model
     if recipe.train is Train.everything:
         return model.requires_grad_(True)
-    from lab.lora import add_lora  # loads PEFT
+    from split.first_adapter import first_adapter  # loads PEFT
 
-    add_lora(model, recipe.lora_targets, lora_of(recipe))
-    adapter = initial_adapter(settings.model, recipe)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                weight.copy_(adapter[whole_name(name, 0)])
+    first_adapter(settings.model, recipe).put_on(model)
     return model

@@ -145,7 +145,9 @@ class LearnerSeat(Member):
         return get_gradients(context)[tied]
 
     def sum_tied(self, context: int, other: Any) -> None:
-        """Give both copies of a tied embedding the sum of their gradients."""
+        """Give both copies of a tied embedding the sum of their gradients; nothing where it is not tied."""
+        if self._stage.shard.tied is None:
+            return
         total = self.tied_gradient(context) + other.rpc_sync().tied_gradient(context)
         self.set_tied(context, total)
         other.rpc_sync().set_tied(context, total)

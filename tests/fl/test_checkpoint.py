@@ -16,24 +16,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fl import checkpoint
 from fl.adapters import load_into, lora_parameters, read_from
 from fl.checkpoint import AdapterFolders, BaseModel, latest_adapter, load_adapter
-from lab.lora import check_adapter_folder
+from lab.peft_folder import check_base, find_folder
 from lab.settings import UserError
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
 BASE = BaseModel(name="acme/tiny", digest="aa11")
 
 
+CONFIG = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    vocab_size=64,
+)
+
+
 def small_base() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(CONFIG)
 
 
 def trained_model() -> PeftModel:
@@ -158,7 +160,7 @@ def test_a_fault_while_writing_leaves_no_half_folder(
         folders.write(2, adapter, {})
     assert [path.name for path in tmp_path.iterdir()] == ["round-0001"]
     assert latest_adapter(tmp_path) == good
-    assert load_adapter(good, BASE, LORA).keys() == adapter.keys()
+    assert load_adapter(good, BASE, LORA, CONFIG).keys() == adapter.keys()
 
 
 WRITER = """
@@ -194,16 +196,15 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_folders(tmp_path: Path)
         writer.wait(timeout=30)
     written = sorted(tmp_path.glob("round-*"))
     assert len(written) >= 4
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
     for folder in written:
-        assert len(load_adapter(folder, BASE, lora)) == 8
+        assert len(load_file(folder / "adapter_model.safetensors")) == 8
     assert latest_adapter(tmp_path) == written[-1]
 
 
 def test_a_warm_start_reads_what_was_written(tmp_path: Path) -> None:
     adapter = read_from(trained_model())
     folder = folders_in(tmp_path).write(1, adapter, {})
-    loaded = load_adapter(folder, BaseModel(name="/elsewhere/tiny", digest="aa11"), LORA)
+    loaded = load_adapter(folder, BaseModel(name="/elsewhere/tiny", digest="aa11"), LORA, CONFIG)
     assert all(torch.equal(loaded[name], adapter[name]) for name in adapter)
     load_into(trained_model(), loaded)
 
@@ -211,37 +212,65 @@ def test_a_warm_start_reads_what_was_written(tmp_path: Path) -> None:
 def test_an_adapter_of_another_model_is_refused_by_digest_naming_both(tmp_path: Path) -> None:
     folder = folders_in(tmp_path).write(1, read_from(trained_model()), {})
     with pytest.raises(ValueError, match=r"for acme/tiny \(digest aa11\), the run uses acme/tiny \(digest bb22\)"):
-        load_adapter(folder, BaseModel(name="acme/tiny", digest="bb22"), LORA)
+        load_adapter(folder, BaseModel(name="acme/tiny", digest="bb22"), LORA, CONFIG)
 
 
 def test_a_folder_that_we_did_not_write_is_compared_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = trained_model()
     model.peft_config["default"].base_model_name_or_path = "acme/tiny"
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    assert load_adapter(tmp_path, BASE, LORA).keys() == read_from(model).keys()
+    assert load_adapter(tmp_path, BASE, LORA, CONFIG).keys() == read_from(model).keys()
     assert "records no digest" in caplog.text
     with pytest.raises(ValueError, match=r"is for acme/tiny, the run uses acme/big"):
-        load_adapter(tmp_path, BaseModel(name="acme/big", digest="aa11"), LORA)
+        load_adapter(tmp_path, BaseModel(name="acme/big", digest="aa11"), LORA, CONFIG)
 
 
-@pytest.mark.parametrize(("field", "value"), [("r", 8), ("lora_alpha", 16), ("use_rslora", True)])
-def test_another_rank_or_scale_is_refused(tmp_path: Path, field: str, value: Any) -> None:
-    folder = folders_in(tmp_path).write(1, read_from(trained_model()), {})
-    other = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], field: value})
-    with pytest.raises(ValueError, match=f"has {field}=.*, the run {value}"):
-        load_adapter(folder, BASE, other)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 8}, "has a LoRA of rank 8 at .*, the run 4"),
+        ({"lora_alpha": 16}, r"has a scale 4\.0 at .*, the run 2\.0"),
+        ({"use_rslora": True}, r"has a scale 4\.0 at .*, the run 2\.0"),
+        ({"alpha_pattern": {"v_proj": 16}}, r"has a scale 4\.0 at .*layers\.0.*v_proj, the run 2\.0"),
+        ({"rank_pattern": {"layers.1.self_attn.q_proj": 2}}, r"rank 2 at .*layers\.1.*q_proj.*, the run 4"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"has a LoRA of rank 4 at .*k_proj.*, the run none"),
+        ({"target_modules": ["q_proj"]}, r"has a LoRA of rank none at .*v_proj.*, the run 4"),
+        ({"layers_to_transform": [0]}, r"has a LoRA of rank none at .*layers\.1.*, the run 4"),
+        ({"use_dora": True}, r"has the weights .* at .*lora_magnitude_vector, the run none"),
+        ({"modules_to_save": ["model.norm"]}, r"has the weights .* at .*model\.norm\.weight, the run none"),
+        ({"bias": "all"}, None),  # this model has no biases
+        ({"init_lora_weights": "pissa"}, "^project.warm_start must have init_lora_weights of .*, got 'pissa'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_folder_that_computes_something_else_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str | None
+) -> None:
+    kind = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes
+    model = get_peft_model(small_base(), LoraConfig(**kind))
+    model.peft_config["default"].base_model_name_or_path = "acme/tiny"
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    if message is None:
+        load_adapter(tmp_path, BASE, LORA, CONFIG)
+        return
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path, BASE, LORA, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_folder_with_a_file_missing_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("kind", ["missing", "cut", "empty", "of another kind"])
+def test_a_folder_with_a_broken_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     folder = folders_in(tmp_path).write(1, read_from(trained_model()), {})
+    whole = (folder / name).read_bytes()
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"must contain {name}"):
-        load_adapter(folder, BASE, LORA)
+    if kind != "missing":
+        (folder / name).write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "of another kind": b"[1]"}[kind])
+    with pytest.raises(UserError, match=r"^project\.warm_start must .*, got "):
+        load_adapter(folder, BASE, LORA, CONFIG)
 
 
 def test_a_written_folder_is_refused_as_model_adapter_on_another_base(tmp_path: Path) -> None:
     written = folders_in(tmp_path).write(1, read_from(trained_model()), {})
-    check_adapter_folder(written, BASE.digest)
+    check_base(find_folder(written), BASE.digest)
     with pytest.raises(UserError, match=r"model\.adapter must belong to base model random:other, got .*round-0001"):
-        check_adapter_folder(written, "random:other")
+        check_base(find_folder(written), "random:other")

@@ -5,18 +5,20 @@ Shapes: T positions, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from lab import engine as engine_module
 from lab import kv as kv_module
@@ -33,7 +35,7 @@ from lab.engine import (
     open_engine,
 )
 from lab.engine_kind import EngineKind
-from lab.kv import CacheFull, LayerShape, SlotCache
+from lab.kv import CacheFull, SlotCache
 from lab.sampling import Sampling
 from tests.random_models import ARCHITECTURES, VOCABULARY, WINDOW, random_model
 
@@ -147,8 +149,29 @@ def test_logits_are_those_of_transformers_with_tied_embeddings_and_other_heads(m
     assert _worst_error(model, monkeypatch) <= 1e-10
 
 
-def _later(mask: Callable[..., Any], by: int) -> Callable[..., Any]:
-    return lambda self, positions, columns: mask(self, positions + by, columns)
+def _shifted(mask: Callable[..., Any], by: int) -> Callable[..., Any]:
+    """A mask of queries that stand so many positions further on."""
+
+    def shifted(**options: Any) -> Any:
+        positions = options["q_offset"]
+        if isinstance(positions, kv_module._Positions):
+            later = kv_module._Positions(positions)
+            later.ids_BT = positions.ids_BT + by
+            options["q_offset"] = later
+        return mask(**options)
+
+    return shifted
+
+
+def _wider(mask: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask that shows what stood one position further back, too."""
+
+    def wider(**options: Any) -> Any:
+        rule = options.get("mask_function", causal_mask_function)
+        options["mask_function"] = lambda b, h, q, k: (rule(b, h, q, k) | rule(b, h, q - 1, k)) & (k <= q)
+        return mask(**options)
+
+    return wider
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -158,20 +181,31 @@ def test_a_cache_that_is_off_by_one_fails_the_same_check(
     architecture: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = random_model(architecture, torch.float64)
+    faulty: Callable[..., Any] | None
     if fault == "window one too wide":
         if architecture in ("llama", "qwen3"):
             pytest.skip("has no window")
-        shapes = kv_module.layer_shapes
-        monkeypatch.setattr(kv_module, "layer_shapes", lambda config: [_wider(shape) for shape in shapes(config)])
+        faulty = _wider
     elif fault == "writes one early":
         monkeypatch.setattr(SlotCache, "_positions", _early_positions(SlotCache._positions))
+        faulty = None
     else:
-        monkeypatch.setattr(SlotCache, "_mask", _later(SlotCache._mask, 1 if "many" in fault else -1))
+        faulty = functools.partial(_shifted, by=1 if "many" in fault else -1)
+    if faulty is not None:
+        kind = model.config._attn_implementation
+        monkeypatch.setitem(
+            AttentionMaskInterface._global_mapping, kind, _in_our_passes(faulty, kv_module._MASKS[kind])
+        )
     assert not _worst_error(model, monkeypatch) <= 1e-10  # also when it is not a number
 
 
-def _wider(shape: LayerShape) -> LayerShape:
-    return replace(shape, window=shape.window and shape.window + 1)
+def _in_our_passes(faulty: Callable[..., Any], mask: Callable[..., Any]) -> Callable[..., Any]:
+    """The faulty mask where a `SlotCache` asks; transformers' own, which it is compared with, stays right."""
+
+    def either(**options: Any) -> Any:
+        return (faulty(mask) if isinstance(options.get("q_offset"), kv_module._Positions) else mask)(**options)
+
+    return either
 
 
 def _early_positions(positions: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from lab.kv import CacheFull, ExactShape, LayerShape, SlotCache, layer_shapes, masks_are_added
-from tests.random_models import WINDOW, random_model
+from lab.kv import (
+    _MASKS,
+    CacheFull,
+    ExactShape,
+    LayerShape,
+    Pass,
+    SlotCache,
+    UnknownState,
+    check_attention,
+    layer_shapes,
+)
+from tests.random_models import random_model
 
 HEADS, SIZE = 2, 4
 BYTES_PER_POSITION = 2 * 2 * HEADS * SIZE * 4  # keys and values, two layers, float32
 
 
-def _cache(
-    *, slots: int = 3, limit_bytes: int = 10**6, window: int | None = None, exact: ExactShape | None = None
-) -> SlotCache:
-    full = LayerShape(heads=HEADS, head_size=SIZE, window=None)
+def _cache(*, slots: int = 3, limit_bytes: int = 10**6, exact: ExactShape | None = None) -> SlotCache:
+    shape = LayerShape(heads=HEADS, key_size=SIZE, value_size=SIZE)
     return SlotCache(
-        [full, LayerShape(heads=HEADS, head_size=SIZE, window=window)],
+        {0: shape, 1: shape},
         slots=slots,
         bucket=8,
         limit_bytes=limit_bytes,
         dtype=torch.float32,
         device=torch.device("cpu"),
-        additive_masks=False,
         exact=exact,
     )
 
@@ -37,6 +47,21 @@ def _run(cache: SlotCache, slots: list[int], counts: list[int], value: float) ->
     cache.update(new_BHTD, -new_BHTD, 1)
     cache.commit()
     return keys
+
+
+def _mask(cache: SlotCache, plan: Pass, rule: Any = causal_mask_function, kind: str = "sdpa") -> torch.Tensor:
+    """What a model gets that makes its mask by `rule`, as transformers asks for it."""
+    batch, width = plan.position_ids_BT.shape
+    mask = _MASKS[kind](
+        batch_size=batch,
+        q_length=width,
+        kv_length=cache.get_mask_sizes(width, 0)[0],
+        q_offset=cache.get_query_offset(),
+        mask_function=rule,
+        dtype=torch.float32,
+    )
+    assert mask is not None
+    return mask
 
 
 def _column_values(keys_BHLD: torch.Tensor, row: int) -> list[float]:
@@ -63,8 +88,7 @@ def test_rewinding_is_an_assignment() -> None:
     cache.lengths[slot] = 2
     plan = cache.begin([slot], [2])
     assert plan.position_ids_BT.tolist() == [[2, 3]]
-    assert isinstance(plan.attention_mask, torch.Tensor)
-    assert plan.attention_mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+    assert _mask(cache, plan)[0, 0].int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
     assert _column_values(_run(cache, [slot], [2], 5.0), 0) == [1, 1, 5, 5, 1, 1, 0, 0]
 
 
@@ -78,18 +102,21 @@ def test_a_position_beyond_what_was_written_is_refused() -> None:
 
 
 def test_masks_are_those_of_the_definition() -> None:
-    cache = _cache(window=3)
+    cache = _cache()
     slots = [cache.acquire(), cache.acquire(), cache.acquire()]
     _run(cache, slots, [5, 0, 1], 1.0)
     plan = cache.begin(slots, [2, 4, 3])
-    assert isinstance(plan.attention_mask, dict)
+    causal, sliding = _mask(cache, plan), _mask(cache, plan, sliding_window_causal_mask_function(3))
+    added = _mask(cache, plan, kind="eager")
+    assert torch.equal(added == 0, causal)
+    assert added.min() == torch.finfo(torch.float32).min
     for row, length in enumerate([5, 0, 1]):
         for step in range([2, 4, 3][row]):
             position = length + step
             past = [column <= position for column in range(8)]
             window = [position - 3 < column <= position for column in range(8)]
-            assert plan.attention_mask["full_attention"][row, 0, step].tolist() == past
-            assert plan.attention_mask["sliding_attention"][row, 0, step].tolist() == window
+            assert causal[row, 0, step].tolist() == past
+            assert sliding[row, 0, step].tolist() == window
 
 
 def test_slots_that_are_not_side_by_side_keep_their_order() -> None:
@@ -159,8 +186,7 @@ def test_exact_shapes_are_always_the_same() -> None:
         plan = cache.begin(asked, counts)
         assert plan.position_ids_BT.shape == (3, 4)
         assert plan.rows == asked
-        assert isinstance(plan.attention_mask, torch.Tensor)
-        assert plan.attention_mask.shape == (3, 1, 4, 10)
+        assert _mask(cache, plan).shape == (3, 1, 4, 10)
         assert _run(cache, asked, counts, 1.0).shape == (3, HEADS, 10, SIZE)
     assert cache.lengths == [7, 3, 0]
     assert cache.allocated_bytes == allocated == 3 * 10 * BYTES_PER_POSITION
@@ -172,24 +198,26 @@ def test_exact_shapes_are_always_the_same() -> None:
         _cache(exact=ExactShape(rows=4, columns=10), limit_bytes=10)
 
 
-def test_shapes_come_from_the_config_and_from_the_config_of_a_slice() -> None:
-    config = random_model("gemma3", torch.float32).config
-    assert [shape.window for shape in layer_shapes(config)] == [WINDOW, None, WINDOW, None]
-    assert {(shape.heads, shape.head_size) for shape in layer_shapes(config)} == {(2, 16)}
-    config.layer_types, config.num_hidden_layers = config.layer_types[1:2], 1
-    assert layer_shapes(config) == [LayerShape(heads=2, head_size=16, window=None)]
-    assert [shape.window for shape in layer_shapes(random_model("mistral", torch.float32).config)] == [WINDOW] * 4
-    assert [shape.window for shape in layer_shapes(random_model("llama", torch.float32).config)] == [None] * 4
+def test_shapes_are_seen_in_a_forward_pass() -> None:
+    model: Any = random_model("gemma3", torch.float32)
+    one = torch.ones(1, 1, dtype=torch.long)
+    shapes = layer_shapes(lambda cache: model(input_ids=one, past_key_values=cache, use_cache=True))
+    assert shapes == {number: LayerShape(heads=2, key_size=16, value_size=16) for number in range(4)}
+    assert shapes[0].numbers == 2 * (16 + 16)
+
+
+def test_a_model_that_keeps_nothing_or_something_else_is_refused() -> None:
+    with pytest.raises(UnknownState, match="no layer keeps keys and values"):
+        layer_shapes(lambda cache: None)
+    with pytest.raises(UnknownState, match=r"failed: AttributeError: .*'DynamicLayer' object has no attribute 'conv'"):
+        layer_shapes(lambda cache: (cache.update(*torch.zeros(2, 1, 1, 1, 1), 0), cache.layers[0].conv))
 
 
 def test_what_it_cannot_serve_is_refused() -> None:
     config = random_model("llama", torch.float32).config
     config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation must be sdpa or eager, got flex_attention"):
-        masks_are_added(config)
-    config.layer_types = ["full_attention", "linear_attention", "full_attention", "full_attention"]
-    with pytest.raises(ValueError, match="layer_types must be"):
-        layer_shapes(config)
+        check_attention(config)
     cache = _cache()
     slot = cache.acquire()
     with pytest.raises(ValueError, match="slots must be different"):

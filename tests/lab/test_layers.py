@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from fl.settings import FederatedSettings
 from lab import models
 from lab.entry import compose_settings
-from lab.models import load_layers, load_model, load_tokenizer_only
+from lab.layers import load_layers
+from lab.models import load_model, load_tokenizer_only
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
+from lab.slices import run_slice
 from tests.random_models import ARCHITECTURES, WINDOW, random_model
 
 CPU = torch.device("cpu")
@@ -48,60 +50,31 @@ def _saved(architecture: str, folder: Path, **options: Any) -> ModelSettings:
 def test_two_slices_are_the_whole_model(architecture: str, tied: bool, tmp_path: Path) -> None:
     settings = _saved(architecture, tmp_path, tie_word_embeddings=tied)
     whole: Any = load_model(settings, CPU).model
-    first: Any = load_layers(settings, CPU, 0, 1, embedding=True, head=False)
-    second: Any = load_layers(settings, CPU, 1, 4, embedding=False, head=True)
+    first: Any = load_layers(settings, CPU, range(0, 1), embedding=True, head=False)
+    second: Any = load_layers(settings, CPU, range(1, 4), embedding=False, head=True)
     with torch.inference_mode():
         expected = whole(IDS).logits
-        hidden = first.get_decoder()(input_ids=IDS).last_hidden_state
-        assert torch.equal(second(inputs_embeds=hidden).logits, expected)
-        other = load_layers(settings, CPU, 0, 3, embedding=False, head=True)
-        assert not torch.equal(other(inputs_embeds=hidden).logits, expected), "other layers gave the same"
+        hidden = run_slice(first, IDS)
+        assert torch.equal(run_slice(second, hidden), expected)
+        other = load_layers(settings, CPU, range(0, 3), embedding=False, head=True)
+        assert not torch.equal(run_slice(other, hidden), expected), "other layers gave the same"
 
 
 @pytest.mark.parametrize("dtype", [Dtype.float64, Dtype.bfloat16])
 def test_a_slice_of_all_layers_is_the_whole_model(dtype: Dtype, tmp_path: Path) -> None:
     settings = replace(_saved("llama", tmp_path), dtype=dtype)
     whole: Any = load_model(settings, CPU).model
-    all_layers: Any = load_layers(settings, CPU, 0, 4, embedding=True, head=True)
+    all_layers: Any = load_layers(settings, CPU, range(0, 4), embedding=True, head=True)
     with torch.inference_mode():
-        assert torch.equal(all_layers(IDS).logits, whole(IDS).logits)
+        assert torch.equal(run_slice(all_layers, IDS), whole(IDS).logits)
     assert not any(parameter.requires_grad for parameter in all_layers.parameters())
-
-
-def test_only_its_own_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = _saved("llama", tmp_path)
-    read: list[str] = []
-
-    class Noting:
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            self._file: Any = safetensors.safe_open(*arguments, **options)
-
-        def __enter__(self) -> Noting:
-            self._file.__enter__()
-            return self
-
-        def __exit__(self, *error: Any) -> None:
-            self._file.__exit__(*error)
-
-        def keys(self) -> Any:
-            return self._file.keys()
-
-        def get_tensor(self, name: str) -> Any:
-            read.append(name)
-            return self._file.get_tensor(name)
-
-    monkeypatch.setattr(models, "safe_open", Noting)
-    load_layers(settings, CPU, 2, 4, embedding=False, head=True)
-    assert {name.rpartition("layers.")[2][:2] for name in read if "layers" in name} == {"2.", "3."}
-    assert {name for name in read if "layers" not in name} == {"model.norm.weight", "lm_head.weight"}
-    assert len(read) == len(set(read))
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 5), (-1, 2), (2, 2), (3, 1)])
 def test_layers_that_are_not_there(first: int, last: int, tmp_path: Path) -> None:
     settings = _saved("llama", tmp_path)
     with pytest.raises(UserError, match=rf"within the model's 4 layers, got {first} to {last}"):
-        load_layers(settings, CPU, first, last, embedding=True, head=True)
+        load_layers(settings, CPU, range(first, last), embedding=True, head=True)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
@@ -109,16 +82,16 @@ def test_slices_in_4_bits_are_the_whole_model_in_4_bits(architecture: str, tmp_p
     sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}  # the CPU kernel takes whole blocks of 64
     settings = replace(_saved(architecture, tmp_path, **sizes), quantization=Quantization.nf4)
     whole: Any = load_model(settings, CPU).model
-    first: Any = load_layers(settings, CPU, 0, 1, embedding=True, head=False)
-    second: Any = load_layers(settings, CPU, 1, 4, embedding=False, head=True)
+    first: Any = load_layers(settings, CPU, range(0, 1), embedding=True, head=False)
+    second: Any = load_layers(settings, CPU, range(1, 4), embedding=False, head=True)
     assert first.get_decoder().layers[0].self_attn.q_proj.weight.dtype is torch.uint8
     with torch.inference_mode():
-        hidden = first.get_decoder()(input_ids=IDS).last_hidden_state
-        assert torch.equal(second(inputs_embeds=hidden).logits, whole(IDS).logits)
+        hidden = run_slice(first, IDS)
+        assert torch.equal(run_slice(second, hidden), whole(IDS).logits)
         plain: Any = load_layers(
-            replace(settings, quantization=Quantization.none), CPU, 1, 4, embedding=False, head=True
+            replace(settings, quantization=Quantization.none), CPU, range(1, 4), embedding=False, head=True
         )
-        assert not torch.equal(plain(inputs_embeds=hidden).logits, whole(IDS).logits)
+        assert not torch.equal(run_slice(plain, hidden), whole(IDS).logits)
 
 
 def test_a_checkpoint_without_a_tensor_is_named(tmp_path: Path) -> None:
@@ -130,8 +103,8 @@ def test_a_checkpoint_without_a_tensor_is_named(tmp_path: Path) -> None:
                 found = file
     save_file(held, found)
     with pytest.raises(UserError, match=r"got none named 'model\.norm\.weight'"):
-        load_layers(settings, CPU, 0, 4, embedding=True, head=True)
-    load_layers(settings, CPU, 0, 4, embedding=True, head=False)
+        load_layers(settings, CPU, range(0, 4), embedding=True, head=True)
+    load_layers(settings, CPU, range(0, 4), embedding=True, head=False)
 
 
 def test_a_tokenizer_alone(tmp_path: Path) -> None:

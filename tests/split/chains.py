@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lab.device import TORCH_DTYPES
 from lab.engine import LocalEngine
-from lab.models import load_layers
+from lab.layers import load_layers
 from lab.sampling import Sampling
 from lab.settings import ArchitectureSettings, Dtype, ModelSettings, ModelSource, Quantization
 from split.boundary import Boundary
@@ -51,7 +51,7 @@ def shards(settings: ModelSettings, cuts: Sequence[int], limits: ShardLimits = L
     made = []
     for first, last in itertools.pairwise(cuts):
         begins, ends = first == 0, last == cuts[-1]
-        model = load_layers(settings, torch.device("cpu"), first, last, embedding=begins, head=ends)
+        model = load_layers(settings, torch.device("cpu"), range(first, last), embedding=begins, head=ends)
         if settings.name == "gemma2":
             model.config._attn_implementation = "eager"
         made.append(shard_class(begins, ends)(model, range(first, last), limits))

@@ -105,7 +105,7 @@ def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: in
     optimization = replace(OPTIMIZATION, max_gradient_norm=case.max_gradient_norm)
 
     def backward(shards: Shards) -> Backward:
-        return Explicit(shards) if case.backward == "explicit" else Autograd(shards, case.recipe, case.tied)
+        return Explicit(shards) if case.backward == "explicit" else Autograd(shards, case.recipe)
 
     checkpoints = Path(settings.cache_dir)
     made = trainer(

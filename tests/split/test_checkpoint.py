@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lab.entry import Run, compose_settings
+from lab.examples import Example
 from lab.settings import Dtype, UserError
+from lab.training import learning_rate_at
 from split.checkpoint import latest_step, read_manifest
+from split.train_settings import SplitTrainSettings
+from split.training_data import examples_digest
 from split.training_messages import Recipe
-from split.training_run import check_resumable
-from tests.split.unsplit import ADAPTER, EVERYTHING, OPTIMIZATION, RUN, in_process, model_settings, trainer
+from split.training_run import check_resumable, follow, run_training
+from tests.split.unsplit import (
+    ADAPTER,
+    EVERYTHING,
+    OPTIMIZATION,
+    RUN,
+    Unsplit,
+    in_process,
+    model_settings,
+    some_examples,
+    trainer,
+)
 
 CUTS = (0, 2, 4)
 
@@ -62,17 +78,17 @@ def test_another_cut_or_model_is_refused_with_the_way_out(tmp_path: Path) -> Non
     folder = made.save()
     assert folder is not None
     found = read_manifest(folder)
-    check_resumable(found, read_manifest(folder), folder)
+    check_resumable(found, read_manifest(folder), folder, allow_changed_data=False)
     for field, value, rule in (
         ("cuts", [0, 1, 4], r"cut 0:1, 1:4, got .* of 0:2, 2:4; to cut it anew, merge it \(python -m split.merge"),
         ("model", "other", "checkpoint of model other, got .* of tests"),
         ("recipe", ADAPTER, "recipe .*lora.*, got .*everything"),
-        ("total_steps", 9, "total_steps 9, got 8"),
+        ("total_steps", 9, "steps must be 8 to go on from .*; a finished run may be given more, got 9"),
     ):
         ours = read_manifest(folder)
         setattr(ours, field, value)
         with pytest.raises(UserError, match=rule):
-            check_resumable(found, ours, folder)
+            check_resumable(found, ours, folder, allow_changed_data=True)
 
 
 def test_a_part_that_was_damaged_is_refused(tmp_path: Path) -> None:
@@ -85,3 +101,77 @@ def test_a_part_that_was_damaged_is_refused(tmp_path: Path) -> None:
     state.write_bytes(state.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(UserError, match="must be as it was written"):
         trainer(in_process(settings, CUTS, tmp_path), tmp_path, manifest=read_manifest(folder))
+
+
+def _words(folder: Path, *words: str) -> SplitTrainSettings:
+    told = (
+        f"model=random model.cache_dir={folder}/models project.transport=inproc project.local_shards=2 tracking=none "
+        f"project.data.source=jsonl project.data.path={folder}/d.jsonl project.data.sequence_length=32 "
+        f"project.checkpoints={folder}/kept project.checkpoint_every=1 project.micro_batches=1 project.train=everything"
+    )
+    return compose_settings("split_train", " ".join([told, *words]), SplitTrainSettings)
+
+
+def _write_lines(folder: Path, text: str) -> None:
+    lines = [json.dumps({"text": f"{text}, line {number}"}) for number in range(12)]
+    (folder / "d.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_changed_data_stops_a_resumed_run_unless_allowed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _write_lines(tmp_path, "first data")
+    run_training(_words(tmp_path, "project.steps=2"), Run(tmp_path / "run"))
+    (run,) = (tmp_path / "kept").iterdir()
+    resumed = ["project.steps=2", f"project.resume={run}/step-00000001"]
+    _write_lines(tmp_path, "other words")
+    with pytest.raises(
+        UserError, match=r"^project\.data must hold the examples .*allow_changed_data=true.*, got others"
+    ):
+        run_training(_words(tmp_path, *resumed), Run(tmp_path / "b"))
+    run_training(_words(tmp_path, *resumed, "project.allow_changed_data=true"), Run(tmp_path / "c"))
+    assert "from step 1 on the run learns from other examples" in caplog.text
+    unsplit = ["project.steps=2", f"project.resume={run}", "project.baseline=unsplit"]
+    with pytest.raises(UserError, match=r"^project\.baseline must be none .* altered after step 1$"):
+        run_training(_words(tmp_path, *unsplit), Run(tmp_path / "d"))
+
+
+def test_data_are_the_same_where_their_examples_are(tmp_path: Path) -> None:
+    """Whatever the file is called; a token, a counted position or the order makes them others."""
+    examples = some_examples(4)
+    same = [Example(example.ids_T.copy(), example.counted_T.copy()) for example in examples]
+    assert examples_digest(same) == examples_digest(examples)
+    assert examples_digest(examples[::-1]) != examples_digest(examples)
+    same[2].counted_T[-1] ^= True
+    assert examples_digest(same) != examples_digest(examples)
+    same[2].counted_T[-1] ^= True
+    same[3].ids_T[-1] += 1
+    assert examples_digest(same) != examples_digest(examples)
+
+
+def test_a_finished_run_given_more_steps_goes_on_with_their_schedule(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the whole model does that takes its first steps under one schedule and the others under the next."""
+    settings = model_settings(tmp_path)
+    made = trainer(in_process(settings, CUTS, tmp_path), tmp_path, total_steps=3)
+    for _ in range(3):
+        made.train_step()
+    folder = made.save()
+    assert folder is not None
+    found, ours = read_manifest(folder), read_manifest(folder)
+    for total, rule in ((2, "must be 3 to go on from .*, or more, got 2"), (3, None), (6, None)):
+        ours.total_steps = total
+        if rule is not None:
+            with pytest.raises(UserError, match=rule):
+                check_resumable(found, ours, folder, allow_changed_data=False)
+        else:
+            check_resumable(found, ours, folder, allow_changed_data=False)
+    follow(found, ours)
+    assert (found.total_steps, found.altered_at) == (6, 3)
+    assert "ended after 3 steps and now takes 6" in caplog.text
+    again = trainer(in_process(settings, CUTS, tmp_path), tmp_path, manifest=found)
+    steps = [again.train_step() for _ in range(3)]
+    whole = Unsplit(settings)
+    whole.train(3, 3)
+    theirs = whole.train(3, 6, first_step=3)
+    assert [step.learning_rate for step in steps] == [learning_rate_at(step, 6, OPTIMIZATION) for step in (3, 4, 5)]
+    assert [step.loss for step in steps] == [figures.loss for figures in theirs]

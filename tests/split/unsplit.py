@@ -19,12 +19,12 @@ from lab.examples import Batch, Example, batches
 from lab.lora import add_lora, fresh_adapter
 from lab.models import quantization_config
 from lab.settings import Dtype, LoraSettings, ModelSettings, OptimizationSettings
-from lab.training import StepFigures, accumulate_gradients, train_steps
+from lab.training import StepFigures, accumulate_gradients, adamw, train_steps
 from split.checkpoint import Manifest
 from split.schedule import Schedule
 from split.trainer import Backward, DistributedTrainer, Explicit, Shards, split_batch
 from split.training_messages import Apply, Recipe, Start, Train
-from split.training_shard import TrainingShard, whole_name
+from split.training_shard import TrainingShard
 from split.training_stage import InitialWeight, TrainingStage
 from split.training_weights import initial_weight, load_training_shard
 from split.transport.training import InProcessTraining, TrainingTransport
@@ -91,7 +91,7 @@ def stage(settings: ModelSettings, layers: range, checkpoints: Path, load: Load 
     def make(start: Start) -> tuple[TrainingShard, InitialWeight]:
         shard = load(settings, layers, start.recipe)
         with _LOADING:
-            return shard, initial_weight(settings, start.recipe)
+            return shard, initial_weight(settings, start.recipe, layers)
 
     return TrainingStage(make, checkpoints)
 
@@ -156,6 +156,11 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name] - g).abs().max() / g.abs().max()) for name, g in expected.items())
 
 
+def _in_file(name: str) -> str:
+    """An adapter's weight as PEFT's files name it; others as the model does."""
+    return f"base_model.model.{name.replace('.default.', '.')}" if ".lora_" in name else name
+
+
 class Unsplit:
     """The whole model, trained by lab.training: what a split run is compared with."""
 
@@ -183,11 +188,12 @@ class Unsplit:
                     weight.copy_(fresh[name])
         else:
             self.model.requires_grad_(True)
+        self._optimizer: torch.optim.Optimizer | None = None
         whole = all_batches(examples or some_examples(), optimization.batch_size)
         self._batches = (part for batch in whole for part in split_batch(batch, micro_batches))
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
-        return {whole_name(name, 0): p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {_in_file(name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def gradients(self, after: int = 0) -> dict[str, Tensor]:
         """Of the step after so many."""
@@ -197,10 +203,12 @@ class Unsplit:
         accumulate_gradients(self.model, list(itertools.islice(self._batches, self._optimization.accumulation)))
         return {name: weight.grad for name, weight in self.weights().items() if weight.grad is not None}
 
-    def train(self, steps: int, total_steps: int) -> list[StepFigures]:
+    def train(self, steps: int, total_steps: int, first_step: int = 0) -> list[StepFigures]:
         found: list[StepFigures] = []
+        if self._optimizer is None:
+            self._optimizer = adamw(self.model, self._optimization)
         train_steps(
-            self.model, self._batches, self._optimization, first_step=0, total_steps=total_steps, steps=steps, seed=0,
-            on_step=found.append,
+            self.model, self._batches, self._optimization, first_step=first_step, total_steps=total_steps, steps=steps,
+            seed=0, optimizer=self._optimizer, on_step=found.append,
         )  # fmt: skip
         return found

@@ -1,0 +1,48 @@
+"""How long a text may be, so that what a token is does not depend on how the text was cut into forward passes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from lab.settings import UserError
+
+log = logging.getLogger(__name__)
+
+
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """The most tokens of a text for which a model always says the same; None for a model that does not say.
+
+    With longrope, rotary frequencies change for the whole text once it is longer than what the model was first trained
+    on. Keys that were computed before that have the old ones, and so would a neighbour in the same forward pass that is
+    shorter: such a model is served up to that length. (transformers computes the whole text anew there.)
+    """
+    text: Any = config.get_text_config(decoder=True)
+    lengths = [getattr(text, "max_position_embeddings", None), *_unchanged_up_to(text)]
+    return min((int(length) for length in lengths if length), default=None)
+
+
+def _unchanged_up_to(text: Any) -> list[int | None]:
+    parameters = getattr(text, "rope_parameters", None) or {}
+    ropes = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return [
+        rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        for rope in ropes
+        if rope.get("rope_type", rope.get("type")) == "longrope"
+    ]
+
+
+def model_context(config: PreTrainedConfig, wanted: int) -> int:
+    """Most tokens of a text: `wanted`, but no more than `longest_text`; 0: just that.
+
+    Raises:
+        UserError: neither says how many.
+    """
+    longest = longest_text(config)
+    if not (wanted or longest):
+        raise UserError("project.context must be set for a model that does not say what it was made for, got 0")
+    if wanted and longest and wanted > longest:
+        log.warning("project.context=%d is more than the %d tokens that this model is served with", wanted, longest)
+    return min(length for length in (wanted, longest) if length)

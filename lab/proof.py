@@ -1,0 +1,374 @@
+"""What was proved of an architecture before it runs: a small random twin of the model does what the model is to do, and
+must say what transformers says. What differs is refused by name; what was proved is kept, by the twin's config.
+
+Three uses are proved apart. The engine: prompts in chunks, beside neighbours, rewound, with our cache, against one plain
+forward pass in float64. Slices: three of them read from a folder, against the whole, to the bit, values and caches.
+Training: the gradients of the same slices, to the bit.
+
+Shapes: B sequences, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from lab import context, engine, kv, slices, structure, twin
+from lab.context import longest_text
+from lab.engine import LocalEngine, Session
+from lab.files import write_whole
+from lab.kv import SlotCache, layer_shapes
+from lab.sampling import Sampling, nll
+from lab.settings import UserError
+from lab.slices import cut_of, read_slice, run_slice
+from lab.structure import Structure, Unsliceable, find_structure
+from lab.twin import CONTEXT, VOCABULARY, NoTwin, twin_config, twin_model
+
+log = logging.getLogger(__name__)
+
+LARGEST_ERROR = 1e-4
+"""Of a cross-entropy in nats, in float64: eager attention rounds its softmax to float32. A wrong mask costs more."""
+
+
+class Use(Enum):
+    """What a model is wanted for."""
+
+    engine = "a KV cache of several sequences"
+    slices = "split inference"
+    training = "split training"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of the trial of one architecture."""
+
+    model_type: str
+    engine: str | None
+    """What differs; None where it is proved."""
+    slices: str | None
+    training: str | None
+    structure: Structure | None
+    """None for a model that cannot be cut."""
+
+    def against(self, use: Use) -> str | None:
+        """What stands against a use; None for nothing."""
+        found: str | None = getattr(self, use.name)
+        return found
+
+
+class _Differs(ValueError):
+    """Two ways that must give the same did not."""
+
+
+def require(config: PreTrainedConfig, use: Use, cache_dir: str) -> Proof:
+    """The proof that an architecture is right for a use: from an earlier trial, or tried now (seconds).
+
+    Args:
+        config: The model's.
+        use: What it is wanted for.
+        cache_dir: Where proofs are kept (`model.cache_dir`).
+
+    Raises:
+        UserError: it is not proved, with what differs.
+    """
+    proof = prove(config, Path(cache_dir).expanduser() / "proofs")
+    if against := proof.against(use):
+        raise UserError(
+            f"model must be of an architecture that is proved for {use.value}, got {proof.model_type}: {against}"
+        )
+    return proof
+
+
+def prove(config: PreTrainedConfig, folder: Path) -> Proof:
+    """The outcome of the trial of a config, read from `folder` where it is known there."""
+    file = folder / f"{_digest(config)}.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        found = known.pop("structure")
+        return Proof(structure=Structure(**found) if found else None, **known)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # not tried yet, or by another version of this file
+    log.info("trying %s in small, whole and in slices, against transformers (once, some seconds)", config.model_type)
+    began = time.monotonic()
+    proof = try_out(config)
+    log.info("tried %s in %.1f s", config.model_type, time.monotonic() - began)
+    try:
+        write_whole(file, json.dumps(asdict(proof)))
+    except OSError as error:
+        log.warning("the outcome of the trial is not kept: %s", error)
+    return proof
+
+
+def _digest(config: PreTrainedConfig) -> str:
+    """Of the twin's config, and of all that a trial depends on."""
+    ours = "".join(inspect.getsource(module) for module in (context, engine, kv, slices, structure, twin))
+    known = [twin_config(config).to_json_string(use_diff=False), transformers.__version__, torch.__version__, ours]
+    known.append(Path(__file__).read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
+
+
+def try_out(config: PreTrainedConfig) -> Proof:
+    """Try a twin of the config in every use."""
+    name = str(config.model_type)
+    try:
+        model = twin_model(config)
+    except NoTwin as error:
+        return Proof(name, str(error), str(error), str(error), None)
+    with _one_thread():
+        found = Proof(name, _failure(lambda: _try_engine(twin_model(config).double())), None, None, None)
+        text: Any = model.config.get_text_config(decoder=True)
+        try:
+            outline = find_structure(model, int(text.num_hidden_layers))
+        except Exception as error:
+            return replace(found, slices=_in_one_line(error), training=_in_one_line(error))
+        with tempfile.TemporaryDirectory() as folder:
+            made = _Trial(model, outline, Path(folder))
+            against = found.engine or _failure(made.try_inference)
+            return replace(found, slices=against, training=_failure(made.try_training), structure=outline)
+
+
+def _failure(attempt: Callable[[], None]) -> str | None:
+    try:
+        attempt()
+    except Exception as error:  # an architecture fails in its own way; whatever it is stands against it
+        log.debug("a trial failed", exc_info=error)
+        return _in_one_line(error)
+    return None
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:240]
+    return (
+        text
+        if isinstance(error, (_Differs, Unsliceable, NoTwin, kv.UnknownState))
+        else f"{type(error).__name__}: {text}"
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On several threads the place of a row can decide how it rounds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _ids(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (count,), generator=generator).tolist()
+
+
+# The engine
+
+
+def _try_engine(model: PreTrainedModel) -> None:
+    """Three sequences of different lengths, in chunks, together and apart, rewound; one leaves, one takes its slot."""
+    any_model: Any = model
+    any_model.set_experts_implementation("eager")  # the grouped product has no float64
+    most = min(longest_text(model.config) or CONTEXT, CONTEXT)
+    local = LocalEngine(
+        model, sessions=3, context=most, bucket=8, kv_limit_bytes=10**9, prefill_chunk=5, exact_rows=None
+    )
+    texts = [_ids(length, seed) for seed, length in enumerate((3, most - 30, most - 21))]
+    sessions = [local.open([], Sampling.greedy()) for _ in texts]
+    first = local.extend([(session, text) for session, text in zip(sessions, texts, strict=True)], "last")
+    for text, step in zip(texts, first, strict=True):
+        _compare_with_plain(model, text, 1, step.next_ids, [])
+    for turn in range(4):
+        if turn == 1:  # a slot that held a longer text
+            sessions[2].close()
+            sessions[2], texts[2] = local.open([], Sampling.greedy()), []
+        if turn == 2:
+            sessions[1].position = most - 40 if most > 41 else 1
+            del texts[1][sessions[1].position :]
+        requests: list[tuple[Session, list[int]]] = []
+        for number, session in enumerate(sessions):
+            if (turn + number) % 3 or turn == 0:
+                new = _ids((1, 7, 3)[(turn + number) % 3], 10 * turn + number)
+                texts[number] += new
+                requests.append((session, new))
+        for (session, new), step in zip(requests, local.extend(requests, "all"), strict=True):
+            text = texts[sessions.index(session)]
+            _compare_with_plain(model, text, len(new), step.next_ids, step.nll)
+    local.shutdown()
+
+
+@torch.inference_mode()
+def _compare_with_plain(
+    model: Any, text: Sequence[int], new: int, next_ids: Sequence[int], known_nll: Sequence[float]
+) -> None:
+    logits_TV = model(input_ids=torch.tensor([text]), use_cache=False).logits[0].double()
+    expected = [math.nan, *nll(logits_TV[:-1], list(text[1:]))][-new:]
+    errors = [abs(said - right) for said, right in zip(known_nll, expected) if not math.isnan(said + right)]
+    wrong = max(errors, default=0.0)
+    if not wrong <= LARGEST_ERROR:
+        raise _Differs(
+            f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats"
+        )
+    best_T = logits_TV[-new:].argmax(-1).tolist()
+    leads_T2 = logits_TV[-new:].topk(2).values
+    for said, best, lead in zip(next_ids, best_T, (leads_T2[:, 0] - leads_T2[:, 1]).tolist(), strict=True):
+        if said != best and lead > LARGEST_ERROR:
+            raise _Differs(f"with a cache, in chunks and beside neighbours, the next token is {said} instead of {best}")
+
+
+# Slices
+
+
+class _Trial:
+    """A twin in a folder, whole and in three slices read from there."""
+
+    def __init__(self, model: PreTrainedModel, outline: Structure, folder: Path) -> None:
+        model.save_pretrained(folder)
+        self._folder, self._outline = folder, outline
+        self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text: Any = self._config.get_text_config(decoder=True)
+        self._count = int(text.num_hidden_layers)
+        self._most = min(longest_text(self._config) or CONTEXT, CONTEXT)
+
+    def whole(self) -> PreTrainedModel:
+        """As transformers reads it."""
+        found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self._folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+        return found.eval()
+
+    def slices(self) -> list[PreTrainedModel]:
+        """The first layer, the middle, the last one; two layers are two slices."""
+        cuts = sorted({0, 1, self._count - 1, self._count})
+        with ExitStack() as stack:
+            tensors: dict[str, Any] = {}
+            for file in sorted(self._folder.glob("*.safetensors")):
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+                tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            return [
+                read_slice(
+                    self._config, tensors, self._outline, range(first, last),
+                    embedding=first == 0, head=last == self._count, dtype=torch.float32,
+                )
+                for first, last in zip(cuts, cuts[1:])
+            ]  # fmt: skip
+
+    @torch.inference_mode()
+    def try_inference(self) -> None:
+        """Three passes over two sequences: logits and caches of the slices are those of the whole."""
+        whole: Any = self.whole()
+        chain = [_Cached(whole, self._most, run=lambda states, **options: whole(input_ids=states, **options).logits)]
+        parts = [
+            _Cached(part, self._most, run=lambda states, part=part, **options: run_slice(part, states, **options))
+            for part in self.slices()
+        ]  # type: ignore[misc]
+        for slots, counts in (([0], [11]), ([0, 1], [2, self._most - 30]), ([0, 1], [1, 1])):
+            texts = [_ids(count, 7 * slot + count) for slot, count in zip(slots, counts, strict=True)]
+            width = max(counts)
+            ids_BT = torch.tensor([text + [1] * (width - len(text)) for text in texts])
+            expected, states = ids_BT, ids_BT
+            for link in chain:
+                expected = link.forward(expected, slots, counts)
+            for link in parts:
+                states = link.forward(states, slots, counts)
+            _same(states, expected, "logits of slices are not those of the whole model")
+        held = {name: stored for link in parts for name, stored in link.held().items()}
+        for name, stored in chain[0].held().items():
+            if name not in held:
+                raise _Differs(f"{name} of the cache is held by no slice")
+            _same(held[name], stored, f"{name} of the cache of a slice is not that of the whole model")
+
+    def try_training(self) -> None:
+        """Two sequences, one of them padded: gradients of the slices are those of the whole, to the bit."""
+        whole: Any = self.whole()
+        ids_BT = torch.tensor([_ids(20, 1), _ids(20, 2)])
+        options = {"attention_mask": (torch.arange(20)[None] < torch.tensor([[20], [13]])).long(), "use_cache": False}
+        logits_BTV = whole(input_ids=ids_BT, **options).logits
+        pull_BTV = torch.randn(logits_BTV.shape, generator=torch.Generator().manual_seed(3))
+        logits_BTV.backward(pull_BTV)
+        expected = {name: weight.grad for name, weight in whole.named_parameters() if weight.grad is not None}
+        parts, states, links = self.slices(), ids_BT, []
+        for part in parts:
+            for name, weight in part.named_parameters():
+                weight.requires_grad_(cut_of(part).owns(name))
+            leaf = states if cut_of(part).layers.start == 0 else states.detach().requires_grad_()
+            states = run_slice(part, leaf, **options)
+            links.append((leaf, states))
+        _same(states, logits_BTV, "logits of slices that learn are not those of the whole model")
+        gradient = pull_BTV
+        for leaf, states in reversed(links):
+            states.backward(gradient)
+            if leaf.grad is not None:
+                gradient = leaf.grad
+        self._compare_gradients(parts, expected, is_tied=cut_of(parts[0]).is_tied)
+
+    def _compare_gradients(
+        self, parts: Sequence[PreTrainedModel], expected: Mapping[str, Tensor], *, is_tied: bool
+    ) -> None:
+        outline = self._outline
+        found: dict[str, Tensor] = {}
+        for part in parts:
+            for name, weight in part.named_parameters():
+                if outline.layer_of(name) is not None and not cut_of(part).owns(name):
+                    raise _Differs(f"a slice holds {name}, which is not its own")
+                if weight.grad is not None:
+                    same = f"{outline.embedding}.weight" if is_tied and name == f"{outline.head}.weight" else name
+                    found[same] = found[same] + weight.grad if same in found else weight.grad
+        if missing := sorted(expected.keys() ^ found.keys()):
+            raise _Differs(f"the gradient of {missing[0]} is there in one of slices and whole model only")
+        for name, gradient in expected.items():
+            if name == f"{outline.embedding}.weight" and is_tied:
+                if not torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5):
+                    raise _Differs(f"the gradient of the tied {name} is not the whole model's")
+            else:
+                _same(found[name], gradient, f"the gradient of {name} is not that of the whole model")
+
+
+class _Cached:
+    """A model or slice with a cache of its own layers."""
+
+    def __init__(self, model: PreTrainedModel, most: int, run: Callable[..., Tensor]) -> None:
+        self._run = run
+        is_later = hasattr(model, "cut") and cut_of(model).layers.start > 0
+        hidden = int(model.config.get_text_config(decoder=True).hidden_size)
+        one = torch.zeros(1, 1, hidden) if is_later else torch.ones(1, 1, dtype=torch.long)
+        at = torch.zeros(1, 1, dtype=torch.long)
+        shapes = layer_shapes(lambda cache: run(one, position_ids=at, past_key_values=cache, use_cache=True))
+        self._cache = SlotCache(
+            shapes, slots=2, bucket=8, limit_bytes=10**9, dtype=torch.float32, device=torch.device("cpu"), exact=None
+        )
+        self._slots = [self._cache.acquire(), self._cache.acquire()]
+
+    def forward(self, states: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """One pass; rows in the order of slots."""
+        plan = self._cache.begin(slots, counts)
+        leaving = self._run(states, position_ids=plan.position_ids_BT, past_key_values=self._cache, use_cache=True)
+        self._cache.commit()
+        return leaving
+
+    def held(self) -> dict[str, Tensor]:
+        """Keys and values, by the name of their layer."""
+        return self._cache.tensors()
+
+
+def _same(found: Tensor, expected: Tensor, what: str) -> None:
+    if found.shape != expected.shape or not torch.equal(found, expected):
+        wrong = f" by {float((found - expected).abs().max()):.2g}" if found.shape == expected.shape else " in shape"
+        raise _Differs(f"{what}, but off{wrong}")
