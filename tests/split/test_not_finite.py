@@ -41,7 +41,7 @@ def _poisoned(settings: ModelSettings, boundary: Boundary, layer: int, value: fl
     made = shards(settings, CUTS)
     for shard in made:
         if layer in shard.layers:
-            poison(shard._decoder.layers[layer - shard.layers.start], value)
+            poison(shard._model.get_decoder().layers[layer], value)
     return as_engine(InProcess([Stage(shard, boundary) for shard in made]))
 
 
