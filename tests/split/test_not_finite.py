@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lab.engine import TargetStep
+from lab.engine import TargetStep, check_finite
+from lab.entry import Run, Unfinished, compose_settings
 from lab.not_finite import NotFinite
 from lab.sampling import Sampling
-from lab.settings import ModelSettings
+from lab.settings import ModelSettings, UserError
+from split import generating, infer
 from split.boundary import Boundary
 from split.coding import encode
 from split.messages import Open, Pass, Piece, Steps, Unfit
+from split.settings import SplitSettings
 from split.sharded_model import ShardedModel
 from split.stage import Stage
 from split.transport.base import Message
@@ -126,3 +130,35 @@ def test_a_text_that_met_nan_can_only_be_closed(tmp_path: Path) -> None:
     engine._journals[other.key].ids[1] = MARKED
     engine._rebuild(engine._journals[other.key])
     assert other.fault == "the hidden states of position 1 hold NaN or infinity in the shard of layers 0:1"
+
+
+def test_what_was_generated_before_the_fault_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = f"model=random 'model.cache_dir={tmp_path}' tracking=none project.transport=inproc project.local_shards=2"
+    settings = compose_settings("split_inf", words, SplitSettings)
+    settings.prompt = "hello"
+    expected = infer.run(settings, Run(tmp_path))["token_ids"]
+    extend = ShardedModel.extend
+    calls = itertools.count(1)
+
+    def fail(engine: ShardedModel, requests: Any, want: Any) -> list[TargetStep]:
+        steps = extend(engine, requests, want)
+        fault = "the hidden states of position 7 hold NaN" if next(calls) > 4 else ""
+        return check_finite([replace(step, fault=fault) for step in steps])
+
+    monkeypatch.setattr(ShardedModel, "extend", fail)
+    with pytest.raises(Unfinished, match="the hidden states of position 7") as ended:
+        infer.run(settings, Run(tmp_path))
+    figures = ended.value.figures
+    assert (ended.value.code, figures["token_ids"]) == (1, expected[: len(figures["token_ids"])])
+    assert len(figures["token_ids"]) == 4
+
+
+def test_a_prompt_with_an_id_without_a_row_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"model=random 'model.cache_dir={tmp_path}' tracking=none project.transport=inproc project.local_shards=2"
+    settings = compose_settings("split_inf", words, SplitSettings)
+    settings.prompt = "hello"
+    monkeypatch.setattr(generating, "prompt_ids", lambda *given: [1, 300])
+    with pytest.raises(UserError, match=r"^prompt must hold tokens that the model has rows for, ids below 259, got "):
+        infer.run(settings, Run(tmp_path))
