@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 import logging
@@ -17,9 +18,13 @@ import torch
 from lab.engine import LocalEngine
 from lab.not_finite import NotFinite
 from lab.sampling import Sampling
+from lab.wire import BadFrame, Peer
 from speculative.drafting import TextFailed, speculate
 from speculative.drafts import Drafts, EngineDrafts, NoDrafts, RecordedDrafts
+from speculative.front import FirstProtocolAnswers, Front
+from speculative.messages import Welcome
 from speculative.settings import Mode
+from speculative.verifying import Verifier
 from tests.poison import mark, poison
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import (
@@ -34,6 +39,9 @@ from tests.speculative.in_process import (
 )
 
 SAMPLING = Sampling(seed=5, temperature=0.8, top_k=40, top_p=0.95)
+WELCOME = Welcome(
+    model="", dtype="", vocabulary_size=97, context=240, max_draft_length=16, window=64, end_ids=[], target={}
+)
 PROMPT, NEIGHBOUR, COUNT = [1, 2, 3, 4, 5], [9, 8, 7], 24
 
 
@@ -143,3 +151,17 @@ def test_all_texts_of_an_extend_can_meet_nan_at_once() -> None:
     assert [step.fault for step in found.value.steps] == [
         f"the hidden states of position {len(prompt)} hold NaN or infinity" for prompt in (PROMPT, NEIGHBOUR)
     ]
+
+
+def test_a_request_of_the_first_protocol_gets_no_token_that_was_made_up() -> None:
+    marked = _unsaid()
+
+    async def ask() -> list[int]:
+        answers = FirstProtocolAnswers(to_ids=lambda text: [*PROMPT, marked], max_new_tokens=5, timeout_seconds=5.0)
+        verifier = Verifier(_engine(marked, 2), end_ids=[], terms=TERMS, closed=lambda text, ended: None)
+        front = Front(verifier, WELCOME, [], "", answers, frames_per_second=100.0, idle_seconds=5.0)
+        with front.thread:
+            return await front._continuation("x", Peer(role="client", address="here", phase="request"))
+
+    with pytest.raises(BadFrame, match="cannot be continued: the hidden states of position 5 hold NaN or infinity"):
+        asyncio.run(ask())
