@@ -46,6 +46,14 @@ def require_above(bound: float, settings: object, *names: str) -> None:
         require(getattr(settings, name) > bound, f"{name} must be greater than {bound}", getattr(settings, name))
 
 
+def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> None:
+    """Raises ValueError for what no text can be asked for; counts travel in 32 bits."""
+    require(math.isfinite(temperature) and temperature >= 0, "temperature must be finite and at least 0", temperature)
+    require(0 <= top_k < 2**32, "top_k must be in [0, 2**32)", top_k)
+    require(0 < top_p <= 1, "top_p must be in (0, 1]", top_p)
+    require(max_new_tokens < 2**32, "max_new_tokens must be below 2**32", max_new_tokens)
+
+
 class ModelSource(Enum):
     """Where a model's tensors come from."""
 

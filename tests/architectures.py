@@ -26,8 +26,8 @@ TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 NAMES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 NAMED = (
-    "llama mistral qwen2 qwen3 gemma2 gemma3 smollm3 phi phi3 granite gptj mixtral qwen2_moe qwen3_moe olmoe granitemoe "
-    "deepseek_v2 deepseek_v3 gpt_oss glm4_moe gpt2 gpt_neox opt falcon bloom"
+    "llama mistral qwen2 qwen3 gemma2 gemma3 smollm3 phi phi3 granite gptj mixtral qwen2_moe qwen3_moe olmoe "
+    "granitemoe deepseek_v2 deepseek_v3 gpt_oss glm4_moe gpt2 gpt_neox opt falcon bloom"
 ).split()
 """Families that people ask for by name: all of them must be proved."""
 STATEFUL = (
@@ -174,7 +174,8 @@ def _try_lora(name: str, proof: Proof) -> None:
 _USES = ("engine", "slices", "training", "nf4", "lora")
 _HEAD = """# Which architectures are proved
 
-For every architecture with a causal language model in transformers {version}: whether a small random twin of it did what
+For every architecture with a causal language model in transformers {version}: whether a small random twin of it did
+what
 the model is to do, and said what transformers says. `yes` means proved, `no` means refused by name; below the table
 stands why. At load the same trial decides for the model's own config, so that a `yes` here is no promise for a model
 with unusual settings, and a `no` may be a `yes` for it.
@@ -182,7 +183,7 @@ with unusual settings, and a `no` may be a `yes` for it.
 - **engine**: a whole model with our KV cache, in chunks, beside neighbours, rewound: `lab.decode`, the verifier and its
   drafters, speculation.
 - **split inference**: three slices read from a folder, to the bit, values and caches.
-- **split training**: the gradients of the slices, to the bit (of a tied embedding, whose two copies are summed: to 1e-4).
+- **split training**: the gradients of the slices, to the bit (to 1e-4 of a tied embedding: its copies are summed).
 - **nf4**, **LoRA**: slices in 4 bits, and with an adapter on every linear layer, against the whole, to the bit.
 
 Proved for split inference: {proved} of {count}. Written by `python -m tests.architectures`.
