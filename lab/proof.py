@@ -43,9 +43,12 @@ from lab.sampling import Sampling, nll
 from lab.settings import UserError
 from lab.slices import cut_of, read_slice, run_slice
 from lab.structure import Structure, Unsliceable, find_structure
-from lab.twin import CONTEXT, VOCABULARY, NoTwin, twin_config, twin_model
+from lab.twin import VOCABULARY, NoTwin, twin_config, twin_model
 
 log = logging.getLogger(__name__)
+
+LONGEST = 64
+"""Tokens of a sequence in a trial: more than a twin's windows, and than its rotary frequencies stay the same for."""
 
 LARGEST_ERROR = 1e-4
 """Of a cross-entropy in nats, in float64: eager attention rounds its softmax to float32. A wrong mask costs more."""
@@ -200,7 +203,7 @@ def _try_engine(model: PreTrainedModel) -> None:
     _check_state(model.config)
     any_model: Any = model
     any_model.set_experts_implementation("eager")  # the grouped product has no float64
-    most = min(longest_text(model.config) or CONTEXT, CONTEXT)
+    most = min(longest_text(model.config) or LONGEST, LONGEST)
     local = LocalEngine(
         model, sessions=3, context=most, bucket=8, kv_limit_bytes=10**9, prefill_chunk=5, exact_rows=None
     )
@@ -259,7 +262,7 @@ class _Trial:
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text: Any = self._config.get_text_config(decoder=True)
         self._count = int(text.num_hidden_layers)
-        self._most = min(longest_text(self._config) or CONTEXT, CONTEXT)
+        self._most = min(longest_text(self._config) or LONGEST, LONGEST)
 
     def whole(self) -> PreTrainedModel:
         """As transformers reads it."""

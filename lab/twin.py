@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 VOCABULARY = 96
-CONTEXT = 64
+CONTEXT = 128
 """Tokens that a twin is made for, in place of `max_position_embeddings`."""
 WINDOW = 8
 TRAINED = 40
