@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lab.data import Dialogue, Document, Message, PythonLibrary, Text, open_source, parse_row, records
+from lab.data import Document, PythonLibrary, open_source, records
+from lab.records import Dialogue, Message, Text, parse_row
 from lab.settings import DataSettings, DataSource, UserError
 
 
@@ -21,6 +22,8 @@ def data_settings(**changes: Any) -> DataSettings:
         "held_out_fraction": 0.1,
         "max_examples": 0,
         "max_held_out": 0,
+        "library_examples": 0,
+        "library_held_out": 0,
     }
     return DataSettings(**(values | changes))
 

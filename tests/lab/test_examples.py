@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fl.settings import FederatedSettings
-from lab.data import Dialogue, Message, Text
+from lab.records import Dialogue, Message, Text
 from lab.entry import compose_settings
 from lab.examples import IGNORED, Example, batches, collate, examples, split_examples
 from lab.models import load_tokenizer, prepare_checkpoint
