@@ -130,7 +130,7 @@ class Chat:
                 f"{dialogue.name} must suit the model's chat template, got: {reason or type(error).__name__}"
             ) from None
 
-    def _render(self, messages: list[dict[str, Any]], generate: bool, tools: list[dict[str, Any]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], generate: bool, tools: list[Any]) -> str:
         return str(
             self._tokenizer.apply_chat_template(
                 messages, tools=tools or None, tokenize=False, add_generation_prompt=generate

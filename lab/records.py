@@ -168,7 +168,9 @@ def _message(message: Any, name: str) -> Message:
     if "from" in message and "role" not in message:
         return _sharegpt_message(message, name)
     role = _one_of(message.get("role"), ROLES, f"{name}.role")
-    extra = {key: _text(message[key], f"{name}.{key}") for key in TEMPLATE_KEYS if message.get(key) is not None}
+    extra: dict[str, Any] = {
+        key: _text(message[key], f"{name}.{key}") for key in TEMPLATE_KEYS if message.get(key) is not None
+    }
     calls = message.get("tool_calls")
     if role == "assistant" and calls not in (None, []):
         extra["tool_calls"] = _calls(calls, f"{name}.tool_calls")

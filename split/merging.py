@@ -86,17 +86,21 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
 
 def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
     """A PEFT folder, with the record of its base model."""
+    from lab.base_model import base_name, base_origin, loading_code
     from lab.lora import IDENTITY_KEY, RECORD_FILE, lora_config  # load PEFT
 
     recipe: Recipe = manifest.recipe
     config = lora_config(recipe.lora_targets, lora_of(recipe))
-    config.base_model_name_or_path = model.repo if model.repo else str(prepare_checkpoint(model).folder)
+    config.base_model_name_or_path = base_name(model)
     config.inference_mode = True
     config.target_modules = sorted(recipe.lora_targets)  # a set has another order in every process
     config.save_pretrained(str(folder))
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     record = {IDENTITY_KEY: model_identity(model), "name": model.name, "step": manifest.step, "commit": commit()}
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    code = loading_code(base_name(model), str(output))
+    card = f"# Adapter after {manifest.step} steps of split training\n\n{base_origin(model)}\n\n{code}\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _copy_tokenizer(base: Checkpoint, folder: Path) -> None:
