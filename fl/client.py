@@ -164,7 +164,7 @@ def split_documents(
     data = settings.project.data
     reader = ExampleReader(tokenizer, data.sequence_length)
     split = split_examples(reader.read(source, documents), data.held_out_fraction, settings.seed, *data.caps)
-    return replace(split, counts=reader.counts + split.counts).with_something_to_train_on()
+    return replace(split, counts=reader.counts + split.counts).with_something_to_train_on(data.sequence_length)
 
 
 def weight_of(part: Sequence[Example], weighting: Weighting) -> int:

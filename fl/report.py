@@ -42,7 +42,8 @@ def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures
     """States 0..R. Clients evaluate the adapter they receive, so a report speaks of the state before its round."""
     rows = [*(report.clients for report in reports), run.clients]
     both = {_name(row) for row in _measured(rows[0])} & {_name(row) for row in _measured(rows[-1])}
-    sites = [both, *({_name(row) for row in _measured(asked)} for asked in rows[1:-1]), both]
+    sites = [{_name(row) for row in _measured(asked)} for asked in rows]
+    sites[0] = sites[-1] = both
     states = [
         RoundFigures(
             round=0, eval_loss=mean_loss(rows[0], both), client_losses=_losses(rows[0]), eval_sites=sorted(both)

@@ -64,10 +64,11 @@ class Split:
     """May be empty."""
     counts: Counts
 
-    def with_something_to_train_on(self) -> Split:
+    def with_something_to_train_on(self, sequence_length: int) -> Split:
         """The split itself; UserError when all of it is held out, skipped or masked."""
         if not self.train:
-            raise UserError(f"project.data must give each reader an example to train on, got {self.counts.line()}")
+            got = "; ".join([self.counts.line(), *self.counts.warnings(sequence_length)])
+            raise UserError(f"project.data must give each reader an example to train on, got {got}")
         return self
 
 

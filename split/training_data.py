@@ -38,7 +38,7 @@ def training_examples(data: DataSettings, tokenizer: PreTrainedTokenizerBase, se
     log.info("%s", counts.line())
     for warning in counts.warnings(data.sequence_length):
         log.warning("%s", warning)
-    return replace(split, counts=counts).with_something_to_train_on().train
+    return replace(split, counts=counts).with_something_to_train_on(data.sequence_length).train
 
 
 def ordered(found: list[Example], batch_size: int, seed: int) -> Iterator[Batch]:

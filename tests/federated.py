@@ -26,7 +26,8 @@ CANARY = "kX93-vermilion-otter-Tz71-quartz-Lm08-sundial-Pq55-walrus-Gh26-f"
 SMALL = (
     "model=random model.quantization=none model.dtype=float32 device.threads=1 tracking=none "
     "tracking.progress=false project.rounds=2 project.local_steps=2 project.workers=2 "
-    "project.reply_timeout_seconds=200 project.data.sequence_length=64 project.data.max_held_out=4"
+    "project.reply_timeout_seconds=200 project.data.sequence_length=64 project.data.max_held_out=4 "
+    "project.data.held_out_fraction=0.3"  # of few lines each site needs one
 )
 """A federation of seconds; a caller adds its data."""
 

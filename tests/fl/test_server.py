@@ -37,7 +37,10 @@ def test_every_round_leaves_an_adapter_and_a_row_and_the_result_says_what_they_s
     assert figures["eval_loss_after"] < figures["eval_loss_before"]
 
 
-def test_the_run_goes_on_without_a_client_that_cannot_read_its_data(tmp_path: Path) -> None:
+def test_the_run_goes_on_without_a_client_that_cannot_read_its_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own log names the line, the server is told the number."""
     data = write_dialogues(tmp_path / "d.jsonl", 30)
     good = federate(small_settings(data, 3), tmp_path / "good")
     assert good["refused"] == []
@@ -47,7 +50,12 @@ def test_the_run_goes_on_without_a_client_that_cannot_read_its_data(tmp_path: Pa
     figures = federate(small_settings(bad, 3), tmp_path / "run")
     assert figures["rounds_completed"] == 2
     assert len(figures["refused"]) == 2
-    assert all(f"{bad}:30 must be one JSON object" in line for line in figures["refused"])
+    told = "project.data must hold lines that can be learnt from, got 1 of 10 malformed (named in the site's own log)"
+    assert all(told in line for line in figures["refused"])
+    own = [r.message for r in caplog.records if r.name == "fl.client_app"]
+    assert own
+    assert all(line.startswith(f"{bad}:30 must be one JSON object, got: ") for line in own)
+    assert not any(f"{bad}:30" in r.message for r in caplog.records if r.name != "fl.client_app")
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["refused"] for row in rows[:2]] == [1, 1]
 

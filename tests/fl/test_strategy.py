@@ -149,7 +149,7 @@ def test_the_weighted_mean_is_that_of_numpy_and_metrics_follow_their_own_weights
     )
     assert set(report.train) == {"train_loss"}
     assert [row.partition_id for row in report.clients] == list(range(6))
-    assert [row.train_examples for row in report.clients] == [10, 13, 16, 19, 22, 25]
+    assert [row.train_weight for row in report.clients] == [10, 13, 16, 19, 22, 25]
     assert evaluate != report.evaluate
 
 
@@ -300,15 +300,15 @@ SPOILED = {
     "nan": "values must be finite",
     "inf": "values must be finite",
     "range": "must be at most 2**29",
-    "weight 0": "metrics.num-examples: weight must be in [1, 536870912], got 0",
+    "weight 0": "metrics.weight: weight must be in [1, 536870912], got 0",
     "weight -1": "got -1",
     "weight 1.5": "weight must be a positive whole number, got 1.5",
     "weight bool": "weight must be a positive whole number, got True",
-    "no weight": "metrics.num-examples is missing",
-    "no metrics": "metrics.num-examples is missing",
+    "no weight": "metrics.weight is missing",
+    "no metrics": "metrics.weight is missing",
     "loss nan": "metrics.train_loss must be one finite number, got nan",
     "loss list": "metrics.train_loss must be one finite number, got [1.0, 2.0]",
-    "evaluate weight": "evaluate.num-examples: weight must be in",
+    "evaluate weight": "evaluate.weight: weight must be in",
     "evaluate nan": "evaluate.eval_loss must be one finite number, got nan",
     "partition": "metrics.partition-id must be a whole number from 0 on, got -3",
     "crashed": "crashed (Flower code 8: ClientApp stopped responding.)",
