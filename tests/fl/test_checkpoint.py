@@ -170,7 +170,8 @@ from peft import LoraConfig
 from fl.checkpoint import AdapterFolders, BaseModel
 lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
 base = BaseModel(name="acme/tiny", digest="aa11")
-folders = AdapterFolders(Path(sys.argv[1]), lora=lora, base=base, data_source="d", num_clients=1, weighting="examples", commit="c")
+said = dict(data_source="d", num_clients=1, weighting="examples", commit="c")
+folders = AdapterFolders(Path(sys.argv[1]), lora=lora, base=base, **said)
 tensors = {f"layers.{i}.lora_A.weight": torch.full((64, 4096), float(i)) for i in range(8)}
 server_round = 0
 while True:
