@@ -148,16 +148,20 @@ class Chat:
         if PROBE_ANSWER not in last or PROBE_ANSWER not in goes_on:
             return _Ending(str(self._tokenizer.eos_token or ""), "")
         behind, later = (text.rpartition(PROBE_ANSWER)[2] for text in (last, goes_on))
-        cut = self._whole_tokens(behind, _shared(behind, later))
+        cut = self._whole_mark(behind, _shared(behind, later))
         return _Ending(behind[:cut], behind[cut:])
 
-    def _whole_tokens(self, text: str, cut: int) -> int:
-        """`cut`, or where the special token begins that it would cut in two."""
-        for token in {*self._tokenizer.get_added_vocab(), *self._tokenizer.all_special_tokens}:
-            start = text.find(token, max(0, cut - len(token) + 1))
-            if token and 0 <= start < cut < start + len(token):
+    def _whole_mark(self, text: str, cut: int) -> int:
+        """`cut`, or where the mark begins that it would cut in two: a special token, else text without a space."""
+        marks = [token for token in {*self._tokenizer.get_added_vocab(), *self._tokenizer.all_special_tokens} if token]
+        for mark in marks:
+            start = text.find(mark, max(0, cut - len(mark) + 1))
+            if 0 <= start < cut < start + len(mark):
                 return start
-        return cut
+        if cut == len(text) or any(text.startswith(mark, cut) for mark in marks):
+            return cut
+        word = text[:cut].split()[-1:] if cut and not text[cut - 1].isspace() and not text[cut].isspace() else []
+        return cut - sum(map(len, word))
 
 
 def _plain_message(message: Message) -> dict[str, Any]:

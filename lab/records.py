@@ -135,7 +135,10 @@ def _parse_alpaca(row: dict[str, Any], name: str) -> Record:
 def _parse_pair(answer_key: str) -> Callable[[dict[str, Any], str], Record]:
     def parse(row: dict[str, Any], name: str) -> Record:
         if isinstance(row["prompt"], list) and isinstance(row[answer_key], list):
-            shown = [replace(message, counts=message.role != "assistant") for message in _messages(row["prompt"], f"{name} prompt")]
+            shown = [
+                replace(message, counts=message.role != "assistant")
+                for message in _messages(row["prompt"], f"{name} prompt")
+            ]
             return Dialogue((*shown, *_messages(row[answer_key], f"{name} {answer_key}")), name, _tools(row, name))
         prompt, answer = _filled(row, "prompt", name), _filled(row, answer_key, name)
         return Dialogue((*_system(row, name), Message("user", prompt), Message("assistant", answer)), name)

@@ -1,4 +1,4 @@
-"""Labels under chat templates of every habit: what is counted is each answer with the mark that ends it, and no more."""
+"""Labels under chat templates of every habit: each answer counts, with the mark that ends it, and no more."""
 
 from typing import Any
 
@@ -141,14 +141,14 @@ FAILING = CHATML.replace("m['content']", "m['content'] + m['name']")
         (
             NO_SYSTEM,
             dialogue(("system", "s!"), *TURNS),
-            "messages[0].content must be shown by the model's chat template",
+            "messages[0].content must be shown by the model's chat",
         ),
         (SHOUTING, dialogue(("user", "q"), ("assistant", "a")), "must be shown by the model's chat template as it is"),
         (CHATML, parse_row(CALL, "f:1"), "messages[1].tool_calls must be shown by the model's chat template as it is"),
         (
             CHATML,
             dialogue(*TURNS, tools=CALL["tools"]),
-            "f:1 tools must be shown by the model's chat template as it is",
+            "f:1 tools must be shown by the model's chat template",
         ),
     ],
 )
