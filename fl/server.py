@@ -54,7 +54,7 @@ def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]
     written = [folders.write(0, initial, {})]
     reports: list[RoundReport] = []
     sites = SiteLog(settings)
-    log.info("a client's weight in the mean is its %s", project.weighting.words)
+    log.info("the mean is weighted by each client's number of %s", project.weighting.words)
     with Tracker(settings, "fed_learn", place.folder) as tracker:
         with progress("client reply", replies_expected(settings), settings.tracking.progress) as counter:
 

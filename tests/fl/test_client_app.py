@@ -67,6 +67,17 @@ def test_an_evaluate_reply_has_no_adapter_and_a_query_reply_names_the_partition(
     assert reply.content == RecordDict({METRICS: MetricRecord({PARTITION: 1})})
 
 
+def test_a_site_that_holds_nothing_out_trains_and_is_not_measured(settings: FederatedSettings, tmp_path: Path) -> None:
+    settings.project.data.held_out_fraction = 1e-9
+    for kind, records in (("train", {ARRAYS, INDEX, METRICS, DATA}), ("evaluate", {METRICS, DATA})):
+        reply = ask(grid_of(settings), message_of(settings, kind))
+        assert {*reply.content} == records
+        assert reply.content.metric_records[DATA]["examples_held_out"] == 0
+    figures = serve(grid_of(settings), settings, Run(tmp_path / "run"))
+    assert (figures["eval_loss_before"], figures["eval_loss_after"], figures["eval_sites"]) == (None, None, [])
+    assert figures["rounds_completed"] == 2
+
+
 def test_an_error_of_ours_reaches_the_server_as_its_own_line(settings: FederatedSettings) -> None:
     def refuse(context: Context) -> FederatedSettings:
         raise UserError("project.data.path must be a JSONL file,\n got 'nothing'")

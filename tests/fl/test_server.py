@@ -120,7 +120,7 @@ def test_each_site_says_what_became_of_its_lines(tmp_path: Path, caplog: pytest.
     assert "1 of " in cut
     assert "project.data.sequence_length=206 would hold all of them" in cut
     assert figures["weighting"] == "answer_tokens"
-    assert "a client's weight in the mean is its answer tokens" in caplog.text
+    assert "the mean is weighted by each client's number of answer tokens" in caplog.text
     assert "numbers of answer tokens" in (figures["adapter_path"] / "README.md").read_text()
 
 

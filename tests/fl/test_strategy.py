@@ -3,6 +3,7 @@ import logging
 import math
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fl.adapters import ADAPTER, ARRAYS, INDEX, AdapterIndex, from_records, pack
 from fl.settings import WireDtype
 from fl.strategy import (
     CONFIG,
+    DATA,
     EVALUATE,
     METRICS,
     PARTITION,
@@ -28,6 +30,7 @@ from fl.strategy import (
     RoundReport,
     WeightedFedAvg,
 )
+from lab.counts import Counts
 from tests.federated import MemoryGrid, in_order
 
 Handler = Callable[[Message, int], RecordDict | Error | None]
@@ -277,6 +280,10 @@ def spoil(content: RecordDict, how: str) -> RecordDict | Error:
             evaluate["eval_loss"] = math.nan
         case "partition":
             metrics[PARTITION] = -3
+        case "counts":
+            content[DATA] = MetricRecord(asdict(Counts()) | {"lines_read": -1})
+        case "other counts":
+            content[DATA] = MetricRecord({"lines": 1})
         case "crashed":
             return Error(8, "ClientApp stopped responding.")
         case "raised":
@@ -287,6 +294,8 @@ def spoil(content: RecordDict, how: str) -> RecordDict | Error:
 
 
 SPOILED = {
+    "counts": "data.lines_read must be a whole number from 0 on, got -1",
+    "other counts": "data.answer_tokens is unknown or missing",
     "missing": "1 of 2 tensors are missing, the first is layers.0.lora_A.weight",
     "unknown": "1 tensors are unknown, the first is layers.0.lora_C.weight",
     "shape": "layers.0.lora_A.weight must have shape [2, 5], got [5, 2]",
