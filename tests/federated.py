@@ -43,6 +43,14 @@ def write_dialogues(path: Path, count: int, answer: str = "") -> Path:
     return path
 
 
+def spoil(path: Path) -> None:
+    """Makes one line of a JSONL file, the longest, no JSON any more."""
+    lines = path.read_text().splitlines()
+    longest = max(range(len(lines)), key=lambda number: len(lines[number]))
+    lines[longest] = lines[longest][:-1]
+    path.write_text("\n".join(lines) + "\n")
+
+
 def on_jsonl(path: Path, num_clients: int, *overrides: str) -> list[str]:
     """Overrides of a small federation over a JSONL file."""
     data = ["project.data.source=jsonl", f"project.data.path={path}", f"project.num_clients={num_clients}"]
