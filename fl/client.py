@@ -143,14 +143,19 @@ def read_all(settings: FederatedSettings, tokenizer: PreTrainedTokenizerBase) ->
     source = open_source(project.data)
     splits: list[Split] = []
     malformed: list[MalformedRecord] = []
+    unusable: UserError | None = None
     documents = source.documents()
     for part in partition(documents, project.num_clients, project.partition_by, settings.seed):
         try:
             splits.append(split_documents(settings, source, part, tokenizer))
         except MalformedData as error:
             malformed += error.malformed
+        except UserError as error:  # a site without anything to train on: malformed lines come first
+            unusable = unusable or error
     if malformed:
         raise MalformedData(malformed, len(documents))
+    if unusable:
+        raise unusable
     if not any(split.held_out for split in splits):
         rule = f"hold out an example of at least one client ({len(documents)} lines, seed {settings.seed})"
         raise UserError(f"project.data.held_out_fraction must {rule}, got {project.data.held_out_fraction}")
