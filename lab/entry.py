@@ -73,7 +73,11 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing its own page
     log_to_stderr()
 
+    began = False
+
     def task(config: DictConfig) -> None:
+        nonlocal began
+        began = True
         place = Run(Path(HydraConfig.get().runtime.output_dir).absolute())
         try:
             settings = settle(config, settings_type)
@@ -93,6 +97,11 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
         leave(2, str(error))
     except HydraException as error:
         leave(2, explain(error))
+    except OSError as error:  # Hydra makes the run folder before it calls us
+        if began:
+            raise
+        where = error.filename or "the run folder"
+        leave(2, f"hydra.run.dir must be a folder that can be written, got {str(where)!r} ({error.strerror})")
     except KeyboardInterrupt:
         leave(130, "interrupted")
     raise SystemExit(0)

@@ -152,6 +152,25 @@ def test_mistake_is_one_line_and_exit_code_2(
     assert output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("folder", ["/dev/null/x", "file/x"])
+def test_results_that_cannot_be_written_are_a_mistake(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    assert command(monkeypatch, nothing, f"hydra.run.dir={folder}") == 2
+    line = capsys.readouterr().err.strip().splitlines()
+    assert len(line) == 1
+    assert line[0].startswith("error: hydra.run.dir must be a folder that can be written, got '")
+
+
+def test_a_fault_of_the_work_is_no_mistake_about_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        command(monkeypatch, fails)
+
+
 def test_mistake_found_while_running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
         raise UserError("model.adapter must be a PEFT folder, got 'x'")
