@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,7 +17,7 @@ from lab.quantized import load_options
 from lab.row_attention import attend_by_row
 from lab.settings import ModelSettings, UserError
 from lab.slices import read_slice
-from lab.structure import Structure
+from lab.structure import Structure, count_layers
 from lab.wide_products import widen_products
 
 
@@ -69,12 +68,6 @@ def load_layers(
         widen_products(model)
         attend_by_row(model)
     return model
-
-
-def count_layers(config: PreTrainedConfig) -> int:
-    """Layers of the whole model."""
-    text: Any = config.get_text_config(decoder=True)
-    return int(text.num_hidden_layers)
 
 
 def check_layers(config: PreTrainedConfig, layers: range) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from lab import context, engine, kv, slices, structure, twin
 from lab.context import longest_text
@@ -42,7 +43,7 @@ from lab.kv import SlotCache, layer_shapes
 from lab.sampling import Sampling, nll
 from lab.settings import UserError
 from lab.slices import cut_of, read_slice, run_slice
-from lab.structure import Structure, Unsliceable, find_structure
+from lab.structure import Structure, Unsliceable, count_layers, find_structure
 from lab.twin import VOCABULARY, NoTwin, twin_config, twin_model
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,10 @@ def require(config: PreTrainedConfig, use: Use, cache_dir: str) -> Proof:
 
 def prove(config: PreTrainedConfig, folder: Path) -> Proof:
     """The outcome of the trial of a config, read from `folder` where it is known there."""
-    file = folder / f"{_digest(config)}.json"
+    try:
+        file = folder / f"{_digest(config)}.json"
+    except Exception:  # a config of which no twin can be made, as the trial will say
+        return try_out(config)
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         found = known.pop("structure")
@@ -138,15 +142,14 @@ def try_out(config: PreTrainedConfig) -> Proof:
         model = twin_model(config)
     except NoTwin as error:
         return Proof(name, str(error), str(error), str(error), None)
-    with _one_thread():
+    with _one_thread(), _quietly():
         found = Proof(name, _failure(lambda: _try_engine(twin_model(config).double())), None, None, None)
-        text: Any = model.config.get_text_config(decoder=True)
-        try:
-            outline = find_structure(model, int(text.num_hidden_layers))
-        except Exception as error:
-            return replace(found, slices=found.engine or _in_one_line(error), training=_in_one_line(error))
         with tempfile.TemporaryDirectory() as folder:
-            made = _Trial(model, outline, Path(folder))
+            try:
+                outline = find_structure(model, count_layers(model.config))
+                made = _Trial(model, outline, Path(folder))
+            except Exception as error:  # as in `_failure`
+                return replace(found, slices=found.engine or _in_one_line(error), training=_in_one_line(error))
             against = found.engine or _failure(made.try_inference)
             return replace(found, slices=against, training=_failure(made.try_training), structure=outline)
 
@@ -178,6 +181,18 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bars and reports, which would speak of a model that nobody asked for."""
+    disable_progress_bar()
+    verbosity = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
 
 
 def _ids(count: int, seed: int) -> list[int]:
@@ -260,8 +275,7 @@ class _Trial:
         model.save_pretrained(folder)
         self._folder, self._outline = folder, outline
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        text: Any = self._config.get_text_config(decoder=True)
-        self._count = int(text.num_hidden_layers)
+        self._count = count_layers(self._config)
         self._most = min(longest_text(self._config) or LONGEST, LONGEST)
 
     def whole(self) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 
@@ -39,6 +40,12 @@ class Structure:
         if not name.startswith(f"{self.blocks}."):
             return None
         return int(name[len(self.blocks) + 1 :].partition(".")[0])
+
+
+def count_layers(config: PreTrainedConfig) -> int:
+    """Layers of the whole model."""
+    text: Any = config.get_text_config(decoder=True)
+    return int(text.num_hidden_layers)
 
 
 @dataclass

@@ -22,6 +22,7 @@ WINDOW = 8
 TRAINED = 40
 """Tokens up to which rotary frequencies stay the same, where they depend on the length of a text."""
 MOST_LAYERS = 8
+MOST_LAYERS_OF_A_MODEL = 10_000
 MOST_PARAMETERS = 60_000_000
 """A twin that is larger than that would take longer to try than anyone waits."""
 _HEADS = 4
@@ -117,6 +118,8 @@ def _layers_of_twin(config: Any) -> int:
     count = _number(config, *_LAYERS)
     if count is None:
         return 4
+    if count > MOST_LAYERS_OF_A_MODEL:
+        raise NoTwin(f"its config has {count} layers, at most {MOST_LAYERS_OF_A_MODEL} are looked at")
     lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) == count]
     kinds = [tuple(str(value[index]) for value in lists) for index in range(count)]
     newest = max(kinds.index(kind) for kind in set(kinds)) if kinds else 0

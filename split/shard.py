@@ -23,11 +23,12 @@ from lab.context import longest_text
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
 from lab.first_fault import first_faults
 from lab.kv import CacheFull, Pass, SlotCache, check_attention, layer_shapes
-from lab.layers import count_layers, load_layers
+from lab.layers import load_layers
 from lab.models import load_config
 from lab.sampling import Sampling
 from lab.settings import ModelSettings, UserError
 from lab.slices import run_slice
+from lab.structure import count_layers
 from lab.wide_products import pack_products
 from split.messages import Piece
 
