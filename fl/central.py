@@ -11,12 +11,14 @@ from typing import Any
 
 from fl.adapters import AdapterIndex, load_into, read_from
 from fl.aggregation import MetricMean
-from fl.client import Base, Site, open_base, read_split
+from fl.client import Base, open_base, read_all, weight_of
 from fl.report import RoundFigures
-from fl.server import adapter_folders, finish, first_adapter
-from fl.settings import FederatedSettings
+from fl.server import SiteLog, adapter_folders, finish, first_adapter
+from fl.settings import FederatedProjectSettings, FederatedSettings
 from lab.entry import Run
 from lab.examples import Example, Split, batches
+from lab.files import require_writable
+from lab.models import load_tokenizer_only
 from lab.settings import OptimizationSettings
 from lab.tracking import Tracker, progress
 from lab.training import adamw, derive_seed, evaluate, train_steps
@@ -26,8 +28,10 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
     """Trains in this process and returns the figures of the last line, those of a federated run."""
     begin = time.perf_counter()
     project = settings.project
+    require_writable(place.folder)
+    splits = read_all(settings, load_tokenizer_only(settings.model))
     base = open_base(settings)
-    splits = [read_split(settings, Site(index), base.tokenizer) for index in range(project.num_clients)]
+    sites = SiteLog(settings)
     initial = first_adapter(settings)
     load_into(base.model, initial)
     folders = adapter_folders(settings, place)
@@ -35,7 +39,7 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
     optimizer = adamw(base.model, optimization)
     everything: list[Example] = [example for split in splits for example in split.train]
     order = batches(everything, optimization.batch_size, derive_seed(settings.seed, "order", "central"))
-    states = [state(0, base, splits, optimization)]
+    states = [state(0, base, splits, project)]
     with Tracker(settings, "fed_learn", place.folder) as tracker:
         with progress("round", project.rounds, settings.tracking.progress) as counter:
             for number in range(1, project.rounds + 1):
@@ -49,15 +53,15 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
                     seed=derive_seed(settings.seed, "dropout", number, "central"),
                     optimizer=optimizer,
                 )
-                after = state(number, base, splits, optimization)
+                after = state(number, base, splits, project)
                 states.append(replace(after, train_loss=figures.loss, train_seconds={0: figures.seconds}))
-                written = folders.write(
-                    number, read_from(base.model), {"train_loss": figures.loss, "eval_loss": after.eval_loss}
-                )
-                tracker.log(number, train_loss=figures.loss, eval_loss=after.eval_loss)
-                counter.advance(f"held-out loss {after.eval_loss:.4f}")
+                losses = {"train_loss": figures.loss, "eval_loss": after.eval_loss or 0.0}
+                written = folders.write(number, read_from(base.model), losses)
+                new = sites.add({str(index): split.counts for index, split in enumerate(splits)}) if number == 1 else {}
+                tracker.log(number, **losses, **({"sites": new} if new else {}))
+                counter.advance(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
         index = AdapterIndex.of(initial, project.wire_dtype)
-        result = finish(settings, place, states, index, written)
+        result = finish(settings, place, states, index, written, sites.counts)
         result |= {"wall_seconds": time.perf_counter() - begin}
         tracker.result(result)
     return result
@@ -68,12 +72,14 @@ def union_batches(optimization: OptimizationSettings, num_clients: int) -> Optim
     return replace(optimization, accumulation=optimization.accumulation * num_clients)
 
 
-def state(number: int, base: Base, splits: list[Split], optimization: OptimizationSettings) -> RoundFigures:
+def state(number: int, base: Base, splits: list[Split], project: FederatedProjectSettings) -> RoundFigures:
     """Held-out loss of the model as it is now, per client and weighted as a federation weights it."""
     losses = {}
     mean = MetricMean()
     for index, split in enumerate(splits):
-        figures = evaluate(base.model, split.held_out, optimization.batch_size)
-        losses[index] = figures.loss
-        mean.fold({"eval_loss": figures.loss}, figures.examples)
-    return RoundFigures(round=number, eval_loss=mean.means()["eval_loss"], client_losses=losses)
+        if split.held_out:
+            losses[index] = evaluate(base.model, split.held_out, project.optimization.batch_size).loss
+            mean.fold({"eval_loss": losses[index]}, weight_of(split.held_out, project.weighting))
+    return RoundFigures(
+        round=number, eval_loss=mean.means()["eval_loss"], client_losses=losses, eval_sites=sorted(losses)
+    )

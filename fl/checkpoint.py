@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from fl.adapters import Adapter
 from lab.adapter import Fit, fit_adapter, fit_config, read_adapter
+from lab.base_model import loading_code
 from lab.files import sync
 from lab.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE, recorded_identity
 
@@ -35,9 +36,11 @@ class BaseModel:
     """The model an adapter belongs to."""
 
     name: str
-    """What `from_pretrained` would be given: a hub id or a folder."""
+    """What `from_pretrained` is given: a hub id or a folder."""
     digest: str
     """Of its tensors; equal digests mean equal models, whatever their names."""
+    origin: str = ""
+    """How to have it elsewhere, as a sentence for the model card."""
 
 
 class AdapterFolders:
@@ -46,17 +49,26 @@ class AdapterFolders:
     A folder is written under a hidden name and renamed when it is complete and on disk, so that whatever happens
     (Ctrl+C, a crash, a full disk) every `round-*` folder can be loaded.
 
-    lora: the adapter's own configuration. commit: of the program that writes. data_source: what was trained on, for the
-    model card.
+    lora: the adapter's own configuration. commit: of the program that writes. data_source, num_clients, weighting (what
+    a client weighs in the mean): for the model card.
     """
 
     def __init__(
-        self, root: Path, *, lora: LoraConfig, base: BaseModel, data_source: str, num_clients: int, commit: str
+        self,
+        root: Path,
+        *,
+        lora: LoraConfig,
+        base: BaseModel,
+        data_source: str,
+        num_clients: int,
+        weighting: str,
+        commit: str,
     ) -> None:
         self.root = root.absolute()
         self.base = base
         self.data_source = data_source
         self.num_clients = num_clients
+        self.weighting = weighting
         self.commit = commit
         self._lora = copy.deepcopy(lora)
         self._lora.base_model_name_or_path = base.name
@@ -69,7 +81,7 @@ class AdapterFolders:
 
         metrics: figures for the model card. FileExistsError when the round is there already.
         """
-        folder = self.root / f"round-{server_round:04d}"
+        folder = self._folder(server_round)
         if folder.exists():
             raise FileExistsError(f"{folder} is there already: an adapter of another run?")
         unfinished = self.root / f".{folder.name}.{os.getpid()}"
@@ -80,6 +92,9 @@ class AdapterFolders:
             shutil.rmtree(unfinished, ignore_errors=True)
         sync(self.root)
         return folder
+
+    def _folder(self, server_round: int) -> Path:
+        return self.root / f"round-{server_round:04d}"
 
     def _fill(self, folder: Path, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> None:
         folder.mkdir(parents=True)
@@ -104,7 +119,9 @@ tags: [lora, federated-learning]
 # Adapter after {server_round} federated rounds
 
 A LoRA adapter (rank {self._lora.r}) for `{self.base.name}`, trained by {self.num_clients} clients on their own data,
-which stayed with them; only adapters were exchanged and averaged, weighted by the clients' numbers of examples.
+which stayed with them; only adapters were exchanged and averaged, weighted by the clients' numbers of {self.weighting}.
+
+{self.base.origin}
 
 | | |
 |---|---|
@@ -114,12 +131,7 @@ which stayed with them; only adapters were exchanged and averaged, weighted by t
 | commit | `{self.commit}` |
 {figures}
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({self.base.name!r}), "this folder")
-```
+{loading_code(self.base.name, str(self._folder(server_round)))}
 """
 
 

@@ -5,6 +5,8 @@ Knows nothing about Flower or the other sites. What it gives out is tensors and 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,15 +14,18 @@ from peft import PeftModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fl.adapters import Adapter, load_into, read_from
-from fl.partition import client_documents
-from fl.settings import FederatedProjectSettings, FederatedSettings
-from lab.data import open_source, records
+from fl.partition import client_documents, partition
+from fl.settings import FederatedProjectSettings, FederatedSettings, Weighting
+from lab.data import Document, Source, open_source
 from lab.device import open_device, read_memory
-from lab.examples import Split, batches, examples, split_examples
+from lab.examples import Example, ExampleReader, MalformedData, Split, batches, split_examples
 from lab.lora import add_lora
 from lab.models import load_model
+from lab.records import MalformedRecord
 from lab.settings import DataSource, UserError, digest
 from lab.training import EvalFigures, Proximal, TrainFigures, derive_seed, evaluate, train_steps
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class LoRAClient:
     split: Split
 
     def evaluate(self, adapter: Adapter) -> EvalFigures:
-        """Loss of `adapter` on the site's held-out part. ValueError when it does not fit the model."""
+        """Loss of `adapter` on the site's held-out part, which is not empty. ValueError when it does not fit."""
         load_into(self.base.model, adapter)
         return evaluate(self.base.model, self.split.held_out, self.project.optimization.batch_size)
 
@@ -74,6 +79,10 @@ class LoRAClient:
         )
         return read_from(self.base.model), figures
 
+    def weight(self, part: Sequence[Example]) -> int:
+        """What the training or held-out part weighs in the mean over all sites."""
+        return weight_of(part, self.project.weighting)
+
     def peak_rss_bytes(self) -> int:
         """Largest resident size of this process so far."""
         return read_memory(self.base.device).peak_rss_bytes
@@ -89,7 +98,9 @@ def open_client(settings: FederatedSettings, site: Site) -> LoRAClient:
     base = open_base(settings)
     key = digest([settings.model, settings.project, settings.seed, {"index": site.index, "path": site.data_path}])
     if key not in _splits:
-        _splits[key] = read_split(settings, site, base.tokenizer)
+        _splits[key] = split = read_split(settings, site, base.tokenizer)
+        for line in (split.counts.line(), *split.counts.warnings(settings.project.data.sequence_length)):
+            log.info("site %d: %s", site.index, line)  # the server says it to whoever started the run
     return LoRAClient(settings.project, settings.seed, site, base, _splits[key])
 
 
@@ -107,7 +118,10 @@ def open_base(settings: FederatedSettings) -> Base:
 
 
 def read_split(settings: FederatedSettings, site: Site, tokenizer: PreTrainedTokenizerBase) -> Split:
-    """Training and held-out examples of `site`, which opens nobody else's documents."""
+    """Training and held-out examples of `site`, which opens nobody else's documents, and what became of all its lines.
+
+    UserError when there is nothing to train on; MalformedData when a line cannot be learnt from.
+    """
     project, data = settings.project, settings.project.data
     if site.data_path is not None:
         if data.source not in (DataSource.jsonl, DataSource.text):  # the others would not look at the path
@@ -117,5 +131,47 @@ def read_split(settings: FederatedSettings, site: Site, tokenizer: PreTrainedTok
     else:
         source = open_source(data)
         documents = client_documents(source, site.index, project.num_clients, project.partition_by, settings.seed)
-    tokenized = examples(records(source, documents), tokenizer, data.sequence_length)
-    return split_examples(tokenized, data.held_out_fraction, settings.seed, data.max_examples, data.max_held_out)
+    return split_documents(settings, source, documents, tokenizer)
+
+
+def read_all(settings: FederatedSettings, tokenizer: PreTrainedTokenizerBase) -> list[Split]:
+    """`read_split` of every site of a shared source, in their order.
+
+    MalformedData names lines of all sites. UserError too when no site holds anything out.
+    """
+    project = settings.project
+    source = open_source(project.data)
+    splits: list[Split] = []
+    malformed: list[MalformedRecord] = []
+    unusable: UserError | None = None
+    documents = source.documents()
+    for part in partition(documents, project.num_clients, project.partition_by, settings.seed):
+        try:
+            splits.append(split_documents(settings, source, part, tokenizer))
+        except MalformedData as error:
+            malformed += error.malformed
+        except UserError as error:  # a site without anything to train on: malformed lines come first
+            unusable = unusable or error
+    if malformed:
+        raise MalformedData(malformed, len(documents))
+    if unusable:
+        raise unusable
+    if not any(split.held_out for split in splits):
+        rule = f"hold out an example of at least one client ({len(documents)} lines, seed {settings.seed})"
+        raise UserError(f"project.data.held_out_fraction must {rule}, got {project.data.held_out_fraction}")
+    return splits
+
+
+def split_documents(
+    settings: FederatedSettings, source: Source, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
+) -> Split:
+    """Both parts of some documents, with the counts of all of them."""
+    data = settings.project.data
+    reader = ExampleReader(tokenizer, data.sequence_length)
+    split = split_examples(reader.read(source, documents), data.held_out_fraction, settings.seed, *data.caps)
+    return replace(split, counts=reader.counts + split.counts).with_something_to_train_on(data.sequence_length)
+
+
+def weight_of(part: Sequence[Example], weighting: Weighting) -> int:
+    """Examples, or tokens that the loss counts."""
+    return len(part) if weighting is Weighting.examples else sum(example.targets for example in part)

@@ -12,6 +12,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
@@ -20,12 +21,16 @@ from flwr.clientapp import ClientApp
 from fl.adapters import Adapter, from_records, pack, to_records
 from fl.client import LoRAClient, Site, open_client
 from fl.settings import FederatedSettings
-from fl.strategy import CONFIG, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
+from fl.strategy import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
 from lab.entry import compose_settings, log_to_stderr
+from lab.examples import MalformedData
 from lab.settings import UserError
 from lab.training import Diverged
 
 log = logging.getLogger(__name__)
+
+MAX_LOGGED = 100
+"""Malformed lines that a site's log names."""
 
 CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode
 
@@ -52,10 +57,15 @@ def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> Clie
 def guarded(message: Message, answer: Callable[[], Message]) -> Message:
     """What `answer` gives, or an error reply: the text of our own errors, of any other one its type and place only.
 
-    Our own errors name files, rules and figures; what stands in the text of a stranger's nobody knows.
+    Our own errors name files, rules and figures; what stands in the text of a stranger's nobody knows. Which lines are
+    malformed stays in the site's own log, too.
     """
     try:
         return answer()
+    except MalformedData as error:
+        reason = f"{error.summary} (named in the site's own log)"
+        for line in error.reasons[:MAX_LOGGED]:
+            log.error("%s", line)
     except (UserError, Diverged) as error:
         reason = " ".join(str(error).split())
     except Exception as error:  # the one place that can keep a site's text from leaving with it
@@ -68,13 +78,13 @@ def guarded(message: Message, answer: Callable[[], Message]) -> Message:
 def answer_train(message: Message, client: LoRAClient) -> Message:
     """Evaluates the adapter received, trains it, and answers with both."""
     received, index = from_records(message.content)
-    evaluation = evaluate_record(client, received)
+    about = site_records(client, received)
     adapter, figures = client.train(received, int(str(message.content.config_records[CONFIG][SERVER_ROUND])))
     content = to_records(pack(adapter, index), index)
     content[METRICS] = MetricRecord(
         {
             PARTITION: client.site.index,
-            WEIGHT: len(client.split.train),
+            WEIGHT: client.weight(client.split.train),
             "train_loss": figures.loss,
             "train_tokens": figures.tokens,
             "train_seconds": figures.seconds,
@@ -82,7 +92,7 @@ def answer_train(message: Message, client: LoRAClient) -> Message:
             "peak_rss_bytes": client.peak_rss_bytes(),
         }
     )
-    content[EVALUATE] = evaluation
+    content.update(about)
     return Message(content, reply_to=message)
 
 
@@ -90,7 +100,7 @@ def answer_evaluate(message: Message, client: LoRAClient) -> Message:
     """Evaluates the adapter received."""
     received, _ = from_records(message.content)
     metrics = MetricRecord({PARTITION: client.site.index})
-    return Message(RecordDict({METRICS: metrics, EVALUATE: evaluate_record(client, received)}), reply_to=message)
+    return Message(RecordDict({METRICS: metrics, **site_records(client, received)}), reply_to=message)
 
 
 def answer_query(message: Message, site: Site) -> Message:
@@ -98,12 +108,22 @@ def answer_query(message: Message, site: Site) -> Message:
     return Message(RecordDict({METRICS: MetricRecord({PARTITION: site.index})}), reply_to=message)
 
 
+def site_records(client: LoRAClient, received: Adapter) -> dict[str, MetricRecord]:
+    """What became of the site's lines and, unless it holds nothing out, how the received adapter does there."""
+    counts = {DATA: MetricRecord(asdict(client.split.counts))}
+    return counts | {EVALUATE: evaluate_record(client, received)} if client.split.held_out else counts
+
+
 def evaluate_record(client: LoRAClient, received: Adapter) -> MetricRecord:
     """The received adapter's loss on the client's held-out part."""
     begin = time.perf_counter()
     figures = client.evaluate(received)
     return MetricRecord(
-        {WEIGHT: figures.examples, "eval_loss": figures.loss, "eval_seconds": time.perf_counter() - begin}
+        {
+            WEIGHT: client.weight(client.split.held_out),
+            "eval_loss": figures.loss,
+            "eval_seconds": time.perf_counter() - begin,
+        }
     )
 
 

@@ -49,8 +49,15 @@ def _draw_loss(axes: Axes, states: Sequence[RoundFigures]) -> None:
         known = [(state.round, state.client_losses[client]) for state in states if client in state.client_losses]
         style = {"color": "0.75", "linewidth": 0.7} if crowd else {"linewidth": 1.2, "alpha": 0.8}
         axes.plot(*zip(*known), marker="" if crowd else ".", label=None if crowd else f"client {client}", **style)
-    everyone = [(state.round, state.eval_loss) for state in states]
-    axes.plot(*zip(*everyone), color="black", linewidth=2.5, marker="o", label="weighted mean")
+    everyone = [(state.round, state.eval_loss) for state in states if state.eval_loss is not None]
+    axes.plot(
+        [at for at, _ in everyone],
+        [mean for _, mean in everyone],
+        color="black",
+        linewidth=2.5,
+        marker="o",
+        label="weighted mean",
+    )
     axes.set(
         xlabel="round (0: before training)", ylabel="held-out loss (nats per token)", title="Loss: lower is better"
     )

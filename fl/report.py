@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fl.aggregation import MetricMean
 from fl.strategy import ClientRow, RoundReport, RunReport
+from lab.counts import Counts
 from lab.device import peak_rss_bytes
 
 
@@ -16,10 +18,12 @@ class RoundFigures:
     """The state after one round; round 0 is the state before the first."""
 
     round: int
-    eval_loss: float
-    """Held-out loss of this round's adapter, mean over clients weighted by held-out examples."""
+    eval_loss: float | None
+    """Held-out loss of this round's adapter, weighted mean over `eval_sites`; None when there are none."""
     client_losses: dict[int, float]
-    """The same per client."""
+    """Held-out loss per client that was asked and holds something out."""
+    eval_sites: list[int]
+    """Whose mean `eval_loss` is. The first and the last state have the same, so that they can be compared."""
     train_loss: float | None = None
     train_seconds: dict[int, float] = field(default_factory=dict)
     """Seconds that each client trained."""
@@ -36,15 +40,22 @@ class RoundFigures:
 
 def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures]:
     """States 0..R. Clients evaluate the adapter they receive, so a report speaks of the state before its round."""
-    losses = [report.evaluate["eval_loss"] for report in reports] + [run.evaluate["eval_loss"]]
-    clients = [_losses(report.clients) for report in reports] + [_losses(run.clients)]
-    states = [RoundFigures(round=0, eval_loss=losses[0], client_losses=clients[0])]
-    for report, loss, by_client in zip(reports, losses[1:], clients[1:], strict=True):
+    rows = [*(report.clients for report in reports), run.clients]
+    both = {_name(row) for row in _measured(rows[0])} & {_name(row) for row in _measured(rows[-1])}
+    sites = [{_name(row) for row in _measured(asked)} for asked in rows]
+    sites[0] = sites[-1] = both
+    states = [
+        RoundFigures(
+            round=0, eval_loss=mean_loss(rows[0], both), client_losses=_losses(rows[0]), eval_sites=sorted(both)
+        )
+    ]
+    for report, after, asked in zip(reports, rows[1:], sites[1:], strict=True):
         states.append(
             RoundFigures(
                 round=report.round,
-                eval_loss=loss,
-                client_losses=by_client,
+                eval_loss=mean_loss(after, asked),
+                client_losses=_losses(after),
+                eval_sites=sorted(asked),
                 train_loss=report.train["train_loss"],
                 train_seconds={_name(row): row.train["train_seconds"] for row in report.clients},
                 uplink_bytes=report.uplink_bytes,
@@ -73,6 +84,7 @@ def summary(
         "downlink_bytes_per_client_round": round(sum(state.downlink_bytes for state in rounds) / sent),
         "eval_loss_before": states[0].eval_loss,
         "eval_loss_after": states[-1].eval_loss,
+        "eval_sites": states[-1].eval_sites,
         "eval_loss_by_round": [state.eval_loss for state in rounds],
         "train_loss_by_round": [state.train_loss for state in rounds],
         "train_seconds": sum(sum(state.train_seconds.values()) for state in rounds),
@@ -84,8 +96,26 @@ def summary(
     }
 
 
+def mean_loss(rows: Sequence[ClientRow], sites: set[int]) -> float | None:
+    """Weighted mean of the held-out loss over those of `rows` that are of `sites`; None when there are none."""
+    mean = MetricMean()
+    for row in rows:
+        if _name(row) in sites:
+            mean.fold({"eval_loss": row.evaluate["eval_loss"]}, row.evaluate_weight)
+    return mean.means().get("eval_loss")
+
+
+def counts_of(rows: Sequence[ClientRow]) -> dict[str, Counts]:
+    """What became of the lines of each site that says so."""
+    return {str(_name(row)): row.counts for row in rows if row.counts is not None}
+
+
+def _measured(rows: Sequence[ClientRow]) -> list[ClientRow]:
+    return [row for row in rows if "eval_loss" in row.evaluate]
+
+
 def _losses(rows: Sequence[ClientRow]) -> dict[int, float]:
-    return {_name(row): row.evaluate["eval_loss"] for row in rows}
+    return {_name(row): row.evaluate["eval_loss"] for row in _measured(rows)}
 
 
 def _name(row: ClientRow) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from flwr.serverapp import Grid
 from fl.adapters import AdapterIndex
 from fl.checkpoint import AdapterFolders, BaseModel, load_adapter
 from fl.plots import draw_run
-from fl.report import RoundFigures, history, summary
+from fl.report import RoundFigures, counts_of, history, summary
 from fl.settings import FederatedSettings
 from fl.sizes import base_bytes
 from fl.strategy import RoundReport, WeightedFedAvg
+from lab.base_model import base_name, base_origin
+from lab.counts import Counts
 from lab.device import open_device, read_memory
 from lab.entry import Run
 from lab.environment import commit
+from lab.files import require_writable
 from lab.lora import fresh_adapter, lora_config
 from lab.models import load_config, model_identity
 from lab.settings import UserError
@@ -32,36 +35,38 @@ from lab.tracking import Tracker, progress
 
 log = logging.getLogger(__name__)
 
+MEASURED_PER_TRAINED = 8
+"""From here on, measuring costs a client more than training: an evaluated example takes about a third of the time."""
+
 
 def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]:
     """Runs all rounds over `grid` and returns the figures of the last line.
 
-    Raises RoundFailed or NodesMissing (fl/strategy.py); every finished round's adapter is on disk then.
+    Raises UserError where results cannot be written, RoundFailed or NodesMissing (fl/strategy.py); every finished
+    round's adapter is on disk then.
     """
     begin = time.perf_counter()
+    require_writable(place.folder)
     project, device = settings.project, open_device(settings.device)
     initial = first_adapter(settings)
     index = AdapterIndex.of(initial, project.wire_dtype)
     folders = adapter_folders(settings, place)
     written = [folders.write(0, initial, {})]
     reports: list[RoundReport] = []
+    sites = SiteLog(settings)
+    log.info("the mean is weighted by each client's number of %s", project.weighting.words)
     with Tracker(settings, "fed_learn", place.folder) as tracker:
         with progress("client reply", replies_expected(settings), settings.tracking.progress) as counter:
 
             def on_round(report: RoundReport) -> None:
-                card = {
-                    "train_loss": report.train["train_loss"],
-                    "eval_loss_before_round": report.evaluate["eval_loss"],
-                }
+                card = {"train_loss": report.train["train_loss"]}
+                card |= {f"{name}_before_round": report.evaluate[name] for name in ("eval_loss",) if report.evaluate}
                 written.append(folders.write(report.round, report.adapter, card))
                 reports.append(replace(report, adapter={}))  # the history keeps figures, no tensors
-                tracker.log(report.round, **row(report), server_rss_bytes=read_memory(device).rss_bytes)
-                log.info(
-                    "round %d of %d: held-out loss was %.4f",
-                    report.round,
-                    project.rounds,
-                    card["eval_loss_before_round"],
-                )
+                new = sites.add(counts_of(report.clients))
+                figures = row(report) | {"server_rss_bytes": read_memory(device).rss_bytes}
+                tracker.log(report.round, **figures, **({"sites": new} if new else {}))
+                log.info("round %d of %d: %s", report.round, project.rounds, describe_loss(report))
 
             run = strategy(settings, index).run(
                 grid,
@@ -72,10 +77,49 @@ def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]
                 on_round=on_round,
                 on_reply=counter.advance,
             )
-        figures = finish(settings, place, history(reports, run), index, written[-1])
+        sites.add(counts_of(run.clients))
+        figures = finish(settings, place, history(reports, run), index, written[-1], sites.counts)
         figures |= {"wall_seconds": time.perf_counter() - begin}
         tracker.result(figures)
     return figures
+
+
+class SiteLog:
+    """What became of the lines of each site, said once to whoever started the run; the numbers of all in `counts`."""
+
+    def __init__(self, settings: FederatedSettings) -> None:
+        self.counts: dict[str, Counts] = {}
+        self._settings = settings
+
+    def add(self, found: Mapping[str, Counts]) -> dict[str, Counts]:
+        """Those of the counts, by site, that are new or others than before; the log has them now."""
+        new = {name: counts for name, counts in found.items() if self.counts.get(name) != counts}
+        data = self._settings.project.data
+        for name, counts in new.items():
+            log.info("client %s: %s", name, counts.line())
+            for warning in counts.warnings(data.sequence_length):
+                log.warning("client %s: %s", name, warning)
+            if not counts.examples_held_out:
+                log.warning("client %s holds nothing out (project.data.held_out_fraction): it is not measured", name)
+        self._say_what_measuring_costs(new)
+        self.counts |= new
+        return new
+
+    def _say_what_measuring_costs(self, new: Mapping[str, Counts]) -> None:
+        project = self._settings.project
+        trained = project.local_steps * project.optimization.batch_size * project.optimization.accumulation
+        most = max((counts.examples_held_out for counts in new.values()), default=0)
+        if most > MEASURED_PER_TRAINED * trained:
+            line = "a client measures up to %d held-out examples a round and trains on %d: %s caps the former"
+            log.info(line, most, trained, "project.data.max_held_out")
+
+
+def describe_loss(report: RoundReport) -> str:
+    """The held-out loss that a round began with, and over how many of its clients."""
+    measured = sum(row.evaluate_weight > 0 for row in report.clients)
+    if not measured:
+        return "no client that was asked holds anything out"
+    return f"held-out loss was {report.evaluate['eval_loss']:.4f} over {measured} clients"
 
 
 def replies_expected(settings: FederatedSettings) -> int:
@@ -98,9 +142,14 @@ def row(report: RoundReport) -> dict[str, Any]:
 
 
 def finish(
-    settings: FederatedSettings, place: Run, states: Sequence[RoundFigures], index: AdapterIndex, adapter: Path
+    settings: FederatedSettings,
+    place: Run,
+    states: Sequence[RoundFigures],
+    index: AdapterIndex,
+    adapter: Path,
+    sites: Mapping[str, Counts],
 ) -> dict[str, Any]:
-    """Draws the picture and returns what `states` say for the last line."""
+    """Draws the picture and returns what `states` and the counts of the sites say for the last line."""
     project = settings.project
     how = "central" if project.baseline.name == "central" else f"{project.num_clients} clients"
     title = (
@@ -113,6 +162,8 @@ def finish(
         "dtype": settings.model.dtype.name,
         "baseline": project.baseline.name,
         "num_clients": project.num_clients,
+        "weighting": project.weighting.name,
+        "sites": sites,
         **summary(states, index.tensor_bytes, adapter, [picture]),
     }
 
@@ -156,10 +207,13 @@ def adapter_folders(settings: FederatedSettings, place: Run) -> AdapterFolders:
         base=base_model(settings),
         data_source=project.data.source.name,
         num_clients=project.num_clients,
+        weighting=project.weighting.words,
         commit=commit() or "unknown",
     )
 
 
 def base_model(settings: FederatedSettings) -> BaseModel:
     """What an adapter of this run belongs to."""
-    return BaseModel(name=settings.model.repo or settings.model.name, digest=model_identity(settings.model))
+    return BaseModel(
+        name=base_name(settings.model), digest=model_identity(settings.model), origin=base_origin(settings.model)
+    )

@@ -55,6 +55,20 @@ class WireDtype(Enum):
         return self.numpy.itemsize
 
 
+class Weighting(Enum):
+    """What a client's adapter and its held-out loss weigh in the mean."""
+
+    examples = "examples"
+    """Its examples: each dialogue counts the same, however long its answers are (FedAvg as published)."""
+    answer_tokens = "answer_tokens"
+    """The tokens that its loss counts: the mean loss is that of all tokens together."""
+
+    @property
+    def words(self) -> str:
+        """As a sentence has it."""
+        return self.value.replace("_", " ")
+
+
 class Baseline(Enum):
     """`central`: the same number of steps on the union of the clients' data in one place, to compare with."""
 
@@ -74,6 +88,7 @@ class FederatedProjectSettings:
     fraction: float
     """Share of the clients that train in a round (chosen by seed and round); 1.0: all."""
     partition_by: PartitionBy
+    weighting: Weighting
     wire_dtype: WireDtype
     proximal_mu: float
     """FedProx (arXiv 1812.06127): mu / 2 * |w - w_global|^2 added to the loss; 0: plain FedAvg."""

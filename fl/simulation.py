@@ -25,7 +25,9 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fl import worker_log
 from fl.checkpoint import latest_adapter
+from fl.client import read_all
 from fl.client_app import make_client_app
 from fl.partition import client_documents
 from fl.server import first_adapter, serve
@@ -35,7 +37,9 @@ from fl.strategy import NodesMissing, RoundFailed
 from lab import entry
 from lab.data import open_source
 from lab.device import check_dtype, open_device
-from lab.models import quantization_config
+from lab.files import require_writable
+from lab.models import load_tokenizer_only, quantization_config
+from lab.settings import DataSource
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +53,9 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     Raises what the server raises, SystemExit with one line (exit code 1) when the clients cannot go on, and
     KeyboardInterrupt after Ctrl+C, when every worker has ended.
     """
+    require_writable(place.folder)
     check(settings)
+    warnings = place.folder / worker_log.FILE
     # A long-lived worker that loads and trains in turn otherwise keeps much of what it freed (glibc's arenas). A low
     # MALLOC_TRIM_THRESHOLD_ would give back more, and double a step of SmolLM2 in 4 bits: every tensor is fresh pages.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
@@ -61,12 +67,16 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     def work(grid: Grid, context: Context) -> None:
         figures.update(serve(StoppableGrid(grid, stop), settings, place))
 
+    def in_worker(context: Context) -> FederatedSettings:
+        worker_log.send_warnings(warnings)
+        return settings
+
     ray_output = UntilEnding(lambda: stop.is_set() or bool(figures))
-    with quiet_flower(), redirect_stdout(ray_output), interruptible(stop):
+    with quiet_flower(), redirect_stdout(ray_output), interruptible(stop), worker_log.warnings_from(warnings):
         try:
             run_simulation(
                 make_server_app(work),
-                make_client_app(lambda context: settings),
+                make_client_app(in_worker),
                 num_supernodes=settings.project.num_clients,
                 backend_config=backend(settings),
             )
@@ -84,7 +94,10 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
 def check(settings: FederatedSettings) -> None:
     """UserError now for what clients or server would run into later: data, model, adapter, device."""
     project = settings.project
-    client_documents(open_source(project.data), 0, project.num_clients, project.partition_by, settings.seed)
+    if project.data.source is DataSource.python_stdlib:  # it has no malformed line, and takes seconds to read
+        client_documents(open_source(project.data), 0, project.num_clients, project.partition_by, settings.seed)
+    else:
+        read_all(settings, load_tokenizer_only(settings.model))
     device = open_device(settings.device)
     quantization_config(settings.model, device, check_dtype(device, settings.model.dtype))
     first_adapter(settings)

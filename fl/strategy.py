@@ -1,14 +1,15 @@
-"""Federated averaging of LoRA adapters, weighted by dataset size: the server's side of a round.
+"""Federated averaging of LoRA adapters, weighted as the clients say: the server's side of a round.
 
 Knows nothing about models, data or settings files. A reply is checked and folded in when it arrives, and not kept.
 
 One message a client a round. The server sends the adapter (records ARRAYS and INDEX of `fl.adapters`) and CONFIG (the
 caller's values and SERVER_ROUND). A client answers
-    a train message with the adapter it trained (ARRAYS, INDEX), METRICS (WEIGHT = its number of training examples,
-        PARTITION, figures of the training) and, if it has a held-out part, EVALUATE (WEIGHT = its number of held-out
-        examples, figures of the adapter it *received*);
-    an evaluate message with EVALUATE, and METRICS (PARTITION) if it likes;
-    a query message (sent only when `fraction` < 1) with METRICS (PARTITION).
+    a train message with the adapter it trained (ARRAYS, INDEX), METRICS (WEIGHT = its training examples or their answer
+        tokens, PARTITION, figures of the training) and, if it has a held-out part, EVALUATE (WEIGHT = the same of that
+        part, figures of the adapter it *received*);
+    an evaluate message with EVALUATE if it has a held-out part, and METRICS (PARTITION) if it likes;
+    a query message (sent only when `fraction` < 1) with METRICS (PARTITION);
+    the first two with DATA if it likes: `lab.counts.Counts`, what became of its lines, in whole numbers.
 
 The global adapter is what travels: with bfloat16 on the wire the mean is rounded to bfloat16 at the end of each round.
 """
@@ -40,11 +41,13 @@ from fl.adapters import (
     unpack,
 )
 from fl.aggregation import MAX_REPLIES, ExactMean, MetricMean, check_weight
+from lab.counts import Counts
 
 CONFIG = "config"
 METRICS = "metrics"
 EVALUATE = "evaluate"
-WEIGHT = "num-examples"
+DATA = "data"
+WEIGHT = "weight"
 PARTITION = "partition-id"
 SERVER_ROUND = "server-round"
 
@@ -83,14 +86,16 @@ class ClientRow:
 
     node_id: int
     partition_id: int | None
-    train_examples: int
+    train_weight: int
     """Weight of its adapter; 0 in an evaluation-only row."""
-    evaluate_examples: int
+    evaluate_weight: int
     """Weight of its held-out figures; 0 when it reported none."""
     train: dict[str, float]
     evaluate: dict[str, float]
     uplink_bytes: int
     """Its reply as Flower serialises it; 0 under Flower's own `start()`, which does not look."""
+    counts: Counts | None = None
+    """What became of its lines; None when it does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,18 +211,19 @@ class RoundFold:
         row = ClientRow(
             node_id=node_id,
             partition_id=_partition(train.pop(PARTITION, None)),
-            train_examples=_take_weight(METRICS, train) if self._mean else 0,
-            evaluate_examples=_take_weight(EVALUATE, evaluate) if evaluate or not self._mean else 0,
+            train_weight=_take_weight(METRICS, train) if self._mean else 0,
+            evaluate_weight=_take_weight(EVALUATE, evaluate) if evaluate else 0,
             train=_finite(METRICS, train),
             evaluate=_finite(EVALUATE, evaluate),
             uplink_bytes=uplink_bytes,
+            counts=_counts(_metrics(content, DATA)),
         )
         if self._mean:
             self._check_index(content)
-            self._mean.fold(to_float32(packed_from(content, self._index), self._index), row.train_examples)
-            self._train.fold(row.train, row.train_examples)
-        if row.evaluate_examples:
-            self._evaluate.fold(row.evaluate, row.evaluate_examples)
+            self._mean.fold(to_float32(packed_from(content, self._index), self._index), row.train_weight)
+            self._train.fold(row.train, row.train_weight)
+        if row.evaluate_weight:
+            self._evaluate.fold(row.evaluate, row.evaluate_weight)
         return row
 
     def _check_index(self, content: RecordDict) -> None:
@@ -226,7 +232,7 @@ class RoundFold:
 
 
 class WeightedFedAvg(Strategy):
-    """The mean of the clients' LoRA tensors weighted by their number of examples (FedAvg, arXiv:1602.05629), exact.
+    """The mean of the clients' LoRA tensors, weighted by what they say (FedAvg, arXiv:1602.05629), exact.
 
     `run` is its own round loop. The `configure_*` and `aggregate_*` methods use the same fold, so that Flower's
     `start()` and its wrappers work too and give the same bytes. (The wrappers for differential privacy want a float32
@@ -264,6 +270,7 @@ class WeightedFedAvg(Strategy):
         self.poll_seconds = poll_seconds
         self._partitions: dict[int, int] = {}
         self._asked: list[Message] = []
+        self._first_asked: list[int] = []
         self._on_reply: Callable[[str], None] = lambda line: None
 
     def run(
@@ -277,18 +284,19 @@ class WeightedFedAvg(Strategy):
         on_round: Callable[[RoundReport], None],
         on_reply: Callable[[str], None] = lambda line: None,
     ) -> RunReport:
-        """Run all rounds, then evaluate the last adapter.
+        """Run all rounds, then evaluate the last adapter at the nodes of round 1, which evaluated the first one.
 
         `on_round` is called after every round, to write it down; `on_reply` with one line for every client asked, as
         soon as it has answered or was counted out, to show progress.
 
         Raises NodesMissing, and RoundFailed when a round (or the last evaluation) has no good reply.
         """
-        packed = pack(initial, self.index)
+        packed, self._first_asked = pack(initial, self.index), []
         self._on_reply = on_reply
         self.summary()
         for server_round in range(1, num_rounds + 1):
             packed, report = self._train_round(grid, server_round, packed, train_config)
+            self._first_asked = self._first_asked or [message.metadata.dst_node_id for message in self._asked]
             on_round(report)
         fold = self._evaluate_round(grid, num_rounds, packed, evaluate_config)
         return RunReport(
@@ -303,7 +311,7 @@ class WeightedFedAvg(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The round's train messages, one for each node drawn."""
-        return self._messages(MessageType.TRAIN, server_round, arrays, config, grid)
+        return self._messages(MessageType.TRAIN, server_round, arrays, config, self._draw(grid, server_round))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -318,7 +326,7 @@ class WeightedFedAvg(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The round's evaluate messages, to the nodes that this round trained."""
-        return self._messages(MessageType.EVALUATE, server_round, arrays, config, grid)
+        return self._messages(MessageType.EVALUATE, server_round, arrays, config, self._draw(grid, server_round))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Weighted means of the held-out figures; RoundFailed when no reply is good."""
@@ -367,13 +375,15 @@ class WeightedFedAvg(Strategy):
     def _evaluate_round(self, grid: Grid, server_round: int, packed: Packed, config: ConfigValues) -> RoundFold:
         arrays, values = to_array_record(packed), ConfigRecord(dict(config))
         fold = RoundFold(self.index, trains=False)
-        self._exchange(grid, list(self.configure_evaluate(server_round, arrays, values, grid)), fold)
+        there = set(grid.get_node_ids())
+        nodes = [node_id for node_id in self._first_asked if node_id in there] or self._draw(grid, server_round)
+        self._exchange(grid, self._messages(MessageType.EVALUATE, server_round, arrays, values, nodes), fold)
         if not fold.rows:
             raise RoundFailed("evaluate", server_round, unpack(packed, self.index), fold.refused)
         return fold
 
     def _messages(
-        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int]
     ) -> list[Message]:
         content = RecordDict(
             {
@@ -382,7 +392,6 @@ class WeightedFedAvg(Strategy):
                 CONFIG: ConfigRecord({**config, SERVER_ROUND: server_round}),
             }
         )
-        nodes = self._draw(grid, server_round)
         self._asked = [self._message(content, node_id, kind, server_round) for node_id in nodes]
         return self._asked
 
@@ -502,6 +511,13 @@ def _metrics(content: RecordDict, name: str) -> dict[str, object]:
     """A copy of one MetricRecord; empty when there is none."""
     record = content.get(name)  # not content.metric_records: see fl.adapters.packed_from
     return {**record} if isinstance(record, MetricRecord) else {}
+
+
+def _counts(numbers: dict[str, object]) -> Counts | None:
+    try:
+        return Counts.checked(numbers) if numbers else None
+    except ValueError as error:
+        raise ValueError(f"{DATA}.{error}") from error
 
 
 def _partition(value: object) -> int | None:

@@ -71,9 +71,10 @@ class AdapterFolder:
 
     def config(self) -> LoraConfig:
         """PEFT's config, a new one each time: PEFT writes into it."""
+        known = {name: copy.deepcopy(value) for name, value in self.fields.items() if name in _types()}
         try:
             with _said_once(self.setting):
-                return LoraConfig(**copy.deepcopy(dict(self.fields)) | {"inference_mode": True})
+                return LoraConfig(**known | {"inference_mode": True})
         except Exception as error:  # PEFT's checks raise a dozen kinds
             raise self.misfit(_one_line(error)) from None
 
@@ -317,7 +318,7 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def _is_here(model: torch.nn.Module, name: str) -> bool:
     """Whether a slice has the place of a module or tensor of the whole model."""
-    if hasattr(model, "cut") and not cut_of(model).owns(name):
+    if hasattr(model, "cut") and not cut_of(model).owns(f"{name}."):  # the dot: it may be a module's name
         return False
     module = model
     for part in name.split("."):

@@ -6,21 +6,22 @@ text is opened only by whoever reads that document.
 
 from __future__ import annotations
 
-import json
+import codecs
 import logging
 import os
 import sysconfig
 import tokenize
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import BinaryIO, Protocol
 
+from lab.records import MalformedRecord, Record, Text, bad_byte, parse_line, parse_row
 from lab.settings import DataSettings, DataSource, UserError
 
 log = logging.getLogger(__name__)
 
-ROLES = ("system", "user", "assistant", "tool")
 TEXT_SUFFIXES = (
     ".txt",
     ".md",
@@ -53,33 +54,6 @@ class Document:
     """Where the source finds it: first byte of the line (jsonl), row (hub)."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """Plain text: every token counts."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a dialogue."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """Turns of which only the assistant's answers count."""
-
-    messages: tuple[Message, ...]
-    name: str
-    """The document it came from."""
-
-
-Record = Text | Dialogue
-
-
 class Source(Protocol):
     """Where text comes from."""
 
@@ -88,7 +62,7 @@ class Source(Protocol):
         ...
 
     def read(self, document: Document) -> Iterator[Record]:
-        """The records of one document; UserError with document, key, rule and value when it is malformed."""
+        """The records of one document; MalformedRecord with its name, key, rule and value when it is malformed."""
         ...
 
 
@@ -154,20 +128,18 @@ class TextFolder:
         return found
 
     def read(self, document: Document) -> Iterator[Record]:
-        """One text; UserError when it is not UTF-8."""
-        with (self._root / document.name).open(encoding="utf-8-sig") as file:
-            try:
-                yield Text(file.read())
-            except UnicodeDecodeError as error:
-                raise UserError(f"{document.name} must be UTF-8 text, got {_bad_byte(error)}") from None
+        """One text; MalformedRecord when it is not UTF-8."""
+        with _opened(self._root / document.name) as file:
+            content = file.read()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise MalformedRecord(f"{document.name} must be UTF-8 text, got {bad_byte(error)}") from None
+        yield Text(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 class JsonLines:
-    """A JSONL file: each line that is not blank is one document and one unit.
-
-    A line has "prompt" and "response", or "messages" (each with "role" and "content"), or "text"; other keys are
-    metadata that nobody reads.
-    """
+    """A JSONL file: each line that is not blank is one document and one unit, of a format of `lab.records`."""
 
     def __init__(self, path: Path) -> None:
         _require(path.is_file(), "path", "a JSONL file", path)
@@ -176,9 +148,10 @@ class JsonLines:
     def documents(self) -> list[Document]:
         """Every line that is not blank, found by its line end, not parsed."""
         found, position = [], 0
-        with self._path.open("rb") as file:
+        with _opened(self._path) as file:
             for number, line in enumerate(file, start=1):
-                if size := len(line.strip()):
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if size := len(text.strip()):
                     name = f"{self._path}:{number}"
                     found.append(Document(name=name, unit=name, size_bytes=size, position=position))
                 position += len(line)
@@ -186,19 +159,11 @@ class JsonLines:
         return found
 
     def read(self, document: Document) -> Iterator[Record]:
-        """One record; UserError with file:line, key, rule and value when the line is malformed."""
-        with self._path.open("rb") as file:
+        """One record; MalformedRecord with file:line, key, rule and value when the line is malformed."""
+        with _opened(self._path) as file:
             file.seek(document.position)
             line = file.readline()
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{document.name} must be UTF-8 text, got {_bad_byte(error)}") from None
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{document.name} must be one JSON object, got: {error.msg} at column {error.colno}"
-            ) from None
-        yield parse_row(row, document.name)
+        yield parse_line(line, document.name)
 
 
 class HubDataset:
@@ -229,65 +194,19 @@ class HubDataset:
         return [Document(name=name, unit=name, size_bytes=1, position=row) for row, name in enumerate(names)]
 
     def read(self, document: Document) -> Iterator[Record]:
-        """One record; UserError with repo:row, key, rule and value when the row has not the keys of a JSONL line."""
+        """One record; MalformedRecord with repo:row, key, rule and value when its keys are not those of a line."""
         yield parse_row(self._rows[document.position], document.name)
 
 
-def parse_row(row: Any, name: str) -> Record:
-    """The record that a JSON value holds; UserError with `name`, key, rule and value when it holds none.
-
-    Values that may be somebody's text are described, not quoted: messages like these end up in logs.
-    """
-    _require_row(isinstance(row, dict), name, "be a JSON object", row)
-    if "messages" in row:
-        return Dialogue(_parse_messages(row["messages"], name), name)
-    if "prompt" in row and "response" in row:
-        prompt, response = _parse_text(row, "prompt", name), _parse_text(row, "response", name)
-        return Dialogue((Message("user", prompt), Message("assistant", response)), name)
-    rule = 'have "prompt" and "response", or "messages", or "text"'
-    if "text" not in row:
-        raise UserError(f"{name} must {rule}, got the keys {sorted(map(str, row))[:8]}")
-    return Text(_parse_text(row, "text", name))
-
-
-def _parse_messages(messages: Any, name: str) -> tuple[Message, ...]:
-    _require_row(
-        isinstance(messages, list) and bool(messages), f"{name} messages", "be a list that is not empty", messages
-    )
-    return tuple(_parse_message(message, f"{name} messages[{index}]") for index, message in enumerate(messages))
-
-
-def _parse_message(message: Any, name: str) -> Message:
-    _require_row(isinstance(message, dict), name, "be an object with role and content", message)
-    role = message.get("role")
-    if role not in ROLES:
-        value = repr(role[:32]) if isinstance(role, str) else _kind(role)
-        raise UserError(f"{name}.role must be one of {', '.join(ROLES)}, got {value}")
-    _require_row(isinstance(message.get("content"), str), f"{name}.content", "be text", message.get("content"))
-    return Message(role, message["content"])
-
-
-def _parse_text(row: dict[str, Any], key: str, name: str) -> str:
-    value = row[key]
-    _require_row(isinstance(value, str) and bool(value), f"{name} {key}", "be text that is not empty", value)
-    return str(value)
-
-
-def _require_row(holds: bool, name: str, rule: str, value: Any) -> None:
-    if not holds:
-        raise UserError(f"{name} must {rule}, got {_kind(value)}")
-
-
-def _kind(value: Any) -> str:
-    """What `value` is, without saying what stands in it."""
-    if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value)
-    kind = {"str": "text", "list": "a list", "dict": "an object"}.get(type(value).__name__)
-    return f"{kind} of length {len(value)}" if kind else type(value).__name__
-
-
-def _bad_byte(error: UnicodeDecodeError) -> str:
-    return f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file of the person's own, to be read; UserError when it cannot be."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"project.data.path must be readable, got {str(path)!r} ({error.strerror})") from None
+    with file:
+        yield file
 
 
 def _require(holds: bool, key: str, rule: str, value: object) -> None:

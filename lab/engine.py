@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from lab.context import longest_text
 from lab.engine_kind import EngineKind
+from lab.first_fault import first_faults
 from lab.kv import CacheFull, ExactShape, SlotCache, check_attention, layer_shapes
 from lab.not_finite import NotFinite
 from lab.sampling import Sampling, choose, mix64, nll
@@ -74,6 +75,7 @@ class TargetStep:
 
 
 NOTHING = TargetStep([], [], [], [])
+_UNREAD_FAULT = TargetStep([], [], [], [], "the hidden states hold NaN or infinity")
 
 
 class Session:
@@ -89,6 +91,8 @@ class Session:
         self.step: TargetStep | None = None
         """The outcome of the latest extend; right after `open` that of the prompt. None when the prompt was empty."""
         self.closed = False
+        self.fault = ""
+        """Where NaN or infinity came up: what the engine holds of it is spoilt, and it can only be closed."""
         self._engine = engine
         self._position = 0
 
@@ -107,6 +111,7 @@ class Session:
         """For engines: the ids are held now, and this is what came of them. Fills in ``nll[0]`` where it is known."""
         if step.nll and math.isnan(step.nll[0]):
             step = replace(step, nll=[self._own_nll(ids[0]), *step.nll[1:]])
+        self.fault = self.fault or step.fault
         self._position += len(ids)
         self._first_next = self._position - len(step.next_ids) + 1
         self.step = step
@@ -184,6 +189,8 @@ def check_requests(engine: Engine, requests: Sequence[Request]) -> None:
     for session, ids in requests:
         if session.closed:
             raise ValueError(f"session must be open, got one closed at position {session.position}")
+        if session.fault:
+            raise ValueError(f"session must be sound, got one that met NaN or infinity: {session.fault}")
         if not ids:
             raise ValueError(f"ids must not be empty, got none at position {session.position}")
         if session.position + len(ids) > engine.context:
@@ -271,6 +278,8 @@ class _Run:
     ids: Sequence[int]
     step: TargetStep = NOTHING
     before_V: Tensor | None = None
+    is_located: bool = False
+    """Whether the step's fault says where it began."""
 
 
 @dataclass(frozen=True)
@@ -400,6 +409,7 @@ class LocalEngine:
             pieces = [_Piece(run, start, run.ids[start:end]) for run in runs if run.ids[start:]]
             for group in together(pieces, math.inf if self._exact_rows else SWEEP_ROWS):
                 self._pass(group, want)
+                self._find_faults(group)
         return check_finite([run.session.advance(run.ids, run.step) for run in runs])
 
     def close(self, session: Session) -> None:
@@ -421,7 +431,10 @@ class LocalEngine:
         """Run some pieces together, and read the rows of logits that are asked for."""
         read = [want == "all" or piece.is_last for piece in pieces]
         if not any(read) and not self._exact_rows:
-            self._forward(self._model.get_decoder(), pieces)
+            rows, output = self._forward(self._model.get_decoder(), pieces)
+            for piece, row in zip(pieces, rows, strict=True):
+                if not bool(output.last_hidden_state[row, : len(piece.ids)].isfinite().all()):
+                    piece.run.step = piece.run.step.then(_UNREAD_FAULT)
             return
         # Exact shapes fix the rows of the head, too.
         steps = None if want == "all" or self._exact_rows else sorted({len(piece.ids) - 1 for piece in pieces})
@@ -433,6 +446,18 @@ class LocalEngine:
         for (piece, _), block, step in zip(wanted, blocks, read_steps(blocks, want), strict=True):
             piece.run.step = piece.run.step.then(step)
             piece.run.before_V = block.logits_KV[-1].clone()
+
+    def _find_faults(self, pieces: Sequence[_Piece]) -> None:
+        """Where a pass gave NaN or infinity, say which position was the first of its text."""
+        if all(piece.run.is_located or not piece.run.step.fault for piece in pieces):
+            return
+        with first_faults(self._exact_rows or max(len(piece.ids) for piece in pieces)) as found:
+            rows, _ = self._forward(self._model, pieces)
+        for piece, row in zip(pieces, rows, strict=True):
+            if piece.run.step.fault and not piece.run.is_located and row in found:
+                fault = f"the hidden states of position {piece.position + found[row]} hold NaN or infinity"
+                piece.run.step = replace(piece.run.step, fault=fault)
+            piece.run.is_located = bool(piece.run.step.fault)
 
     def _forward(self, model: Any, pieces: Sequence[_Piece], **options: Any) -> tuple[list[int], Any]:
         """Run the model, or only its decoder, over the pieces. Returns the batch row of each and the model's output."""

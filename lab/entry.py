@@ -29,8 +29,18 @@ from lab.architecture import as_described
 from lab.environment import describe_environment
 from lab.explain import explain
 from lab.files import write_whole
+from lab.not_finite import NotFinite
 from lab.settings import Dtype, LabSettings, UserError, digest, to_plain, to_settings
 from lab.tracking import finite
+
+
+class Unfinished(Exception):
+    """A run ended before its end; what it has so far is kept. The last line then says `status: failed`."""
+
+    def __init__(self, why: str, code: int, figures: dict[str, Any]) -> None:
+        super().__init__(why)
+        self.code, self.figures = code, figures
+
 
 Settings = TypeVar("Settings", bound=LabSettings)
 
@@ -63,13 +73,22 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing its own page
     log_to_stderr()
 
+    began = False
+
     def task(config: DictConfig) -> None:
+        nonlocal began
+        began = True
         place = Run(Path(HydraConfig.get().runtime.output_dir).absolute())
         try:
             settings = settle(config, settings_type)
             finish(run(settings, place), settings, place)
+        except Unfinished as error:
+            finish({"status": "failed", "error": str(error), **error.figures}, settings, place)
+            leave(error.code, str(error))
         except UserError as error:  # here and not outside, where Hydra has put a line of its own before ours
             leave(2, str(error))
+        except NotFinite as error:
+            leave(1, str(error))
 
     try:
         sys.argv[1:] = literal_prompt(sys.argv[1:])
@@ -78,6 +97,11 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
         leave(2, str(error))
     except HydraException as error:
         leave(2, explain(error))
+    except OSError as error:  # Hydra makes the run folder before it calls us
+        if began:
+            raise
+        where = error.filename or "the run folder"
+        leave(2, f"hydra.run.dir must be a folder that can be written, got {str(where)!r} ({error.strerror})")
     except KeyboardInterrupt:
         leave(130, "interrupted")
     raise SystemExit(0)

@@ -1,6 +1,6 @@
 """How records become examples: token ids, which of them the loss counts, held-out parts, batches.
 
-Knows nothing about where a record comes from, about clients or models.
+Knows nothing about clients or models.
 
 Shapes: B examples in a batch, T tokens (the longest example of the batch).
 """
@@ -10,17 +10,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
+from unicodedata import combining
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from lab.data import Dialogue, Record, Text
+from lab.chat import Chat, Piece
+from lab.counts import Counts
+from lab.data import Document, Source
+from lab.records import Dialogue, MalformedRecord, Record, Text
 from lab.settings import UserError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and only names are needed here
@@ -31,6 +35,9 @@ log = logging.getLogger(__name__)
 IGNORED = -100
 """Label of a position that does not count, as torch and transformers have it."""
 
+MAX_NAMED = 3
+"""Malformed lines that an error message names; it says how many more there are."""
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
@@ -39,6 +46,8 @@ class Example:
     ids_T: NDArray[np.int32]
     counted_T: NDArray[np.bool_]
     """True where the token is predicted in the loss. Position 0 has nothing before it and never counts."""
+    key: str | None = None
+    """Examples with the same key are on the same side of a split; None: those with the same tokens."""
 
     @property
     def targets(self) -> int:
@@ -52,6 +61,15 @@ class Split:
 
     train: list[Example]
     held_out: list[Example]
+    """May be empty."""
+    counts: Counts
+
+    def with_something_to_train_on(self, sequence_length: int) -> Split:
+        """The split itself; UserError when all of it is held out, skipped or masked."""
+        if not self.train:
+            got = "; ".join([self.counts.line(), *self.counts.warnings(sequence_length)])
+            raise UserError(f"project.data must give each reader an example to train on, got {got}")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,113 +91,143 @@ class Batch:
 
 
 def examples(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> list[Example]:
-    """Records as token ids with the mask of what the loss counts.
-
-    A text becomes windows of `sequence_length` that do not overlap, with the end-of-text token behind it; all of it
-    counts. A last window of a single token has nothing to predict and is left out. A dialogue becomes one example, cut
-    at its end, in which only the assistant's answers count, each up to and with the token that ends it.
-
-    Dialogues of which no answer is left, and answers that the chat template does not keep as it would generate them
-    (some drop the reasoning of earlier turns), are counted in one warning each. UserError when a dialogue does not suit
-    the template.
-    """
-    found: list[Example] = []
-    empty = uncounted = 0
-    for record in records:
-        if isinstance(record, Text):
-            found += _windows(record.text, tokenizer, sequence_length)
-            continue
-        example, lost = _dialogue(record, tokenizer, sequence_length)
-        uncounted += lost
-        if example.targets:
-            found.append(example)
-        else:
-            empty += 1
-    if empty:
-        log.warning("%d dialogues skipped: no answer within the first %d tokens", empty, sequence_length)
-    if uncounted:
-        log.warning("%d answers not counted in the loss: the chat template rewrites them later on", uncounted)
+    """All examples of `records` (see `ExampleReader`); what a person should know of them is a warning each."""
+    reader = ExampleReader(tokenizer, sequence_length)
+    found = [example for record in records for example in reader.examples(record)]
+    for warning in reader.counts.warnings(sequence_length):
+        log.warning("%s", warning)
     return found
 
 
-def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
-    ids = _opening(tokenizer) + _encode(tokenizer, text)
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    ids_T = np.asarray(ids, dtype=np.int32)
-    for start in range(0, len(ids_T) - 1, length):
-        window = ids_T[start : start + length]
-        if len(window) > 1:
-            yield Example(window, np.ones(len(window), dtype=np.bool_))
+class MalformedData(UserError):
+    """Lines that cannot be learnt from; the text names the first few. `reasons` holds one line for each.
 
-
-def _dialogue(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[Example, int]:
-    """The example, and how many answers the template did not let us count."""
-    if tokenizer.chat_template:
-        pieces, lost = _template_pieces(dialogue, tokenizer)
-        ids, counted = _join(pieces, tokenizer, opening=[])
-    else:
-        pieces, lost = _plain_pieces(dialogue, tokenizer), 0
-        ids, counted = _join(pieces, tokenizer, _opening(tokenizer))
-    return Example(np.asarray(ids[:length], dtype=np.int32), np.asarray(counted[:length], dtype=np.bool_)), lost
-
-
-Piece = tuple[str, bool]
-"""A stretch of a dialogue's text, and whether it is an answer."""
-
-
-def _plain_pieces(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """Without a chat template: a prompt, a newline, an answer, the end-of-text token."""
-    end = str(tokenizer.eos_token or "")
-    turns = (message.role == "assistant" for message in dialogue.messages)
-    return [(m.content + (end if answer else "\n"), answer) for m, answer in zip(dialogue.messages, turns)]
-
-
-def _template_pieces(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Piece], int]:
-    """An answer is what the template adds to the text that it would have given the model to generate from.
-
-    So nothing here knows a template. An answer that the whole dialogue shows differently is not one that a model would
-    have to give there: it does not count, and the second value says how many those are.
+    `summary` has no more than their number: what may be told to others than the owner of the data.
     """
-    messages = [asdict(message) for message in dialogue.messages]
 
-    def render(count: int, generate: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=generate))
-        except TemplateError as error:
-            raise UserError(f"{dialogue.name} must suit the model's chat template, got: {error}") from None
+    def __init__(self, malformed: Sequence[MalformedRecord], lines: int) -> None:
+        self.malformed, self.lines = list(malformed), lines
+        self.reasons = [" ".join(str(record).split()) for record in malformed]
+        rest = len(self.reasons) - MAX_NAMED
+        super().__init__(
+            "; ".join(self.reasons[:MAX_NAMED]) + (f"; and {rest} more malformed lines" if rest > 0 else "")
+        )
 
-    whole = render(len(messages))
-    pieces: list[Piece] = []
-    done = lost = 0
-    # An opening message of the assistant answers nothing.
-    for index in (i for i, message in enumerate(dialogue.messages) if i and message.role == "assistant"):
-        before, through = render(index, generate=True), render(index + 1)
-        if not (whole.startswith(through) and through.startswith(before)):
-            lost += 1
-            continue
-        pieces += [(whole[done : len(before)], False), (whole[len(before) : len(through)], True)]
-        done = len(through)
-    return [*pieces, (whole[done:], False)], lost
+    @property
+    def summary(self) -> str:
+        """How many lines, without saying which or what is in them."""
+        return (
+            f"project.data must hold lines that can be learnt from, got {len(self.reasons)} of {self.lines} malformed"
+        )
 
 
-def _join(
-    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, opening: list[int]
-) -> tuple[list[int], list[bool]]:
-    """Token ids of all pieces and whether each counts.
+class ExampleReader:
+    """Records as token ids with the mask of what the loss counts; `counts` says what became of them so far.
 
-    Where a prompt ends a token ends, as when the model generates: the ids are those of the whole text as long as they
-    begin with those of the text so far, and where a token would straddle the boundary the new piece is tokenized alone.
+    A text becomes windows of `sequence_length` that do not overlap, with the end-of-text token behind it; all of it
+    counts. A last window of a single token has nothing to predict and is left out. A dialogue becomes one example for
+    each text of `Chat.sequences`, cut at its end, in which only the assistant's answers count, each up to and with the
+    token that ends it.
     """
-    ids, counted, text = list(opening), [False] * len(opening), ""
-    for piece, counts in pieces:
-        text += piece
-        whole = opening + _encode(tokenizer, text)
-        new = whole[len(ids) :] if whole[: len(ids)] == ids else _encode(tokenizer, piece)
-        counting = _up_to_last(new, tokenizer.eos_token_id) if counts else 0
-        ids += new
-        counted += [True] * counting + [False] * (len(new) - counting)
-    return ids, counted
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+        self.counts = Counts()
+        self._tokenizer = tokenizer
+        self._length = sequence_length
+        self._chat = Chat(tokenizer)
+
+    def read(self, source: Source, documents: Sequence[Document]) -> list[Example]:
+        """All examples of `documents`; MalformedData when one of them, or more, cannot be learnt from."""
+        found: list[Example] = []
+        malformed = []
+        for document in documents:
+            try:
+                found += [example for record in source.read(document) for example in self.examples(record)]
+            except MalformedRecord as error:
+                malformed.append(error)
+        if malformed:
+            raise MalformedData(malformed, len(documents))
+        return found
+
+    def examples(self, record: Record) -> list[Example]:
+        """The examples of one record; none when it is skipped or masked. MalformedRecord: see `Chat.sequences`."""
+        found = self._windows(record) if isinstance(record, Text) else self._dialogue(record)
+        self.counts.lines_read += 1
+        return found
+
+    def _windows(self, record: Text) -> list[Example]:
+        ids = _opening(self._tokenizer) + _encode(self._tokenizer, record.text)
+        if self._tokenizer.eos_token_id is not None:
+            ids.append(self._tokenizer.eos_token_id)
+        ids_T = np.asarray(ids, dtype=np.int32)
+        key = side_key(record.text) if record.whole else None
+        windows = [ids_T[start : start + self._length] for start in range(0, len(ids_T) - 1, self._length)]
+        self.counts.lines_skipped += not any(len(window) > 1 for window in windows)
+        return [Example(window, np.ones(len(window), dtype=np.bool_), key) for window in windows if len(window) > 1]
+
+    def _dialogue(self, dialogue: Dialogue) -> list[Example]:
+        encoded = [self._encoded(pieces) for pieces in self._chat.sequences(dialogue)]
+        ends = [end for sequence in encoded for end in sequence.ends]
+        cut = sum(end > self._length for end in ends)
+        found = [sequence.example(self._length, side_key(_prompt(dialogue))) for sequence in encoded]
+        found = [example for example in found if example.targets]
+        self.counts += Counts(
+            lines_skipped=not ends,
+            lines_masked=bool(ends) and not found,
+            lines_cut=bool(found) and cut > 0,
+            answers=len(ends),
+            answers_cut=cut,
+            longest_tokens=max(ends, default=0),
+        )
+        return found
+
+    def _encoded(self, pieces: Sequence[Piece]) -> _Encoded:
+        """Token ids of all pieces, whether each counts, and where the answers end.
+
+        Where a prompt ends a token ends, as when the model generates: the ids are those of the whole text as long as
+        they begin with those of the text so far, and where a token would straddle the boundary the new piece is
+        tokenized alone.
+        """
+        opening = [] if self._chat.has_template else _opening(self._tokenizer)
+        sequence = _Encoded(list(opening), [False] * len(opening), [])
+        text = ""
+        for piece in pieces:
+            text += piece.text
+            whole, done = opening + _encode(self._tokenizer, text), len(sequence.ids)
+            new = whole[done:] if whole[:done] == sequence.ids else _encode(self._tokenizer, piece.text)
+            counting = _up_to_last(new, self._tokenizer.eos_token_id) if piece.answer else 0
+            sequence.ids.extend(new)
+            sequence.counted.extend([True] * counting + [False] * (len(new) - counting))
+            sequence.ends.extend([done + counting] if piece.answer else [])
+        return sequence
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """One text of a dialogue, whole."""
+
+    ids: list[int]
+    counted: list[bool]
+    ends: list[int]
+    """Tokens up to and with the end of each answer."""
+
+    def example(self, length: int, key: str) -> Example:
+        """Cut at `length`."""
+        ids_T = np.asarray(self.ids[:length], dtype=np.int32)
+        return Example(ids_T, np.asarray(self.counted[:length], dtype=np.bool_), key)
+
+
+def _prompt(dialogue: Dialogue) -> str:
+    """What the first answer answers; without the system message, which many share, unless there is no more."""
+    asked = list(takewhile(lambda place: not (place[0] and place[1].role == "assistant"), enumerate(dialogue.messages)))
+    said = [message.content for _, message in asked if message.role != "system"]
+    return "\n".join(said or [message.content for _, message in asked])
+
+
+def side_key(text: str) -> str:
+    """The words of `text` without case, accents, punctuation and spacing: near duplicates have the same key."""
+    letters = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFKD", text) if not combining(c))
+    return " ".join(letters.casefold().split()) or text.strip()
 
 
 def _up_to_last(ids: list[int], end: int | None) -> int:
@@ -201,28 +249,36 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def split_examples(
     examples: Iterable[Example], held_out_fraction: float, seed: int, max_examples: int, max_held_out: int
 ) -> Split:
-    """Training and held-out part, decided by each example's content.
+    """Training and held-out part, decided by the content of each example alone.
 
-    An example's hash of (seed, token ids) is a number in [0, 1); those below `held_out_fraction` are held out. So
-    the same token sequence stands on the same side wherever it turns up: twice in one text, or with two clients that
-    know nothing of each other. Where that leaves one side empty, the lowest (highest) hash goes there alone. The caps
-    (0: none) keep the first in hash order. UserError when there are fewer than two different examples.
+    The hash of (seed, the example's key, else its token ids) is a number in [0, 1); examples below `held_out_fraction`
+    are held out. So the examples of one line, and of lines with nearly the same prompt, stand on the same side
+    wherever they turn up: twice in one file, or at two sites that know nothing of each other. A side may
+    therefore be empty where there are few. The caps (0: none) keep the first in hash order.
     """
-    unique = {_content_hash(example, seed): example for example in examples}
-    if len(unique) < 2:
-        raise UserError(f"project.data must give each reader at least 2 different examples, got {len(unique)}")
-    ranked = sorted(unique)
-    below = sum(int.from_bytes(digest) < held_out_fraction * 2**128 for digest in ranked)
-    held_out = min(max(below, 1), len(ranked) - 1)
-    return Split(
-        train=[unique[digest] for digest in ranked[held_out:][: max_examples or None]],
-        held_out=[unique[digest] for digest in ranked[:held_out][: max_held_out or None]],
+    unique: dict[bytes, tuple[bytes, bytes, Example]] = {}
+    found = list(examples)
+    for example in found:
+        ids = example.ids_T.astype("<i4").tobytes()
+        key = ids if example.key is None else example.key.encode()
+        place = (_hash(key, seed), _hash(ids, seed), example)
+        unique[ids] = min(place, unique.get(ids, place), key=lambda one: one[0])
+    ranked = sorted(unique.values(), key=lambda place: place[:2])
+    held_out = sum(int.from_bytes(digest) < held_out_fraction * 2**128 for digest, *_ in ranked)
+    train = [example for *_, example in ranked[held_out:][: max_examples or None]]
+    kept = [example for *_, example in ranked[:held_out][: max_held_out or None]]
+    counts = Counts(
+        examples_repeated=len(found) - len(unique),
+        examples_left_out=len(unique) - len(train) - len(kept),
+        examples_trained=len(train),
+        examples_held_out=len(kept),
+        answer_tokens=sum(example.targets for example in train),
     )
+    return Split(train=train, held_out=kept, counts=counts)
 
 
-def _content_hash(example: Example, seed: int) -> bytes:
-    ids = example.ids_T.astype("<i4").tobytes()
-    return hashlib.blake2b(ids, digest_size=16, key=seed.to_bytes(8, "little")).digest()
+def _hash(content: bytes, seed: int) -> bytes:
+    return hashlib.blake2b(content, digest_size=16, key=seed.to_bytes(8, "little")).digest()
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lab.settings import UserError
+
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
@@ -41,6 +43,17 @@ def write_whole(target: Path, text: str) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
     sync(target.parent)
+
+
+def require_writable(folder: Path) -> None:
+    """Make `folder` for results; UserError, in one line, when it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"results must go to a folder that can be written, got '{folder}' ({error.strerror})") from None
 
 
 def sync(path: Path) -> None:

@@ -108,7 +108,8 @@ def layer_shapes(run: Callable[[Cache], object]) -> dict[int, LayerShape]:
         if type(layer) is not DynamicLayer:
             raise UnknownState(f"layer {number} keeps a {type(layer).__name__}")
         if layer.is_initialized:
-            assert layer.keys is not None and layer.values is not None
+            assert layer.keys is not None
+            assert layer.values is not None
             key_size, value_size = layer.keys.shape[3], layer.values.shape[3]
             found[number] = LayerShape(heads=layer.keys.shape[1], key_size=key_size, value_size=value_size)
     if not found:

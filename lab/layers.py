@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -68,7 +68,7 @@ def load_layers(
     if lacks_sixteen_bits(device, dtype):
         widen_products(model)
         attend_by_row(model)
-    return cast(PreTrainedModel, model)
+    return model
 
 
 def count_layers(config: PreTrainedConfig) -> int:

@@ -1,9 +1,9 @@
 """What was proved of an architecture before it runs: a small random twin of the model does what the model is to do, and
 must say what transformers says. What differs is refused by name; what was proved is kept, by the twin's config.
 
-Three uses are proved apart. The engine: prompts in chunks, beside neighbours, rewound, with our cache, against one plain
-forward pass in float64. Slices: three of them read from a folder, against the whole, to the bit, values and caches.
-Training: the gradients of the same slices, to the bit.
+Three uses are proved apart. The engine: prompts in chunks, beside neighbours, rewound, with our cache, against one
+plain forward pass in float64. Slices: three of them read from a folder, against the whole, to the bit, values and
+caches. Training: the gradients of the same slices, to the bit.
 
 Shapes: B sequences, T positions, V vocabulary.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -21,14 +22,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from lab import context, engine, kv, slices, structure, twin
@@ -40,9 +43,12 @@ from lab.sampling import Sampling, nll
 from lab.settings import UserError
 from lab.slices import cut_of, read_slice, run_slice
 from lab.structure import Structure, Unsliceable, find_structure
-from lab.twin import CONTEXT, VOCABULARY, NoTwin, twin_config, twin_model
+from lab.twin import VOCABULARY, NoTwin, twin_config, twin_model
 
 log = logging.getLogger(__name__)
+
+LONGEST = 64
+"""Tokens of a sequence in a trial: more than a twin's windows, and than its rotary frequencies stay the same for."""
 
 LARGEST_ERROR = 1e-4
 """Of a cross-entropy in nats, in float64: eager attention rounds its softmax to float32. A wrong mask costs more."""
@@ -138,7 +144,7 @@ def try_out(config: PreTrainedConfig) -> Proof:
         try:
             outline = find_structure(model, int(text.num_hidden_layers))
         except Exception as error:
-            return replace(found, slices=_in_one_line(error), training=_in_one_line(error))
+            return replace(found, slices=found.engine or _in_one_line(error), training=_in_one_line(error))
         with tempfile.TemporaryDirectory() as folder:
             made = _Trial(model, outline, Path(folder))
             against = found.engine or _failure(made.try_inference)
@@ -181,12 +187,23 @@ def _ids(count: int, seed: int) -> list[int]:
 
 # The engine
 
+_SETTING = "with a cache, in chunks and beside neighbours"
+
+
+def _check_state(config: PreTrainedConfig) -> None:
+    """Refuse by name what transformers itself keeps besides keys and values."""
+    for number, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            kind = type(layer).__name__.removesuffix("Layer")
+            raise kv.UnknownState(f"its layer {number} keeps a state that is no key and no value ({kind})")
+
 
 def _try_engine(model: PreTrainedModel) -> None:
     """Three sequences of different lengths, in chunks, together and apart, rewound; one leaves, one takes its slot."""
+    _check_state(model.config)
     any_model: Any = model
     any_model.set_experts_implementation("eager")  # the grouped product has no float64
-    most = min(longest_text(model.config) or CONTEXT, CONTEXT)
+    most = min(longest_text(model.config) or LONGEST, LONGEST)
     local = LocalEngine(
         model, sessions=3, context=most, bucket=8, kv_limit_bytes=10**9, prefill_chunk=5, exact_rows=None
     )
@@ -230,7 +247,7 @@ def _compare_with_plain(
     leads_T2 = logits_TV[-new:].topk(2).values
     for said, best, lead in zip(next_ids, best_T, (leads_T2[:, 0] - leads_T2[:, 1]).tolist(), strict=True):
         if said != best and lead > LARGEST_ERROR:
-            raise _Differs(f"with a cache, in chunks and beside neighbours, the next token is {said} instead of {best}")
+            raise _Differs(f"{_SETTING}, the next token is {said} instead of {best}")
 
 
 # Slices
@@ -245,14 +262,14 @@ class _Trial:
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text: Any = self._config.get_text_config(decoder=True)
         self._count = int(text.num_hidden_layers)
-        self._most = min(longest_text(self._config) or CONTEXT, CONTEXT)
+        self._most = min(longest_text(self._config) or LONGEST, LONGEST)
 
     def whole(self) -> PreTrainedModel:
         """As transformers reads it."""
-        found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        found = AutoModelForCausalLM.from_pretrained(
             self._folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
-        return found.eval()
+        return cast(PreTrainedModel, found.eval())
 
     def slices(self) -> list[PreTrainedModel]:
         """The first layer, the middle, the last one; two layers are two slices."""
@@ -267,30 +284,25 @@ class _Trial:
                     self._config, tensors, self._outline, range(first, last),
                     embedding=first == 0, head=last == self._count, dtype=torch.float32,
                 )
-                for first, last in zip(cuts, cuts[1:])
+                for first, last in itertools.pairwise(cuts)
             ]  # fmt: skip
 
     @torch.inference_mode()
     def try_inference(self) -> None:
         """Three passes over two sequences: logits and caches of the slices are those of the whole."""
         whole: Any = self.whole()
-        chain = [_Cached(whole, self._most, run=lambda states, **options: whole(input_ids=states, **options).logits)]
-        parts = [
-            _Cached(part, self._most, run=lambda states, part=part, **options: run_slice(part, states, **options))
-            for part in self.slices()
-        ]  # type: ignore[misc]
+        uncut = _Cached(whole, run=lambda states, **options: whole(input_ids=states, **options).logits)
+        parts = [_Cached(part, run=partial(run_slice, part)) for part in self.slices()]
         for slots, counts in (([0], [11]), ([0, 1], [2, self._most - 30]), ([0, 1], [1, 1])):
             texts = [_ids(count, 7 * slot + count) for slot, count in zip(slots, counts, strict=True)]
             width = max(counts)
             ids_BT = torch.tensor([text + [1] * (width - len(text)) for text in texts])
-            expected, states = ids_BT, ids_BT
-            for link in chain:
-                expected = link.forward(expected, slots, counts)
-            for link in parts:
-                states = link.forward(states, slots, counts)
+            expected, states = uncut.forward(ids_BT, slots, counts), ids_BT
+            for part in parts:
+                states = part.forward(states, slots, counts)
             _same(states, expected, "logits of slices are not those of the whole model")
-        held = {name: stored for link in parts for name, stored in link.held().items()}
-        for name, stored in chain[0].held().items():
+        held = {name: stored for part in parts for name, stored in part.held().items()}
+        for name, stored in uncut.held().items():
             if name not in held:
                 raise _Differs(f"{name} of the cache is held by no slice")
             _same(held[name], stored, f"{name} of the cache of a slice is not that of the whole model")
@@ -299,7 +311,8 @@ class _Trial:
         """Two sequences, one of them padded: gradients of the slices are those of the whole, to the bit."""
         whole: Any = self.whole()
         ids_BT = torch.tensor([_ids(20, 1), _ids(20, 2)])
-        options = {"attention_mask": (torch.arange(20)[None] < torch.tensor([[20], [13]])).long(), "use_cache": False}
+        attention_BT = (torch.arange(20)[None] < torch.tensor([[20], [13]])).long()
+        options: dict[str, Any] = {"attention_mask": attention_BT, "use_cache": False}
         logits_BTV = whole(input_ids=ids_BT, **options).logits
         pull_BTV = torch.randn(logits_BTV.shape, generator=torch.Generator().manual_seed(3))
         logits_BTV.backward(pull_BTV)
@@ -344,7 +357,7 @@ class _Trial:
 class _Cached:
     """A model or slice with a cache of its own layers."""
 
-    def __init__(self, model: PreTrainedModel, most: int, run: Callable[..., Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, run: Callable[..., Tensor]) -> None:
         self._run = run
         is_later = hasattr(model, "cut") and cut_of(model).layers.start > 0
         hidden = int(model.config.get_text_config(decoder=True).hidden_size)
@@ -370,5 +383,9 @@ class _Cached:
 
 def _same(found: Tensor, expected: Tensor, what: str) -> None:
     if found.shape != expected.shape or not torch.equal(found, expected):
-        wrong = f" by {float((found - expected).abs().max()):.2g}" if found.shape == expected.shape else " in shape"
+        wrong = (
+            f" by {float((found - expected).detach().abs().max()):.2g}"
+            if found.shape == expected.shape
+            else " in shape"
+        )
         raise _Differs(f"{what}, but off{wrong}")

@@ -46,6 +46,14 @@ def require_above(bound: float, settings: object, *names: str) -> None:
         require(getattr(settings, name) > bound, f"{name} must be greater than {bound}", getattr(settings, name))
 
 
+def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> None:
+    """Raises ValueError for what no text can be asked for; counts travel in 32 bits."""
+    require(math.isfinite(temperature) and temperature >= 0, "temperature must be finite and at least 0", temperature)
+    require(0 <= top_k < 2**32, "top_k must be in [0, 2**32)", top_k)
+    require(0 < top_p <= 1, "top_p must be in (0, 1]", top_p)
+    require(max_new_tokens < 2**32, "max_new_tokens must be below 2**32", max_new_tokens)
+
+
 class ModelSource(Enum):
     """Where a model's tensors come from."""
 
@@ -247,18 +255,35 @@ class DataSettings:
     sequence_length: int
     """Tokens per example; longer texts are cut into several examples, longer dialogues at the end."""
     held_out_fraction: float
-    """Share of a reader's examples that is only evaluated."""
-    max_examples: int
-    """Most training examples one reader keeps (chosen by seed); 0: all."""
-    max_held_out: int
-    """Most held-out examples one reader keeps (chosen by seed); 0: all."""
+    """Share of the examples that is only evaluated: each with this probability, so a small reader may hold out none."""
+    max_examples: int | None
+    """Most training examples that one reader keeps (chosen by seed); 0: all; null: all, but `library_examples` of the
+    Python library."""
+    max_held_out: int | None
+    """Most held-out examples that one reader keeps (chosen by seed); 0: all; null: all, but `library_held_out` of the
+    Python library."""
+    library_examples: int
+    library_held_out: int
 
     def __post_init__(self) -> None:
         if self.source is DataSource.hub:
             require(bool(self.repo), "repo must be set for source=hub", None)
         require_at_least(8, self, "sequence_length")
         require(0 < self.held_out_fraction < 1, "held_out_fraction must be in (0, 1)", self.held_out_fraction)
-        require_at_least(0, self, "max_examples", "max_held_out")
+        require_at_least(0, self, "library_examples", "library_held_out")
+        for name in ("max_examples", "max_held_out"):
+            if getattr(self, name) is not None:
+                require_at_least(0, self, name)
+
+    @property
+    def caps(self) -> tuple[int, int]:
+        """Most examples that one reader trains on, and holds out; 0: all."""
+        library = self.source is DataSource.python_stdlib
+        train, held_out = (self.library_examples, self.library_held_out) if library else (0, 0)
+        return (
+            train if self.max_examples is None else self.max_examples,
+            held_out if self.max_held_out is None else self.max_held_out,
+        )
 
 
 @dataclass(kw_only=True)

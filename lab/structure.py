@@ -75,8 +75,8 @@ def find_structure(model: PreTrainedModel, layers: int) -> Structure:
         outputs = {len(call.output) if isinstance(call.output, tuple) else 0 for call in passed}
         if len(outputs) != 1:
             raise Unsliceable("its layers do not all return the same number of things")
-        table = model.get_submodule(embedding)
-        size = int(getattr(table, "embedding_dim", 0) or table.weight.shape[-1])  # type: ignore[union-attr]
+        table: Any = model.get_submodule(embedding)
+        size = int(getattr(table, "embedding_dim", 0) or table.weight.shape[-1])
         closing = [name for name, at in called.items() if at > passed[-1].at and _has_own_weights(model, name)]
         return Structure(blocks, outputs.pop(), embedding, head, size, closing, _unused(model, called, blocks))
     raise Unsliceable(f"it has no list of {layers} layers that a text passes through one after the other")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 VOCABULARY = 96
-CONTEXT = 64
+CONTEXT = 128
 """Tokens that a twin is made for, in place of `max_position_embeddings`."""
 WINDOW = 8
 TRAINED = 40
@@ -72,7 +72,7 @@ def twin_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     except Exception as error:  # every architecture has checks of its own
         reason = " ".join(str(error).split())[:200]
         raise NoTwin(f"transformers makes no small model of its config ({type(error).__name__}: {reason})") from None
-    return model.eval()
+    return cast(PreTrainedModel, model.eval())
 
 
 def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -127,6 +127,9 @@ def _layers_of_twin(config: Any) -> int:
 def _shrink(config: Any, layers: int) -> None:
     count = _number(config, *_LAYERS)
     sizes = _Sizes(config)
+    differing = config.to_dict().get("per_layer_config") or {}
+    if differing:  # values that single layers have: of a layer that the twin has, too
+        config.per_layer_config = None
     for name, value in list(vars(config).items()):
         if name.startswith("_") or value is None or isinstance(value, bool):
             continue
@@ -137,6 +140,12 @@ def _shrink(config: Any, layers: int) -> None:
             small = min(value, layers)
         if small != value:
             setattr(config, name, small)
+    if differing:
+        config.per_layer_config = {
+            number: {name: sizes.smaller(name, value) for name, value in values.items()}
+            for number, values in differing.items()
+            if int(number) < layers
+        }
 
 
 class _Sizes:

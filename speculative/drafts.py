@@ -8,6 +8,7 @@ Shapes: V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
@@ -16,7 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lab.engine import Engine
+from lab.not_finite import NotFinite
 from lab.sampling import Sampling, mix64
+
+log = logging.getLogger(__name__)
 
 
 class Drafts(Protocol):
@@ -74,13 +78,21 @@ class EngineDrafts:
     def begin(self, prompt_ids: Sequence[int]) -> None:
         """See `Drafts.begin`."""
         self._text = list(prompt_ids)
+        if self._session.fault:
+            self._session.close()
+            self._session = self._engine.open([], self._sampling)
         self._session.position = 0
 
     def propose(self, count: int) -> list[int]:
-        """See `Drafts.propose`. One pass of the engine each; none when the text is beyond the drafter's context."""
+        """See `Drafts.propose`. One pass of the engine each; none when the text is beyond the drafter's context, and
+        none for the rest of a text in which the drafter has met NaN or infinity."""
         guesses: list[int] = []
-        while len(guesses) < count and len(self._text) <= self._engine.context:
-            guess = self._next_id()
+        while len(guesses) < count and len(self._text) <= self._engine.context and not self._session.fault:
+            try:
+                guess = self._next_id()
+            except NotFinite as fault:
+                log.warning("the drafter guesses no more of this text: %s", fault)
+                break
             if guess >= self._vocabulary_size:
                 break
             guesses.append(guess)

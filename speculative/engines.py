@@ -17,6 +17,7 @@ from lab.context import model_context
 from lab.engine import Engine, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
 from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
+from lab.fingerprints import weights_fingerprints
 from lab.kv import CacheFull
 from lab.layers import load_layers, load_proved
 from lab.models import end_ids_of, load_tokenizer_only
@@ -31,6 +32,7 @@ from speculative.drafts import (
     RecordedDrafts,
     add_noise_to_head,
 )
+from speculative.messages import MAX_END_IDS
 from speculative.settings import DraftSource, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.vocabulary import first_difference, token_texts
 
@@ -49,22 +51,26 @@ class OpenTarget:
     dtype: str
     bytes_per_token: int
     """Of keys and values; 0 where they are not here."""
+    fingerprints: dict[str, str]
+    """What its text depends on, by name: a text is resumed only where these are the same."""
 
 
 def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarget:
     """The engine that `settings` name for the verifier. UserError for what it cannot do."""
-    project = settings.project
+    project, model = settings.project, settings.model
     if project.engine is EngineKind.synthetic:
-        return OpenTarget(_synthetic_target(project), [], "synthetic", "none", 0)
+        return OpenTarget(_synthetic_target(project), [], "synthetic", "none", 0, _synthetic_fingerprints(project))
+    ends = _ends(model)
+    fingerprints = weights_fingerprints(model)
     if project.engine is EngineKind.split:
-        return OpenTarget(
-            _split_target(settings), end_ids_of(settings.model), settings.model.name, settings.model.dtype.name, 0
-        )
-    loaded = load_proved(settings.model, device)
+        fingerprints["boundary"] = project.split.boundary
+        return OpenTarget(_split_target(settings), ends, model.name, model.dtype.name, 0, fingerprints)
+    loaded = load_proved(model, device)
     rows = project.max_draft_length + 1 if project.exact_shapes else None
-    engine = _local_engine(_with_adapter(loaded.model, settings.model), project, project.sessions, rows)
-    name, dtype, size = settings.model.name, settings.model.dtype.name, engine.cache.bytes_per_position
-    return OpenTarget(engine, end_ids(loaded.model), name, dtype, size)
+    engine = _local_engine(_with_adapter(loaded.model, model), project, project.sessions, rows)
+    if project.exact_shapes:
+        fingerprints["shapes"] = "exact"
+    return OpenTarget(engine, ends, model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)
 
 
 def open_drafts(
@@ -110,13 +116,19 @@ def _recorded_ids(file: str) -> list[int]:
         raise UserError(f"project.draft.file must be a run's result.json with token_ids, got {file!r}") from None
 
 
-def end_ids(model: PreTrainedModel) -> list[int]:
-    """The ids with which the model ends a text, from its generation config, else its config."""
-    for config in (model.generation_config, model.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
-    return []
+def _ends(model: ModelSettings) -> list[int]:
+    """The ids that end a text. UserError for more than a drafter can be told."""
+    ends = end_ids_of(model)
+    if len(ends) > MAX_END_IDS:
+        raise UserError(
+            f"model {model.name} must end texts with at most {MAX_END_IDS} ids (eos_token_id of its generation "
+            f"config), got {len(ends)}"
+        )
+    return ends
+
+
+def _synthetic_fingerprints(project: SpeculativeProjectSettings) -> dict[str, str]:
+    return {"model": "synthetic", "vocabulary": str(project.synthetic.vocabulary_size)}
 
 
 def _local_engine(

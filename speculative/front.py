@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from lab.fingerprints import changes
 from lab.sampling import Sampling
 from lab.wire import BadFrame, Frame, FrameConnection, Peer, PeerSilent, WireError, pack_tokens, unpack_tokens
 from lab.wire.frames import Error, WireType
@@ -284,9 +285,15 @@ class _Texts:
             raise BadFrame(peer, "opened a text with another tokenizer than the target's")
         if head.threshold is not None:
             log.warning("%s asked for rule cross_entropy: its text will not be the target's own (lossy)", peer)
-        ids = unpack_tokens(frame.body, vocabulary_size=self._front.limits.vocabulary_size, peer=peer)
+        ids = unpack_tokens(frame.body, vocabulary_size=2**31, peer=peer)  # the verifier refuses those without a row
         request = self._request(head, ids)
         key = self._front.new_key()
+        if isinstance(head, Resume) and (changed := changes(head.target, self._front.limits.target)):
+            self._open[frame.session] = head
+            self._tell(
+                frame.session, Ended(key, Reason.refused, f"a text must be resumed at its own target: {changed}")
+            )
+            return
 
         def begin(verifier: Verifier) -> list[Outcome]:
             do = verifier.resume if isinstance(head, Resume) else verifier.open

@@ -29,12 +29,13 @@ drafter has, and VERDICTs renew it.
 
 `prefix` is a hash of 64 bits over all ids of the text up to the end of the VERDICT (`prefix_hash`). A drafter that has
 another one holds another text: it asks for it again by RESUME, on the same connection, and gives up if that does not
-help. Everything is rebuilt from ids and seed: after a connection ended, by
-whatever, RESUME carries all ids that the drafter was told. A verifier that still has the text (it goes on alone
-meanwhile) answers with a VERDICT of all that came since; one that does not (it was started anew) reads the ids like a
-prompt and goes on. Both begin at epoch 0. A text is named by 64 random bits, and belongs to who knows the 128 that were
-sent with them in OPEN: RESUME of another's text is refused, and one that comes while the old connection still seems to
-live takes the text over.
+help. Everything is rebuilt from ids and seed: after a connection ended, by whatever, RESUME carries all ids that the
+drafter was told. A verifier that still has the text (it goes on alone meanwhile) answers with a VERDICT of all that
+came since; one that does not (it was started anew) reads the ids like a prompt and goes on. RESUME also says at which
+target the text was begun: other weights under the same name would make a text of two halves, so that a verifier whose
+fingerprints (WELCOME) are others refuses it. Both begin at epoch 0. A text is named by 64 random bits, and belongs to
+who knows the 128 that were sent with them in OPEN: RESUME of another's text is refused, and one that comes while the
+old connection still seems to live takes the text over.
 
 In mode sync a pass waits for a DRAFT, also an empty one, which is a wish for the target's next token; `prefix` is left
 out, since a DRAFT that answers each VERDICT says by its position whether both hold as much.
@@ -52,7 +53,7 @@ from lab.wire.fields import LongText, ShortText, Uint32, Uint63
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
-PROTOCOL = range(2, 3)
+PROTOCOL = range(3, 4)
 MAX_PROMPT_TOKENS = 2**18
 MAX_VOCABULARY_BYTES = 2**24
 MAX_END_IDS = 16
@@ -61,6 +62,8 @@ OWNER_BYTES = 16
 
 Uint64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack knows no longer one
 Owner = Annotated[bytes, msgspec.Meta(min_length=OWNER_BYTES, max_length=OWNER_BYTES)]
+Target = Annotated[dict[ShortText, ShortText], msgspec.Meta(max_length=16)]
+"""What the target's text depends on, by name: weights, adapter, dtype, quantisation (`lab.fingerprints`)."""
 EndIds = Annotated[list[Uint32], msgspec.Meta(max_length=MAX_END_IDS)]
 
 
@@ -110,6 +113,8 @@ class Welcome(Head):
     """Most guesses beyond what the drafter knows of the text."""
     end_ids: EndIds
     """A text ends with any of these."""
+    target: Target
+    """A text that was begun at one target is not resumed at another, whatever its name."""
 
 
 class Open(Head):
@@ -138,6 +143,8 @@ class Resume(Open):
 
     new_tokens: Uint32
     """How many of the ids in the body are new ones, at its end."""
+    target: Target
+    """At which the text was begun: WELCOME's word then."""
 
 
 class Draft(Head):
@@ -194,12 +201,12 @@ TABLE = MessageTable(
     {
         MessageType.open: MessageKind(head=Open, max_bytes=128 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         MessageType.draft: MessageKind(head=Draft, max_bytes=16 + _ids(MAX_DRAFT_LENGTH), has_body=True),
-        MessageType.resume: MessageKind(head=Resume, max_bytes=128 + _ids(MAX_PROMPT_TOKENS), has_body=True),
+        MessageType.resume: MessageKind(head=Resume, max_bytes=4096 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         # Of one pass these are few; the answer to a RESUME holds whatever came since.
         MessageType.verdict: MessageKind(head=Verdict, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         MessageType.scores: MessageKind(head=Scores, max_bytes=32 + 4 * (2 * MAX_DRAFT_LENGTH + 1), has_body=True),
         MessageType.close: MessageKind(head=Close, max_bytes=4 * 1024 + 64),
-        MessageType.welcome: MessageKind(head=Welcome, max_bytes=4096),
+        MessageType.welcome: MessageKind(head=Welcome, max_bytes=8192),
         MessageType.ask_vocabulary: MessageKind(head=AskVocabulary, max_bytes=16),
         MessageType.vocabulary: MessageKind(head=Vocabulary, max_bytes=MAX_VOCABULARY_BYTES, has_body=True),
     }

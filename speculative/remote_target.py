@@ -18,6 +18,7 @@ from typing import Any, Self
 import msgspec
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from lab.fingerprints import changes
 from lab.wire import Frame, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
 from speculative.drafting import TargetLost
 from speculative.messages import OWNER_BYTES, Close, Draft, MessageType, Open, Reason, Resume, Scores, Welcome
@@ -30,25 +31,34 @@ log = logging.getLogger(__name__)
 Connect = Callable[[], VerifierConnection]
 
 
+class _Written(msgspec.Struct, forbid_unknown_fields=True):
+    """A ticket as a file."""
+
+    name: str
+    owner: str
+    target: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Ticket:
-    """How a text is named, and the secret that its owner is known by."""
+    """How a text is named, the secret that its owner is known by, and the target that it was begun at."""
 
     name: int
     owner: bytes
+    target: dict[str, str]
 
     @classmethod
-    def new(cls) -> Ticket:
+    def new(cls, target: dict[str, str]) -> Ticket:
         """One that nobody can guess."""
-        return cls(secrets.randbits(64), secrets.token_bytes(OWNER_BYTES))
+        return cls(secrets.randbits(64), secrets.token_bytes(OWNER_BYTES), target)
 
     @classmethod
     def read(cls, path: Path) -> Ticket:
         """One that was written. Raises `ValueError` for a file that is none."""
         try:
-            kept = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
-            ticket = cls(int(kept["name"], 16), bytes.fromhex(kept["owner"]))
-        except (OSError, KeyError, ValueError, msgspec.MsgspecError) as error:
+            kept = msgspec.json.decode(path.read_bytes(), type=_Written)
+            ticket = cls(int(kept.name, 16), bytes.fromhex(kept.owner), kept.target)
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
             raise ValueError(f"must be the text.json of a drafter's run folder, got {path} ({error})") from None
         if not 0 <= ticket.name < 2**64 or len(ticket.owner) != OWNER_BYTES:
             raise ValueError(f"must be the text.json of a drafter's run folder, got {path}")
@@ -59,7 +69,7 @@ class Ticket:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump({"name": f"{self.name:016x}", "owner": self.owner.hex()}, file)
+            json.dump({"name": f"{self.name:016x}", "owner": self.owner.hex(), "target": self.target}, file)
 
 
 class RemoteTarget:
@@ -129,7 +139,7 @@ class RemoteTarget:
     def open(self, request: TextRequest) -> None:
         """See `Target.open`."""
         assert self._ticket is None, "one text at a time"
-        self._ticket, again = self._next_ticket or (Ticket.new(), False)
+        self._ticket, again = self._next_ticket or (Ticket.new(self.welcome.target), False)
         self._next_ticket = None
         with contextlib.suppress(TargetLost):  # `next` says so, too
             self._begin(request, self._ticket, again=again)
@@ -192,7 +202,7 @@ class RemoteTarget:
         self._number += 1
         fields = self._open_fields(request, ticket)
         if again:
-            head = Resume(**fields, new_tokens=len(request.new_ids))
+            head = Resume(**fields, new_tokens=len(request.new_ids), target=ticket.target)
             self._send(MessageType.resume, head, [*request.prompt_ids, *request.new_ids])
         else:
             self._send(MessageType.open, Open(**fields), request.prompt_ids)
@@ -242,7 +252,8 @@ class RemoteTarget:
         self._bytes_sent += old.frames.bytes_sent
         self._bytes_received += old.frames.bytes_received
         if self.welcome != old.welcome:
-            raise PeerMismatch(self._connection.frames.peer, f"is another target than before: {self.welcome.model}")
+            changed = changes(old.welcome.target, self.welcome.target) or "what it takes of a text has changed"
+            raise PeerMismatch(self._connection.frames.peer, f"is another target than before: {changed}")
 
     def _read(self) -> Outcome:
         frame = self._next_frame()

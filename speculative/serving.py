@@ -171,6 +171,7 @@ def _welcome(target: OpenTarget, project: SpeculativeProjectSettings) -> Welcome
         max_draft_length=project.max_draft_length,
         window=project.draft.window,
         end_ids=target.end_ids,
+        target=target.fingerprints,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lab.engine_kind import EngineKind
-from lab.settings import Dtype, LabSettings, register_project, require
+from lab.settings import Dtype, LabSettings, check_sampling, register_project, require
 from speculative.bench_settings import BenchSettings
 
 MAX_DRAFT_LENGTH = 64
@@ -226,9 +226,7 @@ class SpeculativeProjectSettings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "sessions", "max_connections", "cache_bucket", "prefill_chunk"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
-        require(self.top_k >= 0, "top_k must be at least 0", self.top_k)
-        require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
+        check_sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens)
         require(
             self.cross_entropy_threshold >= 0,
             "cross_entropy_threshold must be at least 0",

@@ -14,13 +14,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab import entry
 from lab.device import open_device
 from lab.models import load_tokenizer_only
+from lab.network import is_users_to_mend
 from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.tracking import Tracker
-from speculative.drafting import SYNC_LENGTH, find_flips, speculate
+from lab.wire import WireError
+from speculative.drafting import SYNC_LENGTH, TextFailed, TextRefused, find_flips, speculate
 from speculative.drafts import Drafts, NoDrafts
 from speculative.engines import open_drafts
 from speculative.joining import join
+from speculative.messages import MAX_PROMPT_TOKENS, Welcome
 from speculative.remote_target import RemoteTarget, Ticket
 from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.tally import Tally
@@ -33,19 +36,33 @@ log = logging.getLogger(__name__)
 
 
 def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Join the verifier, draft the text, count. Raises `WireError`, `TextRefused`, `TextFailed`, UserError."""
+    """Join the verifier, draft the text, count.
+
+    Raises:
+        UserError: a prompt or settings that this target does not take.
+        WireError: the verifier cannot be joined.
+        TextRefused: the verifier does not take the text.
+        Unfinished: the text could not go on; with the figures so far.
+    """
     project = settings.project
     device = open_device(settings.device)
     tokenizer = load_tokenizer_only(settings.model)
     texts = token_texts(tokenizer)
     request = make_request(settings, prompt_ids(tokenizer, settings.prompt, project.chat))
     with Tracker(settings, "drafter", place.folder) as tracker, join(settings, texts) as target:
+        _check_prompt(request, texts, target.welcome)
         drafts: Drafts = NoDrafts()
         if request.mode is not Mode.target_only:
             drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
+        tally = Tally()
         try:
             name_text(settings.project.resume, target, place.folder / "text.json")
-            tally = speak(target, drafts, request, tokenizer)
+            speak(target, drafts, request, tokenizer, tally)
+        except (WireError, TextFailed, TextRefused) as error:
+            if isinstance(error, TextRefused) and not tally.token_ids:
+                raise
+            figures = _figures(settings, target, tokenizer, tally) | {"ended_by": "failed"}
+            raise entry.Unfinished(str(error), _exit_code(error), figures) from None
         finally:
             drafts.close()
         result = _figures(settings, target, tokenizer, tally)
@@ -58,23 +75,43 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     return result
 
 
-def speak(target: RemoteTarget, drafts: Drafts, request: TextRequest, tokenizer: PreTrainedTokenizerBase) -> Tally:
-    """Draft the whole text, showing it as it is verified."""
+def _exit_code(error: Exception) -> int:
+    is_users = isinstance(error, TextRefused) or (isinstance(error, WireError) and is_users_to_mend(error))
+    return 2 if is_users else 1
+
+
+def _check_prompt(request: TextRequest, texts: Sequence[str], welcome: Welcome) -> None:
+    """UserError for a prompt that this target has no place for."""
+    if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
+        raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
+    wrong = next((token for token in request.prompt_ids if token >= welcome.vocabulary_size), None)
+    if wrong is not None:
+        raise UserError(
+            f"prompt must hold tokens that the target has rows for, ids below {welcome.vocabulary_size}, "
+            f"got {texts[wrong]!r} (id {wrong})"
+        )
+
+
+def speak(
+    target: RemoteTarget, drafts: Drafts, request: TextRequest, tokenizer: PreTrainedTokenizerBase, tally: Tally
+) -> None:
+    """Draft the whole text, showing it as it is verified; `tally` has each round as soon as it is there."""
     if request.threshold is not None:
         log.warning("rule cross_entropy is lossy: this text is not the target's own")
     stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
-    tally = Tally()
-    for done in speculate(target, drafts, request, target.welcome.end_ids):
-        tally.add(done)
-        stream.show(done)
-    stream.finish()
-    return tally
+    try:
+        for done in speculate(target, drafts, request, target.welcome.end_ids):
+            tally.add(done)
+            stream.show(done)
+    finally:
+        if tally.token_ids:
+            stream.finish()
 
 
 def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
     """Have the next text be one that another process has opened, or a new one; its name is written to `path`."""
     try:
-        ticket = Ticket.new() if resume is None else Ticket.read(Path(resume).expanduser())
+        ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(Path(resume).expanduser())
     except ValueError as error:
         raise UserError(f"project.resume {error}") from None
     ticket.write(path)
@@ -120,7 +157,7 @@ def _figures(
         "resumes": target.resumes,
         "bytes_sent": target.bytes_sent,
         "bytes_received": target.bytes_received,
-        "ended_by": "end_token" if ids[-1] in target.welcome.end_ids else "length",
+        "ended_by": "end_token" if ids and ids[-1] in target.welcome.end_ids else "length",
         "mode": project.mode,
         "drafter": "none" if project.mode is Mode.target_only else project.draft.source,
         "draft_length": project.draft.length,

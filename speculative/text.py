@@ -134,6 +134,8 @@ class Text:
         """Whether a DRAFT came since the last pass (mode sync)."""
         self._checks_own = False
         """Whether the pass under way is over our own guesses."""
+        self._is_alone = False
+        """Whether the next pass checks no guesses: one of them has spoilt the last."""
         self._judged_at = -math.inf
         """When the last VERDICT went off."""
         if lookup is not None:
@@ -148,6 +150,10 @@ class Text:
     def enter(self, session: Session) -> None:
         """There is room in the engine: `session` is its own now, and empty."""
         self._session = session
+
+    def go_alone(self) -> None:
+        """Make the next token without guesses."""
+        self._is_alone = True
 
     def leave(self) -> None:
         """Give the room back; what the engine held is forgotten."""
@@ -230,7 +236,7 @@ class Text:
 
     def guesses(self, most: int) -> list[int]:
         """What to check in the next pass: at most `most` of the guesses that wait, or our own where they are more."""
-        most = min(most, self.remaining - 1)
+        most = 0 if self._is_alone else min(most, self.remaining - 1)
         drafted = self._guesses[: self._worth(most)]
         found = self._lookup.guesses(most) if self._lookup and self.request.mode is Mode["async"] else []
         self._checks_own = len(found) > len(drafted)
@@ -241,7 +247,7 @@ class Text:
 
     def judge(self, guesses: Sequence[int], step: TargetStep, end_ids: frozenset[int], now: float) -> Verdict:
         """Take what the target says about the last token and the guesses behind it; go on by what is accepted."""
-        self._judged_at = now
+        self._judged_at, self._is_alone = now, False
         rows = len(guesses) + 1
         chosen, margins, nll = step.next_ids[-rows:], step.margin[-rows:], step.nll[-len(guesses) :] if guesses else []
         accepted = accepted_length(guesses, chosen, nll, self.request.threshold)

@@ -10,17 +10,21 @@ Knows nothing about tokenizers, networks or threads: whoever holds a `Verifier` 
 from __future__ import annotations
 
 import hmac
+import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lab.engine import Engine, Request, TargetStep
+from lab.engine import Engine, Request, TargetStep, check_ids
 from lab.kv import CacheFull
+from lab.not_finite import NotFinite
 from speculative.lookup import Lookup
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
 from speculative.text import Ended, Outcome, Text, TextRequest
+
+log = logging.getLogger(__name__)
 
 MOST_KEPT = 256
 """Texts that nobody is connected to; the oldest is forgotten for one more. What is kept of most is their ids."""
@@ -250,7 +254,7 @@ class Verifier:
         steps = self._extend(requests, want_all=True)
         self.costs.passed(self._clock() - began, rows, len(ready))
         for (text, guesses), step in zip(ready, steps):
-            outcomes += [self._fail(text, step)] if isinstance(step, CacheFull) else self._judge(text, guesses, step)
+            outcomes += self._judge(text, guesses, step)
         return outcomes
 
     def _feed(self, prompts: Sequence[tuple[Text, list[int]]]) -> list[Outcome]:
@@ -258,22 +262,28 @@ class Verifier:
         requests = [(text.session, piece) for text, piece in prompts]
         outcomes: list[Outcome] = []
         for (text, _), step in zip(prompts, self._extend(requests, want_all=False)):
-            if isinstance(step, CacheFull):
-                outcomes.append(self._fail(text, step))
-            elif not text.unseen:
+            if not text.unseen or not isinstance(step, TargetStep) or step.fault:
                 outcomes += self._judge(text, [], step)
         return outcomes
 
     def _extend(self, requests: Sequence[Request], *, want_all: bool) -> list[TargetStep | CacheFull]:
-        """All texts in one pass; without room for all of them each alone, so that only who is too long fails."""
+        """All texts in one pass; without room for all of them each alone, so that only who is too long fails.
+
+        A step with a fault is one of a text that met NaN or infinity; the others have theirs."""
         try:
             return list(self.engine.extend(requests, "all" if want_all else "last"))
+        except NotFinite as some:
+            return list(some.steps)
         except CacheFull as full:
             if len(requests) == 1:
                 return [full]
             return [step for request in requests for step in self._extend([request], want_all=want_all)]
 
-    def _judge(self, text: Text, guesses: Sequence[int], step: TargetStep) -> list[Outcome]:
+    def _judge(self, text: Text, guesses: Sequence[int], step: TargetStep | CacheFull) -> list[Outcome]:
+        if isinstance(step, CacheFull):
+            return [self._fail(text, str(step))]
+        if step.fault:
+            return self._distrust(text, guesses, step.fault)
         verdict = text.judge(guesses, step, self._end_ids, self._clock())
         self._touch(text)
         ended = text.ended(self._end_ids)
@@ -288,8 +298,18 @@ class Verifier:
         if not owned.is_left:
             owned.since = self._clock()
 
-    def _fail(self, text: Text, full: CacheFull) -> Ended:
-        return self._end(text, Ended(text.key, Reason.failed, str(full)), forget=True)
+    def _distrust(self, text: Text, guesses: Sequence[int], fault: str) -> list[Outcome]:
+        """A pass met NaN or infinity. With guesses in it that says nothing of the text: what the engine holds is
+        forgotten, and the next token is made without any."""
+        if not guesses:
+            log.warning("a text cannot go on: %s", fault)
+            return [self._fail(text, fault)]
+        text.go_alone()
+        self._wait_again(text)
+        return []
+
+    def _fail(self, text: Text, why: str) -> Ended:
+        return self._end(text, Ended(text.key, Reason.failed, why), forget=True)
 
     # Room
 
@@ -317,9 +337,13 @@ class Verifier:
         left = [text for key, text in self._running.items() if self._texts[key].is_left]
         if not (waits and left):
             return False
-        self._stop(left[0])
-        self._line[left[0].key] = left[0]
+        self._wait_again(left[0])
         return True
+
+    def _wait_again(self, text: Text) -> None:
+        """Give a text's room back; it comes in again when there is some."""
+        self._stop(text)
+        self._line[text.key] = text
 
     def _stop(self, text: Text) -> None:
         self._line.pop(text.key, None)
@@ -382,6 +406,10 @@ class Verifier:
             return "text must have a number of its own, got one that is open"
         if not length:
             return "prompt must hold at least one token, got none"
+        try:
+            check_ids([*request.prompt_ids, *request.new_ids], self.engine.vocabulary_size)
+        except ValueError as error:
+            return f"prompt must hold tokens that the target has rows for: {error}"
         if request.max_new_tokens < 1:
             return f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
         if len(request.new_ids) >= request.max_new_tokens:

@@ -11,12 +11,17 @@ from torch import Tensor
 from split.boundary import SCALE_BYTES, Boundary
 
 
+def stored(hidden_NH: Tensor, boundary: Boundary) -> Tensor:
+    """The numbers of N positions as they cross, from any device: in int8 still as float32. What is too large for the
+    boundary's dtype is infinite here."""
+    dtype = torch.bfloat16 if boundary is Boundary.bfloat16 else torch.float32
+    return hidden_NH.detach().to(device="cpu", dtype=dtype)
+
+
 def encode(hidden_NH: Tensor, boundary: Boundary) -> memoryview:
-    """The bytes of N positions, from any device."""
-    if boundary is Boundary.int8:
-        return _encode_int8(hidden_NH.detach().cpu().float())
-    dtype = torch.float32 if boundary is Boundary.float32 else torch.bfloat16
-    return _bytes(hidden_NH.detach().to(device="cpu", dtype=dtype))
+    """The bytes of N positions, from any device. They must be finite once they are `stored`."""
+    stored_NH = stored(hidden_NH, boundary)
+    return _encode_int8(stored_NH) if boundary is Boundary.int8 else _bytes(stored_NH)
 
 
 def decode(
@@ -38,8 +43,8 @@ def decode(
     if boundary is Boundary.int8:
         hidden_NH = _decode_int8(raw, rows, hidden_size)
     else:
-        stored = torch.float32 if boundary is Boundary.float32 else torch.bfloat16
-        hidden_NH = raw.view(stored).view(rows, hidden_size)
+        dtype_stored = torch.float32 if boundary is Boundary.float32 else torch.bfloat16
+        hidden_NH = raw.view(dtype_stored).view(rows, hidden_size)
     return hidden_NH.to(device=device, dtype=dtype)
 
 

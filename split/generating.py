@@ -14,17 +14,19 @@ from rich.console import Console
 from rich.table import Table
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lab import entry
 from lab.engine import Session
 from lab.models import end_ids_of, load_tokenizer_only
+from lab.not_finite import NotFinite
 from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.tracking import Tracker
 from split.picture import draw
 from split.settings import SplitSettings
-from split.sharded_model import ShardedModel
+from split.sharded_model import ShardedModel, ShardFault
 from split.terminal import TextStream
 from split.times import PassParts, as_row, take_apart
-from split.transport.base import ShardReport
+from split.transport.base import ShardLost, ShardReport
 
 
 @dataclass
@@ -40,7 +42,12 @@ class Text:
 
 
 def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, folder: Path) -> dict[str, Any]:
-    """The text that the settings ask for. UserError for a prompt without tokens, or one beyond the context."""
+    """The text that the settings ask for.
+
+    Raises:
+        UserError: a prompt without tokens, with one that the model has no row for, or one beyond the context.
+        Unfinished: shards that failed or were lost after the first token, NaN or infinity; with the text so far.
+    """
     project = settings.project
     tokenizer = load_tokenizer_only(settings.model)
     prompt = prompt_ids(tokenizer, settings.prompt, project.chat)
@@ -51,9 +58,21 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, fo
             f"project.max_new_tokens must leave room in the context of {engine.context} tokens for a prompt of "
             f"{len(prompt)}, got {project.max_new_tokens}"
         )
+    wrong = next((token for token in prompt if token >= engine.vocabulary_size), None)
+    if wrong is not None:
+        raise UserError(
+            f"prompt must hold tokens that the model has rows for, ids below {engine.vocabulary_size}, "
+            f"got {tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong})"
+        )
     sampling = Sampling(seed=settings.seed, temperature=project.temperature, top_k=project.top_k, top_p=project.top_p)
     stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
-    text = write(engine, prompt, sampling, project.max_new_tokens, end_ids_of(settings.model), stream)
+    text = Text()
+    try:
+        write(engine, prompt, sampling, project.max_new_tokens, end_ids_of(settings.model), stream, text)
+    except (NotFinite, ShardFault, ShardLost) as error:
+        if not text.ids:
+            raise
+        raise entry.Unfinished(str(error), 1, _said(tokenizer, text)) from None
     reports = engine.reports()
     apart = take_apart(list(engine.passes), reports)
     for index, parts in enumerate(apart):
@@ -71,20 +90,23 @@ def write(
     max_new_tokens: int,
     ends: Sequence[int],
     stream: TextStream | None,
+    text: Text | None = None,
 ) -> Text:
-    """Generate one text, token by token."""
-    text = Text()
+    """Generate one text, token by token; `text` has each of them as soon as it is there."""
+    text = Text() if text is None else text
     began = time.monotonic()
-    with engine.open(prompt, sampling) as session:
-        _take(text, session, stream)
-        text.first_token_seconds = time.monotonic() - began
-        while len(text.ids) < max_new_tokens and text.ids[-1] not in ends:
-            before = time.monotonic()
-            engine.extend([(session, text.ids[-1:])], "last")
-            text.token_seconds.append(time.monotonic() - before)
+    try:
+        with engine.open(prompt, sampling) as session:
             _take(text, session, stream)
-    if stream is not None:
-        stream.finish()
+            text.first_token_seconds = time.monotonic() - began
+            while len(text.ids) < max_new_tokens and text.ids[-1] not in ends:
+                before = time.monotonic()
+                engine.extend([(session, text.ids[-1:])], "last")
+                text.token_seconds.append(time.monotonic() - before)
+                _take(text, session, stream)
+    finally:
+        if stream is not None and text.ids:
+            stream.finish()
     return text
 
 
@@ -120,8 +142,7 @@ def _figures(
     single = {parts.number for parts in _single(apart)}
     handed_on = [statistics.median(report.hops[number].sent_bytes for number in single) for report in reports]
     return {
-        "text": str(tokenizer.decode(text.ids, skip_special_tokens=True)),
-        "token_ids": text.ids,
+        **_said(tokenizer, text),
         "tokens_per_second": len(text.token_seconds) / seconds if seconds else None,
         "token_seconds_p50": statistics.median(text.token_seconds) if text.token_seconds else None,
         "time_to_first_token_seconds": text.first_token_seconds,
@@ -134,6 +155,10 @@ def _figures(
         "recovery_start_seconds": [recovery.start_seconds for recovery in engine.recoveries],
         "recovery_prefill_seconds": [recovery.prefill_seconds for recovery in engine.recoveries],
     }
+
+
+def _said(tokenizer: PreTrainedTokenizerBase, text: Text) -> dict[str, Any]:
+    return {"text": str(tokenizer.decode(text.ids, skip_special_tokens=True)), "token_ids": text.ids}
 
 
 def _shard(report: ShardReport, place: int, single: Sequence[PassParts]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lab.context import model_context
-from lab.models import load_config, model_identity
+from lab.fingerprints import weights_fingerprints
+from lab.models import load_config
 from lab.network import client_side_tls, make_endpoint
-from lab.peft_folder import folder_digest
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.address import Address
@@ -87,13 +87,3 @@ def make_side(model: ModelSettings, network: NetworkSettings, boundary: Boundary
 def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
     """What all roles must have alike: the weights, and how hidden states travel."""
     return weights_fingerprints(model) | {"boundary": boundary.name}
-
-
-def weights_fingerprints(model: ModelSettings) -> dict[str, str]:
-    """Which tensors under which config, in which precision."""
-    return {
-        "model": model_identity(model),
-        "adapter": "none" if model.adapter is None else folder_digest(model.adapter),
-        "dtype": model.dtype.name,
-        "quantization": model.quantization.name,
-    }

@@ -50,6 +50,8 @@ def merge(model: ModelSettings, checkpoint: Path, output: Path) -> dict[str, Any
     write = write_adapter if manifest.recipe.train is Train.lora else write_model
     with whole_folder(output) as unfinished:
         write(model, manifest, weights, unfinished)
+        if manifest.recipe.train is Train.lora:
+            write_card(model, manifest, unfinished, output)
     return {
         "kind": "peft" if manifest.recipe.train is Train.lora else "transformers",
         "step": manifest.step,
@@ -97,15 +99,25 @@ def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> 
 
 def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
     """A PEFT folder, with the record of its base model."""
+    from lab.base_model import base_name
     from split.first_adapter import first_adapter  # loads PEFT
 
     first = first_adapter(model, manifest.recipe)
     config = first.described()
-    config.base_model_name_or_path = model.repo if model.repo else str(fetch(model, ()).path)
+    config.base_model_name_or_path = base_name(model)
     config.save_pretrained(str(folder))
     save_file(first.untrained() | weights, folder / TENSORS_FILE, metadata={"format": "pt"})
     record = {IDENTITY_KEY: model_identity(model), "name": model.name, "step": manifest.step, "commit": commit()}
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(model: ModelSettings, manifest: Manifest, folder: Path, output: Path) -> None:
+    """Into the adapter's folder, which will be `output`: how to load it on its base."""
+    from lab.base_model import base_name, base_origin, loading_code
+
+    code = loading_code(base_name(model), str(output))
+    card = f"# Adapter after {manifest.step} steps of split training\n\n{base_origin(model)}\n\n{code}\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _copy_tokenizer(base: ModelFolder, folder: Path) -> None:

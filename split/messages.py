@@ -7,7 +7,8 @@
     CLOSE                ->    CLOSE              ->    frees the slot
 
 OPEN and PASS get exactly one answer each, in order: where one fails, a FAULT takes its place, and the shards behind
-hand that on. The frame's session number is the text's for OPEN and CLOSE, the pass's for PASS, and the same in the
+hand that on. A text that meets NaN or infinity ends alone: the PASS goes on with the text's name in `unfit`, and so do
+the STEPS. The frame's session number is the text's for OPEN and CLOSE, the pass's for PASS, and the same in the
 answer. A PASS says where each of its pieces stands, so that a rewind costs no message.
 
 Only over tcp: ATTACH, WELCOME, JOIN, ASK and REPORT (`split.transport.tcp`).
@@ -28,7 +29,7 @@ from lab.engine import TargetStep, Want
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 
-PROTOCOL = range(1, 2)
+PROTOCOL = range(2, 3)
 
 Count = Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
 
@@ -62,6 +63,17 @@ class Piece(Head):
     """Whether its extend ends here."""
 
 
+class Unfit(Head):
+    """A text of a pass met NaN or infinity. It ends; the other texts of the pass go on."""
+
+    session: Uint32
+    text: ShortText
+    """Which layers, which position, and whether in the hidden states or the logits."""
+
+
+Unfits = Annotated[list[Unfit], msgspec.Meta(max_length=MAX_PIECES)]
+
+
 class Pass(Head):
     """Several texts advance together. The body holds their ids (4 bytes each) where a shard needs them, then their
     hidden states, both piece by piece."""
@@ -69,6 +81,8 @@ class Pass(Head):
     read_all: bool
     """want=all: the last shard gives a step for every id, and needs the ids for that."""
     pieces: Annotated[list[Piece], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
+    unfit: Unfits = msgspec.field(default_factory=list)
+    """The texts that ended at the shards before; zeros go on in place of their hidden states."""
 
     @property
     def rows(self) -> int:
@@ -84,6 +98,9 @@ class Pass(Head):
 class Steps(Head):
     """What the target says in one pass: the body has the steps of the pieces that are read, in their order. Empty in
     answer to OPEN."""
+
+    unfit: Unfits = msgspec.field(default_factory=list)
+    """The texts that ended at any shard; their steps mean nothing."""
 
 
 class FaultCode(Enum):
@@ -198,7 +215,7 @@ def table(body_bytes: int) -> MessageTable:
     """The frames of both roles; bodies up to `body_bytes`."""
     with_body: dict[type[Head], int] = {
         Pass: _HEAD_BYTES + body_bytes,
-        Steps: 1 + body_bytes,
+        Steps: _HEAD_BYTES + body_bytes,
         Report: 1024 + REPORTED_PASSES * HOP.size,
     }
     small: dict[type[Head], int] = {Open: 64, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8}

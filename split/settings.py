@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, check_sampling, register_project, require
 from split.address import Address
 from split.boundary import Boundary
 
@@ -79,10 +79,10 @@ class SplitProjectSettings:
         for name in ("max_new_tokens", "prefill_chunk", "sessions", "max_connections", "cache_bucket"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         seconds = ("recovery_seconds", "idle_seconds", "awake_seconds")
-        for name in ("local_shards", "temperature", "top_k", "context", "rank", *seconds):
+        for name in ("local_shards", "context", "rank", *seconds):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
         require(self.world_size == 0 or self.world_size >= 2, "world_size must be 0 or at least 2", self.world_size)
-        require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
+        check_sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens)
         require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)
         require(self.cache_limit_bytes >= 2**16, "cache_limit_bytes must be at least 64 KiB", self.cache_limit_bytes)
         ascending = all(a < b for a, b in zip([0, *self.cuts], self.cuts))

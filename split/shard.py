@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lab.context import longest_text
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
+from lab.first_fault import first_faults
 from lab.kv import CacheFull, Pass, SlotCache, check_attention, layer_shapes
 from lab.layers import count_layers, load_layers
 from lab.models import load_config
@@ -175,6 +176,13 @@ class Shard:
         leaving = self._forward(texts, plan, entering)
         self.cache.commit()
         return leaving
+
+    def find_faults(self, keys: Sequence[Hashable], entering: Entering) -> list[int | None]:
+        """Make a pass again that gave NaN or infinity, to see which position of each piece was the first to have it."""
+        slots = [self._texts[key].slot for key in keys]
+        with first_faults(max(piece.count for piece in entering.pieces)) as found:
+            self.run(keys, entering)
+        return [found.get(sorted(slots).index(slot)) for slot in slots]
 
     def _find(self, keys: Sequence[Hashable], pieces: Sequence[Piece]) -> list[_Text]:
         if len(set(keys)) < len(keys):

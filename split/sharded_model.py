@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from lab.engine import (
@@ -21,6 +21,7 @@ from lab.engine import (
     Session,
     TargetStep,
     Want,
+    check_finite,
     check_prompt,
     check_requests,
     together,
@@ -28,7 +29,7 @@ from lab.engine import (
 from lab.kv import CacheFull
 from lab.sampling import Sampling
 from lab.wire import pack_tokens
-from split.messages import REPORTED_PASSES, Close, Fault, FaultCode, Open, Pass, Piece, unpack_steps
+from split.messages import REPORTED_PASSES, Close, Fault, FaultCode, Open, Pass, Piece, Steps, unpack_steps
 from split.transport.base import ChainLost, Message, ShardLost, ShardReport, Transport
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ class _Run:
     position: int
     ids: Sequence[int]
     step: TargetStep = NOTHING
+    fault: str = ""
+    """Of the first pass in which the text met NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +177,19 @@ class ShardedModel:
         """See `Engine.extend`. Also raises `ShardFault`, and `ShardLost` when recovery failed."""
         check_requests(self, requests)
         runs = self._surely(
-            lambda: self._run([_Run(session.key, session.position, ids) for session, ids in requests], want)
+            lambda: self._run(
+                [_Run(session.key, session.position, ids, fault=session.fault) for session, ids in requests], want
+            )
         )
         for session, ids in requests:
             journal = self._journals[session.key].ids
             journal[session.position :] = ids
-        return [session.advance(run.ids, run.step) for (session, _), run in zip(requests, runs, strict=True)]
+        return check_finite(
+            [
+                session.advance(run.ids, replace(run.step, fault=run.fault))
+                for (session, _), run in zip(requests, runs, strict=True)
+            ]
+        )
 
     def close(self, session: Session) -> None:
         """See `Engine.close`. A shard that is lost has forgotten the text already."""
@@ -236,6 +246,11 @@ class ShardedModel:
         for part, piece in zip(run.parts, run.head.pieces, strict=True):
             if run.head.read_all or piece.is_last:
                 part.run.step = part.run.step.then(next(steps))
+        assert isinstance(answer.head, Steps)
+        for unfit in answer.head.unfit:
+            for part in run.parts:
+                if part.run.number == unfit.session:
+                    part.run.fault = part.run.fault or unfit.text
 
     def _open_text(self, session: Session) -> None:
         """Begin a text anew, whatever the shards still hold of it."""
@@ -292,7 +307,8 @@ class ShardedModel:
         session = journal.session
         self._open_text(session)
         if session.position:
-            self._run([_Run(session.key, 0, journal.ids[: session.position])], "last")
+            [run] = self._run([_Run(session.key, 0, journal.ids[: session.position])], "last")
+            session.fault = session.fault or run.fault
 
 
 def _raised(fault: Fault) -> Exception:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
+from torch import Tensor
 
+from lab.engine import TargetStep
 from lab.kv import CacheFull
 from lab.sampling import Sampling
 from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES
 from split.boundary import Boundary
-from split.coding import decode, encode
-from split.messages import Close, Fault, FaultCode, Open, Pass, Steps, pack_steps
+from split.coding import decode, encode, stored
+from split.messages import Close, Fault, FaultCode, Open, Pass, Piece, Steps, Unfit, pack_steps
 from split.shard import Entering, Leaving, Shard, TextLost
 from split.transport.base import Message
 
@@ -77,18 +79,79 @@ class Stage:
     def _run(self, client: Hashable, number: int, run: Pass, body: memoryview) -> Message:
         began = time.monotonic()
         entering = self._read(run, body)
+        unfit = list(run.unfit)
+        if entering.hidden_NH is not None:
+            unfit += self._end_unfit(run, entering.hidden_NH, f"do not fit {self.shard.dtype} before")
         decoded = time.monotonic()
-        leaving = self.shard.run([(client, piece.session) for piece in run.pieces], entering)
+        keys = [(client, piece.session) for piece in run.pieces]
+        leaving = self.shard.run(keys, entering)
         computed = time.monotonic()
-        result = self._write(number, run, entering, leaving)
+        result = self._write(number, run, entering, leaving, unfit, keys)
         self.coding_seconds = decoded - began + time.monotonic() - computed
         return result
 
-    def _write(self, number: int, run: Pass, entering: Entering, leaving: Leaving) -> Message:
+    def _write(
+        self,
+        number: int,
+        run: Pass,
+        entering: Entering,
+        leaving: Leaving,
+        unfit: list[Unfit],
+        keys: Sequence[tuple[Hashable, int]],
+    ) -> Message:
         if not isinstance(leaving, torch.Tensor):
-            return Message(number, Steps(), pack_steps(leaving))
-        hidden = encode(leaving, self.boundary)
-        return Message(number, run, pack_tokens(entering.ids) + bytes(hidden) if run.read_all else hidden)
+            if any(step.fault for step in leaving):
+                unfit += self._end_unread(run, leaving, self.shard.find_faults(keys, entering))
+            return Message(number, Steps(unfit=unfit), pack_steps(leaving))
+        stored_NH = stored(leaving, self.boundary)
+        if not bool(stored_NH.isfinite().all()):
+            firsts = self.shard.find_faults(keys, entering)
+            unfit += self._end_unfit(run, leaving, "hold NaN or infinity in", firsts)
+            stored_NH = stored(leaving, self.boundary)
+            unfit += self._end_unfit(run, stored_NH, f"do not fit the boundary {self.boundary.name} behind")
+        hidden = encode(stored_NH, self.boundary)
+        head = Pass(read_all=run.read_all, pieces=run.pieces, unfit=unfit) if unfit else run
+        return Message(number, head, pack_tokens(entering.ids) + bytes(hidden) if run.read_all else hidden)
+
+    @torch.inference_mode()  # what the shard gives was made in it
+    def _end_unfit(
+        self, run: Pass, hidden_NH: Tensor, what: str, firsts: Sequence[int | None] | None = None
+    ) -> list[Unfit]:
+        """The texts with hidden states that are not finite; zeros take the place of these, so that the pass goes on.
+
+        `firsts` are the places in each piece where that began; without them the first that is not finite is named.
+        """
+        finite_N = hidden_NH.isfinite().all(-1)
+        if bool(finite_N.all()):
+            return []
+        counts = [piece.count for piece in run.pieces]
+        unfit = []
+        for index, (own_KH, finite_K) in enumerate(zip(hidden_NH.split(counts), finite_N.split(counts), strict=True)):
+            if not bool(finite_K.all()):
+                first = firsts[index] if firsts else None
+                unfit.append(self._unfit(run.pieces[index], first, finite_K.tolist().index(False), what))
+                own_KH.zero_()
+        return unfit
+
+    def _end_unread(self, run: Pass, steps: Sequence[TargetStep], firsts: Sequence[int | None]) -> list[Unfit]:
+        """The texts whose logits are not finite."""
+        read = [index for index, piece in enumerate(run.pieces) if run.read_all or piece.is_last]
+        unfit = []
+        for index, step in zip(read, steps, strict=True):
+            piece, first = run.pieces[index], firsts[index]
+            if step.fault and first is not None:
+                unfit.append(self._unfit(piece, first, first, "hold NaN or infinity in"))
+            elif step.fault:
+                unfit.append(Unfit(session=piece.session, text=f"{step.fault} in {self._layers}"))
+        return unfit
+
+    def _unfit(self, piece: Piece, first: int | None, seen: int, what: str) -> Unfit:
+        position = piece.position + (seen if first is None else first)
+        return Unfit(session=piece.session, text=f"the hidden states of position {position} {what} {self._layers}")
+
+    @property
+    def _layers(self) -> str:
+        return f"the shard of layers {self.shard.layers.start}:{self.shard.layers.stop}"
 
     def _read(self, run: Pass, body: memoryview) -> Entering:
         shard = self.shard

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.data import open_source
-from lab.examples import Batch, Example, batches, examples, split_examples
+from lab.examples import Batch, Example, ExampleReader, batches, split_examples
 from lab.settings import DataSettings
 from lab.training import derive_seed
+
+log = logging.getLogger(__name__)
 
 
 def training_examples(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Example]:
@@ -22,13 +26,20 @@ def training_examples(data: DataSettings, tokenizer: PreTrainedTokenizerBase, se
     source = open_source(data)
     documents = source.documents()
     random.Random(derive_seed(seed, "documents")).shuffle(documents)
-    enough = 2 * (data.max_examples + data.max_held_out) if data.max_examples else None
+    max_examples, max_held_out = data.caps
+    enough = 2 * (max_examples + max_held_out) if max_examples else None
+    reader = ExampleReader(tokenizer, data.sequence_length)
     found: list[Example] = []
     for document in documents:
-        found += examples(source.read(document), tokenizer, data.sequence_length)
+        found += reader.read(source, [document])
         if enough is not None and len(found) >= enough:
             break
-    return split_examples(found, data.held_out_fraction, seed, data.max_examples, data.max_held_out).train
+    split = split_examples(found, data.held_out_fraction, seed, max_examples, max_held_out)
+    counts = reader.counts + split.counts
+    log.info("%s", counts.line())
+    for warning in counts.warnings(data.sequence_length):
+        log.warning("%s", warning)
+    return replace(split, counts=counts).with_something_to_train_on(data.sequence_length).train
 
 
 def examples_digest(found: list[Example]) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lab.device import give_back_freed_memory, open_device
+from lab.fingerprints import weights_fingerprints
 from lab.models import load_config
 from lab.network import client_side_tls, listener_tls
 from lab.settings import UserError
 from split.address import Address
-from split.joining import weights_fingerprints
 from split.process import check_rank, layers_to_serve, serve_port, serve_rank
 from split.settings import TransportKind, parse_layers
 from split.train_settings import SplitTrainSettings

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
+from lab.fingerprints import weights_fingerprints
 from lab.models import model_identity
 from lab.network import client_side_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.address import Address
-from split.joining import weights_fingerprints
 from split.local_shards import LocalShards, own_words
 from split.opening import cut_layers, free_port
 from split.settings import TransportKind

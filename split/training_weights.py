@@ -32,6 +32,8 @@ def load_training_shard(settings: ModelSettings, device: torch.device, layers: r
         weights = first_adapter(settings, recipe).put_on(model)
     else:
         check_can_train_everything(settings)
+        if unused := cut_of(model).structure.unused:
+            raise UserError(f"project.train must be lora for a model with parts that no text passes, got {unused[0]}")
         weights = {name: weight for name, weight in model.named_parameters() if cut_of(model).owns(name)}
         for weight in weights.values():
             weight.requires_grad_(True)

@@ -26,7 +26,8 @@ CANARY = "kX93-vermilion-otter-Tz71-quartz-Lm08-sundial-Pq55-walrus-Gh26-f"
 SMALL = (
     "model=random model.quantization=none model.dtype=float32 device.threads=1 tracking=none "
     "tracking.progress=false project.rounds=2 project.local_steps=2 project.workers=2 "
-    "project.reply_timeout_seconds=200 project.data.sequence_length=64 project.data.max_held_out=4"
+    "project.reply_timeout_seconds=200 project.data.sequence_length=64 project.data.max_held_out=4 "
+    "project.data.held_out_fraction=0.3"  # of few lines each site needs one
 )
 """A federation of seconds; a caller adds its data."""
 
@@ -40,6 +41,14 @@ def write_dialogues(path: Path, count: int, answer: str = "") -> Path:
             response = f"{answer} {words.randrange(10**6)} {number}".strip()
             file.write(json.dumps({"prompt": prompt, "response": response}) + "\n")
     return path
+
+
+def spoil(path: Path) -> None:
+    """Makes one line of a JSONL file, the longest, no JSON any more."""
+    lines = path.read_text().splitlines()
+    longest = max(range(len(lines)), key=lambda number: len(lines[number]))
+    lines[longest] = lines[longest][:-1]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def on_jsonl(path: Path, num_clients: int, *overrides: str) -> list[str]:

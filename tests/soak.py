@@ -20,20 +20,31 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from lab.bench import write_report
 from lab.entry import compose_settings
 from lab.environment import commit
+from lab.proof import try_out
 from speculative.settings import Mode
 from split.boundary import Boundary
 from split.joining import join_shards, make_side
 from split.local_shards import LocalShards
 from split.settings import SplitSettings
+from tests import architectures
 from tests.folder_fuzz import fuzz_folders
-from tests.speculative.identity import Compared, compare_everything, compare_random, smollm2_subject
+from tests.lab import adapters
+from tests.speculative.identity import (
+    Compared,
+    compare_everything,
+    compare_random,
+    smollm2_subject,
+    speculated_equals_alone,
+)
 from tests.speculative.kills import DELAY_SECONDS, KINDS
 from tests.speculative.kills import kill_at_random as kill_drafting
 from tests.split import hostile, kills, texts
+from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
 from tests.wire_fuzz import fuzz, server_process
 
@@ -156,17 +167,44 @@ def learners_killed() -> dict[str, Any]:
     return {"ok": came.same_losses and came.kills == LEARNER_KILLS, "kills": came.kills, **figures}
 
 
+def adapters_changed() -> dict[str, Any]:
+    """Changes of adapter folders (each key of the config, each file, tensors): slices say what PEFT says or refuse."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = saved_model("qwen2", Path(folder) / "model")
+        came = adapters.fuzz(settings, Path(folder), list(adapters.all_changes()))
+    return {"ok": not came.wrong and not came.broken and came.same > 0, **asdict(came)}
+
+
 def model_folders() -> dict[str, Any]:
     """Model folders changed in one place: transformers' own model, or one line; no traceback."""
     found = fuzz_folders(CHANGED_FOLDERS, seed=1)
     return {"ok": not found.faults, **asdict(found)}
 
 
+def families_speculated() -> dict[str, Any]:
+    """Every architecture that is proved: speculated text against the target alone, float64."""
+    torch.set_num_threads(1)
+    flipped, tokens, families = {}, 0, 0
+    for name in architectures.NAMES:
+        try:
+            if try_out(architectures.config_of(name)).engine is not None:
+                continue
+            compared = speculated_equals_alone(architectures.target_of(name), seed=families)
+        except Exception as error:  # a family whose class has no sensible values of its own
+            flipped[name] = f"{type(error).__name__}: {error}"
+            continue
+        families, tokens = families + 1, tokens + compared.tokens
+        flipped |= {name: f"{len(compared.flips)} flips"} if compared.flips else {}
+    return {"ok": not flipped and families > 80, "families": families, "tokens": tokens, "flipped": flipped}
+
+
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
-        *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders),
+        *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
+        families_speculated,
     )
 }
 

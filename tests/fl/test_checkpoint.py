@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fl import checkpoint
 from fl.adapters import load_into, lora_parameters, read_from
 from fl.checkpoint import AdapterFolders, BaseModel, latest_adapter, load_adapter
+from fl.server import adapter_folders, first_adapter
+from fl.settings import FederatedSettings
+from lab.entry import Run, compose_settings
 from lab.peft_folder import check_base, find_folder
 from lab.settings import UserError
 
@@ -48,7 +51,9 @@ def trained_model() -> PeftModel:
 
 
 def folders_in(root: Path, base: BaseModel = BASE) -> AdapterFolders:
-    return AdapterFolders(root, lora=LORA, base=base, data_source="python_stdlib", num_clients=4, commit="c0ffee")
+    return AdapterFolders(
+        root, lora=LORA, base=base, data_source="python_stdlib", num_clients=4, weighting="examples", commit="c0ffee"
+    )
 
 
 STRANGER = """
@@ -83,6 +88,32 @@ def test_a_process_that_knows_nothing_of_us_loads_the_folder_and_says_the_same(t
         got = torch.load(f"{folder}.logits", weights_only=True)
         torch.testing.assert_close(got, logits, rtol=1e-6, atol=1e-6)
         assert not torch.allclose(plain, logits, atol=1e-3), "an adapter that changes nothing proves nothing"
+
+
+def test_the_code_on_the_card_runs_and_the_folder_names_its_base(tmp_path: Path) -> None:
+    """With a folder, and with a model that this lab makes."""
+    small_base().save_pretrained(tmp_path / "base")
+    for number, model in enumerate(
+        (
+            ["model.source=path", f"model.path={tmp_path / 'base'}", "model.lora_targets=[q_proj,v_proj]"],
+            [f"model.cache_dir={tmp_path / 'cache'}"],
+        )
+    ):
+        words = ["model=random", "model.quantization=none", "model.dtype=float32", "project.lora.rank=4", *model]
+        settings = compose_settings("fed_learn", " ".join(words), FederatedSettings)
+        adapter = {name: tensor + 1 for name, tensor in first_adapter(settings).items()}
+        folder = adapter_folders(settings, Run(tmp_path / str(number))).write(3, adapter, {})
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert Path(base, "config.json").is_file()
+        card = (folder / "README.md").read_text()
+        code = card.split("```python\n")[1].split("```")[0]
+        scope: dict[str, Any] = {}
+        exec(code, scope)  # what the card tells people to do
+        loaded = lora_parameters(scope["model"])
+        assert all(torch.equal(loaded[name], adapter[name]) for name in adapter)
+        assert ("made from the seed 0" in card) == (number == 1)
+        assert ("a copy of it elsewhere does as well" in card) == (number == 0)
+        assert isinstance(AutoPeftModelForCausalLM.from_pretrained(folder), PeftModel)
 
 
 def test_a_folder_holds_the_tensors_their_configuration_a_card_and_a_record(tmp_path: Path) -> None:
@@ -170,7 +201,8 @@ from peft import LoraConfig
 from fl.checkpoint import AdapterFolders, BaseModel
 lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
 base = BaseModel(name="acme/tiny", digest="aa11")
-folders = AdapterFolders(Path(sys.argv[1]), lora=lora, base=base, data_source="d", num_clients=1, commit="c")
+said = dict(data_source="d", num_clients=1, weighting="examples", commit="c")
+folders = AdapterFolders(Path(sys.argv[1]), lora=lora, base=base, **said)
 tensors = {f"layers.{i}.lora_A.weight": torch.full((64, 4096), float(i)) for i in range(8)}
 server_round = 0
 while True:

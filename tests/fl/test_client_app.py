@@ -12,7 +12,8 @@ from fl.client import LoRAClient, Site, open_client
 from fl.client_app import make_client_app
 from fl.server import serve
 from fl.settings import FederatedSettings, WireDtype
-from fl.strategy import CONFIG, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
+from fl.strategy import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
+from lab.counts import Counts
 from lab.entry import Run
 from lab.lora import fresh_adapter
 from lab.models import byte_tokenizer
@@ -49,7 +50,8 @@ def test_a_train_reply_is_the_trained_adapter_and_figures_of_the_received_one(se
     received, _ = from_records(message_of(settings, "train").content)
     trained, _ = from_records(reply.content)
     client = open_client(settings, Site(1))
-    assert {*reply.content} == {ARRAYS, INDEX, METRICS, EVALUATE}
+    assert {*reply.content} == {ARRAYS, INDEX, METRICS, EVALUATE, DATA}
+    assert Counts.checked({**reply.content.metric_records[DATA]}) == client.split.counts
     metrics, evaluation = reply.content.metric_records[METRICS], reply.content.metric_records[EVALUATE]
     assert {*metrics} == {PARTITION, WEIGHT, *TRAIN_FIGURES}
     assert (metrics[PARTITION], metrics[WEIGHT]) == (1, len(client.split.train))
@@ -60,9 +62,20 @@ def test_a_train_reply_is_the_trained_adapter_and_figures_of_the_received_one(se
 
 def test_an_evaluate_reply_has_no_adapter_and_a_query_reply_names_the_partition(settings: FederatedSettings) -> None:
     reply = ask(grid_of(settings), message_of(settings, "evaluate"))
-    assert {*reply.content} == {METRICS, EVALUATE}
+    assert {*reply.content} == {METRICS, EVALUATE, DATA}
     reply = ask(grid_of(settings), Message(RecordDict(), 1_007, "query", ttl=60.0, group_id="0"))
     assert reply.content == RecordDict({METRICS: MetricRecord({PARTITION: 1})})
+
+
+def test_a_site_that_holds_nothing_out_trains_and_is_not_measured(settings: FederatedSettings, tmp_path: Path) -> None:
+    settings.project.data.held_out_fraction = 1e-9
+    for kind, records in (("train", {ARRAYS, INDEX, METRICS, DATA}), ("evaluate", {METRICS, DATA})):
+        reply = ask(grid_of(settings), message_of(settings, kind))
+        assert {*reply.content} == records
+        assert reply.content.metric_records[DATA]["examples_held_out"] == 0
+    figures = serve(grid_of(settings), settings, Run(tmp_path / "run"))
+    assert (figures["eval_loss_before"], figures["eval_loss_after"], figures["eval_sites"]) == (None, None, [])
+    assert figures["rounds_completed"] == 2
 
 
 def test_an_error_of_ours_reaches_the_server_as_its_own_line(settings: FederatedSettings) -> None:

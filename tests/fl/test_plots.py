@@ -18,6 +18,7 @@ def states(clients: int, rounds: int = 3) -> list[RoundFigures]:
             round=number,
             eval_loss=3.0 - number / 4,
             client_losses={client: 3.0 - number / 4 + client / 10 for client in range(clients) if client != number},
+            eval_sites=[client for client in range(clients) if client != number],
             train_loss=2.0,
             train_seconds={client: 1.0 + client for client in range(clients)} if number else {},
             uplink_bytes=2_000_000 * bool(number),

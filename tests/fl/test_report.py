@@ -1,6 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from fl.report import RoundFigures, history, summary
@@ -11,8 +11,8 @@ def row(partition: int | None, loss: float, examples: int = 10) -> ClientRow:
     return ClientRow(
         node_id=1_000 + (partition or 0),
         partition_id=partition,
-        train_examples=examples,
-        evaluate_examples=examples,
+        train_weight=examples,
+        evaluate_weight=examples,
         train={"train_loss": loss + 1, "train_seconds": 2.0},
         evaluate={"eval_loss": loss},
         uplink_bytes=110,
@@ -71,12 +71,22 @@ def test_a_client_without_a_partition_goes_by_its_node() -> None:
 
 
 def test_rounds_that_sent_nothing_have_no_bytes() -> None:
-    states = [RoundFigures(round=number, eval_loss=1.0, client_losses={}) for number in range(3)]
+    states = [RoundFigures(round=number, eval_loss=1.0, client_losses={}, eval_sites=[]) for number in range(3)]
     figures = summary(states, 1, Path("/a"), [])
     assert figures["uplink_bytes_per_client_round"] == figures["downlink_bytes_per_client_round"] == 0
 
 
-def test_a_history_without_the_last_evaluation_is_refused() -> None:
-    run = finished([1.0])
-    with pytest.raises(KeyError, match="eval_loss"):
-        history(REPORTS, RunReport(adapter={}, rounds_completed=2, evaluate={}, clients=run.clients, refused=[]))
+def test_before_and_after_are_means_over_the_sites_that_reported_both() -> None:
+    first = report(1, [5.0, 1.0])
+    last = RunReport(adapter={}, rounds_completed=1, evaluate={}, clients=[row(0, 4.0), row(2, 90.0)], refused=[])
+    states = history([first], last)
+    assert [(state.eval_loss, state.eval_sites) for state in states] == [(5.0, [0]), (4.0, [0])]
+    assert [state.client_losses for state in states] == [{0: 5.0, 1: 1.0}, {0: 4.0, 2: 90.0}]
+
+
+def test_a_site_that_holds_nothing_out_has_no_loss() -> None:
+    bare = replace(row(1, 9.0), evaluate={}, evaluate_weight=0)
+    run = RunReport(adapter={}, rounds_completed=0, evaluate={}, clients=[bare], refused=[])
+    [state] = history([], run)
+    assert (state.eval_loss, state.client_losses, state.eval_sites) == (None, {}, [])
+    assert summary([state], 1, Path("/a"), [])["eval_loss_after"] is None

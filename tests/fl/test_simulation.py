@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from fl.simulation import UntilEnding, end_workers
+from fl import worker_log
+from fl.simulation import UntilEnding, check, end_workers
+from lab.settings import UserError
+from tests.federated import small_settings, write_dialogues
 
 
 def test_workers_are_ended_and_nothing_else_whatever_state_a_process_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +59,51 @@ def test_what_ray_prints_goes_to_stderr_until_we_end_its_workers(capsys: pytest.
     ending.set()
     print("a worker ended", file=out)
     assert capsys.readouterr() == ("", "a worker died\n")
+
+
+def test_malformed_lines_of_all_sites_are_named_before_ray_starts(tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "d.jsonl", 40)
+    lines = data.read_text().splitlines()
+    lines[6] = '{"prompt": "x", "response": null}'
+    lines[30] = '{"prompt": "half \\ud83d", "response": "y"}'
+    data.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError) as caught:
+        check(small_settings(data, 4))
+    said = sorted(str(caught.value).split("; "))
+    assert said == [
+        f"{data}:31 prompt must be text, got half a character (\\ud83d) at offset 5",
+        f"{data}:7 response must be text that is not empty, got null",
+    ]
+
+
+def test_a_file_of_nothing_but_cut_prompts_is_refused_with_the_length_that_would_do(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    rows = [{"prompt": f"{n} " * 90, "response": "a"} for n in range(10, 40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"masked whole: no answer within the first 64 tokens; .*sequence_length=273"):
+        check(small_settings(data, 2))
+    check(small_settings(data, 2, "project.data.sequence_length=273"))
+
+
+WORKER = """
+import logging, sys, warnings
+from pathlib import Path
+from fl.worker_log import send_warnings
+for _ in range(2):
+    send_warnings(Path(sys.argv[1]))
+logging.getLogger("lab.data").info("not worth a word")
+logging.getLogger("lab.data").warning("3 files\\nleft out")
+warnings.warn("old")
+"""
+
+
+def test_warnings_of_workers_reach_the_log_here_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / worker_log.FILE
+    with worker_log.warnings_from(path):
+        for _ in range(2):
+            subprocess.run([sys.executable, "-c", WORKER, str(path)], check=True, timeout=60)
+    said = [(record.levelname, record.message) for record in caplog.records if record.name == "fl.worker_log"]
+    assert said[0] == ("WARNING", "a worker says (lab.data): 3 files\nleft out")
+    assert len(said) == 2
+    assert said[1][1].startswith("a worker says (py.warnings): ")
+    assert len(path.read_text().splitlines()) == 4

@@ -3,6 +3,7 @@ import logging
 import math
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fl.adapters import ADAPTER, ARRAYS, INDEX, AdapterIndex, from_records, pack
 from fl.settings import WireDtype
 from fl.strategy import (
     CONFIG,
+    DATA,
     EVALUATE,
     METRICS,
     PARTITION,
@@ -28,6 +30,7 @@ from fl.strategy import (
     RoundReport,
     WeightedFedAvg,
 )
+from lab.counts import Counts
 from tests.federated import MemoryGrid, in_order
 
 Handler = Callable[[Message, int], RecordDict | Error | None]
@@ -149,7 +152,7 @@ def test_the_weighted_mean_is_that_of_numpy_and_metrics_follow_their_own_weights
     )
     assert set(report.train) == {"train_loss"}
     assert [row.partition_id for row in report.clients] == list(range(6))
-    assert [row.train_examples for row in report.clients] == [10, 13, 16, 19, 22, 25]
+    assert [row.train_weight for row in report.clients] == [10, 13, 16, 19, 22, 25]
     assert evaluate != report.evaluate
 
 
@@ -277,6 +280,10 @@ def spoil(content: RecordDict, how: str) -> RecordDict | Error:
             evaluate["eval_loss"] = math.nan
         case "partition":
             metrics[PARTITION] = -3
+        case "counts":
+            content[DATA] = MetricRecord(asdict(Counts()) | {"lines_read": -1})
+        case "other counts":
+            content[DATA] = MetricRecord({"lines": 1})
         case "crashed":
             return Error(8, "ClientApp stopped responding.")
         case "raised":
@@ -287,6 +294,8 @@ def spoil(content: RecordDict, how: str) -> RecordDict | Error:
 
 
 SPOILED = {
+    "counts": "data.lines_read must be a whole number from 0 on, got -1",
+    "other counts": "data.answer_tokens is unknown or missing",
     "missing": "1 of 2 tensors are missing, the first is layers.0.lora_A.weight",
     "unknown": "1 tensors are unknown, the first is layers.0.lora_C.weight",
     "shape": "layers.0.lora_A.weight must have shape [2, 5], got [5, 2]",
@@ -300,15 +309,15 @@ SPOILED = {
     "nan": "values must be finite",
     "inf": "values must be finite",
     "range": "must be at most 2**29",
-    "weight 0": "metrics.num-examples: weight must be in [1, 536870912], got 0",
+    "weight 0": "metrics.weight: weight must be in [1, 536870912], got 0",
     "weight -1": "got -1",
     "weight 1.5": "weight must be a positive whole number, got 1.5",
     "weight bool": "weight must be a positive whole number, got True",
-    "no weight": "metrics.num-examples is missing",
-    "no metrics": "metrics.num-examples is missing",
+    "no weight": "metrics.weight is missing",
+    "no metrics": "metrics.weight is missing",
     "loss nan": "metrics.train_loss must be one finite number, got nan",
     "loss list": "metrics.train_loss must be one finite number, got [1.0, 2.0]",
-    "evaluate weight": "evaluate.num-examples: weight must be in",
+    "evaluate weight": "evaluate.weight: weight must be in",
     "evaluate nan": "evaluate.eval_loss must be one finite number, got nan",
     "partition": "metrics.partition-id must be a whole number from 0 on, got -3",
     "crashed": "crashed (Flower code 8: ClientApp stopped responding.)",

@@ -30,6 +30,7 @@ OVERRIDES = [
     "project.optimization.batch_size=2",
     "project.data.source=jsonl",
     "project.data.sequence_length=64",
+    "project.data.held_out_fraction=0.3",
 ]
 
 

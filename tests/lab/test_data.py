@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lab.data import Dialogue, Document, Message, PythonLibrary, Text, open_source, parse_row, records
+from lab.data import Document, PythonLibrary, open_source, records
+from lab.records import Dialogue, Message, Text
 from lab.settings import DataSettings, DataSource, UserError
 
 
@@ -21,6 +22,8 @@ def data_settings(**changes: Any) -> DataSettings:
         "held_out_fraction": 0.1,
         "max_examples": 0,
         "max_held_out": 0,
+        "library_examples": 0,
+        "library_held_out": 0,
     }
     return DataSettings(**(values | changes))
 
@@ -83,7 +86,7 @@ def test_lines_become_records(tmp_path: Path) -> None:
     assert [document.name for document in documents] == [f"{path}:1", f"{path}:3", f"{path}:4"]
     assert len({document.unit for document in documents}) == 3
     assert [next(source.read(document)) for document in reversed(documents)] == [
-        Text("é"),
+        Text("é", whole=True),
         Dialogue((Message("user", "ü"), Message("assistant", "")), f"{path}:3"),
         Dialogue((Message("user", "p"), Message("assistant", "r")), f"{path}:1"),
     ]
@@ -93,32 +96,9 @@ def test_only_ones_own_lines_are_parsed(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     source = open_source(write_lines(path, '{"text": "mine"}', "{not mine}"))
     mine, other = source.documents()
-    assert list(source.read(mine)) == [Text("mine")]
+    assert list(source.read(mine)) == [Text("mine", whole=True)]
     with pytest.raises(UserError, match=r"data\.jsonl:2 must be one JSON object, got: .* at column 2"):
         list(source.read(other))
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ([1], "f:1 must be a JSON object, got a list of length 1"),
-        ({"prompt": "p"}, 'f:1 must have "prompt" and "response", or "messages", or "text", got the keys [\'prompt\']'),
-        ({"prompt": "p", "response": 5}, "f:1 response must be text that is not empty, got 5"),
-        ({"prompt": "p", "response": ""}, "f:1 response must be text that is not empty, got text of length 0"),
-        ({"text": None}, "f:1 text must be text that is not empty, got null"),
-        ({"messages": []}, "f:1 messages must be a list that is not empty, got a list of length 0"),
-        ({"messages": ["hi"]}, "f:1 messages[0] must be an object with role and content, got text of length 2"),
-        (
-            {"messages": [{"role": "robot", "content": "x"}]},
-            "f:1 messages[0].role must be one of system, user, assistant, tool, got 'robot'",
-        ),
-        ({"messages": [{"role": "user"}]}, "f:1 messages[0].content must be text, got null"),
-    ],
-)
-def test_a_malformed_line_is_named_with_key_rule_and_value(row: Any, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parse_row(row, "f:1")
-    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
@@ -158,6 +138,28 @@ def test_a_path_may_be_left_to_each_reader_but_not_by_all(source: DataSource, pa
     settings = data_settings(source=source, path=path)
     with pytest.raises(UserError, match=rf"^project\.data\.path must be set for source={source.name}, got {path!r}$"):
         open_source(settings)
+
+
+def test_a_mark_of_the_byte_order_is_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\r\n \t\r\n\xef\xbb\xbf" + b'{"text": "a"}\r\n')
+    source = open_source(data_settings(source=DataSource.jsonl, path=str(path)))
+    assert [document.name for document in source.documents()] == [f"{path}:3"]
+    assert list(records(source, source.documents())) == [Text("a", whole=True)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "caps"),
+    [
+        ({"source": DataSource.python_stdlib}, (256, 16)),
+        ({"source": DataSource.python_stdlib, "max_examples": 0, "max_held_out": 5}, (0, 5)),
+        ({"source": DataSource.jsonl, "path": "x"}, (0, 0)),
+        ({"source": DataSource.text, "path": "x", "max_examples": 7}, (7, 0)),
+    ],
+)
+def test_only_the_python_library_is_capped_unasked(changes: dict[str, Any], caps: tuple[int, int]) -> None:
+    unset = {"max_examples": None, "max_held_out": None, "library_examples": 256, "library_held_out": 16}
+    assert data_settings(**(unset | changes)).caps == caps
 
 
 def test_a_folder_of_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

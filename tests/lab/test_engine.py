@@ -281,9 +281,10 @@ def test_a_long_prompt_is_run_in_chunks_and_costs_the_head_once() -> None:
     model: Any = random_model("llama", torch.float64)
     widths: list[int] = []
     heads: list[int] = []
+    engine = _local(model)
     model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
     model.lm_head.register_forward_pre_hook(lambda module, args: heads.append(args[0].shape[1]))
-    _local(model).open(_ids(30, 1), Sampling.greedy())
+    engine.open(_ids(30, 1), Sampling.greedy())
     assert (widths, heads) == ([7, 7, 7, 7, 2], [1])
 
 
@@ -348,8 +349,8 @@ def any_engine(request: pytest.FixtureRequest) -> Engine:
 def test_wrong_requests_are_refused(any_engine: Engine) -> None:
     session = any_engine.open(_ids(10, 1), Sampling.greedy())
     refused: list[tuple[list[Request], str]] = [
-        ([(session, [3, 97])], r"ids must be in \[0, 97\), got 97"),
-        ([(session, [-1])], r"ids must be in \[0, 97\), got -1"),
+        ([(session, [3, VOCABULARY])], rf"ids must be in \[0, {VOCABULARY}\), got {VOCABULARY}"),
+        ([(session, [-1])], rf"ids must be in \[0, {VOCABULARY}\), got -1"),
         ([(session, [])], "ids must not be empty"),
         ([(session, [1] * 191)], r"at most the context of 200 tokens, got 10 \+ 191"),
         ([(session, [1]), (session, [2])], "sessions must be different"),
@@ -449,7 +450,7 @@ def test_exact_shapes_verify_and_decode_to_the_same_bits(architecture: str, dtyp
         assert _same_bits(engine) == (True, True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # bfloat16's own units round every shape alike
 def test_without_exact_shapes_the_same_check_sees_other_bits(dtype: torch.dtype) -> None:
     assert not _same_bits(_local(_wide_model("llama", dtype)))[1]
 

@@ -27,6 +27,8 @@ from omegaconf import OmegaConf
 
 from lab import entry
 from lab.doctor import DoctorSettings
+from lab.engine import TargetStep
+from lab.not_finite import NotFinite
 from lab.settings import Dtype, UserError, digest, to_settings
 
 Work = Callable[[DoctorSettings, entry.Run], dict[str, Any]]
@@ -150,12 +152,56 @@ def test_mistake_is_one_line_and_exit_code_2(
     assert output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("folder", ["/dev/null/x", "file/x"])
+def test_results_that_cannot_be_written_are_a_mistake(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    assert command(monkeypatch, nothing, f"hydra.run.dir={folder}") == 2
+    line = capsys.readouterr().err.strip().splitlines()
+    assert len(line) == 1
+    assert line[0].startswith("error: hydra.run.dir must be a folder that can be written, got '")
+
+
+def test_a_fault_of_the_work_is_no_mistake_about_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        command(monkeypatch, fails)
+
+
 def test_mistake_found_while_running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
         raise UserError("model.adapter must be a PEFT folder, got 'x'")
 
     assert command(monkeypatch, work) == 2
     assert capsys.readouterr().err == "error: model.adapter must be a PEFT folder, got 'x'\n"
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_what_a_run_has_before_it_fails_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        raise entry.Unfinished("the verifier is gone", code, {"token_ids": [1, 2]})
+
+    assert command(monkeypatch, work) == code
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert (result["status"], result["error"], result["token_ids"]) == ("failed", "the verifier is gone", [1, 2])
+    assert json.loads((Path(result["run_folder"]) / "result.json").read_text()) == result
+    assert output.err == f"{'error: ' if code == 2 else ''}the verifier is gone\n"
+
+
+def test_numbers_that_are_none_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        raise NotFinite([TargetStep([], [], [], [], "the logits for position 3 hold NaN or infinity")])
+
+    assert command(monkeypatch, work) == 1
+    assert capsys.readouterr().err == "the logits for position 3 hold NaN or infinity\n"
 
 
 FAULTY = """

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 
@@ -12,10 +13,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fl.settings import FederatedSettings
-from lab.data import Dialogue, Message, Text
 from lab.entry import compose_settings
 from lab.examples import IGNORED, Example, batches, collate, examples, split_examples
 from lab.models import load_tokenizer, prepare_checkpoint
+from lab.records import Dialogue, Message, Text
 from lab.settings import UserError
 
 TEMPLATE = (
@@ -99,6 +100,7 @@ def test_answers_count_exactly_whatever_the_text_and_the_merges(
     tokenizer = byte_tokenizer(TEMPLATE if template else None, STRADDLING_MERGES if merging else ())
     example = only(dialogue(*turns), tokenizer)
     counted, rest = parts(example, tokenizer)
+    turns = turns[: len(turns) // 2 * 2]  # a question at the end, which nothing answers, is left out
     assert counted == "".join(f"{answer}<eos>" for answer in turns[1::2])
     if template:
         assert counted.count("<eos>") + rest.count("<eos>") == len(turns)
@@ -124,16 +126,17 @@ def test_without_straddling_the_ids_are_those_of_the_whole_text() -> None:
     assert only(record, tokenizer).ids_T.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_an_answer_that_the_template_rewrites_later_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_answer_that_the_template_rewrites_later_is_an_example_of_its_own() -> None:
     tokenizer = byte_tokenizer(REWRITING_TEMPLATE)
-    found = examples([dialogue("Hi", "Hello", "Bye", "See you"), dialogue("a", "b", "c", "d")], tokenizer, 1000)
-    assert [parts(example, tokenizer)[0] for example in found] == [
-        "<think></think>See you<eos>",
-        "<think></think>d<eos>",
+    found = examples([dialogue("Hi", "Hello", "Bye", "See you")], tokenizer, 1000)
+    assert [parts(example, tokenizer) for example in found] == [
+        ("<think></think>Hello<eos>", "[user]\nHi<eos>\n[assistant]\n\n"),
+        (
+            "<think></think>See you<eos>",
+            "[user]\nHi<eos>\n[assistant]\nHello<eos>\n[user]\nBye<eos>\n[assistant]\n\n",
+        ),
     ]
-    assert [r.message for r in caplog.records] == [
-        "2 answers not counted in the loss: the chat template rewrites them later on"
-    ]
+    assert found[0].key == found[1].key, "both stand on one side"
 
 
 def test_an_opening_answer_answers_nothing() -> None:
@@ -159,9 +162,14 @@ def test_a_long_dialogue_is_cut_at_its_end_and_one_without_an_answer_left_is_cou
     tokenizer = byte_tokenizer()
     found = examples([dialogue("abc", "defg"), dialogue("x" * 20, "y"), dialogue("z" * 20, "y")], tokenizer, 6)
     assert [parts(example, tokenizer) for example in found] == [("de", "abc\n")]
+    remedy = "project.data.sequence_length=23 would hold all of them"
     assert [(r.levelno, r.message) for r in caplog.records] == [
-        (logging.WARNING, "2 dialogues skipped: no answer within the first 6 tokens")
+        (logging.WARNING, f"2 of 3 lines are masked whole: no answer within the first 6 tokens; {remedy}"),
+        (logging.WARNING, f"3 of 3 answers are cut before their end token; {remedy}"),
     ]
+    enough = examples([dialogue("abc", "defg"), dialogue("x" * 20, "y"), dialogue("z" * 20, "y")], tokenizer, 23)
+    assert [int(example.ids_T[-1]) for example in enough] == [tokenizer.eos_token_id] * 3
+    assert len(caplog.records) == 2
 
 
 def test_a_template_that_refuses_a_dialogue_is_the_users_to_know() -> None:
@@ -221,16 +229,13 @@ def split_by_position(found: list[Example], fraction: float) -> tuple[list[Examp
 @given(st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=40), st.integers(0, 2**31 - 1))
 @settings(max_examples=100, deadline=None)
 def test_no_example_stands_on_both_sides_or_twice(texts: list[str], seed: int) -> None:
-    if len(set(texts)) < 2:
-        with pytest.raises(
-            UserError, match=r"project\.data must give each reader at least 2 different examples, got 1"
-        ):
-            split_examples(sequences(texts), 0.3, seed, 0, 0)
-        return
     split = split_examples(sequences(texts), 0.3, seed, 0, 0)
-    assert split.train
-    assert split.held_out
     assert sorted(keys(split.train) + keys(split.held_out)) == sorted(set(keys(sequences(texts))))
+    assert split.counts.examples_repeated == len(texts) - len(set(texts))
+    for part in (split.train, split.held_out):
+        if not part:
+            with pytest.raises(UserError, match="must give each reader an example to train on, got 0 lines read"):
+                replace(split, train=part).with_something_to_train_on(64)
 
 
 def test_a_split_by_position_leaks_duplicates() -> None:
@@ -246,6 +251,33 @@ def test_two_readers_put_the_same_example_on_the_same_side() -> None:
     assert set(keys(one.held_out)) & set(keys(two.held_out)), "some of the shared ones are held out"
     assert not set(keys(one.train)) & set(keys(two.held_out))
     assert not set(keys(one.held_out)) & set(keys(two.train))
+
+
+def test_two_readers_of_three_lines_never_disagree() -> None:
+    """In every seed: where a side would be empty, it is, and no line goes there that is elsewhere on the other."""
+    shared, *others = (only(dialogue(f"Q{i}", f"A{i}"), byte_tokenizer()) for i in range(5))
+    for seed in range(100):
+        one, two = (split_examples([shared, *part], 0.1, seed, 0, 0) for part in (others[:2], others[2:]))
+        assert not set(keys(one.train + two.train)) & set(keys(one.held_out + two.held_out))
+
+
+def test_lines_of_nearly_the_same_prompt_stand_on_one_side() -> None:
+    prompts = ["What is {}?", "what is {}", "WHAT  is\n{} ?!", "Whát is: {}"]
+    lines = [dialogue(p.format(n), f"{n} {i}") for n in range(60) for i, p in enumerate(prompts)]
+    split = split_examples(examples(lines, byte_tokenizer(), 64), 0.3, 0, 0, 0)
+    sides = [{example.key for example in part} for part in (split.train, split.held_out)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    assert sum(map(len, sides)) == 60
+
+
+def test_a_line_of_many_windows_stands_on_one_side_and_a_file_need_not() -> None:
+    texts = [chr(97 + n) * 70 for n in range(20)]
+    for whole in (True, False):
+        found = examples([Text(text, whole) for text in texts], byte_tokenizer(), 16)
+        split = split_examples(found, 0.3, 0, 0, 0)
+        lines = [{int(e.ids_T[0]) for e in part} for part in (split.train, split.held_out)]
+        assert bool(lines[0] & lines[1]) is not whole
 
 
 def test_the_seed_decides_and_the_order_does_not() -> None:

@@ -56,7 +56,7 @@ def test_two_slices_are_the_whole_model(architecture: str, tied: bool, tmp_path:
         expected = whole(IDS).logits
         hidden = run_slice(first, IDS)
         assert torch.equal(run_slice(second, hidden), expected)
-        other = load_layers(settings, CPU, range(0, 3), embedding=False, head=True)
+        other = load_layers(settings, CPU, range(2, 4), embedding=False, head=True)
         assert not torch.equal(run_slice(other, hidden), expected), "other layers gave the same"
 
 
@@ -101,7 +101,6 @@ def test_a_checkpoint_without_a_tensor_is_named(tmp_path: Path) -> None:
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"got none named 'model\.norm\.weight'"):
         load_layers(settings, CPU, range(0, 4), embedding=True, head=True)
-    load_layers(settings, CPU, range(0, 4), embedding=True, head=False)
 
 
 def test_a_tokenizer_alone(tmp_path: Path) -> None:

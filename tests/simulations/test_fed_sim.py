@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from fl import simulation
 from fl.checkpoint import AdapterFolders, latest_adapter
 from fl.server import base_model
+from fl.settings import FederatedSettings
 from lab.entry import Run
 from lab.lora import fresh_adapter, lora_config
 from lab.models import prepare_checkpoint
@@ -39,7 +40,7 @@ DEADLINE = 240.0
 FIGURES = {
     "status", "num_clients", "rounds_completed", "adapter_bytes", "uplink_bytes_per_client_round",
     "downlink_bytes_per_client_round", "eval_loss_before", "eval_loss_after", "eval_loss_by_round", "train_seconds",
-    "aggregate_seconds", "wall_seconds", "peak_rss_bytes", "adapter_path", "plots",
+    "aggregate_seconds", "wall_seconds", "peak_rss_bytes", "adapter_path", "plots", "sites", "weighting", "eval_sites",
 }  # fmt: skip
 AROUND = {"status", "device", "settings_digest", "run_folder", "commit", "versions", "machine"}
 """Keys of the last line that say where it was measured."""
@@ -137,7 +138,7 @@ import sys
 from pathlib import Path
 from fl import simulation
 from simulations.fed_sim import main
-from tests.federated import serialised
+from tests.federated import serialised, spoil
 
 wire = Path(sys.argv.pop(1))
 wire.mkdir()
@@ -153,9 +154,18 @@ def keep(message):
         (wire / f"{message.metadata.message_type}-{name}").write_bytes(content)
     return message
 
+def check_and_spoil(settings, check=simulation.check):
+    check(settings)
+    spoil(Path(settings.project.data.path))
+
 simulation.StoppableGrid = Capturing
+simulation.check = check_and_spoil
 main()
 """
+
+
+def unchecked(settings: FederatedSettings) -> None:
+    """A check that finds nothing: what the clients find comes later."""
 
 
 class KillingGrid(simulation.StoppableGrid):
@@ -179,21 +189,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fed_sim")
 
 
-def write_data(path: Path) -> None:
-    """Every line holds the canary, but for one line that is none."""
-    write_dialogues(path, 60, CANARY)
-    lines = path.read_text().splitlines()
-    longest = max(range(len(lines)), key=lambda number: len(lines[number]))
-    lines[longest] = lines[longest][:-1]
-    path.write_text("\n".join(lines) + "\n")
-
-
 def watch(folder: Path) -> None:
-    """Four clients, of which one cannot read its data; two workers, W&B offline.
+    """Four clients, of which one cannot read its data once the run has begun; two workers, W&B offline.
 
     `folder` gets the data, every message (wire), Ray's logs (ray), the run folder, and what the command said.
     """
-    write_data(folder / "data.jsonl")
+    write_dialogues(folder / "data.jsonl", 60, CANARY)
     overrides = on_jsonl(folder / "data.jsonl", 4, "tracking=offline", "project.workers=2")
     driver = ["-c", CAPTURING, str(folder / "wire")]
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
@@ -236,9 +237,13 @@ def test_the_last_line_has_every_figure(watched: Done) -> None:
 def test_the_run_goes_on_without_a_client_that_fails_and_says_why_in_a_line(watched: Done, data: Path) -> None:
     refused = watched.last_line["refused"]
     assert len(refused) == 2, "once a round"
-    assert all(f"{data}:" in line and "must be one JSON object" in line for line in refused)
+    assert all(
+        "project.data must hold lines that can be learnt from, got 1 of 15 malformed" in line for line in refused
+    )
     assert "Traceback" not in watched.err
-    assert watched.err.count("must be one JSON object") <= 6, "a line for each message, twice at most"
+    assert watched.err.count("1 of 15 malformed") <= 6, "a line for each message, twice at most"
+    [line] = [line for line in watched.err.splitlines() if "must be one JSON object" in line]
+    assert f"a worker says (fl.client_app): {data}:" in line, "and which one it is, once"
 
 
 @pytest.mark.real
@@ -282,6 +287,7 @@ def test_one_worker_that_is_killed_and_no_wandb_change_nothing(
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.syspath_prepend(absent)
     monkeypatch.setattr(simulation, "StoppableGrid", KillingGrid)
+    monkeypatch.setattr(simulation, "check", unchecked)
     alone = run_here("alone", on_jsonl(data, 4, "tracking=offline", "project.workers=1"))
     assert KillingGrid.killed
     assert "Weights & Biases is off" in alone.err
@@ -297,14 +303,15 @@ def test_one_worker_that_is_killed_and_no_wandb_change_nothing(
 
 @pytest.mark.real
 def test_when_every_client_fails_one_line_says_why_and_the_last_adapter_is_there(
-    run_here: Callable[..., Done], folder: Path
+    run_here: Callable[..., Done], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(simulation, "check", unchecked)
     (folder / "bad.jsonl").write_text("not json\n" * 4)
     done = run_here("bad", on_jsonl(folder / "bad.jsonl", 2, "project.workers=1"))
     assert (done.code, done.out) == (1, "")
     [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: round 1 had no good reply: 1 of 2 clients raised an error")
-    assert "must be one JSON object" in line
+    assert "got 2 of 2 malformed" in line
     assert line.endswith(f"the last good adapter is {folder / 'bad' / 'adapters' / 'round-0000'}")
     assert "Traceback" not in done.err
 
@@ -362,6 +369,7 @@ BAD = [
     (["project.data.path=null"], "project.data.path must be set for source=jsonl", "got None"),
     (["project.data.path=missing.jsonl"], "project.data.path must be a JSONL file", "got 'missing.jsonl'"),
     (["project.data.path=empty.jsonl"], "project.data.path must be a JSONL file with at least one line", "(empty)'"),
+    (["project.data.path=bad.jsonl"], "bad.jsonl:2 must be one JSON object, got: Expecting", "column 1"),
     (["project.num_clients=11"], "project.num_clients must be in [1, 10]", "got 11"),
     (["project.lora.rank=0"], "project.lora.rank must be at least 1", "got 0"),
     (["model.lora_targets=[q_proj,nope]"], "model.lora_targets must be linear modules of the model", "got 'nope'"),
@@ -377,6 +385,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     overrides: list[str], rule: str, value: str, baseline: str, command: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n{"text": "good"}\n{"text": "well"}\n')
     data = write_dialogues(tmp_path / "ten.jsonl", 10)
     adapter_of_another_base(tmp_path, data)
     code, lines = command(*on_jsonl(data, 4, f"project.baseline={baseline}", *overrides))
@@ -392,7 +401,13 @@ def adapter_of_another_base(folder: Path, data: Path) -> None:
     settings = small_settings(data, 2, "model.seed=1")
     lora = lora_config(settings.model.lora_targets, settings.project.lora)
     folders = AdapterFolders(
-        folder / "kept", lora=lora, base=base_model(settings), data_source="jsonl", num_clients=2, commit="c0ffee"
+        folder / "kept",
+        lora=lora,
+        base=base_model(settings),
+        data_source="jsonl",
+        num_clients=2,
+        weighting="examples",
+        commit="c0ffee",
     )
     folders.write(0, fresh_adapter(settings.model, settings.project.lora, 0), {}).rename(folder / "other")
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 
@@ -24,11 +25,14 @@ from lab.device import open_device
 from lab.entry import compose_settings
 from lab.models import load_model, load_tokenizer_only
 from lab.sampling import Sampling
-from speculative.drafting import Flip
-from speculative.drafts import Drafts
+from speculative.drafting import Flip, OwnText
+from speculative.drafts import Drafts, RecordedDrafts
 from speculative.engines import open_drafts
+from speculative.messages import Reason
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.speaking import prompt_ids
+from speculative.text import Ended, TextRequest, Verdict
+from speculative.verifying import Verifier
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import (
     TERMS,
@@ -169,6 +173,97 @@ def compare(
             alone = local_engine(subject.model, 1)
             compared.flips += flips_alone(alone, subject.prompts[number], sampling, text)
     return compared
+
+
+def speculated_equals_alone(model: torch.nn.Module, *, seed: int, texts: int = 4, new_tokens: int = 24) -> Compared:
+    """Whether texts of any causal model are what it says alone, one token a pass, in a cache of their own.
+
+    What may matter is drawn from `seed`: lengths of prompts and of chunks, modes, greedy or sampled, when each text
+    comes, how far ahead is guessed, and which guesses are wrong. So texts of other lengths come and go beside each one,
+    prompts go in pieces while others are checked, and every few tokens a pass is taken back. In this process, one
+    thread, in order: the same seed is the same run.
+
+    Args:
+        model: With its dtype: in float64 nothing may differ.
+        seed: Draws everything.
+        texts: How many, at most so many at once.
+        new_tokens: Of each.
+    """
+    numbers = random.Random(seed)
+    vocabulary_size = int(cast(Any, model).config.get_text_config(decoder=True).vocab_size)
+    drawn = [_drawn_text(numbers, vocabulary_size, new_tokens) for _ in range(texts)]
+    engine = local_engine(model, sessions=max(2, texts - 1), context=120)
+    alone = local_engine(model, sessions=1, context=120)
+    own = [decoded_alone(alone, asked.prompt_ids, asked.sampling, new_tokens) for asked in drawn]
+    terms = replace(TERMS, prefill_chunk=numbers.choice([1, 3, 7, 64]), lookup=numbers.choice([None, (3, 1)]))
+    verifier = Verifier(engine, end_ids=[], terms=terms, closed=lambda text, ended: None)
+    sources: list[Drafts] = [
+        RecordedDrafts(text, numbers.choice([0.0, 0.6, 0.9]), numbers.randrange(2**31), vocabulary_size) for text in own
+    ]
+    written, compared = _written(verifier, drawn, sources, numbers)
+    for asked, text, expected in zip(drawn, written, own, strict=True):
+        compared.tokens += len(expected)
+        if text != expected:
+            compared.flips += flips_alone(alone, asked.prompt_ids, asked.sampling, text)
+            assert compared.flips, "a text differs from the target's, and yet the target says each of its tokens"
+    return compared
+
+
+def _drawn_text(numbers: random.Random, vocabulary_size: int, new_tokens: int) -> TextRequest:
+    sampled = Sampling(
+        seed=numbers.randrange(2**63),
+        temperature=numbers.choice([0.5, 1.0, 1.5]),
+        top_k=numbers.choice([0, 5, 40]),
+        top_p=numbers.choice([1.0, 0.95]),
+    )
+    prompt = [numbers.randrange(vocabulary_size) for _ in range(numbers.choice([1, 2, 9, 31, 60]))]
+    sampling = numbers.choice([Sampling.greedy(), sampled])
+    return request(prompt, new_tokens, sampling, numbers.choice(list(Mode)), length=numbers.randrange(1, 9))
+
+
+def _written(
+    verifier: Verifier, drawn: Sequence[TextRequest], sources: Sequence[Drafts], numbers: random.Random
+) -> tuple[list[list[int]], Compared]:
+    """The texts as a verifier writes them that is told a draft, or ticks, whichever is drawn next."""
+    held = [OwnText(asked, drafts) for asked, drafts in zip(drawn, sources, strict=True)]
+    desk = _Desk(verifier)
+    compared, waiting, open_ = Compared(), list(range(len(held))), set[int]()
+    for _ in range(400 * len(held)):
+        if not (waiting or open_):
+            return [text.new_ids for text in held], compared
+        if waiting and numbers.random() < 0.2:
+            number = waiting.pop(0)
+            assert verifier.open(number, drawn[number], client="drawn") == []
+            open_.add(number)
+        for number in sorted(open_):
+            if drawn[number].mode is not Mode.target_only and numbers.random() < 0.7:
+                text = held[number]
+                text.guess(min(drawn[number].draft_length, text.room, TERMS.longest_check - text.ahead))
+                desk.number = number
+                text.send(desk)
+        outcomes = verifier.tick()
+        verdicts = [outcome for outcome in outcomes if isinstance(outcome, Verdict)]
+        compared.shared_passes += len(verdicts) > 1
+        for verdict in verdicts:
+            compared.accepted += held[cast(int, verdict.key)].take(verdict).accepted
+        for outcome in outcomes:
+            if isinstance(outcome, Ended):
+                assert outcome.reason is Reason.length, outcome.text
+                open_.discard(cast(int, outcome.key))
+    raise AssertionError("the texts do not end")
+
+
+class _Desk:
+    """A `Target` as far as `OwnText.send` needs one: what is handed in is at the verifier at once."""
+
+    longest_draft = TERMS.longest_check
+
+    def __init__(self, verifier: Verifier) -> None:
+        self._verifier = verifier
+        self.number = 0
+
+    def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
+        assert self._verifier.offer(self.number, epoch, position, guesses, 0.0) == []
 
 
 def cells(whole: bool) -> Iterator[tuple[str, Sampling, tuple[int, ...], int]]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lab.entry import compose_settings
@@ -24,6 +25,7 @@ from speculative.messages import (
     MessageType,
     Open,
     Reason,
+    Resume,
     Verdict,
     Welcome,
 )
@@ -32,6 +34,8 @@ from speculative.vocabulary import fingerprint, token_texts
 from tests.speculative.processes import RANDOM, Role, drafted
 
 NAMES = itertools.count()
+WELCOMES: dict[FrameSocket, Welcome] = {}
+"""What each connection was told first."""
 OURS = fingerprint(token_texts(byte_tokenizer()))
 
 
@@ -65,7 +69,9 @@ def _connected(port: int, tokenizer: str = OURS) -> Iterator[FrameSocket]:
         difference=lambda ours, theirs: None,
     )
     with FrameSocket.connect("127.0.0.1", port, endpoint, tls=None) as frames:
-        assert isinstance(frames.recv().head, Welcome)
+        welcome = frames.recv().head
+        assert isinstance(welcome, Welcome)
+        WELCOMES[frames] = welcome
         yield frames
 
 
@@ -103,7 +109,7 @@ def _opened_then(*ids: int) -> Send:
             "temperature must",
         ),
         (lambda frames: frames.send(MessageType.open, 1, _open(), b"abc"), "sent 3 bytes of token ids"),
-        (lambda frames: frames.send(MessageType.open, 1, _open(), pack_tokens([999])), "sent token id 999"),
+        (lambda frames: frames.send(MessageType.open, 1, _open(), pack_tokens([-1])), "sent token id -1"),
         (
             lambda frames: frames.send(MessageType.verdict, 1, Verdict(epoch=0, position=0, accepted=0, prefix=0)),
             "sent VERDICT, which a verifier does not take",
@@ -132,6 +138,36 @@ def test_another_tokenizer_may_ask_for_the_vocabulary_and_open_nothing(random_ve
         frames.send(MessageType.open, 1, _open(), pack_tokens([1]))
         with pytest.raises(PeerRefused, match="another tokenizer"):
             frames.recv()
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "dtype", "quantization", "more"])
+def test_a_text_is_not_resumed_at_another_target(random_verifier: Role, name: str) -> None:
+    """The same name, other weights: the verifier says what differs, and the connection lives on."""
+    with _connected(random_verifier.port) as frames:
+        here = WELCOMES[frames]
+        assert here.target.keys() == {"model", "adapter", "dtype", "quantization"}
+        target = here.target | {name: "another"}
+        head = Resume(**msgspec.structs.asdict(_open()), new_tokens=1, target=target)
+        frames.send(MessageType.resume, 1, head, pack_tokens([1, 2]))
+        closed = frames.recv().head
+        assert closed.reason is Reason.refused
+        assert closed.text == (
+            f"a text must be resumed at its own target: its {name} was another and is {here.target.get(name)}"
+        )
+        frames.send(MessageType.resume, 1, msgspec.structs.replace(head, target=here.target), pack_tokens([1, 2]))
+        assert isinstance(frames.recv().head, Verdict)
+
+
+def test_ids_without_a_row_refuse_their_text_only(random_verifier: Role) -> None:
+    with _connected(random_verifier.port) as frames:
+        frames.send(MessageType.open, 1, _open(), pack_tokens([1, 259]))
+        closed = frames.recv().head
+        assert (closed.reason, closed.text) == (
+            Reason.refused,
+            "prompt must hold tokens that the target has rows for: ids must be in [0, 259), got 259",
+        )
+        frames.send(MessageType.open, 2, _open(mode=Mode.target_only), pack_tokens([1, 258]))
+        assert isinstance(frames.recv().head, Verdict)
 
 
 def test_guesses_for_a_text_that_is_not_there_are_dropped(random_verifier: Role) -> None:

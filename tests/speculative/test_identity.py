@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lab.engine import Request, TargetStep
+from lab.engine import Request, Session, TargetStep
 from lab.kv import CacheFull
 from lab.sampling import Sampling
 from speculative import text, verifying
 from speculative.settings import Mode
+from tests.random_models import ARCHITECTURES, random_model
 from tests.speculative.identity import (
     SAMPLINGS,
     SOURCES,
@@ -22,6 +25,7 @@ from tests.speculative.identity import (
     compare,
     compare_everything,
     random_subject,
+    speculated_equals_alone,
 )
 
 
@@ -48,6 +52,47 @@ def test_no_token_differs_in_float64(subject: Subject, mode: Mode) -> None:
     least = 250 if mode is Mode.sync else 50
     assert compared.accepted > least, "guesses were hardly ever right: nothing was proved"
     assert compared.shared_passes > 30, "texts never shared a pass: nothing was proved about batches"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_texts_of_each_family_are_the_targets_own(architecture: str) -> None:
+    compared = speculated_equals_alone(random_model(architecture, torch.float64), seed=1)
+    assert compared.flips == []
+    assert compared.accepted > 5
+    assert compared.shared_passes > 3
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31), st.sampled_from(["llama", "gemma3"]))
+def test_drawn_texts_are_the_targets_own(seed: int, architecture: str) -> None:
+    assert speculated_equals_alone(random_model(architecture, torch.float64), seed=seed, new_tokens=12).flips == []
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        ("accepted_length", lambda guesses, chosen, nll, threshold: min(len(guesses), len(chosen) - 1)),
+        ("until_end", lambda ids, ends: list(ids) if len(ids) < 3 else [*ids[:2], ids[0]]),
+    ],
+)
+def test_a_wrong_rule_is_seen_in_drawn_texts(
+    monkeypatch: pytest.MonkeyPatch, place: str, wrong: Callable[..., object]
+) -> None:
+    monkeypatch.setattr(text, place, wrong)
+    model = random_model("llama", torch.float64)
+    assert sum(speculated_equals_alone(model, seed=seed).differing for seed in range(3)) > 0
+
+
+def test_a_cache_that_keeps_what_was_taken_back_is_seen_in_drawn_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rewind that goes back one token too few: a wrong guess stays where the next token should stand."""
+
+    def too_few(session: Session, position: int) -> None:
+        session._position = min(session._position, position + 1)
+
+    monkeypatch.setattr(Session, "position", Session.position.setter(too_few))
+    model = random_model("llama", torch.float64)
+    with pytest.raises((AssertionError, ValueError, IndexError)):
+        assert sum(speculated_equals_alone(model, seed=seed).differing for seed in range(3)) == 0
 
 
 def test_the_whole_comparison_has_every_source_sampling_and_length_alone_and_among_four() -> None:

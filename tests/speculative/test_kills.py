@@ -49,12 +49,17 @@ def test_a_drafter_that_was_killed_is_started_again_and_finds_its_text_further_o
     kept = tmp_path / "first" / "text.json"
     assert kept.stat().st_mode & 0o777 == 0o600
 
-    name = json.loads(kept.read_text())["name"]
+    ticket = json.loads(kept.read_text())
+    name = ticket["name"]
     stolen = tmp_path / "stolen.json"
-    stolen.write_text(json.dumps({"name": name, "owner": "00" * 16}))
+    stolen.write_text(json.dumps(ticket | {"owner": "00" * 16}))
     thief = (*words, f"project.resume={stolen}", f"hydra.run.dir={tmp_path}/thief")
     assert exit_code(drafter.main, *thief) == 2
     assert capsys.readouterr() == ("", f"error: text {name} must be resumed by who opened it\n")
+    stolen.write_text(json.dumps(ticket | {"target": ticket["target"] | {"adapter": "another"}}))
+    assert exit_code(drafter.main, *thief) == 2
+    refused = "a text must be resumed at its own target: its adapter was another and is none"
+    assert capsys.readouterr() == ("", f"error: {refused}\n")
     stolen.write_text("{}")
     with pytest.raises(UserError, match=r"project\.resume must be the text\.json of a drafter's run folder, got "):
         drafted(random_verifier.port, (*LONG, f"project.resume={stolen}"), tmp_path / "thief")

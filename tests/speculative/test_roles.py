@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import torch
 
 from lab.device import open_device
-from lab.entry import Run, compose_settings
+from lab.entry import Run, Unfinished, compose_settings
 from lab.models import BYTE_EOS, LoadedModel, load_model
 from lab.sampling import Sampling
 from lab.settings import UserError
@@ -30,9 +31,11 @@ from speculative import verifier as verifier_role
 from speculative.drafting import TextFailed, speculate
 from speculative.drafts import NgramDrafts, RandomDrafts
 from speculative.joining import join
+from speculative.messages import Welcome
 from speculative.remote_target import RemoteTarget
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.text import Outcome, Verdict, until_end
+from speculative.verifier_connection import VerifierConnection
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine, request
 from tests.speculative.processes import END_SECONDS, RANDOM, Role, drafted, drafter_process, verifier, wait_until
@@ -246,6 +249,54 @@ def test_a_verifier_that_is_killed_is_noticed_at_once() -> None:
         assert time.monotonic() - began < 20
 
 
+def test_a_verifier_that_comes_back_with_other_weights_ends_the_text_and_what_there_is_is_kept(
+    random_verifier: Role, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The connection is lost after the sixth verdict; behind the same address there is another target then."""
+    heard = 0
+    listen = RemoteTarget.next
+
+    def lose(target: RemoteTarget) -> Outcome:
+        nonlocal heard
+        heard += 1
+        if heard == 7:
+            welcome = target.welcome
+            monkeypatch.setattr(target, "_connect", lambda: other(connect(), welcome))
+            target.connection.frames.close()
+        return listen(target)
+
+    def other(connection: VerifierConnection, welcome: Welcome) -> VerifierConnection:
+        changed = welcome.target | {"model": "random:another", "adapter": "one"}
+        connection.welcome = msgspec.structs.replace(welcome, target=changed)
+        return connection
+
+    def connect() -> VerifierConnection:
+        with _joined(random_verifier.port) as again:
+            return again._connect()
+
+    monkeypatch.setattr(RemoteTarget, "next", lose)
+    words = (*RANDOM, *SAMPLED, "project.mode=target_only")
+    with pytest.raises(Unfinished) as ended:
+        drafted(random_verifier.port, words, tmp_path)
+    was = _joined_target(random_verifier.port)["model"]
+    assert ended.value.code == 2
+    assert str(ended.value).endswith(
+        f"is another target than before: its model was {was} and is random:another, its adapter was none and is one "
+        "during WELCOME"
+    )
+    figures = ended.value.figures
+    sampling = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
+    assert figures["token_ids"] == _own_text(PROMPT, sampling, 64)[: figures["new_tokens"]]
+    assert figures["new_tokens"] >= 6
+    assert figures["text"]
+    assert figures["ended_by"] == "failed"
+
+
+def _joined_target(port: int) -> dict[str, str]:
+    with _joined(port) as target:
+        return target.welcome.target
+
+
 @pytest.mark.parametrize("verdicts", [1, 1000])
 def test_a_drafter_that_misheard_asks_for_the_text_again_once(
     random_verifier: Role, verdicts: int, monkeypatch: pytest.MonkeyPatch
@@ -339,6 +390,10 @@ def test_bad_input_of_a_command_is_one_line_and_exit_code_2(
         ("idle_seconds=0", "idle_seconds must be greater than 0, got 0.0"),
         ("resume_seconds=-1", "resume_seconds must be at least 0, got -1.0"),
         ("sessions=0", "sessions must be at least 1, got 0"),
+        ("temperature=nan", "temperature must be finite and at least 0, got nan"),
+        ("temperature=inf", "temperature must be finite and at least 0, got inf"),
+        ("top_k=4294967296", "top_k must be in [0, 2**32), got 4294967296"),
+        ("max_new_tokens=99999999999999999999", "max_new_tokens must be below 2**32, got 99999999999999999999"),
     ],
 )
 def test_credit_and_limits_that_make_no_sense_are_refused(word: str, complaint: str) -> None:
@@ -358,6 +413,7 @@ def test_what_the_verifier_refuses_is_said_in_one_line(random_verifier: Role, tm
     assert _refused(port, (), tmp_path, "x" * 1000) == (
         "prompt and max_new_tokens together must fit the context of 1024 tokens, got 1000 + 64"
     )
+    assert _refused(port, (), tmp_path, "x" * 262145) == "prompt must be at most 262144 tokens, got 262145"
     assert _refused(port, (), tmp_path, "") == "prompt must not be empty, got ''"
     assert _refused(port, ("project.draft.source=layers", "project.draft.layers=9"), tmp_path) == (
         "project.draft.layers: layers must be a range within the model's 4 layers, got 0 to 9"

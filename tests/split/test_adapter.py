@@ -1,84 +1,64 @@
-"""An adapter merged slice by slice against PEFT's own merge of the whole model."""
+"""Shards with an adapter say what PEFT says on the whole model, as a text of the engine, in 4 bits too."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lab.lora import apply_adapter
 from lab.models import byte_tokenizer, load_model
-from lab.settings import Quantization, UserError
+from lab.settings import ModelSettings, Quantization
 from split.boundary import Boundary
-from split.shard import load_shard
+from split.joining import weights_fingerprints
+from split.shard import Shard, load_shard
 from split.stage import Stage
 from split.transport.inproc import InProcess
+from tests.lab.adapters import make_adapter
 from tests.split.chains import LIMITS, SAMPLED, as_engine, local_engine, saved_model, some_ids
 
-
-def _adapter(base: Path, folder: Path) -> None:
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+CPU = torch.device("cpu")
 
 
-def test_slices_have_the_weights_of_the_whole_merge(tmp_path: Path) -> None:
-    settings = saved_model("llama", tmp_path / "base")
-    _adapter(tmp_path / "base", tmp_path / "adapter")
-    whole = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
-    ).merge_and_unload()
-    adapted = replace(settings, adapter=str(tmp_path / "adapter"))
-    moved = 0
-    for layers in (range(0, 1), range(1, 3), range(3, 4)):
-        slice_ = load_shard(adapted, torch.device("cpu"), layers, LIMITS)._model
-        plain = load_shard(settings, torch.device("cpu"), layers, LIMITS)._model
-        for index in layers:
-            for name in ("self_attn.q_proj", "mlp.down_proj", "self_attn.k_proj"):
-                merged = slice_.get_submodule(f"model.layers.{index - layers.start}.{name}").weight
-                torch.testing.assert_close(merged, whole.get_submodule(f"model.layers.{index}.{name}").weight)
-                before = plain.get_submodule(f"model.layers.{index - layers.start}.{name}").weight
-                moved += not torch.equal(merged, before)
-    assert moved == 8
+def shards_of(settings: ModelSettings) -> list[Shard]:
+    return [load_shard(settings, CPU, layers, LIMITS) for layers in (range(0, 1), range(1, 4))]
 
 
-def test_an_adapter_beside_4_bits_says_what_peft_says_on_the_whole_model(tmp_path: Path) -> None:
+def step_of(engine: Any) -> tuple[Any, Any]:
+    step = engine.open(some_ids(9, 1), SAMPLED).step
+    return step.next_ids, step.next_nll
+
+
+@pytest.mark.parametrize("quantization", Quantization)
+def test_shards_say_what_peft_says(quantization: Quantization, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    sizes = {"hidden_size": 64, "head_dim": 16}
-    settings = replace(saved_model("llama", tmp_path / "base", **sizes), quantization=Quantization.nf4)
+    base = saved_model("llama", tmp_path / "base", hidden_size=64, head_dim=16)
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    _adapter(tmp_path / "base", tmp_path / "adapter")
-    whole = load_model(settings, torch.device("cpu"))
-    plain = local_engine(whole.model).open(some_ids(9, 1), SAMPLED).step
-    expected = local_engine(apply_adapter(whole, str(tmp_path / "adapter"))).open(some_ids(9, 1), SAMPLED).step
-    adapted = replace(settings, adapter=str(tmp_path / "adapter"))
-    slices = [load_shard(adapted, torch.device("cpu"), layers, LIMITS) for layers in (range(0, 1), range(1, 4))]
-    split = as_engine(InProcess([Stage(shard, Boundary.float32) for shard in slices]))
-    step = split.open(some_ids(9, 1), SAMPLED).step
-    assert step is not None
-    assert expected is not None
-    assert plain is not None
-    assert (step.next_ids, step.next_nll) == (expected.next_ids, expected.next_nll)
-    assert step.next_nll != plain.next_nll, "the adapter changes nothing"
-    assert sum(shard.weights_bytes for shard in slices) < 0.6 * sum(
-        load_shard(
-            replace(settings, quantization=Quantization.none), torch.device("cpu"), shard.layers, LIMITS
-        ).weights_bytes
-        for shard in slices
-    )
+    settings = replace(base, quantization=quantization)
+    made = make_adapter(tmp_path / "base", tmp_path / "made", use_rslora=True, modules_to_save=["lm_head"])
+    if quantization is Quantization.none:
+        whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    else:
+        whole = load_model(settings, CPU).model
+    plain = step_of(local_engine(whole))
+    expected = step_of(local_engine(peft.PeftModel.from_pretrained(whole, made)))
+    adapted = shards_of(replace(settings, adapter=str(made)))
+    assert step_of(as_engine(InProcess([Stage(shard, Boundary.float32) for shard in adapted]))) == expected
+    assert expected != plain, "the adapter changes nothing"
+    if quantization is not Quantization.none:
+        wide = shards_of(replace(base, adapter=str(made)))
+        assert sum(shard.weights_bytes for shard in adapted) < 0.6 * sum(shard.weights_bytes for shard in wide)
 
 
-def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:
+def test_the_handshake_covers_the_adapter(tmp_path: Path) -> None:
     settings = saved_model("llama", tmp_path / "base")
-    _adapter(tmp_path / "base", tmp_path / "adapter")
-    config = tmp_path / "adapter" / "adapter_config.json"
-    dora = json.loads(config.read_text()) | {"use_dora": True}
-    config.write_text(json.dumps(dora))
-    for folder, message in ((tmp_path / "adapter", "use_dora"), (tmp_path / "base", "must be a PEFT folder")):
-        with pytest.raises(UserError, match=message):
-            load_shard(replace(settings, adapter=str(folder)), torch.device("cpu"), range(0, 4), LIMITS)
+    prints = [weights_fingerprints(settings)["adapter"]]
+    for number, changes in enumerate(({}, {"lora_alpha": 64}, {"use_rslora": True})):
+        made = make_adapter(tmp_path / "base", tmp_path / f"{number}", **changes)
+        prints.append(weights_fingerprints(replace(settings, adapter=str(made)))["adapter"])
+    assert prints[0] == "none"
+    assert len(set(prints)) == 4

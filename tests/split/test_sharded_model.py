@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from lab import folder as folder_module
 from lab.engine import Engine, TargetStep
 from lab.kv import CacheFull
+from lab.layers import load_layers
 from lab.sampling import Sampling
 from split import shard as shard_module
 from split.boundary import Boundary
@@ -153,11 +155,10 @@ def test_an_evicted_text_is_rebuilt_with_the_same_tokens(tmp_path: Path) -> None
 
 def test_a_shard_reads_no_tensors_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted at the reader: safetensors' own `get_tensor`."""
-    from lab import models
 
     settings = saved_model("llama", tmp_path, tie_word_embeddings=True)
     read: list[str] = []
-    real = models.safe_open
+    real = folder_module.safe_open
 
     class Counting:
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -190,7 +191,7 @@ def test_a_shard_reads_no_tensors_but_its_own(tmp_path: Path, monkeypatch: pytes
         def __getattr__(self, name: str) -> Any:
             return getattr(self._slice, name)
 
-    monkeypatch.setattr(folder, "safe_open", Counting)
+    monkeypatch.setattr(folder_module, "safe_open", Counting)
     layer = {"input_layernorm.weight", "post_attention_layernorm.weight"} | {
         f"{part}.weight" for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                                       "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

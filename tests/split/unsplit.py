@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -179,7 +180,9 @@ class Unsplit:
         self.model: Any = AutoModelForCausalLM.from_pretrained(settings.path, dtype=dtype, **placement)
         self.model.requires_grad_(False)
         self._optimization = replace(optimization, accumulation=optimization.accumulation * micro_batches)
-        if recipe.train is Train.lora:
+        if settings.adapter is not None:
+            self.model = peft.PeftModel.from_pretrained(self.model, settings.adapter, is_trainable=True)
+        elif recipe.train is Train.lora:
             lora = LoraSettings(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)
             add_lora(self.model, recipe.lora_targets, lora)
             fresh = fresh_adapter(settings, lora, recipe.seed)
@@ -193,7 +196,11 @@ class Unsplit:
         self._batches = (part for batch in whole for part in split_batch(batch, micro_batches))
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
-        return {_in_file(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not isinstance(self.model, peft.PeftModel):
+            return {_in_file(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+        state = self.model.state_dict(keep_vars=True)
+        stored = peft.get_peft_model_state_dict(self.model, state_dict=state, save_embedding_layers=False)
+        return {name: weight for name, weight in stored.items() if weight.requires_grad}
 
     def gradients(self, after: int = 0) -> dict[str, Tensor]:
         """Of the step after so many."""

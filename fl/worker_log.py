@@ -1,0 +1,82 @@
+"""Warnings of Ray workers, brought to the person who started the simulation.
+
+Ray keeps the output of its workers to itself, and passes on either all of it or nothing. So every worker appends its
+warnings to one file of the run folder, a line of JSON each, and the process that the person sees follows that file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FILE = "workers.jsonl"
+LOOK_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class JsonLine(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Level, logger and text."""
+        return json.dumps({"level": record.levelno, "name": record.name, "text": record.getMessage()})
+
+
+def send_warnings(path: Path) -> None:
+    """Have every warning of this process appended to `path`; a second call changes nothing."""
+    root = logging.getLogger()
+    if any(
+        isinstance(handler, logging.FileHandler) and isinstance(handler.formatter, JsonLine)
+        for handler in root.handlers
+    ):
+        return
+    handler = logging.FileHandler(path, delay=True, encoding="utf-8")  # appends whole lines; no warning, no file
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(JsonLine())
+    handler.addFilter(lambda record: not record.name.startswith("flwr"))  # the strategy says it in a line
+    root.addHandler(handler)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `lab.entry`
+    logging.captureWarnings(True)
+
+
+@contextmanager
+def warnings_from(path: Path) -> Iterator[None]:
+    """Inside, what workers append to `path` is logged here, each text once; at the end, the rest of it."""
+    done = threading.Event()
+    follower = threading.Thread(target=_follow, args=[path, done], daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join()
+
+
+def _follow(path: Path, done: threading.Event) -> None:
+    seen: set[str] = set()
+    position = 0
+    while True:
+        ending = done.wait(LOOK_SECONDS)  # asked first: what was written before the end is read below
+        position = _log_new(path, position, seen)
+        if ending:
+            return
+
+
+def _log_new(path: Path, position: int, seen: set[str]) -> int:
+    """Log the whole lines behind `position`; where they end."""
+    if not path.exists():
+        return position
+    with path.open("rb") as file:
+        file.seek(position)
+        lines, _, _ = file.read().rpartition(b"\n")
+    for line in lines.splitlines():
+        record = json.loads(line)
+        if record["text"] not in seen:
+            seen.add(record["text"])
+            log.log(record["level"], "a worker says (%s): %s", record["name"], record["text"])
+    return position + len(lines) + 1 if lines else position
