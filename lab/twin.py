@@ -48,6 +48,8 @@ def twin_config(config: PreTrainedConfig) -> PreTrainedConfig:
     text: Any = twin.get_text_config(decoder=True)
     for part in {id(part): part for part in (*_parts(twin), text)}.values():
         _shrink(part, layers=_layers_of_twin(part) if part is text else 1)
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # how a checkpoint is stored is not the architecture's
     return twin
 
 

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lab import models
 from lab.entry import compose_settings
 from lab.folder import INDEX, SINGLE, ModelFolder
+from lab.layers import load_layers
 from lab.settings import ModelSettings, Quantization, UserError
+from lab.slices import run_slice
 from split.settings import SplitSettings
 from tests.folder_fuzz import IDS, fuzz_folders, good_folder, judge
 from tests.random_models import random_model
@@ -61,6 +63,14 @@ def logits(folder: Path, **values: Any) -> torch.Tensor:
     with torch.inference_mode():
         found: torch.Tensor = models.load_model(settings_of(folder, **values), CPU).model(IDS).logits
     return found
+
+
+def in_slices(folder: Path) -> torch.Tensor:
+    settings = settings_of(folder)
+    first = load_layers(settings, CPU, range(2), embedding=True, head=False)
+    second = load_layers(settings, CPU, range(2, 4), embedding=False, head=True)
+    with torch.inference_mode():
+        return run_slice(second, run_slice(first, IDS))
 
 
 def oracle(folder: Path, **options: Any) -> torch.Tensor:
@@ -255,6 +265,7 @@ def test_float8_is_dequantised_with_its_scales(alone: Path, kind: str) -> None:
     before = logits(alone)
     true = quantised(alone, kind)
     assert torch.equal(logits(alone), oracle(true))
+    assert torch.equal(in_slices(alone), oracle(true))
     assert not torch.equal(logits(alone), before), "rounding to 8 bits changed nothing"
     assert refusal(alone, quantization=Quantization.nf4) == (
         "model.quantization must be none for a model that is stored as fp8, got nf4"
@@ -288,6 +299,7 @@ def test_bitsandbytes_in_4_bits_stays_as_it_is(tmp_path: Path, kind: str) -> Non
         shutil.copy(file, tmp_path / "packed")
     expected = oracle(tmp_path / "packed")
     assert torch.equal(logits(tmp_path / "packed"), expected)
+    assert torch.equal(in_slices(tmp_path / "packed"), expected)
     assert not torch.equal(logits(wide), expected)
     if kind == "nf4":
         assert torch.equal(logits(tmp_path / "packed", quantization=Quantization.nf4), expected)
