@@ -15,12 +15,12 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
     from lab.device import open_device, read_memory
     from lab.engine import LocalEngine
     from lab.kv import CacheFull
-    from lab.models import load_model
+    from lab.layers import load_proved
     from lab.settings import UserError
     from lab.tracking import Tracker
 
     project, device = settings.project, open_device(settings.device)
-    model = load_model(settings.model, device).model
+    model = load_proved(settings.model, device).model
     if settings.model.adapter is not None:
         from lab.adapter import add_adapter  # loads PEFT, which plain models can do without
 

@@ -15,7 +15,7 @@ from lab.bench import listening, pinned
 from lab.device import open_device
 from lab.engine import LocalEngine
 from lab.entry import compose_settings
-from lab.models import load_model
+from lab.layers import load_proved
 from lab.settings import ModelSettings
 from split.bench_settings import SplitBenchSettings
 from split.boundary import Boundary
@@ -172,7 +172,7 @@ class Rig:
         """The model that is not split, in this process."""
         project = self.settings.project
         return LocalEngine(
-            load_model(self.model, self.device).model,
+            load_proved(self.model, self.device).model,
             sessions=project.sessions,
             context=project.context,
             bucket=project.cache_bucket,
