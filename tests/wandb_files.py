@@ -9,6 +9,8 @@ from typing import Any
 
 def held(kept: bytes, key: str, value: Any) -> bool:
     """Whether a run's text has a figure under its name."""
+    if isinstance(value, dict):
+        return key.encode() in kept and all(held(kept, name, item) for name, item in value.items())
     leaves = value if isinstance(value, list) else [value]
     return key.encode() in kept and all(json.dumps(leaf).encode() in kept for leaf in leaves)
 

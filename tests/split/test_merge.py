@@ -85,6 +85,11 @@ def test_plain_programs_load_it_and_see_the_same_loss(tmp_path: Path) -> None:
         batch = next_batch(made, folder)
         expected.append(made.train_step().loss)  # of the weights that were saved, before its own step
         merged = str(folder / "merged")
+        if recipe is ADAPTER:
+            config = json.loads(Path(merged, "adapter_config.json").read_text())
+            assert config["base_model_name_or_path"] == settings.path
+            card = Path(merged, "README.md").read_text()
+            assert f'AutoModelForCausalLM.from_pretrained("{settings.path}"), "{merged}")' in card
         jobs.append([settings.path if recipe is ADAPTER else merged, merged if recipe is ADAPTER else None, str(batch)])
     done = subprocess.run(
         [sys.executable, "-c", PLAIN, json.dumps(jobs)], capture_output=True, text=True, timeout=120, check=False
