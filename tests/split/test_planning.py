@@ -23,7 +23,7 @@ from split.planning import (
     make_plan,
     make_plan_with_cuts,
 )
-from tests.split.chains import saved_model, shards
+from tests.split.chains import VOCABULARY, saved_model, shards
 
 SMALL = Architecture(
     layers=6, hidden_size=64, intermediate_size=256, heads=4, kv_heads=2, head_dim=16, vocabulary=1000,
@@ -94,7 +94,7 @@ def test_a_refusal_names_the_missing_gigabytes() -> None:
 def test_weights_are_counted_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     model = saved_model("llama", tmp_path)
     sizes = Architecture(
-        layers=4, hidden_size=32, intermediate_size=64, heads=4, kv_heads=2, head_dim=8, vocabulary=97,
+        layers=4, hidden_size=32, intermediate_size=64, heads=4, kv_heads=2, head_dim=8, vocabulary=VOCABULARY,
         value_bytes=4, weight_bytes=4,
     )  # fmt: skip
     plan = make_plan_with_cuts(sizes, [_node("a", 1), _node("b", 1)], [0, 1, 4], WORK)

@@ -139,7 +139,7 @@ def test_what_makes_no_sense_is_refused_and_said(tmp_path: Path) -> None:
         assert "a batch must hold 1 x 1 x 3 ids" in _refusal(transport)
         transport.send(0, Message(0, step))
         transport.send(0, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\xff" * 12))
-        assert "ids must be in [0, 97)" in _refusal(transport)
+        assert "ids must be in [0, 264)" in _refusal(transport)
         transport.send(1, Message(0, step))
         transport.send(1, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\0" * 12))
         wide = TensorSpec(dtype=WireDtype.float32, shape=[1, 3, 33])
