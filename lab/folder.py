@@ -179,8 +179,10 @@ class ModelFolder:
     def check_computes(self, model: PreTrainedModel) -> None:
         """UserError for a model that cannot compute two tokens: a config may make one that fails only then."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+        model.train()  # in evaluation mode bitsandbytes may repack 4-bit layers, which have no gradient then
         with self._reading("hold a model that computes", self.path.name), torch.inference_mode():
             model(input_ids=ids, use_cache=True)
+        model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, chat template included; each of its ids has a row in the embedding."""

@@ -87,7 +87,7 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     if lacks_sixteen_bits(device, dtype):
         widen_products(model)
         attend_by_row(model)
-    folder.check_computes(model.eval())
+    folder.check_computes(model)
     return LoadedModel(model, tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
 
 

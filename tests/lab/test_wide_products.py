@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lab import models, row_attention, wide_products
+from lab import layers, models, row_attention, wide_products
 from lab.device import lacks_sixteen_bits, open_device
 from lab.entry import compose_settings
 from lab.wide_products import PackedLinear, WideLinear, pack_products, widen_products
@@ -123,11 +123,12 @@ def test_packed_where_torch_can(engine: str, kind: type[nn.Linear], monkeypatch:
 
 @pytest.mark.parametrize("lacks", [False, True])
 def test_models_are_loaded_with_them_where_the_machine_needs_them(lacks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "lacks_sixteen_bits", lambda device, dtype: lacks)
+    for module in (models, layers):
+        monkeypatch.setattr(module, "lacks_sixteen_bits", lambda device, dtype: lacks)
     settings = compose_settings("spec_decoding", "model=random model.dtype=bfloat16", SpeculativeSettings)
     device = open_device(settings.device)
     whole = models.load_model(settings.model, device).model
-    some = models.load_layers(settings.model, device, 0, 2, embedding=True, head=True)
+    some = layers.load_layers(settings.model, device, range(2), embedding=True, head=True)
     for model in (whole, some):
         kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
         assert (kinds != {nn.Linear}) == lacks
