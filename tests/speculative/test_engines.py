@@ -37,7 +37,7 @@ def test_more_ends_than_a_drafter_can_be_told_are_refused_at_the_start(tmp_path:
     with pytest.raises(UserError) as refused:
         open_target(_settings(words), CPU)
     assert str(refused.value) == (
-        "model random-1M must end texts with at most 16 ids (eos_token_id of its generation config), got 17"
+        "model model must end texts with at most 16 ids (eos_token_id of its generation config), got 17"
     )
 
 
