@@ -20,18 +20,16 @@ def longest_text(config: PreTrainedConfig) -> int | None:
     shorter: such a model is served up to that length. (transformers computes the whole text anew there.)
     """
     text: Any = config.get_text_config(decoder=True)
-    lengths = [getattr(text, "max_position_embeddings", None), *_unchanged_up_to(text)]
-    return min((int(length) for length in lengths if length), default=None)
-
-
-def _unchanged_up_to(text: Any) -> list[int | None]:
     parameters = getattr(text, "rope_parameters", None) or {}
     ropes = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    return [
-        rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
-        for rope in ropes
-        if rope.get("rope_type", rope.get("type")) == "longrope"
+    changing = [rope for rope in ropes if rope.get("rope_type", rope.get("type")) == "longrope"]
+    lengths = [
+        getattr(text, "max_position_embeddings", None),
+        # Where a config says this of itself (Phi-3), `generate` begins anew there whatever the frequencies do.
+        getattr(text, "original_max_position_embeddings", None),
+        *(rope.get("original_max_position_embeddings") for rope in changing),
     ]
+    return min((int(length) for length in lengths if length), default=None)
 
 
 def model_context(config: PreTrainedConfig, wanted: int) -> int:

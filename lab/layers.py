@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from lab.device import check_dtype, lacks_sixteen_bits
 from lab.models import LoadedModel, fetch, load_config, load_model, quantization_config, stored_as
 from lab.proof import Use, require
-from lab.quantized import load_options
+from lab.quantized import Stored, load_options
 from lab.row_attention import attend_by_row
 from lab.settings import ModelSettings, UserError
 from lab.slices import read_slice
@@ -54,9 +54,10 @@ def load_layers(
     quantization = quantization_config(settings, device, dtype)
     config = load_config(settings)
     check_layers(config, layers)
-    structure = require(config, use, settings.cache_dir).structure
-    assert structure is not None, "what is proved to be cut is known in its parts"
     described = fetch(settings, ())
+    packed = quantization is not None or stored_as(described, config, settings) in (Stored.nf4, Stored.fp4)
+    structure = require(config, use, settings.cache_dir, packed=packed).structure
+    assert structure is not None, "what is proved to be cut is known in its parts"
     names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=_ties(config))
     folder = fetch(settings, names)
     placement = load_options(stored_as(folder, config, settings), quantization, device, dtype)

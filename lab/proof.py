@@ -30,7 +30,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
@@ -85,41 +85,52 @@ class _Differs(ValueError):
     """Two ways that must give the same did not."""
 
 
-def require(config: PreTrainedConfig, use: Use, cache_dir: str) -> Proof:
+def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: bool = False) -> Proof:
     """The proof that an architecture is right for a use: from an earlier trial, or tried now (seconds).
 
     Args:
         config: The model's.
         use: What it is wanted for.
         cache_dir: Where proofs are kept (`model.cache_dir`).
+        packed: Whether slices have their matrices in 4 bits, which is proved apart.
 
     Raises:
         UserError: it is not proved, with what differs.
     """
-    proof = prove(config, Path(cache_dir).expanduser() / "proofs")
-    if against := proof.against(use):
+    folder = Path(cache_dir).expanduser() / "proofs"
+    proof = prove(config, folder)
+    against = proof.against(use)
+    if packed and not against:
+        against = prove(config, folder, packed=True).against(Use.slices)
+    if against:
+        wanted = f"{use.value} in 4 bits" if packed else use.value
         raise UserError(
-            f"model must be of an architecture that is proved for {use.value}, got {proof.model_type}: {against}"
+            f"model must be of an architecture that is proved for {wanted}, got {proof.model_type}: {against}"
         )
     return proof
 
 
-def prove(config: PreTrainedConfig, folder: Path) -> Proof:
-    """The outcome of the trial of a config, read from `folder` where it is known there."""
+def prove(config: PreTrainedConfig, folder: Path, *, packed: bool = False) -> Proof:
+    """The outcome of the trial of a config, read from `folder` where it is known there.
+
+    `packed`: That of its slices with their matrices in 4 bits, and of nothing else.
+    """
+    attempt = try_packed if packed else try_out
     try:
-        file = folder / f"{_digest(config)}.json"
+        file = folder / f"{_digest(config)}{'-nf4' if packed else ''}.json"
     except Exception:  # a config of which no twin can be made, as the trial will say
-        return try_out(config)
+        return attempt(config)
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         found = known.pop("structure")
         return Proof(structure=Structure(**found) if found else None, **known)
     except (OSError, ValueError, TypeError, KeyError):
         pass  # not tried yet, or by another version of this file
-    log.info("trying %s in small, whole and in slices, against transformers (once, some seconds)", config.model_type)
+    what = f"{config.model_type}{' in 4 bits' if packed else ''}"
+    log.info("trying %s in small, whole and in slices, against transformers (once, some seconds)", what)
     began = time.monotonic()
-    proof = try_out(config)
-    log.info("tried %s in %.1f s", config.model_type, time.monotonic() - began)
+    proof = attempt(config)
+    log.info("tried %s in %.1f s", what, time.monotonic() - began)
     try:
         write_whole(file, json.dumps(asdict(proof)))
     except OSError as error:
@@ -152,6 +163,26 @@ def try_out(config: PreTrainedConfig) -> Proof:
                 return replace(found, slices=found.engine or _in_one_line(error), training=_in_one_line(error))
             against = found.engine or _failure(made.try_inference)
             return replace(found, slices=against, training=_failure(made.try_training), structure=outline)
+
+
+def try_packed(config: PreTrainedConfig) -> Proof:
+    """Try slices of a twin with their matrices in 4 bits (nf4, on the CPU) against the whole in 4 bits."""
+
+    def attempt() -> None:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        model = twin_model(config)
+        with tempfile.TemporaryDirectory() as folder:
+            outline = find_structure(model, count_layers(model.config))
+            trial = _Trial(
+                model, outline, Path(folder), quantization_config=quantization, device_map={"": torch.device("cpu")}
+            )
+            trial.try_inference()
+
+    with _one_thread(), _quietly():
+        found = _failure(attempt)
+    return Proof(str(config.model_type), found, found, found, None)
 
 
 def _failure(attempt: Callable[[], None]) -> str | None:
@@ -213,11 +244,28 @@ def _check_state(config: PreTrainedConfig) -> None:
             raise kv.UnknownState(f"its layer {number} keeps a state that is no key and no value ({kind})")
 
 
+@torch.inference_mode()
+def _check_own_cache(model: Any) -> None:
+    """Refuse what transformers itself says in two ways: token by token with its own cache, and in one pass without."""
+    text = _ids(24, seed=9)
+    cache, plain_TV = (
+        DynamicCache(config=model.config),
+        model(input_ids=torch.tensor([text]), use_cache=False).logits[0],
+    )
+    for first, last in itertools.pairwise([0, 16, *range(17, 25)]):
+        part = torch.tensor([text[first:last]])
+        cached_TV = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
+        wrong = float((cached_TV[-1] - plain_TV[last - 1]).abs().max())
+        if not wrong <= 10 * LARGEST_ERROR:
+            raise _Differs(f"transformers' own logits with its cache are off by {wrong:.2g} from those without")
+
+
 def _try_engine(model: PreTrainedModel) -> None:
     """Three sequences of different lengths, in chunks, together and apart, rewound; one leaves, one takes its slot."""
     _check_state(model.config)
     any_model: Any = model
     any_model.set_experts_implementation("eager")  # the grouped product has no float64
+    _check_own_cache(model)
     most = min(longest_text(model.config) or LONGEST, LONGEST)
     local = LocalEngine(
         model, sessions=3, context=most, bucket=8, kv_limit_bytes=10**9, prefill_chunk=5, exact_rows=None
@@ -271,8 +319,9 @@ def _compare_with_plain(
 class _Trial:
     """A twin in a folder, whole and in three slices read from there."""
 
-    def __init__(self, model: PreTrainedModel, outline: Structure, folder: Path) -> None:
+    def __init__(self, model: PreTrainedModel, outline: Structure, folder: Path, **placement: Any) -> None:
         model.save_pretrained(folder)
+        self._placement = {"dtype": torch.float32, **placement}
         self._folder, self._outline = folder, outline
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._count = count_layers(self._config)
@@ -281,7 +330,7 @@ class _Trial:
     def whole(self) -> PreTrainedModel:
         """As transformers reads it."""
         found = AutoModelForCausalLM.from_pretrained(
-            self._folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            self._folder, local_files_only=True, trust_remote_code=False, **self._placement
         )
         return cast(PreTrainedModel, found.eval())
 
@@ -296,7 +345,7 @@ class _Trial:
             return [
                 read_slice(
                     self._config, tensors, self._outline, range(first, last),
-                    embedding=first == 0, head=last == self._count, dtype=torch.float32,
+                    embedding=first == 0, head=last == self._count, **self._placement,
                 )
                 for first, last in itertools.pairwise(cuts)
             ]  # fmt: skip

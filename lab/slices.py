@@ -17,9 +17,10 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from lab.settings import UserError
 from lab.structure import Structure
@@ -177,6 +178,8 @@ def read_slice(
     if not (embedding or head):
         for part in ties:
             part.tie_word_embeddings = False
+    if "quantization_config" in placement or getattr(own, "quantization_config", None) is not None:
+        placement = _keeping_what_the_whole_keeps(own, placement)
     model, found = _sliced_class(config, cut, keeps_both=bool(ties) and (embedding or head)).from_pretrained(
         None,
         config=own,
@@ -196,6 +199,25 @@ def read_slice(
     _take_out_ends(model, cut)
     model.cut = cut
     return cast(PreTrainedModel, model.requires_grad_(False).eval())
+
+
+def _keeping_what_the_whole_keeps(config: Any, placement: dict[str, Any]) -> dict[str, Any]:
+    """The placement in which a slice leaves unquantised just what the whole model leaves so.
+
+    transformers finds that out of a model's last weight and its head, and a slice has others. `config` is changed.
+    """
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    kept = get_keys_to_not_convert(whole)
+    stored, wanted = getattr(config, "quantization_config", None), placement.get("quantization_config")
+    if isinstance(stored, dict):
+        name = "llm_int8_skip_modules" if "load_in_4bit" in stored else "modules_to_not_convert"
+        config.quantization_config = stored | {name: stored.get(name) or kept}
+    if isinstance(wanted, BitsAndBytesConfig) and wanted.llm_int8_skip_modules is None:
+        wanted = copy.deepcopy(wanted)
+        wanted.llm_int8_skip_modules = kept
+        return placement | {"quantization_config": wanted}
+    return placement
 
 
 def _sliced_class(config: PreTrainedConfig, cut: Cut, *, keeps_both: bool) -> Any:

@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lab.context import longest_text
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
 from lab.first_fault import first_faults
-from lab.kv import CacheFull, Pass, SlotCache, check_attention, layer_shapes
+from lab.kv import CacheFull, Pass, SlotCache, UnknownState, check_attention, layer_shapes
 from lab.layers import load_layers
 from lab.models import load_config
 from lab.sampling import Sampling
@@ -111,8 +111,12 @@ class Shard:
         self.dtype: torch.dtype = self._model.dtype
         self.device: torch.device = self._model.device
         check_attention(config)
+        try:
+            shapes = layer_shapes(self._run_one)
+        except UnknownState as error:
+            raise UserError(f"model must run over one token, got {config.model_type}: {error}") from None
         self.cache = SlotCache(
-            layer_shapes(self._run_one),
+            shapes,
             slots=limits.sessions,
             bucket=limits.bucket,
             limit_bytes=limits.kv_limit_bytes,

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lab.context import longest_text
 from lab.engine import LocalEngine
 from lab.folder import ModelFolder
-from lab.proof import Proof, prove, try_out
+from lab.proof import Proof, prove, try_out, try_packed
 from lab.sampling import Sampling
 from lab.slices import read_slice, run_slice
 from lab.twin import VOCABULARY, twin_model
@@ -56,6 +56,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 4, "moe_topk": 2},
     "ministral": {"head_dim": 128, "layer_types": ["sliding_attention", "full_attention"] * 16},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
 }
 """Values of a config class whose own are not those of any model, or of none."""
@@ -101,7 +102,7 @@ def row_of(name: str) -> Row:
         proof.engine,
         proof.slices,
         proof.training,
-        nf4=_reason(lambda: _try_nf4(name, proof)),
+        nf4=try_packed(config_of(name)).slices,
         lora=_reason(lambda: _try_lora(name, proof)),
         text=_reason(lambda: _try_text(name, proof)),
     )
@@ -148,23 +149,6 @@ def _compare(whole: Any, chain: Sequence[Any]) -> None:
         states = run_slice(part, states, use_cache=False)
     if not torch.equal(states, expected):
         raise ValueError(f"slices are off by {float((states - expected).abs().max()):.2g}")
-
-
-def _try_nf4(name: str, proof: Proof) -> None:
-    placement: dict[str, Any] = {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        ),
-        "device_map": {"": "cpu"},
-        "dtype": torch.float32,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        twin_model(config_of(name)).save_pretrained(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        whole: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **placement)
-        if not any(weight.dtype is torch.uint8 for weight in whole.parameters()):
-            raise ValueError("nothing of it is stored in 4 bits")
-        _compare(whole.eval(), _chain(config, Path(folder), proof, **placement))
 
 
 def _try_lora(name: str, proof: Proof) -> None:
