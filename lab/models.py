@@ -91,12 +91,6 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     return LoadedModel(model, tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, chat template included."""
-    source = ModelSource[checkpoint.identity.partition(":")[0]]
-    return ModelFolder(checkpoint.folder, _SETTING[source]).tokenizer()
-
-
 def load_tokenizer_only(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """A model's tokenizer for who needs no weights: of a hub model none are downloaded."""
     return fetch(settings, ()).tokenizer()
@@ -111,11 +105,6 @@ def stored_as(folder: ModelFolder, config: PreTrainedConfig, settings: ModelSett
             f"got {settings.quantization.name}"
         )
     return stored
-
-
-def read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
-    """These tensors of a checkpoint, mapped from its safetensors. UserError when one is missing."""
-    return ModelFolder(folder).read(names)
 
 
 def load_config(settings: ModelSettings) -> PreTrainedConfig:

@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from fl.settings import FederatedSettings
 from lab.entry import compose_settings
 from lab.examples import IGNORED, Example, batches, collate, examples, split_examples
-from lab.models import load_tokenizer, prepare_checkpoint
+from lab.models import load_tokenizer_only
 from lab.records import Dialogue, Message, Text
 from lab.settings import UserError
 
@@ -181,7 +181,7 @@ def test_a_template_that_refuses_a_dialogue_is_the_users_to_know() -> None:
 @pytest.mark.real
 def test_the_default_models_template() -> None:
     model = compose_settings("fed_learn", "", FederatedSettings).model
-    tokenizer = load_tokenizer(prepare_checkpoint(model))
+    tokenizer = load_tokenizer_only(model)
     counted, rest = parts(only(dialogue("Hi", "  Hello", "Bye", "\n\nSee you"), tokenizer), tokenizer)
     assert counted == "  Hello<|im_end|>\n\nSee you<|im_end|>"
     assert rest.endswith("<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n\n")

@@ -587,7 +587,7 @@ def test_hub_out_of_reach(tiny: ModelSettings, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path, tiny: ModelSettings) -> Any:
-    return models.load_tokenizer(models.prepare_checkpoint(tiny))
+    return models.load_tokenizer_only(tiny)
 
 
 @given(text=st.text(max_size=40))
