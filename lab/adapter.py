@@ -257,6 +257,13 @@ def inject_adapter(model: PreTrainedModel, fit: Fit, *, trainable: bool, dropout
     config.modules_to_save = [name for name in fit.saved if _is_here(model, name)] or None
     if not any(_is_here(model, name) for name in fit.tokens):
         config.trainable_token_indices = None
+    elif isinstance(config.trainable_token_indices, dict):
+        here = [name for name in fit.tokens if _is_here(model, name)]
+        config.trainable_token_indices = {
+            key: rows
+            for key, rows in config.trainable_token_indices.items()
+            if any(f".{n}".endswith(f".{key}") for n in here)
+        }
     with quiet_peft(), torch.random.fork_rng(devices=[]):
         LoraModel(model, config, NAME)
     cast_adapter_dtype(model, NAME)

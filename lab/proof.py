@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 LONGEST = 64
 """Tokens of a sequence in a trial: more than a twin's windows, and than its rotary frequencies stay the same for."""
 
+SHORTEST = 8
+
 LARGEST_ERROR = 1e-4
 """Of a cross-entropy in nats, in float64: eager attention rounds its softmax to float32. A wrong mask costs more."""
 
@@ -124,12 +126,17 @@ def prove(config: PreTrainedConfig, folder: Path, *, packed: bool = False) -> Pr
         known = json.loads(file.read_text(encoding="utf-8"))
         found = known.pop("structure")
         return Proof(structure=Structure(**found) if found else None, **known)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # not tried yet, or by another version of this file
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass  # not tried yet, by another version of this file, or no record at all
     what = f"{config.model_type}{' in 4 bits' if packed else ''}"
     log.info("trying %s in small, whole and in slices, against transformers (once, some seconds)", what)
     began = time.monotonic()
-    proof = attempt(config)
+    try:
+        proof = attempt(config)
+    except (OSError, MemoryError) as error:
+        raise UserError(
+            f"model.cache_dir and TMPDIR must have room for a trial of the model, got {_in_one_line(error)}"
+        ) from None
     log.info("tried %s in %.1f s", what, time.monotonic() - began)
     try:
         write_whole(file, json.dumps(asdict(proof)))
@@ -159,6 +166,8 @@ def try_out(config: PreTrainedConfig) -> Proof:
             try:
                 outline = find_structure(model, count_layers(model.config))
                 made = _Trial(model, outline, Path(folder))
+            except OSError:
+                raise
             except Exception as error:  # as in `_failure`
                 return replace(found, slices=found.engine or _in_one_line(error), training=_in_one_line(error))
             against = found.engine or _failure(made.try_inference)
@@ -188,6 +197,8 @@ def try_packed(config: PreTrainedConfig) -> Proof:
 def _failure(attempt: Callable[[], None]) -> str | None:
     try:
         attempt()
+    except (OSError, MemoryError):
+        raise  # of this machine, now: it says nothing of the architecture
     except Exception as error:  # an architecture fails in its own way; whatever it is stands against it
         log.debug("a trial failed", exc_info=error)
         return _in_one_line(error)
@@ -231,6 +242,14 @@ def _ids(count: int, seed: int) -> list[int]:
     return torch.randint(1, VOCABULARY, (count,), generator=generator).tolist()
 
 
+def _longest(config: PreTrainedConfig) -> int:
+    """Tokens of the sequences of a trial."""
+    most = min(longest_text(config) or LONGEST, LONGEST)
+    if most < SHORTEST:
+        raise NoTwin(f"it is for texts of at most {most} tokens, a trial needs {SHORTEST}")
+    return most
+
+
 # The engine
 
 _SETTING = "with a cache, in chunks and beside neighbours"
@@ -247,12 +266,13 @@ def _check_state(config: PreTrainedConfig) -> None:
 @torch.inference_mode()
 def _check_own_cache(model: Any) -> None:
     """Refuse what transformers itself says in two ways: token by token with its own cache, and in one pass without."""
-    text = _ids(24, seed=9)
+    count = min(24, _longest(model.config))
+    text = _ids(count, seed=9)
     cache, plain_TV = (
         DynamicCache(config=model.config),
         model(input_ids=torch.tensor([text]), use_cache=False).logits[0],
     )
-    for first, last in itertools.pairwise([0, 16, *range(17, 25)]):
+    for first, last in itertools.pairwise([0, *range(count * 2 // 3, count + 1)]):
         part = torch.tensor([text[first:last]])
         cached_TV = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
         wrong = float((cached_TV[-1] - plain_TV[last - 1]).abs().max())
@@ -266,11 +286,12 @@ def _try_engine(model: PreTrainedModel) -> None:
     any_model: Any = model
     any_model.set_experts_implementation("eager")  # the grouped product has no float64
     _check_own_cache(model)
-    most = min(longest_text(model.config) or LONGEST, LONGEST)
+    most = _longest(model.config)
     local = LocalEngine(
         model, sessions=3, context=most, bucket=8, kv_limit_bytes=10**9, prefill_chunk=5, exact_rows=None
     )
-    texts = [_ids(length, seed) for seed, length in enumerate((3, most - 30, most - 21))]
+    news = (1, max(1, most // 9), max(1, most // 20))
+    texts = [_ids(length, seed) for seed, length in enumerate((max(1, most // 20), most // 2, most * 2 // 3))]
     sessions = [local.open([], Sampling.greedy()) for _ in texts]
     first = local.extend([(session, text) for session, text in zip(sessions, texts, strict=True)], "last")
     for text, step in zip(texts, first, strict=True):
@@ -280,12 +301,12 @@ def _try_engine(model: PreTrainedModel) -> None:
             sessions[2].close()
             sessions[2], texts[2] = local.open([], Sampling.greedy()), []
         if turn == 2:
-            sessions[1].position = most - 40 if most > 41 else 1
+            sessions[1].position = most // 3
             del texts[1][sessions[1].position :]
         requests: list[tuple[Session, list[int]]] = []
         for number, session in enumerate(sessions):
             if (turn + number) % 3 or turn == 0:
-                new = _ids((1, 7, 3)[(turn + number) % 3], 10 * turn + number)
+                new = _ids(news[(turn + number) % 3], 10 * turn + number)
                 texts[number] += new
                 requests.append((session, new))
         for (session, new), step in zip(requests, local.extend(requests, "all"), strict=True):
@@ -325,7 +346,7 @@ class _Trial:
         self._folder, self._outline = folder, outline
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._count = count_layers(self._config)
-        self._most = min(longest_text(self._config) or LONGEST, LONGEST)
+        self._most = _longest(self._config)
 
     def whole(self) -> PreTrainedModel:
         """As transformers reads it."""
@@ -356,7 +377,7 @@ class _Trial:
         whole: Any = self.whole()
         uncut = _Cached(whole, run=lambda states, **options: whole(input_ids=states, **options).logits)
         parts = [_Cached(part, run=partial(run_slice, part)) for part in self.slices()]
-        for slots, counts in (([0], [11]), ([0, 1], [2, self._most - 30]), ([0, 1], [1, 1])):
+        for slots, counts in (([0], [self._most // 6]), ([0, 1], [1, self._most // 2]), ([0, 1], [1, 1])):
             texts = [_ids(count, 7 * slot + count) for slot, count in zip(slots, counts, strict=True)]
             width = max(counts)
             ids_BT = torch.tensor([text + [1] * (width - len(text)) for text in texts])
@@ -372,9 +393,12 @@ class _Trial:
 
     def try_training(self) -> None:
         """Two sequences, one of them padded: gradients of the slices are those of the whole, to the bit."""
+        if dropping := _dropping(self._config):
+            raise _Differs(f"{dropping} drops whole layers at random, and with one what came to a slice")
         whole: Any = self.whole()
-        ids_BT = torch.tensor([_ids(20, 1), _ids(20, 2)])
-        attention_BT = (torch.arange(20)[None] < torch.tensor([[20], [13]])).long()
+        width = min(20, self._most)
+        ids_BT = torch.tensor([_ids(width, 1), _ids(width, 2)])
+        attention_BT = (torch.arange(width)[None] < torch.tensor([[width], [width * 2 // 3]])).long()
         options: dict[str, Any] = {"attention_mask": attention_BT, "use_cache": False}
         logits_BTV = whole(input_ids=ids_BT, **options).logits
         pull_BTV = torch.randn(logits_BTV.shape, generator=torch.Generator().manual_seed(3))
@@ -415,6 +439,17 @@ class _Trial:
                     raise _Differs(f"the gradient of the tied {name} is not the whole model's")
             else:
                 _same(found[name], gradient, f"the gradient of {name} is not that of the whole model")
+
+
+def _dropping(config: PreTrainedConfig) -> str | None:
+    """The setting by which layers are left out at random while a model learns, if there is one."""
+    parts = (config, config.get_text_config(decoder=True))
+    return next(
+        (f"{name}={getattr(part, name)}" for part in parts for name in _DROPPING if getattr(part, name, 0)), None
+    )
+
+
+_DROPPING = ("layerdrop", "decoder_layerdrop")
 
 
 class _Cached:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lab.environment import commit
 from lab.files import whole_folder
@@ -79,14 +80,27 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
     config: Any = base.config()
     if config.get_text_config(decoder=True).tie_word_embeddings:
         _drop_tied_head(weights, require(config, Use.training, model.cache_dir).structure)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.dtype = next(iter(weights.values())).dtype
+    buffers = _buffers(base, config)
+    save_file(buffers | weights, folder / "model.safetensors", metadata={"format": "pt"})
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what was trained is stored as it is
     config.save_pretrained(folder)
     if (base.path / GENERATION).exists():
         shutil.copy(base.path / GENERATION, folder)
     _copy_tokenizer(base, folder)
+
+
+def _buffers(base: ModelFolder, config: Any) -> dict[str, Tensor]:
+    """What a model keeps besides weights, such as a router's corrections: nothing trains it, so it is the base's."""
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    weights = {name for name, _ in whole.named_parameters(remove_duplicate=False)}
+    names = whole.state_dict().keys() - weights
+    if names <= base.files.keys():
+        return base.read(names)
+    loaded = base.load(config, config.dtype).state_dict()  # stored under other names
+    return {name: loaded[name].clone() for name in names}
 
 
 def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> None:

@@ -146,6 +146,44 @@ def test_a_broken_record_is_made_anew(tmp_path: Path) -> None:
     assert len(file.read_text()) > 100
 
 
+@pytest.mark.parametrize("text", ["null", "5", '"abc"', "[]", "[" * 10**5, "{}"])
+def test_a_record_that_is_none_is_made_anew(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("llama")
+    outcome = proof_module.Proof("llama", None, None, None, None)
+    monkeypatch.setattr(proof_module, "try_out", lambda config: outcome)
+    (tmp_path / f"{proof_module._digest(config)}.json").write_text(text)
+    assert prove(config, tmp_path) == outcome
+
+
+def test_a_machine_without_room_says_nothing_of_an_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as here:
+        here.setattr(proof_module.tempfile, "TemporaryDirectory", full)
+        with pytest.raises(UserError, match="must have room for a trial of the model, got OSError: No space left"):
+            prove(config_of("llama"), tmp_path)
+    assert not list(tmp_path.iterdir()), "and nothing is kept of it"
+
+
+@pytest.mark.parametrize("context", [8, 16, 30])
+def test_short_contexts_are_no_fault_of_an_architecture(context: int) -> None:
+    config = config_of("llama")
+    config.max_position_embeddings = context
+    found = try_out(config)
+    assert (found.engine, found.slices, found.training) == (None, None, None)
+
+
+def test_layers_that_are_dropped_at_random_are_refused_for_training() -> None:
+    config = config_of("opt")
+    config.layerdrop = 0.1
+    found = try_out(config)
+    assert found.slices is None
+    assert "layerdrop=0.1 drops whole layers" in str(found.training)
+
+
 # The table of docs/
 
 
