@@ -195,10 +195,9 @@ class ExampleReader:
             text += piece.text
             whole, done = opening + _encode(self._tokenizer, text), len(sequence.ids)
             new = whole[done:] if whole[:done] == sequence.ids else _encode(self._tokenizer, piece.text)
-            counting = _up_to_last(new, self._tokenizer.eos_token_id) if piece.answer else 0
             sequence.ids.extend(new)
-            sequence.counted.extend([True] * counting + [False] * (len(new) - counting))
-            sequence.ends.extend([done + counting] if piece.answer else [])
+            sequence.counted.extend([piece.answer] * len(new))
+            sequence.ends.extend([len(sequence.ids)] if piece.answer else [])
         return sequence
 
 
@@ -228,11 +227,6 @@ def side_key(text: str) -> str:
     """The words of `text` without case, accents, punctuation and spacing: near duplicates have the same key."""
     letters = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFKD", text) if not combining(c))
     return " ".join(letters.casefold().split()) or text.strip()
-
-
-def _up_to_last(ids: list[int], end: int | None) -> int:
-    """Length of `ids` up to and with the last `end`: what a template writes behind it no model has to generate."""
-    return len(ids) - ids[::-1].index(end) if end in ids else len(ids)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
