@@ -6,8 +6,10 @@ that ends it. So nothing here knows a template; each is asked once what it write
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -90,12 +92,26 @@ class Chat:
             answer = answer.rstrip()
         else:
             answer = answer.removesuffix(self._end.always)
+        answer = self._up_to_end(answer, dialogue.messages[place])
         return before, answer, told[len(answer) :]
+
+    def _up_to_end(self, answer: str, message: Message) -> str:
+        """`answer` up to and with the template's last end-of-text token: no model has to generate what is behind it.
+
+        The same text may stand in the message itself, where it ends nothing.
+        """
+        end = str(self._tokenizer.eos_token or "")
+        said = message.content + json.dumps(dict(message.extra), ensure_ascii=False)
+        if not end or answer.count(end) <= said.count(end):
+            return answer
+        return answer[: answer.rindex(end) + len(end)]
 
     def _check_shown(self, dialogue: Dialogue, place: int, before: str, told: str) -> None:
         """Templates leave out what they do not know (a system message, tools) without a word."""
         for index, message in enumerate(dialogue.messages[:place]):
-            if message.role in ("system", "user") and message.content.strip() not in before:
+            # Llama 3.1 shows a tool's result as a JSON string.
+            shown = message.content.strip() in before or (message.role == "tool" and _escaped(message) in before)
+            if message.role != "assistant" and not shown:
                 raise self._hidden(dialogue, f"messages[{index}].content")
         message = dialogue.messages[place]
         # Reasoning may be shown with other whitespace around it.
@@ -103,11 +119,15 @@ class Chat:
             raise self._hidden(dialogue, f"messages[{place}].content")
         if message.extra.get("reasoning_content", "").strip() not in told:
             raise self._hidden(dialogue, f"messages[{place}].reasoning_content")
-        if any(name not in told for name in message.calls):
-            raise self._hidden(dialogue, f"messages[{place}].tool_calls")
-        names = [str(tool.get("function", tool).get("name", "")) for tool in dialogue.tools]
-        if any(name not in before for name in names):
-            raise self._hidden(dialogue, "tools")
+        self._check_marks(dialogue, place)
+
+    def _check_marks(self, dialogue: Dialogue, place: int) -> None:
+        """A short text may stand in the template's own words by chance, so each part must show a mark put behind it."""
+        marks: dict[str, str] = {}
+        shown = self._show(_marked(dialogue, place, marks), place + 1)
+        for mark, what in marks.items():
+            if mark not in shown:
+                raise self._hidden(dialogue, what)
 
     def _hidden(self, dialogue: Dialogue, what: str) -> MalformedRecord:
         return MalformedRecord(f"{dialogue.name} {what} must be shown by the model's chat template as it is")
@@ -123,7 +143,7 @@ class Chat:
         try:
             return self._render([_plain_message(m) for m in dialogue.messages[:count]], generate, list(dialogue.tools))
         except RecursionError:
-            raise
+            raise MalformedRecord(f"{dialogue.name} must not nest tools or tool calls too deeply") from None
         except Exception as error:  # a template raises what it likes
             reason = " ".join(str(error).split())[:200]
             raise MalformedRecord(
@@ -171,3 +191,53 @@ def _plain_message(message: Message) -> dict[str, Any]:
 def _shared(one: str, other: str) -> int:
     """Length of the beginning that both have."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+
+
+def _escaped(message: Message) -> str:
+    """The content as it stands between the quotes of a JSON string."""
+    return json.dumps(message.content.strip(), ensure_ascii=False)[1:-1]
+
+
+def _marked(dialogue: Dialogue, place: int, marks: dict[str, str]) -> Dialogue:
+    """The dialogue up to `place` with a mark behind each part that must be shown; `marks` gets each mark's part.
+
+    The content of earlier answers has none: a template may leave out their reasoning.
+    """
+    messages = []
+    for index, message in enumerate(dialogue.messages[: place + 1]):
+        name, content, extra = f"messages[{index}]", message.content, dict(message.extra)
+        if content.strip() and (message.role != "assistant" or index == place):
+            content += _new_mark(marks, f"{name}.content")
+        if message.calls:
+            extra["tool_calls"] = [_marked_call(call, marks, f"{name}.tool_calls") for call in extra["tool_calls"]]
+        messages.append(replace(message, content=content, extra=extra))
+    return replace(
+        dialogue, messages=tuple(messages), tools=tuple(_marked_tool(tool, marks) for tool in dialogue.tools)
+    )
+
+
+def _marked_call(call: dict[str, Any], marks: dict[str, str], part: str) -> dict[str, Any]:
+    function = dict(call["function"])
+    name = function["name"]
+    function["name"] += _new_mark(marks, part)
+    if function["arguments"]:
+        mark = _new_mark(marks, part)
+        function["arguments"] = {**function["arguments"], mark: mark}
+    marked = {**call, "function": function}
+    if "id" in call:  # Kimi K2 shows a call's name only as a word of its id
+        marked["id"] = re.sub(rf"\b{re.escape(name)}\b", lambda _: function["name"], call["id"])
+    return marked
+
+
+def _marked_tool(tool: dict[str, Any], marks: dict[str, str]) -> dict[str, Any]:
+    function = tool.get("function", tool)
+    if not function.get("name"):
+        return tool
+    marked = {**function, "name": function["name"] + _new_mark(marks, "tools")}
+    return {**tool, "function": marked} if "function" in tool else marked
+
+
+def _new_mark(marks: dict[str, str], part: str) -> str:
+    mark = f"mark8341n{len(marks)}end"
+    marks[mark] = part
+    return mark

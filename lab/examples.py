@@ -13,7 +13,7 @@ import random
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import TYPE_CHECKING
 from unicodedata import combining
 
@@ -182,24 +182,32 @@ class ExampleReader:
         return found
 
     def _encoded(self, pieces: Sequence[Piece]) -> _Encoded:
-        """Token ids of all pieces, whether each counts, and where the answers end.
-
-        Where a prompt ends a token ends, as when the model generates: the ids are those of the whole text as long as
-        they begin with those of the text so far, and where a token would straddle the boundary the new piece is
-        tokenized alone.
-        """
+        """Token ids of all pieces, whether each counts, and where the answers end."""
+        sequence = _Encoded([], [], [])
         opening = [] if self._chat.has_template else _opening(self._tokenizer)
-        sequence = _Encoded(list(opening), [False] * len(opening), [])
-        text = ""
-        for piece in pieces:
-            text += piece.text
-            whole, done = opening + _encode(self._tokenizer, text), len(sequence.ids)
-            new = whole[done:] if whole[:done] == sequence.ids else _encode(self._tokenizer, piece.text)
-            counting = _up_to_last(new, self._tokenizer.eos_token_id) if piece.answer else 0
-            sequence.ids.extend(new)
-            sequence.counted.extend([True] * counting + [False] * (len(new) - counting))
-            sequence.ends.extend([done + counting] if piece.answer else [])
+        for ids, counts in [(opening, False), *zip(self._piecewise(pieces), (piece.answer for piece in pieces))]:
+            sequence.ids.extend(ids)
+            sequence.counted.extend([counts] * len(ids))
+            sequence.ends.extend([len(sequence.ids)] if counts else [])
         return sequence
+
+    def _piecewise(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Token ids of each piece. Where a prompt ends a token ends, as when the model generates.
+
+        The ids are those of the whole text as long as they begin with those of the text so far, and where a token would
+        straddle the boundary the new piece is tokenized alone.
+        """
+        alone = [_encode(self._tokenizer, piece.text) for piece in pieces]
+        if list(chain.from_iterable(alone)) == _encode(self._tokenizer, "".join(piece.text for piece in pieces)):
+            return alone  # Nothing straddles a boundary, and the text so far need not be tokenized for each piece.
+        found: list[list[int]] = []
+        text, ids = "", list[int]()
+        for piece, tokens in zip(pieces, alone):
+            text += piece.text
+            whole = _encode(self._tokenizer, text)
+            found.append(whole[len(ids) :] if whole[: len(ids)] == ids else tokens)
+            ids += found[-1]
+        return found
 
 
 @dataclass(frozen=True)
@@ -228,11 +236,6 @@ def side_key(text: str) -> str:
     """The words of `text` without case, accents, punctuation and spacing: near duplicates have the same key."""
     letters = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFKD", text) if not combining(c))
     return " ".join(letters.casefold().split()) or text.strip()
-
-
-def _up_to_last(ids: list[int], end: int | None) -> int:
-    """Length of `ids` up to and with the last `end`: what a template writes behind it no model has to generate."""
-    return len(ids) - ids[::-1].index(end) if end in ids else len(ids)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -233,6 +233,11 @@ def _tools(row: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
         return ()
     _require(isinstance(tools, list) and all(isinstance(t, dict) for t in tools), f"{name} tools", "be objects", tools)
     _encodable(tools, f"{name} tools")
+    for index, tool in enumerate(tools):
+        place = f"{name} tools[{index}]" + (".function" if "function" in tool else "")
+        function = tool.get("function", tool)
+        _require(isinstance(function, dict), place, "be an object", function)
+        _require(isinstance(function.get("name", ""), str), f"{place}.name", "be text", function.get("name"))
     return tuple(tools)
 
 
@@ -259,6 +264,8 @@ def _encodable(value: Any, name: str) -> None:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise MalformedRecord(f"{name} must be text, got half a character ({half}) at offset {error.start}") from None
+    except RecursionError:
+        raise MalformedRecord(f"{name} must not be nested too deeply") from None
 
 
 def _json(text: str, name: str) -> Any:
@@ -266,6 +273,8 @@ def _json(text: str, name: str) -> Any:
         return json.loads(text)
     except ValueError:
         raise MalformedRecord(f"{name} must be JSON, got {_kind(text)}") from None
+    except RecursionError:
+        raise MalformedRecord(f"{name} must not be nested too deeply") from None
 
 
 def _json_object(text: str, name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Labels under chat templates of every habit: each answer counts, with the mark that ends it, and no more."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lab.chat import Chat
 from lab.examples import examples
 from lab.models import byte_tokenizer
-from lab.records import Dialogue, MalformedRecord, Message, parse_row
+from lab.records import Dialogue, MalformedRecord, Message, parse_line, parse_row
 
 TURNS = (("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2"))
 
@@ -158,6 +159,78 @@ def test_a_template_that_does_not_show_a_dialogue_as_it_is_is_refused(
     with pytest.raises(MalformedRecord) as caught:
         Chat(tokenizer_with(template)).sequences(record)
     assert message in str(caught.value)
+
+
+NO_RESULTS = TOOLS.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+NO_CALLS = TOOLS.replace("{% for call in m['tool_calls'] %}", "{% for call in [] %}")
+NO_ARGUMENTS = TOOLS.replace("{{ call['function'] | tojson }}", "{{ call['function']['name'] }}")
+NO_TOOLS = TOOLS.replace("{{ tools | tojson }}", "")
+JSON_RESULTS = TOOLS.replace(
+    "{{ m['content'] }}", "{{ m['content'] | tojson if m['role'] == 'tool' else m['content'] }}"
+)
+NAMES_IN_IDS = TOOLS.replace("{{ call['function'] | tojson }}", "{{ call['id'] }}{{ call['function']['arguments'] }}")
+
+
+def calling(name: str = "s", result: str = "o", identity: str = "functions.s:0") -> Dialogue:
+    """A dialogue whose tool has a name, and gives a result, that stand in each template's own words too."""
+    function = {"name": name, "arguments": {"o": "e"}}
+    messages = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": identity, "function": function}]},
+        {"role": "tool", "content": result},
+        {"role": "assistant", "content": "It is 2"},
+    ]
+    record = parse_row({"messages": messages, "tools": [{"type": "function", "function": {"name": name}}]}, "f:1")
+    assert isinstance(record, Dialogue)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("template", "hidden"),
+    [
+        (NO_RESULTS, "messages[2].content"),
+        (NO_CALLS, "messages[1].tool_calls"),
+        (NO_ARGUMENTS, "messages[1].tool_calls"),
+        (NO_TOOLS, "tools"),
+    ],
+)
+def test_what_a_template_hides_is_noticed_where_its_own_words_have_the_same_letters(template: str, hidden: str) -> None:
+    with pytest.raises(MalformedRecord, match=re.escape(f"f:1 {hidden} must be shown by the model's chat template")):
+        Chat(tokenizer_with(template)).sequences(calling())
+
+
+@pytest.mark.parametrize("template", [TOOLS, JSON_RESULTS, NAMES_IN_IDS])
+@pytest.mark.parametrize("result", ["o", '{"sum": "2\\n"}\n'])
+def test_a_dialogue_whose_tools_are_all_shown_is_learnt_from(template: str, result: str) -> None:
+    [[*_, answer, _]] = Chat(tokenizer_with(template)).sequences(calling(result=result))
+    assert answer.text == "It is 2<eos>"
+
+
+def test_the_end_of_text_token_inside_an_answer_does_not_end_it() -> None:
+    turns = (("user", "Q"), ("assistant", "one<eos>two"))
+    assert counted(CHATML, dialogue(*turns), "<|im_end|>") == [["one<eos>two<|im_end|>"]]
+    assert counted(PHI3, dialogue(*turns)) == [["one<eos>two<|end|>"]]
+    assert counted(LLAMA2, dialogue(*turns)) == [[" one<eos>two <eos>"]]
+
+
+def test_nothing_behind_the_templates_own_end_of_text_token_counts() -> None:
+    """Control: there the same token does end an answer."""
+    ending = CHATML.replace("<|im_end|>\n", "{{ eos_token }}<|pause|>\n")
+    assert counted(ending, dialogue(("user", "Q"), ("assistant", "one<eos>two"))) == [["one<eos>two<eos>"]]
+    assert counted(ending, dialogue(*TURNS)) == [["A1<eos>", "A2<eos>"]]
+
+
+@pytest.mark.parametrize("nested", ["arguments", "tools"])
+def test_a_dialogue_that_is_nested_too_deeply_for_the_template_is_malformed(nested: str) -> None:
+    deep, flat = "[" * 900 + "]" * 900, "[]"
+    arguments, parameters = (deep, flat) if nested == "arguments" else (flat, deep)
+    line = (
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"function": '
+        f'{{"name": "f", "arguments": {{"x": {arguments}}}}}}}]}}], '
+        f'"tools": [{{"type": "function", "function": {{"name": "f", "parameters": {{"x": {parameters}}}}}}}]}}'
+    )
+    with pytest.raises(MalformedRecord, match=r"^f:1 .*must not .*nest.* too deeply"):
+        examples([parse_line(line.encode(), "f:1")], tokenizer_with(TOOLS), 10_000)
 
 
 def test_tools_need_a_template() -> None:

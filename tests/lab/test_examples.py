@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import lab.examples
 from fl.settings import FederatedSettings
+from lab.chat import Chat
 from lab.entry import compose_settings
 from lab.examples import IGNORED, Example, batches, collate, examples, split_examples
 from lab.models import load_tokenizer_only
@@ -126,6 +128,38 @@ def test_without_straddling_the_ids_are_those_of_the_whole_text() -> None:
     assert only(record, tokenizer).ids_T.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def step_by_step(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids with the text so far tokenized for every piece, which takes time quadratic in the pieces."""
+    ids: list[int] = []
+    for count, text in enumerate(texts, start=1):
+        whole = tokenizer("".join(texts[:count]), add_special_tokens=False)["input_ids"]
+        alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += whole[len(ids) :] if whole[: len(ids)] == ids else alone
+    return ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(contents, min_size=2, max_size=6), st.booleans(), st.booleans())
+def test_a_dialogue_has_the_ids_that_it_has_step_by_step(turns: list[str], template: bool, merging: bool) -> None:
+    tokenizer = byte_tokenizer(TEMPLATE if template else None, STRADDLING_MERGES if merging else ())
+    [pieces] = Chat(tokenizer).sequences(dialogue(*turns))
+    assert only(dialogue(*turns), tokenizer).ids_T.tolist() == step_by_step([p.text for p in pieces], tokenizer)
+
+
+def test_a_long_dialogue_is_tokenized_in_time_linear_in_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer(TEMPLATE)
+    lengths: list[int] = []
+    encode = lab.examples._encode
+
+    def counting(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        lengths.append(len(text))
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(lab.examples, "_encode", counting)
+    example = only(dialogue(*["ab"] * 60), tokenizer, 10_000)
+    assert sum(lengths) == 2 * len(tokenizer.decode(example.ids_T.tolist())), "each piece alone, and all at once"
+
+
 def test_an_answer_that_the_template_rewrites_later_is_an_example_of_its_own() -> None:
     tokenizer = byte_tokenizer(REWRITING_TEMPLATE)
     found = examples([dialogue("Hi", "Hello", "Bye", "See you")], tokenizer, 1000)
@@ -190,7 +224,11 @@ def test_the_default_models_template() -> None:
 # --- windows of plain text
 
 
-@given(st.text(max_size=60), st.integers(8, 20), st.booleans())
+@given(
+    st.text(max_size=60).filter(lambda text: "<eos>" not in text and "<bos>" not in text),
+    st.integers(8, 20),
+    st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
 def test_windows_of_a_text_are_the_text(text: str, length: int, begin: bool) -> None:
     tokenizer = byte_tokenizer(begin=begin)

@@ -93,6 +93,10 @@ def chat(**message: Any) -> dict[str, Any]:
     return {"messages": [message]}
 
 
+def with_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    return {**chat(role="user", content="x"), "tools": [tool]}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -122,6 +126,11 @@ def chat(**message: Any) -> dict[str, Any]:
             chat(role="assistant", content=None, tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
             "f:1 messages[0].tool_calls[0].arguments must be JSON, got text of length 1",
         ),
+        (with_tool({"function": "f"}), "f:1 tools[0].function must be an object, got text of length 1"),
+        (with_tool({"function": None}), "f:1 tools[0].function must be an object, got null"),
+        (with_tool({"function": ["f"]}), "f:1 tools[0].function must be an object, got a list of length 1"),
+        (with_tool({"function": {"name": 5}}), "f:1 tools[0].function.name must be text, got 5"),
+        (with_tool({"name": None}), "f:1 tools[0].name must be text, got null"),
         ({"conversations": [{"from": "human"}]}, "f:1 conversations[0].value must be text, got null"),
         ({"prompt": "\ud83d", "response": "r"}, "f:1 prompt must be text, got half a character (\\ud83d) at offset 0"),
     ],
