@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from lab.architecture import architecture_of, as_described, layer_weights_of
+from lab.architecture import LayerWeights, architecture_of, as_described, layer_weights_of
 from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
 from lab.models import load_model
@@ -70,9 +70,9 @@ def test_the_planner_counts_the_layers_that_are_there() -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
     config = AutoConfig.for_model("mixtral", **SIZES, **experts)
     attention, router, mlp = 32 * 8 * (2 * 4 + 2 * 2), 32 * 4, 3 * 32 * 48
-    assert layer_weights_of(config) == attention + router + 4 * mlp
+    assert layer_weights_of(config) == 2 * [LayerWeights(attention, router + 4 * mlp)]
     dense = AutoConfig.for_model("llama", **SIZES, num_key_value_heads=2)
-    assert layer_weights_of(dense) == attention + mlp
+    assert layer_weights_of(dense) == 2 * [LayerWeights(attention + mlp, 0)]
 
 
 @pytest.mark.parametrize(("kind", "sizes", "kv_heads"), [
