@@ -122,7 +122,8 @@ def _value(text: Any, name: str) -> Any:
     try:
         return getattr(text, name, None)
     except RuntimeError:  # what transformers raises for a value that differs by layer
-        return max(getattr(layer, name) for layer in text.per_layer_config)
+        values: list[Any] = [getattr(layer, name, None) for layer in text.per_layer_config]
+        return max((value for value in values if _is_count(value)), default=None)
 
 
 def _is_count(value: Any) -> bool:
