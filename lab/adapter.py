@@ -246,7 +246,7 @@ def inject_adapter(model: PreTrainedModel, fit: Fit, *, trainable: bool, dropout
         UserError: rows of a tied embedding on a slice that has one of the two copies.
     """
     is_whole = all(_is_here(model, name) for name in (*fit.modules, *fit.saved, *fit.tokens))
-    if fit.tokens and model.config.tie_word_embeddings and not is_whole:
+    if fit.tokens and getattr(model.config, "tie_word_embeddings", False) and not is_whole:
         raise UserError("model.adapter must not have trainable_token_indices where a tied model is split")
     config = copy.deepcopy(fit.config)
     config.inference_mode = not trainable

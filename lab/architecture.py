@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -52,7 +52,7 @@ def own_name(settings: ModelSettings) -> str:
 def architecture_of(config: PreTrainedConfig) -> ArchitectureSettings:
     """The numbers of a config; UserError where it lacks one of them."""
     text: Any = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None)
+    heads = _value(text, "num_attention_heads")
     hidden = text.hidden_size
     numbers = {
         "layers": text.num_hidden_layers,
@@ -67,15 +67,26 @@ def architecture_of(config: PreTrainedConfig) -> ArchitectureSettings:
     if odd := [name for name, value in numbers.items() if not _is_count(value)]:
         raise UserError(f"model.architecture must have {odd[0]}, got a {text.model_type} whose config has none")
     try:
-        return ArchitectureSettings(family=text.model_type, tied_embeddings=bool(text.tie_word_embeddings), **numbers)
+        tied = bool(_value(text, "tie_word_embeddings"))
+        return ArchitectureSettings(family=text.model_type, tied_embeddings=tied, **numbers)
     except ValueError as error:
         raise UserError(f"model.architecture.{error}") from None
 
 
-def layer_weights_of(config: PreTrainedConfig) -> int:
-    """How many weights the largest layer has in its matrices, by the model's own modules; no weights are made."""
+class LayerWeights(NamedTuple):
+    """How many weights one layer has in its matrices."""
+
+    packable: int
+    """In the modules that nf4 packs."""
+    others: int
+    """Elsewhere, such as in fused experts: these stay in the model's precision."""
+
+
+def layer_weights_of(config: PreTrainedConfig) -> list[LayerWeights]:
+    """The weights of each layer, by the model's own modules; no weights are made."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     try:
         with torch.device("meta"):
@@ -85,22 +96,34 @@ def layer_weights_of(config: PreTrainedConfig) -> int:
         raise UserError(f"model must have a config that makes a model, got {config.model_type} ({reason})") from None
     count = config.get_text_config(decoder=True).num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
-    layers = [
-        sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1) for found in lists for layer in found
-    ]
+    layers = []
+    for layer in (layer for found in lists for layer in found):
+        every = sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
+        linear = [part for part in layer.modules() if type(part) is torch.nn.Linear or isinstance(part, Conv1D)]
+        packable = sum(part.weight.numel() for part in linear)
+        layers.append(LayerWeights(packable, every - packable))
     if not layers:
         raise UserError(f"model must have its layers in a list to be planned, got {config.model_type}")
-    return max(layers)
+    return layers
 
 
 def _kv_heads(text: Any) -> Any:
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):  # Falcon, BigCode
+    if _value(text, "multi_query") and not _value(text, "new_decoder_architecture"):  # Falcon, BigCode
         return 1
     return _first(text, "num_key_value_heads", "num_kv_heads")
 
 
 def _first(text: Any, *names: str) -> Any:
-    return next((value for name in names if (value := getattr(text, name, None)) is not None), None)
+    return next((value for name in names if (value := _value(text, name)) is not None), None)
+
+
+def _value(text: Any, name: str) -> Any:
+    """A value of a config, None where it has none; the largest where it differs by layer."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:  # what transformers raises for a value that differs by layer
+        values: list[Any] = [getattr(layer, name, None) for layer in text.per_layer_config]
+        return max((value for value in values if _is_count(value)), default=None)
 
 
 def _is_count(value: Any) -> bool:

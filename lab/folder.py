@@ -143,7 +143,7 @@ class ModelFolder:
     def stored(self, config: PreTrainedConfig) -> Stored:
         """How its matrices are stored, by the config that `config` returned."""
         try:
-            return stored_kind(config, self.shapes())
+            return stored_kind(config, self.shapes(), self.files if self.has_weights else ())
         except Unreadable as found:
             raise UserError(f"{self.setting} must be {READ}, got {found}") from None
 

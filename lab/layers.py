@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from lab.device import check_dtype, lacks_sixteen_bits
 from lab.models import LoadedModel, fetch, load_config, load_model, quantization_config, stored_as
 from lab.proof import Use, require
-from lab.quantized import Stored, load_options
+from lab.quantized import Stored, check_packed, load_options
 from lab.row_attention import attend_by_row
 from lab.settings import ModelSettings, UserError
 from lab.slices import read_slice
@@ -63,6 +63,8 @@ def load_layers(
     placement = load_options(stored_as(folder, config, settings), quantization, device, dtype)
     with folder.lazy(names) as tensors:
         model = read_slice(config, tensors, structure, layers, embedding=embedding, head=head, dtype=dtype, **placement)
+    if quantization is not None:
+        check_packed(model)
     if "device_map" not in placement:
         model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
     if lacks_sixteen_bits(device, dtype):

@@ -40,7 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 from lab.device import TORCH_DTYPES, check_dtype, lacks_sixteen_bits
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
 from lab.folder import CONFIG, INDEX, SINGLE, ModelFolder
-from lab.quantized import Stored, can_become, load_options
+from lab.quantized import Stored, can_become, check_packed, load_options
 from lab.row_attention import attend_by_row
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
 from lab.wide_products import widen_products
@@ -81,6 +81,8 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     stored = stored_as(folder, config, settings)
     tokenizer = folder.tokenizer()
     model = folder.load(config, dtype, **load_options(stored, quantization, device, dtype))
+    if quantization is not None:
+        check_packed(model)
     if quantization is None and stored in (Stored.plain, Stored.fp8):
         model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
     model.requires_grad_(False)

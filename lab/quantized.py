@@ -7,18 +7,29 @@ requests beside it (bitsandbytes in 8 bits picks its outlier columns over all ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
-from lab.settings import Quantization
+from lab.settings import Quantization, UserError
+
+log = logging.getLogger(__name__)
 
 READ = "unquantised, fp8 with block scales, or bitsandbytes in 4 bits"
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Stored tensors by name: dtype as safetensors names it, and shape."""
+
+
+_QUANT_STATE = re.compile(
+    r"(.+\.weight)\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(\w+))"
+)
+"""What bitsandbytes stores beside a packed weight: the weight's name, and the kind in 4 bits where it says so."""
 
 
 class Stored(Enum):
@@ -34,8 +45,17 @@ class Unreadable(ValueError):
     """A way of storing weights that the lab does not read; the text is what was found."""
 
 
-def stored_kind(config: PreTrainedConfig, tensors: Shapes) -> Stored:
-    """How the tensors of a folder with this config are stored. Raises `Unreadable` for what is not read."""
+def stored_kind(config: PreTrainedConfig, tensors: Shapes, index: Collection[str]) -> Stored:
+    """How a folder stores its matrices.
+
+    Args:
+        config: The folder's.
+        tensors: The tensors whose files are here, which may be a part of them.
+        index: The names of all tensors, wherever their files are.
+
+    Raises:
+        Unreadable: What is stored is not read, or lacks a part that the index does not have either.
+    """
     described = description(config)
     if described is None:
         _check_plain(tensors)
@@ -44,9 +64,9 @@ def stored_kind(config: PreTrainedConfig, tensors: Shapes) -> Stored:
     if described.get("load_in_8bit"):
         raise Unreadable("bitsandbytes in 8 bits, where a request's result depends on the requests beside it")
     if described.get("load_in_4bit"):
-        return _four_bits(described, tensors)
+        return _four_bits(described, tensors, index)
     if method == "fp8":
-        _check_fp8(described, tensors)
+        _check_fp8(described, tensors, index)
         return Stored.fp8
     raise Unreadable(f"quant_method={method!r}")
 
@@ -89,15 +109,20 @@ def can_become(stored: Stored, wanted: Quantization) -> bool:
     return wanted is Quantization.none or stored in (Stored.plain, Stored.nf4)
 
 
-def _four_bits(described: Mapping[str, Any], tensors: Shapes) -> Stored:
+def _four_bits(described: Mapping[str, Any], tensors: Shapes, index: Collection[str]) -> Stored:
     kind, storage = described.get("bnb_4bit_quant_type", "fp4"), described.get("bnb_4bit_quant_storage", "uint8")
     if kind not in ("nf4", "fp4") or storage != "uint8":
         raise Unreadable(f"bitsandbytes with bnb_4bit_quant_type={kind!r}, bnb_4bit_quant_storage={storage!r}")
-    packed = {name for name, (dtype, _) in tensors.items() if name.endswith("weight") and dtype == "U8"}
-    if tensors and not packed:
+    narrow = _narrow(tensors)
+    packed = {name for name, dtype in narrow.items() if name.endswith("weight") and dtype == "U8"}
+    if tensors and not packed and len(tensors) == len(index):
         raise Unreadable("bitsandbytes in 4 bits with no weight packed so")
-    if bare := sorted(name for name in packed if f"{name}.absmax" not in tensors):
+    if bare := sorted(name for name in packed if f"{name}.absmax" not in index):
         raise Unreadable(f"bitsandbytes in 4 bits without {bare[0] + '.absmax'!r}")
+    for name in sorted(narrow.keys() - packed):
+        part = _QUANT_STATE.fullmatch(name)
+        if part is None or part[1] not in index or part[2] not in (None, kind) or narrow[name] != "U8":
+            raise Unreadable(f"bitsandbytes in 4 bits with {name!r} in {narrow[name]}")
     return Stored[kind]
 
 
@@ -111,27 +136,74 @@ def unpacked(model: torch.nn.Module) -> str | None:
     return next(found, None)
 
 
+def check_packed(model: PreTrainedModel) -> None:
+    """Warn where nf4 left most of a model's weights, besides embedding and head, unpacked.
+
+    Args:
+        model: A model, or a slice of one, that was quantised while it was loaded.
+
+    Raises:
+        UserError: Nothing was packed.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    linear = [part for part in model.modules() if isinstance(part, Linear4bit)]
+    packed = sum(part.in_features * part.out_features for part in linear)
+    if not packed:
+        raise UserError(
+            f"model.quantization must be none for a model of which nf4 packs nothing, got nf4 for a "
+            f"{model.config.model_type}"
+        )
+    head = model.get_output_embeddings()
+    ends = [part for part in model.modules() if isinstance(part, torch.nn.Embedding) or part is head]
+    left_out = {id(weight) for part in (*linear, *ends) for weight in part.parameters()}
+    others = sum(weight.numel() for weight in model.parameters() if id(weight) not in left_out)
+    if others > packed:
+        log.warning(
+            "nf4 leaves %.0f %% of the weights unpacked (embedding and head not counted): they are in no linear module",
+            100 * others / (packed + others),
+        )
+
+
 def _check_plain(tensors: Shapes) -> None:
-    for name, (dtype, _) in tensors.items():
-        if name.endswith("weight") and (dtype.startswith("F8") or dtype in ("I8", "U8")):
-            raise Unreadable(f"{name!r} in {dtype} without a quantization_config")
+    for name, dtype in _narrow(tensors).items():
+        raise Unreadable(f"{name!r} in {dtype} without a quantization_config")
 
 
-def _check_fp8(described: Mapping[str, Any], tensors: Shapes) -> None:
-    """Every float8 matrix has its scales, one for each block; transformers takes other grids for other blocks."""
+def _check_fp8(described: Mapping[str, Any], tensors: Shapes, index: Collection[str]) -> None:
+    """Every float8 matrix has its scales, one for each block; transformers takes other grids for other blocks.
+
+    It looks for scales only beside tensors whose name ends in `weight`, so that fused experts would stay unscaled.
+    """
     block = described.get("weight_block_size")
-    for name, (dtype, shape) in tensors.items():
-        if not name.endswith("weight") or not (dtype.startswith("F8") or dtype in ("I8", "U8")):
-            continue
-        if dtype != "F8_E4M3":
+    for name, dtype in _narrow(tensors).items():
+        if dtype != "F8_E4M3" or name.rpartition(".")[2] != "weight":
             raise Unreadable(f"fp8 with {name!r} in {dtype}")
-        scale_dtype, scale_shape = tensors.get(f"{name}_scale_inv", ("", ()))
+        shape, scale = tensors[name][1], f"{name}_scale_inv"
+        if scale in index and scale not in tensors:  # in a file that was not fetched
+            continue
+        scale_dtype, scale_shape = tensors.get(scale, ("", ()))
         if scale_dtype not in ("F32", "BF16", "F16"):
-            raise Unreadable(f"fp8 with no float scales {name + '_scale_inv'!r}")
+            raise Unreadable(f"fp8 with no float scales {scale!r}")
         if len(shape) != 2 or not _is_grid(shape, scale_shape, block):
             raise Unreadable(
                 f"fp8 with scales of shape {scale_shape} for {name!r} of shape {shape} in blocks of {block}"
             )
+
+
+def _narrow(tensors: Shapes) -> dict[str, str]:
+    """The dtype of each tensor in 8 bits or fewer, by its name; without causal masks, which no model reads."""
+    return {
+        name: dtype
+        for name, (dtype, shape) in tensors.items()
+        if (dtype.startswith(("F4", "F6", "F8")) or dtype in ("I8", "U8")) and not _is_mask(name, dtype, shape)
+    }
+
+
+def _is_mask(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a causal mask, which older checkpoints of GPT-2, GPT-Neo and GPT-NeoX hold."""
+    square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return dtype == "U8" and square and name.endswith((".attn.bias", ".attention.bias"))
 
 
 def _is_grid(shape: tuple[int, ...], scales: tuple[int, ...], block: Any) -> bool:

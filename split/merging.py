@@ -78,7 +78,7 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
     """A transformers folder: config, weights, tokenizer."""
     base = fetch(model, ())
     config: Any = base.config()
-    if config.get_text_config(decoder=True).tie_word_embeddings:
+    if getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False):
         _drop_tied_head(weights, require(config, Use.training, model.cache_dir).structure)
     config.dtype = next(iter(weights.values())).dtype
     buffers = _buffers(base, config)

@@ -50,7 +50,11 @@ def own_architecture(model: ModelSettings) -> Architecture:
 
     config = load_config(model)
     own = architecture_of(replace(model, architecture=numbers_of(config)))
-    return replace(own, layer_weights=layer_weights_of(config))
+    layers = [
+        replace(own, layer_weights=layer.packable + layer.others, unpacked_weights=layer.others)
+        for layer in layer_weights_of(config)
+    ]
+    return max(layers, key=lambda layer: layer.layer_bytes)
 
 
 def architecture_of(model: ModelSettings) -> Architecture:

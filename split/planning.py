@@ -36,6 +36,8 @@ class Architecture:
     """Of one weight in a layer's matrices: `value_bytes`, or fewer when they are quantised."""
     layer_weights: int | None = None
     """Of the largest layer, all of its matrices; None: gated MLP and attention of the sizes above, nothing else."""
+    unpacked_weights: int = 0
+    """How many of these take `value_bytes` each whatever `weight_bytes` is, since nf4 does not pack them."""
 
     @property
     def layer_bytes(self) -> int:
@@ -43,7 +45,8 @@ class Architecture:
         attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         mlp = 3 * self.hidden_size * self.intermediate_size
         weights = attention + mlp if self.layer_weights is None else self.layer_weights
-        return math.ceil(weights * self.weight_bytes + 2 * self.hidden_size * self.value_bytes)
+        unpacked = self.unpacked_weights + 2 * self.hidden_size
+        return math.ceil((weights - self.unpacked_weights) * self.weight_bytes + unpacked * self.value_bytes)
 
     @property
     def table_bytes(self) -> int:

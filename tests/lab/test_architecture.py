@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lab.architecture import architecture_of, as_described, layer_weights_of
+from lab.architecture import LayerWeights, architecture_of, as_described, layer_weights_of
 from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
 from lab.models import load_model
 from lab.settings import ModelSettings, UserError
 from split.plan import own_architecture
+from split.planning import NF4_BYTES
 from tests.folder_fuzz import good_folder
 from tests.lab.test_models import CPU, write_gguf
 
@@ -70,9 +71,9 @@ def test_the_planner_counts_the_layers_that_are_there() -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
     config = AutoConfig.for_model("mixtral", **SIZES, **experts)
     attention, router, mlp = 32 * 8 * (2 * 4 + 2 * 2), 32 * 4, 3 * 32 * 48
-    assert layer_weights_of(config) == attention + router + 4 * mlp
+    assert layer_weights_of(config) == 2 * [LayerWeights(attention, router + 4 * mlp)]
     dense = AutoConfig.for_model("llama", **SIZES, num_key_value_heads=2)
-    assert layer_weights_of(dense) == attention + mlp
+    assert layer_weights_of(dense) == 2 * [LayerWeights(attention + mlp, 0)]
 
 
 @pytest.mark.parametrize(("kind", "sizes", "kv_heads"), [
@@ -83,3 +84,23 @@ def test_families_with_other_words(kind: str, sizes: dict[str, Any], kv_heads: i
     numbers = architecture_of(AutoConfig.for_model(kind, **sizes))
     assert (numbers.layers, numbers.hidden_size, numbers.heads, numbers.kv_heads) == (2, 32, 4, kv_heads)
     assert numbers.intermediate_size == 128
+
+
+@pytest.mark.parametrize(("kind", "head_dim", "is_tied"), [("gemma4_text", 512, True), ("inkling_text", 128, False)])
+def test_values_that_differ_by_layer_or_are_not_there(kind: str, head_dim: int, is_tied: bool, tmp_path: Path) -> None:
+    """The largest layer's counts, since the numbers are there to plan for memory."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / "own")
+    numbers = composed("model.source=path", f"model.path={tmp_path / 'own'}").architecture
+    assert (numbers.family, numbers.head_dim, numbers.tied_embeddings) == (kind, head_dim, is_tied)
+
+
+def test_the_planner_counts_in_4_bits_only_what_nf4_packs(tmp_path: Path) -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SIZES, **experts)).save_pretrained(
+        tmp_path / "own"
+    )
+    words = ("model.source=path", f"model.path={tmp_path / 'own'}", "model.dtype=bfloat16")
+    attention, others, norms = 32 * 8 * (2 * 4 + 2 * 2), 32 * 4 + 4 * 3 * 32 * 48, 2 * 32
+    packed = own_architecture(composed(*words, "model.quantization=nf4"))
+    assert packed.layer_bytes == attention * NF4_BYTES + 2 * (others + norms)
+    assert own_architecture(composed(*words, "model.quantization=none")).layer_bytes == 2 * (attention + others + norms)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from lab import models
 from lab.entry import compose_settings
 from lab.folder import INDEX, SINGLE, ModelFolder
 from lab.layers import load_layers
+from lab.quantized import Shapes, Stored, Unreadable, stored_kind
 from lab.settings import ModelSettings, Quantization, UserError
 from lab.slices import run_slice
+from lab.twin import twin_model
 from split.settings import SplitSettings
+from tests.architectures import config_of
 from tests.folder_fuzz import IDS, fuzz_folders, good_folder, judge
 from tests.random_models import random_model
 
@@ -305,6 +309,104 @@ def test_bitsandbytes_in_4_bits_stays_as_it_is(tmp_path: Path, kind: str) -> Non
         assert torch.equal(logits(tmp_path / "packed", quantization=Quantization.nf4), expected)
     else:
         assert "stored as fp4" in refusal(tmp_path / "packed", quantization=Quantization.nf4)
+
+
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
+IN_FP8 = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+IN_NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FP8: Shapes = {WEIGHT: ("F8_E4M3", (64, 64)), f"{WEIGHT}_scale_inv": ("F32", (1, 1))}
+NF4: Shapes = {
+    WEIGHT: ("U8", (2048, 1)), f"{WEIGHT}.absmax": ("U8", (64,)), f"{WEIGHT}.nested_absmax": ("F32", (1,)),
+    f"{WEIGHT}.quant_state.bitsandbytes__nf4": ("U8", (90,)),
+}  # fmt: skip
+KINDS: dict[str, tuple[dict[str, Any] | None, Shapes]] = {
+    "plain": (None, {WEIGHT: ("F32", (64, 64)), "h.0.attn.bias": ("U8", (1, 1, 8, 8))}),
+    "fp8": (IN_FP8, FP8),
+    "nf4": (IN_NF4, NF4),
+}
+
+
+def kind_of(described: dict[str, Any] | None, here: Shapes, index: Collection[str]) -> str:
+    config = LlamaConfig() if described is None else LlamaConfig(quantization_config=described)
+    return stored_kind(config, here, index).name
+
+
+@pytest.mark.parametrize("strange", [
+    {EXPERTS: ("F8_E4M3", (4, 64, 64)), f"{EXPERTS}_scale_inv": ("F32", (4, 1, 1))},
+    {EXPERTS: ("F8_E5M2", (4, 64, 64))},
+    {EXPERTS: ("I8", (4, 64, 64))},
+    {f"{EXPERTS}_blocks": ("U8", (4, 64, 2, 16)), f"{EXPERTS}_scales": ("U8", (4, 64, 2))},
+    {"model.layers.0.attn.bias": ("U8", (64,))},
+    {"model.layers.1.mlp.up_proj.weight.absmax": ("U8", (64,))},
+    {f"{WEIGHT}.quant_state.bitsandbytes__fp4": ("U8", (90,))},
+])  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_tensors_are_refused_whatever_their_names(kind: str, strange: Shapes) -> None:
+    described, stored = KINDS[kind]
+    assert kind_of(described, stored, stored) == kind, "the control"
+    both = {**stored, **strange}
+    with pytest.raises(Unreadable, match=re.escape(next(iter(strange)))):
+        kind_of(described, both, both)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_a_matrix_and_its_scales_may_be_in_two_files_of_which_one_is_here(kind: str) -> None:
+    described, stored = KINDS[kind]
+    for name in stored:
+        assert kind_of(described, {name: stored[name]}, stored) == kind
+    assert kind_of(described, {"model.norm.weight": ("F32", (64,))}, [*stored, "model.norm.weight"]) == kind
+    with pytest.raises(Unreadable, match=r"scales|absmax"):
+        kind_of(described, {WEIGHT: stored[WEIGHT]}, [WEIGHT, "model.norm.weight"])
+
+
+def test_a_part_of_a_float8_model_is_read_without_its_other_files(alone: Path) -> None:
+    quantised(alone, "blocks")
+    tensors = load_file(alone / SINGLE)
+    (alone / SINGLE).unlink()
+    scales = {name for name in tensors if name.endswith("_scale_inv") and ".layers.3." in name}
+    files = {"a.safetensors": tensors.keys() - scales, "b.safetensors": scales}
+    for file, names in files.items():
+        save_file({name: tensors[name] for name in names}, alone / file)
+    places = {name: file for file, names in files.items() for name in names}
+    (alone / INDEX).write_text(json.dumps({"weight_map": places}))
+    (alone / "b.safetensors").unlink()
+    folder = ModelFolder(alone)
+    assert folder.stored(folder.config()) is Stored.fp8
+
+
+def small(name: str, place: Path) -> Path:
+    twin_model(config_of(name)).save_pretrained(place / name)
+    models.byte_tokenizer().save_pretrained(place / name)
+    edit(place / name / "config.json", eos_token_id=None, bos_token_id=None, pad_token_id=None)
+    return place / name
+
+
+@pytest.mark.parametrize("name", ["falcon", "mixtral", "llama"])
+def test_nf4_that_leaves_most_or_all_unpacked(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Falcon's linear modules are of a class of its own; Mixtral's experts are in none."""
+    settings = settings_of(small(name, tmp_path), quantization=Quantization.nf4)
+    if name == "falcon":
+        with pytest.raises(UserError, match=r"^model.quantization must be none for .* got nf4 for a falcon$"):
+            load_layers(settings, CPU, range(1, 2), embedding=False, head=False)
+        return
+    with caplog.at_level("WARNING", "lab.quantized"):
+        load_layers(settings, CPU, range(1, 2), embedding=False, head=False)
+        load_layers(settings, CPU, range(3, 4), embedding=False, head=True)
+    said = [record.getMessage() for record in caplog.records if "unpacked" in record.getMessage()]
+    assert len(said) == (2 if name == "mixtral" else 0)
+    assert all(line.startswith("nf4 leaves 50 % of the weights unpacked") for line in said)
+
+
+def test_a_whole_model_of_which_nf4_packs_nothing_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes, **ends)).save_pretrained(tmp_path / "own")
+    models.byte_tokenizer().save_pretrained(tmp_path / "own")
+    assert refusal(tmp_path / "own", quantization=Quantization.nf4) == (
+        "model.quantization must be none for a model of which nf4 packs nothing, got nf4 for a falcon"
+    )
+    assert logits(tmp_path / "own").isfinite().all(), "the control"
 
 
 REFUSED = {
