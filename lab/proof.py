@@ -44,6 +44,7 @@ from lab.sampling import Sampling, nll
 from lab.settings import UserError
 from lab.slices import cut_of, read_slice, run_slice
 from lab.structure import Structure, Unsliceable, count_layers, find_structure
+from lab.training import keep_differentiable
 from lab.twin import VOCABULARY, NoTwin, twin_config, twin_model
 
 log = logging.getLogger(__name__)
@@ -188,6 +189,8 @@ def try_packed(config: PreTrainedConfig) -> Proof:
                 model, outline, Path(folder), quantization_config=quantization, device_map={"": torch.device("cpu")}
             )
             trial.try_inference()
+            if not any(weight.dtype is torch.uint8 for weight in trial.whole().parameters()):
+                raise _Differs("none of its matrices is packed")
 
     with _one_thread(), _quietly():
         found = _failure(attempt)
@@ -375,8 +378,12 @@ class _Trial:
     def try_inference(self) -> None:
         """Three passes over two sequences: logits and caches of the slices are those of the whole."""
         whole: Any = self.whole()
+        slices = self.slices()
+        for model in (whole, *slices):
+            # What counts is which matrices are packed, and how; bitsandbytes' kernels for a CPU want wider ones.
+            keep_differentiable(model)
         uncut = _Cached(whole, run=lambda states, **options: whole(input_ids=states, **options).logits)
-        parts = [_Cached(part, run=partial(run_slice, part)) for part in self.slices()]
+        parts = [_Cached(part, run=partial(run_slice, part)) for part in slices]
         for slots, counts in (([0], [self._most // 6]), ([0, 1], [1, self._most // 2]), ([0, 1], [1, 1])):
             texts = [_ids(count, 7 * slot + count) for slot, count in zip(slots, counts, strict=True)]
             width = max(counts)
