@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 import statistics
 import sys
 import tempfile
@@ -243,9 +244,8 @@ _USES = ("engine", "slices", "training", "nf4", "lora")
 _HEAD = """# Which architectures are proved
 
 For every architecture with a causal language model in transformers {version}: whether a small random twin of it did
-what
-the model is to do, and said what transformers says. `yes` means proved, `no` means refused by name; below the table
-stands why. At load the same trial decides for the model's own config, so that a `yes` here is no promise for a model
+what the model is to do, and said what transformers says. `yes` means proved, `no` means refused by name; below the
+table stands why. At load the same trial decides for the model's own config, so that a `yes` here is no promise for a model
 with unusual settings, and a `no` may be a `yes` for it.
 
 - **engine**: a whole model with our KV cache, in chunks, beside neighbours, rewound: `lab.decode`, the verifier and its
@@ -276,7 +276,8 @@ def table(rows: Sequence[Row]) -> str:
                 reasons.setdefault(reason, []).append(use)
         said = "; ".join(f"{', '.join(uses)}: {reason}" for reason, uses in reasons.items())
         if said:
-            lines.append(f"- **{row.name}**: {said.replace('|', '/').replace('<', '&lt;')}\n")
+            said = re.sub(r"'/[^']*'", "its folder", said).replace("|", "/").replace("<", "&lt;")
+            lines.append(f"- **{row.name}**: {said}\n")
     return "".join(lines)
 
 
