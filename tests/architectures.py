@@ -245,8 +245,8 @@ _HEAD = """# Which architectures are proved
 
 For every architecture with a causal language model in transformers {version}: whether a small random twin of it did
 what the model is to do, and said what transformers says. `yes` means proved, `no` means refused by name; below the
-table stands why. At load the same trial decides for the model's own config, so that a `yes` here is no promise for a model
-with unusual settings, and a `no` may be a `yes` for it.
+table stands why. At load the same trial decides for the model's own config, so that a `yes` here is no promise for a
+model with unusual settings, and a `no` may be a `yes` for it.
 
 - **engine**: a whole model with our KV cache, in chunks, beside neighbours, rewound: `lab.decode`, the verifier and its
   drafters, speculation.
