@@ -196,7 +196,7 @@ def _narrow(tensors: Shapes) -> dict[str, str]:
     return {
         name: dtype
         for name, (dtype, shape) in tensors.items()
-        if (dtype.startswith(("F4", "F6", "F8")) or dtype in ("I8", "U8")) and not _is_mask(name, dtype, shape)
+        if (dtype.startswith(("F4", "F6_", "F8")) or dtype in ("I8", "U8")) and not _is_mask(name, dtype, shape)
     }
 
 
