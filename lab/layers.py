@@ -55,6 +55,8 @@ def load_layers(
     config = load_config(settings)
     check_layers(config, layers)
     described = fetch(settings, ())
+    if not described.has_weights:  # a hub repository without an index has one file, which every slice needs
+        described = fetch(settings, None)
     packed = quantization is not None or stored_as(described, config, settings) in (Stored.nf4, Stored.fp4)
     structure = require(config, use, settings.cache_dir, packed=packed).structure
     assert structure is not None, "what is proved to be cut is known in its parts"

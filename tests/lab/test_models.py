@@ -28,6 +28,7 @@ from lab import models
 from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
 from lab.folder import INDEX, ModelFolder
+from lab.layers import load_layers
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from tests.folder_fuzz import good_folder
 from tests.hub_stand_in import REPO, serving
@@ -540,6 +541,21 @@ def test_hub_client_fetches_no_weights_and_a_shard_its_own(
     models._first_seen.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     models.load_model(of_hub, CPU)
+
+
+@pytest.mark.parametrize("shard", ["12KB", "10MB"])
+def test_layers_of_a_hub_model_are_read_with_an_index_and_without(
+    shard: str, of_hub: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = good_folder("llama", tmp_path / "repository", shard=shard)
+    settings = replace(of_hub, cache_dir=str(tmp_path / "proofs"))
+    with serving(repository, tmp_path / "cache", monkeypatch) as hub:
+        part = load_layers(settings, CPU, range(1, 2), embedding=False, head=False)
+        given = {name for name in hub.given if name.endswith(".safetensors")}
+    stored = ModelFolder(repository)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(part.state_dict()[name], stored.read({name})[name].to(part.dtype))
+    assert (given < set(stored.weight_files)) if shard == "12KB" else (given == {"model.safetensors"})
 
 
 def test_a_run_keeps_to_one_commit(
