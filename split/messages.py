@@ -26,10 +26,11 @@ from typing import Annotated
 import msgspec
 
 from lab.engine import TargetStep, Want
+from lab.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 
-PROTOCOL = range(2, 3)
+PROTOCOL = range(3, 4)
 
 Count = Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
 
@@ -37,13 +38,8 @@ MAX_PIECES = 1024
 MAX_ADDRESSES = 16
 
 
-class Open(Head):
+class Open(SamplingHead):
     """A new text, and how its tokens are drawn. Only the last shard draws; the others take a slot."""
-
-    seed: Uint63
-    temperature: Annotated[float, msgspec.Meta(ge=0)]
-    top_k: Uint32
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class Close(Head):
@@ -83,11 +79,18 @@ class Pass(Head):
     pieces: Annotated[list[Piece], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
     unfit: Unfits = msgspec.field(default_factory=list)
     """The texts that ended at the shards before; zeros go on in place of their hidden states."""
+    for_words: bool = False
+    """Whether one of the texts has words (`lab.words`): then the last shard needs the ids for that."""
 
     @property
     def rows(self) -> int:
         """N."""
         return sum(piece.count for piece in self.pieces)
+
+    @property
+    def ids_for_last(self) -> bool:
+        """Whether the ids go through to the last shard."""
+        return self.read_all or self.for_words
 
     @property
     def want(self) -> Want:
@@ -218,7 +221,7 @@ def table(body_bytes: int) -> MessageTable:
         Steps: _HEAD_BYTES + body_bytes,
         Report: 1024 + REPORTED_PASSES * HOP.size,
     }
-    small: dict[type[Head], int] = {Open: 64, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8}
+    small: dict[type[Head], int] = {Open: 64 + SAMPLING_BYTES, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8}
     kinds: dict[int, MessageKind] = {
         _TYPE_OF[head]: MessageKind(head=head, max_bytes=size) for head, size in small.items()
     }

@@ -22,6 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lab.context import longest_text
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
 from lab.first_fault import first_faults
+from lab.history import History
 from lab.kv import CacheFull, Pass, SlotCache, UnknownState, check_attention, layer_shapes
 from lab.layers import load_layers
 from lab.models import load_config
@@ -62,6 +63,8 @@ class _Text:
     slot: int
     sampling: Sampling
     used_at: float
+    history: History | None = None
+    """The text, at the last shard and where its sampling has words."""
     before_V: Tensor | None = None
     """The last row of logits of an extend that goes on in another pass."""
 
@@ -73,7 +76,7 @@ class Entering:
     pieces: Sequence[Piece]
     want: Want
     ids: Sequence[int] = ()
-    """N ids, piece by piece: for the first shard, and for the last one where want is all."""
+    """N ids, piece by piece: for the first shard, and for the last one where want is all or a text has words."""
     hidden_NH: Tensor | None = None
     """For all but the first shard."""
 
@@ -143,17 +146,20 @@ class Shard:
         """Take a slot for a text.
 
         Raises:
-            ValueError: it is open.
+            ValueError: it is open, or its words name ids that the model does not have.
             CacheFull: all slots are taken, and no text in them is idle.
         """
         if key in self._texts:
             raise ValueError("text must be new, got one that is open")
+        if sampling.words is not None:
+            sampling.words.check_ids(self.vocabulary_size)
         try:
             slot = self.cache.acquire()
         except CacheFull:
             self._evict_idle()
             slot = self.cache.acquire()
-        self._texts[key] = _Text(slot, sampling, self._clock())
+        history = History(sampling.words) if sampling.words and self.gives_steps else None
+        self._texts[key] = _Text(slot, sampling, self._clock(), history)
 
     def close(self, key: Hashable) -> None:
         """Forget a text; one that is not held was forgotten before."""
@@ -174,6 +180,7 @@ class Shard:
             ValueError: pieces that make no sense here.
             CacheFull: the limit in bytes is reached; every text is where it was.
         """
+        check_ids(entering.ids, self.vocabulary_size)
         texts = self._find(keys, entering.pieces)
         for text, piece in zip(texts, entering.pieces, strict=True):
             self.cache.lengths[text.slot] = piece.position
@@ -253,7 +260,6 @@ class Shard1(Shard):
     takes_ids = True
 
     def _input(self, plan: Pass, entering: Entering) -> Tensor:
-        check_ids(entering.ids, self.vocabulary_size)
         batch, width = plan.position_ids_BT.shape
         ids_BT = [[0] * width for _ in range(batch)]
         for row, ids in zip(plan.rows, entering.ids_of_pieces(), strict=True):
@@ -268,6 +274,12 @@ class Shard2(Shard):
 
     def _forward(self, texts: Sequence[_Text], plan: Pass, entering: Entering) -> Leaving:
         pieces, want = entering.pieces, entering.want
+        ids_of_pieces = entering.ids_of_pieces() if entering.ids else [[-1] * piece.count for piece in pieces]
+        for text, piece, ids in zip(texts, pieces, ids_of_pieces, strict=True):
+            if text.history is not None:
+                if not entering.ids:
+                    raise ValueError("a pass of a text with words must bring its ids, got none")
+                text.history.hold(piece.position, ids)
         read = [want == "all" or piece.is_last for piece in pieces]
         if not any(read):
             self._decode(plan, entering, without_head=True)
@@ -275,7 +287,6 @@ class Shard2(Shard):
         # As a LocalEngine does: the head only where it is asked for, in the same rows, to the same bits.
         steps = None if want == "all" else sorted({piece.count - 1 for piece in pieces})
         logits_BKV = self._decode(plan, entering, logits_to_keep=0 if steps is None else torch.tensor(steps))
-        ids_of_pieces = entering.ids_of_pieces() if want == "all" else [[-1] * piece.count for piece in pieces]
         wanted = [
             (text, _scored(logits_BKV[row], piece, ids, steps, text))
             for text, row, piece, ids, is_read in zip(texts, plan.rows, pieces, ids_of_pieces, read, strict=True)
@@ -293,7 +304,7 @@ def _scored(logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int
         last = steps.index(piece.count - 1)
         rows_KV = logits_KV[last : last + 1]
     before_V = None if piece.is_first else text.before_V
-    return Scored(rows_KV, ids, piece.position, text.sampling, before_V)
+    return Scored(rows_KV, ids, piece.position, text.sampling, before_V, text.history)
 
 
 class OnlyShard(Shard1, Shard2):

@@ -22,12 +22,13 @@ from lab.engine import (
     TargetStep,
     Want,
     check_finite,
-    check_prompt,
+    check_open,
     check_requests,
     together,
 )
 from lab.kv import CacheFull
 from lab.sampling import Sampling
+from lab.sampling_head import sampling_fields
 from lab.wire import pack_tokens
 from split.messages import REPORTED_PASSES, Close, Fault, FaultCode, Open, Pass, Piece, Steps, unpack_steps
 from split.transport.base import ChainLost, Message, ShardLost, ShardReport, Transport
@@ -160,7 +161,7 @@ class ShardedModel:
 
     def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> Session:
         """See `Engine.open`. Also raises `ShardFault`, and `ShardLost` when recovery failed."""
-        check_prompt(self, prompt_ids)
+        check_open(self, prompt_ids, sampling)
         self._opened += 1
         session = Session(self, self._opened, sampling)
         self._journals[session.key] = _Journal(session)
@@ -233,7 +234,8 @@ class ShardedModel:
 
     def _submit(self, parts: Sequence[_Part], want: Want) -> _UnderWay:
         self._numbered = self._numbered % (2**32 - 1) + 1
-        head = Pass(read_all=want == "all", pieces=[part.piece() for part in parts])
+        has_words = any(self._journals[part.run.number].session.sampling.words for part in parts)
+        head = Pass(read_all=want == "all", for_words=has_words, pieces=[part.piece() for part in parts])
         submitted = time.monotonic()
         self._transport.submit(Message(self._numbered, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
         return _UnderWay(self._numbered, head, parts, submitted)
@@ -254,10 +256,8 @@ class ShardedModel:
 
     def _open_text(self, session: Session) -> None:
         """Begin a text anew, whatever the shards still hold of it."""
-        sampling = session.sampling
         self._transport.submit(Message(session.key, Close()))
-        head = Open(seed=sampling.seed, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-        self._transport.submit(Message(session.key, head))
+        self._transport.submit(Message(session.key, Open(**sampling_fields(session.sampling))))
         answer = self._transport.collect()
         if isinstance(answer.head, Fault):
             raise _raised(answer.head)

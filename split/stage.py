@@ -9,12 +9,12 @@ import logging
 import time
 from collections.abc import Hashable, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
 from lab.engine import TargetStep
 from lab.kv import CacheFull
-from lab.sampling import Sampling
 from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES
 from split.boundary import Boundary
@@ -66,8 +66,7 @@ class Stage:
         if isinstance(head, Pass):
             return self._run(client, message.number, head, memoryview(message.body))
         if isinstance(head, Open):
-            sampling = Sampling(seed=head.seed, temperature=head.temperature, top_k=head.top_k, top_p=head.top_p)
-            self.shard.open((client, message.number), sampling)
+            self.shard.open((client, message.number), head.sampling)
             self._texts.setdefault(client, set()).add(message.number)
             return Message(message.number, Steps()) if self.shard.gives_steps else message
         if isinstance(head, Close):
@@ -110,8 +109,8 @@ class Stage:
             stored_NH = stored(leaving, self.boundary)
             unfit += self._end_unfit(run, stored_NH, f"do not fit the boundary {self.boundary.name} behind")
         hidden = encode(stored_NH, self.boundary)
-        head = Pass(read_all=run.read_all, pieces=run.pieces, unfit=unfit) if unfit else run
-        return Message(number, head, pack_tokens(entering.ids) + bytes(hidden) if run.read_all else hidden)
+        head = msgspec.structs.replace(run, unfit=unfit) if unfit else run
+        return Message(number, head, pack_tokens(entering.ids) + bytes(hidden) if run.ids_for_last else hidden)
 
     @torch.inference_mode()  # what the shard gives was made in it
     def _end_unfit(
@@ -155,7 +154,7 @@ class Stage:
 
     def _read(self, run: Pass, body: memoryview) -> Entering:
         shard = self.shard
-        ids_bytes = TOKEN_BYTES * run.rows if shard.takes_ids or run.read_all else 0
+        ids_bytes = TOKEN_BYTES * run.rows if shard.takes_ids or run.ids_for_last else 0
         if len(body) < ids_bytes:
             raise ValueError(f"a pass of {run.rows} positions must bring {ids_bytes} bytes of ids, got {len(body)}")
         ids = list(body[:ids_bytes].cast("i")) if ids_bytes else []

@@ -106,8 +106,8 @@ def test_what_a_boundary_rounds_up_does_not_fit_float16(tmp_path: Path) -> None:
     """65504 is float16's largest number and 65536 in bfloat16."""
     settings = saved_model("llama", tmp_path, torch.float16)
     stage = Stage(shards(settings, (0, 2, 4))[1], Boundary.bfloat16)
-    stage.take(0, Message(1, Open(seed=1, temperature=0.0, top_k=0, top_p=1.0)))
-    stage.take(0, Message(2, Open(seed=1, temperature=0.0, top_k=0, top_p=1.0)))
+    stage.take(0, Message(1, Open(seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, words=None)))
+    stage.take(0, Message(2, Open(seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, words=None)))
     hidden_NH = torch.zeros(4, 32, dtype=torch.float16)
     hidden_NH[3, 0] = 65504
     pieces = [Piece(session=number, position=0, count=2, is_first=True, is_last=True) for number in (1, 2)]
