@@ -3,8 +3,8 @@
     python -m tests.soak                                # all
     python -m tests.soak hostile_frames shards_killed   # some; their rows take the place of older ones in the report
 
-Writes benchmarks/results/soak-<commit>.json, and prints the rows as one line of JSON, as benchmarks do: `make bench` runs
-those that RESULTS.md shows. Exit code 1 when a run found something.
+Writes benchmarks/results/soak-<commit>.json, and prints the rows as one line of JSON, as benchmarks do: `make bench`
+runs those that RESULTS.md shows. Exit code 1 when a run found something.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 def main(names: Sequence[str]) -> int:
     """The named runs in turn, all when none is named. The report is written after each."""
-    names = [name for name in names if not name.startswith("hydra.run.dir=")]  # `make bench` says where; nothing is kept
+    names = [name for name in names if not name.startswith("hydra.run.dir=")]  # `make bench` says it to everyone
     if unknown := set(names) - set(RUNS):
         print(f"error: run must be one of {', '.join(RUNS)}, got {min(unknown)}", file=sys.stderr)
         return 2
