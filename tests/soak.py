@@ -3,7 +3,8 @@
     python -m tests.soak                                # all
     python -m tests.soak hostile_frames shards_killed   # some; their rows take the place of older ones in the report
 
-Writes benchmarks/results/soak-<commit>.json; exit code 1 when a run found something.
+Writes benchmarks/results/soak-<commit>.json, and prints the rows as one line of JSON, as benchmarks do: `make bench`
+runs those that RESULTS.md shows. Exit code 1 when a run found something.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from lab.context import longest_text
 from lab.entry import compose_settings
 from lab.environment import commit
 from lab.proof import try_out
+from lab.settings import to_plain
+from lab.tracking import finite
 from speculative.settings import Mode
 from split.boundary import Boundary
 from split.joining import join_shards, make_side
@@ -247,6 +250,7 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 def main(names: Sequence[str]) -> int:
     """The named runs in turn, all when none is named. The report is written after each."""
+    names = [name for name in names if not name.startswith("hydra.run.dir=")]  # `make bench` says it to everyone
     if unknown := set(names) - set(RUNS):
         print(f"error: run must be one of {', '.join(RUNS)}, got {min(unknown)}", file=sys.stderr)
         return 2
@@ -255,8 +259,20 @@ def main(names: Sequence[str]) -> int:
     for name in names or RUNS:
         done.append(row := measured(name))
         write_report(path, "soak", list((rows_of(path) | {name: row}).values()))
-    print(path)
+    print(path, file=sys.stderr)
+    print(json.dumps({"rows": finite(to_plain([_as_benchmarked(row) for row in done]))}))
     return 0 if all(row["ok"] for row in done) else 1
+
+
+def _as_benchmarked(row: dict[str, Any]) -> dict[str, Any]:
+    """A run's row under the names that benchmarks use."""
+    target = " ".join((RUNS[row["run"]].__doc__ or "").split())
+    return {
+        "part": row["run"],
+        **{key: value for key, value in row.items() if key not in ("run", "ok")},
+        "target": target,
+        "holds": row["ok"],
+    }
 
 
 if __name__ == "__main__":
