@@ -1,8 +1,8 @@
 """Text that is data: what looks like a control token in it, such as <|im_end|>, is encoded as the characters it is.
 
-A tokenizer finds its control tokens in any text, whoever wrote them. Here only those are found that are not in the data:
-the text is encoded by a copy of the tokenizer whose control tokens have other names, and these names stand where real
-ones were. So all else (what is merged, where spaces go) is as the tokenizer does it.
+A tokenizer finds its control tokens in any text, whoever wrote them. Here those are found that are not in the data: the
+text is encoded by a copy of the tokenizer whose control tokens have other names, and these names stand where real ones
+were. So all else (what is merged, where spaces go) is as the tokenizer does it.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ class DataEncoder:
             UserError: a tokenizer that has no other way to write one of them.
         """
         if not data:  # verbose: a text that is too long is for others to refuse
-            return list(
-                self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-            )
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
         first, last = unused_letters(2, text)
         names = {token: f"{first}{index}{last}" for index, token in enumerate(sorted(self.control))}
         places = set(data)

@@ -222,7 +222,9 @@ def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling) ->
 def check_words(engine: Engine, sampling: Sampling) -> None:
     """Refuse words that an engine cannot mind, as a ValueError."""
     if isinstance(engine, SyntheticEngine) and (sampling.words is not None or sampling.min_p):
-        raise ValueError("min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits")
+        raise ValueError(
+            "min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits"
+        )
     if sampling.words is not None:
         sampling.words.check_ids(engine.vocabulary_size)
 

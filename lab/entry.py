@@ -114,8 +114,8 @@ def compose_settings(config_name: str, overrides: str, settings_type: type[Setti
 
 
 def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
-    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in, `seed=-1` one that
-    was drawn, a preset's name and numbers those of the model that is meant."""
+    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in, `seed=-1` a seed
+    that was drawn, a preset's name and numbers those of the model that is meant."""
     settings = to_settings(config, settings_type)
     if settings.seed == -1:
         settings.seed = secrets.randbelow(2**31)

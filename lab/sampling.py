@@ -1,10 +1,10 @@
 """Sampling as a function of position: who draws a token does not matter, only where it stands.
 
-A token is ``argmax(logits + temperature * g(seed, position, token))`` over the tokens that top-k, top-p and min-p leave,
-with ``g`` Gumbel noise from a counter-based hash. (Above 1 the temperature divides the logits instead, so that no finite
-temperature makes infinity of a finite number.) There is no generator state: a drafter and a target that share the seed
-draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 + TV)`` (TV: the
-total variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to travel.
+A token is ``argmax(logits + temperature * g(seed, position, token))`` over the tokens that top-k, top-p and min-p
+leave, with ``g`` Gumbel noise from a counter-based hash. (Above 1 the temperature divides the logits instead, so that
+no finite temperature makes infinity of a finite number.) There is no generator state: a drafter and a target that share
+the seed draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 + TV)`` (TV:
+the total variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to travel.
 
 Knows nothing about models, sessions or networks.
 
@@ -75,8 +75,8 @@ class Choice:
     """Cross-entropy of the drawn token under the plain softmax of the logits (no temperature, no top-k), in nats."""
     margins: list[float]
     """Gap between the two best candidates, words and noise included, in units of the logits: while top-k, top-p and
-    min-p leave the same tokens, only an error of more than half of it can change the choice (a repetition penalty makes an
-    error of the logits larger or smaller before that). Infinite when one candidate was left."""
+    min-p leave the same tokens, only an error of more than half of it can change the choice (of the logits as they are
+    after a repetition penalty). Infinite when one candidate was left."""
     follower_nll: list[float]
     """Cross-entropy of the token that follows in the text instead; NaN where none was given."""
     finite: list[bool]

@@ -1,4 +1,4 @@
-"""What is asked of a text: the settings that drafters and `split.infer` share. `lab.prompts` reads the prompt's part."""
+"""What is asked of a text: the settings that `speculative.drafter` and `split.infer` share."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class TextSettings:
 
     max_new_tokens: int
     """The text ends after so many new tokens; -1: it may fill the context."""
-    stop: list[str]
-    """The text ends where one of these first stands in it, and the stop string itself is not part of it."""
+    stop: Any  # OmegaConf 2.3 knows no union of a text and a list
+    """One text or a list of them: the text ends where one of them first stands in it, and what it ends with is not
+    part of it."""
     temperature: float
     """0 takes the target's best token."""
     top_k: int
@@ -65,8 +66,8 @@ class TextSettings:
         require(0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p)
         check_penalties(self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         check_bias(self.biases)
-        require(len(self.stop) <= MAX_STOPS, f"stop must hold at most {MAX_STOPS} texts", len(self.stop))
-        for text in self.stop:
+        require(len(self.stops) <= MAX_STOPS, f"stop must hold at most {MAX_STOPS} texts", len(self.stops))
+        for text in self.stops:
             rule = f"stop must hold texts of 1 to {MAX_STOP_LENGTH} characters"
             require(1 <= len(text) <= MAX_STOP_LENGTH, rule, text)
         for text in self.bad_words:
@@ -83,3 +84,11 @@ class TextSettings:
         for token, bias in given.items():
             require(type(token) is int and type(bias) in (int, float), rule, given)
         return [(token, float(bias)) for token, bias in given.items()]
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        is_list = isinstance(given, list) and all(isinstance(text, str) for text in given)
+        require(is_list, "stop must be a text or a list of texts", given)
+        return given

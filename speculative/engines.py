@@ -101,7 +101,10 @@ def open_drafts(
         DraftSource.recorded: lambda: RecordedDrafts(
             _recorded_ids(str(project.draft.file)), project.synthetic.agreement, settings.seed, shared
         ),
-        DraftSource.synthetic: lambda: EngineDrafts(_synthetic_drafter(project), sampling, shared),
+        # It has no logits for words to change: it only guesses more often wrong.
+        DraftSource.synthetic: lambda: EngineDrafts(
+            _synthetic_drafter(project), replace(sampling, min_p=0.0, words=None), shared
+        ),
         DraftSource.model: lambda: _from_model(_draft_model(settings, device, target_texts), project, sampling, shared),
         DraftSource.layers: lambda: _from_model(_first_layers(settings, device), project, sampling, shared),
         DraftSource.noisy: lambda: _from_model(_noisy_target(settings, device), project, sampling, shared),

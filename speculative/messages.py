@@ -196,9 +196,13 @@ def _ids(count: int) -> int:
 
 TABLE = MessageTable(
     {
-        MessageType.open: MessageKind(head=Open, max_bytes=128 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True),
+        MessageType.open: MessageKind(
+            head=Open, max_bytes=128 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
+        ),
         MessageType.draft: MessageKind(head=Draft, max_bytes=16 + _ids(MAX_DRAFT_LENGTH), has_body=True),
-        MessageType.resume: MessageKind(head=Resume, max_bytes=4096 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True),
+        MessageType.resume: MessageKind(
+            head=Resume, max_bytes=4096 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
+        ),
         # Of one pass these are few; the answer to a RESUME holds whatever came since.
         MessageType.verdict: MessageKind(head=Verdict, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         MessageType.scores: MessageKind(head=Scores, max_bytes=32 + 4 * (2 * MAX_DRAFT_LENGTH + 1), has_body=True),

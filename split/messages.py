@@ -221,7 +221,15 @@ def table(body_bytes: int) -> MessageTable:
         Steps: _HEAD_BYTES + body_bytes,
         Report: 1024 + REPORTED_PASSES * HOP.size,
     }
-    small: dict[type[Head], int] = {Open: 64 + SAMPLING_BYTES, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8}
+    small: dict[type[Head], int] = {
+        Open: 64 + SAMPLING_BYTES,
+        Close: 8,
+        Fault: 4096 + 64,
+        Attach: 8192,
+        Welcome: 64,
+        Join: 32,
+        Ask: 8,
+    }
     kinds: dict[int, MessageKind] = {
         _TYPE_OF[head]: MessageKind(head=head, max_bytes=size) for head, size in small.items()
     }
