@@ -60,7 +60,8 @@ class DraftSettings:
 
     source: DraftSource
     model: str | None
-    """Name of a model in conf/model (source=model)."""
+    """Who guesses (source=model): a name in conf/model or in the `model` folder of `--config-dir`, a folder, a GGUF
+    file, or a hub repository."""
     dtype: Dtype | None
     """Precision of that model; null: the one its YAML says."""
     length: str  # a union of int and str is too much for OmegaConf 2.3: merging fails
