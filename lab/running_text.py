@@ -7,6 +7,7 @@ once: the one that is complete first counts, of those the one that began first. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What decoders put for bytes that are no character yet."""
@@ -96,3 +97,25 @@ class RunningText:
             if any(stop.startswith(end) for stop in self._stops):
                 return length
         return 0
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text up to its end."""
+
+    text: str
+    ids: list[int]
+    """The tokens that stand in it with all of their characters."""
+    stopped: bool
+    """Whether a stop string ended it."""
+
+
+def said(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str]) -> Said:
+    """What the tokens of a whole text say, up to where a stop string ends it."""
+    running = RunningText(decode, stops)
+    for token in ids if stops else ():
+        running.add(token)
+    running.finish()
+    if running.stopped:
+        return Said(running.text, list(ids[: running.whole_tokens]), stopped=True)
+    return Said(decode(ids), list(ids), stopped=False)

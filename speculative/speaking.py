@@ -16,7 +16,7 @@ from lab.device import open_device
 from lab.models import load_tokenizer_only
 from lab.network import is_users_to_mend
 from lab.prompts import asked_ids
-from lab.running_text import RunningText
+from lab.running_text import Said, said
 from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.tracking import Tracker
@@ -58,18 +58,18 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         drafts: Drafts = NoDrafts()
         if request.mode is not Mode.target_only:
             drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
-        tally, text = Tally(), RunningText(decoder(tokenizer), project.stops)
+        tally = Tally()
         try:
             name_text(settings.project.resume, target, place.folder / "text.json")
-            speak(target, drafts, request, text, tally)
+            speak(target, drafts, request, tokenizer, tally, project.stops)
         except (WireError, TextFailed, TextRefused) as error:
             if isinstance(error, TextRefused) and not tally.token_ids:
                 raise
-            figures = _figures(settings, target, text, tally) | {"ended_by": "failed"}
+            figures = _figures(settings, target, tokenizer, tally) | {"ended_by": "failed"}
             raise entry.Unfinished(str(error), _exit_code(error), figures) from None
         finally:
             drafts.close()
-        result = _figures(settings, target, text, tally)
+        result = _figures(settings, target, tokenizer, tally)
         if project.check:
             flips = find_flips(target, request, result["token_ids"], target.welcome.end_ids)
             result["flips"] = [asdict(flip) for flip in flips]
@@ -96,18 +96,25 @@ def _check_prompt(request: TextRequest, texts: Sequence[str], welcome: Welcome) 
         )
 
 
-def speak(target: RemoteTarget, drafts: Drafts, request: TextRequest, text: RunningText, tally: Tally) -> None:
-    """Draft the whole text, showing it as it is verified; `tally` and `text` have each round as soon as it is there.
-    Where a stop string ends it the rest is given up."""
+def speak(
+    target: RemoteTarget,
+    drafts: Drafts,
+    request: TextRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    tally: Tally,
+    stops: Sequence[str],
+) -> None:
+    """Draft the whole text, showing it as it is verified; `tally` has each round as soon as it is there. Where a stop
+    string ends it the rest is given up."""
     if request.threshold is not None:
         log.warning("rule cross_entropy is lossy: this text is not the target's own")
-    stream = TextStream(text, sys.stdout)
+    stream = TextStream(decoder(tokenizer), sys.stdout, stops)
     try:
         with contextlib.closing(speculate(target, drafts, request, target.welcome.end_ids)) as rounds:
             for done in rounds:
                 tally.add(done)
                 stream.show(done)
-                if text.stopped:
+                if stream.text.stopped:
                     return
     finally:
         if tally.token_ids:
@@ -139,21 +146,21 @@ def make_request(
     )
 
 
-def _figures(settings: SpeculativeSettings, target: RemoteTarget, text: RunningText, tally: Tally) -> dict[str, Any]:
+def _figures(
+    settings: SpeculativeSettings, target: RemoteTarget, tokenizer: PreTrainedTokenizerBase, tally: Tally
+) -> dict[str, Any]:
     project = settings.project
-    ids, figures = tally.token_ids, tally.figures()
-    if text.stopped:
-        ids = ids[: text.whole_tokens]
+    text, figures = said(decoder(tokenizer), tally.token_ids, project.stops), tally.figures()
     return {
         "text": text.text,
-        "token_ids": ids,
+        "token_ids": text.ids,
         **figures,
         "predicted_tokens_per_second": _predicted(project, target, figures),
         "rtt_seconds": target.rtt_seconds,
         "resumes": target.resumes,
         "bytes_sent": target.bytes_sent,
         "bytes_received": target.bytes_received,
-        "ended_by": _ended_by(text, ids, target.welcome.end_ids),
+        "ended_by": _ended_by(text, target.welcome.end_ids),
         "mode": project.mode,
         "drafter": "none" if project.mode is Mode.target_only else project.draft.source,
         "draft_length": project.draft.length,
@@ -166,10 +173,10 @@ def _figures(settings: SpeculativeSettings, target: RemoteTarget, text: RunningT
     }
 
 
-def _ended_by(text: RunningText, ids: Sequence[int], end_ids: Sequence[int]) -> str:
+def _ended_by(text: Said, end_ids: Sequence[int]) -> str:
     if text.stopped:
         return "stop"
-    return "end_token" if ids and ids[-1] in end_ids else "length"
+    return "end_token" if text.ids and text.ids[-1] in end_ids else "length"
 
 
 def _predicted(project: SpeculativeProjectSettings, target: RemoteTarget, figures: dict[str, Any]) -> float | None:

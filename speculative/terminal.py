@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from lab.running_text import RunningText
@@ -13,20 +14,20 @@ ACCEPTED, CORRECTED, PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[0m"
 class TextStream:
     """Writes each token once the characters it completes are whole; plain text where `stream` is no terminal."""
 
-    def __init__(self, text: RunningText, stream: TextIO) -> None:
-        self._text = text
+    def __init__(self, decode: Callable[[Sequence[int]], str], stream: TextIO, stops: Sequence[str] = ()) -> None:
+        self.text = RunningText(decode, stops)
         self._stream = stream
         self._coloured = stream.isatty()
 
     def show(self, done: Round) -> None:
         """Write a round: accepted guesses in one colour, what the target put in the other."""
         for index, token in enumerate(done.tokens):
-            self._write(self._text.add(token), ACCEPTED if index < done.accepted else CORRECTED)
+            self._write(self.text.add(token), ACCEPTED if index < done.accepted else CORRECTED)
         self._stream.flush()
 
     def finish(self) -> None:
         """Write what is left, and end the line."""
-        self._write(self._text.finish(), CORRECTED)
+        self._write(self.text.finish(), CORRECTED)
         self._stream.write("\n")
         self._stream.flush()
 

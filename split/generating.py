@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab import entry
 from lab.asking import asked_sampling, decoder, most_new_tokens
@@ -19,7 +20,7 @@ from lab.engine import Session, check_words
 from lab.models import end_ids_of, load_tokenizer_only
 from lab.not_finite import NotFinite
 from lab.prompts import asked_ids
-from lab.running_text import RunningText
+from lab.running_text import said
 from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.tracking import Tracker
@@ -35,7 +36,6 @@ from split.transport.base import ShardLost, ShardReport
 class Text:
     """What was generated, and when."""
 
-    said: RunningText
     ids: list[int] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
     """Between two tokens; without the first, which is the prompt's."""
@@ -70,19 +70,19 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, fo
         )
     sampling = asked_sampling(project, settings.seed, tokenizer, len(prompt))
     _check_words(engine, sampling)
-    text = Text(RunningText(decoder(tokenizer), project.stops))
-    stream = TextStream(text.said, sys.stdout)
+    stream = TextStream(decoder(tokenizer), sys.stdout, project.stops)
+    text = Text()
     try:
         write(engine, prompt, sampling, most, end_ids_of(settings.model), stream, text)
     except (NotFinite, ShardFault, ShardLost) as error:
         if not text.ids:
             raise
-        raise entry.Unfinished(str(error), 1, _said(settings, text)) from None
+        raise entry.Unfinished(str(error), 1, _said(settings, tokenizer, text)) from None
     reports = engine.reports()
     apart = take_apart(list(engine.passes), reports)
     for index, parts in enumerate(apart):
         tracker.log(index, **as_row(parts, [f"shard{place + 1}" for place in range(len(reports))]))
-    figures = _figures(settings, text, engine, reports, apart)
+    figures = _figures(settings, tokenizer, text, engine, reports, apart)
     _print_table(figures["shards"])
     figures["plots"] = [draw(reports, _single(apart), folder / "split.png", settings.model.name)]
     return figures
@@ -103,7 +103,7 @@ def write(
         with engine.open(prompt, sampling) as session:
             _take(text, session, stream)
             text.first_token_seconds = time.monotonic() - began
-            while len(text.ids) < max_new_tokens and text.ids[-1] not in ends and not text.said.stopped:
+            while len(text.ids) < max_new_tokens and text.ids[-1] not in ends and not stream.text.stopped:
                 before = time.monotonic()
                 engine.extend([(session, text.ids[-1:])], "last")
                 text.token_seconds.append(time.monotonic() - before)
@@ -132,6 +132,7 @@ def _single(apart: Sequence[PassParts]) -> list[PassParts]:
 
 def _figures(
     settings: SplitSettings,
+    tokenizer: PreTrainedTokenizerBase,
     text: Text,
     engine: ShardedModel,
     reports: Sequence[ShardReport],
@@ -141,8 +142,7 @@ def _figures(
     single = {parts.number for parts in _single(apart)}
     handed_on = [statistics.median(report.hops[number].sent_bytes for number in single) for report in reports]
     return {
-        **_said(settings, text),
-        "ended_by": _ended_by(settings, text),
+        **_said(settings, tokenizer, text),
         "tokens_per_second": len(text.token_seconds) / seconds if seconds else None,
         "token_seconds_p50": statistics.median(text.token_seconds) if text.token_seconds else None,
         "time_to_first_token_seconds": text.first_token_seconds,
@@ -157,15 +157,15 @@ def _figures(
     }
 
 
-def _said(settings: SplitSettings, text: Text) -> dict[str, Any]:
-    ids = text.ids[: text.said.whole_tokens] if text.said.stopped else text.ids
-    return {"text": text.said.text, "token_ids": ids, "seed": settings.seed}
-
-
-def _ended_by(settings: SplitSettings, text: Text) -> str:
-    if text.said.stopped:
-        return "stop"
-    return "end_token" if text.ids[-1] in end_ids_of(settings.model) else "length"
+def _said(settings: SplitSettings, tokenizer: PreTrainedTokenizerBase, text: Text) -> dict[str, Any]:
+    found = said(decoder(tokenizer), text.ids, settings.project.stops)
+    by_end = "end_token" if text.ids[-1] in end_ids_of(settings.model) else "length"
+    return {
+        "text": found.text,
+        "token_ids": found.ids,
+        "ended_by": "stop" if found.stopped else by_end,
+        "seed": settings.seed,
+    }
 
 
 def _shard(report: ShardReport, place: int, single: Sequence[PassParts]) -> dict[str, Any]:
