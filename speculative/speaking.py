@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from lab import entry
 from lab.asking import asked_sampling, decoder, most_new_tokens
 from lab.device import open_device
