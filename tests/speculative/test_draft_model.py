@@ -21,11 +21,12 @@ from speculative.settings import SpeculativeSettings
 from speculative.vocabulary import token_texts
 
 CPU = torch.device("cpu")
+WORDS = "model=random project.draft.source=model project.draft.model=random"
 AWKWARD = "José, = [1] {a} $b 'c' \"d\""
 
 
 def _settings(model: str, **draft: Any) -> SpeculativeSettings:
-    settings = compose_settings("spec_decoding", "model=random project.draft.source=model", SpeculativeSettings)
+    settings = compose_settings("spec_decoding", WORDS, SpeculativeSettings)
     settings.project.draft.model = model
     for name, value in draft.items():
         setattr(settings.project.draft, name, value)
