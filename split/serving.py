@@ -356,4 +356,4 @@ _TASKS: set[asyncio.Task[None]] = set()
 
 
 def _link_fault(text: str) -> Fault:
-    return Fault(code=FaultCode.link, session=0, text=text[:1024])
+    return Fault(code=FaultCode.link, text=text[:1024])

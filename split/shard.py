@@ -36,10 +36,6 @@ from split.messages import Piece
 class TextLost(RuntimeError):
     """The shard does not hold a text up to where a pass goes on; its ids and its seed rebuild it."""
 
-    def __init__(self, session: int, what: str) -> None:
-        super().__init__(what)
-        self.session = session
-
 
 @dataclass(frozen=True, kw_only=True)
 class ShardLimits:
@@ -79,8 +75,24 @@ class Entering:
 
     def ids_of_pieces(self) -> list[Sequence[int]]:
         """The ids of each piece."""
+        return [self.ids[rows] for rows in self._rows_of_pieces()]
+
+    def only(self, places: Sequence[int]) -> Entering:
+        """The same pass with only these of its pieces."""
+        if len(places) == len(self.pieces):
+            return self
+        rows_of_pieces = self._rows_of_pieces()
+        rows = [rows_of_pieces[place] for place in places]
+        return Entering(
+            [self.pieces[place] for place in places],
+            self.want,
+            [token for own in rows for token in self.ids[own]],
+            None if self.hidden_NH is None else torch.cat([self.hidden_NH[own] for own in rows]),
+        )
+
+    def _rows_of_pieces(self) -> list[slice]:
         ends = _ends(self.pieces)
-        return [self.ids[end - piece.count : end] for piece, end in zip(self.pieces, ends, strict=True)]
+        return [slice(end - piece.count, end) for piece, end in zip(self.pieces, ends, strict=True)]
 
 
 Leaving = Tensor | list[TargetStep]
@@ -174,6 +186,7 @@ class Shard:
             ValueError: pieces that make no sense here.
             CacheFull: the limit in bytes is reached; every text is where it was.
         """
+        check_ids(entering.ids, self.vocabulary_size)
         texts = self._find(keys, entering.pieces)
         for text, piece in zip(texts, entering.pieces, strict=True):
             self.cache.lengths[text.slot] = piece.position
@@ -200,7 +213,7 @@ class Shard:
                 )
             held = self.cache.lengths[self._texts[key].slot] if key in self._texts else None
             if held is None or held < piece.position:
-                raise TextLost(piece.session, f"text {piece.session} goes on at {piece.position}, held are {held or 0}")
+                raise TextLost(f"text {piece.session} goes on at {piece.position}, held are {held or 0}")
         texts = [self._texts[key] for key in keys]
         for text in texts:
             text.used_at = self._clock()
@@ -253,7 +266,6 @@ class Shard1(Shard):
     takes_ids = True
 
     def _input(self, plan: Pass, entering: Entering) -> Tensor:
-        check_ids(entering.ids, self.vocabulary_size)
         batch, width = plan.position_ids_BT.shape
         ids_BT = [[0] * width for _ in range(batch)]
         for row, ids in zip(plan.rows, entering.ids_of_pieces(), strict=True):
@@ -281,9 +293,10 @@ class Shard2(Shard):
             for text, row, piece, ids, is_read in zip(texts, plan.rows, pieces, ids_of_pieces, read, strict=True)
             if is_read
         ]
-        for text, block in wanted:
+        given = read_steps([block for _, block in wanted], want)
+        for text, block in wanted:  # not before: where this raises, each text is asked again as it was
             text.before_V = block.logits_KV[-1].clone() if want == "all" else None
-        return read_steps([block for _, block in wanted], want)
+        return given
 
 
 def _scored(logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int] | None, text: _Text) -> Scored:

@@ -198,4 +198,4 @@ def _say(connection: FrameConnection, head: Attach | Fault | Join | Welcome) -> 
 
 
 def _link_fault(text: str) -> Fault:
-    return Fault(code=FaultCode.link, session=0, text=text[:1024])
+    return Fault(code=FaultCode.link, text=text[:1024])

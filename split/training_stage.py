@@ -364,4 +364,4 @@ def _ids(batch: Batch, body: memoryview, shard: TrainingShard) -> tuple[Tensor |
 
 
 def _fault(message: Message, code: FaultCode, text: str) -> Message:
-    return Message(message.number, Fault(code=code, session=0, text=" ".join(text.split())[:1024]))
+    return Message(message.number, Fault(code=code, text=" ".join(text.split())[:1024]))

@@ -197,7 +197,7 @@ def check_delivered(done: Any, serial: int, number: int) -> None:
     try:
         done.value()
     except RuntimeError as error:  # all of torch's RPC errors are
-        fault = Fault(code=FaultCode.link, session=0, text=f"the next shard is gone ({_first_line(error)})")
+        fault = Fault(code=FaultCode.link, text=f"the next shard is gone ({_first_line(error)})")
         tell_client(serial, number, fault, b"")
 
 
