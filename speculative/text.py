@@ -161,6 +161,11 @@ class Text:
         self._session = None
 
     @property
+    def longest(self) -> int:
+        """Tokens of the whole text, if it becomes as long as it may."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
+
+    @property
     def position(self) -> int:
         """Where the next new token will stand."""
         return len(self.ids)

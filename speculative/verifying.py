@@ -318,7 +318,7 @@ class Verifier:
         while self._line:
             text = min(self._line.values(), key=self._running_of_client)
             try:
-                text.enter(self.engine.open([], text.request.sampling))
+                text.enter(self.engine.open([], text.request.sampling, text.longest))
             except CacheFull:
                 if not self._make_room():
                     return

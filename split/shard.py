@@ -161,10 +161,10 @@ class Shard:
         if key in self._texts:
             raise ValueError("text must be new, got one that is open")
         try:
-            slot = self.cache.acquire()
+            slot = self.cache.acquire(self.limits.context)
         except CacheFull:
             self._evict_idle()
-            slot = self.cache.acquire()
+            slot = self.cache.acquire(self.limits.context)
         self._texts[key] = _Text(slot, sampling, self._clock())
 
     def close(self, key: Hashable) -> None:

@@ -147,7 +147,7 @@ class ShardedModel:
     ) -> None:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
-        self.vocabulary_size, self.context = vocabulary_size, context
+        self.vocabulary_size, self.context, self.longest = vocabulary_size, context, context
         self.recoveries: list[Recovery] = []
         """Each time that shards were lost and the texts rebuilt."""
         self.passes: deque[PassTime] = deque(maxlen=REPORTED_PASSES)
@@ -158,11 +158,11 @@ class ShardedModel:
         self._journals: dict[int, _Journal] = {}
         self._opened = self._numbered = 0
 
-    def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> Session:
+    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """See `Engine.open`. Also raises `ShardFault`, and `ShardLost` when recovery failed."""
-        check_prompt(self, prompt_ids)
+        most = check_prompt(self, prompt_ids, most_tokens)
         self._opened += 1
-        session = Session(self, self._opened, sampling)
+        session = Session(self, self._opened, sampling, most)
         self._journals[session.key] = _Journal(session)
         try:
             self._surely(lambda: self._open_text(session))
