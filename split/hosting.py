@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from lab.device import open_device
@@ -19,11 +20,12 @@ def host(settings: SplitSettings) -> dict[str, Any]:
     """Serves until Ctrl+C; the figures of the last line. UserError for what cannot be served."""
     layers = layers_to_serve(settings.project)
     serve = _serve_rank if settings.project.transport is TransportKind.rpc else _serve_port
-    stage = serve(settings, layers)
-    return {"role": "shard", "layers": layers, "weights_bytes": stage.shard.weights_bytes}
+    stage, clients = serve(settings, layers)
+    figures = {"role": "shard", "layers": layers, "weights_bytes": stage.shard.weights_bytes, "clients": clients}
+    return figures | asdict(stage.counts)
 
 
-def _serve_port(settings: SplitSettings, layers: str) -> Stage:
+def _serve_port(settings: SplitSettings, layers: str) -> tuple[Stage, int]:
     project, network = settings.project, settings.network
     tls = listener_tls(network)  # before a model is loaded for nothing
     stage = load_stage(settings, open_device(settings.device), parse_layers(layers))
@@ -35,12 +37,13 @@ def _serve_port(settings: SplitSettings, layers: str) -> Stage:
         next_addresses=[Address.parse(project.next)] if project.next else [],
         client_tls=client_side_tls(network),
         awake_seconds=project.awake_seconds,
+        most_waiting=project.max_waiting,
     )
     serve_port(server, project, network, tls, role="shard", peer_role="client")
-    return stage
+    return stage, server.clients
 
 
-def _serve_rank(settings: SplitSettings, layers: str) -> Stage:
+def _serve_rank(settings: SplitSettings, layers: str) -> tuple[Stage, int]:
     from split.transport.rpc import Place, Seat, check_master  # some systems lack it
 
     check_master(settings.network)
@@ -54,4 +57,4 @@ def _serve_rank(settings: SplitSettings, layers: str) -> Stage:
         fingerprints=fingerprints(settings.model, settings.project.boundary),
     )
     serve_rank(Seat(stage, place, settings.project.awake_seconds), settings.project, settings.network)
-    return stage
+    return stage, 1

@@ -137,4 +137,5 @@ def _connect(settings: SplitSettings, addresses: Sequence[str]) -> ShardedModel:
         prefill_chunk=project.prefill_chunk,
         start_seconds=project.start_seconds,
         recovery_seconds=project.recovery_seconds,
+        line_seconds=project.line_seconds,
     )

@@ -27,6 +27,7 @@ from split.messages import (
     Fault,
     FaultCode,
     Open,
+    Opened,
     Pass,
     Piece,
     Steps,
@@ -62,6 +63,22 @@ class _UnderWay:
         ]
 
 
+@dataclass
+class Counts:
+    """What a shard has done so far."""
+
+    texts: int = 0
+    """That got room."""
+    left: int = 0
+    """Of these, those whose client left before their end."""
+    refused: int = 0
+    """That got none: they would never have fitted, or too many waited in line."""
+    failed: int = 0
+    """That stopped here in a pass, lost ones included."""
+    tokens: int = 0
+    """Positions that were computed."""
+
+
 class Stage:
     """A shard with its boundaries encoded. One thread at a time."""
 
@@ -70,6 +87,7 @@ class Stage:
         self.boundary = boundary
         self.coding_seconds = 0.0
         """What the last message spent on turning bytes into tensors and back."""
+        self.counts = Counts()
         self._texts: dict[Hashable, set[int]] = {}
         """The open texts of each client."""
 
@@ -84,11 +102,14 @@ class Stage:
         try:
             return self._do(client, message)
         except Exception as error:  # of torch, of a device, too: the client is to know, all others go on
+            if isinstance(message.head, Open) and _code(error) is not FaultCode.full:
+                self.counts.refused += 1
             return Message(message.number, Fault(code=_code(error), text=_one_line(error)[:1024]))
 
     def forget(self, client: Hashable) -> None:
         """Close all texts of a client that has left."""
         for number in self._texts.pop(client, set()):
+            self.counts.left += 1
             self.shard.close((client, number))
 
     def _do(self, client: Hashable, message: Message) -> Message | None:
@@ -97,9 +118,10 @@ class Stage:
             return self._run(client, message.number, head, memoryview(message.body))
         if isinstance(head, Open):
             sampling = Sampling(seed=head.seed, temperature=head.temperature, top_k=head.top_k, top_p=head.top_p)
-            self.shard.open((client, message.number), sampling)
+            self.shard.open((client, message.number), sampling, head.tokens)
             self._texts.setdefault(client, set()).add(message.number)
-            return Message(message.number, Steps()) if self.shard.gives_steps else message
+            self.counts.texts += 1
+            return Message(message.number, Opened(place=0)) if self.shard.gives_steps else message
         if isinstance(head, Close):
             self.shard.close((client, message.number))
             self._texts.get(client, set()).discard(message.number)
@@ -113,6 +135,8 @@ class Stage:
         leaving = self._advance(under_way)
         computed = time.monotonic()
         result = self._write(number, under_way, leaving)
+        self.counts.failed += len(under_way.stopped) - len(run.stopped)
+        self.counts.tokens += sum(piece.count for piece in run.pieces if piece.session not in under_way.stopped)
         self.coding_seconds = decoded - began + time.monotonic() - computed
         return result
 
@@ -173,9 +197,7 @@ class Stage:
         pieces = under_way.run.pieces
         sound = [place for place, piece in enumerate(pieces) if piece.session not in under_way.stopped]
         try:
-            firsts = self.shard.find_faults(
-                [under_way.keys[place] for place in sound], under_way.entering.only(sound)
-            )
+            firsts = self.shard.find_faults([under_way.keys[place] for place in sound], under_way.entering.only(sound))
         except Exception as error:  # the pass went well just before: memory
             log.info("where NaN began was not found (%s)", _one_line(error))
             return {}
@@ -185,7 +207,7 @@ class Stage:
     def _stop_unfit(
         self, under_way: _UnderWay, hidden_NH: Tensor, what: str, firsts: Mapping[int, int | None] | None = None
     ) -> None:
-        """Stop the texts with hidden states that are not finite; zeros take the place of these, so that the pass goes on.
+        """Stop the texts with hidden states that are not finite; zeros take the place of these: the pass goes on.
 
         `firsts` are the places in each piece where that began; without them the first that is not finite is named.
         """

@@ -305,8 +305,8 @@ class RpcChain:
         future = deliver(self._seats[0], self._serial, message.number, message.head, pack(message.body))
         future.add_done_callback(self._check_submitted)
 
-    def collect(self) -> Message:
-        """See `Transport.collect`."""
+    def collect(self, wait_seconds: float | None = None) -> Message:
+        """See `Transport.collect`; a group has one client, whose OPENs wait for nobody."""
         serial = self._awaited.pop(0)
         deadline = time.monotonic() + self._network.request_timeout_seconds
         while serial not in self._early:

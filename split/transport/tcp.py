@@ -34,6 +34,7 @@ from split.messages import (
     Attach,
     Fault,
     FaultCode,
+    Opened,
     Report,
     Steps,
     Welcome,
@@ -87,7 +88,7 @@ class TcpChain:
         """What stood at each place when the chain was whole."""
         self.restore(time.monotonic() + start_seconds)
 
-    taken: tuple[type[Head], ...] = (Steps, Fault)
+    taken: tuple[type[Head], ...] = (Steps, Fault, Opened)
     """What a shard may answer."""
 
     @property
@@ -106,11 +107,13 @@ class TcpChain:
             raise ShardLost("the shards are not connected")
         self._lines[0].send(message)
 
-    def collect(self) -> Message:
+    def collect(self, wait_seconds: float | None = None) -> Message:
         """See `Transport.collect`."""
         try:
-            answer = self._answers.get(timeout=self._answer_seconds)
+            answer = self._answers.get(timeout=self._answer_seconds if wait_seconds is None else wait_seconds)
         except queue.Empty:
+            if wait_seconds is not None:
+                raise TimeoutError from None
             raise ShardLost(f"no answer came within {self._answer_seconds:g} s") from None
         if isinstance(answer, WireError):
             raise ShardLost(str(answer)) from None
