@@ -356,7 +356,7 @@ class LocalEngine:
     Raises:
         ValueError: a context the model was not made for, an attention that takes no masks, a model that keeps
             something else than keys and values, more than one CPU thread with exact shapes.
-        CacheFull: the exact shape does not fit into the limit.
+        CacheFull: the exact shape, or one bucket of one text, does not fit into the limit.
         ShapeDependence: exact shapes do not hold on this device.
     """
 

@@ -193,7 +193,7 @@ class SlotCache(Cache):
     fits when the rectangle does that the slots in use would need at their full lengths.
 
     Raises:
-        CacheFull: the exact shape does not fit into the limit.
+        CacheFull: the exact shape, or one bucket of one text, does not fit into the limit.
     """
 
     def __init__(
@@ -228,6 +228,8 @@ class SlotCache(Cache):
         self._writes: _Writes | None = None
         if exact is not None:
             self._allocate(slots, exact.columns)
+        elif not self.longest:
+            raise CacheFull(f"the KV cache is full: {self._needs(1, bucket)}")
 
     # Slots
 

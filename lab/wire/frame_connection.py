@@ -38,6 +38,7 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         self._room = asyncio.Event()  # set while the transport takes what we write
         self._room.set()
         self._closed = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()  # before `_closed`, which waits for what leaves
         self._tick: asyncio.TimerHandle | None = None
 
     # For the application
@@ -126,6 +127,11 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
     def close(self) -> None:
         """Close the connection after what was sent has left, within `send_seconds`. Closing twice does nothing."""
         self._end(PeerGone(self.peer, "was left by us"))
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for so long, or until the connection ends."""
+        if seconds > 0:
+            await asyncio.wait({self._ended}, timeout=seconds)
 
     async def wait_closed(self) -> None:
         """Wait until the socket is closed."""
@@ -255,6 +261,7 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         if self._fault is not None:
             return
         self._fault = error
+        self._ended.set_result(None)
         if self._tick is not None:
             self._tick.cancel()
         self._write(b"")
