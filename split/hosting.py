@@ -7,6 +7,7 @@ from typing import Any
 
 from lab.device import open_device
 from lab.network import client_side_tls, listener_tls
+from lab.settings import UserError
 from split.address import Address
 from split.joining import fingerprints, make_side
 from split.opening import load_stage, model_layers
@@ -14,6 +15,9 @@ from split.process import check_rank, layers_to_serve, serve_port, serve_rank
 from split.serving import ShardServer
 from split.settings import SplitSettings, TransportKind, parse_layers
 from split.stage import Stage
+
+ROOM_FOR_A_HEAD = 1024
+"""Bytes beside the hidden states of one token in a frame."""
 
 
 def host(settings: SplitSettings) -> dict[str, Any]:
@@ -29,6 +33,12 @@ def _serve_port(settings: SplitSettings, layers: str) -> tuple[Stage, int]:
     project, network = settings.project, settings.network
     tls = listener_tls(network)  # before a model is loaded for nothing
     stage = load_stage(settings, open_device(settings.device), parse_layers(layers))
+    needed = project.boundary.row_bytes(stage.shard.hidden_size) + ROOM_FOR_A_HEAD
+    if needed > network.max_frame_bytes:
+        raise UserError(
+            f"network.max_frame_bytes must be at least {needed}, for the hidden states of one token, "
+            f"got {network.max_frame_bytes}"
+        )
     server = ShardServer(
         stage,
         name=f"{settings.model.name} {layers}",

@@ -14,10 +14,11 @@ from split.messages import Attach, Fault, FaultCode, Join, Welcome
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a shard stands."""
+class Behind:
+    """How a shard finds the one behind it."""
 
     layers: range
+    """Of this shard."""
     model_layers: int
     """Of the whole model."""
     next_addresses: Sequence[Address]
@@ -28,20 +29,20 @@ class Place:
     """For the connection to the next one."""
 
 
-async def join_next(place: Place, front: FrameConnection, attach: Attach) -> FrameConnection:
+async def join_next(behind: Behind, front: FrameConnection, attach: Attach) -> FrameConnection:
     """Connect to the process that who attached at `front` means. It is told when that cannot be; when it leaves
     meanwhile, nobody goes on trying.
 
     Args:
-        place: Of this shard.
+        behind: How this shard finds the next one.
         front: The connection of who attached.
         attach: What it said.
 
     Raises:
         WireError: it left, or the next shard is not there.
     """
-    joining = asyncio.ensure_future(_join(place, front, attach))
-    leaving = asyncio.ensure_future(front.wait_closed())
+    joining = asyncio.ensure_future(_join(behind, front, attach))
+    leaving = asyncio.ensure_future(front.wait_ended())
     try:
         await asyncio.wait((joining, leaving), return_when=asyncio.FIRST_COMPLETED)
         if joining.done():
@@ -52,11 +53,11 @@ async def join_next(place: Place, front: FrameConnection, attach: Attach) -> Fra
             task.cancel()
 
 
-async def _join(place: Place, front: FrameConnection, attach: Attach) -> FrameConnection:
+async def _join(behind: Behind, front: FrameConnection, attach: Attach) -> FrameConnection:
     reasons = []
-    for address in [*place.next_addresses, *_addresses(front, attach)]:
+    for address in [*behind.next_addresses, *_addresses(front, attach)]:
         try:
-            link = await connect(address.host, address.port, place.ours, tls=place.tls)
+            link = await connect(address.host, address.port, behind.ours, tls=behind.tls)
         except WireError as error:
             reasons.append(str(error))
             continue
@@ -70,7 +71,7 @@ async def _join(place: Place, front: FrameConnection, attach: Attach) -> FrameCo
             link.close()
             raise
         link.close()
-    nobody = f"layers must end at the model's {place.model_layers}, got {place.layers.stop}; project.next is not set"
+    nobody = f"layers must end at the model's {behind.model_layers}, got {behind.layers.stop}; project.next is not set"
     text = "the next shard is not there: " + ("; ".join(reasons) or nobody)
     say(front, link_fault(text))
     raise BadFrame(front.peer, text)

@@ -43,7 +43,7 @@ from split.messages import (
     Welcome,
     message_type,
 )
-from split.next_shard import Place, first_head, join_next, link_fault, say
+from split.next_shard import Behind, first_head, join_next, link_fault, say
 from split.stage import Stage
 from split.transport.base import Message
 
@@ -154,7 +154,7 @@ class ShardServer:
         self._stage, self._name, self._model_layers = stage, name, model_layers
         self.endpoint = endpoint
         to_next = replace(endpoint, peer_roles=frozenset({"shard"}))
-        self._place = Place(stage.shard.layers, model_layers, list(next_addresses), to_next, client_tls)
+        self._behind = Behind(stage.shard.layers, model_layers, list(next_addresses), to_next, client_tls)
         self._most_waiting = most_waiting
         self.clients = 0
         """That have attached."""
@@ -204,11 +204,14 @@ class ShardServer:
         self._end_with(client, connection)
         try:
             if not self._stage.shard.gives_steps:
-                client.link = await join_next(self._place, connection, attach)
+                client.link = await join_next(self._behind, connection, attach)
                 self._watch(client, client.link)
             say(connection, self._welcome())
             connection.peer.phase = "session"
             await self._take_all(client, connection)
+        except WireError as error:
+            connection.refuse(error)  # before it is closed with the others
+            raise
         finally:
             del self._clients[attach.client]
             client.end()
@@ -233,7 +236,7 @@ class ShardServer:
         """Whatever else is waited for: when this connection ends, the client does."""
 
         async def wait() -> None:
-            await connection.wait_closed()
+            await connection.wait_ended()
             client.end()
 
         _start(wait())
@@ -252,9 +255,7 @@ class ShardServer:
     async def _serve_link(self, connection: FrameConnection, join: Join) -> None:
         client = self._clients.get(join.client)
         if client is None or client.before is not None:
-            raise BadFrame(
-                connection.peer, "joined for a client that is not attached, or is joined already"
-            )
+            raise BadFrame(connection.peer, "joined for a client that is not attached, or is joined already")
         client.before = connection
         self._end_with(client, connection)
         say(connection, self._welcome())

@@ -17,6 +17,7 @@ from torch import Tensor
 from lab.engine import TargetStep, Want
 from lab.kv import CacheFull
 from lab.sampling import Sampling
+from lab.settings import UserError
 from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES
 from split.boundary import Boundary
@@ -105,6 +106,25 @@ class Stage:
             if isinstance(message.head, Open) and _code(error) is not FaultCode.full:
                 self.counts.refused += 1
             return Message(message.number, Fault(code=_code(error), text=_one_line(error)[:1024]))
+
+    def prove(self) -> None:
+        """Run two tokens of nobody's text, as they would come from a client. UserError when that fails: no text could
+        be served."""
+        most = min(2, self.shard.longest)
+        piece = Piece(session=1, position=0, count=most, is_first=True, is_last=True)
+        states = b"" if self.shard.takes_ids else bytes(most * self.boundary.row_bytes(self.shard.hidden_size))
+        for message in (
+            Message(1, Open(tokens=most, seed=0, temperature=0.0, top_k=0, top_p=1.0)),
+            Message(2, Pass(read_all=True, pieces=[piece]), pack_tokens([0] * most) + states),
+        ):
+            result = self.take("nobody", message)
+            assert result is not None
+            faults = [result.head] if isinstance(result.head, Fault) else getattr(result.head, "stopped", [])
+            for fault in faults:
+                if fault.code is not FaultCode.unfit:  # zeros are no hidden states: they may come to anything
+                    raise UserError(f"model must run two tokens through {self._layers}: {fault.text}")
+        self.forget("nobody")
+        self.counts = Counts()
 
     def forget(self, client: Hashable) -> None:
         """Close all texts of a client that has left."""

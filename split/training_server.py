@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from lab.wire import BadFrame, Endpoint, Frame, FrameConnection, WireError
 from split.address import Address
 from split.messages import Attach, Join, Welcome
-from split.next_shard import Place, first_head, join_next, link_fault, say
+from split.next_shard import Behind, first_head, join_next, link_fault, say
 from split.training_messages import MAX_MICRO_BATCHES, training_type
 from split.training_stage import To, TrainingStage
 from split.transport.base import Message
@@ -64,7 +64,7 @@ class TrainingServer:
         self._stage, self._layers, self._model_layers = stage, layers, model_layers
         self.endpoint = endpoint
         to_next = replace(endpoint, peer_roles=frozenset({endpoint.role}))
-        self._place = Place(layers, model_layers, list(next_addresses), to_next, client_tls)
+        self._behind = Behind(layers, model_layers, list(next_addresses), to_next, client_tls)
         self._instance = secrets.randbits(32)
         self._run: _Run | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stage")
@@ -99,7 +99,7 @@ class TrainingServer:
         tasks = [loop.create_task(self._work(run))]
         try:
             if self._layers.stop < self._model_layers:
-                run.connections[To.next] = await join_next(self._place, connection, attach)
+                run.connections[To.next] = await join_next(self._behind, connection, attach)
                 tasks.append(loop.create_task(self._take_neighbours(run, run.connections[To.next])))
             say(connection, self._welcome())
             connection.peer.phase = "training"
@@ -108,6 +108,8 @@ class TrainingServer:
             self._run = None
             for task in tasks:
                 task.cancel()
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                self._thread.submit(self._stage.forget)
             for to, other in run.connections.items():
                 if to is not To.trainer:
                     other.close()

@@ -88,6 +88,14 @@ class TrainingStage:
         self._tied_rows = 0
         """Rows of the other copy's gradient that came in this step."""
 
+    def forget(self) -> None:
+        """The trainer has left: what waits for its step, or was kept for a backward, is of no use."""
+        self._waiting.clear()
+        self._order.clear()
+        self._step = None
+        if self._start is not None:
+            self.shard.forget_gradients()
+
     def take(self, message: Message) -> Iterator[Sent]:
         """Do what a message asks, and whatever it lets go on; yield what is to be sent, each as soon as it is there.
 

@@ -128,10 +128,18 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         """Close the connection after what was sent has left, within `send_seconds`. Closing twice does nothing."""
         self._end(PeerGone(self.peer, "was left by us"))
 
+    def refuse(self, error: WireError) -> None:
+        """End the connection for a reason of the application, which the peer is told."""
+        self._fail(error)
+
     async def pause(self, seconds: float) -> None:
         """Wait for so long, or until the connection ends."""
         if seconds > 0:
             await asyncio.wait({self._ended}, timeout=seconds)
+
+    async def wait_ended(self) -> None:
+        """Wait until the connection has ended, on whichever side."""
+        await asyncio.shield(self._ended)
 
     async def wait_closed(self) -> None:
         """Wait until the socket is closed."""

@@ -184,6 +184,9 @@ class _Doorman(asyncio.BufferedProtocol):
         try:
             await connection.shake_hands()
             await self._server.handle(connection)
+        except WireError as error:
+            connection.refuse(error)
+            raise
         finally:
             connection.close()
 

@@ -21,6 +21,7 @@ from lab.wire import (
     Frame,
     FrameSocket,
     Head,
+    PeerFull,
     PeerMismatch,
     PeerRefused,
     Unreachable,
@@ -84,6 +85,8 @@ class TcpChain:
         self._endpoint, self._tls = endpoint, tls
         self._answer_seconds = answer_seconds
         self._lines: list[_Line] = []
+        self.client = 0
+        """The number that we are attached with."""
         self._known_layers: dict[int, range] = {}
         """What stood at each place when the chain was whole."""
         self.restore(time.monotonic() + start_seconds)
@@ -125,6 +128,7 @@ class TcpChain:
         """See `Transport.restore`: every connection anew, so that nothing of what was lost is under way."""
         self._leave()
         self._answers: queue.SimpleQueue[Message | WireError] = queue.SimpleQueue()
+        is_told = False
         while True:
             try:
                 self._lines = self._join()
@@ -132,6 +136,9 @@ class TcpChain:
             except _HOPELESS:
                 raise
             except WireError as error:
+                if isinstance(error, PeerFull) and not is_told:
+                    is_told = True
+                    log.warning("%s; waiting for one to end, %.3g s at most", error, deadline - time.monotonic())
                 if time.monotonic() + RETRY_SECONDS >= deadline:
                     raise ShardLost(str(error)) from None
                 time.sleep(RETRY_SECONDS)
@@ -154,7 +161,7 @@ class TcpChain:
 
     def _join(self) -> list[_Line]:
         """Attach to all shards, last to first: each is told who comes behind it. Raises a `WireError`."""
-        client = secrets.randbits(63)
+        self.client = client = secrets.randbits(63)
         lines: list[_Line] = []
         behind: list[Address] = []
         instance = 0
