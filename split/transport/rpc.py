@@ -157,8 +157,16 @@ class Seat(Member):
             serial, arrived, message = self._await_message()
             early[serial] = arrived, message
             while due in early:
-                self._do(due, *early.pop(due))
+                self._surely_do(due, *early.pop(due))
                 due += 1
+
+    def _surely_do(self, serial: int, arrived: float, message: Message) -> None:
+        try:
+            self._do(serial, arrived, message)
+        except Exception as error:  # what came of one message could not be handed on; the next one's may
+            log.exception("%s lost a message by a fault of ours", self.place.name)
+            fault = Fault(code=FaultCode.failed, text=f"{type(error).__name__}: {error}"[:1024])
+            tell_client(serial, message.number, fault, b"")
 
     def _await_message(self) -> tuple[int, float, Message]:
         """A core that sleeps until the next pass takes tenths of a millisecond to be at work again."""

@@ -76,7 +76,7 @@ class Misused:
 
 
 class Wrongdoer:
-    """A client that sends what no client of ours does; beside it, in the same passes, a text of its own that is good."""
+    """A client that sends what no client of ours does; in the same passes goes a text of its own that is good."""
 
     def __init__(self, chain: TcpChain, last: Address, ours: Endpoint, vocabulary: int, hidden: int) -> None:
         self._chain, self._last, self._ours = chain, last, ours
@@ -164,9 +164,8 @@ class Wrongdoer:
             run = Pass(read_all=True, pieces=[_piece(1, 0, 1)])
             body = pack_tokens(ids) + number * self._hidden
             said: list[Any] = []
-            for session, head, own in (
-                (0, Attach(client=random.getrandbits(62), next=[], next_instance=0), b""), (1, _open(4), b""), (2, run, body),
-            ):  # fmt: skip
+            attach = Attach(client=random.getrandbits(62), next=[], next_instance=0)
+            for session, head, own in ((0, attach, b""), (1, _open(4), b""), (2, run, body)):
                 peer.send(message_type(head), session, head, own)
                 frame = peer.poll(30)
                 assert frame is not None
@@ -319,7 +318,7 @@ class Watch:
             del shard.run  # type: ignore[method-assign]
 
     def after(self, client: int, left: float) -> tuple[int, int]:
-        """Of the passes begun after that moment: is a row of the client in the first one, and in how many later ones."""
+        """Of the passes begun after that moment: whether the first has a row of the client, and how many later ones."""
         later = [client in clients for began, clients in self.passes if began > left]
         return sum(later[:1]), sum(later[1:])
 
