@@ -7,6 +7,7 @@ connection, whichever it is.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import secrets
@@ -106,9 +107,26 @@ class TcpChain:
 
     def submit(self, message: Message) -> None:
         """See `Transport.submit`."""
+        self.send(0, message)
+
+    def send(self, shard: int, message: Message) -> None:
+        """Send a message to one of the shards. Raises `ShardLost`."""
         if not self._lines:
             raise ShardLost("the shards are not connected")
-        self._lines[0].send(message)
+        try:
+            self._lines[shard].send(message)
+        except ShardLost as lost:  # all connections of a chain end together: the reason is what came first
+            raise self._reason() or lost from None
+
+    def _reason(self) -> ShardLost | None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                answer = self._answers.get_nowait()
+                if isinstance(answer, WireError):
+                    return ShardLost(str(answer))
+                if isinstance(answer.head, Fault) and answer.head.code is FaultCode.link:
+                    return ShardLost(answer.head.text)
+        return None
 
     def collect(self, wait_seconds: float | None = None) -> Message:
         """See `Transport.collect`."""
