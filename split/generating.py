@@ -96,7 +96,7 @@ def write(
     text = Text() if text is None else text
     began = time.monotonic()
     try:
-        with engine.open(prompt, sampling) as session:
+        with engine.open(prompt, sampling, len(prompt) + max_new_tokens) as session:
             _take(text, session, stream)
             text.first_token_seconds = time.monotonic() - began
             while len(text.ids) < max_new_tokens and text.ids[-1] not in ends:

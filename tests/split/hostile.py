@@ -120,7 +120,7 @@ def _random_head(generator: random.Random) -> Head:
         return generator.choice([Join(client=number), Attach(client=number, next=address, next_instance=0)])
     return generator.choice(
         [
-            Open(seed=number, temperature=0.0, top_k=0, top_p=1.0),
+            Open(tokens=1 + number % 2048, seed=number, temperature=0.0, top_k=0, top_p=1.0),
             Close(),
             Pass(read_all=generator.random() < 0.5, pieces=[piece] * generator.randrange(1, 3)),
             Ask(),
