@@ -26,9 +26,10 @@ from transformers.cache_utils import Cache
 from lab.context import longest_text
 from lab.engine_kind import EngineKind
 from lab.first_fault import first_faults
+from lab.history import History
 from lab.kv import CacheFull, ExactShape, SlotCache, check_attention, layer_shapes
 from lab.not_finite import NotFinite
-from lab.sampling import Sampling, choose, mix64, nll
+from lab.sampling import Sampling, choose, mix64, nll, widened
 from lab.wide_products import pack_products
 
 Want = Literal["last", "all"]
@@ -90,6 +91,8 @@ class Session:
         self.most_tokens = most_tokens
         """What it was promised: it never holds more."""
         self.sampling = sampling
+        self.history = History(sampling.words) if sampling.words else None
+        """The text, for the words of its sampling; None where it has none. Kept by engines that have the logits."""
         self.step: TargetStep | None = None
         """The outcome of the latest extend; right after `open` that of the prompt. None when the prompt was empty."""
         self.closed = False
@@ -218,8 +221,9 @@ def check_finite(steps: list[TargetStep]) -> list[TargetStep]:
     return steps
 
 
-def check_prompt(engine: Engine, prompt_ids: Sequence[int], most_tokens: int | None) -> int:
+def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None) -> int:
     """What every engine refuses in `open`, as ValueErrors; returns the most tokens of the session."""
+    check_words(engine, sampling)
     if len(prompt_ids) > engine.context:
         raise ValueError(f"prompt must be at most the context of {engine.context} tokens, got {len(prompt_ids)}")
     most = engine.context if most_tokens is None else most_tokens
@@ -227,6 +231,16 @@ def check_prompt(engine: Engine, prompt_ids: Sequence[int], most_tokens: int | N
         raise ValueError(f"most_tokens must be in [{max(1, len(prompt_ids))}, {engine.context}], got {most}")
     check_ids(prompt_ids, engine.vocabulary_size)
     return most
+
+
+def check_words(engine: Engine, sampling: Sampling) -> None:
+    """Refuse words that an engine cannot mind, as a ValueError."""
+    if isinstance(engine, SyntheticEngine) and (sampling.words is not None or sampling.min_p):
+        raise ValueError(
+            "min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits"
+        )
+    if sampling.words is not None:
+        sampling.words.check_ids(engine.vocabulary_size)
 
 
 def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:
@@ -248,6 +262,8 @@ class Scored:
     sampling: Sampling
     before_V: Tensor | None = None
     """The row before the first one, if the caller has it: then nll[0] is known."""
+    history: History | None = None
+    """Holds the text up to the last of the ids, where the sampling has words."""
 
 
 def read_steps(blocks: Sequence[Scored], want: Want) -> list[TargetStep]:
@@ -258,13 +274,16 @@ def read_steps(blocks: Sequence[Scored], want: Want) -> list[TargetStep]:
     samplings: list[Sampling] = []
     positions: list[int] = []
     followers: list[int] = []
+    changed: dict[int, Tensor] = {}
     for block in blocks:
         kept = block.logits_KV.shape[0]
         end = block.position + len(block.ids)
+        if block.history is not None:
+            changed |= enumerate(block.history.changed(widened(block.logits_KV), end), start=len(positions))
         samplings += [block.sampling] * kept
         positions += range(end - kept + 1, end + 1)
         followers += [*block.ids[len(block.ids) - kept + 1 :], -1]
-    choice = choose(torch.cat([block.logits_KV for block in blocks]), samplings, positions, followers)
+    choice = choose(torch.cat([block.logits_KV for block in blocks]), samplings, positions, followers, changed)
     steps, row = [], 0
     for block in blocks:
         rows = slice(row, row := row + block.logits_KV.shape[0])
@@ -403,7 +422,7 @@ class LocalEngine:
     @torch.inference_mode()
     def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """See `Engine.open`."""
-        most = check_prompt(self, prompt_ids, most_tokens)
+        most = check_open(self, prompt_ids, sampling, most_tokens)
         session = Session(self, self.cache.acquire(most), sampling, most)
         try:
             if prompt_ids:
@@ -418,6 +437,9 @@ class LocalEngine:
         """See `Engine.extend`."""
         check_requests(self, requests)
         runs = [_Run(session, ids) for session, ids in requests]
+        for session, ids in requests:
+            if session.history is not None:
+                session.history.hold(session.position, ids)
         longest = max((len(run.ids) for run in runs), default=0)
         for start in range(0, longest, self._chunk):
             end = start + self._chunk
@@ -500,7 +522,8 @@ class LocalEngine:
             rows_KV = logits_KV[last : last + 1]
         else:
             rows_KV = logits_KV[: len(piece.ids)]
-        return Scored(rows_KV, piece.ids, piece.position, piece.run.session.sampling, piece.run.before_V)
+        session = piece.run.session
+        return Scored(rows_KV, piece.ids, piece.position, session.sampling, piece.run.before_V, session.history)
 
     @torch.inference_mode()
     def _probe_exact_shapes(self, sessions: int, rows: int) -> None:
@@ -576,7 +599,7 @@ class SyntheticEngine:
 
     def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """See `Engine.open`."""
-        most = check_prompt(self, prompt_ids, most_tokens)
+        most = check_open(self, prompt_ids, sampling, most_tokens)
         if len(self._hashes) == self._sessions:
             raise CacheFull(f"all {self._sessions} sessions of the synthetic engine are taken")
         self._opened += 1

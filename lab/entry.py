@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -113,9 +114,11 @@ def compose_settings(config_name: str, overrides: str, settings_type: type[Setti
 
 
 def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
-    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in, a preset's name
-    and numbers those of the model that is meant."""
+    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in, `seed=-1` a seed
+    that was drawn, a preset's name and numbers those of the model that is meant."""
     settings = to_settings(config, settings_type)
+    if settings.seed == -1:
+        settings.seed = secrets.randbelow(2**31)
     settings.model = as_described(settings.model)
     if settings.model.dtype is Dtype.auto:
         from lab.device import best_dtype, choose_device  # torch, which other settings can do without

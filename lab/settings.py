@@ -46,14 +46,6 @@ def require_above(bound: float, settings: object, *names: str) -> None:
         require(getattr(settings, name) > bound, f"{name} must be greater than {bound}", getattr(settings, name))
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> None:
-    """Raises ValueError for what no text can be asked for; counts travel in 32 bits."""
-    require(math.isfinite(temperature) and temperature >= 0, "temperature must be finite and at least 0", temperature)
-    require(0 <= top_k < 2**32, "top_k must be in [0, 2**32)", top_k)
-    require(0 < top_p <= 1, "top_p must be in (0, 1]", top_p)
-    require(max_new_tokens < 2**32, "max_new_tokens must be below 2**32", max_new_tokens)
-
-
 class ModelSource(Enum):
     """Where a model's tensors come from."""
 
@@ -342,7 +334,15 @@ class LabSettings:
     tracking: TrackingSettings
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**31, "seed must be in [0, 2**31)", self.seed)
+        if self.draws_seed():
+            require(-1 <= self.seed < 2**31, "seed must be in [0, 2**31), or -1 to draw one", self.seed)
+        else:
+            require(0 <= self.seed < 2**31, "seed must be in [0, 2**31)", self.seed)
+
+    @classmethod
+    def draws_seed(cls) -> bool:
+        """Whether seed=-1 draws one: where one process alone uses it, which says what it has drawn."""
+        return False
 
 
 @dataclass(kw_only=True)

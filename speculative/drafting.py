@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -230,7 +230,9 @@ class OwnText:
         self.epoch, self._sent = 0, 0
 
 
-def speculate(target: Target, drafts: Drafts, request: TextRequest, end_ids: Collection[int]) -> Iterator[Round]:
+def speculate(
+    target: Target, drafts: Drafts, request: TextRequest, end_ids: Collection[int]
+) -> Generator[Round, None, None]:
     """One text: yields each round as it is verified.
 
     Mode sync is the textbook loop (Leviathan et al., arXiv 2211.17192, with exact matching): guess, send, wait. In mode

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -71,6 +72,8 @@ class EngineDrafts:
         """`vocabulary_size` is the target's: a guess outside of it, out of a longer padding, is none."""
         self._engine = engine
         self._vocabulary_size = vocabulary_size
+        if sampling.words is not None:
+            sampling = replace(sampling, words=sampling.words.within(engine.vocabulary_size))
         self._session = engine.open([], sampling, engine.longest)
         self._sampling = sampling
         self._text: list[int] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +15,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab.context import model_context
 from lab.engine import Engine, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
 from lab.engine_kind import EngineKind
-from lab.entry import compose_settings
 from lab.fingerprints import weights_fingerprints
 from lab.kv import CacheFull
 from lab.layers import load_layers, load_proved
 from lab.models import end_ids_of, load_tokenizer_only
 from lab.sampling import Sampling
-from lab.settings import Dtype, ModelSettings, UserError
+from lab.settings import ModelSettings, UserError
+from speculative.draft_model import draft_model
 from speculative.drafts import (
     Drafts,
     EngineDrafts,
@@ -103,7 +102,10 @@ def open_drafts(
         DraftSource.recorded: lambda: RecordedDrafts(
             _recorded_ids(str(project.draft.file)), project.synthetic.agreement, settings.seed, shared
         ),
-        DraftSource.synthetic: lambda: EngineDrafts(_synthetic_drafter(project, vocabulary_size), sampling, shared),
+        # It has no logits for words to change: it only guesses more often wrong.
+        DraftSource.synthetic: lambda: EngineDrafts(
+            _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, words=None), shared
+        ),
         DraftSource.model: lambda: _from_model(_draft_model(settings, device, target_texts), project, sampling, shared),
         DraftSource.layers: lambda: _from_model(_first_layers(settings, device), project, sampling, shared),
         DraftSource.noisy: lambda: _from_model(_noisy_target(settings, device), project, sampling, shared),
@@ -215,22 +217,14 @@ def _from_model(
 
 
 def _draft_model(settings: SpeculativeSettings, device: torch.device, target_texts: list[str]) -> PreTrainedModel:
-    draft = settings.project.draft
+    model = draft_model(settings, device)
+    whose = f"project.draft.model {settings.project.draft.model}"
     try:
-        model = _settings_of_model(str(draft.model), draft.dtype, device.type)
+        tokenizer = load_tokenizer_only(model)
     except UserError as error:
-        raise UserError(f"project.draft.{error}") from None
-    model = replace(model, cache_dir=settings.model.cache_dir)
-    check_same_vocabulary(load_tokenizer_only(model), target_texts, f"project.draft.model {draft.model}")
+        raise UserError(f"{whose}: {error}") from None
+    check_same_vocabulary(tokenizer, target_texts, whose)
     return load_proved(model, device).model
-
-
-@functools.cache
-def _settings_of_model(name: str, dtype: Dtype | None, device: str) -> ModelSettings:
-    """Composed once: benchmarks and proofs open the same drafter again and again."""
-    words = [f"model={name}", f"device.name={device}"]
-    words += [f"model.dtype={dtype.name}"] if dtype else []
-    return compose_settings("spec_decoding", " ".join(words), SpeculativeSettings).model
 
 
 def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list[str], whose: str) -> None:

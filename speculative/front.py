@@ -19,6 +19,7 @@ import msgspec
 
 from lab.fingerprints import changes
 from lab.sampling import Sampling
+from lab.text_settings import FILL
 from lab.wire import BadFrame, Frame, FrameConnection, Peer, PeerGone, PeerSilent, WireError, pack_tokens, unpack_tokens
 from lab.wire.frames import Error, WireType
 from speculative.forward_thread import Call, ForwardThread
@@ -36,7 +37,7 @@ from speculative.messages import (
 )
 from speculative.messages import Verdict as VerdictHead
 from speculative.messages import Waiting as WaitingHead
-from speculative.protocol import LeftBetweenMessages, read_msg, write_tokens
+from speculative.protocol import MAX_TOKENS, LeftBetweenMessages, read_msg, write_tokens
 from speculative.settings import Mode
 from speculative.text import Ended, Outcome, TextRequest, Verdict, Waiting
 from speculative.verifying import Verifier
@@ -193,7 +194,7 @@ class Front:
         request = TextRequest(
             prompt_ids=prompt_ids,
             sampling=Sampling.greedy(),
-            max_new_tokens=self._answers.max_new_tokens,
+            max_new_tokens=self._most_new_tokens(len(prompt_ids)),
             mode=Mode["async"],
             threshold=None,
         )
@@ -213,6 +214,12 @@ class Front:
         if ended.reason in (Reason.refused, Reason.failed):
             raise BadFrame(peer, f"sent a prompt that cannot be continued: {ended.text}")
         return accepted
+
+    def _most_new_tokens(self, prompt_tokens: int) -> int:
+        """Of an answer of the first protocol."""
+        if self._answers.max_new_tokens != FILL:
+            return self._answers.max_new_tokens
+        return min(self._welcome.context - prompt_tokens, MAX_TOKENS)
 
     async def _next_frame(self, connection: FrameConnection, texts: _Texts) -> Frame:
         """What the peer says next. A connection without a text is not worth its place for ever: raises `PeerSilent`."""
@@ -340,7 +347,7 @@ class _Texts:
     def _request(self, head: Open, ids: list[int]) -> TextRequest:
         peer = self._connection.peer
         try:
-            sampling = Sampling(seed=head.seed, temperature=head.temperature, top_k=head.top_k, top_p=head.top_p)
+            sampling = head.sampling
         except ValueError as error:
             raise BadFrame(peer, f"asked for sampling that makes no sense: {error}") from None
         new = head.new_tokens if isinstance(head, Resume) else 0

@@ -53,8 +53,9 @@ from typing import Annotated
 
 import msgspec
 
+from lab.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
-from lab.wire.fields import LongText, ShortText, Uint32, Uint63
+from lab.wire.fields import LongText, ShortText, Uint32
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
@@ -123,17 +124,13 @@ class Welcome(Head):
     """A text that was begun at one target is not resumed at another, whatever its name."""
 
 
-class Open(Head):
-    """A new text; the body is its prompt."""
+class Open(SamplingHead):
+    """A new text, and how its tokens are drawn; the body is its prompt."""
 
     name: Uint64
     """Random; how RESUME finds the text."""
     owner: Owner
     """Random, and secret: who knows it owns the text."""
-    seed: Uint63
-    temperature: float
-    top_k: Uint32
-    top_p: float
     max_new_tokens: Uint32
     mode: Mode
     draft_length: Uint32
@@ -212,9 +209,13 @@ def _ids(count: int) -> int:
 
 TABLE = MessageTable(
     {
-        MessageType.open: MessageKind(head=Open, max_bytes=128 + _ids(MAX_PROMPT_TOKENS), has_body=True),
+        MessageType.open: MessageKind(
+            head=Open, max_bytes=128 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
+        ),
         MessageType.draft: MessageKind(head=Draft, max_bytes=16 + _ids(MAX_DRAFT_LENGTH), has_body=True),
-        MessageType.resume: MessageKind(head=Resume, max_bytes=4096 + _ids(MAX_PROMPT_TOKENS), has_body=True),
+        MessageType.resume: MessageKind(
+            head=Resume, max_bytes=4096 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
+        ),
         # Of one pass these are few; the answer to a RESUME holds whatever came since.
         MessageType.verdict: MessageKind(head=Verdict, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         MessageType.scores: MessageKind(head=Scores, max_bytes=32 + 4 * (2 * MAX_DRAFT_LENGTH + 1), has_body=True),

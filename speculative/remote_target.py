@@ -19,6 +19,7 @@ import msgspec
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from lab.fingerprints import changes
+from lab.sampling_head import sampling_fields
 from lab.wire import Frame, PeerFull, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
 from speculative.drafting import TargetLost
 from speculative.messages import OWNER_BYTES, Close, Draft, MessageType, Open, Reason, Resume, Scores, Welcome
@@ -219,14 +220,10 @@ class RemoteTarget:
             self._send(MessageType.open, Open(**fields), request.prompt_ids)
 
     def _open_fields(self, request: TextRequest, ticket: Ticket) -> dict[str, Any]:
-        sampling = request.sampling
         return {
+            **sampling_fields(request.sampling),
             "name": ticket.name,
             "owner": ticket.owner,
-            "seed": sampling.seed,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
             "max_new_tokens": request.max_new_tokens,
             "mode": request.mode,
             "draft_length": request.draft_length,

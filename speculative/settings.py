@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lab.engine_kind import EngineKind
-from lab.settings import Dtype, LabSettings, check_sampling, register_project, require
+from lab.settings import Dtype, LabSettings, register_project, require
+from lab.text_settings import TextSettings
 from speculative.bench_settings import BenchSettings
 
 MAX_DRAFT_LENGTH = 64
@@ -59,7 +60,8 @@ class DraftSettings:
 
     source: DraftSource
     model: str | None
-    """Name of a model in conf/model (source=model)."""
+    """Who guesses (source=model): a name in conf/model or in the `model` folder of `--config-dir`, a folder, a GGUF
+    file, or a hub repository."""
     dtype: Dtype | None
     """Precision of that model; null: the one its YAML says."""
     length: str  # a union of int and str is too much for OmegaConf 2.3: merging fails
@@ -164,21 +166,14 @@ class SplitTargetSettings:
 
 
 @dataclass(kw_only=True)
-class SpeculativeProjectSettings:
-    """Both roles read one config; each value says whose it is where only one of them uses it."""
+class SpeculativeProjectSettings(TextSettings):
+    """Both roles read one config; each value says whose it is where only one of them uses it.
+
+    What is asked of a text is the drafter's; the verifier reads `max_new_tokens` for the first protocol's requests.
+    """
 
     mode: Mode
     """Drafter."""
-    max_new_tokens: int
-    """Drafter: the text ends after so many new tokens. Verifier: the same for the first protocol's requests."""
-    temperature: float
-    """Drafter: 0 takes the target's best token."""
-    top_k: int
-    """Drafter: only the k best tokens can be drawn; 0: all."""
-    top_p: float
-    """Drafter: only the best tokens that together have this probability can be drawn; 1: all."""
-    chat: bool
-    """Drafter: put the prompt through the model's chat template when it has one."""
     rule: Rule
     """Drafter."""
     cross_entropy_threshold: float
@@ -227,9 +222,9 @@ class SpeculativeProjectSettings:
     bench: BenchSettings
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "sessions", "max_connections", "cache_bucket", "prefill_chunk"):
+        super().__post_init__()
+        for name in ("sessions", "max_connections", "cache_bucket", "prefill_chunk"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        check_sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens)
         require(
             self.cross_entropy_threshold >= 0,
             "cross_entropy_threshold must be at least 0",
@@ -252,6 +247,16 @@ class SpeculativeSettings(LabSettings):
     """Everything the verifier and the drafter read."""
 
     project: SpeculativeProjectSettings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = "seed must be the one that the text was begun with for project.resume"
+        require(self.seed >= 0 or self.project.resume is None, rule, self.seed)
+
+    @classmethod
+    def draws_seed(cls) -> bool:
+        """See `LabSettings.draws_seed`."""
+        return True
 
 
 register_project("spec_decoding", SpeculativeProjectSettings)

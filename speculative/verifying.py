@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from lab.engine import Engine, TargetStep, check_ids
+from lab.engine import Engine, TargetStep, check_ids, check_words
 from lab.kv import CacheFull
 from lab.not_finite import NotFinite
 from lab.sampling import Sampling
@@ -527,6 +527,10 @@ class Verifier:
             check_ids([*request.prompt_ids, *request.new_ids], self.engine.vocabulary_size)
         except ValueError as error:
             return f"prompt must hold tokens that the target has rows for: {error}"
+        try:
+            check_words(self.engine, request.sampling)
+        except ValueError as error:
+            return str(error)
         if request.max_new_tokens < 1:
             return f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
         if len(request.new_ids) >= request.max_new_tokens:

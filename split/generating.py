@@ -15,9 +15,12 @@ from rich.table import Table
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab import entry
-from lab.engine import Session
+from lab.asking import asked_sampling, decoder, most_new_tokens
+from lab.engine import Session, check_words
 from lab.models import end_ids_of, load_tokenizer_only
 from lab.not_finite import NotFinite
+from lab.prompts import asked_ids
+from lab.running_text import said
 from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.tracking import Tracker
@@ -50,13 +53,14 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, fo
     """
     project = settings.project
     tokenizer = load_tokenizer_only(settings.model)
-    prompt = prompt_ids(tokenizer, settings.prompt, project.chat)
+    prompt = asked_ids(tokenizer, settings.prompt, project)
     if not prompt:
-        raise UserError("prompt must have at least one token, got ''")
-    if len(prompt) + project.max_new_tokens > engine.context:
+        raise UserError(f"prompt must have at least one token, got {settings.prompt!r}")
+    most = most_new_tokens(project, len(prompt), engine.context)
+    if len(prompt) + most > engine.context:
         raise UserError(
             f"project.max_new_tokens must leave room in the context of {engine.context} tokens for a prompt of "
-            f"{len(prompt)}, got {project.max_new_tokens}"
+            f"{len(prompt)}, got {most}"
         )
     wrong = next((token for token in prompt if token >= engine.vocabulary_size), None)
     if wrong is not None:
@@ -64,15 +68,16 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, fo
             f"prompt must hold tokens that the model has rows for, ids below {engine.vocabulary_size}, "
             f"got {tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong})"
         )
-    sampling = Sampling(seed=settings.seed, temperature=project.temperature, top_k=project.top_k, top_p=project.top_p)
-    stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
+    sampling = asked_sampling(project, settings.seed, tokenizer, len(prompt))
+    _check_words(engine, sampling)
+    stream = TextStream(decoder(tokenizer), sys.stdout, project.stops)
     text = Text()
     try:
-        write(engine, prompt, sampling, project.max_new_tokens, end_ids_of(settings.model), stream, text)
+        write(engine, prompt, sampling, most, end_ids_of(settings.model), stream, text)
     except (NotFinite, ShardFault, ShardLost) as error:
         if not text.ids:
             raise
-        raise entry.Unfinished(str(error), 1, _said(tokenizer, text)) from None
+        raise entry.Unfinished(str(error), 1, _said(settings, tokenizer, text)) from None
     reports = engine.reports()
     apart = take_apart(list(engine.passes), reports)
     for index, parts in enumerate(apart):
@@ -89,41 +94,36 @@ def write(
     sampling: Sampling,
     max_new_tokens: int,
     ends: Sequence[int],
-    stream: TextStream | None,
-    text: Text | None = None,
-) -> Text:
+    stream: TextStream,
+    text: Text,
+) -> None:
     """Generate one text, token by token; `text` has each of them as soon as it is there."""
-    text = Text() if text is None else text
     began = time.monotonic()
     try:
         with engine.open(prompt, sampling, len(prompt) + max_new_tokens) as session:
             _take(text, session, stream)
             text.first_token_seconds = time.monotonic() - began
-            while len(text.ids) < max_new_tokens and text.ids[-1] not in ends:
+            while len(text.ids) < max_new_tokens and text.ids[-1] not in ends and not stream.text.stopped:
                 before = time.monotonic()
                 engine.extend([(session, text.ids[-1:])], "last")
                 text.token_seconds.append(time.monotonic() - before)
                 _take(text, session, stream)
     finally:
-        if stream is not None and text.ids:
+        if text.ids:
             stream.finish()
-    return text
 
 
-def _take(text: Text, session: Session, stream: TextStream | None) -> None:
+def _take(text: Text, session: Session, stream: TextStream) -> None:
     assert session.step is not None
     text.ids.append(session.step.next_ids[-1])
-    if stream is not None:
-        stream.add(text.ids[-1])
+    stream.add(text.ids[-1])
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
-    """The prompt's tokens, through the model's chat template where it has one and it is wanted."""
-    if not (chat and tokenizer.chat_template):
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+def _check_words(engine: ShardedModel, sampling: Sampling) -> None:
+    try:
+        check_words(engine, sampling)
+    except ValueError as error:
+        raise UserError(f"project.{error}") from None
 
 
 def _single(apart: Sequence[PassParts]) -> list[PassParts]:
@@ -142,7 +142,7 @@ def _figures(
     single = {parts.number for parts in _single(apart)}
     handed_on = [statistics.median(report.hops[number].sent_bytes for number in single) for report in reports]
     return {
-        **_said(tokenizer, text),
+        **_said(settings, tokenizer, text),
         "tokens_per_second": len(text.token_seconds) / seconds if seconds else None,
         "token_seconds_p50": statistics.median(text.token_seconds) if text.token_seconds else None,
         "time_to_first_token_seconds": text.first_token_seconds,
@@ -157,8 +157,15 @@ def _figures(
     }
 
 
-def _said(tokenizer: PreTrainedTokenizerBase, text: Text) -> dict[str, Any]:
-    return {"text": str(tokenizer.decode(text.ids, skip_special_tokens=True)), "token_ids": text.ids}
+def _said(settings: SplitSettings, tokenizer: PreTrainedTokenizerBase, text: Text) -> dict[str, Any]:
+    found = said(decoder(tokenizer), text.ids, settings.project.stops)
+    by_end = "end_token" if text.ids[-1] in end_ids_of(settings.model) else "length"
+    return {
+        "text": found.text,
+        "token_ids": found.ids,
+        "ended_by": "stop" if found.stopped else by_end,
+        "seed": settings.seed,
+    }
 
 
 def _shard(report: ShardReport, place: int, single: Sequence[PassParts]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from typing import Annotated
 import msgspec
 
 from lab.engine import TargetStep, Want
+from lab.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 
@@ -48,15 +49,11 @@ STOPPED_BYTES = 2**15
 MAX_ADDRESSES = 16
 
 
-class Open(Head):
+class Open(SamplingHead):
     """A new text, and how its tokens are drawn. Only the last shard draws; the others keep room for it."""
 
     tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
     """The most that it will ever hold, prompt included: every shard keeps room for them until CLOSE."""
-    seed: Uint63
-    temperature: Annotated[float, msgspec.Meta(ge=0)]
-    top_k: Uint32
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class Opened(Head):
@@ -122,11 +119,18 @@ class Pass(Head):
     stopped: AllStopped = msgspec.field(default_factory=list)
     """The texts that stopped at the shards before: zeros go on in place of their hidden states, and nobody computes
     them."""
+    for_words: bool = False
+    """Whether one of the texts has words (`lab.words`): then the last shard needs the ids for that."""
 
     @property
     def rows(self) -> int:
         """N."""
         return sum(piece.count for piece in self.pieces)
+
+    @property
+    def ids_for_last(self) -> bool:
+        """Whether the ids go through to the last shard."""
+        return self.read_all or self.for_words
 
     @property
     def want(self) -> Want:
@@ -242,7 +246,7 @@ def table(body_bytes: int) -> MessageTable:
         Report: 1024 + REPORTED_PASSES * HOP.size,
     }
     small: dict[type[Head], int] = {
-        Open: 64, Opened: 8, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8,
+        Open: 64 + SAMPLING_BYTES, Opened: 8, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8,
     }  # fmt: skip
     kinds: dict[int, MessageKind] = {
         _TYPE_OF[head]: MessageKind(head=head, max_bytes=size) for head, size in small.items()

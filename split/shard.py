@@ -22,6 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lab.context import longest_text
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
 from lab.first_fault import first_faults
+from lab.history import History
 from lab.kv import CacheFull, Pass, SlotCache, UnknownState, check_attention, layer_shapes
 from lab.layers import load_layers
 from lab.models import load_config
@@ -63,6 +64,8 @@ class _Text:
     """The most that it will hold."""
     sampling: Sampling
     used_at: float
+    history: History | None = None
+    """The text, at the last shard and where its sampling has words."""
     is_used: bool = False
     """Whether a pass has come for it."""
     before_V: Tensor | None = None
@@ -76,7 +79,7 @@ class Entering:
     pieces: Sequence[Piece]
     want: Want
     ids: Sequence[int] = ()
-    """N ids, piece by piece: for the first shard, and for the last one where want is all."""
+    """N ids, piece by piece: for the first shard, and for the last one where want is all or a text has words."""
     hidden_NH: Tensor | None = None
     """For all but the first shard."""
 
@@ -162,13 +165,15 @@ class Shard:
         """Keep room for a text of at most so many tokens.
 
         Raises:
-            ValueError: it is open, or longer than what fits here at all.
+            ValueError: it is open, longer than what fits here at all, or its words name ids that the model lacks.
             CacheFull: there is no room now, and no text that holds some is idle.
         """
         if key in self._texts:
             raise ValueError("text must be new, got one that is open")
         if tokens > self.longest:
             raise ValueError(f"tokens must be at most the {self.longest} that fit here, prompt included, got {tokens}")
+        if sampling.words is not None:
+            sampling.words.check_ids(self.vocabulary_size)
         while True:
             try:
                 slot = self.cache.acquire(tokens)
@@ -176,7 +181,8 @@ class Shard:
             except CacheFull:
                 if not self._evict_idle():
                     raise
-        self._texts[key] = _Text(slot, tokens, sampling, self._clock())
+        history = History(sampling.words) if sampling.words and self.gives_steps else None
+        self._texts[key] = _Text(slot, tokens, sampling, self._clock(), history)
 
     @property
     def longest(self) -> int:
@@ -306,6 +312,12 @@ class Shard2(Shard):
 
     def _forward(self, texts: Sequence[_Text], plan: Pass, entering: Entering) -> Leaving:
         pieces, want = entering.pieces, entering.want
+        ids_of_pieces = entering.ids_of_pieces() if entering.ids else [[-1] * piece.count for piece in pieces]
+        for text, piece, ids in zip(texts, pieces, ids_of_pieces, strict=True):
+            if text.history is not None:
+                if not entering.ids:
+                    raise ValueError("a pass of a text with words must bring its ids, got none")
+                text.history.hold(piece.position, ids)
         read = [want == "all" or piece.is_last for piece in pieces]
         if not any(read):
             self._decode(plan, entering, without_head=True)
@@ -313,7 +325,6 @@ class Shard2(Shard):
         # As a LocalEngine does: the head only where it is asked for, in the same rows, to the same bits.
         steps = None if want == "all" else sorted({piece.count - 1 for piece in pieces})
         logits_BKV = self._decode(plan, entering, logits_to_keep=0 if steps is None else torch.tensor(steps))
-        ids_of_pieces = entering.ids_of_pieces() if want == "all" else [[-1] * piece.count for piece in pieces]
         wanted = [
             (text, _scored(logits_BKV[row], piece, ids, steps, text))
             for text, row, piece, ids, is_read in zip(texts, plan.rows, pieces, ids_of_pieces, read, strict=True)
@@ -332,7 +343,7 @@ def _scored(logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int
         last = steps.index(piece.count - 1)
         rows_KV = logits_KV[last : last + 1]
     before_V = None if piece.is_first else text.before_V
-    return Scored(rows_KV, ids, piece.position, text.sampling, before_V)
+    return Scored(rows_KV, ids, piece.position, text.sampling, before_V, text.history)
 
 
 class OnlyShard(Shard1, Shard2):

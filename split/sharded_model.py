@@ -23,12 +23,13 @@ from lab.engine import (
     TargetStep,
     Want,
     check_finite,
-    check_prompt,
+    check_open,
     check_requests,
     together,
 )
 from lab.kv import CacheFull
 from lab.sampling import Sampling
+from lab.sampling_head import sampling_fields
 from lab.wire import pack_tokens
 from split.messages import (
     MAX_PIECES,
@@ -203,7 +204,7 @@ class ShardedModel:
     def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """See `Engine.open`. `CacheFull` says the place in line, which is kept for who asks again. Also raises
         `ShardFault`, and `ShardLost` when recovery failed."""
-        most = check_prompt(self, prompt_ids, most_tokens)
+        most = check_open(self, prompt_ids, sampling, most_tokens)
         number = self._surely(lambda: self._find_room(sampling, most))
         session = Session(self, number, sampling, most)
         self._journals[number] = _Journal(session)
@@ -267,14 +268,7 @@ class ShardedModel:
         return asked.number
 
     def _ask(self, asked: _Asked) -> _Asked:
-        sampling = asked.sampling
-        head = Open(
-            tokens=asked.tokens,
-            seed=sampling.seed,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
+        head = Open(tokens=asked.tokens, **sampling_fields(asked.sampling))
         self._asked[asked.number] = asked
         self._transport.submit(Message(asked.number, head))
         return asked
@@ -356,7 +350,8 @@ class ShardedModel:
 
     def _submit(self, parts: Sequence[_Part], want: Want) -> _UnderWay:
         number = self._number()
-        head = Pass(read_all=want == "all", pieces=[part.piece() for part in parts])
+        has_words = any(self._journals[part.run.number].session.sampling.words for part in parts)
+        head = Pass(read_all=want == "all", for_words=has_words, pieces=[part.piece() for part in parts])
         submitted = time.monotonic()
         self._transport.submit(Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
         return _UnderWay(number, head, parts, submitted)

@@ -11,12 +11,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from lab.engine import TargetStep, Want
 from lab.kv import CacheFull
 from lab.sampling import Sampling
+from lab.sampling_head import sampling_fields
 from lab.settings import UserError
 from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES
@@ -114,7 +116,7 @@ class Stage:
         piece = Piece(session=1, position=0, count=most, is_first=True, is_last=True)
         states = b"" if self.shard.takes_ids else bytes(most * self.boundary.row_bytes(self.shard.hidden_size))
         for message in (
-            Message(1, Open(tokens=most, seed=0, temperature=0.0, top_k=0, top_p=1.0)),
+            Message(1, Open(tokens=most, **sampling_fields(Sampling.greedy()))),
             Message(2, Pass(read_all=True, pieces=[piece]), pack_tokens([0] * most) + states),
         ):
             result = self.take("nobody", message)
@@ -137,8 +139,7 @@ class Stage:
         if isinstance(head, Pass):
             return self._run(client, message.number, head, memoryview(message.body))
         if isinstance(head, Open):
-            sampling = Sampling(seed=head.seed, temperature=head.temperature, top_k=head.top_k, top_p=head.top_p)
-            self.shard.open((client, message.number), sampling, head.tokens)
+            self.shard.open((client, message.number), head.sampling, head.tokens)
             self._texts.setdefault(client, set()).add(message.number)
             self.counts.texts += 1
             return Message(message.number, Opened(place=0)) if self.shard.gives_steps else message
@@ -209,8 +210,9 @@ class Stage:
             self._stop_unfit(under_way, stored_NH, f"do not fit the boundary {self.boundary.name} behind")
         hidden = encode(stored_NH, self.boundary)
         stopped = under_way.all_stopped()
-        head = Pass(read_all=run.read_all, pieces=run.pieces, stopped=stopped) if stopped else run
-        return Message(number, head, pack_tokens(under_way.entering.ids) + bytes(hidden) if run.read_all else hidden)
+        head = msgspec.structs.replace(run, stopped=stopped) if stopped else run
+        ids = pack_tokens(under_way.entering.ids) if run.ids_for_last else b""
+        return Message(number, head, ids + bytes(hidden) if ids else hidden)
 
     def _find_faults(self, under_way: _UnderWay) -> dict[int, int | None]:
         """Where in its piece each sound text first met NaN or infinity, by session."""
@@ -266,7 +268,7 @@ class Stage:
         shard = self.shard
         if len({piece.session for piece in run.pieces}) < len(run.pieces):
             raise ValueError(f"texts of a pass must be different from each other, got {len(run.pieces)} with one twice")
-        ids_bytes = TOKEN_BYTES * run.rows if shard.takes_ids or run.read_all else 0
+        ids_bytes = TOKEN_BYTES * run.rows if shard.takes_ids or run.ids_for_last else 0
         if len(body) < ids_bytes:
             raise ValueError(f"a pass of {run.rows} positions must bring {ids_bytes} bytes of ids, got {len(body)}")
         ids = list(body[:ids_bytes].cast("i")) if ids_bytes else []

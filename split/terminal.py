@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+from lab.running_text import RunningText
 
 
 class TextStream:
     """Writes tokens to `stream`."""
 
-    def __init__(self, decode: Callable[[list[int]], str], stream: TextIO) -> None:
-        self._decode, self._stream = decode, stream
-        self._ids: list[int] = []
-        """Tokens since the last place where characters were whole, and the one before it."""
-        self._written = ""
+    def __init__(self, decode: Callable[[Sequence[int]], str], stream: TextIO, stops: Sequence[str] = ()) -> None:
+        self.text, self._stream = RunningText(decode, stops), stream
 
     def add(self, token: int) -> None:
         """Write what `token` completes."""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        if text.endswith(INCOMPLETE):
-            return
-        self._write(text[len(self._written) :])
-        # A tokenizer may treat the first token of a text apart: the last one stays as context for the next.
-        self._ids = [token]
-        self._written = self._decode(self._ids)
+        self._write(self.text.add(token))
 
     def finish(self) -> None:
         """Write what is left, and end the line."""
-        self._write(self._decode(self._ids)[len(self._written) :] + "\n")
+        self._write(self.text.finish() + "\n")
 
     def _write(self, text: str) -> None:
         self._stream.write("".join(c if c.isprintable() or c in "\n\t" else "?" for c in text))

@@ -51,10 +51,12 @@ from tests.split import crowd_processes, hostile, kills, texts
 from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
 from tests.wire_fuzz import fuzz, server_process
+from tests.words import compare_words, shards_differ
 
 HOSTILE_FRAMES = 200_000
 CHANGED_FOLDERS = 1500
 COMPARED_TOKENS = 50_000
+WORDS_TOKENS = 10_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
@@ -90,6 +92,15 @@ def async_identity() -> dict[str, Any]:
     """The same in mode async, at random delays."""
     compared = compare_random(COMPARED_TOKENS, Mode["async"])
     return {"ok": not compared.flips, **_figures(compared)}
+
+
+def words_identity() -> dict[str, Any]:
+    """The same with penalties, biases, banned words and min_p, each and all, sync and async; and two shards against the
+    whole model."""
+    compared = compare_words(WORDS_TOKENS)
+    with tempfile.TemporaryDirectory() as folder:
+        by_shards = shards_differ(Path(folder))
+    return {"ok": not compared.flips and not by_shards, **_figures(compared), "differing_by_shards": by_shards}
 
 
 def smollm2_identity() -> dict[str, Any]:
@@ -233,7 +244,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
-        *(families_speculated, shards_misused, shards_crowded, shards_left),
+        *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
     )
 }
 

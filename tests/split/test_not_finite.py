@@ -15,6 +15,7 @@ from lab.engine import TargetStep, check_finite
 from lab.entry import Run, Unfinished, compose_settings
 from lab.not_finite import NotFinite
 from lab.sampling import Sampling
+from lab.sampling_head import sampling_fields
 from lab.settings import ModelSettings, UserError
 from split import generating, infer
 from split.boundary import Boundary
@@ -106,8 +107,8 @@ def test_what_a_boundary_rounds_up_does_not_fit_float16(tmp_path: Path) -> None:
     """65504 is float16's largest number and 65536 in bfloat16."""
     settings = saved_model("llama", tmp_path, torch.float16)
     stage = Stage(shards(settings, (0, 2, 4))[1], Boundary.bfloat16)
-    stage.take(0, Message(1, Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0)))
-    stage.take(0, Message(2, Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0)))
+    stage.take(0, Message(1, Open(tokens=100, **sampling_fields(Sampling.greedy()))))
+    stage.take(0, Message(2, Open(tokens=100, **sampling_fields(Sampling.greedy()))))
     hidden_NH = torch.zeros(4, 32, dtype=torch.float16)
     hidden_NH[3, 0] = 65504
     pieces = [Piece(session=number, position=0, count=2, is_first=True, is_last=True) for number in (1, 2)]
@@ -159,6 +160,6 @@ def test_a_prompt_with_an_id_without_a_row_is_refused_in_one_line(
     words = f"model=random 'model.cache_dir={tmp_path}' tracking=none project.transport=inproc project.local_shards=2"
     settings = compose_settings("split_inf", words, SplitSettings)
     settings.prompt = "hello"
-    monkeypatch.setattr(generating, "prompt_ids", lambda *given: [1, 300])
+    monkeypatch.setattr(generating, "asked_ids", lambda *given: [1, 300])
     with pytest.raises(UserError, match=r"^prompt must hold tokens that the model has rows for, ids below 259, got "):
         infer.run(settings, Run(tmp_path))

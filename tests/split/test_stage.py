@@ -18,7 +18,7 @@ from split.stage import Stage
 from split.transport.base import Message
 from tests.split.chains import CONTEXT, VOCABULARY, saved_model, shards, some_ids
 
-OPEN = Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0)
+OPEN = Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, words=None)
 
 
 def _pass(*pieces: tuple[int, int, int], read_all: bool = False) -> Pass:
