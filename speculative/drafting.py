@@ -15,7 +15,7 @@ from speculative.drafts import Drafts, NoDrafts
 from speculative.messages import Reason
 from speculative.policy import DraftLength
 from speculative.settings import Mode
-from speculative.text import Ended, Outcome, TextRequest, Verdict, common_length, prefix_hash
+from speculative.text import Ended, Outcome, TextRequest, Verdict, Waiting, common_length, prefix_hash
 
 SYNC_LENGTH = 5
 """Guesses of a round of mode sync where no length was asked for."""
@@ -255,6 +255,8 @@ def speculate(
                 outcome = target.next()
                 if isinstance(outcome, Ended):
                     raise _fault(outcome)
+                if isinstance(outcome, Waiting):
+                    continue
                 done = text.take(outcome)
             except (TargetLost, Desync) as error:
                 if isinstance(error, Desync):

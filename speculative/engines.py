@@ -58,7 +58,9 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
     """The engine that `settings` name for the verifier. UserError for what it cannot do."""
     project, model = settings.project, settings.model
     if project.engine is EngineKind.synthetic:
-        return OpenTarget(_synthetic_target(project), [], "synthetic", "none", 0, _synthetic_fingerprints(project))
+        size = _synthetic_vocabulary(settings)
+        known = {"model": "synthetic", "vocabulary": str(size)}
+        return OpenTarget(_synthetic_target(project, size), [], "synthetic", "none", 0, known)
     ends = _ends(model)
     fingerprints = weights_fingerprints(model)
     if project.engine is EngineKind.split:
@@ -102,7 +104,7 @@ def open_drafts(
         ),
         # It has no logits for words to change: it only guesses more often wrong.
         DraftSource.synthetic: lambda: EngineDrafts(
-            _synthetic_drafter(project), replace(sampling, min_p=0.0, words=None), shared
+            _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, words=None), shared
         ),
         DraftSource.model: lambda: _from_model(_draft_model(settings, device, target_texts), project, sampling, shared),
         DraftSource.layers: lambda: _from_model(_first_layers(settings, device), project, sampling, shared),
@@ -129,8 +131,16 @@ def _ends(model: ModelSettings) -> list[int]:
     return ends
 
 
-def _synthetic_fingerprints(project: SpeculativeProjectSettings) -> dict[str, str]:
-    return {"model": "synthetic", "vocabulary": str(project.synthetic.vocabulary_size)}
+def _synthetic_vocabulary(settings: SpeculativeSettings) -> int:
+    """Ids of a synthetic target: at least those that prompts are made of. UserError for fewer."""
+    known = len(token_texts(load_tokenizer_only(settings.model)))
+    asked = settings.project.synthetic.vocabulary_size
+    if 0 < asked < known:
+        raise UserError(
+            f"project.synthetic.vocabulary_size must be 0 or at least {known}, the ids of the tokenizer of model "
+            f"{settings.model.name}, got {asked}"
+        )
+    return asked or known
 
 
 def _local_engine(
@@ -150,7 +160,8 @@ def _local_engine(
     except ShapeDependence as error:
         raise UserError(f"project.exact_shapes must be false here: {error}") from None
     except CacheFull as error:
-        raise UserError(f"project.cache_limit_bytes must hold one pass of exact shapes: {error}") from None
+        least = "one pass of exact shapes" if exact_rows else "a text of project.cache_bucket positions"
+        raise UserError(f"project.cache_limit_bytes must hold {least}: {error}") from None
     except ValueError as error:
         raise UserError(f"project.exact_shapes: {error}" if exact_rows else str(error)) from None
 
@@ -175,10 +186,10 @@ def _split_target(settings: SpeculativeSettings) -> Engine:
     )
 
 
-def _synthetic_target(project: SpeculativeProjectSettings) -> SyntheticEngine:
+def _synthetic_target(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
     synthetic = project.synthetic
     return SyntheticEngine(
-        vocabulary_size=synthetic.vocabulary_size,
+        vocabulary_size=vocabulary_size,
         context=project.context or SYNTHETIC_CONTEXT,
         sessions=project.sessions,
         step_seconds=synthetic.step_seconds,
@@ -187,10 +198,10 @@ def _synthetic_target(project: SpeculativeProjectSettings) -> SyntheticEngine:
     )
 
 
-def _synthetic_drafter(project: SpeculativeProjectSettings) -> SyntheticEngine:
+def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
     synthetic = project.synthetic
     return SyntheticEngine(
-        vocabulary_size=synthetic.vocabulary_size,
+        vocabulary_size=vocabulary_size,
         context=project.context or SYNTHETIC_CONTEXT,
         sessions=1,
         step_seconds=synthetic.draft_step_seconds,

@@ -110,7 +110,7 @@ class SyntheticSettings:
     """Engines without a model, whose passes take the time they are told to (engine=synthetic, source=synthetic)."""
 
     vocabulary_size: int
-    """Ids that a synthetic engine says; at most what the tokenizer of `model` has, to have a text."""
+    """Verifier: ids that a synthetic target reads and says; 0: those of the tokenizer of `model`."""
     step_seconds: float
     """Time of the target's pass over one row."""
     row_seconds: float
@@ -121,7 +121,8 @@ class SyntheticSettings:
     """Probability that the drafter guesses what the target says, independently at each prefix."""
 
     def __post_init__(self) -> None:
-        require(self.vocabulary_size >= 2, "vocabulary_size must be at least 2", self.vocabulary_size)
+        is_known = self.vocabulary_size == 0 or self.vocabulary_size >= 2
+        require(is_known, "vocabulary_size must be 0 or at least 2", self.vocabulary_size)
         for name in ("step_seconds", "row_seconds", "draft_step_seconds"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
         require(0 <= self.agreement <= 1, "agreement must be in [0, 1]", self.agreement)
@@ -184,7 +185,7 @@ class SpeculativeProjectSettings(TextSettings):
     draft: DraftSettings
     resume_seconds: float
     """Drafter: how long to try to reach a lost verifier again. Verifier: how long a text is kept whose connection is
-    lost, and goes on. 0: a lost connection ends its texts."""
+    lost; nothing is computed for it meanwhile. 0: a lost connection ends its texts."""
     resume: str | None
     """Drafter: the text.json in the run folder of a drafter that is gone; its text goes on, if everything else is as it
     was. null: a new text."""
@@ -201,6 +202,8 @@ class SpeculativeProjectSettings(TextSettings):
     """Verifier."""
     sessions: int
     """Verifier: texts at once."""
+    max_waiting: int
+    """Verifier: texts that may wait in line for room; one more is refused at once."""
     max_connections: int
     """Verifier: connections at once."""
     context: int
@@ -227,6 +230,7 @@ class SpeculativeProjectSettings(TextSettings):
             "cross_entropy_threshold must be at least 0",
             self.cross_entropy_threshold,
         )
+        require(self.max_waiting >= 0, "max_waiting must be at least 0", self.max_waiting)
         require(self.resume_seconds >= 0, "resume_seconds must be at least 0", self.resume_seconds)
         require(self.idle_seconds > 0, "idle_seconds must be greater than 0", self.idle_seconds)
         require(self.context >= 0, "context must be at least 0", self.context)

@@ -165,6 +165,7 @@ def _figures(
         "predicted_tokens_per_second": _predicted(project, target, figures),
         "rtt_seconds": target.rtt_seconds,
         "resumes": target.resumes,
+        "waited_seconds": target.waited_seconds,
         "bytes_sent": target.bytes_sent,
         "bytes_received": target.bytes_received,
         "ended_by": _ended_by(text, target.welcome.end_ids),

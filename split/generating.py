@@ -100,7 +100,7 @@ def write(
     """Generate one text, token by token; `text` has each of them as soon as it is there."""
     began = time.monotonic()
     try:
-        with engine.open(prompt, sampling) as session:
+        with engine.open(prompt, sampling, len(prompt) + max_new_tokens) as session:
             _take(text, session, stream)
             text.first_token_seconds = time.monotonic() - began
             while len(text.ids) < max_new_tokens and text.ids[-1] not in ends and not stream.text.stopped:

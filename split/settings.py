@@ -54,10 +54,14 @@ class SplitProjectSettings(TextSettings):
     """Client: how long to try to bring back a lost shard; 0: its loss ends the text."""
     start_seconds: float
     """Client: how long the shards may take to be there at first."""
+    line_seconds: float
+    """Client: how long to wait in line for room at the shards; 0: not at all."""
     sessions: int
     """Shard: texts at once."""
     max_connections: int
     """Shard: connections at once; each client takes two at most."""
+    max_waiting: int
+    """Shard: texts that may wait in line for room; more are refused at once. 0: nobody waits."""
     context: int
     """Most tokens of one text, prompt included; 0: what the model was made for."""
     cache_bucket: int
@@ -73,8 +77,8 @@ class SplitProjectSettings(TextSettings):
         super().__post_init__()
         for name in ("prefill_chunk", "sessions", "max_connections", "cache_bucket"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        seconds = ("recovery_seconds", "idle_seconds", "awake_seconds")
-        for name in ("local_shards", "context", "rank", *seconds):
+        seconds = ("recovery_seconds", "line_seconds", "idle_seconds", "awake_seconds")
+        for name in ("local_shards", "context", "rank", "max_waiting", *seconds):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
         require(self.world_size == 0 or self.world_size >= 2, "world_size must be 0 or at least 2", self.world_size)
         require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)

@@ -47,7 +47,7 @@ from tests.speculative.identity import (
 )
 from tests.speculative.kills import DELAY_SECONDS, KINDS
 from tests.speculative.kills import kill_at_random as kill_drafting
-from tests.split import hostile, kills, texts
+from tests.split import crowd_processes, hostile, kills, texts
 from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
 from tests.wire_fuzz import fuzz, server_process
@@ -70,6 +70,9 @@ START_SECONDS = 120.0
 ATTACKING_FRAMES = 100_000
 ATTACKED_CACHE_BYTES = 2**23
 LARGEST_GROWTH_BYTES = 2**25
+MISUSED_REQUESTS = 200
+CROWDED_TEXTS = 20
+LEFT_CLIENTS = 500
 
 
 def hostile_frames() -> dict[str, Any]:
@@ -149,6 +152,21 @@ def shards_attacked() -> dict[str, Any]:
     return {"ok": ok, **asdict(came), "shards_lived": lived, "rss_growth_bytes": growth}
 
 
+def shards_misused() -> dict[str, Any]:
+    """200 requests of every wrong kind at two shard processes beside 4 good texts: these are the same to the token."""
+    return crowd_processes.misused(MISUSED_REQUESTS)
+
+
+def shards_crowded() -> dict[str, Any]:
+    """20 texts of 100 to 900 tokens where there is room for 1,000: every one finishes or is told at once."""
+    return crowd_processes.crowded(CROWDED_TEXTS)
+
+
+def shards_left() -> dict[str, Any]:
+    """500 clients that leave at random moments: nobody computes for one that left two passes ago."""
+    return crowd_processes.left(LEFT_CLIENTS)
+
+
 def split_texts() -> dict[str, Any]:
     """32 greedy texts of 128 tokens of SmolLM2, whole and over 2, 3 and 4 shards: no token differs."""
     came = texts.compare_texts(
@@ -226,7 +244,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
-        *(families_speculated, words_identity),
+        *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
     )
 }
 

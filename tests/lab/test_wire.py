@@ -1022,7 +1022,7 @@ def test_a_fault_of_the_application_ends_one_connection(caplog: pytest.LogCaptur
 
 
 def test_both_protocols_on_one_port(caplog: pytest.LogCaptureFixture) -> None:
-    async def first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: asyncio.Event) -> None:
         while True:
             writer.write((await reader.readexactly(8))[::-1])
 

@@ -297,7 +297,7 @@ def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.read(3)
         code, result = running.interrupt()
-        assert (code, result["status"], result["texts"], result["unfinished"]) == (0, "ok", 1, 1)
+        assert (code, result["status"], result["texts"], result["left"]) == (0, "ok", 1, 1)
         assert result["new_tokens"] > 0
         _, errors = process.communicate(timeout=END_SECONDS)
         assert process.returncode == 1
@@ -494,7 +494,8 @@ def test_what_the_verifier_refuses_is_said_in_one_line(random_verifier: Role, tm
         "project.draft.window must be in [1, 64] for this verifier (its project.draft.window), got 65"
     )
     assert _refused(port, (), tmp_path, "x" * 1000) == (
-        "prompt and max_new_tokens together must fit the context of 1024 tokens, got 1000 + 64"
+        "project.max_new_tokens must be at most 24 here for a prompt of 1000 tokens (a text at this verifier "
+        "has room for 1024 tokens, its context), got 64"
     )
     assert _refused(port, (), tmp_path, "x" * 262145) == "prompt must be at most 262144 tokens, got 262145"
     assert _refused(port, (), tmp_path, "") == "prompt must not be empty, got ''"

@@ -15,7 +15,7 @@ from speculative.drafting import Desync, OwnText
 from speculative.drafts import RandomDrafts
 from speculative.messages import Reason
 from speculative.settings import Mode
-from speculative.text import Ended, Outcome, TextRequest, Verdict, prefix_hash
+from speculative.text import Ended, Outcome, TextRequest, Verdict, Waiting, prefix_hash
 from speculative.verifying import Terms, Verifier
 from tests.speculative.in_process import TERMS, request
 
@@ -161,25 +161,38 @@ def test_texts_wait_in_line_and_clients_with_fewer_running_come_first() -> None:
     core = Core(sessions=2)
     core.open(1, 3, client="greedy")
     core.open(2, 9, client="greedy")
-    core.open(3, 9, client="greedy")
-    core.open(4, 9, client="modest")
-    keys = [{outcome.key for outcome in core.verifier.tick()} for _ in range(4)]
+    assert core.verifier.open(3, asked(9), client="greedy") == [Waiting(3, 1)]
+    assert core.verifier.open(4, asked(9), client="modest") == [Waiting(4, 1)]
+    keys = [{outcome.key for outcome in core.verifier.tick() if isinstance(outcome, Verdict)} for _ in range(4)]
     assert keys == [{1, 2}, {1, 2}, {1, 2}, {2, 4}]
 
 
-def test_a_text_that_is_left_goes_on_alone_and_gives_its_room_away() -> None:
+def test_a_text_that_is_left_rests_and_gives_its_room_away() -> None:
     core = Core(sessions=1)
     core.open(1, name=7, owner=OWNER)
     core.verdict()
     core.verifier.leave(1)
-    assert core.verdict().ids == [TEXT[1]]
+    assert core.verifier.patience() > 1
+    assert core.verifier.tick() == [], "nobody reads it"
     core.open(2, 2)
     assert {outcome.key for outcome in core.verifier.tick()} == {2}
-    core.verifier.tick()  # and takes it back
-    [told] = core.verifier.resume(3, asked(), client="client", name=7, owner=OWNER)
+    [told, waiting] = core.verifier.resume(3, asked(), client="client", name=7, owner=OWNER)
     assert isinstance(told, Verdict)
-    assert told.ids == TEXT[:2]
-    assert core.verdict().ids == [TEXT[2]]
+    assert told.ids == TEXT[:1]
+    assert waiting == Waiting(3, 1)
+    assert {outcome.key for outcome in core.verifier.tick()} == {2}
+    assert core.verdict().ids == [TEXT[1]]
+
+
+def test_a_text_that_is_resumed_before_anybody_wants_its_room_still_has_it() -> None:
+    core = Core(sessions=1)
+    core.open(1, name=7, owner=OWNER)
+    core.verdict()
+    session = core.verifier._running[1].session
+    core.verifier.leave(1)
+    core.verifier.resume(2, asked(), client="client", name=7, owner=OWNER)
+    assert core.verifier._running[2].session is session
+    assert core.verdict().ids == [TEXT[1]]
 
 
 def test_a_text_that_is_left_is_forgotten_after_a_while() -> None:
@@ -270,8 +283,10 @@ def test_what_a_client_may_take() -> None:
     core.verifier.close(2)
     [ended] = core.verifier.open(4, asked(60), client="client")
     assert isinstance(ended, Ended)
-    assert ended.text.startswith("a client's texts may need 1000 bytes")
-    assert ended.text.endswith("they would need 1060")
+    assert ended.text == (
+        "project.max_new_tokens must be at most 54 here for a prompt of 3 tokens (a client's texts may need 1000 bytes "
+        "of keys and values, its project.client.cache_bytes, and 43 tokens are taken), got 60"
+    )
     core.open(5, 60, client="another")
 
 
