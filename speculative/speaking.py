@@ -17,6 +17,7 @@ from lab.models import load_tokenizer_only
 from lab.network import is_users_to_mend
 from lab.sampling import Sampling
 from lab.settings import UserError
+from lab.terminal import decoder
 from lab.tracking import Tracker
 from lab.wire import WireError
 from speculative.drafting import SYNC_LENGTH, TextFailed, TextRefused, find_flips, speculate
@@ -27,7 +28,7 @@ from speculative.messages import MAX_PROMPT_TOKENS, Welcome
 from speculative.remote_target import RemoteTarget, Ticket
 from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.tally import Tally
-from speculative.terminal import TextStream
+from speculative.terminal import CORRECTED, TextStream
 from speculative.text import TextRequest
 from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
 from speculative.vocabulary import token_texts
@@ -42,7 +43,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         UserError: a prompt or settings that this target does not take.
         WireError: the verifier cannot be joined.
         TextRefused: the verifier does not take the text.
-        Unfinished: the text could not go on; with the figures so far.
+        Unfinished: the text could not go on; `place.so_far` has what there is of it.
     """
     project = settings.project
     device = open_device(settings.device)
@@ -55,22 +56,22 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         if request.mode is not Mode.target_only:
             drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
         tally = Tally()
+        place.so_far = lambda: _figures(settings, target, tokenizer, tally)
         try:
             name_text(settings.project.resume, target, place.folder / "text.json")
-            speak(target, drafts, request, tokenizer, tally)
+            speak(target, drafts, request, tokenizer, tally, tracker)
         except (WireError, TextFailed, TextRefused) as error:
             if isinstance(error, TextRefused) and not tally.token_ids:
+                place.so_far = dict  # it has not begun
                 raise
-            figures = _figures(settings, target, tokenizer, tally) | {"ended_by": "failed"}
-            raise entry.Unfinished(str(error), _exit_code(error), figures) from None
+            ended_by = entry.EndedBy.lost if isinstance(error, WireError) else entry.EndedBy.failed
+            raise entry.Unfinished(str(error), _exit_code(error), ended_by) from None
         finally:
             drafts.close()
         result = _figures(settings, target, tokenizer, tally)
         if project.check:
             flips = find_flips(target, request, tally.token_ids, target.welcome.end_ids)
             result["flips"] = [asdict(flip) for flip in flips]
-        for index, row in enumerate(tally.rows()):
-            tracker.log(index, **row)
         tracker.result(result)
     return result
 
@@ -93,19 +94,26 @@ def _check_prompt(request: TextRequest, texts: Sequence[str], welcome: Welcome) 
 
 
 def speak(
-    target: RemoteTarget, drafts: Drafts, request: TextRequest, tokenizer: PreTrainedTokenizerBase, tally: Tally
+    target: RemoteTarget,
+    drafts: Drafts,
+    request: TextRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    tally: Tally,
+    tracker: Tracker,
 ) -> None:
-    """Draft the whole text, showing it as it is verified; `tally` has each round as soon as it is there."""
+    """Draft the whole text, showing it as it is verified; `tally` and `tracker` have each round as soon as it is
+    there. Raises StreamLeft when nobody reads it any more."""
     if request.threshold is not None:
         log.warning("rule cross_entropy is lossy: this text is not the target's own")
-    stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
+    stream = TextStream(decoder(tokenizer, target.welcome.end_ids), sys.stdout)
     try:
         for done in speculate(target, drafts, request, target.welcome.end_ids):
             tally.add(done)
+            tracker.log(len(tally.rounds) - 1, **tally.row(len(tally.rounds) - 1))
             stream.show(done)
     finally:
         if tally.token_ids:
-            stream.finish()
+            stream.finish(CORRECTED)
 
 
 def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
@@ -114,7 +122,10 @@ def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
         ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(Path(resume).expanduser())
     except ValueError as error:
         raise UserError(f"project.resume {error}") from None
-    ticket.write(path)
+    try:
+        ticket.write(path)
+    except OSError as error:
+        log.warning("%s could not be written (%s): no other process can take up this text", path, error.strerror)
     target.name_next(ticket, again=resume is not None)
 
 
@@ -149,7 +160,7 @@ def _figures(
     project = settings.project
     ids, figures = tally.token_ids, tally.figures()
     return {
-        "text": str(tokenizer.decode(ids, skip_special_tokens=True)),
+        "text": decoder(tokenizer, target.welcome.end_ids)(ids),
         "token_ids": ids,
         **figures,
         "predicted_tokens_per_second": _predicted(project, target, figures),
