@@ -159,7 +159,7 @@ def check_arguments(arguments: list[str]) -> None:
     """UserError for an argument that is not UTF-8."""
     for argument in arguments:
         if not is_text(argument):
-            raise UserError(f"arguments must be UTF-8 text, got {ascii(argument)}")
+            raise UserError(f"arguments must be UTF-8 text, got {argument!a}")
 
 
 def is_text(text: str) -> bool:
