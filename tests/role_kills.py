@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120.0
 LEFT_SECONDS = 15.0
 """For processes that end when they see that their parent has: Ray's agents."""
+AT_WORK = 2 / 3
+"""The share of kills that wait for the first text or figures."""
+WORK_SECONDS = 3.0
 MARK = "LAB_TEST_MARK"
 SMALL = ("model=random", "tracking=none", "device.threads=1")
 DATA = ("project.data.sequence_length=32", "project.data.max_examples=32", "project.data.max_held_out=2")
@@ -114,14 +117,19 @@ def kill_roles(count: int, seed: int, names: Sequence[str] = tuple(ROLES)) -> Ki
             more = [f"network.port={running.port}"] if name == "drafter" else []
             more += [f"model.cache_dir={cache}"]
             number = rng.choice([signal.SIGINT, signal.SIGTERM])
-            kill_one(name, more, number, rng.uniform(0, ROLES[name].seconds), killed)
+            is_at_work = rng.random() < AT_WORK
+            delay = rng.uniform(0, WORK_SECONDS if is_at_work else ROLES[name].seconds)
+            kill_one(name, more, number, delay, killed, is_at_work=is_at_work)
     return killed
 
 
-def kill_one(name: str, more: Sequence[str], number: signal.Signals, delay: float, killed: Killed) -> None:
-    """One process; what is wrong with its end is in `killed.faults`."""
+def kill_one(
+    name: str, more: Sequence[str], number: signal.Signals, delay: float, killed: Killed, *, is_at_work: bool
+) -> None:
+    """One process, killed `delay` after it hears signals, or after its first text or figures; what is wrong with its
+    end is in `killed.faults`."""
     role, mark = ROLES[name], uuid.uuid4().hex
-    where = f"{name}, {number.name} after {delay:.2f} s"
+    where = f"{name}, {number.name} after {delay:.2f} s{' of work' if is_at_work else ''}"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         out_path, err_path = Path(folder) / "out", Path(folder) / "err"
         results = [f"matrix.results={folder}/cells"] if name == "matrix" else []
@@ -136,6 +144,8 @@ def kill_one(name: str, more: Sequence[str], number: signal.Signals, delay: floa
             )
         try:
             _wait_until_it_hears(process)
+            if is_at_work:
+                _wait_until_it_works(process, out_path, Path(folder) / "run" / "metrics.jsonl")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(delay)
             process.send_signal(number)
@@ -169,6 +179,14 @@ def _wait_until_it_hears(process: subprocess.Popen[bytes]) -> None:
             if caught >> (signal.SIGTERM - 1) & 1:
                 return
         time.sleep(0.01)
+
+
+def _wait_until_it_works(process: subprocess.Popen[bytes], *signs: Path) -> None:
+    deadline = time.monotonic() + SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(path.exists() and path.stat().st_size for path in signs):
+            return
+        time.sleep(0.02)
 
 
 def _left(mark: str) -> list[psutil.Process]:
