@@ -45,7 +45,7 @@ class JsonLines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends `row`, or nothing: a disk that becomes full leaves no half line."""
-        line, size = json.dumps(row, allow_nan=False).encode() + b"\n", self._file.tell()
+        line, size = json.dumps(row, allow_nan=False).encode() + b"\n", os.fstat(self._file.fileno()).st_size
         try:
             while line:
                 line = line[self._file.write(line) :]

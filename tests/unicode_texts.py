@@ -204,14 +204,14 @@ def many(folder: str, arguments: Sequence[str]) -> None:
 
 
 def _stdin_from(path: str) -> None:
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         os.dup2(file.fileno(), 0)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 (in the encoding of the locale, as the interpreter does)
 
 
 def _show(text: str, path: str) -> None:
     """As a drafter shows a text on standard output that leads into a file."""
-    keep, file = sys.stdout, io.TextIOWrapper(open(path, "wb"), encoding="ascii")  # noqa: SIM115
+    keep, file = sys.stdout, io.TextIOWrapper(Path(path).open("wb"), encoding="ascii")  # noqa: SIM115
     sys.stdout = file
     try:
         streams.open_streams()
