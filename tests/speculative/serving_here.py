@@ -24,6 +24,7 @@ from speculative.serving import Served, serve
 from speculative.settings import SpeculativeSettings
 from speculative.vocabulary import fingerprint, token_texts
 
+Wrap = Callable[[Engine, asyncio.AbstractEventLoop], Engine]
 START_SECONDS = END_SECONDS = 60.0
 
 
@@ -40,7 +41,7 @@ class Here:
 
 
 @contextmanager
-def serving_here(*words: str, wrap: Callable[[Engine], Engine] = lambda engine: engine) -> Iterator[Here]:
+def serving_here(*words: str, wrap: Wrap = lambda engine, loop: engine) -> Iterator[Here]:
     """A verifier until the end of the block, which raises what ended it before."""
     settings = compose_settings(
         "spec_decoding", " ".join(("tracking=none", "network.port=0", *words)), SpeculativeSettings
@@ -57,7 +58,7 @@ def serving_here(*words: str, wrap: Callable[[Engine], Engine] = lambda engine: 
         is_ready.set()
 
     async def run(tracker: Tracker) -> None:
-        shown = replace(target, engine=wrap(target.engine))
+        shown = replace(target, engine=wrap(target.engine, loop))
         await serve(settings, shown, tokenizer, None, tracker, here.served, announce)
 
     with tempfile.TemporaryDirectory() as folder, Tracker(settings, "verifier", Path(folder)) as tracker:
