@@ -228,7 +228,7 @@ def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.read(3)
         code, result = running.interrupt()
-        assert (code, result["status"], result["texts"], result["left"]) == (0, "ok", 1, 1)
+        assert (code, result["status"], result["texts"], result["unfinished"]) == (0, "ok", 1, 1)
         assert result["new_tokens"] > 0
         _, errors = process.communicate(timeout=END_SECONDS)
         assert process.returncode == 1
