@@ -44,6 +44,12 @@ class DataEncoder:
         """Control tokens by their text."""
         self.control = self.special | {text for text in added if text in template}
         """The same, and the tokens that the chat template writes though they are not called special."""
+        self._letters: list[str] | None = None
+        """Of the names in the copy; None: there is no copy yet."""
+        self._names: dict[str, str] = {}
+        self._renamed: Tokenizer
+        self._own_ids: dict[int, int] = {}
+        """Ids of the copy's added tokens, and those of the tokenizer."""
         # A tokenizer takes the longest of those that begin at the first place where one begins.
         longest = sorted(added, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
@@ -65,8 +71,7 @@ class DataEncoder:
         """
         if not data:  # verbose: a text that is too long is for others to refuse
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-        first, last = unused_letters(2, text)
-        names = {token: f"{first}{index}{last}" for index, token in enumerate(sorted(self.control))}
+        names = self._names_for(text)
         places = set(data)
         real: list[str] = []
         pieces, at = [], 0
@@ -75,7 +80,7 @@ class DataEncoder:
                 pieces += [text[at : found.start()], names[found[0]]]
                 real.append(found[0])
                 at = found.end()
-        ids = self._encoded("".join([*pieces, text[at:]]), names)
+        ids = [self._own_ids.get(number, number) for number in self._encoded("".join([*pieces, text[at:]]))]
         known = {self._id(token) for token in self.control}
         if [token for token in ids if token in known] != [self._id(token) for token in real]:
             shown = sorted({text[start:end] for start, end in data})
@@ -85,16 +90,23 @@ class DataEncoder:
         before, behind = self._around if add_special_tokens else ([], [])
         return [*before, *ids, *behind]
 
-    def _encoded(self, text: str, names: dict[str, str]) -> list[int]:
-        renamed = self._renamed(names)
-        own = {name: token for token, name in names.items()}
-        added = {
-            number: self._id(own.get(token.content, token.content))
-            for number, token in renamed.get_added_tokens_decoder().items()
-        }
-        return [added.get(number, number) for number in renamed.encode(text, add_special_tokens=False).ids]
+    def _names_for(self, text: str) -> dict[str, str]:
+        """Names of control tokens that do not stand in `text`, by what they are called."""
+        if self._letters is None or any(letter in text for letter in self._letters):
+            first, last = self._letters = unused_letters(2, text)
+            self._names = {token: f"{first}{index}{last}" for index, token in enumerate(sorted(self.control))}
+            self._renamed = self._copy(self._names)
+            called = {name: token for token, name in self._names.items()}
+            self._own_ids = {
+                number: self._id(called.get(token.content, token.content))
+                for number, token in self._renamed.get_added_tokens_decoder().items()
+            }
+        return self._names
 
-    def _renamed(self, names: dict[str, str]) -> Tokenizer:
+    def _encoded(self, text: str) -> list[int]:
+        return list(self._renamed.encode(text, add_special_tokens=False).ids)
+
+    def _copy(self, names: dict[str, str]) -> Tokenizer:
         from tokenizers import Tokenizer
 
         described = json.loads(self._description)

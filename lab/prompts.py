@@ -6,13 +6,13 @@ shown the messages once more with marks around theirs.
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lab.chat import plain_message
 from lab.data_text import DataEncoder, Span, unused_letters
+from lab.marked_messages import NOT_SAID, Marks, each_text, marked, taken_out
 from lab.records import Dialogue, parse_row
 from lab.settings import UserError
 from lab.text_settings import TextSettings
@@ -104,9 +104,9 @@ def _data_spans(
     tokenizer: PreTrainedTokenizerBase, encoder: DataEncoder, messages: Messages, text: str, whose: str
 ) -> list[Span]:
     """Where control tokens of messages, and not of the template, stand in the rendered text."""
-    marks = _Marks(*unused_letters(3, text, json.dumps(messages, ensure_ascii=False)))
-    marked = [_marked(message, encoder, marks) for message in messages]
-    places, shown = _taken_out(_rendered(tokenizer, marked, whose), marks)
+    marks = Marks(*unused_letters(3, text, json.dumps(messages, ensure_ascii=False)))
+    shown_marked = [marked(message, encoder, marks) for message in messages]
+    places, shown = taken_out(_rendered(tokenizer, shown_marked, whose), marks)
     if shown != text:
         raise UserError(
             f"{whose} must hold no control tokens with this chat template, which shows a message otherwise with marks "
@@ -121,56 +121,9 @@ def _data_spans(
     ]
 
 
-class _Marks(NamedTuple):
-    """Characters that stand in no text."""
-
-    begin: str
-    """Before a control token in a message."""
-    end: str
-    """Behind it."""
-    edge: str
-    """Where a message's text begins, and where it ends."""
-
-
-def _marked(message: dict[str, Any], encoder: DataEncoder, marks: _Marks) -> dict[str, Any]:
-    """The message with marks around its control tokens, and with edges where its texts begin and end: a control token
-    over an edge is in part the message's."""
-    control = _control_of(message, encoder)
-
-    def put(text: str) -> str:
-        core = text.strip()
-        if not core:
-            return text
-        before, _, behind = text.partition(core)
-        found = encoder.pattern.sub(
-            lambda one: f"{marks.begin}{one[0]}{marks.end}" if one[0] in control else one[0], core
-        )
-        return f"{before}{marks.edge}{found}{marks.edge}{behind}"
-
-    return {key: value if key in _NOT_SAID else _each_text(value, put) for key, value in message.items()}
-
-
-_NOT_SAID = ("role", "type", "id", "tool_call_id")
-
-
-def _control_of(message: dict[str, Any], encoder: DataEncoder) -> frozenset[str]:
-    """What a model says in an answer may hold tokens that the template writes, too, such as <think>."""
-    return encoder.special if message["role"] == "assistant" else encoder.control
-
-
-def _each_text(value: Any, change: Any) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: inner if key in _NOT_SAID else _each_text(inner, change) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_each_text(inner, change) for inner in value]
-    return value
-
-
 def _texts(message: dict[str, Any]) -> list[str]:
     found: list[str] = []
-    _each_text({key: value for key, value in message.items() if key not in _NOT_SAID}, found.append)
+    each_text({key: value for key, value in message.items() if key not in NOT_SAID}, found.append)
     return found
 
 
@@ -181,19 +134,3 @@ def _may_hold_control(text: str, encoder: DataEncoder) -> bool:
         token in core or any(core.endswith(token[:cut]) or core.startswith(token[cut:]) for cut in range(1, len(token)))
         for token in encoder.control
     )
-
-
-def _taken_out(text: str, marks: _Marks) -> tuple[dict[str, set[int]], str]:
-    """Where each mark was in the text without them, and that text."""
-    places: dict[str, set[int]] = {mark: set() for mark in marks}
-    kept: list[str] = []
-    at = 0
-    for is_ours, letters in itertools.groupby(text, key=lambda letter: letter in places):
-        run = "".join(letters)
-        if is_ours:
-            for letter in run:
-                places[letter].add(at)
-        else:
-            kept.append(run)
-            at += len(run)
-    return places, "".join(kept)

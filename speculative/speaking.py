@@ -56,7 +56,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     sampling = asked_sampling(project, settings.seed, tokenizer, len(ids))
     with Tracker(settings, "drafter", place.folder) as tracker, join(settings, texts) as target:
         request = make_request(settings, ids, sampling, most_new_tokens(project, len(ids), target.welcome.context))
-        _check_prompt(request, texts, target.welcome)
+        _check_request(request, texts, target.welcome)
         drafts: Drafts = NoDrafts()
         if request.mode is not Mode.target_only:
             drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
@@ -86,8 +86,13 @@ def _exit_code(error: Exception) -> int:
     return 2 if is_users else 1
 
 
-def _check_prompt(request: TextRequest, texts: Sequence[str], welcome: Welcome) -> None:
-    """UserError for a prompt that this target has no place for."""
+def _check_request(request: TextRequest, texts: Sequence[str], welcome: Welcome) -> None:
+    """UserError for a prompt that this target has no place for, and for words about tokens that it does not have."""
+    if request.sampling.words is not None:
+        try:
+            request.sampling.words.check_ids(welcome.vocabulary_size)
+        except ValueError as error:
+            raise UserError(f"project.{error}") from None
     if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
         raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
     wrong = next((token for token in request.prompt_ids if token >= welcome.vocabulary_size), None)

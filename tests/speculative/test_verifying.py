@@ -12,6 +12,7 @@ import torch
 from lab.engine import Engine, Request, Session, SyntheticEngine, TargetStep, Want
 from lab.kv import CacheFull
 from lab.sampling import Sampling
+from lab.words import Words
 from speculative.drafting import Desync, OwnText
 from speculative.drafts import RandomDrafts
 from speculative.messages import Reason
@@ -247,6 +248,7 @@ def test_a_text_is_resumed_by_its_owner_only_and_as_it_is() -> None:
     for changed in (
         replace(asked(), max_new_tokens=41),
         replace(asked(), sampling=Sampling(seed=1, temperature=1, top_k=0, top_p=1)),
+        replace(asked(), sampling=replace(asked().sampling, words=Words(prompt_tokens=3, presence_penalty=1.0))),
         replace(asked(), prompt_ids=[1, 2, 4]),
         replace(asked(), new_ids=[(TEXT[0] + 1) % 50]),
     ):
