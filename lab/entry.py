@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from lab.environment import describe_environment
 from lab.explain import explain
 from lab.files import write_whole
 from lab.not_finite import NotFinite
+from lab.overrides import override, with_texts_as_typed
 from lab.settings import Dtype, LabSettings, UserError, digest, to_plain, to_settings
 from lab.tracking import finite
 
@@ -91,7 +91,7 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
             leave(1, str(error))
 
     try:
-        sys.argv[1:] = literal_prompt(sys.argv[1:])
+        sys.argv[1:] = with_texts_as_typed(literal_prompt(sys.argv[1:]), settings_type)
         hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
     except UserError as error:
         leave(2, str(error))
@@ -107,9 +107,12 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
     raise SystemExit(0)
 
 
-def compose_settings(config_name: str, overrides: str, settings_type: type[Settings]) -> Settings:
-    """Settings for a process that has no command line of its own: a config name and a string of Hydra overrides."""
-    return settle(compose_config(config_name, shlex.split(overrides)), settings_type)
+def compose_settings(config_name: str, overrides: str | Sequence[str], settings_type: type[Settings]) -> Settings:
+    """Settings for a process that has no command line of its own: a config name and Hydra overrides, as words or in
+    one string from which a shell would make them."""
+    words = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    words = with_texts_as_typed(words, settings_type)
+    return settle(compose_config(config_name, words), settings_type)
 
 
 def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
@@ -188,10 +191,7 @@ def _quoted(argument: str) -> str:
         return argument
     if key == "prompt_file" or value == "-":
         value = _read_prompt(key, value)
-    # Backslashes are plain text to Hydra except in a run before a quote; OmegaConf unescapes those before `${`.
-    value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
-    value = re.sub(r'(\\*)("|$(?!\n))', lambda found: found[1] * 2 + (r"\"" if found[2] else ""), value)
-    return f'prompt="{value}"'
+    return override("prompt", value)
 
 
 def _read_prompt(key: str, path: str) -> str:

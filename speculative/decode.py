@@ -21,8 +21,8 @@ from hydra.core.hydra_config import HydraConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab import entry
-from lab.bench import listening
 from lab.models import load_tokenizer_only
+from lab.processes import listening
 from lab.settings import UserError
 from lab.tracking import Tracker
 from speculative.drafting import TextRefused

@@ -219,7 +219,7 @@ def _settings_of_model(name: str, dtype: Dtype | None, device: str) -> ModelSett
     """Composed once: benchmarks and proofs open the same drafter again and again."""
     words = [f"model={name}", f"device.name={device}"]
     words += [f"model.dtype={dtype.name}"] if dtype else []
-    return compose_settings("spec_decoding", " ".join(words), SpeculativeSettings).model
+    return compose_settings("spec_decoding", words, SpeculativeSettings).model
 
 
 def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list[str], whose: str) -> None:

@@ -16,11 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import conf
-from lab.bench import listening, pinned
+from lab.bench import pinned
 from lab.device import open_device
 from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
 from lab.models import load_tokenizer_only
+from lab.overrides import override
+from lab.processes import listening
 from lab.settings import UserError
 from lab.wire import encode, pack_tokens
 from speculative.bench_settings import BenchEngine
@@ -266,7 +268,7 @@ def model_words(settings: SpeculativeSettings) -> list[str]:
             f"model must be one of {', '.join(sorted(names.values()))} for this benchmark, got {model.name!r}"
         )
     cache = Path(model.cache_dir).expanduser()
-    return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", f"model.cache_dir='{cache}'"]
+    return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", override("model.cache_dir", cache)]
 
 
 @contextmanager

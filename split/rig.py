@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lab.bench import listening, pinned
+from lab.bench import pinned
 from lab.device import open_device
 from lab.engine import LocalEngine
 from lab.entry import compose_settings
 from lab.layers import load_proved
+from lab.processes import listening
 from lab.settings import ModelSettings
 from split.bench_settings import SplitBenchSettings
 from split.boundary import Boundary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from lab.fingerprints import weights_fingerprints
 from lab.models import model_identity
 from lab.network import client_side_tls, make_endpoint
+from lab.overrides import override
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.address import Address
@@ -103,7 +103,7 @@ class _Local(NamedTuple):
     def told(self) -> list[str]:
         """The words of each of them, but for its place."""
         words = own_words() if self.words is None else self.words
-        return [*words, f"project.checkpoints={json.dumps(str(self.checkpoints))}"]
+        return [*words, override("project.checkpoints", self.checkpoints)]
 
 
 def _open(settings: SplitTrainSettings, device: torch.device, local: _Local, stack: ExitStack) -> TrainingTransport:
