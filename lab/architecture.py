@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from omegaconf import OmegaConf
 
 import conf
+from lab.files import path_of
 from lab.settings import ArchitectureSettings, ModelSettings, ModelSource, UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def own_name(settings: ModelSettings) -> str:
     """The last part of the repository, of the folder's path, or of the file's without its ending."""
     if settings.source is ModelSource.hub:
         return str(settings.repo).rpartition("/")[2]
-    path = Path(str(settings.path)).expanduser().absolute()
+    path = path_of(str(settings.path), "model.path")
     return path.stem if settings.source is ModelSource.gguf else path.name
 
 

@@ -10,7 +10,8 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -25,12 +26,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lab.architecture import as_described
-from lab.environment import describe_environment
+from lab.environment import describe_environment, version
 from lab.explain import explain
-from lab.files import write_whole
+from lab.files import whose_place, write_whole
 from lab.not_finite import NotFinite
 from lab.overrides import override, with_texts_as_typed
-from lab.settings import Dtype, LabSettings, UserError, digest, to_plain, to_settings
+from lab.settings import Dtype, LabSettings, UserError, digest, texts_by_key, to_plain, to_settings
 from lab.tracking import finite
 
 
@@ -68,6 +69,14 @@ class Run:
 
 def main(config_name: str, settings_type: type[Settings], run: Callable[[Settings, Run], dict[str, Any]]) -> NoReturn:
     """Runs a whole command: `run` gets typed settings and returns the figures of the last line."""
+    if "--version" in sys.argv[1:]:
+        print(version())
+        raise SystemExit(0)
+    with for_owner_alone():
+        _main(config_name, settings_type, run)
+
+
+def _main(config_name: str, settings_type: type[Settings], run: Callable[[Settings, Run], dict[str, Any]]) -> NoReturn:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing its own page
@@ -89,6 +98,10 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
             leave(2, str(error))
         except NotFinite as error:
             leave(1, str(error))
+        except OSError as error:
+            if mistake := whose_place(error, texts_by_key(config) | {"hydra.run.dir": str(place.folder)}):
+                leave(2, str(mistake))
+            raise
 
     try:
         sys.argv[1:] = with_texts_as_typed(literal_prompt(sys.argv[1:]), settings_type)
@@ -135,6 +148,18 @@ def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
             return compose(config_name, overrides=list(words))
     except HydraException as error:
         raise UserError(explain(error)) from None
+
+
+@contextmanager
+def for_owner_alone() -> Iterator[None]:
+    """Files that are made meanwhile, here and by processes that are started, are for their owner alone: settings,
+    results and logs hold prompts and texts, and libraries that we use write some of them."""
+    before = os.umask(0o077)
+    os.umask(before | 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def leave(code: int, line: str) -> NoReturn:

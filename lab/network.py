@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
+from lab.files import path_of
 from lab.settings import NetworkSettings, UserError
 from lab.wire import (
     Deadlines,
@@ -149,4 +150,4 @@ def address_for_peers(host: str) -> str:
 
 
 def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name).expanduser()
+    return None if name is None else path_of(name, "network.key_file and network.tls_*")

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
 from lab.overrides import override
 
 LOG = "stderr.log"
@@ -62,6 +64,15 @@ def start(
     finally:
         if stderr is not None:
             stderr.close()
+
+
+def own_words(but: tuple[str, ...] = ()) -> list[str]:
+    """The words of our own command line, for a process that is to have them too, but for those that begin so. Where
+    the user's own settings files are is among them."""
+    own = HydraConfig.get()
+    folders = [source.path for source in own.runtime.config_sources if source.provider == "command-line"]
+    words = [word for word in own.overrides.task if not word.startswith(but)]
+    return [*(f"--config-dir={folder}" for folder in folders), *words]
 
 
 def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:

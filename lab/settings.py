@@ -426,6 +426,18 @@ def _convert(node: DictConfig) -> Any:
     return converted
 
 
+def texts_by_key(config: DictConfig, path: str = "") -> dict[str, str]:
+    """Every value of a config that is a text and may be the name of a place, by its dotted key; not the prompt."""
+    found: dict[str, str] = {}
+    for key in config:
+        value = None if OmegaConf.is_missing(config, key) else config[key]
+        if isinstance(value, DictConfig):
+            found |= texts_by_key(value, f"{path}{key}.")
+        elif isinstance(value, str) and value and f"{path}{key}" != "prompt":
+            found[f"{path}{key}"] = value
+    return found
+
+
 def to_plain(value: Any) -> Any:
     """Settings (or figures) as JSON values: enum members by name, paths absolute; NaN and infinity stay floats."""
     if is_dataclass(value) and not isinstance(value, type):

@@ -20,6 +20,7 @@ from lab.bench import pinned
 from lab.device import open_device
 from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
+from lab.files import path_of
 from lab.models import load_tokenizer_only
 from lab.overrides import override
 from lab.processes import listening
@@ -267,7 +268,7 @@ def model_words(settings: SpeculativeSettings) -> list[str]:
         raise UserError(
             f"model must be one of {', '.join(sorted(names.values()))} for this benchmark, got {model.name!r}"
         )
-    cache = Path(model.cache_dir).expanduser()
+    cache = path_of(model.cache_dir, "model.cache_dir")
     return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", override("model.cache_dir", cache)]
 
 

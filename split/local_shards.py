@@ -12,10 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hydra.core.hydra_config import HydraConfig
-
 from lab.bench import pinned
-from lab.processes import NotReady, first_line, last_words, start
+from lab.processes import NotReady, first_line, last_words, own_words, start
 from lab.settings import UserError
 from split.address import Address
 
@@ -24,7 +22,8 @@ log = logging.getLogger(__name__)
 STOP_SECONDS = 5.0
 """For a shard to leave by itself; then it is killed."""
 WATCH_SECONDS = 0.1
-_NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
+NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
+"""How words of a client begin that its shards do not get."""
 
 
 class LocalShards:
@@ -122,7 +121,7 @@ class LocalShards:
     def _start(self, index: int, port: int) -> subprocess.Popen[str]:
         layers = self._layers[index]
         words = [
-            *(own_words() if self._extra is None else self._extra),
+            *(own_words(NOT_FOR_SHARDS) if self._extra is None else self._extra),
             f"project.layers={layers.start}:{layers.stop}",
             "project.follow_stdin=true",
             f"network.port={port}",
@@ -146,8 +145,3 @@ class LocalShards:
                 f"project.start_seconds must be long enough for a shard to load, got {self._start_seconds:g}"
             ) from None
         return Address(ready["host"], ready["port"])
-
-
-def own_words() -> list[str]:
-    """The overrides of our own command line that a shard is to have, too."""
-    return [word for word in HydraConfig.get().overrides.task if not word.startswith(_NOT_FOR_SHARDS)]

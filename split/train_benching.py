@@ -19,10 +19,9 @@ from lab.device import open_device
 from lab.entry import compose_settings
 from lab.examples import Batch, Example, collate
 from lab.models import load_config, load_tokenizer_only, prepare_checkpoint
-from lab.processes import run_to_end
+from lab.processes import own_words, run_to_end
 from lab.training import train_steps
 from split.checkpoint import Manifest
-from split.local_shards import own_words
 from split.schedule import Phase, Schedule, Timeline, even_bubble, least_seconds, operations, replay
 from split.settings import TransportKind
 from split.train_bench_settings import SplitTrainBenchSettings
@@ -191,7 +190,7 @@ class TrainBench:
         """Two pinned shards, for every part that needs them."""
         settings = self._settings
         assert settings.project.transport is TransportKind.tcp
-        words = [word for word in own_words() if word.startswith(("model", "device."))]
+        words = [word for word in own_words() if word.startswith(("--config-dir", "model", "device."))]
         recipe, checkpoints = make_recipe(settings), self._folder / "checkpoints"
         return self._stack.enter_context(open_shards(settings, recipe, self._device, self._folder, checkpoints, words))
 
