@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -131,6 +132,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+@functools.cache
 def _presets() -> list[dict[str, Any]]:
     files = sorted((Path(conf.__file__).parent / "model").glob("*.yaml"))
     return [dict(OmegaConf.load(file)) for file in files]

@@ -59,6 +59,9 @@ QUIET = {
 }
 
 
+LONGEST_LINE = 2000
+
+
 @dataclass(frozen=True)
 class Run:
     """Where one run of a command keeps its files."""
@@ -110,6 +113,10 @@ def _main(config_name: str, settings_type: type[Settings], run: Callable[[Settin
         leave(2, str(error))
     except HydraException as error:
         leave(2, explain(error))
+    except COMPOSING_FAULTS as error:
+        if began:
+            raise
+        leave(2, str(does_not_compose(error)))
     except OSError as error:  # Hydra makes the run folder before it calls us
         if began:
             raise
@@ -148,6 +155,17 @@ def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
             return compose(config_name, overrides=list(words))
     except HydraException as error:
         raise UserError(explain(error)) from None
+    except COMPOSING_FAULTS as error:
+        raise does_not_compose(error) from None
+
+
+COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What Hydra raises for some words that it cannot use, where it has no words of its own for them."""
+
+
+def does_not_compose(error: Exception) -> UserError:
+    """What to say of such words."""
+    return UserError(f"the words of the command line must make settings: {error or type(error).__name__}")
 
 
 @contextmanager
@@ -163,7 +181,10 @@ def for_owner_alone() -> Iterator[None]:
 
 
 def leave(code: int, line: str) -> NoReturn:
-    """Ends the process with this exit code and one line on stderr."""
+    """Ends the process with this exit code and one line on stderr, which a value of a thousand letters does not fill."""
+    line = " ".join(line.split())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     print(f"error: {line}" if code == 2 else line, file=sys.stderr, flush=True)
     raise SystemExit(code)
 

@@ -79,7 +79,7 @@ def _hydra_reads_it(word: str, value: str, *, sweeps: bool) -> bool:
     """Whether what Hydra makes of the word is what was typed, or asked for in Hydra's own words."""
     try:
         (parsed,) = OverridesParser.create().parse_overrides([word])
-    except HydraException:
+    except (HydraException, ValueError):  # a number of more than 4,300 digits is the latter
         return False
     if parsed.is_sweep_override():
         return sweeps
