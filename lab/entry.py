@@ -181,7 +181,7 @@ def for_owner_alone() -> Iterator[None]:
 
 
 def leave(code: int, line: str) -> NoReturn:
-    """Ends the process with this exit code and one line on stderr, which a value of a thousand letters does not fill."""
+    """Ends the process with this exit code and one line on stderr, shortened where a value in it is very long."""
     line = " ".join(line.split())
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"

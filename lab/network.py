@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 from collections.abc import Callable
@@ -112,6 +113,17 @@ def listener_tls(network: NetworkSettings) -> ssl.SSLContext | None:
         return server_tls(certificate, private_key, _path(network.tls_authority))
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None
+
+
+def cannot_listen(network: NetworkSettings, error: OSError) -> UserError:
+    """What to say of a listener that could not be opened: which of host and port is to blame."""
+    if isinstance(error, socket.gaierror):
+        return UserError(f"network.host must be a name that resolves, got {network.host!r} ({error.strerror})")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return UserError(f"network.host must be an address of this machine, got {network.host!r} ({error})")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return UserError(f"network.port must be one that this user may open, got {network.port} ({error})")
+    return UserError(f"network.port must be free on {network.host}, got {network.port} ({error})")
 
 
 def client_side_tls(network: NetworkSettings) -> ssl.SSLContext | None:

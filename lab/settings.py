@@ -200,6 +200,7 @@ class NetworkSettings:
     """Largest payload accepted before it."""
 
     def __post_init__(self) -> None:
+        require("[" not in self.host, "host must be an address without brackets (::1)", self.host)
         require(0 <= self.port <= 65535, "port must be in [0, 65535]", self.port)
         require_above(0, self, "connect_timeout_seconds", "handshake_timeout_seconds", "request_timeout_seconds")
         require_above(0, self, "heartbeat_seconds")
@@ -222,7 +223,7 @@ class DeviceSettings:
     """CPU threads of torch in each process; 0 leaves torch's own choice."""
 
     def __post_init__(self) -> None:
-        require_at_least(0, self, "threads")
+        require(0 <= self.threads <= 1024, "threads must be in [0, 1024]", self.threads)
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from lab.network import address_for_peers
+from lab.network import address_for_peers, cannot_listen
 from lab.settings import NetworkSettings, UserError
 from lab.wire import Endpoint, FrameConnection, FrameServer
 
@@ -84,7 +84,7 @@ def serve_port(
         try:
             asyncio.run(serving)
         except OSError as error:
-            raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
+            raise cannot_listen(network, error) from None
 
 
 async def serve(

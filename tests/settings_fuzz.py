@@ -1,20 +1,22 @@
 """Wrong values for every key of every command: what comes of each is settings, or one line for people.
 
-`change_settings` composes and checks, thousands a minute. `reach_work` runs commands themselves, in this process and with
-a model of a few thousand numbers, so that a value meets what is checked only where it is used.
+`change_settings` composes and checks, thousands a minute. `reach_work` runs commands themselves, in this process with a
+small model, so that a value meets what is checked only where it is used.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from unittest import mock
@@ -29,6 +31,7 @@ from lab.entry import COMPOSING_FAULTS, compose_config, does_not_compose, settle
 from lab.explain import explain
 from lab.overrides import with_texts_as_typed
 from lab.settings import LabSettings, UserError
+from tests.test_conf import COMMANDS
 
 LONG = "x" * 20_000
 VALUES = (
@@ -36,11 +39,50 @@ VALUES = (
     *(str(sign * 2**bits + more) for bits in (31, 32, 53, 63, 64) for sign in (1, -1) for more in (-1, 0, 1)),
     *("1" + "0" * 40, "-1" + "0" * 40, "9" * 5000, "1e400", "true", "false", "yes", "none", "auto", "x", LONG),
     *("[]", "[0]", "[-1]", "[1,2]", "[2,1]", "[1.5]", "[nan]", "[x]", "['']", "[[1]]", "[null]", "{}", "{x:1}", "[{}]"),
-    *("José", "日本語", "\U0001f600", "a b", "a,b", "a=b", "(", ")", "[", "]", "{", "'", '"', "\\", "%s", "$x", "~", "-x", "--"),
-    *("${x}", "${seed}", "${oc.env:NOT_SET}", "${oc.nothing:}", "${", "a\nb", "\t", "\x7f", "\u202e", "/dev/null/x", "/", "."),
+    *(
+        "José",
+        "日本語",
+        "\U0001f600",
+        "a b",
+        "a,b",
+        "a=b",
+        "(",
+        ")",
+        "[",
+        "]",
+        "{",
+        "'",
+        '"',
+        "\\",
+        "%s",
+        "$x",
+        "~",
+        "-x",
+        "--",
+    ),
+    *(
+        "${x}",
+        "${seed}",
+        "${oc.env:NOT_SET}",
+        "${oc.nothing:}",
+        "${",
+        "a\nb",
+        "\t",
+        "\x7f",
+        "\u202e",
+        "/dev/null/x",
+        "/",
+        ".",
+    ),
     *("127.0.0.1:1", "[::1]:1", "::1", "0:1", "1:0", "0:99", ":", "0:" + "9" * 30),
 )
-FORMS = ("{key}={value}",) * 12 + ("++{key}={value}", "+{key}={value}", "{key}.deeper={value}", "{key}x={value}", "~{key}")
+FORMS = ("{key}={value}",) * 12 + (
+    "++{key}={value}",
+    "+{key}={value}",
+    "{key}.deeper={value}",
+    "{key}x={value}",
+    "~{key}",
+)
 
 
 @dataclass
@@ -136,39 +178,59 @@ def _composed_with(config: DictConfig, words: Sequence[str]) -> DictConfig:
 class Command:
     """One that ends by itself soon, whatever it is told."""
 
-    name: str
+    config: str
     main: Callable[[], None]
-    schema: type[LabSettings]
     words: tuple[str, ...]
     but: tuple[str, ...] = ()
     """How keys begin that would make it large or slow, or that it needs to end."""
+
+    @property
+    def name(self) -> str:
+        """Its module's."""
+        return self.main.__module__
+
+    @property
+    def schema(self) -> type[LabSettings]:
+        """Its settings."""
+        return COMMANDS[self.config]
 
 
 def reach_work(commands: Sequence[Command], count: int, seed: int, folder: Path) -> Came:
     """`count` runs of commands with one changed word each."""
     came = Came()
     with ExitStack() as stack:
+        stack.enter_context(chdir(folder))  # some values are names of folders that commands make
         busy = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         common = ("tracking=none", f"network.port={busy.getsockname()[1]}", f"hydra.run.dir={folder}/run")
         for number, command in enumerate(commands):
-            words = [word for word in words_of(command.schema, 4 * count, seed + number) if _is_for(command, word)]
-            for word in words[: count // len(commands)]:
+            words = islice(_that_settle(command, seed + number), count // len(commands))
+            for word in words:
                 came.add(f"{command.name} {word}", *run_of(command, [*command.words, *common, word]))
     return came
 
 
+def _that_settle(command: Command, seed: int) -> Iterator[str]:
+    """Changed words that become settings, so that the work meets them."""
+    config = compose_config(command.config, list(command.words))
+    for word in words_of(command.schema, 10_000, seed):
+        if _is_for(command, word) and outcome_of(config, word, command.schema) == (None, None):
+            yield word
+
+
 def _is_for(command: Command, word: str) -> bool:
-    key = word.lstrip("+~").partition("=")[0]
-    return not key.startswith(("tracking", "network.port", "network.host", *command.but))
+    key, _, value = word.lstrip("+~").partition("=")
+    if key.startswith("model.architecture") and value.isdecimal() and len(value) > 3:
+        return False  # a model as large as that
+    return not key.startswith(("tracking", "network.port", "network.host", "project.follow_stdin", *command.but))
 
 
 def run_of(command: Command, words: Sequence[str]) -> tuple[str | None, str | None]:
     """The line of a command that ended with exit code 2, or the fault; neither for exit code 0."""
     output, errors = StringIO(), StringIO()
     try:
-        with _undone(), mock.patch.object(sys, "argv", [command.name, *words]):
-            with redirect_stdout(output), redirect_stderr(errors):
-                command.main()
+        argv = mock.patch.object(sys, "argv", [command.name, *words])
+        with _undone(), argv, redirect_stdout(output), redirect_stderr(errors):
+            command.main()
     except SystemExit as left:
         said = errors.getvalue().splitlines()
         if left.code == 2:
@@ -182,8 +244,6 @@ def run_of(command: Command, words: Sequence[str]) -> tuple[str | None, str | No
 @contextmanager
 def _undone() -> Iterator[None]:
     """A command sets loggers of its whole process."""
-    import logging
-
     root, level = logging.getLogger(), logging.getLogger().level
     handlers = root.handlers[:]
     try:
@@ -192,3 +252,54 @@ def _undone() -> Iterator[None]:
         root.handlers[:] = handlers
         root.setLevel(level)
         GlobalHydra.instance().clear()
+
+
+def commands_that_end(folder: Path) -> list[Command]:
+    """Every command that one can have end soon: those that listen find their port taken, the drafter reaches nobody."""
+    import fl.sizes
+    import lab.decode
+    import lab.doctor
+    import simulations.fed_sim
+    import simulations.link
+    import speculative.drafter
+    import speculative.verifier
+    import split.infer
+    import split.learn
+    import split.merge
+    import split.plan
+    import split.serve
+    import split.train
+
+    data = folder / "texts.jsonl"
+    lines = [f'{{"text": "The cat number {number} sat on the mat."}}\n' for number in range(12)]
+    data.write_text("".join(lines), encoding="utf-8")
+    tiny = ("model=random", "model.quantization=none", "device.threads=1", f"model.cache_dir={folder}/models")
+    short = (*tiny, "prompt=The cat", "project.max_new_tokens=2")
+    learnt = ("project.data.source=jsonl", f"project.data.path={data}", "project.data.sequence_length=16")
+    local = ("project.transport=inproc", "project.local_shards=2")
+    nobody = ("network.connect_timeout_seconds=0.2", "project.draft.source=ngram")
+    layers = (*tiny, "project.layers=0:2")
+    merged = (f"project.checkpoint={folder}", f"project.output={folder}/x")
+    site = ("project.baseline=central", "project.rounds=1", "project.num_clients=1", "project.local_steps=1")
+    kept = "project.transport"
+    many = ("project.steps", "project.rounds", "project.optimization", "project.local_steps", "project.num_clients")
+    return [
+        Command("doctor", lab.doctor.main, (*tiny, "project.matrix_size=64", "project.ports=[]"), ("project",)),
+        Command("split_plan", split.plan.main, tiny),
+        Command("split_inf", split.infer.main, (*short, *local), (kept,)),
+        Command("split_inf", split.serve.main, layers, (kept,)),
+        Command("split_train", split.train.main, (*tiny, *learnt, *local, "project.steps=1"), (*many, kept)),
+        Command("split_train", split.learn.main, layers, (kept,)),
+        Command("split_merge", split.merge.main, (*tiny, *merged)),
+        Command("decode", lab.decode.main, (*tiny, "project.context=32", "project.max_new_tokens=2")),
+        Command("spec_decoding", speculative.drafter.main, (*short, *nobody)),
+        Command("spec_decoding", speculative.verifier.main, tiny),
+        Command("link", simulations.link.main, (*tiny, "project.target_port=1")),
+        Command("fed_learn", fl.sizes.main, tiny),
+        Command(
+            "fed_learn",
+            simulations.fed_sim.main,
+            (*tiny, *learnt, *site, "project.data.held_out_fraction=0.5"),
+            (*many, "project.baseline", "project.data"),
+        ),
+    ]

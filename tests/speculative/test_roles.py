@@ -354,7 +354,7 @@ def test_an_unreachable_verifier_is_named_with_time_and_attempt(tmp_path: Path) 
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
     text = _refused(port, ("network.connect_timeout_seconds=1.0",), tmp_path)
-    assert text.startswith(f"verifier 127.0.0.1:{port} could not be reached within 1 s ([Errno 111]")
+    assert text.startswith(f"verifier 127.0.0.1:{port} could not be reached ([Errno 111]")
     assert "gave up after 1." in text
     assert int(text.partition("attempt ")[2].split()[0]) > 2
 
