@@ -29,7 +29,7 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
     """Trains in this process and returns the figures of the last line, those of a federated run."""
     begin = time.perf_counter()
     project = settings.project
-    require_writable(place.folder)
+    require_writable(place.folder, "hydra.run.dir")
     splits = read_all(settings, load_tokenizer_only(settings.model))
     base = open_base(settings)
     sites = SiteLog(settings)

@@ -27,7 +27,7 @@ from lab.counts import Counts
 from lab.device import open_device, read_memory
 from lab.entry import Run
 from lab.environment import commit
-from lab.files import require_writable
+from lab.files import path_of, require_writable
 from lab.lora import fresh_adapter, lora_config
 from lab.models import load_config, model_identity
 from lab.settings import UserError
@@ -46,7 +46,7 @@ def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]
     round's adapter is on disk then.
     """
     begin = time.perf_counter()
-    require_writable(place.folder)
+    require_writable(place.folder, "hydra.run.dir")
     project, device = settings.project, open_device(settings.device)
     initial = first_adapter(settings)
     index = AdapterIndex.of(initial, project.wire_dtype)
@@ -198,7 +198,7 @@ def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg
 def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
     """A fresh adapter, or that of `project.warm_start`."""
     if settings.project.warm_start is not None:
-        folder = Path(settings.project.warm_start).expanduser()
+        folder = path_of(settings.project.warm_start, "project.warm_start")
         try:
             lora = lora_config(settings.model.lora_targets, settings.project.lora)
             return load_adapter(folder, base_model(settings), lora, load_config(settings.model))

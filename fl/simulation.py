@@ -52,7 +52,7 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     Raises what the server raises, Unfinished when the clients cannot go on, and what a signal raises when every worker
     has ended.
     """
-    require_writable(place.folder)
+    require_writable(place.folder, "hydra.run.dir")
     check(settings)
     warnings = place.folder / worker_log.FILE
     # A long-lived worker that loads and trains in turn otherwise keeps much of what it freed (glibc's arenas). A low

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import secrets
 import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -31,11 +31,12 @@ from rich.logging import RichHandler
 
 from lab import streams
 from lab.architecture import as_described
-from lab.ending import End, EndedBy, Signals, Stopped, Unfinished, end_children, end_of, leave_at_once
-from lab.environment import describe_environment
+from lab.ending import End, EndedBy, Signals, Stopped, Unfinished, disk_full, end_children, end_of, leave_at_once
+from lab.environment import describe_environment, version
 from lab.explain import explain
-from lab.files import write_whole
-from lab.settings import Dtype, LabSettings, UserError, digest, to_plain, to_settings
+from lab.files import whose_place, write_whole
+from lab.overrides import override, with_texts_as_typed
+from lab.settings import Dtype, LabSettings, UserError, digest, texts_by_key, to_plain, to_settings
 from lab.terminal import has_room, one_line
 from lab.tracking import finite
 
@@ -61,6 +62,9 @@ QUIET = {
 }
 
 
+LONGEST_LINE = 2000
+
+
 @dataclass
 class Run:
     """One run of a command."""
@@ -78,6 +82,14 @@ Work = Callable[[Settings, Run], dict[str, Any]]
 def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
     """Runs a whole command: `run` gets typed settings and returns the figures of the last line."""
     streams.in_utf8_mode()
+    if "--version" in sys.argv[1:]:
+        print(version())
+        raise SystemExit(0)
+    with for_owner_alone():
+        _main(config_name, settings_type, run)
+
+
+def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing its own page
@@ -120,10 +132,10 @@ class _Command:
                 self._settings = settings = settle(config, settings_type)
                 self._figures = run(settings, self.place)
             except Exception as error:  # raised when Hydra has gone, which would put a line of its own before ours
-                raised.append(error)
+                raised.append(_as_users(error, config, self.place))
 
         streams.check_arguments(sys.argv[1:])
-        sys.argv[1:] = literal_prompt(sys.argv[1:])
+        sys.argv[1:] = with_texts_as_typed(literal_prompt(sys.argv[1:]), settings_type)
         hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
         if raised:
             raise raised[0]
@@ -182,19 +194,32 @@ class _Command:
             finish(figures, self._settings, self.place, self._out)
 
 
+def _as_users(error: Exception, config: DictConfig, place: Run) -> Exception:
+    """The same error, or as one of the user's where it is about a place that a setting names."""
+    if not isinstance(error, OSError) or disk_full(error):
+        return error
+    return whose_place(error, texts_by_key(config) | {"hydra.run.dir": str(place.folder)}) or error
+
+
 def _end_of(error: BaseException, command: _Command) -> End:
     if isinstance(error, HydraException):
         return End(2, EndedBy.refused, explain(error))
-    if isinstance(error, OSError) and command.place is None:  # Hydra makes the run folder before it calls us
+    is_composed = command.place is not None
+    if isinstance(error, COMPOSING_FAULTS) and not isinstance(error, UserError) and not is_composed:
+        return End(2, EndedBy.refused, str(does_not_compose(error)))
+    if isinstance(error, OSError) and not is_composed:  # Hydra makes the run folder before it calls us
         where = error.filename or "the run folder"
         rule = "hydra.run.dir must be a folder that can be written"
         return End(2, EndedBy.refused, f"{rule}, got {str(where)!r} ({error.strerror})")
     return end_of(error)
 
 
-def compose_settings(config_name: str, overrides: str, settings_type: type[Settings]) -> Settings:
-    """Settings for a process that has no command line of its own: a config name and a string of Hydra overrides."""
-    return settle(compose_config(config_name, shlex.split(overrides)), settings_type)
+def compose_settings(config_name: str, overrides: str | Sequence[str], settings_type: type[Settings]) -> Settings:
+    """Settings for a process that has no command line of its own: a config name and Hydra overrides, as words or in
+    one string from which a shell would make them."""
+    words = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    words = with_texts_as_typed(words, settings_type)
+    return settle(compose_config(config_name, words), settings_type)
 
 
 def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
@@ -221,6 +246,29 @@ def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
             return compose(config_name, overrides=list(words))
     except HydraException as error:
         raise UserError(explain(error)) from None
+    except COMPOSING_FAULTS as error:
+        raise does_not_compose(error) from None
+
+
+COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What Hydra raises for some words that it cannot use, where it has no words of its own for them."""
+
+
+def does_not_compose(error: Exception) -> UserError:
+    """What to say of such words."""
+    return UserError(f"the words of the command line must make settings: {error or type(error).__name__}")
+
+
+@contextmanager
+def for_owner_alone() -> Iterator[None]:
+    """Files that are made meanwhile, here and by processes that are started, are for their owner alone: settings,
+    results and logs hold prompts and texts, and libraries that we use write some of them."""
+    before = os.umask(0o077)
+    os.umask(before | 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def leave(code: int, line: str) -> NoReturn:
@@ -230,7 +278,10 @@ def leave(code: int, line: str) -> NoReturn:
 
 
 def _say(code: int, line: str) -> None:
-    print(one_line(f"error: {line}" if code == 2 else line), file=sys.stderr, flush=True)
+    line = one_line(f"error: {line}" if code == 2 else line)
+    if len(line) > LONGEST_LINE:  # a value in it is very long
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(line, file=sys.stderr, flush=True)
 
 
 def finish(figures: dict[str, Any], settings: LabSettings, place: Run, out: TextIO | None = None) -> None:
@@ -301,10 +352,7 @@ def _quoted(argument: str) -> str:
         return argument
     if name == "prompt_file" or value == "-":
         value = streams.read_stdin() if value == "-" and name == "prompt" else _read_prompt_file(value)
-    # Backslashes are plain text to Hydra except in a run before a quote; OmegaConf unescapes those before `${`.
-    value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
-    value = re.sub(r'(\\*)("|$(?!\n))', lambda found: found[1] * 2 + (r"\"" if found[2] else ""), value)
-    return f'{key.removesuffix(name)}prompt="{value}"'
+    return f"{key.removesuffix(name)}{override('prompt', value)}"
 
 
 def _read_prompt_file(path: str) -> str:

@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab import entry
-from lab.bench import listening
 from lab.models import load_tokenizer_only
+from lab.processes import listening, own_words
 from lab.settings import UserError
 from lab.tracking import Tracker
 from speculative.drafting import TextRefused
@@ -40,8 +39,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     if context <= project.max_new_tokens:
         raise UserError(f"project.context must be greater than max_new_tokens={project.max_new_tokens}, got {context}")
     prompts = _prompts(settings, context - project.max_new_tokens)
-    own = [word for word in HydraConfig.get().overrides.task if not word.startswith(_NOT_FOR_THE_VERIFIER)]
-    words = [*own, "network.port=0", f"project.max_connections={project.sessions + 1}"]
+    words = [*own_words(_NOT_FOR_THE_VERIFIER), "network.port=0", f"project.max_connections={project.sessions + 1}"]
     with (
         Tracker(settings, "speculative-decode", place.folder) as tracker,
         listening("speculative.verifier", words, place.folder / "verifier", START_SECONDS) as port,

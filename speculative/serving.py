@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.network import make_endpoint
+from lab.network import cannot_listen, make_endpoint
 from lab.settings import UserError
 from lab.tracking import Tracker
 from lab.wire import FrameServer
@@ -134,7 +134,7 @@ async def serve(
         try:
             await server.__aenter__()
         except OSError as error:
-            raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
+            raise cannot_listen(network, error) from None
         try:
             announce(network.host, server.port)
             await asyncio.shield(asyncio.wrap_future(front.thread.finished))  # the thread itself says when it ends

@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab import entry
 from lab.asking import asked_sampling, decoder, most_new_tokens
 from lab.device import open_device
+from lab.files import path_of
 from lab.models import load_tokenizer_only
 from lab.network import is_users_to_mend
 from lab.prompts import asked_ids
@@ -133,7 +134,7 @@ def speak(
 def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
     """Have the next text be one that another process has opened, or a new one; its name is written to `path`."""
     try:
-        ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(Path(resume).expanduser())
+        ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(path_of(resume, "project.resume"))
     except ValueError as error:
         raise UserError(f"project.resume {error}") from None
     try:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from lab.ending import run_async
-from lab.network import address_for_peers
+from lab.network import address_for_peers, cannot_listen
 from lab.settings import NetworkSettings, UserError
 from lab.wire import Endpoint, FrameConnection, FrameServer
 
@@ -85,7 +85,7 @@ def serve_port(
         try:
             run_async(serving)
         except OSError as error:
-            raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
+            raise cannot_listen(network, error) from None
 
 
 async def serve(

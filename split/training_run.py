@@ -12,6 +12,7 @@ from typing import Any
 from lab.device import open_device
 from lab.entry import Run
 from lab.examples import Example
+from lab.files import path_of, require_writable
 from lab.models import load_config, load_tokenizer_only
 from lab.settings import UserError, to_plain
 from lab.tracking import Tracker, picture, progress
@@ -38,6 +39,7 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
     """
     project = settings.project
     checkpoints = checkpoints_of(settings, place.folder)
+    require_writable(checkpoints, "project.checkpoints")  # now, not after the steps that are to be kept there
     recipe = make_recipe(settings)
     examples = training_examples(project.data, load_tokenizer_only(settings.model), settings.seed)
     check_frame(settings, examples)
@@ -137,7 +139,7 @@ def first_manifest(
     )
     if project.resume is None:
         return begin, checkpoints
-    folder = latest_step(Path(project.resume).expanduser().absolute())
+    folder = latest_step(path_of(project.resume, "project.resume"))
     found = read_manifest(folder)
     check_resumable(found, begin, folder, allow_changed_data=project.allow_changed_data)
     follow(found, begin)
