@@ -41,7 +41,7 @@ AXES: dict[str, list[str]] = {
     "model.adapter": ["null", "'null'", "/nowhere"],
     "device.threads": ["1", "2"],
     "network.connect_timeout_seconds": ["1", "1.0", "2"],
-    "project.matrix_size": ["64", "128", "'128'", "0x80"],
+    "project.matrix_size": ["64", "128", "'128'", "1_28"],
 }
 """Values as one types them. Some are the same after parsing; some of the keys change no figure."""
 

@@ -45,6 +45,9 @@ def main() -> None:
             raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB")
         case "slow":
             time.sleep(2.0)
+        case "gate":
+            while not Path(f"{os.environ['FAKE_LOG']}.go-{size}").exists():
+                time.sleep(0.02)
     figures = {
         "status": "ok",
         "speed": 100.0 * size + seed,
