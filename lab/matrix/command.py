@@ -41,7 +41,13 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
         return {**figures, "skipped": figures["cells"], "seconds": time.monotonic() - began}
     result = run_sweep(settings, words, place.folder)
     figures = draw(result.document, place.folder, sweep, other)
-    return {**figures, "skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
+    figures |= {"skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
+    if isinstance(result.ended_by, KeyboardInterrupt):
+        why = f"interrupted: {figures['not_run']} of {figures['cells']} cells have no result; the same words go on from here"
+        raise entry.Unfinished(why, 130, figures)
+    if result.ended_by is not None:
+        raise result.ended_by
+    return figures
 
 
 if __name__ == "__main__":
