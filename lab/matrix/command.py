@@ -42,10 +42,11 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
     result = run_sweep(settings, words, place.folder)
     figures = draw(result.document, place.folder, sweep, other)
     figures |= {"skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
-    if isinstance(result.ended_by, KeyboardInterrupt):
-        why = f"interrupted: {figures['not_run']} of {figures['cells']} cells have no result; the same words go on from here"
-        raise entry.Unfinished(why, 130, figures)
     if result.ended_by is not None:
+        place.so_far = lambda: figures
+        if isinstance(result.ended_by, KeyboardInterrupt):
+            left = f"{figures['not_run']} of {figures['cells']} cells have no result"
+            log.warning("%s; the same words go on from here", left)
         raise result.ended_by
     return figures
 

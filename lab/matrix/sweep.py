@@ -153,10 +153,7 @@ class _Missing:
     def run(self) -> None:
         """Until each has a record, of this sweep or of one that runs beside it."""
         results, left, said = self._runs[0].folder.parent, list(self._runs), ""
-        try:
-            require_writable(results)
-        except UserError as error:
-            raise UserError(f"matrix.{error}") from None
+        require_writable(results, "matrix.results")
         enabled = self._settings.tracking.progress
         with Claims(results, self._folder) as claims, progress("runs", len(left), enabled) as self._counter:
             while left:
