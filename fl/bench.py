@@ -18,8 +18,6 @@ import json
 import logging
 import math
 import os
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +37,7 @@ from fl.strategy import METRICS, WEIGHT, WeightedFedAvg
 from lab import entry
 from lab.bench import Sample, interleaved, judged, missed, ratio, write_report
 from lab.environment import commit
+from lab.processes import run_to_end
 from lab.settings import ModelSettings
 
 log = logging.getLogger(__name__)
@@ -219,10 +218,7 @@ def compared(project: FederatedBenchProjectSettings, seed: int, folder: Path) ->
 def simulate(overrides: Sequence[str], folder: Path, timeout_seconds: float) -> dict[str, Any]:
     """The last line of one `simulations/fed_sim.py`, in a process of its own. CalledProcessError when it fails."""
     log.info("running simulations.fed_sim %s", " ".join(overrides))
-    command = [sys.executable, "-m", "simulations.fed_sim", *overrides, f"hydra.run.dir={folder}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout_seconds, check=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    return run_to_end("simulations.fed_sim", overrides, folder, timeout_seconds)[1]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from omegaconf import OmegaConf
 
 import conf
+from lab.files import path_of
 from lab.settings import ArchitectureSettings, ModelSettings, ModelSource, UserError
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def own_name(settings: ModelSettings) -> str:
     """The last part of the repository, of the folder's path, or of the file's without its ending."""
     if settings.source is ModelSource.hub:
         return str(settings.repo).rpartition("/")[2]
-    path = Path(str(settings.path)).expanduser().absolute()
+    path = path_of(str(settings.path), "model.path")
     return path.stem if settings.source is ModelSource.gguf else path.name
 
 
@@ -130,6 +132,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+@functools.cache
 def _presets() -> list[dict[str, Any]]:
     files = sorted((Path(conf.__file__).parent / "model").glob("*.yaml"))
     return [dict(OmegaConf.load(file)) for file in files]

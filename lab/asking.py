@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lab.sampling import Sampling
@@ -53,7 +53,7 @@ def most_new_tokens(asked: TextSettings, prompt_tokens: int, context: int) -> in
     return context - prompt_tokens
 
 
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    """What tokens say: the names of control tokens are no part of it, and no space is tidied away."""
+def decoder(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> Callable[[Sequence[int]], str]:
+    """What tokens say: the names of control tokens and of `ends` are no part of it, and no space is tidied away."""
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return lambda ids: str(tokenizer.decode(list(ids), **options))
+    return lambda ids: str(tokenizer.decode([token for token in ids if token not in ends], **options))

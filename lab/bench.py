@@ -1,4 +1,4 @@
-"""What every benchmark shares: warm-up, interleaved runs, median with spread, roles as processes, environment, JSON.
+"""What every benchmark shares: warm-up, interleaved runs, median with spread, cores, environment, JSON.
 
 Timings on a shared machine drift, so cases run in turn (A, B, A, B, ...) and are compared by ratios of the same turn.
 """
@@ -10,9 +10,7 @@ import json
 import logging
 import os
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,37 +84,6 @@ def pinned(core: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-@contextmanager
-def listening(module: str, words: Sequence[str], folder: Path, start_seconds: float) -> Iterator[int]:
-    """A role as a process of its own; yields the port it says it listens on, and ends it.
-
-    Raises:
-        RuntimeError: it does not listen within `start_seconds`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "stderr.log").open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, f"hydra.run.dir={folder}", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-    watchdog = threading.Timer(start_seconds, process.kill)
-    watchdog.start()
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        watchdog.cancel()  # it has listened in time; how long it serves is not its affair
-        if not line:
-            raise RuntimeError(f"{module} did not listen within {start_seconds:g} s: {errors.name} says why")
-        yield int(json.loads(line)["port"])
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.communicate()
 
 
 def judged(name: str, row: Mapping[str, Any], target: str, holds: bool) -> dict[str, Any]:

@@ -23,6 +23,12 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def version() -> str:
+    """What `--version` prints: our own, and the commit where there is one."""
+    number, here = _version("distributed-llm-lab") or "not installed", commit()
+    return f"distributed-llm-lab {number}{f' (commit {here})' if here else ''}"
+
+
 @functools.cache
 def commit() -> str | None:
     """Commit of the checkout this package runs from, `+` when files differ from it; null when installed without one.

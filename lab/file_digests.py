@@ -68,6 +68,6 @@ def _keep(places: Sequence[Path], found: dict[str, Any]) -> None:
     text = json.dumps(found, indent=1, sort_keys=True) + "\n"
     for place in places:
         with contextlib.suppress(OSError):
-            write_whole(place, text)
+            write_whole(place, text, share=True)
             return
     log.warning("the fingerprint could not be kept in %s: it is computed again at each start", places[0].parent)

@@ -1,10 +1,10 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are there whole or not at all, whatever happens while they are written; and places for them."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from lab.settings import UserError
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends well it is on disk and stands at `target`, else nothing does.
 
-    A folder that stood there is replaced.
+    A folder that stood there is replaced. It may be read by whoever may read the folder that it is put in.
     """
     unfinished = target.parent / f".{target.name}.{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        share_like_parent(unfinished)
         for file in unfinished.iterdir():
             sync(file)
         sync(unfinished)
@@ -32,12 +33,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
-def write_whole(target: Path, text: str) -> None:
-    """Writes `text` under another name first: whoever reads `target`, or is killed here, never sees half of it."""
+def share_like_parent(place: Path) -> None:
+    """Let whoever may read the folder around a file or folder read it, too: commands write for their owner alone
+    (`lab.entry`), which is not meant for a model that several users of a machine share."""
+    around = place.parent.stat().st_mode & 0o777
+    for each in [place, *(place.rglob("*") if place.is_dir() else ())]:
+        each.chmod(0o700 | around if each.is_dir() else 0o600 | around & 0o666)
+
+
+def write_whole(target: Path, text: str, *, share: bool = False) -> None:
+    """Writes `text` under another name first: whoever reads `target`, or is killed here, never sees half of it.
+
+    `share`: see `share_like_parent`; else it is for its owner alone.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.parent / f".{target.name}.{os.getpid()}"
     try:
         unfinished.write_text(text, encoding="utf-8")
+        if share:
+            share_like_parent(unfinished)
         sync(unfinished)
         unfinished.replace(target)
     finally:
@@ -45,15 +59,50 @@ def write_whole(target: Path, text: str) -> None:
     sync(target.parent)
 
 
-def require_writable(folder: Path) -> None:
-    """Make `folder` for results; UserError, in one line, when it cannot be made or written."""
+def path_of(text: str, key: str) -> Path:
+    """The absolute path that a setting names; UserError, with its key, for a `~` of a user without a home."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise UserError(f"{key} must be a path without ~ where HOME is not set, got {text!r}") from None
+
+
+def require_writable(folder: Path, key: str) -> None:
+    """Make `folder` for results; UserError, with the setting that names it, when it cannot be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"results must go to a folder that can be written, got '{folder}' ({error.strerror})") from None
+        raise cannot_use(key, folder, error) from None
+
+
+def cannot_use(key: str, where: object, error: OSError) -> UserError:
+    """What to say of a place that `key` names, which cannot be written or read."""
+    return UserError(f"{key} must be a folder that can be written, got {str(where)!r} ({error.strerror or error})")
+
+
+def whose_place(error: OSError, places: Mapping[str, str]) -> UserError | None:
+    """The error as one line where it is about something in one of these places, given by the setting that names each;
+    None for an error that is about something else."""
+    if not error.filename or not isinstance(error.filename, str | bytes):
+        return None
+    about = _absolute(os.fsdecode(error.filename))
+    found = [
+        (len(folder.parts), key, text)
+        for key, text in places.items()
+        for folder in [_absolute(text)]
+        if about.is_relative_to(folder) or (folder.is_relative_to(about) and not about.is_dir())
+    ]
+    return cannot_use(*max(found)[1:], error) if found else None
+
+
+def _absolute(text: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:  # nobody's home
+        return Path(text).absolute()
 
 
 def sync(path: Path) -> None:

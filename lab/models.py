@@ -39,6 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lab.device import TORCH_DTYPES, check_dtype, lacks_sixteen_bits
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
+from lab.files import path_of, require_writable, share_like_parent
 from lab.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from lab.quantized import Stored, can_become, check_packed, load_options
 from lab.row_attention import attend_by_row
@@ -183,7 +184,7 @@ def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder
 
 
 def _model_folder(settings: ModelSettings) -> ModelFolder:
-    return ModelFolder(Path(str(settings.path)).expanduser().absolute(), _SETTING[ModelSource.path])
+    return ModelFolder(path_of(str(settings.path), "model.path"), _SETTING[ModelSource.path])
 
 
 _SETTING = {
@@ -278,16 +279,17 @@ def _folder_digest(settings: ModelSettings, folder: ModelFolder) -> str:
 
 
 def _cache(settings: ModelSettings) -> Path:
-    return Path(settings.cache_dir).expanduser().absolute()
+    return path_of(settings.cache_dir, "model.cache_dir")
 
 
 def gguf_file(settings: ModelSettings) -> Path:
     """The .gguf file, found inside an installed package without importing it; UserError with the remedy otherwise."""
-    path = Path(str(settings.path)).expanduser()
     if settings.package is None:
+        path = path_of(str(settings.path), "model.path")
         if not _is_gguf(path):
             raise UserError(f"model.path must be a .gguf file, got {str(path)!r}")
         return path
+    path = Path(str(settings.path))
     package = importlib.util.find_spec(settings.package)
     for folder in (package.submodule_search_locations or []) if package else []:
         if (Path(folder) / path).is_file():
@@ -436,7 +438,7 @@ def _converted(settings: ModelSettings, write: Callable[[ModelSettings, Path, to
     target = converted_folder(settings, model_identity(settings))
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(target.parent, "model.cache_dir")
     with _alone(target.parent / f".{target.name}.lock", f"{settings.name} is being converted by another process"):
         if not target.exists():
             temporary = target.parent / f".{target.name}.partial"
@@ -444,6 +446,7 @@ def _converted(settings: ModelSettings, write: Callable[[ModelSettings, Path, to
             temporary.mkdir()
             try:
                 write(settings, temporary, TORCH_DTYPES[_stored_dtype(settings)])
+                share_like_parent(temporary)
                 temporary.replace(target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
 
+from lab.files import path_of
 from lab.settings import NetworkSettings, UserError
 from lab.wire import (
     Deadlines,
@@ -113,6 +115,17 @@ def listener_tls(network: NetworkSettings) -> ssl.SSLContext | None:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None
 
 
+def cannot_listen(network: NetworkSettings, error: OSError) -> UserError:
+    """What to say of a listener that could not be opened: which of host and port is to blame."""
+    if isinstance(error, socket.gaierror):
+        return UserError(f"network.host must be a name that resolves, got {network.host!r} ({error.strerror})")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return UserError(f"network.host must be an address of this machine, got {network.host!r} ({error})")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return UserError(f"network.port must be one that this user may open, got {network.port} ({error})")
+    return UserError(f"network.port must be free on {network.host}, got {network.port} ({error})")
+
+
 def client_side_tls(network: NetworkSettings) -> ssl.SSLContext | None:
     """TLS of a client, None without an authority to trust. UserError for files that are no certificates."""
     authority = _path(network.tls_authority)
@@ -149,4 +162,4 @@ def address_for_peers(host: str) -> str:
 
 
 def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name).expanduser()
+    return None if name is None else path_of(name, "network.key_file and network.tls_*")

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lab.files import path_of
 from lab.settings import UserError
 
 CONFIG_FILE = "adapter_config.json"
@@ -26,7 +27,7 @@ RECORDS = frozenset(
 
 def find_folder(folder: str | Path, setting: str = "model.adapter") -> Path:
     """The absolute path of a PEFT folder; UserError naming `setting` when its files are not there."""
-    place = Path(folder).expanduser().absolute()
+    place = path_of(str(folder), setting)
     if not (place / CONFIG_FILE).is_file() or not (place / TENSORS_FILE).is_file():
         raise UserError(f"{setting} must be a PEFT folder ({CONFIG_FILE}, {TENSORS_FILE}), got {str(place)!r}")
     return place

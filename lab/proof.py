@@ -38,7 +38,7 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 from lab import context, engine, kv, slices, structure, twin
 from lab.context import longest_text
 from lab.engine import LocalEngine, Session
-from lab.files import write_whole
+from lab.files import path_of, write_whole
 from lab.kv import SlotCache, layer_shapes
 from lab.sampling import Sampling, nll
 from lab.settings import UserError
@@ -100,7 +100,7 @@ def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: bool 
     Raises:
         UserError: it is not proved, with what differs.
     """
-    folder = Path(cache_dir).expanduser() / "proofs"
+    folder = path_of(cache_dir, "model.cache_dir") / "proofs"
     proof = prove(config, folder)
     against = proof.against(use)
     if packed and not against:
@@ -140,7 +140,7 @@ def prove(config: PreTrainedConfig, folder: Path, *, packed: bool = False) -> Pr
         ) from None
     log.info("tried %s in %.1f s", what, time.monotonic() - began)
     try:
-        write_whole(file, json.dumps(asdict(proof)))
+        write_whole(file, json.dumps(asdict(proof)), share=True)
     except OSError as error:
         log.warning("the outcome of the trial is not kept: %s", error)
     return proof

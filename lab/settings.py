@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -22,6 +23,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lab.explain import describe, unknown_key
 
 Settings = TypeVar("Settings", bound="LabSettings")
+
+
+LONGEST_SECONDS = 2_000_000
+"""That a setting can ask to wait: sockets count in 31 bits of milliseconds."""
 
 
 class UserError(ValueError):
@@ -188,6 +193,7 @@ class NetworkSettings:
     """Largest payload accepted before it."""
 
     def __post_init__(self) -> None:
+        require("[" not in self.host, "host must be an address without brackets (::1)", self.host)
         require(0 <= self.port <= 65535, "port must be in [0, 65535]", self.port)
         require_above(0, self, "connect_timeout_seconds", "handshake_timeout_seconds", "request_timeout_seconds")
         require_above(0, self, "heartbeat_seconds")
@@ -196,8 +202,9 @@ class NetworkSettings:
             f"dead_after_seconds must be greater than heartbeat_seconds={self.heartbeat_seconds}",
             self.dead_after_seconds,
         )
-        require_at_least(512, self, "max_handshake_bytes")
-        require_at_least(4096, self, "max_frame_bytes")
+        for name, least in (("max_handshake_bytes", 512), ("max_frame_bytes", 4096)):
+            value = getattr(self, name)
+            require(least <= value < 2**32, f"{name} must be in [{least}, 2**32)", value)  # a frame says it in 32 bits
 
 
 @dataclass(kw_only=True)
@@ -209,7 +216,7 @@ class DeviceSettings:
     """CPU threads of torch in each process; 0 leaves torch's own choice."""
 
     def __post_init__(self) -> None:
-        require_at_least(0, self, "threads")
+        require(0 <= self.threads <= 1024, "threads must be in [0, 1024]", self.threads)
 
 
 @dataclass(kw_only=True)
@@ -365,14 +372,31 @@ def register_project(name: str, schema: type) -> None:
 
 def to_settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
     """Typed settings from a composed config; UserError with dotted key, rule and value when one is out of range."""
-    try:
-        for node in _structured_nodes(config):
-            _convert(node)
-        values = {
-            str(key): _convert(value) if isinstance(value, DictConfig) else value for key, value in config.items()
-        }
+    with _in_one_line():
+        values = _values(config)
         _check_roots(values, get_type_hints(settings_type))
         return settings_type(**values)
+
+
+def check_rules(config: DictConfig) -> None:
+    """UserError, as `to_settings` raises it, for a value out of range: for who does not know the command's own type."""
+    with _in_one_line():
+        values, schema = _values(config), OmegaConf.get_type(config)
+        if isinstance(schema, type) and issubclass(schema, LabSettings):
+            _check_roots(values, get_type_hints(schema) | {"project": object})
+            schema(**values)
+
+
+def _values(config: DictConfig) -> dict[str, Any]:
+    for node in _structured_nodes(config):
+        _convert(node)
+    return {str(key): _convert(value) if isinstance(value, DictConfig) else value for key, value in config.items()}
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key or _missing_key(error)} must be set, got ???") from None
     except OmegaConfBaseException as error:
@@ -421,9 +445,33 @@ def _convert(node: DictConfig) -> Any:
         for name, value in vars(converted).items():
             if name not in known:  # "+project.bogus=1": Hydra lets it in, nobody would ever read it
                 raise UserError(unknown_key(f"{path}.{name}", known, value))
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{path}.{name} must be finite, got {value}")
+            _check_numbers(f"{path}.{name}", value)
     return converted
+
+
+def _check_numbers(key: str, value: Any) -> None:
+    """UserError for numbers that nothing below us takes: what is sent, waited for and allocated counts in 64 bits."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(key, item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key} must be finite, got {value}")
+    elif isinstance(value, int | float) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{key} must be in [-2**63, 2**63), got {value}")
+    elif isinstance(value, int | float) and key.endswith("_seconds") and value > LONGEST_SECONDS:
+        raise UserError(f"{key} must be at most {LONGEST_SECONDS} (23 days), got {value:g}")
+
+
+def texts_by_key(config: DictConfig, path: str = "") -> dict[str, str]:
+    """Every value of a config that is a text and may be the name of a place, by its dotted key; not the prompt."""
+    found: dict[str, str] = {}
+    for key in map(str, config):
+        value = None if OmegaConf.is_missing(config, key) else config[key]
+        if isinstance(value, DictConfig):
+            found |= texts_by_key(value, f"{path}{key}.")
+        elif isinstance(value, str) and value and f"{path}{key}" != "prompt":
+            found[f"{path}{key}"] = value
+    return found
 
 
 def to_plain(value: Any) -> Any:

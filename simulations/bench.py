@@ -15,7 +15,6 @@ import logging
 import os
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from lab.bench import missed
 from lab.environment import commit, describe_environment
 from lab.figures import number
 from lab.files import write_whole
+from lab.processes import run_to_end
 from simulations.bench_settings import BenchmarkSettings, BenchSettings
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,7 @@ def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) 
     done: Row = {"command": f"python {shlex.join(words)}", "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     done |= {**describe_environment(), "failure": None, "rows": []}
     try:
-        ended = subprocess.run(
-            [sys.executable, *words, f"hydra.run.dir={json.dumps(str(folder))}"],
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=timeout_seconds,
-            check=True,
-        )
-        done["rows"] = json.loads(ended.stdout.splitlines()[-1])["rows"]
+        done["rows"] = run_to_end(benchmark.command, benchmark.overrides, folder, timeout_seconds)[1]["rows"]
     except subprocess.TimeoutExpired:
         done["failure"] = f"not done after {timeout_seconds:g} s"
     except subprocess.CalledProcessError as error:

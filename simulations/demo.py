@@ -5,11 +5,9 @@ Each part is processes of its own; the last line holds every part's figures.
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lab import entry
+from lab.processes import first_line, run_to_end, start
 from simulations.demo_page import write_demo_page
 from simulations.demo_settings import DemoSettings
 
 log = logging.getLogger(__name__)
 
-FED_SIM = (str(Path(__file__).with_name("fed_sim.py")),)
-SPLIT, SPLIT_TRAIN = ("-m", "split.infer"), ("-m", "split.train")
-MATRIX = ("-m", "lab.matrix.command")
-VERIFIER, DRAFTER = ("-m", "speculative.verifier"), ("-m", "speculative.drafter")
+START_SECONDS = 120.0
+"""For the verifier to listen."""
 
 
 def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
@@ -46,7 +43,7 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
 
 def show_federated(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """federated: sites fine-tune one adapter together, none of them shows its text."""
-    figures = last_line([*FED_SIM, *settings.project.federated, run_folder(folder)], settings)
+    figures = last_line("simulations.fed_sim", settings.project.federated, folder, settings)
     losses = [figures["eval_loss_before"], *figures["eval_loss_by_round"]]
     log.info("held-out loss %s; picture: %s", " -> ".join(f"{loss:.4f}" for loss in losses), figures["plots"][0])
     return figures
@@ -55,9 +52,8 @@ def show_federated(settings: DemoSettings, folder: Path) -> dict[str, Any]:
 def show_speculative(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """speculative: a drafter guesses, a verifier in another process checks; the text is the verifier's own."""
     with verifier(settings, folder / "verifier") as port:
-        prompt = f"prompt={settings.prompt}"
-        words = [*DRAFTER, prompt, f"network.port={port}", *settings.project.drafter, run_folder(folder / "drafter")]
-        figures = last_line(words, settings)
+        words = [f"prompt={settings.prompt}", f"network.port={port}", *settings.project.drafter]
+        figures = last_line("speculative.drafter", words, folder / "drafter", settings)
     log.info(
         "%d tokens, %.0f %% of the guesses accepted, %.0f ms a token, %d bytes sent and %d received",
         figures["new_tokens"],
@@ -71,8 +67,8 @@ def show_speculative(settings: DemoSettings, folder: Path) -> dict[str, Any]:
 
 def show_split(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """split: two processes with half of a model each write one text, hidden states cross between them."""
-    words = [*SPLIT, f"prompt={settings.prompt}", *settings.project.split, run_folder(folder)]
-    figures = last_line(words, settings)
+    words = [f"prompt={settings.prompt}", *settings.project.split]
+    figures = last_line("split.infer", words, folder, settings)
     log.info(
         "%d tokens, %.0f ms a token, %d bytes forward and %d back; picture: %s",
         len(figures["token_ids"]),
@@ -86,7 +82,7 @@ def show_split(settings: DemoSettings, folder: Path) -> dict[str, Any]:
 
 def show_split_training(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """split training: two processes with half of a model each train an adapter, gradients cross between them."""
-    figures = last_line([*SPLIT_TRAIN, *settings.project.split_training, run_folder(folder)], settings)
+    figures = last_line("split.train", settings.project.split_training, folder, settings)
     log.info(
         "loss %.4f -> %.4f, at most %.1g from the unsplit run's; %.1f MB crossed a step; picture: %s",
         figures["loss_by_step"][0],
@@ -100,7 +96,7 @@ def show_split_training(settings: DemoSettings, folder: Path) -> dict[str, Any]:
 
 def show_matrix(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """matrix: what this machine gives, context window by batch size, a process a cell."""
-    figures = last_line([*MATRIX, *settings.project.matrix, run_folder(folder)], settings)
+    figures = last_line("lab.matrix.command", settings.project.matrix, folder, settings)
     log.info(
         "cells: %d done, %d failed, %d known from before; page: %s",
         figures["ok"] - figures["skipped"],
@@ -123,14 +119,10 @@ PARTS = {
 @contextmanager
 def verifier(settings: DemoSettings, folder: Path) -> Iterator[int]:
     """A verifier on a free port, as long as the block lasts."""
-    command = [sys.executable, *VERIFIER, "network.port=0", *settings.project.verifier, run_folder(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    words = ["network.port=0", *settings.project.verifier]
+    process = start("speculative.verifier", words, folder, log=False)
     try:
-        listening = process.stdout.readline()
-        if not listening:
-            raise RuntimeError(f"the verifier ended with code {process.wait()} before it listened")
-        yield int(json.loads(listening)["port"])
+        yield int(first_line(process, START_SECONDS)["port"])
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -138,29 +130,18 @@ def verifier(settings: DemoSettings, folder: Path) -> Iterator[int]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        assert process.stdout is not None
         process.stdout.close()
 
 
-def last_line(words: Sequence[str], settings: DemoSettings) -> dict[str, Any]:
+def last_line(module: str, words: Sequence[str], folder: Path, settings: DemoSettings) -> dict[str, Any]:
     """Runs one command to its end, its progress on our stderr, and returns the document of its last line."""
-    done = subprocess.run(
-        [sys.executable, *words],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=settings.project.part_timeout_seconds,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"python {' '.join(words)} ended with code {done.returncode}")
-    *text, document = done.stdout.splitlines()
+    try:
+        text, figures = run_to_end(module, words, folder, settings.project.part_timeout_seconds)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"python -m {module} ended with code {error.returncode}") from None
     print("\n".join(text), flush=True)
-    figures: dict[str, Any] = json.loads(document)
     return figures
-
-
-def run_folder(folder: Path) -> str:
-    """The override that puts a part's files below the demonstration's."""
-    return f"hydra.run.dir={json.dumps(str(folder))}"
 
 
 def main() -> None:

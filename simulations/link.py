@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import sys
 from typing import Any
 
 from lab import entry
 from lab.link import Cut, LinkSettings, OneWay
 from lab.link import run as be_a_link
-from lab.network import address_for_peers
+from lab.network import address_for_peers, cannot_listen
 from lab.settings import UserError
 from simulations.link_settings import LinkProjectSettings, LinkRunSettings, OneWaySettings
 
@@ -25,6 +26,12 @@ def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
         print(f"connect to it instead of the target: {words}", file=sys.stderr, flush=True)
 
     try:
+        socket.getaddrinfo(project.target_host, project.target_port)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"project.target_host must be a name that resolves, got {project.target_host!r} ({error})"
+        ) from None
+    try:
         traffic = be_a_link(
             (project.target_host, project.target_port),
             link_settings(project, settings.seed),
@@ -33,10 +40,7 @@ def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
             announce=announce,
         )
     except OSError as error:
-        raise UserError(
-            f"network.port must be free on {network.host} and project.target_host be known, "
-            f"got {network.port} and {project.target_host!r} ({error})"
-        ) from None
+        raise cannot_listen(network, error) from None
     return {"role": "link", **vars(traffic)}
 
 

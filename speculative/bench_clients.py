@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 from lab.bench import Sample, judged, pinned, ratio
+from lab.processes import start
 from lab.sampling import Sampling
 from lab.wire import WireError
 from speculative.bench_rows import ASYNC, Row, plain_row, row_name, synthetic_case
@@ -186,11 +185,7 @@ def _stalled(rig: Rig) -> Iterator[None]:
     """A drafter whose process is stopped in the middle of its text: it reads nothing and says nothing."""
     tokens = rig.settings.project.context // 2
     words = [f"network.port={rig.port}", "prompt=x", f"project.max_new_tokens={tokens}", *rig.drafter_words]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "speculative.drafter", f"hydra.run.dir={rig.folder}/stalled", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start("speculative.drafter", words, rig.folder / "stalled")
     try:
         assert process.stdout is not None
         if not process.stdout.read(1):  # its text has begun

@@ -103,6 +103,10 @@ class Front:
         except BadFrame as bad:
             texts.refuse(bad)
             raise
+        except PeerGone:
+            if texts.begun == 0 or not texts.is_idle:
+                raise
+            log.info("%s left after %d text%s", connection.peer, texts.begun, "s" * (texts.begun > 1))
         finally:
             texts.close()
 
@@ -286,6 +290,8 @@ class _Texts:
         self._keys: dict[int, Hashable] = {}
         """By number, for as long as the peer may still say something of the text."""
         self._asked = False
+        self.begun = 0
+        """Texts that it has asked for."""
 
     @property
     def is_idle(self) -> bool:
@@ -296,6 +302,7 @@ class _Texts:
         """Do what a frame asks for. Raises `BadFrame` for what no drafter of ours would send."""
         head = frame.head
         if isinstance(head, Open):
+            self.begun += 1
             self._begin(frame, head)
         elif isinstance(head, Draft):
             self._offer(frame, head)

@@ -17,11 +17,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import conf
 from lab.asking import asked_sampling
-from lab.bench import listening, pinned
+from lab.bench import pinned
 from lab.device import open_device
 from lab.engine_kind import EngineKind
 from lab.entry import compose_settings
+from lab.files import path_of
 from lab.models import load_tokenizer_only
+from lab.overrides import override
+from lab.processes import listening
 from lab.prompts import prompt_ids
 from lab.sampling import Sampling
 from lab.settings import UserError
@@ -271,8 +274,8 @@ def model_words(settings: SpeculativeSettings) -> list[str]:
         raise UserError(
             f"model must be one of {', '.join(sorted(names.values()))} for this benchmark, got {model.name!r}"
         )
-    cache = Path(model.cache_dir).expanduser()
-    return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", f"model.cache_dir='{cache}'"]
+    cache = path_of(model.cache_dir, "model.cache_dir")
+    return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", override("model.cache_dir", cache)]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.network import make_endpoint
+from lab.network import cannot_listen, make_endpoint
 from lab.settings import UserError
 from lab.tracking import Tracker
 from lab.wire import FrameServer
@@ -33,7 +33,7 @@ class Served:
     texts: int = 0
     """Those that were taken."""
     finished: int = 0
-    left: int = 0
+    unfinished: int = 0
     """Their client wanted no more of them before they were finished, or did not come back for them."""
     failed: int = 0
     evicted: int = 0
@@ -59,7 +59,7 @@ class Served:
         figures = text.figures
         self.texts += 1
         self.finished += ended.reason in (Reason.end_token, Reason.length)
-        self.left += ended.reason is Reason.left
+        self.unfinished += ended.reason is Reason.left
         self.failed += ended.reason is Reason.failed
         self.evicted += ended.reason is Reason.evicted
         self.waited += figures.waited_seconds > 0
@@ -134,7 +134,7 @@ async def serve(
         try:
             await server.__aenter__()
         except OSError as error:
-            raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
+            raise cannot_listen(network, error) from None
         try:
             announce(network.host, server.port)
             await asyncio.shield(asyncio.wrap_future(front.thread.finished))  # the thread itself says when it ends
@@ -162,7 +162,7 @@ def _record(served: Served, tracker: Tracker, text: Text, ended: Ended) -> None:
         resumes=figures.resumes,
         waited_seconds=figures.waited_seconds,
         drafts_stale=figures.stale_drafts,
-        least_margin=figures.least_margin,
+        least_margin=figures.least_margin if figures.passes else None,
         guess_cross_entropy=[round(value, 4) for value in figures.guess_nll],
         lossless=text.request.threshold is None,
     )

@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab import entry
 from lab.asking import asked_sampling, decoder, most_new_tokens
 from lab.device import open_device
+from lab.files import path_of
 from lab.models import load_tokenizer_only
 from lab.network import is_users_to_mend
 from lab.prompts import asked_ids
@@ -31,7 +32,7 @@ from speculative.messages import MAX_PROMPT_TOKENS, Welcome
 from speculative.remote_target import RemoteTarget, Ticket
 from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.tally import Tally
-from speculative.terminal import TextStream
+from speculative.terminal import CORRECTED, TextStream
 from speculative.text import TextRequest
 from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
 from speculative.vocabulary import token_texts
@@ -46,7 +47,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         UserError: a prompt or settings that this target does not take.
         WireError: the verifier cannot be joined.
         TextRefused: the verifier does not take the text.
-        Unfinished: the text could not go on; with the figures so far.
+        Unfinished: the text could not go on; `place.so_far` has what there is of it.
     """
     project = settings.project
     device = open_device(settings.device)
@@ -61,22 +62,22 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         if request.mode is not Mode.target_only:
             drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
         tally = Tally()
+        place.so_far = lambda: _figures(settings, target, tokenizer, tally)
         try:
             name_text(settings.project.resume, target, place.folder / "text.json")
-            speak(target, drafts, request, tokenizer, tally, project.stops)
+            speak(target, drafts, request, tokenizer, tally, tracker, project.stops)
         except (WireError, TextFailed, TextRefused) as error:
             if isinstance(error, TextRefused) and not tally.token_ids:
+                place.so_far = dict  # it has not begun
                 raise
-            figures = _figures(settings, target, tokenizer, tally) | {"ended_by": "failed"}
-            raise entry.Unfinished(str(error), _exit_code(error), figures) from None
+            ended_by = entry.EndedBy.lost if isinstance(error, WireError) else entry.EndedBy.failed
+            raise entry.Unfinished(str(error), _exit_code(error), ended_by) from None
         finally:
             drafts.close()
         result = _figures(settings, target, tokenizer, tally)
         if project.check:
             flips = find_flips(target, request, result["token_ids"], target.welcome.end_ids)
             result["flips"] = [asdict(flip) for flip in flips]
-        for index, row in enumerate(tally.rows()):
-            tracker.log(index, **row)
         tracker.result(result)
     return result
 
@@ -109,32 +110,37 @@ def speak(
     request: TextRequest,
     tokenizer: PreTrainedTokenizerBase,
     tally: Tally,
+    tracker: Tracker,
     stops: Sequence[str],
 ) -> None:
-    """Draft the whole text, showing it as it is verified; `tally` has each round as soon as it is there. Where a stop
-    string ends it the rest is given up."""
+    """Draft the whole text, showing it as it is verified; `tally` and `tracker` have each round as soon as it is
+    there. Where a stop string ends it the rest is given up. Raises StreamLeft when nobody reads it any more."""
     if request.threshold is not None:
         log.warning("rule cross_entropy is lossy: this text is not the target's own")
-    stream = TextStream(decoder(tokenizer), sys.stdout, stops)
+    stream = TextStream(decoder(tokenizer, target.welcome.end_ids), sys.stdout, stops)
     try:
         with contextlib.closing(speculate(target, drafts, request, target.welcome.end_ids)) as rounds:
             for done in rounds:
                 tally.add(done)
+                tracker.log(len(tally.rounds) - 1, **tally.row(len(tally.rounds) - 1))
                 stream.show(done)
                 if stream.text.stopped:
                     return
     finally:
         if tally.token_ids:
-            stream.finish()
+            stream.finish(CORRECTED)
 
 
 def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
     """Have the next text be one that another process has opened, or a new one; its name is written to `path`."""
     try:
-        ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(Path(resume).expanduser())
+        ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(path_of(resume, "project.resume"))
     except ValueError as error:
         raise UserError(f"project.resume {error}") from None
-    ticket.write(path)
+    try:
+        ticket.write(path)
+    except OSError as error:
+        log.warning("%s could not be written (%s): no other process can take up this text", path, error.strerror)
     target.name_next(ticket, again=resume is not None)
 
 
@@ -157,7 +163,7 @@ def _figures(
     settings: SpeculativeSettings, target: RemoteTarget, tokenizer: PreTrainedTokenizerBase, tally: Tally
 ) -> dict[str, Any]:
     project = settings.project
-    text, figures = said(decoder(tokenizer), tally.token_ids, project.stops), tally.figures()
+    text, figures = said(decoder(tokenizer, target.welcome.end_ids), tally.token_ids, project.stops), tally.figures()
     return {
         "text": text.text,
         "token_ids": text.ids,

@@ -230,7 +230,7 @@ class Verifier:
         if owned.name is None or not self._terms.keep_seconds:
             return self.close(key)
         owned.is_left, owned.since = True, self._clock()
-        self._line.pop(key, None)
+        self._leave_line(owned.text)
         if key in self._running:
             self._resting[key] = self._running.pop(key)
         return self._admit()
@@ -413,12 +413,15 @@ class Verifier:
     def _enter(self, text: Text) -> None:
         """The text gets the room that it may come to need. Raises `CacheFull` when there is none."""
         text.enter(self.engine.open([], text.request.sampling, text.longest))
-        del self._line[text.key]
+        self._leave_line(text)
         self._running[text.key] = text
-        owned = self._texts[text.key]
-        owned.place = 0
-        text.figures.waited_seconds += self._clock() - owned.queued_at
         self._touch(text)
+
+    def _leave_line(self, text: Text) -> None:
+        owned = self._texts[text.key]
+        if self._line.pop(text.key, None) is not None and owned.place:
+            text.figures.waited_seconds += self._clock() - owned.queued_at
+        owned.place = 0
 
     def _order(self) -> list[Text]:
         """Those in line as they will get room: first those of clients that have the fewest running."""
@@ -461,7 +464,7 @@ class Verifier:
         return told
 
     def _stop(self, text: Text) -> None:
-        self._line.pop(text.key, None)
+        self._leave_line(text)
         self._running.pop(text.key, None)
         self._resting.pop(text.key, None)
         text.leave()

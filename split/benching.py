@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +13,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lab.bench import Sample, interleaved, judged, listening, ratio
+from lab.bench import Sample, interleaved, judged, ratio
 from lab.engine import Engine, Session
 from lab.entry import compose_settings
 from lab.models import load_tokenizer_only, prepare_checkpoint
+from lab.overrides import override
+from lab.processes import listening, run_to_end
 from lab.sampling import Sampling
 from lab.wire.ping_pong import measure
 from split.boundary import Boundary
@@ -293,7 +292,7 @@ def memory(rig: Rig) -> Row:
 def _peaks(rig: Rig, name: str, count: int, words: Sequence[str]) -> tuple[list[ShardReport], int]:
     """So many shards of a random model after some tokens; and the model's bytes on disk."""
     words = ["model=random", "project.context=64", "tracking=none", "device.threads=1", *words]
-    settings = compose_settings("split_inf", " ".join(words), SplitSettings)
+    settings = compose_settings("split_inf", words, SplitSettings)
     folder = prepare_checkpoint(settings.model).folder
     layers = ranges(settings, count)
     with (
@@ -313,13 +312,13 @@ def speculation(rig: Rig) -> Row:
     project = rig.project
     words = [*rig.model_words, "tracking=none", "device.threads=1", "network.port=0", "project.engine=split"]
     with rig.linked(project.speculation_rtt_seconds) as shards:
-        words += [f"project.split.shards=[{','.join(shards)}]", f"project.context={project.context}"]
+        words += [override("project.split.shards", shards), f"project.context={project.context}"]
         with listening("speculative.verifier", words, rig.folder / "verifier", project.start_seconds) as port:
             alone = _drafted(rig, port, "alone", ["project.mode=target_only"])
             recorded = rig.folder / "alone" / "result.json"
             guessing = [
                 "project.draft.source=recorded",
-                f"project.draft.file={json.dumps(str(recorded))}",
+                override("project.draft.file", recorded),
                 f"project.draft.length={project.draft_length}",
                 f"project.synthetic.agreement={project.acceptance}",
             ]
@@ -349,18 +348,9 @@ def _drafted(rig: Rig, port: int, name: str, words: Sequence[str]) -> dict[str, 
     words = [
         *(*rig.model_words, "tracking=none", "device.threads=1", f"network.port={port}", *words),
         f"project.max_new_tokens={rig.project.speculation_tokens}",
-        f"hydra.run.dir={rig.folder / name}",
         "prompt=Tell a long story about a lighthouse.",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "speculative.drafter", *words],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=rig.project.start_seconds + 600,
-        check=True,
-    )
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    return run_to_end("speculative.drafter", words, rig.folder / name, rig.project.start_seconds + 600)[1]
 
 
 def _token_seconds(

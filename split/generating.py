@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,11 +22,11 @@ from lab.prompts import asked_ids
 from lab.running_text import said
 from lab.sampling import Sampling
 from lab.settings import UserError
-from lab.tracking import Tracker
+from lab.terminal import TextStream
+from lab.tracking import Tracker, picture
 from split.picture import draw
 from split.settings import SplitSettings
 from split.sharded_model import ShardedModel, ShardFault
-from split.terminal import TextStream
 from split.times import PassParts, as_row, take_apart
 from split.transport.base import ShardLost, ShardReport
 
@@ -44,12 +43,12 @@ class Text:
     """Number of passes before the first single token."""
 
 
-def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, folder: Path) -> dict[str, Any]:
+def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, place: entry.Run) -> dict[str, Any]:
     """The text that the settings ask for.
 
     Raises:
         UserError: a prompt without tokens, with one that the model has no row for, or one beyond the context.
-        Unfinished: shards that failed or were lost after the first token, NaN or infinity; with the text so far.
+        Unfinished: shards that failed or were lost, NaN or infinity; `place.so_far` has the text so far.
     """
     project = settings.project
     tokenizer = load_tokenizer_only(settings.model)
@@ -70,21 +69,22 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, fo
         )
     sampling = asked_sampling(project, settings.seed, tokenizer, len(prompt))
     _check_words(engine, sampling)
-    stream = TextStream(decoder(tokenizer), sys.stdout, project.stops)
+    ends = end_ids_of(settings.model)
+    stream = TextStream(decoder(tokenizer, ends), sys.stdout, project.stops)
     text = Text()
+    place.so_far = lambda: _said(settings, tokenizer, text, ends)
     try:
-        write(engine, prompt, sampling, most, end_ids_of(settings.model), stream, text)
+        write(engine, prompt, sampling, most, ends, stream, text, tracker)
     except (NotFinite, ShardFault, ShardLost) as error:
-        if not text.ids:
-            raise
-        raise entry.Unfinished(str(error), 1, _said(settings, tokenizer, text)) from None
+        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
+        raise entry.Unfinished(str(error), 1, ended_by) from None
     reports = engine.reports()
     apart = take_apart(list(engine.passes), reports)
-    for index, parts in enumerate(apart):
+    for index, parts in enumerate(apart, start=len(text.ids)):
         tracker.log(index, **as_row(parts, [f"shard{place + 1}" for place in range(len(reports))]))
     figures = _figures(settings, tokenizer, text, engine, reports, apart)
     _print_table(figures["shards"])
-    figures["plots"] = [draw(reports, _single(apart), folder / "split.png", settings.model.name)]
+    figures["plots"] = picture(lambda: draw(reports, _single(apart), place.folder / "split.png", settings.model.name))
     return figures
 
 
@@ -96,8 +96,9 @@ def write(
     ends: Sequence[int],
     stream: TextStream,
     text: Text,
+    tracker: Tracker,
 ) -> None:
-    """Generate one text, token by token; `text` has each of them as soon as it is there."""
+    """Generate one text, token by token; `text` and `tracker` have each of them as soon as it is there."""
     began = time.monotonic()
     try:
         with engine.open(prompt, sampling, len(prompt) + max_new_tokens) as session:
@@ -107,6 +108,7 @@ def write(
                 before = time.monotonic()
                 engine.extend([(session, text.ids[-1:])], "last")
                 text.token_seconds.append(time.monotonic() - before)
+                tracker.log(len(text.ids), token_seconds=text.token_seconds[-1])
                 _take(text, session, stream)
     finally:
         if text.ids:
@@ -116,7 +118,7 @@ def write(
 def _take(text: Text, session: Session, stream: TextStream) -> None:
     assert session.step is not None
     text.ids.append(session.step.next_ids[-1])
-    stream.add(text.ids[-1])
+    stream.add(text.ids[-1:])
 
 
 def _check_words(engine: ShardedModel, sampling: Sampling) -> None:
@@ -142,7 +144,7 @@ def _figures(
     single = {parts.number for parts in _single(apart)}
     handed_on = [statistics.median(report.hops[number].sent_bytes for number in single) for report in reports]
     return {
-        **_said(settings, tokenizer, text),
+        **_said(settings, tokenizer, text, end_ids_of(settings.model)),
         "tokens_per_second": len(text.token_seconds) / seconds if seconds else None,
         "token_seconds_p50": statistics.median(text.token_seconds) if text.token_seconds else None,
         "time_to_first_token_seconds": text.first_token_seconds,
@@ -157,9 +159,11 @@ def _figures(
     }
 
 
-def _said(settings: SplitSettings, tokenizer: PreTrainedTokenizerBase, text: Text) -> dict[str, Any]:
-    found = said(decoder(tokenizer), text.ids, settings.project.stops)
-    by_end = "end_token" if text.ids[-1] in end_ids_of(settings.model) else "length"
+def _said(
+    settings: SplitSettings, tokenizer: PreTrainedTokenizerBase, text: Text, ends: Sequence[int]
+) -> dict[str, Any]:
+    found = said(decoder(tokenizer, ends), text.ids, settings.project.stops)
+    by_end = "end_token" if text.ids and text.ids[-1] in ends else "length"
     return {
         "text": found.text,
         "token_ids": found.ids,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,9 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hydra.core.hydra_config import HydraConfig
-
 from lab.bench import pinned
+from lab.processes import NotReady, first_line, last_words, own_words, start
 from lab.settings import UserError
 from split.address import Address
 
@@ -26,7 +22,8 @@ log = logging.getLogger(__name__)
 STOP_SECONDS = 5.0
 """For a shard to leave by itself; then it is killed."""
 WATCH_SECONDS = 0.1
-_NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
+NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
+"""How words of a client begin that its shards do not get."""
 
 
 class LocalShards:
@@ -123,45 +120,28 @@ class LocalShards:
 
     def _start(self, index: int, port: int) -> subprocess.Popen[str]:
         layers = self._layers[index]
-        folder = self._folder / f"shard-{index + 1}"
-        folder.mkdir(parents=True, exist_ok=True)
         words = [
-            *(own_words() if self._extra is None else self._extra),
+            *(own_words(NOT_FOR_SHARDS) if self._extra is None else self._extra),
             f"project.layers={layers.start}:{layers.stop}",
             "project.follow_stdin=true",
             f"network.port={port}",
             *([f"project.rank={index + 1}", f"project.world_size={len(self._layers) + 1}"] if self._group_port else []),
-            f"hydra.run.dir={folder}",
         ]
-        with (folder / "stderr.log").open("a") as log_file, pinned(index) if self._pin else nullcontext():
-            return subprocess.Popen(
-                [sys.executable, "-m", self._module, *words],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                text=True,
-                start_new_session=True,  # Ctrl+C is for us: we end them when we have said goodbye
-            )
+        with pinned(index) if self._pin else nullcontext():
+            # Ctrl+C is for us: we end them when we have said goodbye.
+            return start(self._module, words, self._shard_folder(index), follows_stdin=True, own_session=True)
+
+    def _shard_folder(self, index: int) -> Path:
+        return self._folder / f"shard-{index + 1}"
 
     def _address(self, index: int, deadline: float) -> Address:
         """Wait for a shard to say where it listens."""
-        process = self.processes[index]
-        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        assert process.stdout is not None
-        threading.Thread(target=lambda out=process.stdout: lines.put(out.readline()), daemon=True).start()
         try:
-            line = lines.get(timeout=max(0.1, deadline - time.monotonic()))
-        except queue.Empty:
+            ready = first_line(self.processes[index], deadline - time.monotonic())
+        except NotReady as error:
+            if error.ended:
+                raise UserError(f"shard {index + 1} did not start: {last_words(self._shard_folder(index))}") from None
             raise UserError(
                 f"project.start_seconds must be long enough for a shard to load, got {self._start_seconds:g}"
             ) from None
-        if not line:
-            said = (self._folder / f"shard-{index + 1}" / "stderr.log").read_text().strip().splitlines()
-            raise UserError(f"shard {index + 1} did not start: {said[-1] if said else 'it said nothing'}")
-        ready = json.loads(line)
         return Address(ready["host"], ready["port"])
-
-
-def own_words() -> list[str]:
-    """The overrides of our own command line that a shard is to have, too."""
-    return [word for word in HydraConfig.get().overrides.task if not word.startswith(_NOT_FOR_SHARDS)]

@@ -1,4 +1,4 @@
-"""What a shard's training takes, in a fresh process: `python -m split.memory_probe "WORDS" FIRST LAST` prints one line.
+"""What a shard's training takes, in a fresh process: `python -m split.memory_probe FIRST LAST WORDS` prints one line.
 
 Shapes: B examples, T positions, H hidden size.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ from split.training_shard import Entering, TrainingShard
 from split.training_weights import load_training_shard
 
 EXAMPLES, TOKENS, STEPS, HELD = 2, 64, 3, 2
-TINY = "model=random project.train=everything"
+TINY = ("model=random", "project.train=everything")
 
 
-def main(words: str, first: int, last: int) -> None:
+def main(first: int, last: int, words: Sequence[str]) -> None:
     """Measures layers first..last - 1 of a model that has been made already."""
     torch.set_num_threads(1)
     give_back_freed_memory()  # as a shard's process does
@@ -43,7 +44,7 @@ def main(words: str, first: int, last: int) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def train(words: str, layers: range) -> tuple[TrainingShard, int]:
+def train(words: Sequence[str], layers: range) -> tuple[TrainingShard, int]:
     """Some steps, `HELD` micro-batches under way; the shard, and the bytes that autograd keeps for one of them."""
     settings = compose_settings("split_train", words, SplitTrainSettings)
     shard = load_training_shard(settings.model, torch.device("cpu"), layers, make_recipe(settings))
@@ -75,4 +76,4 @@ def entering(shard: TrainingShard, step: int, number: int) -> Entering:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

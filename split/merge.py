@@ -6,10 +6,10 @@ Everything trained becomes a transformers model, an adapter a PEFT folder; both 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lab import entry
+from lab.files import path_of
 from lab.settings import UserError
 from split.merge_settings import MergeSettings
 
@@ -21,7 +21,9 @@ def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:
     project = settings.project
     if project.checkpoint is None or project.output is None:
         raise UserError("project.checkpoint and project.output must be set, got null")
-    return merge(settings.model, Path(project.checkpoint).expanduser(), Path(project.output).expanduser())
+    return merge(
+        settings.model, path_of(project.checkpoint, "project.checkpoint"), path_of(project.output, "project.output")
+    )
 
 
 def main() -> None:

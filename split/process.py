@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from lab.network import address_for_peers
+from lab.ending import run_async
+from lab.network import address_for_peers, cannot_listen
 from lab.settings import NetworkSettings, UserError
 from lab.wire import Endpoint, FrameConnection, FrameServer
 
@@ -82,9 +83,9 @@ def serve_port(
     )
     with _until_told(project):
         try:
-            asyncio.run(serving)
+            run_async(serving)
         except OSError as error:
-            raise UserError(f"network.port must be free on {network.host}, got {network.port} ({error})") from None
+            raise cannot_listen(network, error) from None
 
 
 async def serve(
@@ -128,18 +129,13 @@ def serve_rank(seat: Member, project: ShardProject, network: NetworkSettings) ->
 
 @contextmanager
 def _until_told(project: ShardProject) -> Iterator[None]:
-    """Ctrl+C, SIGTERM, and the end of standard input where that is followed, end what is inside."""
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    """A signal, or the end of standard input where that is followed, ends what is inside, and well."""
     if project.follow_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         yield
     except KeyboardInterrupt:
         log.info("stopped")
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def _end_with_stdin() -> None:

@@ -11,16 +11,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lab.bench import listening, pinned
+from lab.bench import pinned
 from lab.device import open_device
 from lab.engine import LocalEngine
 from lab.entry import compose_settings
 from lab.layers import load_proved
+from lab.processes import listening, own_words
 from lab.settings import ModelSettings
 from split.bench_settings import SplitBenchSettings
 from split.boundary import Boundary
 from split.joining import fingerprints, join_shards
-from split.local_shards import LocalShards, own_words
+from split.local_shards import LocalShards
 from split.opening import free_port, load_stage, model_layers, ranges
 from split.settings import SplitSettings
 from split.sharded_model import ShardedModel
@@ -67,7 +68,7 @@ class Rig:
             ),
         )
         self.layers = model_layers(self.settings)
-        self.model_words = [word for word in own_words() if word.startswith(("model", "device."))]
+        self.model_words = [word for word in own_words() if word.startswith(("--config-dir", "model", "device."))]
         self._words = [
             *self.model_words,
             f"project.context={self.project.context}",

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle, islice, product
@@ -22,9 +19,9 @@ from lab.device import open_device
 from lab.entry import compose_settings
 from lab.examples import Batch, Example, collate
 from lab.models import load_config, load_tokenizer_only, prepare_checkpoint
+from lab.processes import own_words, run_to_end
 from lab.training import train_steps
 from split.checkpoint import Manifest
-from split.local_shards import own_words
 from split.schedule import Phase, Schedule, Timeline, even_bubble, least_seconds, operations, replay
 from split.settings import TransportKind
 from split.train_bench_settings import SplitTrainBenchSettings
@@ -149,7 +146,7 @@ class TrainBench:
 
     def memory(self) -> Row:
         """Each shard of two layers of a large random model, everything trained, in a process of its own."""
-        words = " ".join([*self._project.memory_overrides, "project.train=everything"])
+        words = [*self._project.memory_overrides, "project.train=everything"]
         model = compose_settings("split_train", words, SplitTrainSettings).model
         prepare_checkpoint(model)  # here: making the weights takes more memory than a shard of them
         layers = model.architecture.layers
@@ -193,7 +190,7 @@ class TrainBench:
         """Two pinned shards, for every part that needs them."""
         settings = self._settings
         assert settings.project.transport is TransportKind.tcp
-        words = [word for word in own_words() if word.startswith(("model", "device."))]
+        words = [word for word in own_words() if word.startswith(("--config-dir", "model", "device."))]
         recipe, checkpoints = make_recipe(settings), self._folder / "checkpoints"
         return self._stack.enter_context(open_shards(settings, recipe, self._device, self._folder, checkpoints, words))
 
@@ -236,19 +233,9 @@ class TrainBench:
         )
 
 
-def memory_of(words: str, layers: range) -> Row:
+def memory_of(words: Sequence[str], layers: range) -> Row:
     """What `split.memory_probe` says of some layers."""
-    done = subprocess.run(
-        [sys.executable, "-m", "split.memory_probe", words, str(layers.start), str(layers.stop)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the probe of layers {layers} failed: {done.stderr.strip()[-500:]}")
-    row: Row = json.loads(done.stdout.splitlines()[-1])
-    return row
+    return run_to_end("split.memory_probe", [str(layers.start), str(layers.stop), *words], None, 300)[1]
 
 
 def pipeline_row(figures: list[StepFigures], schedule: Schedule, micro_batches: int) -> Row:

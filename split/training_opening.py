@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,13 +9,16 @@ from typing import NamedTuple
 
 import torch
 
+from lab.files import path_of
 from lab.fingerprints import weights_fingerprints
 from lab.models import model_identity
 from lab.network import client_side_tls, make_endpoint
+from lab.overrides import override
+from lab.processes import own_words
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.address import Address
-from split.local_shards import LocalShards, own_words
+from split.local_shards import NOT_FOR_SHARDS, LocalShards
 from split.opening import cut_layers, free_port
 from split.settings import TransportKind
 from split.train_settings import BackwardKind, SplitTrainSettings
@@ -58,7 +60,7 @@ def training_side(model: ModelSettings, network: NetworkSettings, role: str) -> 
 def checkpoints_of(settings: SplitTrainSettings, folder: Path) -> Path:
     """Where checkpoints are on this machine: as set, else in the run's folder."""
     named = settings.project.checkpoints
-    return Path(named).expanduser().absolute() if named else folder / "checkpoints"
+    return path_of(named, "project.checkpoints") if named else folder / "checkpoints"
 
 
 @contextmanager
@@ -102,8 +104,8 @@ class _Local(NamedTuple):
 
     def told(self) -> list[str]:
         """The words of each of them, but for its place."""
-        words = own_words() if self.words is None else self.words
-        return [*words, f"project.checkpoints={json.dumps(str(self.checkpoints))}"]
+        words = own_words(NOT_FOR_SHARDS) if self.words is None else self.words
+        return [*words, override("project.checkpoints", self.checkpoints)]
 
 
 def _open(settings: SplitTrainSettings, device: torch.device, local: _Local, stack: ExitStack) -> TrainingTransport:

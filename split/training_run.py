@@ -12,9 +12,10 @@ from typing import Any
 from lab.device import open_device
 from lab.entry import Run
 from lab.examples import Example
+from lab.files import path_of, require_writable
 from lab.models import load_config, load_tokenizer_only
 from lab.settings import UserError, to_plain
-from lab.tracking import Tracker, progress
+from lab.tracking import Tracker, picture, progress
 from lab.training import derive_seed
 from split.checkpoint import Manifest, latest_step, read_manifest
 from split.schedule import even_bubble
@@ -38,6 +39,7 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
     """
     project = settings.project
     checkpoints = checkpoints_of(settings, place.folder)
+    require_writable(checkpoints, "project.checkpoints")  # now, not after the steps that are to be kept there
     recipe = make_recipe(settings)
     examples = training_examples(project.data, load_tokenizer_only(settings.model), settings.seed)
     check_frame(settings, examples)
@@ -55,6 +57,12 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
                 checkpoints=root,
                 recovery_seconds=project.recovery_seconds,
             )
+            place.so_far = lambda: {
+                "steps": trainer.step,
+                "loss_by_step": trainer.losses,
+                "recoveries": trainer.recoveries,
+                "checkpoint_path": trainer.saved,
+            }
             taken, folder = take_steps(settings, trainer, tracker)
             sizes = shards.figures()
         result = figures_of(settings, trainer, taken, sizes) | {"checkpoint_path": folder, "examples": len(examples)}
@@ -63,6 +71,7 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
             unsplit = train_unsplit(settings, recipe, examples, device)
             apart = [abs(a - b) for a, b in zip(trainer.losses, unsplit, strict=True)]
             result |= {"unsplit_loss_by_step": unsplit, "largest_loss_difference": max(apart)}
+        place.so_far = lambda: result
         result["plots"] = draw(settings, trainer.losses, unsplit, taken, place.folder)
         tracker.result(result)
     return result
@@ -130,7 +139,7 @@ def first_manifest(
     )
     if project.resume is None:
         return begin, checkpoints
-    folder = latest_step(Path(project.resume).expanduser().absolute())
+    folder = latest_step(path_of(project.resume, "project.resume"))
     found = read_manifest(folder)
     check_resumable(found, begin, folder, allow_changed_data=project.allow_changed_data)
     follow(found, begin)
@@ -307,9 +316,9 @@ def draw(
     from split.training_picture import draw_losses, draw_timeline
 
     title = f"{settings.model.name} over {settings.project.transport.name}, {settings.project.schedule.name}"
-    plots = [draw_losses(losses, unsplit, title, folder / "loss.png")]
+    plots = picture(lambda: draw_losses(losses, unsplit, title, folder / "loss.png"))
     timelines = [figures for figures in taken.values() if figures.timeline is not None]
     if timelines:
         by_time = sorted(timelines[1:] or timelines, key=lambda figures: figures.seconds)
-        plots.append(draw_timeline(by_time[len(by_time) // 2], title, folder / "timeline.png"))
+        plots += picture(lambda: draw_timeline(by_time[len(by_time) // 2], title, folder / "timeline.png"))
     return plots

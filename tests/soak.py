@@ -38,6 +38,8 @@ from split.settings import SplitSettings
 from tests import architectures
 from tests.folder_fuzz import fuzz_folders
 from tests.lab import adapters
+from tests.role_kills import kill_roles
+from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
     Compared,
     compare_everything,
@@ -50,11 +52,15 @@ from tests.speculative.kills import kill_at_random as kill_drafting
 from tests.split import crowd_processes, hostile, kills, texts
 from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
+from tests.test_conf import COMMANDS
+from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
 from tests.words import compare_words, shards_differ
 
 HOSTILE_FRAMES = 200_000
 CHANGED_FOLDERS = 1500
+CHANGED_SETTINGS = 5000
+REACHING_SETTINGS = 260
 COMPARED_TOKENS = 50_000
 WORDS_TOKENS = 10_000
 SMOLLM2_TOKENS_A_TEXT = 40
@@ -64,6 +70,8 @@ DRAFTING_KILLS = 100
 RESUME_SECONDS = 1.0 + 4 * DELAY_SECONDS
 """A round trip at its longest, and a second; the prefill of such texts is not seen beside that."""
 DEAD_SECONDS = 5.0
+UNICODE_TEXTS = 2000
+ROLE_KILLS = 100
 LEARNER_KILLS = 10
 DETECTION_SECONDS = 2.0
 START_SECONDS = 120.0
@@ -215,6 +223,26 @@ def model_folders() -> dict[str, Any]:
     return {"ok": not found.faults, **asdict(found)}
 
 
+def unicode_texts() -> dict[str, Any]:
+    """Random texts through argument, standard input, file and pipe in four locales: the same text or one line."""
+    found = round_trip(UNICODE_TEXTS, seed=1)
+    return {"ok": not found.faults and found.refused > 0, **asdict(found)}
+
+
+def roles_killed() -> dict[str, Any]:
+    """SIGINT or SIGTERM to every role at 100 random moments: a last line with the text so far, nothing left running."""
+    came = kill_roles(ROLE_KILLS, seed=1)
+    return {"ok": not came.faults and came.kills == ROLE_KILLS, **asdict(came)}
+
+
+def settings_changed() -> dict[str, Any]:
+    """Wrong values for every key of every command, composed and checked, and some that reach the work: no traceback."""
+    with tempfile.TemporaryDirectory() as folder:
+        composed = change_settings(COMMANDS, CHANGED_SETTINGS, seed=1)
+        reached = reach_work(commands_that_end(Path(folder)), REACHING_SETTINGS, seed=1, folder=Path(folder))
+    return {"ok": not composed.faults + reached.faults, **asdict(composed), "reached": asdict(reached)}
+
+
 SPECULATED_CONTEXT = 120
 """Of `speculated_equals_alone`."""
 
@@ -245,6 +273,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
         *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
+        *(unicode_texts, roles_killed, settings_changed),
     )
 }
 

@@ -1,5 +1,6 @@
 """What can go wrong on a wire, each with a name, and each text saying who, what, and during what."""
 
+import socket
 from dataclasses import dataclass
 
 
@@ -32,6 +33,15 @@ class WireError(Exception):
 
 class Unreachable(WireError):
     """Nobody answered at that address in time."""
+
+
+def unreachable(peer: Peer, error: OSError, seconds: float) -> Unreachable:
+    """What to say of an attempt to connect that took at most `seconds`: only who ran out of them is told of them."""
+    if isinstance(error, socket.gaierror):
+        return Unreachable(peer, f"has a name that does not resolve ({error.strerror})")
+    if isinstance(error, TimeoutError) and not error.errno:
+        return Unreachable(peer, f"did not answer within {seconds:g} s")
+    return Unreachable(peer, f"could not be reached ({error})")
 
 
 class PeerGone(WireError):

@@ -9,7 +9,7 @@ from collections import deque
 from lab.wire.connected import Connected
 from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
-from lab.wire.faults import Peer, PeerGone, PeerSilent, Unreachable, WireError
+from lab.wire.faults import Peer, PeerGone, PeerSilent, WireError, unreachable
 from lab.wire.frames import Buffer, Frame, Head, encode
 from lab.wire.listener import tls_refused, why_gone
 from lab.wire.waiting import has_ended
@@ -292,7 +292,7 @@ async def connect(host: str, port: int, endpoint: Endpoint, *, tls: ssl.SSLConte
     except (ssl.SSLError, ConnectionResetError) as error:  # without TLS it is reset only later
         raise tls_refused(peer, error) from None
     except OSError as error:  # TimeoutError is one
-        raise Unreachable(peer, f"could not be reached within {seconds:g} s ({error or 'no answer'})") from None
+        raise unreachable(peer, error, seconds) from None
     connection.peer.address = peer.address
     try:
         await connection.shake_hands()

@@ -13,7 +13,7 @@ from typing import Self
 from lab.wire.connected import Connected
 from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
-from lab.wire.faults import Peer, PeerGone, PeerSilent, Unreachable, WireError
+from lab.wire.faults import Peer, PeerGone, PeerSilent, WireError, unreachable
 from lab.wire.frames import Buffer, Frame, Head, encode_start
 from lab.wire.listener import tls_refused, why_gone
 from lab.wire.waiting import Arrival, can_write
@@ -54,7 +54,7 @@ class FrameSocket(Connected):
         try:
             connected = socket.create_connection((host, port), timeout=seconds)
         except OSError as error:
-            raise Unreachable(peer, f"could not be reached within {seconds:g} s ({error})") from None
+            raise unreachable(peer, error, seconds) from None
         if tls is not None:
             connected = _wrap(connected, tls, host, peer, endpoint.deadlines.handshake_seconds)
         try:

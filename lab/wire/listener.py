@@ -54,6 +54,10 @@ def check_listener(host: str, *, key: bytes, tls: bool, trusted_link: bool) -> N
     On loopback everything goes. Elsewhere a key is needed, and besides it TLS or a link that is encrypted already: the
     key protects only the handshake, frames after it could be read and altered on the way.
     """
+    try:
+        socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, ValueError) as error:  # a name that no resolver is asked for is the latter
+        raise ValueError(f"network.host must be a name that resolves, got {host!r} ({error})") from None
     if is_loopback(host):
         return
     if not key:

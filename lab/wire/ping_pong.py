@@ -10,13 +10,13 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from lab.processes import first_line, start
 from lab.wire.endpoint import Deadlines, Endpoint
 from lab.wire.frame_connection import FrameConnection
 from lab.wire.frame_server import FrameServer
@@ -108,16 +108,9 @@ def _endpoint(role: str, peer_role: str) -> Endpoint:
 @contextlib.contextmanager
 def _servers() -> Iterator[tuple[int, int]]:
     """Yield the ports of the two echo servers; their process ends with its standard input."""
-    command = [sys.executable, "-m", "lab.wire.echo_server"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        watchdog = threading.Timer(START_SECONDS, process.kill)
-        watchdog.start()
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        watchdog.cancel()
-        assert line, f"the echo servers did not start in {START_SECONDS:g} s"
-        ports = json.loads(line)
+    with start("lab.wire.echo_server", [], None, follows_stdin=True) as process:
         try:
+            ports = first_line(process, START_SECONDS)
             yield ports["raw"], ports["frames"]
         finally:
             process.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,18 @@ import pytest
 
 from fl.settings import FederatedSettings
 from lab.entry import compose_settings
-from lab.network import address_for_peers, client_side_tls, is_users_to_mend, listener_tls, make_endpoint, shared_key
+from lab.network import (
+    address_for_peers,
+    cannot_listen,
+    client_side_tls,
+    is_users_to_mend,
+    listener_tls,
+    make_endpoint,
+    shared_key,
+)
 from lab.settings import NetworkSettings, UserError
 from lab.wire import MessageTable, Peer, PeerGone, PeerRefused, PeerSilent, Unreachable, WrongKey
+from lab.wire.faults import unreachable
 
 PEER = Peer(role="verifier", address="127.0.0.1:1", phase="handshake")
 
@@ -69,12 +80,46 @@ def test_the_key_comes_from_the_file_or_the_environment(
     [
         ({"host": "0.0.0.0"}, r"^network\.key_file must be set \(or network\.host be a loopback address\)"),
         ({"tls_certificate": "/no", "tls_private_key": "/no"}, r"must be a PEM certificate with its key, got /no"),
+        ({"host": "nosuch.invalid"}, r"^network\.host must be a name that resolves, got 'nosuch\.invalid' \("),
         ({"tls_certificate": "/no"}, r"^network\.tls_private_key must be set where network\.tls_certificate is"),
     ],
 )
 def test_listeners_that_are_refused(network: NetworkSettings, changes: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
         listener_tls(replace(network, **changes))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.EADDRINUSE, "in use"), "network.port must be free on 127.0.0.1, got 0 ([Errno 98] in use)"),
+        (OSError(errno.EADDRNOTAVAIL, "x"), "network.host must be an address of this machine, got '127.0.0.1' ("),
+        (OSError(errno.EACCES, "denied"), "network.port must be one that this user may open, got 0 ("),
+        (socket.gaierror(-2, "unknown"), "network.host must be a name that resolves, got '127.0.0.1' (unknown)"),
+    ],
+)
+def test_a_listener_that_cannot_be_opened_blames_what_is_to_blame(
+    network: NetworkSettings, error: OSError, line: str
+) -> None:
+    assert str(cannot_listen(network, error)).startswith(line)
+
+
+def test_brackets_belong_to_an_address_with_a_port(network: NetworkSettings) -> None:
+    with pytest.raises(ValueError, match=r"^host must be an address without brackets \(::1\), got '\[::1\]'$"):
+        replace(network, host="[::1]")
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (TimeoutError(), "did not answer within 30 s"),
+        (TimeoutError(errno.ETIMEDOUT, "timed out"), r"could not be reached \(\[Errno \d+\] timed out\)"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), r"could not be reached \(\[Errno \d+\] refused\)"),
+        (socket.gaierror(-2, "unknown"), r"has a name that does not resolve \(unknown\)"),
+    ],
+)
+def test_only_who_waited_is_told_of_seconds(error: OSError, what: str) -> None:
+    assert re.fullmatch(f"verifier 127.0.0.1:1 {what} during handshake", str(unreachable(PEER, error, 30.0)))
 
 
 def test_no_certificates_no_tls(network: NetworkSettings) -> None:

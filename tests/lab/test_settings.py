@@ -76,7 +76,7 @@ BAD = {
     "project.fraction=half": "project.fraction must be a number, got 'half'",
     "tracking.progress=maybe": "tracking.progress must be true or false, got 'maybe'",
     "model.name=null": "model.name must be text, got null",
-    "model.repo=[a]": "model.repo must be text or null, got ['a']",
+    "seed=[a]": "seed must be an integer, got ['a']",
     "model.lora_targets=q_proj": "model.lora_targets must be a list, each text, got 'q_proj'",
     "project.lora=3": "project.lora must be a group of settings (rank, alpha, dropout), got 3",
     # no member of a closed choice

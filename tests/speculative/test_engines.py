@@ -53,5 +53,6 @@ def test_a_target_says_what_its_text_depends_on(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         open_target(_settings(f"{words}=256"), CPU)
     assert str(refused.value) == (
-        "project.synthetic.vocabulary_size must be 0 or at least 258, the ids of the tokenizer of model random, got 256"
+        "project.synthetic.vocabulary_size must be 0 or at least 258, the ids of the tokenizer of "
+        "model random-1M, got 256"
     )

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from lab.device import open_device
-from lab.entry import Run, Unfinished, compose_settings
+from lab.entry import EndedBy, Run, Unfinished, compose_settings
 from lab.models import BYTE_EOS, LoadedModel, load_model
 from lab.sampling import Sampling
 from lab.settings import UserError
@@ -48,6 +48,7 @@ NEEDED = {
     *("rtt_seconds", "bytes_sent", "bytes_received", "predicted_tokens_per_second"),
     *("epochs", "resumes", "drafts_sent", "drafts_stale"),
 }
+SAMPLING = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
 SAMPLED = ("project.temperature=1.0", "seed=7", "project.top_k=60", "project.top_p=0.98")
 
 
@@ -188,6 +189,9 @@ def test_the_last_line_of_a_drafter(random_verifier: Role, tmp_path: Path) -> No
     assert {key: result[key] for key in NEEDED - {"status"}}.items() <= kept.items()
     assert len(rows) == result["rounds"] + 1
     assert list(tmp_path.glob("wandb/offline-run-*")), "no offline W&B run"
+    others = [str(path) for path in tmp_path.rglob("*") if path.stat().st_mode & 0o077 and not path.is_symlink()]
+    assert not others, "the prompt is in these, and others than the owner may read them"
+    wait_until(lambda: " left after 1 text\n" in random_verifier.stderr(), "what the verifier says of it")
 
 
 def test_the_same_without_wandb(random_verifier: Role, tmp_path: Path) -> None:
@@ -274,9 +278,13 @@ def test_ctrl_c_on_a_drafter_leaves_the_verifier_serving(random_verifier: Role, 
     assert process.stdout.read(3)  # the text has begun
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=END_SECONDS)
+    out, errors = process.communicate(timeout=END_SECONDS)
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1] == "interrupted"
+    last = json.loads(out.split("\n")[-2])
+    assert (last["status"], last["ended_by"]) == ("failed", "interrupted")
+    assert last["token_ids"] == _own_text(PROMPT, SAMPLING, 990)[: last["new_tokens"]]
+    assert json.loads((tmp_path / "result.json").read_text()) == last
     assert not [child for child in children if child.is_running()]
     assert drafted(random_verifier.port, RANDOM, tmp_path / "next")["new_tokens"] == 64
 
@@ -297,10 +305,14 @@ def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.read(3)
         code, result = running.interrupt()
-        assert (code, result["status"], result["texts"], result["left"]) == (0, "ok", 1, 1)
+        assert (code, result["status"], result["texts"], result["unfinished"]) == (0, "ok", 1, 1)
+        assert result["ended_by"] == "interrupted"
         assert result["new_tokens"] > 0
-        _, errors = process.communicate(timeout=END_SECONDS)
+        out, errors = process.communicate(timeout=END_SECONDS)
         assert process.returncode == 1
+        last = json.loads(out.split("\n")[-2])
+        assert (last["ended_by"], last["error"]) == ("lost", errors.splitlines()[-1])
+        assert last["new_tokens"] > 0
         assert "Traceback" not in errors
         assert f"verifier 127.0.0.1:{running.port} closed the connection" in errors.splitlines()[-1]
         with pytest.raises(OSError, match="refused"):
@@ -345,20 +357,23 @@ def test_a_verifier_that_comes_back_with_other_weights_ends_the_text_and_what_th
 
     monkeypatch.setattr(RemoteTarget, "next", lose)
     words = (*RANDOM, *SAMPLED, "project.mode=target_only")
+    place = Run(tmp_path)
     with pytest.raises(Unfinished) as ended:
-        drafted(random_verifier.port, words, tmp_path)
+        drafted(random_verifier.port, words, place)
     was = _joined_target(random_verifier.port)["model"]
     assert ended.value.code == 2
     assert str(ended.value).endswith(
         f"is another target than before: its model was {was} and is random:another, its adapter was none and is one "
         "during WELCOME"
     )
-    figures = ended.value.figures
+    figures = place.so_far()
     sampling = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
     assert figures["token_ids"] == _own_text(PROMPT, sampling, 64)[: figures["new_tokens"]]
     assert figures["new_tokens"] >= 6
     assert figures["text"]
-    assert figures["ended_by"] == "failed"
+    assert ended.value.ended_by is EndedBy.lost
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["round_tokens"] for row in rows) == figures["new_tokens"], "rows are there as they come"
 
 
 def _joined_target(port: int) -> dict[str, str]:
@@ -423,7 +438,7 @@ def test_an_unreachable_verifier_is_named_with_time_and_attempt(tmp_path: Path) 
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
     text = _refused(port, ("network.connect_timeout_seconds=1.0",), tmp_path)
-    assert text.startswith(f"verifier 127.0.0.1:{port} could not be reached within 1 s ([Errno 111]")
+    assert text.startswith(f"verifier 127.0.0.1:{port} could not be reached ([Errno 111]")
     assert "gave up after 1." in text
     assert int(text.partition("attempt ")[2].split()[0]) > 2
 

@@ -148,8 +148,8 @@ def test_what_was_generated_before_the_fault_is_kept(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(ShardedModel, "extend", fail)
     with pytest.raises(Unfinished, match="the hidden states of position 7") as ended:
-        infer.run(settings, Run(tmp_path))
-    figures = ended.value.figures
+        infer.run(settings, place := Run(tmp_path))
+    figures = place.so_far()
     assert (ended.value.code, figures["token_ids"]) == (1, expected[: len(figures["token_ids"])])
     assert len(figures["token_ids"]) == 4
 

@@ -1,0 +1,88 @@
+"""Words of a command line, `key=value`, as Hydra must see them: nobody quotes anything by hand, here or in a shell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import HydraException
+
+_WORD = re.compile(r"\+{0,2}(?P<key>[\w.]+)=(?P<value>.*)", re.DOTALL)
+_TEXTS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir")
+
+
+def override(key: str, value: object) -> str:
+    """The word that gives `key` exactly this value, whatever letters and signs are in it."""
+    return f"{key}={_written(value)}"
+
+
+def _written(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, Enum):
+        return quoted(value.name)
+    assert isinstance(value, str | Path), f"a setting of kind {type(value).__name__} has no word"
+    return quoted(str(value))
+
+
+def quoted(text: str, *, interpolate: bool = False) -> str:
+    """A text in quotes from which Hydra and OmegaConf read the same text; `interpolate`: but for `${...}`.
+
+    Backslashes are plain text to Hydra except in a run before a quote; OmegaConf unescapes those before `${`.
+    """
+    if not interpolate:
+        text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+    text = re.sub(r'(\\*)("|$(?!\n))', lambda found: found[1] * 2 + (r"\"" if found[2] else ""), text)
+    return f'"{text}"'
+
+
+def with_texts_as_typed(words: Sequence[str], settings: type) -> list[str]:
+    """The same words, with the value of every setting that is a text taken as it was typed.
+
+    Hydra reads a comma as a sweep, brackets as a list, and stumbles over spaces, accents, `(` and `=`: all of which
+    stand in names of folders. What is in quotes, `null`, and `${...}` mean what they mean to Hydra.
+    """
+    sweeps = not {"-m", "--multirun"}.isdisjoint(words)
+    return [_text_as_typed(word, settings, sweeps=sweeps) for word in words]
+
+
+def _text_as_typed(word: str, settings: type, *, sweeps: bool) -> str:
+    found = _WORD.fullmatch(word)
+    if not found or not (found["key"] in _TEXTS_OF_HYDRA or _is_text(settings, found["key"].split("."))):
+        return word
+    value = found["value"]
+    if value == "" or value.lower() == "null" or _hydra_reads_it(word, value, sweeps=sweeps):
+        return word
+    return word[: found.start("value")] + quoted(value, interpolate=True)
+
+
+def _is_text(annotation: Any, path: Sequence[str]) -> bool:
+    """Whether the field at the end of `path`, in the settings that `annotation` is, is a text, or a text or null."""
+    if not path:
+        return annotation is str or (get_origin(annotation) in (Union, UnionType) and str in get_args(annotation))
+    hints = get_type_hints(annotation) if is_dataclass(annotation) else {}
+    return path[0] in hints and _is_text(hints[path[0]], path[1:])
+
+
+def _hydra_reads_it(word: str, value: str, *, sweeps: bool) -> bool:
+    """Whether what Hydra makes of the word is what was typed, or asked for in Hydra's own words."""
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([word])
+    except (HydraException, ValueError):  # a number of more than 4,300 digits is the latter
+        return False
+    if parsed.is_sweep_override():
+        return sweeps
+    read = parsed.value()
+    # A backslash: the signs after it were escaped by who knows that Hydra wants it.
+    return isinstance(parsed._value, QuotedString) or read == value or (isinstance(read, str) and "\\" in value)
