@@ -205,7 +205,7 @@ def reach_work(commands: Sequence[Command], count: int, seed: int, folder: Path)
         for number, command in enumerate(commands):
             words = islice(_that_settle(command, seed + number), count // len(commands))
             for word in words:
-                came.add(f"{command.name} {word}", *run_of(command, [*command.words, *common, word]))
+                came.add(f"{command.name} {word}", *run_of(command, [*common, *command.words, word]))
     return came
 
 
@@ -277,7 +277,7 @@ def commands_that_end(folder: Path) -> list[Command]:
     short = (*tiny, "prompt=The cat", "project.max_new_tokens=2")
     learnt = ("project.data.source=jsonl", f"project.data.path={data}", "project.data.sequence_length=16")
     local = ("project.transport=inproc", "project.local_shards=2")
-    nobody = ("network.connect_timeout_seconds=0.2", "project.draft.source=ngram")
+    nobody = ("network.port=1", "network.connect_timeout_seconds=0.2", "project.draft.source=ngram")
     layers = (*tiny, "project.layers=0:2")
     merged = (f"project.checkpoint={folder}", f"project.output={folder}/x")
     site = ("project.baseline=central", "project.rounds=1", "project.num_clients=1", "project.local_steps=1")
