@@ -11,6 +11,7 @@ from typing import Any
 
 from fl.adapters import AdapterIndex, load_into, read_from
 from fl.aggregation import MetricMean
+from fl.checkpoint import latest_adapter
 from fl.client import Base, open_base, read_all, weight_of
 from fl.report import RoundFigures
 from fl.server import SiteLog, adapter_folders, finish, first_adapter
@@ -40,6 +41,12 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
     everything: list[Example] = [example for split in splits for example in split.train]
     order = batches(everything, optimization.batch_size, derive_seed(settings.seed, "order", "central"))
     states = [state(0, base, splits, project)]
+    place.so_far = lambda: {
+        "rounds_completed": len(states) - 1,
+        "train_loss_by_round": [after.train_loss for after in states[1:]],
+        "eval_loss_by_round": [after.eval_loss for after in states[1:]],
+        "adapter_path": latest_adapter(folders.root),
+    }
     with Tracker(settings, "fed_learn", place.folder) as tracker:
         with progress("round", project.rounds, settings.tracking.progress) as counter:
             for number in range(1, project.rounds + 1):

@@ -31,7 +31,7 @@ from lab.files import path_of, require_writable
 from lab.lora import fresh_adapter, lora_config
 from lab.models import load_config, model_identity
 from lab.settings import UserError
-from lab.tracking import Tracker, progress
+from lab.tracking import Tracker, picture, progress
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]
     written = [folders.write(0, initial, {})]
     reports: list[RoundReport] = []
     sites = SiteLog(settings)
+    place.so_far = lambda: so_far(reports, written[-1], sites.counts)
     log.info("the mean is weighted by each client's number of %s", project.weighting.words)
     with Tracker(settings, "fed_learn", place.folder) as tracker:
         with progress("client reply", replies_expected(settings), settings.tracking.progress) as counter:
@@ -82,6 +83,18 @@ def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]
         figures |= {"wall_seconds": time.perf_counter() - begin}
         tracker.result(figures)
     return figures
+
+
+def so_far(reports: Sequence[RoundReport], adapter: Path, sites: Mapping[str, Counts]) -> dict[str, Any]:
+    """What the last line says of a run that has not come to its end."""
+    return {
+        "rounds_completed": len(reports),
+        "train_loss_by_round": [report.train["train_loss"] for report in reports],
+        # Each round measures the adapter that it began with.
+        "eval_loss_by_round": [report.evaluate["eval_loss"] for report in reports[1:] if report.evaluate],
+        "adapter_path": adapter,
+        "sites": sites,
+    }
 
 
 class SiteLog:
@@ -156,7 +169,7 @@ def finish(
         f"{settings.model.name} ({settings.model.quantization.name}, {settings.model.dtype.name}), {how}, "
         f"{project.rounds} rounds, commit {commit()}"
     )
-    picture = draw_run(states, title, base_bytes(settings.model), place.folder / "federated.png")
+    plots = picture(lambda: draw_run(states, title, base_bytes(settings.model), place.folder / "federated.png"))
     return {
         "model": settings.model.name,
         "dtype": settings.model.dtype.name,
@@ -164,7 +177,7 @@ def finish(
         "num_clients": project.num_clients,
         "weighting": project.weighting.name,
         "sites": sites,
-        **summary(states, index.tensor_bytes, adapter, [picture]),
+        **summary(states, index.tensor_bytes, adapter, plots),
     }
 
 

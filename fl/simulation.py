@@ -9,13 +9,11 @@ from __future__ import annotations
 import io
 import logging
 import os
-import signal
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -37,6 +35,7 @@ from fl.strategy import NodesMissing, RoundFailed
 from lab import entry
 from lab.data import open_source
 from lab.device import check_dtype, open_device
+from lab.ending import told
 from lab.files import require_writable
 from lab.models import load_tokenizer_only, quantization_config
 from lab.settings import DataSource
@@ -50,8 +49,8 @@ MAX_REASONS = 3
 def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     """Runs the federation here and returns the figures of the last line.
 
-    Raises what the server raises, SystemExit with one line (exit code 1) when the clients cannot go on, and
-    KeyboardInterrupt after Ctrl+C, when every worker has ended.
+    Raises what the server raises, Unfinished when the clients cannot go on, and what a signal raises when every worker
+    has ended.
     """
     require_writable(place.folder, "hydra.run.dir")
     check(settings)
@@ -66,6 +65,7 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
 
     def work(grid: Grid, context: Context) -> None:
         figures.update(serve(StoppableGrid(grid, stop), settings, place))
+        place.so_far = lambda: figures
 
     def in_worker(context: Context) -> FederatedSettings:
         worker_log.send_warnings(warnings)
@@ -81,13 +81,8 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
                 backend_config=backend(settings),
             )
         except (RoundFailed, NodesMissing) as error:
-            if not stop.is_set():
-                raise SystemExit(f"error: {last_words(error, place)}") from None
-        except Exception:  # workers killed by Ctrl+C end as errors of many kinds; without it, every error is one
-            if not stop.is_set():
-                raise
-    if stop.is_set():
-        raise KeyboardInterrupt
+            ended_by = entry.EndedBy.lost if isinstance(error, NodesMissing) else entry.EndedBy.failed
+            raise entry.Unfinished(last_words(error, place), 1, ended_by) from None
     return figures
 
 
@@ -147,8 +142,8 @@ WORKERS_SECONDS = 0.5
 """Pause between two looks for them."""
 
 
-class Stopped(RuntimeError):
-    """Ctrl+C reached the server."""
+class ServerStopped(RuntimeError):
+    """A signal reached the server."""
 
 
 class StoppableGrid(Grid):
@@ -174,56 +169,65 @@ class StoppableGrid(Grid):
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """As the Grid behind; raises Stopped after Ctrl+C."""
+        """As the Grid behind; raises ServerStopped after a signal."""
         return self._going_on().get_node_ids()
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """As the Grid behind; raises Stopped after Ctrl+C."""
+        """As the Grid behind; raises ServerStopped after a signal."""
         return self._going_on().get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the Grid behind; raises Stopped after Ctrl+C."""
+        """As the Grid behind; raises ServerStopped after a signal."""
         return self._going_on().push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the Grid behind; raises Stopped after Ctrl+C."""
+        """As the Grid behind; raises ServerStopped after a signal."""
         return self._going_on().pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """As the Grid behind; raises Stopped after Ctrl+C."""
+        """As the Grid behind; raises ServerStopped after a signal."""
         return self._going_on().send_and_receive(messages, timeout=timeout)
 
     def _going_on(self) -> Grid:
         if self._stop.is_set():
-            raise Stopped("stopped by Ctrl+C")
+            raise ServerStopped("stopped by a signal")
         return self._grid
 
 
 @contextmanager
 def interruptible(stop: threading.Event) -> Iterator[None]:
-    """On Ctrl+C: stops the server and ends the workers, whatever they are computing; on a second one, at once.
+    """On a signal: stops the server and ends the workers, whatever they are computing. The signal is raised at the end
+    of the block, in the place of what workers that are killed end in.
 
     Ray itself goes afterwards, by Flower's hand: a `ray.get` that waits while Ray is shut down waits for ever, and so
-    would Flower's threads, which is why the handler does not raise into them.
+    would Flower's threads, which is why the signal is not raised into them.
     """
     done = threading.Event()
+    threading.Thread(target=end_workers, args=[stop, done], daemon=True).start()
+    try:
+        with told(stop.set), ray_leaves_sigterm_alone():
+            yield
+    finally:
+        done.set()
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        threading.Thread(target=end_workers, args=[done], daemon=True).start()
 
-    before = signal.signal(signal.SIGINT, interrupt)
+@contextmanager
+def ray_leaves_sigterm_alone() -> Iterator[None]:
+    """Ray would take SIGTERM from us, and exit wherever it is."""
+    from ray._private import utils  # there is no public way
+
+    before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
     try:
         yield
     finally:
-        done.set()
-        signal.signal(signal.SIGINT, before)
+        utils.set_sigterm_handler = before
 
 
-def end_workers(done: threading.Event) -> None:
-    """Kills Ray's workers below this process until `done`: one may still be starting."""
+def end_workers(stop: threading.Event, done: threading.Event) -> None:
+    """From `stop` on kills Ray's workers below this process until `done`: one may still be starting."""
+    while not stop.wait(WORKERS_SECONDS):
+        if done.is_set():
+            return
     replace_no_worker()
     while not done.is_set():
         for process in psutil.Process().children(recursive=True):

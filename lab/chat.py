@@ -141,7 +141,7 @@ class Chat:
     def _show(self, dialogue: Dialogue, count: int, generate: bool = False) -> str:
         """The first `count` messages as the template shows them."""
         try:
-            return self._render([_plain_message(m) for m in dialogue.messages[:count]], generate, list(dialogue.tools))
+            return self._render([plain_message(m) for m in dialogue.messages[:count]], generate, list(dialogue.tools))
         except RecursionError:
             raise MalformedRecord(f"{dialogue.name} must not nest tools or tool calls too deeply") from None
         except Exception as error:  # a template raises what it likes
@@ -184,7 +184,8 @@ class Chat:
         return cut - sum(map(len, word))
 
 
-def _plain_message(message: Message) -> dict[str, Any]:
+def plain_message(message: Message) -> dict[str, Any]:
+    """As a chat template takes it."""
     return {"role": message.role, "content": message.content, **message.extra}
 
 

@@ -33,7 +33,7 @@ def decode(engine: Engine, *, context: int, sessions: int, new_tokens: int) -> d
         raise ValueError(f"new_tokens must be at least 2 and below context={context}, got {new_tokens}")
     prompts = [_ids(text, context - new_tokens, engine.vocabulary_size) for text in range(sessions)]
     with ExitStack() as stack:
-        texts = [stack.enter_context(engine.open([], Sampling.greedy())) for _ in prompts]
+        texts = [stack.enter_context(engine.open([], Sampling.greedy(), context)) for _ in prompts]
         for text in texts:  # the first passes of a process load kernels and warm caches
             engine.extend([(text, _ids(0, WARM_UP_TOKENS, engine.vocabulary_size))], "last")
             text.position = 0

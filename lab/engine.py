@@ -26,9 +26,10 @@ from transformers.cache_utils import Cache
 from lab.context import longest_text
 from lab.engine_kind import EngineKind
 from lab.first_fault import first_faults
+from lab.history import History
 from lab.kv import CacheFull, ExactShape, SlotCache, check_attention, layer_shapes
 from lab.not_finite import NotFinite
-from lab.sampling import Sampling, choose, mix64, nll
+from lab.sampling import Sampling, choose, mix64, nll, widened
 from lab.wide_products import pack_products
 
 Want = Literal["last", "all"]
@@ -84,10 +85,14 @@ class Session:
     ``session.position = n`` forgets everything from token n on, in O(1). A context manager: leaving it closes it.
     """
 
-    def __init__(self, engine: Engine, key: int, sampling: Sampling) -> None:
+    def __init__(self, engine: Engine, key: int, sampling: Sampling, most_tokens: int) -> None:
         self.key = key
         """The engine's own handle."""
+        self.most_tokens = most_tokens
+        """What it was promised: it never holds more."""
         self.sampling = sampling
+        self.history = History(sampling.words) if sampling.words else None
+        """The text, for the words of its sampling; None where it has none. Kept by engines that have the logits."""
         self.step: TargetStep | None = None
         """The outcome of the latest extend; right after `open` that of the prompt. None when the prompt was empty."""
         self.closed = False
@@ -147,16 +152,24 @@ class Engine(Protocol):
     vocabulary_size: int
     """Ids are in [0, vocabulary_size)."""
     context: int
-    """The most tokens that one session can hold."""
+    """The most tokens that a text may have."""
+    longest: int
+    """The most tokens that a session can be promised: the context, or fewer where not even one such text fits."""
 
-    def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> Session:
+    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """Start a text and run its prompt; ``session.step.next_ids[-1]`` is the first new token.
 
         The prompt may be empty: then the caller feeds it by `extend`, in the pieces it likes.
 
+        Args:
+            prompt_ids: The beginning of the text.
+            sampling: How it goes on.
+            most_tokens: The most that the session will ever hold, prompt included: there will be room for them,
+                whatever else is opened. None: the whole context.
+
         Raises:
-            ValueError: an id outside the vocabulary, or a prompt longer than the context.
-            CacheFull: no slot or no memory is left for another session.
+            ValueError: an id outside the vocabulary, or a prompt longer than the context or than `most_tokens`.
+            CacheFull: no slot is free, or what is promised already leaves no room for so many tokens.
             NotFinite: see `extend`; the session is closed again.
         """
         ...
@@ -165,8 +178,8 @@ class Engine(Protocol):
         """Append ids to several sessions, each at its own position, in one batched pass.
 
         Raises:
-            ValueError: no ids, ids outside the vocabulary, a session twice, closed or beyond the context.
-            CacheFull: the limit in bytes is reached. In both cases every session is where it was.
+            ValueError: no ids, ids outside the vocabulary, a session twice, closed or beyond what it was promised.
+                Every session is where it was.
             NotFinite: the logits of some sessions, or hidden states on the way to them, hold NaN or infinity. These
                 sessions must be closed: what the cache holds of them would spoil every later pass. The others have
                 advanced, and their steps are in the exception.
@@ -193,9 +206,9 @@ def check_requests(engine: Engine, requests: Sequence[Request]) -> None:
             raise ValueError(f"session must be sound, got one that met NaN or infinity: {session.fault}")
         if not ids:
             raise ValueError(f"ids must not be empty, got none at position {session.position}")
-        if session.position + len(ids) > engine.context:
+        if session.position + len(ids) > session.most_tokens:
             raise ValueError(
-                f"position + ids must be at most the context of {engine.context} tokens, "
+                f"position + ids must be at most the {session.most_tokens} tokens that were promised, "
                 f"got {session.position} + {len(ids)}"
             )
         check_ids(ids, engine.vocabulary_size)
@@ -208,11 +221,26 @@ def check_finite(steps: list[TargetStep]) -> list[TargetStep]:
     return steps
 
 
-def check_prompt(engine: Engine, prompt_ids: Sequence[int]) -> None:
-    """What every engine refuses in `open`, as ValueErrors."""
+def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None) -> int:
+    """What every engine refuses in `open`, as ValueErrors; returns the most tokens of the session."""
+    check_words(engine, sampling)
     if len(prompt_ids) > engine.context:
         raise ValueError(f"prompt must be at most the context of {engine.context} tokens, got {len(prompt_ids)}")
+    most = engine.context if most_tokens is None else most_tokens
+    if not max(1, len(prompt_ids)) <= most <= engine.context:
+        raise ValueError(f"most_tokens must be in [{max(1, len(prompt_ids))}, {engine.context}], got {most}")
     check_ids(prompt_ids, engine.vocabulary_size)
+    return most
+
+
+def check_words(engine: Engine, sampling: Sampling) -> None:
+    """Refuse words that an engine cannot mind, as a ValueError."""
+    if isinstance(engine, SyntheticEngine) and (sampling.words is not None or sampling.min_p):
+        raise ValueError(
+            "min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits"
+        )
+    if sampling.words is not None:
+        sampling.words.check_ids(engine.vocabulary_size)
 
 
 def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:
@@ -234,6 +262,8 @@ class Scored:
     sampling: Sampling
     before_V: Tensor | None = None
     """The row before the first one, if the caller has it: then nll[0] is known."""
+    history: History | None = None
+    """Holds the text up to the last of the ids, where the sampling has words."""
 
 
 def read_steps(blocks: Sequence[Scored], want: Want) -> list[TargetStep]:
@@ -244,13 +274,16 @@ def read_steps(blocks: Sequence[Scored], want: Want) -> list[TargetStep]:
     samplings: list[Sampling] = []
     positions: list[int] = []
     followers: list[int] = []
+    changed: dict[int, Tensor] = {}
     for block in blocks:
         kept = block.logits_KV.shape[0]
         end = block.position + len(block.ids)
+        if block.history is not None:
+            changed |= enumerate(block.history.changed(widened(block.logits_KV), end), start=len(positions))
         samplings += [block.sampling] * kept
         positions += range(end - kept + 1, end + 1)
         followers += [*block.ids[len(block.ids) - kept + 1 :], -1]
-    choice = choose(torch.cat([block.logits_KV for block in blocks]), samplings, positions, followers)
+    choice = choose(torch.cat([block.logits_KV for block in blocks]), samplings, positions, followers, changed)
     steps, row = [], 0
     for block in blocks:
         rows = slice(row, row := row + block.logits_KV.shape[0])
@@ -342,7 +375,7 @@ class LocalEngine:
     Raises:
         ValueError: a context the model was not made for, an attention that takes no masks, a model that keeps
             something else than keys and values, more than one CPU thread with exact shapes.
-        CacheFull: the exact shape does not fit into the limit.
+        CacheFull: the exact shape, or one bucket of one text, does not fit into the limit.
         ShapeDependence: exact shapes do not hold on this device.
     """
 
@@ -382,14 +415,15 @@ class LocalEngine:
             device=self._device,
             exact=ExactShape(rows=self._exact_rows, columns=context) if self._exact_rows else None,
         )
+        self.longest = min(context, self.cache.longest)
         if self._exact_rows:
             self._probe_exact_shapes(sessions, self._exact_rows)
 
     @torch.inference_mode()
-    def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> Session:
+    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """See `Engine.open`."""
-        check_prompt(self, prompt_ids)
-        session = Session(self, self.cache.acquire(), sampling)
+        most = check_open(self, prompt_ids, sampling, most_tokens)
+        session = Session(self, self.cache.acquire(most), sampling, most)
         try:
             if prompt_ids:
                 self.extend([(session, prompt_ids)], want="last")
@@ -403,6 +437,9 @@ class LocalEngine:
         """See `Engine.extend`."""
         check_requests(self, requests)
         runs = [_Run(session, ids) for session, ids in requests]
+        for session, ids in requests:
+            if session.history is not None:
+                session.history.hold(session.position, ids)
         longest = max((len(run.ids) for run in runs), default=0)
         for start in range(0, longest, self._chunk):
             end = start + self._chunk
@@ -485,7 +522,8 @@ class LocalEngine:
             rows_KV = logits_KV[last : last + 1]
         else:
             rows_KV = logits_KV[: len(piece.ids)]
-        return Scored(rows_KV, piece.ids, piece.position, piece.run.session.sampling, piece.run.before_V)
+        session = piece.run.session
+        return Scored(rows_KV, piece.ids, piece.position, session.sampling, piece.run.before_V, session.history)
 
     @torch.inference_mode()
     def _probe_exact_shapes(self, sessions: int, rows: int) -> None:
@@ -500,7 +538,7 @@ class LocalEngine:
         ids = [mix64(step) % self.vocabulary_size for step in range(min(rows, self.context))]
         self.cache.fill_with_noise(start, seed=0)
         slots = range(sessions)
-        texts = [Session(self, slot, Sampling.greedy()) for slot in slots]
+        texts = [Session(self, slot, Sampling.greedy(), self.context) for slot in slots]
         for text in texts:
             text._position = start
         everything, output = self._forward(self._model, [_Piece(_Run(text, ids), 0, ids) for text in texts])
@@ -551,7 +589,7 @@ class SyntheticEngine:
             raise ValueError(f"agreement must be in [0, 1], got {agreement}")
         if step_seconds < 0 or row_seconds < 0:
             raise ValueError(f"step_seconds and row_seconds must be at least 0, got {step_seconds} and {row_seconds}")
-        self.vocabulary_size, self.context = vocabulary_size, context
+        self.vocabulary_size, self.context, self.longest = vocabulary_size, context, context
         self._sessions, self._agreement = sessions, agreement
         self._step_seconds, self._row_seconds = step_seconds, row_seconds
         self._sleep = sleep
@@ -559,13 +597,13 @@ class SyntheticEngine:
         self._hashes: dict[int, list[int]] = {}
         """By session: [n] is the hash of its first n tokens."""
 
-    def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> Session:
+    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """See `Engine.open`."""
-        check_prompt(self, prompt_ids)
+        most = check_open(self, prompt_ids, sampling, most_tokens)
         if len(self._hashes) == self._sessions:
             raise CacheFull(f"all {self._sessions} sessions of the synthetic engine are taken")
         self._opened += 1
-        session = Session(self, self._opened, sampling)
+        session = Session(self, self._opened, sampling, most)
         self._hashes[session.key] = [mix64(sampling.seed)]
         if prompt_ids:
             self.extend([(session, prompt_ids)], want="last")

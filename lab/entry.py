@@ -1,6 +1,7 @@
 """What every command does around its work: compose settings, run, print one JSON line, say what went wrong.
 
-Exit codes: 0 done, 1 a fault (with its traceback), 2 what the user got wrong (one line), 130 interrupted.
+Exit codes: 0 done, 1 a fault (with its traceback where nobody expected it), 2 what the user got wrong (one line), 130
+after Ctrl+C and 143 after SIGTERM (0 for roles that serve until then), 141 when nobody reads the text any more.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shlex
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import hydra
 from hydra import compose, initialize_config_module
@@ -25,23 +29,21 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lab import streams
 from lab.architecture import as_described
+from lab.ending import End, EndedBy, Signals, Stopped, Unfinished, disk_full, end_children, end_of, leave_at_once
 from lab.environment import describe_environment, version
 from lab.explain import explain
 from lab.files import whose_place, write_whole
-from lab.not_finite import NotFinite
 from lab.overrides import override, with_texts_as_typed
 from lab.settings import Dtype, LabSettings, UserError, digest, texts_by_key, to_plain, to_settings
+from lab.terminal import has_room, one_line
 from lab.tracking import finite
 
+__all__ = ["EndedBy", "Run", "Unfinished", "compose_config", "compose_settings", "finish", "leave", "main", "settle"]
 
-class Unfinished(Exception):
-    """A run ended before its end; what it has so far is kept. The last line then says `status: failed`."""
 
-    def __init__(self, why: str, code: int, figures: dict[str, Any]) -> None:
-        super().__init__(why)
-        self.code, self.figures = code, figures
-
+log = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings", bound=LabSettings)
 
@@ -56,22 +58,30 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONUTF8": "1",  # for processes that we start: what they write and read is UTF-8, as with us
 }
 
 
 LONGEST_LINE = 2000
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """Where one run of a command keeps its files."""
+    """One run of a command."""
 
     folder: Path
-    """Hydra's run folder, absolute."""
+    """Where it keeps its files: Hydra's run folder, absolute."""
+    so_far: Callable[[], dict[str, Any]] = field(default=dict, compare=False)
+    """What the last line is to say when the run ends before its end. A run sets it as soon as it has something; it is
+    called once, from whatever thread, when the run is over."""
 
 
-def main(config_name: str, settings_type: type[Settings], run: Callable[[Settings, Run], dict[str, Any]]) -> NoReturn:
+Work = Callable[[Settings, Run], dict[str, Any]]
+
+
+def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
     """Runs a whole command: `run` gets typed settings and returns the figures of the last line."""
+    streams.in_utf8_mode()
     if "--version" in sys.argv[1:]:
         print(version())
         raise SystemExit(0)
@@ -79,52 +89,129 @@ def main(config_name: str, settings_type: type[Settings], run: Callable[[Setting
         _main(config_name, settings_type, run)
 
 
-def _main(config_name: str, settings_type: type[Settings], run: Callable[[Settings, Run], dict[str, Any]]) -> NoReturn:
+def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing its own page
-    log_to_stderr()
-
-    began = False
-
-    def task(config: DictConfig) -> None:
-        nonlocal began
-        began = True
-        place = Run(Path(HydraConfig.get().runtime.output_dir).absolute())
+    command = _Command(streams.open_streams())
+    with Signals(command.forced) as signals:
+        log_to_stderr()
         try:
-            settings = settle(config, settings_type)
-            finish(run(settings, place), settings, place)
-        except Unfinished as error:
-            finish({"status": "failed", "error": str(error), **error.figures}, settings, place)
-            leave(error.code, str(error))
-        except UserError as error:  # here and not outside, where Hydra has put a line of its own before ours
-            leave(2, str(error))
-        except NotFinite as error:
-            leave(1, str(error))
-        except OSError as error:
-            if mistake := whose_place(error, texts_by_key(config) | {"hydra.run.dir": str(place.folder)}):
-                leave(2, str(mistake))
-            raise
+            command.work(config_name, settings_type, run)
+            end = None
+        except BaseException as error:
+            end = _end_of(error, command)
+        signals.tell = lambda: None  # there is nothing left to be cut short
+        code = command.finish(end, signals.number)
+        if signals.number is not None:
+            end_children()
+            leave_at_once(code)
+    if end is not None:
+        end_children()
+    raise SystemExit(code)
 
-    try:
+
+class _Command:
+    """One command, from its words to its last line."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._settings: LabSettings | None = None
+        self.place: Run | None = None
+        self._figures: dict[str, Any] | None = None
+        """None: there is no last line, because nothing ran (`--help`)."""
+        self._finishing = threading.Lock()
+
+    def work(self, config_name: str, settings_type: type[Settings], run: Work[Settings]) -> None:
+        """Composes and runs. Raises what went wrong."""
+        raised: list[Exception] = []
+
+        def task(config: DictConfig) -> None:
+            self.place = Run(Path(HydraConfig.get().runtime.output_dir).absolute())
+            try:
+                self._settings = settings = settle(config, settings_type)
+                self._figures = run(settings, self.place)
+            except Exception as error:  # raised when Hydra has gone, which would put a line of its own before ours
+                raised.append(_as_users(error, config, self.place))
+
+        streams.check_arguments(sys.argv[1:])
         sys.argv[1:] = with_texts_as_typed(literal_prompt(sys.argv[1:]), settings_type)
         hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
-    except UserError as error:
-        leave(2, str(error))
-    except HydraException as error:
-        leave(2, explain(error))
-    except COMPOSING_FAULTS as error:
-        if began:
-            raise
-        leave(2, str(does_not_compose(error)))
-    except OSError as error:  # Hydra makes the run folder before it calls us
-        if began:
-            raise
+        if raised:
+            raise raised[0]
+
+    def finish(self, end: End | None, number: int | None) -> int:
+        """Writes and prints what there is, and says in a line or a traceback why there is no more; the exit code.
+        `number`: the signal that came; one that a role waits for is a good end."""
+        if not self._finishing.acquire(blocking=False):
+            threading.Event().wait()  # another thread is at it, and ends the process
+        figures = self._figures
+        if end is None:
+            if figures is not None:
+                by = EndedBy.done if number is None else Stopped(number).ended_by
+                self._write({"ended_by": by, **figures})
+            return self._told_in_full(0)
+        so_far = self._so_far()
+        if end.code != 2 or so_far:  # what cannot be begun has no figures
+            about = {"status": "failed", "error": one_line(end.line or end.by.value), "ended_by": end.by}
+            if "lab.device" not in sys.modules:  # an end is not the time to load torch
+                about["device"] = None
+            self._write(so_far | about)
+        if end.fault is not None:
+            traceback.print_exception(end.fault)
+        elif end.line:
+            _say(end.code, end.line)
+        return self._told_in_full(end.code)
+
+    def _told_in_full(self, code: int) -> int:
+        """The exit code; not 0 where the last line could not be written, unless nobody wants it."""
+        error = streams.lost(self._out)
+        if error is None or streams.is_left(self._out):
+            return code
+        kept = f"; {self.place.folder / 'result.json'} has the result" if self.place else ""
+        _say(1, f"standard output could not be written ({error.strerror}){kept}")
+        return code or 1
+
+    def forced(self, number: int) -> None:
+        """The end of a run that a signal has not ended in time."""
+        code = self.finish(end_of(Stopped(number)), number)
+        end_children()
+        leave_at_once(code)
+
+    def _so_far(self) -> dict[str, Any]:
+        if self._figures is not None:
+            return self._figures
+        try:
+            return self.place.so_far() if self.place else {}
+        except Exception:  # cut off in the middle of something: a last line without figures is one
+            log.warning("the last line lacks the figures so far", exc_info=True)
+            return {}
+
+    def _write(self, figures: dict[str, Any]) -> None:
+        if self._settings is None or self.place is None:
+            streams.print_last_line(_as_json(figures), self._out)
+        else:
+            finish(figures, self._settings, self.place, self._out)
+
+
+def _as_users(error: Exception, config: DictConfig, place: Run) -> Exception:
+    """The same error, or as one of the user's where it is about a place that a setting names."""
+    if not isinstance(error, OSError) or disk_full(error):
+        return error
+    return whose_place(error, texts_by_key(config) | {"hydra.run.dir": str(place.folder)}) or error
+
+
+def _end_of(error: BaseException, command: _Command) -> End:
+    if isinstance(error, HydraException):
+        return End(2, EndedBy.refused, explain(error))
+    is_composed = command.place is not None
+    if isinstance(error, COMPOSING_FAULTS) and not isinstance(error, UserError) and not is_composed:
+        return End(2, EndedBy.refused, str(does_not_compose(error)))
+    if isinstance(error, OSError) and not is_composed:  # Hydra makes the run folder before it calls us
         where = error.filename or "the run folder"
-        leave(2, f"hydra.run.dir must be a folder that can be written, got {str(where)!r} ({error.strerror})")
-    except KeyboardInterrupt:
-        leave(130, "interrupted")
-    raise SystemExit(0)
+        rule = "hydra.run.dir must be a folder that can be written"
+        return End(2, EndedBy.refused, f"{rule}, got {str(where)!r} ({error.strerror})")
+    return end_of(error)
 
 
 def compose_settings(config_name: str, overrides: str | Sequence[str], settings_type: type[Settings]) -> Settings:
@@ -136,9 +223,13 @@ def compose_settings(config_name: str, overrides: str | Sequence[str], settings_
 
 
 def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
-    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in, a preset's name
-    and numbers those of the model that is meant."""
+    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in, `seed=-1` a seed
+    that was drawn, a preset's name and numbers those of the model that is meant."""
     settings = to_settings(config, settings_type)
+    if settings.seed == -1:
+        settings.seed = secrets.randbelow(2**31)
+    if not streams.is_text(settings.prompt):
+        raise UserError(f"prompt must be text, got {settings.prompt!r}")
     settings.model = as_described(settings.model)
     if settings.model.dtype is Dtype.auto:
         from lab.device import best_dtype, choose_device  # torch, which other settings can do without
@@ -181,34 +272,50 @@ def for_owner_alone() -> Iterator[None]:
 
 
 def leave(code: int, line: str) -> NoReturn:
-    """Ends the process with this exit code and one line on stderr, shortened where a value in it is very long."""
-    line = " ".join(line.split())
-    if len(line) > LONGEST_LINE:
-        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-    print(f"error: {line}" if code == 2 else line, file=sys.stderr, flush=True)
+    """Ends the process with this exit code and one line on stderr."""
+    _say(code, line)
     raise SystemExit(code)
 
 
-def finish(figures: dict[str, Any], settings: LabSettings, place: Run) -> None:
-    """Writes result.json and prints the same document as the last line on stdout; a NaN becomes the text "nan"."""
-    from lab.device import open_device  # imports torch, which `--help` can do without
+def _say(code: int, line: str) -> None:
+    line = one_line(f"error: {line}" if code == 2 else line)
+    if len(line) > LONGEST_LINE:  # a value in it is very long
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(line, file=sys.stderr, flush=True)
 
+
+def finish(figures: dict[str, Any], settings: LabSettings, place: Run, out: TextIO | None = None) -> None:
+    """Writes result.json and prints the same document as the last line on stdout; a NaN becomes the text "nan".
+
+    A result.json that cannot be written is a line on stderr: the last line holds all of it.
+    """
     document = {
         "status": "ok",
-        "device": open_device(settings.device).type,
+        "ended_by": EndedBy.done,
         **figures,
         "settings_digest": digest(settings),
         "run_folder": place.folder,
         **describe_environment(),
     }
-    text = json.dumps(finite(to_plain(document)), allow_nan=False)
-    write_whole(place.folder / "result.json", text + "\n")
-    print(text, flush=True)
+    if "device" not in document:
+        from lab.device import open_device  # imports torch, which `--help` can do without
+
+        document["device"] = open_device(settings.device).type
+    text = _as_json(document)
+    try:
+        write_whole(place.folder / "result.json", text + "\n")
+    except OSError as error:
+        _say(1, f"result.json could not be written to {str(place.folder)!r} ({error.strerror}): the last line has all")
+    streams.print_last_line(text, out or sys.stdout)
+
+
+def _as_json(document: dict[str, Any]) -> str:
+    return json.dumps(finite(to_plain(document)), allow_nan=False)
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Logs of all of ours to stderr; rich on a terminal, plain lines elsewhere."""
-    terminal = sys.stderr.isatty()
+    """Logs of all of ours to stderr; rich on a terminal that has room and takes colours, plain lines elsewhere."""
+    terminal = has_room(sys.stderr)
     handler: logging.Handler = (
         RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
         if terminal
@@ -223,25 +330,33 @@ def log_to_stderr(level: int = logging.INFO) -> None:
         logging.getLogger(package).setLevel(level)
 
 
+PROMPT_KEYS = ("prompt", "prompt_file")
+
+
 def literal_prompt(arguments: list[str]) -> list[str]:
     """`prompt=` as Hydra must see it to take it literally; `prompt=-` reads stdin, `prompt_file=` a file.
 
-    Hydra reads a comma as a sweep, `${` as an interpolation, and stumbles over brackets and quotes.
+    Hydra reads a comma as a sweep, `${` as an interpolation, and stumbles over brackets and quotes. UserError for more
+    than one prompt, and for one that is no text.
     """
+    given = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") in PROMPT_KEYS]
+    if len([argument for argument in given if "=" in argument]) > 1:
+        raise UserError(f"prompt must be given once, as prompt= or prompt_file=, got {len(given)} of them")
     return [_quoted(argument) for argument in arguments]
 
 
 def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
-    if not equals or key not in ("prompt", "prompt_file"):
+    name = key.lstrip("+")
+    if not equals or name not in PROMPT_KEYS:
         return argument
-    if key == "prompt_file" or value == "-":
-        value = _read_prompt(key, value)
-    return override("prompt", value)
+    if name == "prompt_file" or value == "-":
+        value = streams.read_stdin() if value == "-" and name == "prompt" else _read_prompt_file(value)
+    return f"{key.removesuffix(name)}{override('prompt', value)}"
 
 
-def _read_prompt(key: str, path: str) -> str:
+def _read_prompt_file(path: str) -> str:
     try:
-        return sys.stdin.read() if key == "prompt" else Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key} must be readable UTF-8 text, got {path!r} ({error})") from None
+        return streams.as_text(Path(path).expanduser().read_bytes())
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in a path is a ValueError, `~nobody` a RuntimeError
+        raise UserError(f"prompt_file must be readable UTF-8 text, got {path!r} ({error})") from None

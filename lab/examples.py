@@ -8,11 +8,12 @@ Shapes: B examples in a batch, T tokens (the longest example of the batch).
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import random
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
 from typing import TYPE_CHECKING
 from unicodedata import combining
@@ -21,9 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lab.chat import Chat, Piece
+from lab.chat import Chat, Piece, plain_message
 from lab.counts import Counts
 from lab.data import Document, Source
+from lab.data_text import DataEncoder, unused_letters
+from lab.marked_messages import Marks, holds_control, marked, spans_of, taken_out
 from lab.records import Dialogue, MalformedRecord, Record, Text
 from lab.settings import UserError
 
@@ -135,6 +138,7 @@ class ExampleReader:
         self._tokenizer = tokenizer
         self._length = sequence_length
         self._chat = Chat(tokenizer)
+        self._encoder = DataEncoder(tokenizer)
 
     def read(self, source: Source, documents: Sequence[Document]) -> list[Example]:
         """All examples of `documents`; MalformedData when one of them, or more, cannot be learnt from."""
@@ -166,7 +170,8 @@ class ExampleReader:
         return [Example(window, np.ones(len(window), dtype=np.bool_), key) for window in windows if len(window) > 1]
 
     def _dialogue(self, dialogue: Dialogue) -> list[Example]:
-        encoded = [self._encoded(pieces) for pieces in self._chat.sequences(dialogue)]
+        sequences, marks = self._shown(dialogue)
+        encoded = [self._encoded(pieces, marks) for pieces in sequences]
         ends = [end for sequence in encoded for end in sequence.ends]
         cut = sum(end > self._length for end in ends)
         found = [sequence.example(self._length, side_key(_prompt(dialogue))) for sequence in encoded]
@@ -181,30 +186,58 @@ class ExampleReader:
         )
         return found
 
-    def _encoded(self, pieces: Sequence[Piece]) -> _Encoded:
+    def _shown(self, dialogue: Dialogue) -> tuple[list[list[Piece]], Marks | None]:
+        """The dialogue as the template shows it; with marks around control tokens that its messages hold, if any do."""
+        sequences = self._chat.sequences(dialogue)
+        said = [plain_message(message) for message in dialogue.messages]
+        if not any(holds_control(message, self._encoder) for message in said):
+            return sequences, None
+        pieces = [piece.text for sequence in sequences for piece in sequence]
+        begin, end = unused_letters(2, json.dumps(said, ensure_ascii=False), *pieces)
+        marks = Marks(begin, end, edge="")
+        messages = []
+        for message, plain in zip(dialogue.messages, said, strict=True):
+            shown = marked(plain, self._encoder, marks)
+            extra = {key: value for key, value in shown.items() if key not in ("role", "content")}
+            messages.append(replace(message, content=shown["content"], extra=extra))
+        found = self._chat.sequences(replace(dialogue, messages=tuple(messages)))
+        without = [[Piece(taken_out(piece.text, marks)[1], piece.answer) for piece in pieces] for pieces in found]
+        if without != sequences:
+            raise MalformedRecord(
+                f"{dialogue.name} must hold no control tokens with this chat template, which shows a message otherwise "
+                "with marks around them"
+            )
+        return found, marks
+
+    def _encode(self, text: str, marks: Marks | None) -> list[int]:
+        if marks is None:
+            return _encode(self._tokenizer, text)
+        return self._encoder.encode(*spans_of(text, marks), add_special_tokens=False)
+
+    def _encoded(self, pieces: Sequence[Piece], marks: Marks | None) -> _Encoded:
         """Token ids of all pieces, whether each counts, and where the answers end."""
         sequence = _Encoded([], [], [])
         opening = [] if self._chat.has_template else _opening(self._tokenizer)
-        for ids, counts in [(opening, False), *zip(self._piecewise(pieces), (piece.answer for piece in pieces))]:
+        for ids, counts in [(opening, False), *zip(self._piecewise(pieces, marks), (piece.answer for piece in pieces))]:
             sequence.ids.extend(ids)
             sequence.counted.extend([counts] * len(ids))
             sequence.ends.extend([len(sequence.ids)] if counts else [])
         return sequence
 
-    def _piecewise(self, pieces: Sequence[Piece]) -> list[list[int]]:
+    def _piecewise(self, pieces: Sequence[Piece], marks: Marks | None) -> list[list[int]]:
         """Token ids of each piece. Where a prompt ends a token ends, as when the model generates.
 
         The ids are those of the whole text as long as they begin with those of the text so far, and where a token would
         straddle the boundary the new piece is tokenized alone.
         """
-        alone = [_encode(self._tokenizer, piece.text) for piece in pieces]
-        if list(chain.from_iterable(alone)) == _encode(self._tokenizer, "".join(piece.text for piece in pieces)):
+        alone = [self._encode(piece.text, marks) for piece in pieces]
+        if list(chain.from_iterable(alone)) == self._encode("".join(piece.text for piece in pieces), marks):
             return alone  # Nothing straddles a boundary, and the text so far need not be tokenized for each piece.
         found: list[list[int]] = []
         text, ids = "", list[int]()
         for piece, tokens in zip(pieces, alone):
             text += piece.text
-            whole = _encode(self._tokenizer, text)
+            whole = self._encode(text, marks)
             found.append(whole[len(ids) :] if whole[: len(ids)] == ids else tokens)
             ids += found[-1]
         return found

@@ -1,7 +1,8 @@
 """The one KV cache of the lab: fixed slots, each with a length of its own, advanced together in one batched forward.
 
 A pass is three steps: `begin` takes slots and counts and gives the position ids for the model, the model calls
-`update` in every attention layer, `commit` moves the lengths. Rewinding is an assignment to ``lengths``: what lies
+`update` in every attention layer, `commit` moves the lengths. Room is promised, not hoped for: a slot is acquired with
+the most positions it will ever hold, and what is promised fits. Rewinding is an assignment to ``lengths``: what lies
 beyond a length is masked out, and overwritten later. Keys are kept for all positions, and sliding windows are folded
 into the masks, so that a rewind never meets a window that has already moved on.
 
@@ -30,7 +31,12 @@ from lab import row_attention
 
 
 class CacheFull(RuntimeError):
-    """No slot is free, or the next positions do not fit into the limit in bytes. Nothing was changed."""
+    """No slot is free, or what would be promised does not fit into the limit in bytes. Nothing was changed."""
+
+    def __init__(self, what: str, *, fits: int = 0) -> None:
+        super().__init__(what)
+        self.fits = fits
+        """Positions that would fit now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +189,11 @@ class SlotCache(Cache):
         device: Of the keys and values; the model's.
         exact: Give every pass this shape, and allocate it all now. None: each pass as large as it must be.
 
+    Storage is one rectangle of slots x columns in each layer, so that a pass reads it without a copy. What is promised
+    fits when the rectangle does that the slots in use would need at their full lengths.
+
     Raises:
-        CacheFull: the exact shape does not fit into the limit.
+        CacheFull: the exact shape, or one bucket of one text, does not fit into the limit.
     """
 
     def __init__(
@@ -209,7 +218,8 @@ class SlotCache(Cache):
         self._bucket, self._limit_bytes = bucket, limit_bytes
         self._dtype, self._device = dtype, device
         self._exact = exact
-        self._in_use = [False] * slots
+        self._promised = [0] * slots
+        """The most positions that each slot will hold; 0: it is free."""
         self._written = [0] * slots
         self._keys = {number: self._empty(shape.heads, shape.key_size, 0, 0) for number, shape in layers.items()}
         self._values = {number: self._empty(shape.heads, shape.value_size, 0, 0) for number, shape in layers.items()}
@@ -218,19 +228,40 @@ class SlotCache(Cache):
         self._writes: _Writes | None = None
         if exact is not None:
             self._allocate(slots, exact.columns)
+        elif not self.longest:
+            raise CacheFull(f"the KV cache is full: {self._needs(1, bucket)}")
 
     # Slots
 
-    def acquire(self) -> int:
-        """Take a free slot, with length 0.
+    @property
+    def longest(self) -> int:
+        """The most positions that one slot can be promised: those that fit when no other slot is in use."""
+        return self._fit(1)
+
+    def acquire(self, most: int) -> int:
+        """Take a free slot, with length 0, for a text of at most so many positions: there will be room for them.
 
         Raises:
-            CacheFull: all slots are taken.
+            ValueError: `most` is below 1.
+            CacheFull: all slots are taken, or what is promised already leaves no room for so many positions.
         """
-        if False not in self._in_use:
-            raise CacheFull(f"all {len(self._in_use)} slots of the KV cache are taken")
-        slot = self._in_use.index(False)
-        self._in_use[slot] = True
+        if most < 1:
+            raise ValueError(f"a slot must be promised at least 1 position, got {most}")
+        if 0 not in self._promised:
+            raise CacheFull(f"all {len(self._promised)} slots of the KV cache are taken")
+        slot = self._promised.index(0)
+        slots = max(self._slots_in_use, slot + 1)
+        fits = self._fit(slots)
+        longest = max(most, *self._promised)
+        if longest > fits:
+            # Those in use may be what does not fit beside one more; then there is room for none.
+            fits = 0 if max(self._promised) > fits else fits
+            raise CacheFull(
+                f"the KV cache is full: {self._needs(slots, self._rounded(longest))}; room for a text of {fits} "
+                f"positions is left, got {most}",
+                fits=fits,
+            )
+        self._promised[slot] = most
         return slot
 
     def release(self, slot: int) -> None:
@@ -238,7 +269,24 @@ class SlotCache(Cache):
         column still multiplies its value by zero, and zero times infinity is not zero)."""
         for stored in self._stored():
             stored[slot : slot + 1, :, : self._written[slot]].zero_()
-        self._in_use[slot], self.lengths[slot], self._written[slot] = False, 0, 0
+        self._promised[slot], self.lengths[slot], self._written[slot] = 0, 0, 0
+
+    @property
+    def _slots_in_use(self) -> int:
+        """Slots up to the last one in use."""
+        return max((slot + 1 for slot, promised in enumerate(self._promised) if promised), default=0)
+
+    def _fit(self, slots: int) -> int:
+        """Positions that each of so many slots can hold."""
+        if self._exact is not None:
+            return self._exact.columns
+        return self._limit_bytes // (slots * self.bytes_per_position) // self._bucket * self._bucket
+
+    def _needs(self, slots: int, columns: int) -> str:
+        return (
+            f"{slots} sessions x {columns} positions need {slots * columns * self.bytes_per_position} bytes, "
+            f"the limit is {self._limit_bytes}"
+        )
 
     # Bytes
 
@@ -264,8 +312,8 @@ class SlotCache(Cache):
         """Prepare to append ``counts[i]`` positions to ``slots[i]``, each at its own length.
 
         Raises:
-            ValueError: a slot twice, a count that does not fit the exact shape, a length set beyond what was written.
-            CacheFull: the positions do not fit into the limit.
+            ValueError: a slot twice, a count that does not fit the exact shape, a length set beyond what was written,
+                more positions than were promised.
         """
         self._check(slots, counts)
         self._make_room([self.lengths[slot] + count for slot, count in zip(slots, counts, strict=True)])
@@ -319,15 +367,20 @@ class SlotCache(Cache):
             noise = torch.randn(stored[:1].shape, generator=generator, device=self._device, dtype=torch.float32)
             stored.copy_(noise.to(self._dtype))
         for slot in range(len(self.lengths)):
-            self._in_use[slot], self.lengths[slot], self._written[slot] = True, length, self._columns
+            self._promised[slot], self.lengths[slot], self._written[slot] = self._columns, length, self._columns
 
     def _check(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         if len(set(slots)) < len(slots):
             raise ValueError(f"slots must be different from each other, got {list(slots)}")
         if self._exact is not None and max(counts) > self._exact.rows:
             raise ValueError(f"counts must be at most {self._exact.rows} in exact shapes, got {max(counts)}")
-        for slot in slots:
-            assert self._in_use[slot], f"slot {slot} is not acquired"
+        for slot, count in zip(slots, counts, strict=True):
+            assert self._promised[slot], f"slot {slot} is not acquired"
+            if self.lengths[slot] + count > self._promised[slot]:
+                raise ValueError(
+                    f"positions must be at most the {self._promised[slot]} that were promised, "
+                    f"got {self.lengths[slot]} + {count}"
+                )
             if not 0 <= self.lengths[slot] <= self._written[slot]:
                 raise ValueError(
                     f"position must be in [0, {self._written[slot]}] (what the cache holds), got {self.lengths[slot]}"
@@ -394,27 +447,24 @@ class SlotCache(Cache):
 
     def _make_room(self, ends: list[int]) -> None:
         """Grow to what is in use now; a text that was long and has gone gives its columns back on this occasion."""
-        need_slots = 1 + max(slot for slot, used in enumerate(self._in_use) if used)
+        need_slots = self._slots_in_use
         if need_slots <= self._slots and max(ends) <= self._columns:
             return
-        if self._exact is not None:
-            raise ValueError(f"positions must be at most {self._columns} in exact shapes, got {max(ends)}")
-        held = [length for length, used in zip(self.lengths, self._in_use, strict=True) if used]
-        self._allocate(need_slots, self._rounded(max(*ends, *held)))
+        # What is held now, and no more than what is promised: the columns of a text that has gone are not kept.
+        self._allocate(need_slots, self._rounded(max(*ends, *self.lengths)))
 
     def _allocate(self, slots: int, columns: int) -> None:
-        need_bytes = slots * columns * self.bytes_per_position
-        if need_bytes > self._limit_bytes:
-            raise CacheFull(
-                f"the KV cache is full: {slots} sessions x {columns} positions need {need_bytes} bytes, "
-                f"the limit is {self._limit_bytes}"
-            )
+        if slots * columns * self.bytes_per_position > self._limit_bytes:
+            assert self._exact is not None, f"promised too much: {self._needs(slots, columns)}"
+            raise CacheFull(f"the KV cache is full: {self._needs(slots, columns)}")
+        # Where memory runs out on the way, some layers are of the new shape: all of them hold this much.
+        self._written = [min(written, columns) for written in self._written]
+        self._slots, self._columns = min(self._slots, slots), min(self._columns, columns)
         for layer, shape in self._shapes.items():  # layer by layer: the peak is one layer above the sum
             keys = self._empty(shape.heads, shape.key_size, slots, columns)
             self._keys[layer] = self._moved(self._keys[layer], keys)
             values = self._empty(shape.heads, shape.value_size, slots, columns)
             self._values[layer] = self._moved(self._values[layer], values)
-        self._written = [min(written, columns) for written in self._written]
         self._slots, self._columns = slots, columns
 
     def tensors(self) -> dict[str, Tensor]:

@@ -472,7 +472,7 @@ class _Cached:
         self._cache = SlotCache(
             shapes, slots=2, bucket=8, limit_bytes=10**9, dtype=torch.float32, device=torch.device("cpu"), exact=None
         )
-        self._slots = [self._cache.acquire(), self._cache.acquire()]
+        self._slots = [self._cache.acquire(LONGEST), self._cache.acquire(LONGEST)]
 
     def forward(self, states: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         """One pass; rows in the order of slots."""

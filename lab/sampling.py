@@ -1,10 +1,10 @@
 """Sampling as a function of position: who draws a token does not matter, only where it stands.
 
-A token is ``argmax(logits + temperature * g(seed, position, token))`` over the tokens that top-k and top-p leave, with
-``g`` Gumbel noise from a counter-based hash. (Above 1 the temperature divides the logits instead, so that no finite
-temperature makes infinity of a finite number.) There is no generator state: a drafter and a target that share the seed
-draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 + TV)`` (TV: the
-total variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to travel.
+A token is ``argmax(logits + temperature * g(seed, position, token))`` over the tokens that top-k, top-p and min-p
+leave, with ``g`` Gumbel noise from a counter-based hash. (Above 1 the temperature divides the logits instead, so that
+no finite temperature makes infinity of a finite number.) There is no generator state: a drafter and a target that share
+the seed draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 + TV)`` (TV:
+the total variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to travel.
 
 Knows nothing about models, sessions or networks.
 
@@ -14,11 +14,13 @@ Shapes: R rows (one position of one session each), V vocabulary, M tokens that a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lab.words import Words
 
 _LANE = 0xFFFFFFFF  # 32-bit arithmetic in int64 lanes: MPS has no uint64, and torch has few uint32 operations
 _WORD = 0xFFFFFFFFFFFFFFFF
@@ -39,6 +41,11 @@ class Sampling:
     """Only the k best tokens can be drawn (all that equal the k-th); 0 switches it off."""
     top_p: float
     """Only the best tokens whose probabilities, after top-k, first add up to this can be drawn; 1 switches it off."""
+    min_p: float = 0.0
+    """Only tokens at least so probable, relative to the best one, can be drawn (Nguyen et al., arXiv 2407.01082; as in
+    transformers after top-k and top-p, at the same temperature); 0 switches it off."""
+    words: Words | None = None
+    """What changes the logits before all of this, by the text before them; None: nothing does."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -49,6 +56,8 @@ class Sampling:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
 
     @classmethod
     def greedy(cls) -> Sampling:
@@ -65,8 +74,9 @@ class Choice:
     nll: list[float]
     """Cross-entropy of the drawn token under the plain softmax of the logits (no temperature, no top-k), in nats."""
     margins: list[float]
-    """Gap between the two best candidates, noise included, in units of the logits: while top-k and top-p leave the same
-    tokens, only an error of more than half of it can change the choice. Infinite when one candidate was left."""
+    """Gap between the two best candidates, words and noise included, in units of the logits: while top-k, top-p and
+    min-p leave the same tokens, only an error of more than half of it can change the choice (of the logits as they are
+    after a repetition penalty). Infinite when one candidate was left."""
     follower_nll: list[float]
     """Cross-entropy of the token that follows in the text instead; NaN where none was given."""
     finite: list[bool]
@@ -74,7 +84,11 @@ class Choice:
 
 
 def choose(
-    logits_RV: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], followers: Sequence[int]
+    logits_RV: Tensor,
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    followers: Sequence[int],
+    changed: Mapping[int, Tensor] | None = None,
 ) -> Choice:
     """Draw one token in every row.
 
@@ -83,21 +97,27 @@ def choose(
         samplings: The settings of the session that each row belongs to.
         positions: Where each drawn token will stand in its text, counted from the first prompt token.
         followers: The token that stands there already (a guess), -1 where there is none.
+        changed: By row, what a row is drawn from in place of its logits, V each: `lab.words`.
 
     Returns:
         R ids, their cross-entropies and margins. A row's result does not depend on the other rows.
     """
-    logits_RV = _wide(logits_RV)
+    logits_RV = widened(logits_RV)
     log_total_R = logits_RV.logsumexp(-1)
     finite_R = log_total_R.isfinite() & logits_RV.amin(-1).isfinite()  # NaN and +inf show in the sum, -inf does not
     ids_R = torch.empty(len(samplings), dtype=torch.int64, device=logits_RV.device)
     margins_R = torch.empty_like(log_total_R)
-    for rule, rows in _rows_by_rule(samplings).items():
+    changed = changed or {}
+    for (rule, is_changed), rows in _rows_by_rule(samplings, changed).items():
         whole = len(rows) == len(samplings)
         index_R = torch.tensor(rows, device=logits_RV.device)
+        if is_changed:
+            drawn_RV = torch.stack([changed[row] for row in rows])
+        else:
+            drawn_RV = logits_RV if whole else logits_RV[index_R]
         seeds = [samplings[row].seed for row in rows]
         places = [positions[row] for row in rows]
-        ids, margins = _choose_by_one_rule(logits_RV if whole else logits_RV[index_R], rule, seeds, places)
+        ids, margins = _choose_by_one_rule(drawn_RV, rule, seeds, places)
         ids_R[index_R], margins_R[index_R] = ids, margins
     follower_R = torch.tensor(followers, dtype=torch.int64, device=logits_RV.device)
     follower_nll_R = (log_total_R - _pick(logits_RV, follower_R.clamp(min=0))).masked_fill(follower_R < 0, math.nan)
@@ -107,7 +127,7 @@ def choose(
 
 def nll(logits_RV: Tensor, ids: Sequence[int]) -> list[float]:
     """Cross-entropy, in nats, of one given token under the softmax of each row."""
-    logits_RV = _wide(logits_RV)
+    logits_RV = widened(logits_RV)
     ids_R = torch.tensor(ids, dtype=torch.int64, device=logits_RV.device)
     nll_R: list[float] = (logits_RV.logsumexp(-1) - _pick(logits_RV, ids_R)).tolist()
     return nll_R
@@ -163,28 +183,33 @@ def _pick(logits_RV: Tensor, ids_R: Tensor) -> Tensor:
     return logits_RV.gather(-1, ids_R[:, None])[:, 0]
 
 
-def _wide(logits_RV: Tensor) -> Tensor:
+def widened(logits_RV: Tensor) -> Tensor:
+    """The logits in the precision that tokens are drawn in."""
     return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
 
 
-_Rule = tuple[float, int, float]
+_Rule = tuple[float, int, float, float]
 
 
-def _rows_by_rule(samplings: Sequence[Sampling]) -> dict[_Rule, list[int]]:
-    rows: dict[_Rule, list[int]] = {}
+def _rows_by_rule(samplings: Sequence[Sampling], changed: Mapping[int, Tensor]) -> dict[tuple[_Rule, bool], list[int]]:
+    rows: dict[tuple[_Rule, bool], list[int]] = {}
     for row, sampling in enumerate(samplings):
-        rows.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(row)
+        rule = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+        rows.setdefault((rule, row in changed), []).append(row)
     return rows
 
 
 def _choose_by_one_rule(
     logits_RV: Tensor, rule: _Rule, seeds: Sequence[int], positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    temperature, top_k, top_p = rule
+    temperature, top_k, top_p, min_p = rule
     if temperature == 0:
         return _best_and_margin(logits_RV.clone())
     divisor, heat = min(max(temperature, 1.0), torch.finfo(logits_RV.dtype).max), min(temperature, 1.0)
     scores_RM, tokens_RM = _survivors(logits_RV / divisor if divisor > 1 else logits_RV, top_k, top_p, heat)
+    if min_p:
+        least_R1 = scores_RM.amax(-1, True) + heat * math.log(min_p)
+        scores_RM = scores_RM.masked_fill(scores_RM < least_R1, -math.inf)
     bits_RM = noise_bits(noise_keys(seeds, positions, logits_RV.device)[:, None], tokens_RM)
     best_R, margins_R = _best_and_margin(gumbel(bits_RM, scores_RM.dtype).mul_(heat).add_(scores_RM))
     ids_R = tokens_RM.expand(len(seeds), -1).gather(-1, best_R[:, None])[:, 0]

@@ -50,14 +50,6 @@ def require_above(bound: float, settings: object, *names: str) -> None:
         require(getattr(settings, name) > bound, f"{name} must be greater than {bound}", getattr(settings, name))
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> None:
-    """Raises ValueError for what no text can be asked for; counts travel in 32 bits."""
-    require(math.isfinite(temperature) and temperature >= 0, "temperature must be finite and at least 0", temperature)
-    require(0 <= top_k < 2**32, "top_k must be in [0, 2**32)", top_k)
-    require(0 < top_p <= 1, "top_p must be in (0, 1]", top_p)
-    require(max_new_tokens < 2**32, "max_new_tokens must be below 2**32", max_new_tokens)
-
-
 class ModelSource(Enum):
     """Where a model's tensors come from."""
 
@@ -348,7 +340,15 @@ class LabSettings:
     tracking: TrackingSettings
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**31, "seed must be in [0, 2**31)", self.seed)
+        if self.draws_seed():
+            require(-1 <= self.seed < 2**31, "seed must be in [0, 2**31), or -1 to draw one", self.seed)
+        else:
+            require(0 <= self.seed < 2**31, "seed must be in [0, 2**31)", self.seed)
+
+    @classmethod
+    def draws_seed(cls) -> bool:
+        """Whether seed=-1 draws one: where one process alone uses it, which says what it has drawn."""
+        return False
 
 
 @dataclass(kw_only=True)
@@ -447,7 +447,7 @@ def _check_numbers(key: str, value: Any) -> None:
 def texts_by_key(config: DictConfig, path: str = "") -> dict[str, str]:
     """Every value of a config that is a text and may be the name of a place, by its dotted key; not the prompt."""
     found: dict[str, str] = {}
-    for key in config:
+    for key in map(str, config):
         value = None if OmegaConf.is_missing(config, key) else config[key]
         if isinstance(value, DictConfig):
             found |= texts_by_key(value, f"{path}{key}.")

@@ -1,6 +1,6 @@
 """Where figures go while a run is under way: metrics.jsonl always, Weights & Biases when it can, progress on stderr.
 
-No sink can change a result: W&B may be absent, offline or broken, and then one warning says so.
+No sink can change a result: W&B may be absent, offline or broken, a disk full, and then one warning says so.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lab.settings import TrackingSettings, WandbMode, digest, to_plain
+from lab.terminal import has_room
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +37,25 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, flushed at once, so that a killed run keeps what it had."""
+    """One JSON object a line, written at once, so that a killed run keeps what it had. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends `row`."""
-        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
-        self._stream.flush()
+        """Appends `row`, or nothing: a disk that becomes full leaves no half line."""
+        line, size = json.dumps(row, allow_nan=False).encode() + b"\n", os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(size)
+            raise
 
     def close(self) -> None:
         """Closes the file."""
-        self._stream.close()
+        self._file.close()
 
 
 class Tracked(Protocol):
@@ -108,9 +114,9 @@ class Tracker:
 
     def __init__(self, settings: Tracked, name: str, folder: Path) -> None:
         self._tracking: TrackingSettings = settings.tracking
-        self._jsonl = JsonLines(folder / "metrics.jsonl")
-        self._wandb = self._open_wandb(settings, name, folder)
         self._reported: set[str] = set()
+        self._jsonl = self._open_jsonl(folder / "metrics.jsonl")
+        self._wandb = self._open_wandb(settings, name, folder)
 
     def log(self, step: int, **figures: Any) -> None:
         """One row of figures at `step` (a round, a training step, a cell)."""
@@ -126,14 +132,31 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._jsonl.close()
+        if self._jsonl is not None:
+            self._jsonl.close()
         if self._wandb is not None:
             self._never_fatal("close", self._wandb.close)
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._jsonl.write(row)
+        try:
+            if self._jsonl is not None:
+                self._jsonl.write(row)
+        except OSError as error:  # rows that come when there is room again are written
+            self._warn_of_jsonl(error)
         if (sink := self._wandb) is not None:
             self._never_fatal("log to", lambda: sink.write(row))
+
+    def _open_jsonl(self, path: Path) -> JsonLines | None:
+        try:
+            return JsonLines(path)
+        except OSError as error:
+            self._warn_of_jsonl(error)
+            return None
+
+    def _warn_of_jsonl(self, error: OSError) -> None:
+        if "metrics.jsonl" not in self._reported:
+            self._reported.add("metrics.jsonl")
+            log.warning("metrics.jsonl lacks rows: %s", error)
 
     def _open_wandb(self, settings: Tracked, name: str, folder: Path) -> Sink | None:
         if settings.tracking.wandb is WandbMode.disabled:
@@ -189,12 +212,22 @@ class Counter:
         self._advance(detail)
 
 
+def picture(draw: Callable[[], Path]) -> list[Path]:
+    """The picture that `draw` makes, alone in a list; none, and one warning, where it cannot be made."""
+    try:
+        return [draw()]
+    except Exception as error:  # no picture is worth a result
+        log.warning("a picture is missing (%s: %s)", type(error).__name__, error)
+        return []
+
+
 @contextmanager
 def progress(title: str, total: int, enabled: bool) -> Iterator[Counter]:
-    """Counts to `total` on stderr: a live bar on a terminal, else a line a unit (at most about a hundred)."""
+    """Counts to `total` on stderr: a live bar on a terminal that has room, else a line a unit (at most about a
+    hundred)."""
     if not enabled:
         yield Counter(lambda detail: None)
-    elif sys.stderr.isatty():
+    elif has_room(sys.stderr):
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

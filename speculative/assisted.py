@@ -12,9 +12,9 @@ from lab.bench import pinned
 from lab.device import open_device
 from lab.layers import load_layers
 from lab.models import load_model
+from lab.prompts import prompt_ids
 from speculative.rig import VERIFIER_CORE
 from speculative.settings import DraftSource, SpeculativeSettings
-from speculative.speaking import prompt_ids
 
 
 class Assisted:

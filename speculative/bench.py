@@ -76,6 +76,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         names = ", ".join(part.name for part in known)
         raise UserError(f"project.bench.parts must be of {names} for engine={bench.engine.name}, got {unknown}")
     rows: list[Row] = []
+    place.so_far = lambda: {"rows": rows}
     with Tracker(settings, "speculative-bench", place.folder) as tracker, Rig(settings, place.folder) as rig:
         for part in bench.parts or known:
             for row in known[part](rig):

@@ -15,6 +15,7 @@ from typing import Any
 
 from lab.bench import Sample, judged, pinned, ratio
 from lab.processes import start
+from lab.sampling import Sampling
 from lab.wire import WireError
 from speculative.bench_rows import ASYNC, Row, plain_row, row_name, synthetic_case
 from speculative.drafting import TargetLost
@@ -219,8 +220,8 @@ def flood(settings: SpeculativeSettings, texts: Sequence[str], port: int, is_the
     frames_at_once = 50
     while True:
         with suppress(WireError, TargetLost), join(settings, texts) as target:
-            request = make_request(settings, [0])
-            target.open(replace(request, mode=ASYNC, max_new_tokens=settings.project.context // 2))
+            request = make_request(settings, [0], Sampling.greedy(), settings.project.context // 2)
+            target.open(replace(request, mode=ASYNC))
             is_there.set()
             while True:
                 for _ in range(frames_at_once):

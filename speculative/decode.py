@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -50,12 +49,15 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             network=replace(settings.network, host="127.0.0.1", port=port),
             project=replace(project, chat=False, check=False),
         )
-        _speak(replace(asked, project=replace(asked.project, max_new_tokens=WARM_UP_TOKENS)), "warm up", place.folder)
+        _speak(
+            replace(asked, project=replace(asked.project, max_new_tokens=WARM_UP_TOKENS)),
+            "warm up",
+            entry.Run(place.folder),
+        )
+        runs = [entry.Run(place.folder / f"text-{index}") for index in range(len(prompts))]
+        place.so_far = lambda: {"new_tokens": sum(text.so_far().get("new_tokens", 0) for text in runs)}
         with ThreadPoolExecutor(len(prompts)) as pool:
-            texts = [
-                pool.submit(_speak, asked, prompt, place.folder / f"text-{index}")
-                for index, prompt in enumerate(prompts)
-            ]
+            texts = [pool.submit(_speak, asked, prompt, text) for prompt, text in zip(prompts, runs, strict=True)]
         figures = figures_of([text.result() for text in texts])
         figures |= {"context": context, "sessions": project.sessions}
         tracker.result(figures)
@@ -75,9 +77,9 @@ def figures_of(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _speak(settings: SpeculativeSettings, prompt: str, folder: Path) -> dict[str, Any]:
+def _speak(settings: SpeculativeSettings, prompt: str, place: entry.Run) -> dict[str, Any]:
     try:
-        return draft(replace(settings, prompt=prompt), entry.Run(folder))
+        return draft(replace(settings, prompt=prompt), place)
     except TextRefused as error:
         raise UserError(str(error)) from None
 

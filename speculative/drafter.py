@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from lab import entry
 from speculative.settings import SpeculativeSettings
-
-log = logging.getLogger(__name__)
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
@@ -27,8 +24,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     except (WireError, TextFailed) as error:
         if isinstance(error, WireError) and is_users_to_mend(error):
             raise UserError(str(error)) from None
-        log.error("%s", error)
-        raise SystemExit(1) from None
+        raise entry.Unfinished(str(error), 1, entry.EndedBy.lost) from None
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from speculative.drafts import Drafts, NoDrafts
 from speculative.messages import Reason
 from speculative.policy import DraftLength
 from speculative.settings import Mode
-from speculative.text import Ended, Outcome, TextRequest, Verdict, common_length, prefix_hash
+from speculative.text import Ended, Outcome, TextRequest, Verdict, Waiting, common_length, prefix_hash
 
 SYNC_LENGTH = 5
 """Guesses of a round of mode sync where no length was asked for."""
@@ -230,7 +230,9 @@ class OwnText:
         self.epoch, self._sent = 0, 0
 
 
-def speculate(target: Target, drafts: Drafts, request: TextRequest, end_ids: Collection[int]) -> Iterator[Round]:
+def speculate(
+    target: Target, drafts: Drafts, request: TextRequest, end_ids: Collection[int]
+) -> Generator[Round, None, None]:
     """One text: yields each round as it is verified.
 
     Mode sync is the textbook loop (Leviathan et al., arXiv 2211.17192, with exact matching): guess, send, wait. In mode
@@ -253,6 +255,8 @@ def speculate(target: Target, drafts: Drafts, request: TextRequest, end_ids: Col
                 outcome = target.next()
                 if isinstance(outcome, Ended):
                     raise _fault(outcome)
+                if isinstance(outcome, Waiting):
+                    continue
                 done = text.take(outcome)
             except (TargetLost, Desync) as error:
                 if isinstance(error, Desync):

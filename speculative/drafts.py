@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -71,7 +72,9 @@ class EngineDrafts:
         """`vocabulary_size` is the target's: a guess outside of it, out of a longer padding, is none."""
         self._engine = engine
         self._vocabulary_size = vocabulary_size
-        self._session = engine.open([], sampling)
+        if sampling.words is not None:
+            sampling = replace(sampling, words=sampling.words.within(engine.vocabulary_size))
+        self._session = engine.open([], sampling, engine.longest)
         self._sampling = sampling
         self._text: list[int] = []
 
@@ -80,14 +83,14 @@ class EngineDrafts:
         self._text = list(prompt_ids)
         if self._session.fault:
             self._session.close()
-            self._session = self._engine.open([], self._sampling)
+            self._session = self._engine.open([], self._sampling, self._engine.longest)
         self._session.position = 0
 
     def propose(self, count: int) -> list[int]:
-        """See `Drafts.propose`. One pass of the engine each; none when the text is beyond the drafter's context, and
-        none for the rest of a text in which the drafter has met NaN or infinity."""
+        """See `Drafts.propose`. One pass of the engine each; none when the text is longer than the drafter has
+        room for, and none for the rest of a text in which it has met NaN or infinity."""
         guesses: list[int] = []
-        while len(guesses) < count and len(self._text) <= self._engine.context and not self._session.fault:
+        while len(guesses) < count and len(self._text) <= self._engine.longest and not self._session.fault:
             try:
                 guess = self._next_id()
             except NotFinite as fault:

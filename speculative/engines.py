@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +15,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab.context import model_context
 from lab.engine import Engine, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
 from lab.engine_kind import EngineKind
-from lab.entry import compose_settings
 from lab.fingerprints import weights_fingerprints
 from lab.kv import CacheFull
 from lab.layers import load_layers, load_proved
 from lab.models import end_ids_of, load_tokenizer_only
 from lab.sampling import Sampling
-from lab.settings import Dtype, ModelSettings, UserError
+from lab.settings import ModelSettings, UserError
+from speculative.draft_model import draft_model
 from speculative.drafts import (
     Drafts,
     EngineDrafts,
@@ -59,7 +58,9 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
     """The engine that `settings` name for the verifier. UserError for what it cannot do."""
     project, model = settings.project, settings.model
     if project.engine is EngineKind.synthetic:
-        return OpenTarget(_synthetic_target(project), [], "synthetic", "none", 0, _synthetic_fingerprints(project))
+        size = _synthetic_vocabulary(settings)
+        known = {"model": "synthetic", "vocabulary": str(size)}
+        return OpenTarget(_synthetic_target(project, size), [], "synthetic", "none", 0, known)
     ends = _ends(model)
     fingerprints = weights_fingerprints(model)
     if project.engine is EngineKind.split:
@@ -101,7 +102,10 @@ def open_drafts(
         DraftSource.recorded: lambda: RecordedDrafts(
             _recorded_ids(str(project.draft.file)), project.synthetic.agreement, settings.seed, shared
         ),
-        DraftSource.synthetic: lambda: EngineDrafts(_synthetic_drafter(project), sampling, shared),
+        # It has no logits for words to change: it only guesses more often wrong.
+        DraftSource.synthetic: lambda: EngineDrafts(
+            _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, words=None), shared
+        ),
         DraftSource.model: lambda: _from_model(_draft_model(settings, device, target_texts), project, sampling, shared),
         DraftSource.layers: lambda: _from_model(_first_layers(settings, device), project, sampling, shared),
         DraftSource.noisy: lambda: _from_model(_noisy_target(settings, device), project, sampling, shared),
@@ -127,8 +131,16 @@ def _ends(model: ModelSettings) -> list[int]:
     return ends
 
 
-def _synthetic_fingerprints(project: SpeculativeProjectSettings) -> dict[str, str]:
-    return {"model": "synthetic", "vocabulary": str(project.synthetic.vocabulary_size)}
+def _synthetic_vocabulary(settings: SpeculativeSettings) -> int:
+    """Ids of a synthetic target: at least those that prompts are made of. UserError for fewer."""
+    known = len(token_texts(load_tokenizer_only(settings.model)))
+    asked = settings.project.synthetic.vocabulary_size
+    if 0 < asked < known:
+        raise UserError(
+            f"project.synthetic.vocabulary_size must be 0 or at least {known}, the ids of the tokenizer of model "
+            f"{settings.model.name}, got {asked}"
+        )
+    return asked or known
 
 
 def _local_engine(
@@ -148,7 +160,8 @@ def _local_engine(
     except ShapeDependence as error:
         raise UserError(f"project.exact_shapes must be false here: {error}") from None
     except CacheFull as error:
-        raise UserError(f"project.cache_limit_bytes must hold one pass of exact shapes: {error}") from None
+        least = "one pass of exact shapes" if exact_rows else "a text of project.cache_bucket positions"
+        raise UserError(f"project.cache_limit_bytes must hold {least}: {error}") from None
     except ValueError as error:
         raise UserError(f"project.exact_shapes: {error}" if exact_rows else str(error)) from None
 
@@ -173,10 +186,10 @@ def _split_target(settings: SpeculativeSettings) -> Engine:
     )
 
 
-def _synthetic_target(project: SpeculativeProjectSettings) -> SyntheticEngine:
+def _synthetic_target(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
     synthetic = project.synthetic
     return SyntheticEngine(
-        vocabulary_size=synthetic.vocabulary_size,
+        vocabulary_size=vocabulary_size,
         context=project.context or SYNTHETIC_CONTEXT,
         sessions=project.sessions,
         step_seconds=synthetic.step_seconds,
@@ -185,10 +198,10 @@ def _synthetic_target(project: SpeculativeProjectSettings) -> SyntheticEngine:
     )
 
 
-def _synthetic_drafter(project: SpeculativeProjectSettings) -> SyntheticEngine:
+def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
     synthetic = project.synthetic
     return SyntheticEngine(
-        vocabulary_size=synthetic.vocabulary_size,
+        vocabulary_size=vocabulary_size,
         context=project.context or SYNTHETIC_CONTEXT,
         sessions=1,
         step_seconds=synthetic.draft_step_seconds,
@@ -204,22 +217,14 @@ def _from_model(
 
 
 def _draft_model(settings: SpeculativeSettings, device: torch.device, target_texts: list[str]) -> PreTrainedModel:
-    draft = settings.project.draft
+    model = draft_model(settings, device)
+    whose = f"project.draft.model {settings.project.draft.model}"
     try:
-        model = _settings_of_model(str(draft.model), draft.dtype, device.type)
+        tokenizer = load_tokenizer_only(model)
     except UserError as error:
-        raise UserError(f"project.draft.{error}") from None
-    model = replace(model, cache_dir=settings.model.cache_dir)
-    check_same_vocabulary(load_tokenizer_only(model), target_texts, f"project.draft.model {draft.model}")
+        raise UserError(f"{whose}: {error}") from None
+    check_same_vocabulary(tokenizer, target_texts, whose)
     return load_proved(model, device).model
-
-
-@functools.cache
-def _settings_of_model(name: str, dtype: Dtype | None, device: str) -> ModelSettings:
-    """Composed once: benchmarks and proofs open the same drafter again and again."""
-    words = [f"model={name}", f"device.name={device}"]
-    words += [f"model.dtype={dtype.name}"] if dtype else []
-    return compose_settings("spec_decoding", words, SpeculativeSettings).model
 
 
 def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list[str], whose: str) -> None:

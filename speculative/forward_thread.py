@@ -18,7 +18,7 @@ from typing import Self
 from speculative.text import Outcome
 from speculative.verifying import Verifier
 
-Call = Callable[[Verifier], list[Outcome] | None]
+Call = Callable[[Verifier], list[Outcome]]
 Deliver = Callable[[list[Outcome]], None]
 
 
@@ -66,7 +66,7 @@ class ForwardThread:
         for call in self._take(self._verifier.patience()):
             if call is None:
                 return False
-            outcomes += call(self._verifier) or []
+            outcomes += call(self._verifier)
         if self._verifier.patience() <= 0:
             outcomes += self._verifier.tick()
         if outcomes:

@@ -13,11 +13,13 @@ import struct
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from lab.fingerprints import changes
 from lab.sampling import Sampling
+from lab.text_settings import FILL
 from lab.wire import BadFrame, Frame, FrameConnection, Peer, PeerGone, PeerSilent, WireError, pack_tokens, unpack_tokens
 from lab.wire.frames import Error, WireType
 from speculative.forward_thread import Call, ForwardThread
@@ -34,9 +36,10 @@ from speculative.messages import (
     Welcome,
 )
 from speculative.messages import Verdict as VerdictHead
-from speculative.protocol import LeftBetweenMessages, read_msg, write_tokens
+from speculative.messages import Waiting as WaitingHead
+from speculative.protocol import MAX_TOKENS, LeftBetweenMessages, read_msg, write_tokens
 from speculative.settings import Mode
-from speculative.text import Ended, Outcome, TextRequest, Verdict
+from speculative.text import Ended, Outcome, TextRequest, Verdict, Waiting
 from speculative.verifying import Verifier
 
 log = logging.getLogger(__name__)
@@ -80,6 +83,8 @@ class Front:
         self._receivers: dict[Hashable, Callable[[Outcome], None]] = {}
         """Who is told of a text's outcomes, by its key."""
         self._numbers = itertools.count()
+        self.refused = 0
+        """Texts that were not taken."""
         self.thread = ForwardThread(verifier, self._deliver)
 
     async def serve_frames(self, connection: FrameConnection) -> None:
@@ -89,9 +94,12 @@ class Front:
         try:
             connection.send(MessageType.welcome, 0, self._welcome)
             while True:
-                texts.take(await self._next_frame(connection, texts))
-                if (seconds := pace.spend(self._loop.time())) > 0:
-                    await asyncio.sleep(seconds)
+                frame = await self._next_frame(connection, texts)
+                if connection.fault is None:
+                    texts.take(frame)
+                    await connection.pause(pace.spend(self._loop.time()))
+                elif isinstance(frame.head, Close):  # it has left: of what it said before only its goodbyes count
+                    texts.take(frame)
         except BadFrame as bad:
             texts.refuse(bad)
             raise
@@ -102,8 +110,10 @@ class Front:
         finally:
             texts.close()
 
-    async def serve_first_protocol(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Requests of the first protocol, one after the other."""
+    async def serve_first_protocol(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: asyncio.Event
+    ) -> None:
+        """Requests of the first protocol, one after the other, until the client has `left`."""
         name = writer.get_extra_info("peername") or ("?", 0)
         peer = Peer(role="client", address=f"{name[0]}:{name[1]}", phase="request")
         while True:
@@ -116,28 +126,40 @@ class Front:
                 )
             except LeftBetweenMessages:
                 return
-            ids = await self._continuation(text, peer)
+            ids = await self._continuation(text, peer, left)
             await write_tokens(writer, ids, peer=peer, timeout_seconds=self._answers.timeout_seconds)
 
     def open(self, key: Hashable, receiver: Callable[[Outcome], None], call: Call) -> None:
         """Begin or resume a text, as `call` does it; `receiver` is told of its outcomes, in the event loop."""
         self._receivers[key] = receiver
-        self.thread.submit(call)
+        self._submit(key, call)
 
     def offer(self, key: Hashable, draft: Draft, guesses: Sequence[int]) -> None:
         """Hand in guesses."""
         now = time.monotonic()
-        self.thread.submit(lambda verifier: verifier.offer(key, draft.epoch, draft.position, guesses, now))
+        self._submit(key, lambda verifier: verifier.offer(key, draft.epoch, draft.position, guesses, now))
 
     def close(self, key: Hashable) -> None:
         """Forget a text; its receiver is told nothing more."""
         self._receivers.pop(key, None)
-        self.thread.submit(lambda verifier: verifier.close(key))
+        self._submit(key, lambda verifier: verifier.close(key))
 
     def leave(self, key: Hashable) -> None:
         """Nobody listens to a text any more; its receiver is told nothing."""
         self._receivers.pop(key, None)
-        self.thread.submit(lambda verifier: verifier.leave(key))
+        self._submit(key, lambda verifier: verifier.leave(key))
+
+    def _submit(self, key: Hashable, call: Call) -> None:
+        """Have something done for a text, in the forward thread. If it fails, that text ends, and nothing else."""
+
+        def do(verifier: Verifier) -> list[Outcome]:
+            try:
+                return call(verifier)
+            except Exception as error:
+                log.exception("a text ends by a fault of ours")
+                return verifier.fail(key, error)
+
+        self.thread.submit(do)
 
     def _deliver(self, outcomes: list[Outcome]) -> None:
         """Called in the forward thread."""
@@ -149,39 +171,59 @@ class Front:
     def _hand_out(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             receiver = self._receivers.get(outcome.key)
-            if receiver is not None:
-                receiver(outcome)
             if isinstance(outcome, Ended):
+                self.refused += outcome.reason is Reason.refused
                 self._receivers.pop(outcome.key, None)
+            if receiver is None:
+                continue
+            try:
+                receiver(outcome)
+            except Exception:  # what one cannot be told is no reason not to tell the others
+                log.exception("a text ends by a fault of ours")
+                self.close(outcome.key)
 
-    async def _continuation(self, text: str, peer: Peer) -> list[int]:
-        """The target's own greedy text. Raises `BadFrame` for a prompt that is refused."""
+    async def _continuation(self, text: str, peer: Peer, left: asyncio.Event) -> list[int]:
+        """The target's own greedy text. Raises `BadFrame` for a prompt that is refused, `PeerGone` when the client does
+        not wait for it."""
         done: asyncio.Future[Ended] = self._loop.create_future()
         accepted: list[int] = []
 
         def receive(outcome: Outcome) -> None:
             if isinstance(outcome, Verdict):
                 accepted.extend(outcome.ids)
-            elif not done.done():
+            elif isinstance(outcome, Ended) and not done.done():
                 done.set_result(outcome)
 
         prompt_ids = self._answers.to_ids(text)
         request = TextRequest(
             prompt_ids=prompt_ids,
             sampling=Sampling.greedy(),
-            max_new_tokens=self._answers.max_new_tokens,
+            max_new_tokens=self._most_new_tokens(len(prompt_ids)),
             mode=Mode["async"],
             threshold=None,
         )
         key = client = self.new_key()
-        self.open(key, receive, lambda verifier: verifier.open(key, request, client=client))
+        gone = asyncio.create_task(left.wait())
         try:
-            ended = await done
+            if not left.is_set():
+                self.open(key, receive, lambda verifier: verifier.open(key, request, client=client))
+                either: set[asyncio.Future[Any]] = {done, gone}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                raise PeerGone(peer, "left before its answer")
         finally:
+            gone.cancel()
             self.close(key)
+        ended = done.result()
         if ended.reason in (Reason.refused, Reason.failed):
             raise BadFrame(peer, f"sent a prompt that cannot be continued: {ended.text}")
         return accepted
+
+    def _most_new_tokens(self, prompt_tokens: int) -> int:
+        """Of an answer of the first protocol."""
+        if self._answers.max_new_tokens != FILL:
+            return self._answers.max_new_tokens
+        return min(self._welcome.context - prompt_tokens, MAX_TOKENS)
 
     async def _next_frame(self, connection: FrameConnection, texts: _Texts) -> Frame:
         """What the peer says next. A connection without a text is not worth its place for ever: raises `PeerSilent`."""
@@ -312,7 +354,7 @@ class _Texts:
     def _request(self, head: Open, ids: list[int]) -> TextRequest:
         peer = self._connection.peer
         try:
-            sampling = Sampling(seed=head.seed, temperature=head.temperature, top_k=head.top_k, top_p=head.top_p)
+            sampling = head.sampling
         except ValueError as error:
             raise BadFrame(peer, f"asked for sampling that makes no sense: {error}") from None
         new = head.new_tokens if isinstance(head, Resume) else 0
@@ -343,6 +385,8 @@ class _Texts:
         try:
             if isinstance(outcome, Verdict):
                 self._send_verdict(number, outcome)
+            elif isinstance(outcome, Waiting):
+                self._connection.send(MessageType.waiting, number, WaitingHead(place=outcome.place))
             elif self._open.pop(number, None) is not None:
                 self._connection.send(MessageType.close, number, _close(outcome))
         except WireError as error:  # `serve_frames` sees it, too, and ends

@@ -7,8 +7,13 @@
     DRAFT(epoch, position) guesses    ->                                 guesses for the places from `position` on
                                       <-     VERDICT(epoch, position, accepted, prefix) ids
                                       <-     SCORES(position, guesses) numbers     only where OPEN asked for them
+                                      <-     WAITING(place)              it stands in line for room
                                       <-     CLOSE(reason, text)         the text is finished, or refused
     CLOSE(left)                       ->                                 nobody waits for the rest, or it has arrived
+
+A text has room for its prompt and all of its new tokens before the first of them is made. Where there is none just now,
+WAITING tells its place in line, again when that changes, at most once a second; a text for which there never will be
+any is closed at once.
 
 The verifier owns the text. A VERDICT says how it goes on: from `position` on come the first `accepted` guesses and then
 the ids in its body, whether the target put them there in a pass that checked guesses or in one that it made alone.
@@ -30,12 +35,12 @@ drafter has, and VERDICTs renew it.
 `prefix` is a hash of 64 bits over all ids of the text up to the end of the VERDICT (`prefix_hash`). A drafter that has
 another one holds another text: it asks for it again by RESUME, on the same connection, and gives up if that does not
 help. Everything is rebuilt from ids and seed: after a connection ended, by whatever, RESUME carries all ids that the
-drafter was told. A verifier that still has the text (it goes on alone meanwhile) answers with a VERDICT of all that
-came since; one that does not (it was started anew) reads the ids like a prompt and goes on. RESUME also says at which
-target the text was begun: other weights under the same name would make a text of two halves, so that a verifier whose
-fingerprints (WELCOME) are others refuses it. Both begin at epoch 0. A text is named by 64 random bits, and belongs to
-who knows the 128 that were sent with them in OPEN: RESUME of another's text is refused, and one that comes while the
-old connection still seems to live takes the text over.
+drafter was told. A verifier that still has the text (it rests meanwhile: nobody reads what it would become) answers
+with a VERDICT of all that came since; one that does not (it was started anew) reads the ids like a prompt; both go on
+with it. RESUME also says at which target the text was begun: other weights under the same name would make a text of two
+halves, so that a verifier whose fingerprints (WELCOME) are others refuses it. Both begin at epoch 0. A text is named by
+64 random bits, and belongs to who knows the 128 that were sent with them in OPEN: RESUME of another's text is refused,
+and one that comes while the old connection still seems to live takes the text over.
 
 In mode sync a pass waits for a DRAFT, also an empty one, which is a wish for the target's next token; `prefix` is left
 out, since a DRAFT that answers each VERDICT says by its position whether both hold as much.
@@ -48,12 +53,13 @@ from typing import Annotated
 
 import msgspec
 
+from lab.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
-from lab.wire.fields import LongText, ShortText, Uint32, Uint63
+from lab.wire.fields import LongText, ShortText, Uint32
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
-PROTOCOL = range(3, 4)
+PROTOCOL = range(4, 5)
 MAX_PROMPT_TOKENS = 2**18
 MAX_VOCABULARY_BYTES = 2**24
 MAX_END_IDS = 16
@@ -79,6 +85,7 @@ class MessageType(IntEnum):
     ask_vocabulary = FIRST_APPLICATION_TYPE + 6
     vocabulary = FIRST_APPLICATION_TYPE + 7
     resume = FIRST_APPLICATION_TYPE + 8
+    waiting = FIRST_APPLICATION_TYPE + 9
 
 
 class Reason(Enum):
@@ -117,17 +124,13 @@ class Welcome(Head):
     """A text that was begun at one target is not resumed at another, whatever its name."""
 
 
-class Open(Head):
-    """A new text; the body is its prompt."""
+class Open(SamplingHead):
+    """A new text, and how its tokens are drawn; the body is its prompt."""
 
     name: Uint64
     """Random; how RESUME finds the text."""
     owner: Owner
     """Random, and secret: who knows it owns the text."""
-    seed: Uint63
-    temperature: float
-    top_k: Uint32
-    top_p: float
     max_new_tokens: Uint32
     mode: Mode
     draft_length: Uint32
@@ -174,6 +177,13 @@ class Scores(Head):
     """How many of the numbers are cross-entropies."""
 
 
+class Waiting(Head):
+    """A text stands in line for room in the target."""
+
+    place: Uint32
+    """1: it is the next."""
+
+
 class Close(Head):
     """The last frame of a text."""
 
@@ -199,12 +209,17 @@ def _ids(count: int) -> int:
 
 TABLE = MessageTable(
     {
-        MessageType.open: MessageKind(head=Open, max_bytes=128 + _ids(MAX_PROMPT_TOKENS), has_body=True),
+        MessageType.open: MessageKind(
+            head=Open, max_bytes=128 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
+        ),
         MessageType.draft: MessageKind(head=Draft, max_bytes=16 + _ids(MAX_DRAFT_LENGTH), has_body=True),
-        MessageType.resume: MessageKind(head=Resume, max_bytes=4096 + _ids(MAX_PROMPT_TOKENS), has_body=True),
+        MessageType.resume: MessageKind(
+            head=Resume, max_bytes=4096 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
+        ),
         # Of one pass these are few; the answer to a RESUME holds whatever came since.
         MessageType.verdict: MessageKind(head=Verdict, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         MessageType.scores: MessageKind(head=Scores, max_bytes=32 + 4 * (2 * MAX_DRAFT_LENGTH + 1), has_body=True),
+        MessageType.waiting: MessageKind(head=Waiting, max_bytes=16),
         MessageType.close: MessageKind(head=Close, max_bytes=4 * 1024 + 64),
         MessageType.welcome: MessageKind(head=Welcome, max_bytes=8192),
         MessageType.ask_vocabulary: MessageKind(head=AskVocabulary, max_bytes=16),

@@ -19,16 +19,20 @@ import msgspec
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from lab.fingerprints import changes
-from lab.wire import Frame, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
+from lab.sampling_head import sampling_fields
+from lab.wire import Frame, PeerFull, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
 from speculative.drafting import TargetLost
 from speculative.messages import OWNER_BYTES, Close, Draft, MessageType, Open, Reason, Resume, Scores, Welcome
 from speculative.messages import Verdict as VerdictHead
-from speculative.text import Ended, Outcome, TextRequest, Verdict
+from speculative.messages import Waiting as WaitingHead
+from speculative.text import Ended, Outcome, TextRequest, Verdict, Waiting
 from speculative.verifier_connection import VerifierConnection
 
 log = logging.getLogger(__name__)
 
 Connect = Callable[[], VerifierConnection]
+_LOST = (Unreachable, PeerFull, PeerGone, PeerSilent)
+"""What is tried again while a text is to be taken up."""
 
 
 class _Written(msgspec.Struct, forbid_unknown_fields=True):
@@ -77,7 +81,7 @@ class RemoteTarget:
 
     Args:
         connect: Makes a connection; one attempt.
-        connect_seconds: How long to try at first, while nobody listens.
+        connect_seconds: How long to try at first, while nobody listens or there is no place for one more.
         resume_seconds: How long to try when a connection was lost; 0: its loss ends the text.
         window: Most guesses beyond what is verified; no more than the verifier gives.
         report: Whether to ask for cross-entropies and margins.
@@ -90,7 +94,7 @@ class RemoteTarget:
         self._resume_seconds = resume_seconds
         self._window = window
         self._report = report
-        self._connection = persistently(connect, connect_seconds, (Unreachable,))
+        self._connection = persistently(connect, connect_seconds, (Unreachable, PeerFull))
         self._number = 0
         self._ticket: Ticket | None = None
         self._next_ticket: tuple[Ticket, bool] | None = None
@@ -100,6 +104,8 @@ class RemoteTarget:
         """How the last text ended; None while none has."""
         self.resumes = 0
         """Times that a text was taken up again."""
+        self._waited_seconds = 0.0
+        self._waits_since: float | None = None
 
     @property
     def connection(self) -> VerifierConnection:
@@ -125,6 +131,12 @@ class RemoteTarget:
     def rtt_seconds(self) -> float | None:
         """Smoothed round-trip time of heartbeats; None before the first."""
         return self._connection.frames.rtt_seconds
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long texts have stood in line for room at the verifier."""
+        now = time.monotonic()
+        return self._waited_seconds + (0.0 if self._waits_since is None else now - self._waits_since)
 
     @property
     def bytes_sent(self) -> int:
@@ -208,14 +220,10 @@ class RemoteTarget:
             self._send(MessageType.open, Open(**fields), request.prompt_ids)
 
     def _open_fields(self, request: TextRequest, ticket: Ticket) -> dict[str, Any]:
-        sampling = request.sampling
         return {
+            **sampling_fields(request.sampling),
             "name": ticket.name,
             "owner": ticket.owner,
-            "seed": sampling.seed,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
             "max_new_tokens": request.max_new_tokens,
             "mode": request.mode,
             "draft_length": request.draft_length,
@@ -245,8 +253,8 @@ class RemoteTarget:
         old = self._connection
         old.close()
         try:
-            self._connection = persistently(self._connect, self._resume_seconds, (Unreachable, PeerGone, PeerSilent))
-        except (Unreachable, PeerGone, PeerSilent) as error:
+            self._connection = persistently(self._connect, self._resume_seconds, _LOST)
+        except _LOST as error:
             what = f"{lost.what}, and was not there again within {self._resume_seconds:g} s: it {error.what}"
             raise PeerGone(old.frames.peer, what) from None
         self._bytes_sent += old.frames.bytes_sent
@@ -257,6 +265,9 @@ class RemoteTarget:
 
     def _read(self) -> Outcome:
         frame = self._next_frame()
+        if isinstance(frame.head, WaitingHead):
+            return self._stand_in_line(frame.head.place)
+        self._leave_line()
         if isinstance(frame.head, Close):
             head = frame.head
             self.ended = Ended(self._number, head.reason, head.text, head.step_seconds, head.row_seconds)
@@ -268,10 +279,23 @@ class RemoteTarget:
         ids = self._connection.ids(frame)
         return Verdict(self._number, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
 
+    def _stand_in_line(self, place: int) -> Waiting:
+        if self._waits_since is None:
+            self._waits_since = time.monotonic()
+        log.info("the verifier has no room for this text now: it waits, place %d in line", place)
+        return Waiting(self._number, place)
+
+    def _leave_line(self) -> None:
+        if self._waits_since is not None:
+            self._waited_seconds = self.waited_seconds
+            self._waits_since = None
+            log.info("the text has its room after %.1f s", self._waited_seconds)
+
     def _next_frame(self) -> Frame:
-        """The next frame of this text; those of texts that were left are dropped."""
+        """The next frame of this text; those of texts that were left are dropped. A text in line waits as long as the
+        connection lives: its verifier has answered."""
         while True:
-            frame = self._connection.wait()
+            frame = self._connection.wait(patiently=self._waits_since is not None)
             if frame.session == self._number:
                 return frame
 
@@ -290,6 +314,14 @@ def persistently(connect: Connect, seconds: float, faults: tuple[type[WireError]
         WireError: the last fault, with for how long and how often it was tried; others at once.
     """
     began = time.monotonic()
+    is_told = False
+
+    def tell(state: RetryCallState) -> None:
+        nonlocal is_told
+        error = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(error, PeerFull) and not is_told:
+            is_told = True
+            log.warning("%s; waiting for one to end, %g s at most", error, seconds)
 
     def give_up(state: RetryCallState) -> None:
         assert state.outcome is not None
@@ -304,6 +336,7 @@ def persistently(connect: Connect, seconds: float, faults: tuple[type[WireError]
         retry=retry_if_exception_type(faults),
         stop=stop_after_delay(seconds),
         wait=wait_exponential(multiplier=0.05, max=0.25),
+        before_sleep=tell,
         retry_error_callback=give_up,
     )
     return retrying(connect)

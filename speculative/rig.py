@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import conf
+from lab.asking import asked_sampling
 from lab.bench import pinned
 from lab.device import open_device
 from lab.engine_kind import EngineKind
@@ -24,6 +25,8 @@ from lab.files import path_of
 from lab.models import load_tokenizer_only
 from lab.overrides import override
 from lab.processes import listening
+from lab.prompts import prompt_ids
+from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.wire import encode, pack_tokens
 from speculative.bench_settings import BenchEngine
@@ -34,7 +37,7 @@ from speculative.joining import join
 from speculative.messages import TABLE, Draft, MessageType, Verdict
 from speculative.remote_target import RemoteTarget
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
-from speculative.speaking import make_request, prompt_ids
+from speculative.speaking import make_request
 from speculative.tally import Tally
 from speculative.theory import Guess, Speeds
 from speculative.vocabulary import token_texts
@@ -159,10 +162,12 @@ class Rig:
     ) -> Iterator[Round]:
         """The rounds of one text over a connection; `wrap` may put something around who guesses."""
         settings = self.settings_of(case)
-        request = make_request(settings, prompt_ids(self.tokenizer, case.prompt, settings.project.chat))
+        ids = prompt_ids(self.tokenizer, case.prompt, settings.project.chat)
+        sampling = asked_sampling(settings.project, settings.seed, self.tokenizer, len(ids))
+        request = make_request(settings, ids, sampling, settings.project.max_new_tokens)
         drafts: Drafts = NoDrafts()
         if case.mode is not Mode.target_only:
-            drafts = self._open_drafts(settings, case, target)
+            drafts = self._open_drafts(settings, case, target, sampling)
         return speculate(target, wrap(drafts), request, target.welcome.end_ids)
 
     def settings_of(self, case: Case) -> SpeculativeSettings:
@@ -192,18 +197,19 @@ class Rig:
             rtt_seconds=rtt_seconds,
         )
 
-    def _open_drafts(self, settings: SpeculativeSettings, case: Case, target: RemoteTarget) -> Drafts:
+    def _open_drafts(
+        self, settings: SpeculativeSettings, case: Case, target: RemoteTarget, sampling: Sampling
+    ) -> Drafts:
         """Models are loaded once; what needs none is made anew, since several texts may want it at once."""
         draft = settings.project.draft
         size = target.welcome.vocabulary_size
-        sampling = make_request(settings, [0]).sampling
 
         def make() -> Drafts:
             return open_drafts(settings, open_device(settings.device), sampling, self.texts, size)
 
         if case.source not in (DraftSource.layers, DraftSource.model):
             return make()
-        key = (draft.source, draft.layers, draft.model, case.seed)
+        key = (draft.source, draft.layers, draft.model, sampling)
         if key not in self._drafts:
             self._drafts[key] = make()
         return self._drafts[key]

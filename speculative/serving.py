@@ -11,6 +11,7 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.network import cannot_listen, make_endpoint
+from lab.settings import UserError
 from lab.tracking import Tracker
 from lab.wire import FrameServer
 from speculative.engines import OpenTarget
@@ -18,7 +19,7 @@ from speculative.front import TOKENIZER, FirstProtocolAnswers, Front
 from speculative.messages import PROTOCOL, TABLE, Reason, Welcome
 from speculative.settings import SpeculativeProjectSettings, SpeculativeSettings
 from speculative.text import Ended, Text
-from speculative.verifying import Terms, Verifier
+from speculative.verifying import EngineFailed, Terms, Verifier
 from speculative.vocabulary import fingerprint, token_texts
 
 BACKLOG_BYTES = 2**20
@@ -30,8 +31,18 @@ class Served:
     """What a verifier has done so far."""
 
     texts: int = 0
+    """Those that were taken."""
+    finished: int = 0
     unfinished: int = 0
-    """Texts whose drafter left before the end."""
+    """Their client wanted no more of them before they were finished, or did not come back for them."""
+    failed: int = 0
+    evicted: int = 0
+    refused: int = 0
+    """Texts that were not taken, for a reason that their client was told."""
+    waited: int = 0
+    """Texts that stood in line for room."""
+    refused_connections: int = 0
+    """Those for which there was no place."""
     new_tokens: int = 0
     passes: int = 0
     """Of texts: one that serves three texts counts three times."""
@@ -47,7 +58,11 @@ class Served:
         """A text that has ended."""
         figures = text.figures
         self.texts += 1
+        self.finished += ended.reason in (Reason.end_token, Reason.length)
         self.unfinished += ended.reason is Reason.left
+        self.failed += ended.reason is Reason.failed
+        self.evicted += ended.reason is Reason.evicted
+        self.waited += figures.waited_seconds > 0
         self.new_tokens += text.new_tokens - len(text.request.new_ids)
         self.passes += figures.passes
         self.drafts_checked += figures.checked
@@ -70,8 +85,9 @@ async def serve(
     """Serve until cancelled; `announce(host, port)` is called when it listens.
 
     Raises:
-        UserError: an address that cannot be listened on.
-        Exception: what ended the forward thread.
+        UserError: an address that cannot be listened on, a target that no request can use.
+        EngineFailed: the target fails, whoever asks.
+        Exception: what else ended the forward thread.
     """
     project, network = settings.project, settings.network
     loop = asyncio.get_running_loop()
@@ -82,6 +98,10 @@ async def serve(
     texts = token_texts(tokenizer)
     digest = fingerprint(texts)
     verifier = Verifier(target.engine, end_ids=target.end_ids, terms=_terms(target, project), closed=closed)
+    try:
+        verifier.prove()
+    except EngineFailed as error:
+        raise UserError(f"model {target.model} must run here: {error}") from None
     front = Front(
         verifier,
         _welcome(target, project),
@@ -120,6 +140,7 @@ async def serve(
             await asyncio.shield(asyncio.wrap_future(front.thread.finished))  # the thread itself says when it ends
         finally:
             await server.__aexit__(None, None, None)
+            served.refused, served.refused_connections = front.refused, server.refused
     await asyncio.sleep(0)  # the texts that the thread closed at its end are recorded now
 
 
@@ -139,8 +160,9 @@ def _record(served: Served, tracker: Tracker, text: Text, ended: Ended) -> None:
         lookups_accepted=figures.found,
         epochs=text.epoch,
         resumes=figures.resumes,
+        waited_seconds=figures.waited_seconds,
         drafts_stale=figures.stale_drafts,
-        least_margin=figures.least_margin,
+        least_margin=figures.least_margin if figures.passes else None,
         guess_cross_entropy=[round(value, 4) for value in figures.guess_nll],
         lossless=text.request.threshold is None,
     )
@@ -153,6 +175,7 @@ def _terms(target: OpenTarget, project: SpeculativeProjectSettings) -> Terms:
         longest_check=project.max_draft_length,
         window=draft.window,
         lookup=(draft.longest_ngram, draft.shortest_ngram) if project.lookup else None,
+        most_waiting=project.max_waiting,
         client_texts=client.texts,
         client_cache_bytes=client.cache_bytes,
         bytes_per_token=target.bytes_per_token,

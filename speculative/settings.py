@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lab.engine_kind import EngineKind
-from lab.settings import Dtype, LabSettings, check_sampling, register_project, require
+from lab.settings import Dtype, LabSettings, register_project, require
+from lab.text_settings import TextSettings
 from speculative.bench_settings import BenchSettings
 
 MAX_DRAFT_LENGTH = 64
@@ -59,7 +60,8 @@ class DraftSettings:
 
     source: DraftSource
     model: str | None
-    """Name of a model in conf/model (source=model)."""
+    """Who guesses (source=model): a name in conf/model or in the `model` folder of `--config-dir`, a folder, a GGUF
+    file, or a hub repository."""
     dtype: Dtype | None
     """Precision of that model; null: the one its YAML says."""
     length: str  # a union of int and str is too much for OmegaConf 2.3: merging fails
@@ -108,7 +110,7 @@ class SyntheticSettings:
     """Engines without a model, whose passes take the time they are told to (engine=synthetic, source=synthetic)."""
 
     vocabulary_size: int
-    """Ids that a synthetic engine says; at most what the tokenizer of `model` has, to have a text."""
+    """Verifier: ids that a synthetic target reads and says; 0: those of the tokenizer of `model`."""
     step_seconds: float
     """Time of the target's pass over one row."""
     row_seconds: float
@@ -119,7 +121,8 @@ class SyntheticSettings:
     """Probability that the drafter guesses what the target says, independently at each prefix."""
 
     def __post_init__(self) -> None:
-        require(self.vocabulary_size >= 2, "vocabulary_size must be at least 2", self.vocabulary_size)
+        is_known = self.vocabulary_size == 0 or self.vocabulary_size >= 2
+        require(is_known, "vocabulary_size must be 0 or at least 2", self.vocabulary_size)
         for name in ("step_seconds", "row_seconds", "draft_step_seconds"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
         require(0 <= self.agreement <= 1, "agreement must be in [0, 1]", self.agreement)
@@ -163,21 +166,14 @@ class SplitTargetSettings:
 
 
 @dataclass(kw_only=True)
-class SpeculativeProjectSettings:
-    """Both roles read one config; each value says whose it is where only one of them uses it."""
+class SpeculativeProjectSettings(TextSettings):
+    """Both roles read one config; each value says whose it is where only one of them uses it.
+
+    What is asked of a text is the drafter's; the verifier reads `max_new_tokens` for the first protocol's requests.
+    """
 
     mode: Mode
     """Drafter."""
-    max_new_tokens: int
-    """Drafter: the text ends after so many new tokens. Verifier: the same for the first protocol's requests."""
-    temperature: float
-    """Drafter: 0 takes the target's best token."""
-    top_k: int
-    """Drafter: only the k best tokens can be drawn; 0: all."""
-    top_p: float
-    """Drafter: only the best tokens that together have this probability can be drawn; 1: all."""
-    chat: bool
-    """Drafter: put the prompt through the model's chat template when it has one."""
     rule: Rule
     """Drafter."""
     cross_entropy_threshold: float
@@ -189,7 +185,7 @@ class SpeculativeProjectSettings:
     draft: DraftSettings
     resume_seconds: float
     """Drafter: how long to try to reach a lost verifier again. Verifier: how long a text is kept whose connection is
-    lost, and goes on. 0: a lost connection ends its texts."""
+    lost; nothing is computed for it meanwhile. 0: a lost connection ends its texts."""
     resume: str | None
     """Drafter: the text.json in the run folder of a drafter that is gone; its text goes on, if everything else is as it
     was. null: a new text."""
@@ -206,6 +202,8 @@ class SpeculativeProjectSettings:
     """Verifier."""
     sessions: int
     """Verifier: texts at once."""
+    max_waiting: int
+    """Verifier: texts that may wait in line for room; one more is refused at once."""
     max_connections: int
     """Verifier: connections at once."""
     context: int
@@ -224,14 +222,15 @@ class SpeculativeProjectSettings:
     bench: BenchSettings
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "sessions", "max_connections", "cache_bucket", "prefill_chunk"):
+        super().__post_init__()
+        for name in ("sessions", "max_connections", "cache_bucket", "prefill_chunk"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        check_sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens)
         require(
             self.cross_entropy_threshold >= 0,
             "cross_entropy_threshold must be at least 0",
             self.cross_entropy_threshold,
         )
+        require(self.max_waiting >= 0, "max_waiting must be at least 0", self.max_waiting)
         require(self.resume_seconds >= 0, "resume_seconds must be at least 0", self.resume_seconds)
         require(self.idle_seconds > 0, "idle_seconds must be greater than 0", self.idle_seconds)
         require(self.context >= 0, "context must be at least 0", self.context)
@@ -248,6 +247,16 @@ class SpeculativeSettings(LabSettings):
     """Everything the verifier and the drafter read."""
 
     project: SpeculativeProjectSettings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = "seed must be the one that the text was begun with for project.resume"
+        require(self.seed >= 0 or self.project.resume is None, rule, self.seed)
+
+    @classmethod
+    def draws_seed(cls) -> bool:
+        """See `LabSettings.draws_seed`."""
+        return True
 
 
 register_project("spec_decoding", SpeculativeProjectSettings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,10 +13,13 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab import entry
+from lab.asking import asked_sampling, decoder, most_new_tokens
 from lab.device import open_device
 from lab.files import path_of
 from lab.models import load_tokenizer_only
 from lab.network import is_users_to_mend
+from lab.prompts import asked_ids
+from lab.running_text import Said, said
 from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.tracking import Tracker
@@ -28,7 +32,7 @@ from speculative.messages import MAX_PROMPT_TOKENS, Welcome
 from speculative.remote_target import RemoteTarget, Ticket
 from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.tally import Tally
-from speculative.terminal import TextStream
+from speculative.terminal import CORRECTED, TextStream
 from speculative.text import TextRequest
 from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
 from speculative.vocabulary import token_texts
@@ -43,35 +47,37 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         UserError: a prompt or settings that this target does not take.
         WireError: the verifier cannot be joined.
         TextRefused: the verifier does not take the text.
-        Unfinished: the text could not go on; with the figures so far.
+        Unfinished: the text could not go on; `place.so_far` has what there is of it.
     """
     project = settings.project
     device = open_device(settings.device)
     tokenizer = load_tokenizer_only(settings.model)
     texts = token_texts(tokenizer)
-    request = make_request(settings, prompt_ids(tokenizer, settings.prompt, project.chat))
+    ids = asked_ids(tokenizer, settings.prompt, project)
+    sampling = asked_sampling(project, settings.seed, tokenizer, len(ids))
     with Tracker(settings, "drafter", place.folder) as tracker, join(settings, texts) as target:
-        _check_prompt(request, texts, target.welcome)
+        request = make_request(settings, ids, sampling, most_new_tokens(project, len(ids), target.welcome.context))
+        _check_request(request, texts, target.welcome)
         drafts: Drafts = NoDrafts()
         if request.mode is not Mode.target_only:
             drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
         tally = Tally()
+        place.so_far = lambda: _figures(settings, target, tokenizer, tally)
         try:
             name_text(settings.project.resume, target, place.folder / "text.json")
-            speak(target, drafts, request, tokenizer, tally)
+            speak(target, drafts, request, tokenizer, tally, tracker, project.stops)
         except (WireError, TextFailed, TextRefused) as error:
             if isinstance(error, TextRefused) and not tally.token_ids:
+                place.so_far = dict  # it has not begun
                 raise
-            figures = _figures(settings, target, tokenizer, tally) | {"ended_by": "failed"}
-            raise entry.Unfinished(str(error), _exit_code(error), figures) from None
+            ended_by = entry.EndedBy.lost if isinstance(error, WireError) else entry.EndedBy.failed
+            raise entry.Unfinished(str(error), _exit_code(error), ended_by) from None
         finally:
             drafts.close()
         result = _figures(settings, target, tokenizer, tally)
         if project.check:
-            flips = find_flips(target, request, tally.token_ids, target.welcome.end_ids)
+            flips = find_flips(target, request, result["token_ids"], target.welcome.end_ids)
             result["flips"] = [asdict(flip) for flip in flips]
-        for index, row in enumerate(tally.rows()):
-            tracker.log(index, **row)
         tracker.result(result)
     return result
 
@@ -81,8 +87,13 @@ def _exit_code(error: Exception) -> int:
     return 2 if is_users else 1
 
 
-def _check_prompt(request: TextRequest, texts: Sequence[str], welcome: Welcome) -> None:
-    """UserError for a prompt that this target has no place for."""
+def _check_request(request: TextRequest, texts: Sequence[str], welcome: Welcome) -> None:
+    """UserError for a prompt that this target has no place for, and for words about tokens that it does not have."""
+    if request.sampling.words is not None:
+        try:
+            request.sampling.words.check_ids(welcome.vocabulary_size)
+        except ValueError as error:
+            raise UserError(f"project.{error}") from None
     if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
         raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
     wrong = next((token for token in request.prompt_ids if token >= welcome.vocabulary_size), None)
@@ -94,19 +105,30 @@ def _check_prompt(request: TextRequest, texts: Sequence[str], welcome: Welcome) 
 
 
 def speak(
-    target: RemoteTarget, drafts: Drafts, request: TextRequest, tokenizer: PreTrainedTokenizerBase, tally: Tally
+    target: RemoteTarget,
+    drafts: Drafts,
+    request: TextRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    tally: Tally,
+    tracker: Tracker,
+    stops: Sequence[str],
 ) -> None:
-    """Draft the whole text, showing it as it is verified; `tally` has each round as soon as it is there."""
+    """Draft the whole text, showing it as it is verified; `tally` and `tracker` have each round as soon as it is
+    there. Where a stop string ends it the rest is given up. Raises StreamLeft when nobody reads it any more."""
     if request.threshold is not None:
         log.warning("rule cross_entropy is lossy: this text is not the target's own")
-    stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
+    stream = TextStream(decoder(tokenizer, target.welcome.end_ids), sys.stdout, stops)
     try:
-        for done in speculate(target, drafts, request, target.welcome.end_ids):
-            tally.add(done)
-            stream.show(done)
+        with contextlib.closing(speculate(target, drafts, request, target.welcome.end_ids)) as rounds:
+            for done in rounds:
+                tally.add(done)
+                tracker.log(len(tally.rounds) - 1, **tally.row(len(tally.rounds) - 1))
+                stream.show(done)
+                if stream.text.stopped:
+                    return
     finally:
         if tally.token_ids:
-            stream.finish()
+            stream.finish(CORRECTED)
 
 
 def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
@@ -115,29 +137,22 @@ def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
         ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(path_of(resume, "project.resume"))
     except ValueError as error:
         raise UserError(f"project.resume {error}") from None
-    ticket.write(path)
+    try:
+        ticket.write(path)
+    except OSError as error:
+        log.warning("%s could not be written (%s): no other process can take up this text", path, error.strerror)
     target.name_next(ticket, again=resume is not None)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
-    """The prompt as the target reads it: through the chat template when there is one and it is wanted."""
-    if not prompt:
-        raise UserError("prompt must not be empty, got ''")
-    if not (chat and tokenizer.chat_template):
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
-
-
-def make_request(settings: SpeculativeSettings, ids: Sequence[int]) -> TextRequest:
+def make_request(
+    settings: SpeculativeSettings, ids: Sequence[int], sampling: Sampling, max_new_tokens: int
+) -> TextRequest:
     """What is asked of the target."""
     project = settings.project
-    sampling = Sampling(seed=settings.seed, temperature=project.temperature, top_k=project.top_k, top_p=project.top_p)
     return TextRequest(
         prompt_ids=ids,
         sampling=sampling,
-        max_new_tokens=project.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         mode=project.mode,
         draft_length=project.draft.fixed_length,
         threshold=project.cross_entropy_threshold if project.rule is Rule.cross_entropy else None,
@@ -148,17 +163,18 @@ def _figures(
     settings: SpeculativeSettings, target: RemoteTarget, tokenizer: PreTrainedTokenizerBase, tally: Tally
 ) -> dict[str, Any]:
     project = settings.project
-    ids, figures = tally.token_ids, tally.figures()
+    text, figures = said(decoder(tokenizer, target.welcome.end_ids), tally.token_ids, project.stops), tally.figures()
     return {
-        "text": str(tokenizer.decode(ids, skip_special_tokens=True)),
-        "token_ids": ids,
+        "text": text.text,
+        "token_ids": text.ids,
         **figures,
         "predicted_tokens_per_second": _predicted(project, target, figures),
         "rtt_seconds": target.rtt_seconds,
         "resumes": target.resumes,
+        "waited_seconds": target.waited_seconds,
         "bytes_sent": target.bytes_sent,
         "bytes_received": target.bytes_received,
-        "ended_by": "end_token" if ids and ids[-1] in target.welcome.end_ids else "length",
+        "ended_by": _ended_by(text, target.welcome.end_ids),
         "mode": project.mode,
         "drafter": "none" if project.mode is Mode.target_only else project.draft.source,
         "draft_length": project.draft.length,
@@ -169,6 +185,12 @@ def _figures(
         "target_dtype": target.welcome.dtype,
         "flips": None,
     }
+
+
+def _ended_by(text: Said, end_ids: Sequence[int]) -> str:
+    if text.stopped:
+        return "stop"
+    return "end_token" if text.ids and text.ids[-1] in end_ids else "length"
 
 
 def _predicted(project: SpeculativeProjectSettings, target: RemoteTarget, figures: dict[str, Any]) -> float | None:

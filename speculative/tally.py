@@ -20,7 +20,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,18 +80,22 @@ class Tally:
             "guess_cross_entropy": _over(sum(nll), len(nll)),
         }
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """One row of figures a round, for metrics; lists only where the verifier reported them."""
-        for before, now, done in zip([self._began, *self._times], self._times, self.rounds):
-            row: dict[str, Any] = {
-                "round_seconds": now - before,
-                "round_guesses": len(done.guesses),
-                "round_accepted": done.accepted,
-                "round_tokens": len(done.tokens),
-            }
-            if done.margins:
-                row |= {"round_guess_cross_entropy": done.guess_nll, "round_margins": done.margins}
-            yield row
+    def rows(self) -> list[dict[str, Any]]:
+        """One row of figures a round, for metrics."""
+        return [self.row(index) for index in range(len(self.rounds))]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """That of round `index`; lists only where the verifier reported them."""
+        done, before = self.rounds[index], self._times[index - 1] if index else self._began
+        row: dict[str, Any] = {
+            "round_seconds": self._times[index] - before,
+            "round_guesses": len(done.guesses),
+            "round_accepted": done.accepted,
+            "round_tokens": len(done.tokens),
+        }
+        if done.margins:
+            row |= {"round_guess_cross_entropy": done.guess_nll, "round_margins": done.margins}
+        return row
 
     @staticmethod
     def _alpha_by_position(drafted: list[Round]) -> list[float]:

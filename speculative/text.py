@@ -76,7 +76,16 @@ class Ended:
     """And each further row."""
 
 
-Outcome = Verdict | Ended
+@dataclass(frozen=True)
+class Waiting:
+    """A text waits in line for room in the engine."""
+
+    key: Hashable
+    place: int
+    """1: it is the next."""
+
+
+Outcome = Verdict | Ended | Waiting
 
 
 @dataclass
@@ -97,6 +106,8 @@ class TextFigures:
     found: int = 0
     """Those that were accepted."""
     resumes: int = 0
+    waited_seconds: float = 0.0
+    """In line for room in the engine."""
     guess_nll: list[float] = field(default_factory=list)
     least_margin: float = float("inf")
 
@@ -156,9 +167,15 @@ class Text:
         self._is_alone = True
 
     def leave(self) -> None:
-        """Give the room back; what the engine held is forgotten."""
-        self.session.close()
-        self._session = None
+        """Give the room back, if it has some; what the engine held is forgotten."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the whole text, if it becomes as long as it may."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
 
     @property
     def position(self) -> int:

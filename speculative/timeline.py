@@ -70,10 +70,11 @@ class WatchedEngine:
     def __init__(self, engine: Engine, timeline: Timeline) -> None:
         self._engine, self._timeline = engine, timeline
         self.vocabulary_size, self.context = engine.vocabulary_size, engine.context
+        self.longest = engine.longest
 
-    def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> Session:
+    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """See `Engine.open`."""
-        return self._engine.open(prompt_ids, sampling)
+        return self._engine.open(prompt_ids, sampling, most_tokens)
 
     def extend(self, requests: Sequence[Request], want: Want) -> list[TargetStep]:
         """See `Engine.extend`."""

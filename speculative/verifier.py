@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import shlex
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 
 from lab import entry
+from lab.ending import run_async
 from lab.network import address_for_peers, listener_tls
 from lab.settings import NetworkSettings
 from lab.tracking import Tracker
@@ -31,6 +31,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     from lab.models import load_tokenizer_only
     from speculative.engines import open_target
     from speculative.serving import Served, figures_of, serve
+    from speculative.verifying import EngineFailed
 
     target = open_target(settings, open_device(settings.device))
     tokenizer = load_tokenizer_only(settings.model)
@@ -39,12 +40,18 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     def listening(host: str, port: int) -> None:
         announce(settings.network, target, port)
 
+    def figures() -> dict[str, Any]:
+        return {"role": "verifier", "target": target.model, "target_dtype": target.dtype, **figures_of(served)}
+
+    place.so_far = figures
     with Tracker(settings, "verifier", place.folder) as tracker:
         try:
-            asyncio.run(serve(settings, target, tokenizer, tls, tracker, served, listening))
+            run_async(serve(settings, target, tokenizer, tls, tracker, served, listening))
         except KeyboardInterrupt:
             log.info("stopped")
-        result = {"role": "verifier", "target": target.model, "target_dtype": target.dtype, **figures_of(served)}
+        except EngineFailed as error:
+            raise entry.Unfinished(str(error)) from None
+        result = figures()
         tracker.result(result)
     return result
 

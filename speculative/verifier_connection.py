@@ -74,14 +74,15 @@ class VerifierConnection:
         """Whether `wait` would not have to."""
         return not self._arrived.empty()
 
-    def wait(self) -> Frame:
-        """The next frame. Raises a `WireError`, again and again once the connection has ended."""
+    def wait(self, *, patiently: bool = False) -> Frame:
+        """The next frame; `patiently`: as long as the connection lives. Raises a `WireError`, again and again once the
+        connection has ended."""
         deadline = time.monotonic() + self._request_seconds
         while True:
             try:
                 arrived = self._arrived.get(timeout=LOOK_SECONDS)
             except queue.Empty:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline and not patiently:
                     silent = f"has not answered for {self._request_seconds:g} s"
                     raise PeerSilent(self.frames.peer, silent) from None
                 continue

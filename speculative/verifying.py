@@ -1,7 +1,12 @@
 """The verifier's core: all texts on one engine, and one forward pass checks every guess of every text that is ready.
 
-Texts that have room in the engine are *running*; others wait in line for it. A text that was left by its connection
-goes on alone for a while, so that whoever takes it up again (`resume`) finds it further on.
+Texts that have room in the engine are *running*; others wait in line for it. Room is promised: a text that runs has
+place for its prompt and its most new tokens, and no other can take it away. A text that was left by its connection
+*rests*: it is kept for a while for whoever takes it up again (`resume`), nothing is computed for it, and its room goes
+to the first that waits for some.
+
+A fault has one owner. What goes wrong in a pass over several texts is tried again with each of them alone, and ends
+those that it belongs to; the engine itself is at fault when it fails on a text of its own (`prove`).
 
 Knows nothing about tokenizers, networks or threads: whoever holds a `Verifier` calls it from one thread, and sleeps for
 `patience()` between two ticks unless there is something to tell it.
@@ -9,25 +14,34 @@ Knows nothing about tokenizers, networks or threads: whoever holds a `Verifier` 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from lab.engine import Engine, Request, TargetStep, check_ids
+from lab.engine import Engine, TargetStep, check_ids, check_words
 from lab.kv import CacheFull
 from lab.not_finite import NotFinite
+from lab.sampling import Sampling
 from speculative.lookup import Lookup
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
-from speculative.text import Ended, Outcome, Text, TextRequest
+from speculative.text import Ended, Outcome, Text, TextRequest, Waiting
 
 log = logging.getLogger(__name__)
 
 MOST_KEPT = 256
 """Texts that nobody is connected to; the oldest is forgotten for one more. What is kept of most is their ids."""
+PLACE_SECONDS = 1.0
+"""Texts in line are told their places no more often."""
+
+
+class EngineFailed(RuntimeError):
+    """The engine does not do what any request needs: no text can be served."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +56,8 @@ class Terms:
     """Most guesses of one text that may wait."""
     lookup: tuple[int, int] | None
     """Longest and shortest n-gram of the verifier's own guesses; None: it makes none."""
+    most_waiting: int
+    """Texts in line."""
     client_texts: int
     """Texts of one client at once."""
     client_cache_bytes: int
@@ -66,6 +82,10 @@ class _Owned:
     """When its client was last heard of, or was told something."""
     is_left: bool = False
     ended: Ended | None = None
+    queued_at: float = 0.0
+    """When it began to wait for room."""
+    place: int = 0
+    """In line, as its client was told; 0: it was told none."""
 
     @property
     def is_kept(self) -> bool:
@@ -105,8 +125,24 @@ class Verifier:
         self._keys: dict[int, Hashable] = {}
         """By name."""
         self._running: dict[Hashable, Text] = {}
+        self._resting: dict[Hashable, Text] = {}
+        """Those that were left and have room as long as nobody else wants it, in the order in which they were left."""
         self._line: dict[Hashable, Text] = {}
         """Those that wait for room, in the order in which they came."""
+        self._next_places_at = -math.inf
+        """When those in line may be told their places again."""
+        self._is_in_doubt = False
+        """Whether something went wrong in a pass that may be the engine's own fault."""
+
+    def prove(self) -> None:
+        """Run two tokens of nobody's text. Raises `EngineFailed` when the engine cannot."""
+        ids = [0] * min(2, self.engine.longest)
+        try:
+            self.engine.open(ids, Sampling.greedy(), len(ids)).close()
+        except (CacheFull, NotFinite):  # it computes
+            return
+        except Exception as error:
+            raise EngineFailed(f"the target cannot run a text of two tokens: {_one_line(error)}") from error
 
     def open(
         self, key: Hashable, request: TextRequest, *, client: Hashable, name: int | None = None, owner: bytes = b""
@@ -125,16 +161,20 @@ class Verifier:
             refusal = "text must have a name of its own, got one that is taken"
         if refusal is not None:
             return [Ended(key, Reason.refused, refusal)]
-        terms = self._terms
-        lookup = Lookup(*terms.lookup, self.costs) if terms.lookup and request.threshold is None else None
-        pacing = Pacing(self.costs, request.draft_length or None, terms.longest_check)
-        text = Text(key, request, window=terms.window, pacing=pacing, lookup=lookup)
+        text = self._new_text(key, request)
         self._texts[key] = _Owned(text, client, name, owner, self._clock())
         if name is not None:
             self._keys[name] = key
-        self._line[key] = text
-        self._admit()
-        return []
+        outcomes = self._queue(text)
+        if len(self._line) > self._terms.most_waiting and key in self._line:
+            del self._line[key]
+            self._forget(self._texts[key])
+            refusal = (
+                f"the verifier has no room now, and {self._terms.most_waiting} texts wait in line already "
+                "(its project.max_waiting)"
+            )
+            return [*outcomes, Ended(key, Reason.refused, refusal)]
+        return [*outcomes, *self._tell_place(key)]
 
     def resume(
         self, key: Hashable, request: TextRequest, *, client: Hashable, name: int, owner: bytes
@@ -143,8 +183,10 @@ class Verifier:
         it stood."""
         before = self._keys.get(name)
         if before is None:
-            refused = self.open(key, request, client=client, name=name, owner=owner)
-            return refused or [self._texts[key].text.told(len(request.prompt_ids) + len(request.new_ids))]
+            outcomes = self.open(key, request, client=client, name=name, owner=owner)
+            if key not in self._texts:
+                return outcomes
+            return [self._texts[key].text.told(len(request.prompt_ids) + len(request.new_ids)), *outcomes]
         owned = self._texts[before]
         if not hmac.compare_digest(owned.owner, owner):
             return [Ended(key, Reason.refused, f"text {name:016x} must be resumed by who opened it")]
@@ -153,13 +195,17 @@ class Verifier:
             return [Ended(key, Reason.refused, f"text {name:016x} must be resumed with its own prompt and settings")]
         if owned.ended is None and (refusal := self._over_limits(owned.text.request, client, besides=owned)):
             return [Ended(key, Reason.refused, refusal)]
-        outcomes: list[Outcome] = [] if owned.is_kept else [Ended(before, Reason.left, "it was resumed elsewhere")]
+        outcomes = [] if owned.is_kept else [Ended(before, Reason.left, "it was resumed elsewhere")]
         self._rename(owned, key)
-        owned.client, owned.is_left, owned.since = client, False, self._clock()
+        owned.client, owned.is_left, owned.since, owned.place = client, False, self._clock(), 0
         outcomes.append(owned.text.told(len(known)))
         if owned.ended is not None:
-            outcomes.append(replace(owned.ended, key=key))
-        return outcomes
+            return [*outcomes, replace(owned.ended, key=key)]
+        if key in self._resting:
+            self._running[key] = self._resting.pop(key)
+        elif key not in self._running and key not in self._line:
+            outcomes += self._queue(owned.text)
+        return [*outcomes, *self._tell_place(key)]
 
     def offer(self, key: Hashable, epoch: int, position: int, guesses: Sequence[int], now: float) -> list[Outcome]:
         """Take guesses for a text. One that has ended meanwhile wants none; one they do not fit is closed.
@@ -173,32 +219,39 @@ class Verifier:
         try:
             owned.text.offer(epoch, position, guesses, now)
         except ValueError as error:
-            ended = self._end(owned.text, Ended(key, Reason.failed, str(error)), forget=True)
-            self._admit()
-            return [ended]
+            return [self._fail(owned.text, str(error)), *self._admit()]
         return []
 
-    def leave(self, key: Hashable) -> None:
-        """Its connection ended: the text goes on alone and is kept for a while, if it has a name."""
+    def leave(self, key: Hashable) -> list[Outcome]:
+        """Its connection ended: nothing more is computed for the text; it is kept for a while, if it has a name."""
         owned = self._texts.get(key)
         if owned is None:
-            return
-        if owned.name is None:
-            self.close(key)
-            return
+            return []
+        if owned.name is None or not self._terms.keep_seconds:
+            return self.close(key)
         owned.is_left, owned.since = True, self._clock()
-        self._admit()
+        self._leave_line(owned.text)
+        if key in self._running:
+            self._resting[key] = self._running.pop(key)
+        return self._admit()
 
-    def close(self, key: Hashable) -> None:
+    def close(self, key: Hashable) -> list[Outcome]:
         """Forget a text, if it is still there."""
         owned = self._texts.get(key)
         if owned is None:
-            return
+            return []
         if owned.ended is None:
             self._end(owned.text, Ended(key, Reason.left, ""), forget=True)
-            self._admit()
-        else:
-            self._forget(owned)
+            return self._admit()
+        self._forget(owned)
+        return []
+
+    def fail(self, key: Hashable, error: Exception) -> list[Outcome]:
+        """What was to be done for a text went wrong by a fault of ours: that text ends."""
+        owned = self._texts.get(key)
+        if owned is None or owned.ended is not None:
+            return [Ended(key, Reason.failed, _one_line(error))]
+        return [self._fail(owned.text, _one_line(error)), *self._admit()]
 
     def tick(self) -> list[Outcome]:
         """One pass over every text that has something to check, and one over prompts that are not through yet.
@@ -212,12 +265,15 @@ class Verifier:
         ready = [
             (text, text.guesses(self._terms.longest_check))
             for text in self._running.values()
-            if text.key not in fed and self._is_ready(text)
+            if text.key not in fed and text.is_ready
         ]
         outcomes += self._check(ready) if ready else []
         outcomes += self._feed(prompts) if prompts else []
-        self._admit()  # not before: whoever makes room for another must not be in the middle of a pass
-        return outcomes
+        if self._is_in_doubt:
+            self._is_in_doubt = False
+            self.prove()
+        # Not before: whoever gets room of another must not be in the middle of a pass.
+        return [*outcomes, *self._admit(), *self._tell_places()]
 
     def patience(self) -> float:
         """Seconds until a tick has something to do, if nobody calls meanwhile; infinite when it never will.
@@ -225,13 +281,15 @@ class Verifier:
         As soon as one text need not wait, all go on with what they have: a pass costs the same anyway, and a text that
         stayed behind would lose all of it.
         """
+        if self._is_in_doubt:
+            return 0.0
         chunk = self._terms.prefill_chunk
         now = self._clock()
         waits = [math.inf]
         for text in self._running.values():
-            alone = self._texts[text.key].is_left or bool(text.prompt_piece(chunk))
-            waits.append(0.0 if alone else text.patience(now))
+            waits.append(0.0 if text.prompt_piece(chunk) else text.patience(now))
         waits += [self._deadline(owned) - now for owned in self._texts.values()]
+        waits += [self._next_places_at - now] if self._line else []
         return max(0.0, min(waits))
 
     def shutdown(self) -> None:
@@ -240,51 +298,64 @@ class Verifier:
             self.close(key)
         self.engine.shutdown()
 
-    def _is_ready(self, text: Text) -> bool:
-        return text.is_ready or self._texts[text.key].is_left
+    def _new_text(self, key: Hashable, request: TextRequest) -> Text:
+        terms = self._terms
+        lookup = Lookup(*terms.lookup, self.costs) if terms.lookup and request.threshold is None else None
+        pacing = Pacing(self.costs, request.draft_length or None, terms.longest_check)
+        return Text(key, request, window=terms.window, pacing=pacing, lookup=lookup)
 
     # Passes
 
     def _check(self, ready: Sequence[tuple[Text, list[int]]]) -> list[Outcome]:
         """One forward pass over the last token of each text and its guesses."""
-        requests = [(text.session, [text.ids[-1], *guesses]) for text, guesses in ready]
-        rows = sum(len(ids) for _, ids in requests)
+        asked = [(text, [text.ids[-1], *guesses]) for text, guesses in ready]
+        rows = sum(len(ids) for _, ids in asked)
         outcomes: list[Outcome] = []
         began = self._clock()
-        steps = self._extend(requests, want_all=True)
-        self.costs.passed(self._clock() - began, rows, len(ready))
+        steps = self._extend(asked, want_all=True)
+        if not self._is_in_doubt:
+            self.costs.passed(self._clock() - began, rows, len(ready))
         for (text, guesses), step in zip(ready, steps):
             outcomes += self._judge(text, guesses, step)
         return outcomes
 
     def _feed(self, prompts: Sequence[tuple[Text, list[int]]]) -> list[Outcome]:
         """One forward pass over a piece of each prompt; the last piece gives the first new token."""
-        requests = [(text.session, piece) for text, piece in prompts]
         outcomes: list[Outcome] = []
-        for (text, _), step in zip(prompts, self._extend(requests, want_all=False)):
-            if not text.unseen or not isinstance(step, TargetStep) or step.fault:
+        for (text, _), step in zip(prompts, self._extend(prompts, want_all=False)):
+            if isinstance(step, Exception) or step.fault or not text.unseen:
                 outcomes += self._judge(text, [], step)
         return outcomes
 
-    def _extend(self, requests: Sequence[Request], *, want_all: bool) -> list[TargetStep | CacheFull]:
-        """All texts in one pass; without room for all of them each alone, so that only who is too long fails.
+    def _extend(self, asked: Sequence[tuple[Text, list[int]]], *, want_all: bool) -> list[TargetStep | Exception]:
+        """All texts in one pass; where that goes wrong each alone, so that only whose fault it is fails.
 
         A step with a fault is one of a text that met NaN or infinity; the others have theirs."""
+        positions = [text.session.position for text, _ in asked]
         try:
-            return list(self.engine.extend(requests, "all" if want_all else "last"))
+            return list(self.engine.extend([(text.session, ids) for text, ids in asked], "all" if want_all else "last"))
         except NotFinite as some:
             return list(some.steps)
-        except CacheFull as full:
-            if len(requests) == 1:
-                return [full]
-            return [step for request in requests for step in self._extend([request], want_all=want_all)]
+        except Exception as error:  # of torch, of a device, memory that runs out: whose fault it is must be found out
+            self._is_in_doubt = True
+            if len(asked) == 1:
+                return [error]
+            log.info("a pass over %d texts failed, now each goes alone: %s", len(asked), _one_line(error))
+        for (text, _), position in zip(asked, positions, strict=True):
+            text.session.position = min(text.session.position, position)
+        return [step for one in asked for step in self._extend([one], want_all=want_all)]
 
-    def _judge(self, text: Text, guesses: Sequence[int], step: TargetStep | CacheFull) -> list[Outcome]:
-        if isinstance(step, CacheFull):
-            return [self._fail(text, str(step))]
+    def _judge(self, text: Text, guesses: Sequence[int], step: TargetStep | Exception) -> list[Outcome]:
+        if isinstance(step, Exception):
+            log.warning("a text ends by a fault of its own: %s", _one_line(step))
+            return [self._fail(text, f"the target failed on it: {_one_line(step)}")]
         if step.fault:
             return self._distrust(text, guesses, step.fault)
-        verdict = text.judge(guesses, step, self._end_ids, self._clock())
+        try:
+            verdict = text.judge(guesses, step, self._end_ids, self._clock())
+        except Exception as error:  # ours, and no reason to end the others
+            log.exception("a text ends by a fault of ours")
+            return [self._fail(text, _one_line(error))]
         self._touch(text)
         ended = text.ended(self._end_ids)
         if ended is None:
@@ -305,7 +376,11 @@ class Verifier:
             log.warning("a text cannot go on: %s", fault)
             return [self._fail(text, fault)]
         text.go_alone()
-        self._wait_again(text)
+        self._stop(text)
+        self._line = {text.key: text} | self._line
+        self._texts[text.key].queued_at = self._clock()
+        with contextlib.suppress(Exception):  # the room that it gave back is its own again; else it waits like others
+            self._enter(text)
         return []
 
     def _fail(self, text: Text, why: str) -> Ended:
@@ -313,42 +388,86 @@ class Verifier:
 
     # Room
 
-    def _admit(self) -> None:
-        """Texts in line get what room there is: first those of clients that have the fewest running."""
+    def _queue(self, text: Text) -> list[Outcome]:
+        """A text that has no room stands in line, if there is none for it now."""
+        self._line[text.key] = text
+        self._texts[text.key].queued_at = self._clock()
+        return self._admit()
+
+    def _admit(self) -> list[Outcome]:
+        """Texts in line get what room there is, in their order. One that needs more than there is holds up those behind
+        it: else it might wait for ever, while shorter ones come and go."""
+        outcomes: list[Outcome] = []
         while self._line:
-            text = min(self._line.values(), key=self._running_of_client)
+            text = self._order()[0]
             try:
-                text.enter(self.engine.open([], text.request.sampling))
+                self._enter(text)
             except CacheFull:
                 if not self._make_room():
-                    return
-                continue
-            del self._line[text.key]
-            self._running[text.key] = text
-            self._touch(text)
+                    break
+            except Exception as error:
+                self._is_in_doubt = True
+                outcomes.append(self._fail(text, f"the target did not take it: {_one_line(error)}"))
+        return outcomes
 
-    def _running_of_client(self, text: Text) -> int:
-        client = self._texts[text.key].client
-        return sum(self._texts[key].client == client for key in self._running)
+    def _enter(self, text: Text) -> None:
+        """The text gets the room that it may come to need. Raises `CacheFull` when there is none."""
+        text.enter(self.engine.open([], text.request.sampling, text.longest))
+        self._leave_line(text)
+        self._running[text.key] = text
+        self._touch(text)
+
+    def _leave_line(self, text: Text) -> None:
+        owned = self._texts[text.key]
+        if self._line.pop(text.key, None) is not None and owned.place:
+            text.figures.waited_seconds += self._clock() - owned.queued_at
+        owned.place = 0
+
+    def _order(self) -> list[Text]:
+        """Those in line as they will get room: first those of clients that have the fewest running."""
+        running = Counter(self._texts[key].client for key in self._running)
+        left, order = list(self._line.values()), []
+        while left:
+            text = min(left, key=lambda text: running[self._texts[text.key].client])
+            left.remove(text)
+            running[self._texts[text.key].client] += 1
+            order.append(text)
+        return order
 
     def _make_room(self) -> bool:
-        """A text that nobody is connected to gives its place to one that somebody waits for."""
-        waits = any(not self._texts[key].is_left for key in self._line)
-        left = [text for key, text in self._running.items() if self._texts[key].is_left]
-        if not (waits and left):
-            return False
-        self._wait_again(left[0])
-        return True
+        """A text that rests gives its room to one that waits."""
+        for text in self._resting.values():
+            self._stop(text)
+            return True
+        return False
 
-    def _wait_again(self, text: Text) -> None:
-        """Give a text's room back; it comes in again when there is some."""
-        self._stop(text)
-        self._line[text.key] = text
+    def _tell_place(self, key: Hashable) -> list[Outcome]:
+        """Where a text stands that has just come, if it must wait."""
+        if key not in self._line:
+            return []
+        owned = self._texts[key]
+        owned.place = 1 + self._order().index(owned.text)
+        return [Waiting(key, owned.place)]
+
+    def _tell_places(self) -> list[Outcome]:
+        """To those in line whose place is another by now."""
+        now = self._clock()
+        if not self._line or now < self._next_places_at:
+            return []
+        self._next_places_at = now + PLACE_SECONDS
+        told: list[Outcome] = []
+        for place, text in enumerate(self._order(), start=1):
+            owned = self._texts[text.key]
+            if owned.place != place:
+                owned.place = place
+                told.append(Waiting(text.key, place))
+        return told
 
     def _stop(self, text: Text) -> None:
-        self._line.pop(text.key, None)
-        if self._running.pop(text.key, None) is not None:
-            text.leave()
+        self._leave_line(text)
+        self._running.pop(text.key, None)
+        self._resting.pop(text.key, None)
+        text.leave()
 
     # Ends
 
@@ -358,10 +477,10 @@ class Verifier:
         outcomes: list[Outcome] = []
         kept = [key for key, owned in self._texts.items() if owned.is_kept]
         for oldest in kept[:-MOST_KEPT]:
-            self.close(oldest)
+            outcomes += self.close(oldest)
         for owned in [owned for owned in self._texts.values() if self._deadline(owned) <= now]:
             if owned.is_kept:
-                self.close(owned.text.key)
+                outcomes += self.close(owned.text.key)
             else:
                 text = f"no DRAFT came for {self._terms.idle_seconds:g} s"
                 outcomes.append(self._end(owned.text, Ended(owned.text.key, Reason.evicted, text), forget=True))
@@ -394,8 +513,9 @@ class Verifier:
         before, owned.text.key = owned.text.key, key
         # In line it keeps its place.
         self._line = {key if other == before else other: text for other, text in self._line.items()}
-        if before in self._running:
-            self._running[key] = self._running.pop(before)
+        for texts in (self._running, self._resting):
+            if before in texts:
+                texts[key] = texts.pop(before)
         self._texts[key] = self._texts.pop(before)
         assert owned.name is not None
         self._keys[owned.name] = key
@@ -410,16 +530,18 @@ class Verifier:
             check_ids([*request.prompt_ids, *request.new_ids], self.engine.vocabulary_size)
         except ValueError as error:
             return f"prompt must hold tokens that the target has rows for: {error}"
+        try:
+            check_words(self.engine, request.sampling)
+        except ValueError as error:
+            return str(error)
         if request.max_new_tokens < 1:
             return f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
         if len(request.new_ids) >= request.max_new_tokens:
             return f"new tokens must be fewer than max_new_tokens {request.max_new_tokens}, got {len(request.new_ids)}"
-        if length + request.max_new_tokens > self.engine.context:
-            return (
-                f"prompt and max_new_tokens together must fit the context of {self.engine.context} tokens, "
-                f"got {length} + {request.max_new_tokens}"
-            )
-        return self._over_limits(request, client)
+        longest, context = self.engine.longest, self.engine.context
+        why = "its context" if longest == context else "its project.cache_limit_bytes"
+        why = f"a text at this verifier has room for {longest} tokens, {why}"
+        return _does_not_fit(request, longest, why) or self._over_limits(request, client)
 
     def _over_limits(self, request: TextRequest, client: Hashable, besides: _Owned | None = None) -> str | None:
         terms = self._terms
@@ -430,20 +552,35 @@ class Verifier:
         ]
         if len(others) >= terms.client_texts:
             return f"a client may have {terms.client_texts} texts at once (the verifier's project.client.texts)"
-        need = terms.bytes_per_token * sum(_full_length([request, *others]))
-        if need > terms.client_cache_bytes:
-            return (
-                f"a client's texts may need {terms.client_cache_bytes} bytes of keys and values (the verifier's "
-                f"project.client.cache_bytes), with this one they would need {need}"
-            )
+        if not terms.bytes_per_token:
+            return None
+        taken = sum(len(other.prompt_ids) + other.max_new_tokens for other in others)
+        left = terms.client_cache_bytes // terms.bytes_per_token - taken
+        return _does_not_fit(
+            request, left, f"a client's texts may need {terms.client_cache_bytes} bytes of keys and values, its "
+            "project.client.cache_bytes" + (f", and {taken} tokens are taken" if taken else ""),
+        )  # fmt: skip
+
+
+def _does_not_fit(request: TextRequest, most: int, why: str) -> str | None:
+    """What to say to a text for which there will never be room: how much would fit."""
+    length = len(request.prompt_ids)
+    if length + request.max_new_tokens <= most:
         return None
+    if length >= most:
+        return f"prompt must be at most {max(0, most - 1)} tokens here ({why}), got {length}"
+    return (
+        f"project.max_new_tokens must be at most {most - length} here for a prompt of {length} tokens ({why}), "
+        f"got {request.max_new_tokens}"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, for people; torch writes whole pages."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _same(left: TextRequest, right: TextRequest) -> bool:
     """Whether both ask for the same text."""
     settings = all(getattr(left, name) == getattr(right, name) for name in ("sampling", "max_new_tokens", "threshold"))
     return settings and list(left.prompt_ids) == list(right.prompt_ids)
-
-
-def _full_length(requests: Iterable[TextRequest]) -> Iterable[int]:
-    return (len(request.prompt_ids) + request.max_new_tokens for request in requests)

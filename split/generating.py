@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,16 +14,19 @@ from rich.table import Table
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab import entry
-from lab.engine import Session
+from lab.asking import asked_sampling, decoder, most_new_tokens
+from lab.engine import Session, check_words
 from lab.models import end_ids_of, load_tokenizer_only
 from lab.not_finite import NotFinite
+from lab.prompts import asked_ids
+from lab.running_text import said
 from lab.sampling import Sampling
 from lab.settings import UserError
-from lab.tracking import Tracker
+from lab.terminal import TextStream
+from lab.tracking import Tracker, picture
 from split.picture import draw
 from split.settings import SplitSettings
 from split.sharded_model import ShardedModel, ShardFault
-from split.terminal import TextStream
 from split.times import PassParts, as_row, take_apart
 from split.transport.base import ShardLost, ShardReport
 
@@ -41,22 +43,23 @@ class Text:
     """Number of passes before the first single token."""
 
 
-def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, folder: Path) -> dict[str, Any]:
+def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, place: entry.Run) -> dict[str, Any]:
     """The text that the settings ask for.
 
     Raises:
         UserError: a prompt without tokens, with one that the model has no row for, or one beyond the context.
-        Unfinished: shards that failed or were lost after the first token, NaN or infinity; with the text so far.
+        Unfinished: shards that failed or were lost, NaN or infinity; `place.so_far` has the text so far.
     """
     project = settings.project
     tokenizer = load_tokenizer_only(settings.model)
-    prompt = prompt_ids(tokenizer, settings.prompt, project.chat)
+    prompt = asked_ids(tokenizer, settings.prompt, project)
     if not prompt:
-        raise UserError("prompt must have at least one token, got ''")
-    if len(prompt) + project.max_new_tokens > engine.context:
+        raise UserError(f"prompt must have at least one token, got {settings.prompt!r}")
+    most = most_new_tokens(project, len(prompt), engine.context)
+    if len(prompt) + most > engine.context:
         raise UserError(
             f"project.max_new_tokens must leave room in the context of {engine.context} tokens for a prompt of "
-            f"{len(prompt)}, got {project.max_new_tokens}"
+            f"{len(prompt)}, got {most}"
         )
     wrong = next((token for token in prompt if token >= engine.vocabulary_size), None)
     if wrong is not None:
@@ -64,22 +67,24 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, fo
             f"prompt must hold tokens that the model has rows for, ids below {engine.vocabulary_size}, "
             f"got {tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong})"
         )
-    sampling = Sampling(seed=settings.seed, temperature=project.temperature, top_k=project.top_k, top_p=project.top_p)
-    stream = TextStream(lambda ids: str(tokenizer.decode(ids)), sys.stdout)
+    sampling = asked_sampling(project, settings.seed, tokenizer, len(prompt))
+    _check_words(engine, sampling)
+    ends = end_ids_of(settings.model)
+    stream = TextStream(decoder(tokenizer, ends), sys.stdout, project.stops)
     text = Text()
+    place.so_far = lambda: _said(settings, tokenizer, text, ends)
     try:
-        write(engine, prompt, sampling, project.max_new_tokens, end_ids_of(settings.model), stream, text)
+        write(engine, prompt, sampling, most, ends, stream, text, tracker)
     except (NotFinite, ShardFault, ShardLost) as error:
-        if not text.ids:
-            raise
-        raise entry.Unfinished(str(error), 1, _said(tokenizer, text)) from None
+        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
+        raise entry.Unfinished(str(error), 1, ended_by) from None
     reports = engine.reports()
     apart = take_apart(list(engine.passes), reports)
-    for index, parts in enumerate(apart):
+    for index, parts in enumerate(apart, start=len(text.ids)):
         tracker.log(index, **as_row(parts, [f"shard{place + 1}" for place in range(len(reports))]))
     figures = _figures(settings, tokenizer, text, engine, reports, apart)
     _print_table(figures["shards"])
-    figures["plots"] = [draw(reports, _single(apart), folder / "split.png", settings.model.name)]
+    figures["plots"] = picture(lambda: draw(reports, _single(apart), place.folder / "split.png", settings.model.name))
     return figures
 
 
@@ -89,41 +94,38 @@ def write(
     sampling: Sampling,
     max_new_tokens: int,
     ends: Sequence[int],
-    stream: TextStream | None,
-    text: Text | None = None,
-) -> Text:
-    """Generate one text, token by token; `text` has each of them as soon as it is there."""
-    text = Text() if text is None else text
+    stream: TextStream,
+    text: Text,
+    tracker: Tracker,
+) -> None:
+    """Generate one text, token by token; `text` and `tracker` have each of them as soon as it is there."""
     began = time.monotonic()
     try:
-        with engine.open(prompt, sampling) as session:
+        with engine.open(prompt, sampling, len(prompt) + max_new_tokens) as session:
             _take(text, session, stream)
             text.first_token_seconds = time.monotonic() - began
-            while len(text.ids) < max_new_tokens and text.ids[-1] not in ends:
+            while len(text.ids) < max_new_tokens and text.ids[-1] not in ends and not stream.text.stopped:
                 before = time.monotonic()
                 engine.extend([(session, text.ids[-1:])], "last")
                 text.token_seconds.append(time.monotonic() - before)
+                tracker.log(len(text.ids), token_seconds=text.token_seconds[-1])
                 _take(text, session, stream)
     finally:
-        if stream is not None and text.ids:
+        if text.ids:
             stream.finish()
-    return text
 
 
-def _take(text: Text, session: Session, stream: TextStream | None) -> None:
+def _take(text: Text, session: Session, stream: TextStream) -> None:
     assert session.step is not None
     text.ids.append(session.step.next_ids[-1])
-    if stream is not None:
-        stream.add(text.ids[-1])
+    stream.add(text.ids[-1:])
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
-    """The prompt's tokens, through the model's chat template where it has one and it is wanted."""
-    if not (chat and tokenizer.chat_template):
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+def _check_words(engine: ShardedModel, sampling: Sampling) -> None:
+    try:
+        check_words(engine, sampling)
+    except ValueError as error:
+        raise UserError(f"project.{error}") from None
 
 
 def _single(apart: Sequence[PassParts]) -> list[PassParts]:
@@ -142,7 +144,7 @@ def _figures(
     single = {parts.number for parts in _single(apart)}
     handed_on = [statistics.median(report.hops[number].sent_bytes for number in single) for report in reports]
     return {
-        **_said(tokenizer, text),
+        **_said(settings, tokenizer, text, end_ids_of(settings.model)),
         "tokens_per_second": len(text.token_seconds) / seconds if seconds else None,
         "token_seconds_p50": statistics.median(text.token_seconds) if text.token_seconds else None,
         "time_to_first_token_seconds": text.first_token_seconds,
@@ -157,8 +159,17 @@ def _figures(
     }
 
 
-def _said(tokenizer: PreTrainedTokenizerBase, text: Text) -> dict[str, Any]:
-    return {"text": str(tokenizer.decode(text.ids, skip_special_tokens=True)), "token_ids": text.ids}
+def _said(
+    settings: SplitSettings, tokenizer: PreTrainedTokenizerBase, text: Text, ends: Sequence[int]
+) -> dict[str, Any]:
+    found = said(decoder(tokenizer, ends), text.ids, settings.project.stops)
+    by_end = "end_token" if text.ids and text.ids[-1] in ends else "length"
+    return {
+        "text": found.text,
+        "token_ids": found.ids,
+        "ended_by": "stop" if found.stopped else by_end,
+        "seed": settings.seed,
+    }
 
 
 def _shard(report: ShardReport, place: int, single: Sequence[PassParts]) -> dict[str, Any]:

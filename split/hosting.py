@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from lab.device import open_device
 from lab.network import client_side_tls, listener_tls
+from lab.settings import UserError
 from split.address import Address
 from split.joining import fingerprints, make_side
 from split.opening import load_stage, model_layers
@@ -14,19 +16,29 @@ from split.serving import ShardServer
 from split.settings import SplitSettings, TransportKind, parse_layers
 from split.stage import Stage
 
+ROOM_FOR_A_HEAD = 1024
+"""Bytes beside the hidden states of one token in a frame."""
+
 
 def host(settings: SplitSettings) -> dict[str, Any]:
     """Serves until Ctrl+C; the figures of the last line. UserError for what cannot be served."""
     layers = layers_to_serve(settings.project)
     serve = _serve_rank if settings.project.transport is TransportKind.rpc else _serve_port
-    stage = serve(settings, layers)
-    return {"role": "shard", "layers": layers, "weights_bytes": stage.shard.weights_bytes}
+    stage, clients = serve(settings, layers)
+    figures = {"role": "shard", "layers": layers, "weights_bytes": stage.shard.weights_bytes, "clients": clients}
+    return figures | asdict(stage.counts)
 
 
-def _serve_port(settings: SplitSettings, layers: str) -> Stage:
+def _serve_port(settings: SplitSettings, layers: str) -> tuple[Stage, int]:
     project, network = settings.project, settings.network
     tls = listener_tls(network)  # before a model is loaded for nothing
     stage = load_stage(settings, open_device(settings.device), parse_layers(layers))
+    needed = project.boundary.row_bytes(stage.shard.hidden_size) + ROOM_FOR_A_HEAD
+    if needed > network.max_frame_bytes:
+        raise UserError(
+            f"network.max_frame_bytes must be at least {needed}, for the hidden states of one token, "
+            f"got {network.max_frame_bytes}"
+        )
     server = ShardServer(
         stage,
         name=f"{settings.model.name} {layers}",
@@ -35,12 +47,13 @@ def _serve_port(settings: SplitSettings, layers: str) -> Stage:
         next_addresses=[Address.parse(project.next)] if project.next else [],
         client_tls=client_side_tls(network),
         awake_seconds=project.awake_seconds,
+        most_waiting=project.max_waiting,
     )
     serve_port(server, project, network, tls, role="shard", peer_role="client")
-    return stage
+    return stage, server.clients
 
 
-def _serve_rank(settings: SplitSettings, layers: str) -> Stage:
+def _serve_rank(settings: SplitSettings, layers: str) -> tuple[Stage, int]:
     from split.transport.rpc import Place, Seat, check_master  # some systems lack it
 
     check_master(settings.network)
@@ -54,4 +67,4 @@ def _serve_rank(settings: SplitSettings, layers: str) -> Stage:
         fingerprints=fingerprints(settings.model, settings.project.boundary),
     )
     serve_rank(Seat(stage, place, settings.project.awake_seconds), settings.project, settings.network)
-    return stage
+    return stage, 1

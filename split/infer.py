@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from lab import entry
 from split.settings import SplitSettings
-
-log = logging.getLogger(__name__)
 
 
 def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
@@ -29,7 +26,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
             sharded_model(settings, device, place.folder) as engine,
             Tracker(settings, "split", place.folder) as tracker,
         ):
-            figures = generate(settings, engine, tracker, place.folder)
+            figures = generate(settings, engine, tracker, place)
             tracker.result(figures)
             return figures
     except CacheFull as full:
@@ -37,8 +34,8 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
             f"project.cache_limit_bytes and sessions of the shards must have room for this text: {full}"
         ) from None
     except (ShardLost, ShardFault) as error:
-        log.error("%s", error)
-        raise SystemExit(1) from None
+        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
+        raise entry.Unfinished(str(error), 1, ended_by) from None
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ def join_shards(
     prefill_chunk: int,
     start_seconds: float,
     recovery_seconds: float,
+    line_seconds: float = 0.0,
 ) -> ShardedModel:
     """An engine over shards that serve already.
 
@@ -42,6 +43,7 @@ def join_shards(
         prefill_chunk: Most tokens of a text in one pass.
         start_seconds: How long they may take to be there.
         recovery_seconds: How long to try to bring back one that was lost.
+        line_seconds: How long to wait in line for room; who has a line of its own asks again instead.
 
     Raises:
         UserError: shards that are not there, or are not this model from its first layer to its last.
@@ -69,6 +71,7 @@ def join_shards(
         context=min(chain.context, model_context(load_config(model), context)),
         prefill_chunk=prefill_chunk,
         recovery_seconds=recovery_seconds,
+        line_seconds=line_seconds,
     )
 
 

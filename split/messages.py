@@ -1,15 +1,23 @@
 """What a client and shards say to each other. The transports carry these; over tcp they are frames of `lab.wire`.
 
     client                     shard 1                  shard 2 (last)
-    OPEN(sampling)       ->    OPEN               ->    takes a slot                 a text, by its number
+    OPEN(tokens)         ->    OPEN               ->    keeps room                   a text, by its number
+                         <---------------------------   OPENED
     PASS(pieces) ids     ->    PASS hidden states ->    computes, samples            chunks follow without waiting
                          <---------------------------   STEPS tokens, or FAULT
     CLOSE                ->    CLOSE              ->    frees the slot
 
-OPEN and PASS get exactly one answer each, in order: where one fails, a FAULT takes its place, and the shards behind
-hand that on. A text that meets NaN or infinity ends alone: the PASS goes on with the text's name in `unfit`, and so do
-the STEPS. The frame's session number is the text's for OPEN and CLOSE, the pass's for PASS, and the same in the
-answer. A PASS says where each of its pieces stands, so that a rewind costs no message.
+A PASS gets exactly one answer, in order: where one makes no sense, a FAULT takes its place, and the shards behind
+hand that on. So does an OPEN; over tcp one for which a shard has no room now waits there in line, is told its place,
+and is overtaken by what its client sends later. Shards are asked in the order of their layers, and whoever waits at
+one holds room only at those before it: no two texts can wait for each other.
+
+Whatever one text of a PASS does (ids without a row, positions that are not held, NaN, an exception of the model)
+stops that text alone: the PASS goes on with the text's name in `stopped`, and so do the STEPS.
+
+The frame's session number is the text's for OPEN and CLOSE, the pass's for PASS, and the same in the answer; no two
+messages of a client that await an answer have the same. A PASS says where each of its pieces stands, so that a rewind
+costs no message.
 
 Only over tcp: ATTACH, WELCOME, JOIN, ASK and REPORT (`split.transport.tcp`).
 
@@ -26,28 +34,37 @@ from typing import Annotated
 import msgspec
 
 from lab.engine import TargetStep, Want
+from lab.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 
-PROTOCOL = range(2, 3)
+PROTOCOL = range(3, 4)
 
 Count = Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
 
-MAX_PIECES = 1024
+MAX_PIECES = 512
+"""Of a pass; beside each of them a head has room for why it stopped."""
+STOPPED_BYTES = 2**15
+"""What the reasons of all stopped texts of a pass take together, at most."""
 MAX_ADDRESSES = 16
 
 
-class Open(Head):
-    """A new text, and how its tokens are drawn. Only the last shard draws; the others take a slot."""
+class Open(SamplingHead):
+    """A new text, and how its tokens are drawn. Only the last shard draws; the others keep room for it."""
 
-    seed: Uint63
-    temperature: Annotated[float, msgspec.Meta(ge=0)]
-    top_k: Uint32
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    """The most that it will ever hold, prompt included: every shard keeps room for them until CLOSE."""
+
+
+class Opened(Head):
+    """In answer to OPEN: every shard keeps room for the text, or it waits in line at one of them."""
+
+    place: Uint31
+    """0: it may begin. 1: it is the first in line; another answer follows each time that this changes."""
 
 
 class Close(Head):
-    """A text is over."""
+    """A text is over, or no longer waits."""
 
 
 class Piece(Head):
@@ -63,15 +80,33 @@ class Piece(Head):
     """Whether its extend ends here."""
 
 
-class Unfit(Head):
-    """A text of a pass met NaN or infinity. It ends; the other texts of the pass go on."""
+class FaultCode(Enum):
+    """Why a text cannot go on, or a message came to nothing."""
+
+    unfit = "unfit"
+    """NaN or infinity in its hidden states or logits."""
+    full = "full"
+    """No slot, or no memory for keys and values."""
+    lost = "lost"
+    """The shard does not hold the text up to there (it was evicted, or the shard is new): to be rebuilt."""
+    refused = "refused"
+    """It makes no sense here."""
+    link = "link"
+    """The shard has lost a neighbour, or cannot reach the next one."""
+    failed = "failed"
+    """The shard failed."""
+
+
+class Stopped(Head):
+    """A text that cannot go on in this pass. The other texts of the pass do."""
 
     session: Uint32
+    code: FaultCode
     text: ShortText
-    """Which layers, which position, and whether in the hidden states or the logits."""
+    """Which layers, and what was wrong."""
 
 
-Unfits = Annotated[list[Unfit], msgspec.Meta(max_length=MAX_PIECES)]
+AllStopped = Annotated[list[Stopped], msgspec.Meta(max_length=MAX_PIECES)]
 
 
 class Pass(Head):
@@ -81,13 +116,21 @@ class Pass(Head):
     read_all: bool
     """want=all: the last shard gives a step for every id, and needs the ids for that."""
     pieces: Annotated[list[Piece], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
-    unfit: Unfits = msgspec.field(default_factory=list)
-    """The texts that ended at the shards before; zeros go on in place of their hidden states."""
+    stopped: AllStopped = msgspec.field(default_factory=list)
+    """The texts that stopped at the shards before: zeros go on in place of their hidden states, and nobody computes
+    them."""
+    for_words: bool = False
+    """Whether one of the texts has words (`lab.words`): then the last shard needs the ids for that."""
 
     @property
     def rows(self) -> int:
         """N."""
         return sum(piece.count for piece in self.pieces)
+
+    @property
+    def ids_for_last(self) -> bool:
+        """Whether the ids go through to the last shard."""
+        return self.read_all or self.for_words
 
     @property
     def want(self) -> Want:
@@ -96,34 +139,16 @@ class Pass(Head):
 
 
 class Steps(Head):
-    """What the target says in one pass: the body has the steps of the pieces that are read, in their order. Empty in
-    answer to OPEN."""
+    """What the target says in one pass: the body has the steps of the pieces that are read, in their order."""
 
-    unfit: Unfits = msgspec.field(default_factory=list)
-    """The texts that ended at any shard; their steps mean nothing."""
-
-
-class FaultCode(Enum):
-    """Why a pass or an open came to nothing."""
-
-    full = "full"
-    """No slot, or no memory for keys and values."""
-    lost = "lost"
-    """The shard does not hold the text up to there (it was evicted, or the shard is new): to be rebuilt."""
-    refused = "refused"
-    """It makes no sense here."""
-    link = "link"
-    """The shard has lost the next one."""
-    failed = "failed"
-    """The shard failed."""
+    stopped: AllStopped = msgspec.field(default_factory=list)
+    """The texts that stopped at any shard; their steps mean nothing."""
 
 
 class Fault(Head):
-    """Instead of steps."""
+    """A message came to nothing: an OPEN, or a PASS that makes no sense as a whole. No text is changed by it."""
 
     code: FaultCode
-    session: Uint32
-    """Which text is lost (code=lost)."""
     text: LongText
 
 
@@ -189,6 +214,7 @@ class MessageType(IntEnum):
     join = FIRST_APPLICATION_TYPE + 7
     ask = FIRST_APPLICATION_TYPE + 8
     report = FIRST_APPLICATION_TYPE + 9
+    opened = FIRST_APPLICATION_TYPE + 10
 
 
 _HEAD_BYTES = 2**16
@@ -203,6 +229,7 @@ _TYPE_OF: dict[type[Head], MessageType] = {
     Join: MessageType.join,
     Ask: MessageType.ask,
     Report: MessageType.report,
+    Opened: MessageType.opened,
 }
 
 
@@ -218,7 +245,9 @@ def table(body_bytes: int) -> MessageTable:
         Steps: _HEAD_BYTES + body_bytes,
         Report: 1024 + REPORTED_PASSES * HOP.size,
     }
-    small: dict[type[Head], int] = {Open: 64, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8}
+    small: dict[type[Head], int] = {
+        Open: 64 + SAMPLING_BYTES, Opened: 8, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8,
+    }  # fmt: skip
     kinds: dict[int, MessageKind] = {
         _TYPE_OF[head]: MessageKind(head=head, max_bytes=size) for head, size in small.items()
     }

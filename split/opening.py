@@ -29,7 +29,8 @@ def model_layers(settings: SplitSettings) -> int:
 
 
 def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> Stage:
-    """One shard of the model. UserError for layers it does not have, and a context that the cache has no room for."""
+    """One shard of the model. UserError for layers it does not have, a context that the cache has no room for,
+    and for what cannot run."""
     project = settings.project
     limits = ShardLimits(
         sessions=project.sessions,
@@ -45,7 +46,9 @@ def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> 
             f"project.context must fit project.cache_limit_bytes={limits.kv_limit_bytes}: {limits.context} tokens of "
             f"layers {layers.start}:{layers.stop} need {needed} bytes, got {limits.context}"
         )
-    return Stage(shard, project.boundary)
+    stage = Stage(shard, project.boundary)
+    stage.prove()
+    return stage
 
 
 def ranges(settings: SplitSettings, count: int) -> list[range]:
@@ -137,4 +140,5 @@ def _connect(settings: SplitSettings, addresses: Sequence[str]) -> ShardedModel:
         prefill_chunk=project.prefill_chunk,
         start_seconds=project.start_seconds,
         recovery_seconds=project.recovery_seconds,
+        line_seconds=project.line_seconds,
     )

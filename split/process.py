@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from lab.ending import run_async
 from lab.network import address_for_peers, cannot_listen
 from lab.settings import NetworkSettings, UserError
 from lab.wire import Endpoint, FrameConnection, FrameServer
@@ -82,7 +83,7 @@ def serve_port(
     )
     with _until_told(project):
         try:
-            asyncio.run(serving)
+            run_async(serving)
         except OSError as error:
             raise cannot_listen(network, error) from None
 
@@ -128,18 +129,13 @@ def serve_rank(seat: Member, project: ShardProject, network: NetworkSettings) ->
 
 @contextmanager
 def _until_told(project: ShardProject) -> Iterator[None]:
-    """Ctrl+C, SIGTERM, and the end of standard input where that is followed, end what is inside."""
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    """A signal, or the end of standard input where that is followed, ends what is inside, and well."""
     if project.follow_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         yield
     except KeyboardInterrupt:
         log.info("stopped")
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def _end_with_stdin() -> None:

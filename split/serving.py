@@ -1,7 +1,9 @@
 """One shard's process: clients attach, the shard before it hands on to it, it hands on to the next one directly.
 
-Each client has a chain of its own through the shards: a connection to each of them, and one between each two. When its
-connection ends, its link to the next shard and its texts end with it, and nothing else does.
+Each client has a chain of its own through the shards: a connection to each of them, and one between each two. When one
+of these ends here, on whichever side, the others and its texts end with it, and so along the chain; nothing else does.
+
+A text for which there is no room waits in line, in the order in which texts came.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lab.device import read_memory
-from lab.wire import BadFrame, Endpoint, FrameConnection, WireError, connect
+from lab.wire import BadFrame, Endpoint, FrameConnection, WireError
+from lab.wire.frames import encode_start
 from split.address import Address
 from split.messages import (
     HOP,
@@ -34,11 +37,13 @@ from split.messages import (
     FaultCode,
     Join,
     Open,
+    Opened,
     Pass,
     Report,
     Welcome,
     message_type,
 )
+from split.next_shard import Behind, first_head, join_next, link_fault, say
 from split.stage import Stage
 from split.transport.base import Message
 
@@ -46,6 +51,8 @@ log = logging.getLogger(__name__)
 
 WAITING_MESSAGES = 16
 """Of one client, taken from the socket and not yet handed on; beyond it the socket is not read."""
+LOOK_SECONDS = 1.0
+"""Between two looks for idle texts while others wait for their room."""
 
 
 class _Done(NamedTuple):
@@ -68,10 +75,14 @@ class _Done(NamedTuple):
 class _Client:
     """One client at this shard."""
 
+    key: int
+    """The number that it attached with."""
     connection: FrameConnection
-    """Where answers go."""
+    """Where it hears from us."""
     link: FrameConnection | None = None
     """To the next shard; None at the last one."""
+    before: FrameConnection | None = None
+    """From the shard before; None at the first one."""
     hops: deque[bytes] = field(default_factory=lambda: deque(maxlen=REPORTED_PASSES))
     telling: threading.Lock = field(default_factory=threading.Lock)
     """Held while an answer leaves: who has it and asks for a report finds its pass there."""
@@ -88,6 +99,30 @@ class _Client:
         """Where results go."""
         return self.connection if self.link is None else self.link
 
+    @property
+    def is_gone(self) -> bool:
+        """From any thread: whether one of its connections has ended, be it only just now and unread."""
+        return any(one is not None and one.has_left for one in (self.connection, self.link, self.before))
+
+    def end(self) -> None:
+        """Close all of them; on the event loop."""
+        for one in (self.connection, self.link, self.before):
+            if one is not None:
+                one.close()
+        self.room.set()
+
+
+@dataclass
+class _Waiting:
+    """A text that waits for room."""
+
+    client: _Client
+    message: Message
+    """Its OPEN."""
+    arrived: float
+    place: int = 0
+    """As its client was told."""
+
 
 class ShardServer:
     """Serves one stage. Belongs to its event loop; passes run on one thread of their own, which also hands on what came
@@ -101,6 +136,7 @@ class ShardServer:
         next_addresses: Where the next shard may be found from here; goes before what a client says.
         client_tls: For the link to the next shard.
         awake_seconds: For so long after a pass the next one is looked for without sleeping.
+        most_waiting: Texts in line for room; more are refused at once.
     """
 
     def __init__(
@@ -113,10 +149,20 @@ class ShardServer:
         next_addresses: Sequence[Address],
         client_tls: ssl.SSLContext | None,
         awake_seconds: float,
+        most_waiting: int,
     ) -> None:
         self._stage, self._name, self._model_layers = stage, name, model_layers
         self.endpoint = endpoint
-        self._next_addresses, self._client_tls = list(next_addresses), client_tls
+        to_next = replace(endpoint, peer_roles=frozenset({"shard"}))
+        self._behind = Behind(stage.shard.layers, model_layers, list(next_addresses), to_next, client_tls)
+        self._most_waiting = most_waiting
+        self.clients = 0
+        """That have attached."""
+        self._gone: deque[int] = deque()
+        """Clients whose texts are to be forgotten, before anything else is computed."""
+        self._line: list[_Waiting] = []
+        """Of the thread."""
+        self._is_looking = False
         self._instance = secrets.randbits(32)
         self._clients: dict[int, _Client] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -139,7 +185,7 @@ class ShardServer:
 
     async def handle(self, connection: FrameConnection) -> None:
         """One connection, until it ends."""
-        head = (await connection.recv()).head
+        head = await first_head(connection)
         if isinstance(head, Attach):
             await self._serve_client(connection, head)
         elif isinstance(head, Join):
@@ -153,42 +199,24 @@ class ShardServer:
         connection.peer.phase = "ATTACH"
         if attach.client in self._clients:
             raise BadFrame(connection.peer, "attached twice")
-        client = self._clients[attach.client] = _Client(connection)
+        client = self._clients[attach.client] = _Client(attach.client, connection)
+        self.clients += 1
+        self._end_with(client, connection)
         try:
             if not self._stage.shard.gives_steps:
-                await self._join_next(client, attach)
-            connection.send(message_type(self._welcome()), 0, self._welcome())
+                client.link = await join_next(self._behind, connection, attach)
+                self._watch(client, client.link)
+            say(connection, self._welcome())
             connection.peer.phase = "session"
-            await self._take_all(attach.client, client, connection)
+            await self._take_all(client, connection)
+        except WireError as error:
+            connection.refuse(error)  # before it is closed with the others
+            raise
         finally:
             del self._clients[attach.client]
-            if client.link is not None:
-                client.link.close()
-            self._jobs.put(functools.partial(self._stage.forget, attach.client))
-
-    async def _join_next(self, client: _Client, attach: Attach) -> None:
-        """Connect to the process that the client means. The client is told when that cannot be."""
-        reasons = []
-        for address in [*self._next_addresses, *(Address.parse(text) for text in attach.next)]:
-            try:
-                link = await connect(address.host, address.port, self._link_endpoint(), tls=self._client_tls)
-            except WireError as error:
-                reasons.append(str(error))
-                continue
-            link.send(message_type(Join(client=0)), 0, Join(client=attach.client))
-            welcome = (await link.recv()).head
-            if isinstance(welcome, Welcome) and welcome.instance == attach.next_instance:
-                client.link = link
-                link.peer.phase = f"layers {welcome.first}:{welcome.last}"
-                self._watch(client, link)
-                return
-            reasons.append(f"{address} is another shard than the client's next one")
-            link.close()
-        layers = self._stage.shard.layers
-        nobody = f"layers must end at the model's {self._model_layers}, got {layers.stop}; project.next is not set"
-        text = "the next shard is not there: " + ("; ".join(reasons) or nobody)
-        client.connection.send(message_type(_link_fault("")), 0, _link_fault(text))
-        raise BadFrame(client.connection.peer, text)
+            client.end()
+            self._gone.append(attach.client)
+            self._jobs.put(self._forget_gone)
 
     def _watch(self, client: _Client, link: FrameConnection) -> None:
         """The next shard says nothing on a link; when it ends, the client is to know why."""
@@ -196,43 +224,62 @@ class ShardServer:
         async def wait() -> None:
             try:
                 frame = await link.recv()
-                link.close()
                 reason = f"{link.peer} sent {type(frame.head).__name__.upper()} to the shard before it"
             except WireError as error:
                 reason = str(error)
-            if client.connection.fault is None:
-                log.warning("%s", reason)
-                client.connection.send(message_type(_link_fault("")), 0, _link_fault(reason))
+            self._part(client, reason)
 
-        task = asyncio.get_running_loop().create_task(wait())
-        _TASKS.add(task)
-        task.add_done_callback(_TASKS.discard)
+        _start(wait())
 
-    def _link_endpoint(self) -> Endpoint:
-        return replace(self.endpoint, peer_roles=frozenset({"shard"}))
+    @staticmethod
+    def _end_with(client: _Client, connection: FrameConnection) -> None:
+        """Whatever else is waited for: when this connection ends, the client does."""
+
+        async def wait() -> None:
+            await connection.wait_ended()
+            client.end()
+
+        _start(wait())
+
+    @staticmethod
+    def _part(client: _Client, reason: str) -> None:
+        """A neighbour of this client's chain is lost: it is told, and all that it has here ends."""
+        if not client.connection.has_left:
+            log.warning("%s", reason)
+            with contextlib.suppress(WireError):
+                say(client.connection, link_fault(reason))
+        client.end()
 
     # A chain
 
     async def _serve_link(self, connection: FrameConnection, join: Join) -> None:
         client = self._clients.get(join.client)
-        if client is None:
-            raise BadFrame(connection.peer, "joined for a client that is not attached")
-        connection.send(message_type(self._welcome()), 0, self._welcome())
+        if client is None or client.before is not None:
+            raise BadFrame(connection.peer, "joined for a client that is not attached, or is joined already")
+        client.before = connection
+        self._end_with(client, connection)
+        say(connection, self._welcome())
         connection.peer.phase = "session"
-        await self._take_all(join.client, client, connection)
+        try:
+            await self._take_all(client, connection)
+        except WireError as error:
+            self._part(client, str(error))
+            raise
 
-    async def _take_all(self, key: int, client: _Client, connection: FrameConnection) -> None:
+    async def _take_all(self, client: _Client, connection: FrameConnection) -> None:
         """Read and compute at the same time: messages that wait show as queueing, not as the wire's time."""
         while True:
             frame = await connection.recv()
+            if client.connection.fault is not None:  # what came before is of no use to anybody
+                raise client.connection.fault
             if isinstance(frame.head, Ask):
                 self._report(client)
             elif isinstance(frame.head, (Open, Close, Pass, Fault)):
                 message = Message(frame.session, frame.head, frame.body)
                 client.waiting += 1
                 self._under_way += 1
-                self._jobs.put(functools.partial(self._compute, key, client, message, time.monotonic()))
-                while client.waiting + len(client.leaving) >= WAITING_MESSAGES:
+                self._jobs.put(functools.partial(self._compute, client, message, time.monotonic()))
+                while client.connection.fault is None and client.waiting + len(client.leaving) >= WAITING_MESSAGES:
                     client.room.clear()
                     await client.room.wait()
             else:
@@ -242,48 +289,142 @@ class ShardServer:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                self._forget_gone()
+                job()
+            except Exception:
+                log.exception("shard %s goes on after a fault of ours", self._name)
 
-    def _compute(self, key: int, client: _Client, message: Message, arrived: float) -> None:
+    def _forget_gone(self) -> None:
+        """Whoever has left goes before everybody's messages, its own included: its room is another's now."""
+        while self._gone:
+            key = self._gone.popleft()
+            self._stage.forget(key)
+            self._line = [waiting for waiting in self._line if waiting.client.key != key]
+            self._admit()
+
+    def _compute(self, client: _Client, message: Message, arrived: float) -> None:
         """The result leaves from here where it can, before the event loop has woken."""
-        if client.connection.fault is not None:  # nobody waits for it
-            self._tell_loop(self._after, client)
+        if client.is_gone:  # nobody waits for it
+            self._stage.forget(client.key)
+            self._tell_loop(client.end)
+        elif isinstance(message.head, Open) and self._line:
+            self._queue(client, message, arrived)
+        else:
+            self._do(client, message, arrived)
+        self._tell_loop(self._after, client)
+
+    def _do(self, client: _Client, message: Message, arrived: float) -> None:
+        began = time.monotonic()
+        result = self._fitting(self._stage.take(client.key, message))
+        if isinstance(message.head, Open) and result is not None and _is_full(result):
+            self._queue(client, message, arrived)
             return
+        if isinstance(message.head, Close):
+            self._line = [one for one in self._line if (one.client, one.message.number) != (client, message.number)]
+        self._hand_out(client, _Done(message, result, arrived, began, time.monotonic(), self._stage.coding_seconds))
+        if isinstance(message.head, Close):
+            self._admit()
+
+    def _fitting(self, result: Message | None) -> Message | None:
+        """A result that fits a frame, or why it does not."""
+        most = self.endpoint.limits.payload_bytes
+        if result is None or len(result.body) < most - 2**16:  # no head is larger
+            return result
         try:
-            began = time.monotonic()
-            result = self._stage.take(key, message)
-            done = _Done(message, result, arrived, began, time.monotonic(), self._stage.coding_seconds)
+            start = encode_start(
+                self.endpoint.table, message_type(result.head), result.number, result.head, len(result.body)
+            )
+            fits = len(start) + len(result.body) <= most
+        except ValueError:
+            fits = False
+        if fits:
+            return result
+        text = f"network.max_frame_bytes must be at least what this pass gives, {len(result.body)} bytes, got {most}"
+        return Message(result.number, Fault(code=FaultCode.refused, text=text))
+
+    def _hand_out(self, client: _Client, done: _Done) -> None:
+        try:
             with client.telling:
-                sent_bytes = self._send_at_once(client, result)
-                if result is not None and not sent_bytes:
+                sent_bytes = self._send_at_once(client, done)
+                if done.result is not None and not sent_bytes:
                     client.leaving.append(done)
-                elif isinstance(message.head, Pass):
+                elif isinstance(done.message.head, Pass):
                     client.hops.append(done.hop(done.computed, sent_bytes))
         except WireError as error:
             log.info("%s", error)
-            self._tell_loop(client.connection.close)
-        except Exception:
-            log.exception("shard %s lost a client by a fault of ours", self._name)
-            self._tell_loop(client.connection.close)
-        self._tell_loop(self._after, client)
+            self._tell_loop(client.end)
 
-    def _tell_loop(self, call: Callable[..., None], *arguments: _Client) -> None:
+    def _tell_loop(self, call: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # it is closed: the server has ended
             self._loop.call_soon_threadsafe(call, *arguments)
 
     @staticmethod
-    def _send_at_once(client: _Client, result: Message | None) -> int:
+    def _send_at_once(client: _Client, done: _Done) -> int:
         """Hand on; the bytes, 0 where it must wait for its turn."""
+        result = done.result
         if result is None or client.leaving:
             return 0
         return client.to.send_at_once(message_type(result.head), result.number, result.head, result.body)
 
+    # The line, on the thread
+
+    def _queue(self, client: _Client, message: Message, arrived: float) -> None:
+        """A text waits for room behind those that came before."""
+        if len(self._line) >= self._most_waiting:
+            text = f"there is no room now, and {len(self._line)} texts wait in line already, which is the most"
+            result = Message(message.number, Fault(code=FaultCode.full, text=text))
+            self._stage.counts.refused += 1
+            self._hand_out(client, _Done(message, result, arrived, arrived, arrived, 0.0))
+            return
+        self._line.append(_Waiting(client, message, arrived))
+        self._tell_places()
+        self._tell_loop(self._look_again)
+
+    def _admit(self) -> None:
+        """Texts from the front of the line get what room there is."""
+        while self._line:
+            waiting = self._line[0]
+            if waiting.client.is_gone:
+                del self._line[0]
+                continue
+            began = time.monotonic()
+            result = self._stage.take(waiting.client.key, waiting.message)
+            if result is not None and _is_full(result):
+                break
+            del self._line[0]
+            done = _Done(waiting.message, result, waiting.arrived, began, time.monotonic(), 0.0)
+            self._hand_out(waiting.client, done)
+            self._tell_loop(self._after_admission, waiting.client)
+        self._tell_places()
+
+    def _tell_places(self) -> None:
+        for place, waiting in enumerate(self._line, 1):
+            if waiting.place != place:
+                waiting.place = place
+                self._tell_loop(_tell_place, waiting.client, waiting.message.number, place)
+
     # On the loop again
+
+    def _after_admission(self, client: _Client) -> None:
+        if client.leaving and (client.leaver is None or client.leaver.done()):
+            client.leaver = self._loop.create_task(self._hand_on(client))
+
+    def _look_again(self) -> None:
+        """A text that is idle for long enough gives its room to one that waits, although nothing else happens."""
+        if not self._is_looking:
+            self._is_looking = True
+            self._loop.call_later(LOOK_SECONDS, self._jobs.put, self._look)
+
+    def _look(self) -> None:
+        self._is_looking = False
+        self._admit()
+        if self._line:
+            self._tell_loop(self._look_again)
 
     def _after(self, client: _Client) -> None:
         self._under_way -= 1
-        if client.leaving and (client.leaver is None or client.leaver.done()):
-            client.leaver = self._loop.create_task(self._hand_on(client))
+        self._after_admission(client)
         client.waiting -= 1
         client.room.set()
         self._stay_awake()
@@ -305,7 +446,7 @@ class ShardServer:
                 client.room.set()
         except WireError as error:
             log.info("%s", error)
-            client.connection.close()
+            client.end()
 
     def _stay_awake(self) -> None:
         """A core that sleeps until the next pass takes tenths of a millisecond to be at work again."""
@@ -355,5 +496,17 @@ _TASKS: set[asyncio.Task[None]] = set()
 """An event loop keeps no strong reference to its tasks."""
 
 
-def _link_fault(text: str) -> Fault:
-    return Fault(code=FaultCode.link, session=0, text=text[:1024])
+def _start(work: Coroutine[None, None, None]) -> None:
+    task = asyncio.get_running_loop().create_task(work)
+    _TASKS.add(task)
+    task.add_done_callback(_TASKS.discard)
+
+
+def _is_full(result: Message) -> bool:
+    return isinstance(result.head, Fault) and result.head.code is FaultCode.full
+
+
+def _tell_place(client: _Client, number: int, place: int) -> None:
+    head = Opened(place=place)
+    with contextlib.suppress(WireError):
+        client.connection.send(message_type(head), number, head)

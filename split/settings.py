@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lab.settings import LabSettings, check_sampling, register_project, require
+from lab.settings import LabSettings, register_project, require
+from lab.text_settings import TextSettings
 from split.address import Address
 from split.boundary import Boundary
 
@@ -20,8 +21,11 @@ class TransportKind(Enum):
 
 
 @dataclass(kw_only=True)
-class SplitProjectSettings:
-    """Both roles read one config; each value says whose it is where only one of them uses it."""
+class SplitProjectSettings(TextSettings):
+    """Both roles read one config; each value says whose it is where only one of them uses it.
+
+    What is asked of a text is the client's.
+    """
 
     transport: TransportKind
     boundary: Boundary
@@ -44,26 +48,20 @@ class SplitProjectSettings:
     """Client: start so many shards here and end them afterwards; 0: none."""
     cuts: list[int]
     """Client: where the shards that it starts begin, without the first's 0; []: even."""
-    max_new_tokens: int
-    """Client: the text ends after so many new tokens."""
-    temperature: float
-    """Client: 0 takes the best token."""
-    top_k: int
-    """Client: only the k best tokens can be drawn; 0: all."""
-    top_p: float
-    """Client: only the best tokens that together have this probability can be drawn; 1: all."""
-    chat: bool
-    """Client: put the prompt through the model's chat template when it has one."""
     prefill_chunk: int
     """Client: most tokens of a prompt in one pass; chunks overlap on the shards."""
     recovery_seconds: float
     """Client: how long to try to bring back a lost shard; 0: its loss ends the text."""
     start_seconds: float
     """Client: how long the shards may take to be there at first."""
+    line_seconds: float
+    """Client: how long to wait in line for room at the shards; 0: not at all."""
     sessions: int
     """Shard: texts at once."""
     max_connections: int
     """Shard: connections at once; each client takes two at most."""
+    max_waiting: int
+    """Shard: texts that may wait in line for room; more are refused at once. 0: nobody waits."""
     context: int
     """Most tokens of one text, prompt included; 0: what the model was made for."""
     cache_bucket: int
@@ -76,13 +74,13 @@ class SplitProjectSettings:
     """Shard: for so long after a pass it looks for the next one without sleeping; 0: it sleeps at once."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prefill_chunk", "sessions", "max_connections", "cache_bucket"):
+        super().__post_init__()
+        for name in ("prefill_chunk", "sessions", "max_connections", "cache_bucket"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        seconds = ("recovery_seconds", "idle_seconds", "awake_seconds")
-        for name in ("local_shards", "context", "rank", *seconds):
+        seconds = ("recovery_seconds", "line_seconds", "idle_seconds", "awake_seconds")
+        for name in ("local_shards", "context", "rank", "max_waiting", *seconds):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
         require(self.world_size == 0 or self.world_size >= 2, "world_size must be 0 or at least 2", self.world_size)
-        check_sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens)
         require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)
         require(self.cache_limit_bytes >= 2**16, "cache_limit_bytes must be at least 64 KiB", self.cache_limit_bytes)
         ascending = all(a < b for a, b in zip([0, *self.cuts], self.cuts))
@@ -119,6 +117,11 @@ class SplitSettings(LabSettings):
     """Everything a shard and a client read."""
 
     project: SplitProjectSettings
+
+    @classmethod
+    def draws_seed(cls) -> bool:
+        """See `LabSettings.draws_seed`."""
+        return True
 
 
 register_project("split_inf", SplitProjectSettings)

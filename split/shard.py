@@ -22,6 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lab.context import longest_text
 from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
 from lab.first_fault import first_faults
+from lab.history import History
 from lab.kv import CacheFull, Pass, SlotCache, UnknownState, check_attention, layer_shapes
 from lab.layers import load_layers
 from lab.models import load_config
@@ -32,13 +33,12 @@ from lab.structure import count_layers
 from lab.wide_products import pack_products
 from split.messages import Piece
 
+UNUSED_SECONDS = 10.0
+"""Room that was kept for a text which then did not begin goes to one that waits: whoever asked may have given up."""
+
 
 class TextLost(RuntimeError):
     """The shard does not hold a text up to where a pass goes on; its ids and its seed rebuild it."""
-
-    def __init__(self, session: int, what: str) -> None:
-        super().__init__(what)
-        self.session = session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,14 @@ class ShardLimits:
 @dataclass
 class _Text:
     slot: int
+    tokens: int
+    """The most that it will hold."""
     sampling: Sampling
     used_at: float
+    history: History | None = None
+    """The text, at the last shard and where its sampling has words."""
+    is_used: bool = False
+    """Whether a pass has come for it."""
     before_V: Tensor | None = None
     """The last row of logits of an extend that goes on in another pass."""
 
@@ -73,14 +79,30 @@ class Entering:
     pieces: Sequence[Piece]
     want: Want
     ids: Sequence[int] = ()
-    """N ids, piece by piece: for the first shard, and for the last one where want is all."""
+    """N ids, piece by piece: for the first shard, and for the last one where want is all or a text has words."""
     hidden_NH: Tensor | None = None
     """For all but the first shard."""
 
     def ids_of_pieces(self) -> list[Sequence[int]]:
         """The ids of each piece."""
+        return [self.ids[rows] for rows in self._rows_of_pieces()]
+
+    def only(self, places: Sequence[int]) -> Entering:
+        """The same pass with only these of its pieces."""
+        if len(places) == len(self.pieces):
+            return self
+        rows_of_pieces = self._rows_of_pieces()
+        rows = [rows_of_pieces[place] for place in places]
+        return Entering(
+            [self.pieces[place] for place in places],
+            self.want,
+            [token for own in rows for token in self.ids[own]],
+            None if self.hidden_NH is None else torch.cat([self.hidden_NH[own] for own in rows]),
+        )
+
+    def _rows_of_pieces(self) -> list[slice]:
         ends = _ends(self.pieces)
-        return [self.ids[end - piece.count : end] for piece, end in zip(self.pieces, ends, strict=True)]
+        return [slice(end - piece.count, end) for piece, end in zip(self.pieces, ends, strict=True)]
 
 
 Leaving = Tensor | list[TargetStep]
@@ -139,21 +161,33 @@ class Shard:
         packed = [state for tensor in tensors.values() if (state := getattr(tensor, "quant_state", None)) is not None]
         return sum(tensor.nbytes for tensor in (*tensors.values(), *(state.absmax for state in packed)))
 
-    def open(self, key: Hashable, sampling: Sampling) -> None:
-        """Take a slot for a text.
+    def open(self, key: Hashable, sampling: Sampling, tokens: int) -> None:
+        """Keep room for a text of at most so many tokens.
 
         Raises:
-            ValueError: it is open.
-            CacheFull: all slots are taken, and no text in them is idle.
+            ValueError: it is open, longer than what fits here at all, or its words name ids that the model lacks.
+            CacheFull: there is no room now, and no text that holds some is idle.
         """
         if key in self._texts:
             raise ValueError("text must be new, got one that is open")
-        try:
-            slot = self.cache.acquire()
-        except CacheFull:
-            self._evict_idle()
-            slot = self.cache.acquire()
-        self._texts[key] = _Text(slot, sampling, self._clock())
+        if tokens > self.longest:
+            raise ValueError(f"tokens must be at most the {self.longest} that fit here, prompt included, got {tokens}")
+        if sampling.words is not None:
+            sampling.words.check_ids(self.vocabulary_size)
+        while True:
+            try:
+                slot = self.cache.acquire(tokens)
+                break
+            except CacheFull:
+                if not self._evict_idle():
+                    raise
+        history = History(sampling.words) if sampling.words and self.gives_steps else None
+        self._texts[key] = _Text(slot, tokens, sampling, self._clock(), history)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a text."""
+        return min(self.limits.context, self.cache.longest)
 
     def close(self, key: Hashable) -> None:
         """Forget a text; one that is not held was forgotten before."""
@@ -172,8 +206,8 @@ class Shard:
         Raises:
             TextLost: a text is not held up to where its piece begins.
             ValueError: pieces that make no sense here.
-            CacheFull: the limit in bytes is reached; every text is where it was.
         """
+        check_ids(entering.ids, self.vocabulary_size)
         texts = self._find(keys, entering.pieces)
         for text, piece in zip(texts, entering.pieces, strict=True):
             self.cache.lengths[text.slot] = piece.position
@@ -193,17 +227,18 @@ class Shard:
         if len(set(keys)) < len(keys):
             raise ValueError(f"texts of a pass must be different from each other, got {len(keys)} with one twice")
         for key, piece in zip(keys, pieces, strict=True):
-            if piece.position + piece.count > self.limits.context:
+            text = self._texts.get(key)
+            held = self.cache.lengths[text.slot] if text else 0
+            if text is None or held < piece.position:
+                raise TextLost(f"text {piece.session} goes on at {piece.position}, held are {held}")
+            if piece.position + piece.count > text.tokens:
                 raise ValueError(
-                    f"position + ids must be at most the context of {self.limits.context} tokens, "
+                    f"position + ids must be at most the {text.tokens} tokens that were asked for, "
                     f"got {piece.position} + {piece.count}"
                 )
-            held = self.cache.lengths[self._texts[key].slot] if key in self._texts else None
-            if held is None or held < piece.position:
-                raise TextLost(piece.session, f"text {piece.session} goes on at {piece.position}, held are {held or 0}")
         texts = [self._texts[key] for key in keys]
         for text in texts:
-            text.used_at = self._clock()
+            text.used_at, text.is_used = self._clock(), True
         return texts
 
     @torch.inference_mode()
@@ -241,10 +276,20 @@ class Shard:
             hidden_BTH[row, : piece.count] = entering.hidden_NH[end - piece.count : end]
         return hidden_BTH
 
-    def _evict_idle(self) -> None:
-        key, text = min(self._texts.items(), key=lambda item: item[1].used_at)
-        if self._clock() - text.used_at >= self.limits.idle_seconds:
+    def _evict_idle(self) -> bool:
+        """Close the text that nobody has used for the longest time; return whether one was idle for long enough."""
+        if not self._texts:
+            return False
+        key = max(self._texts, key=lambda key: self._idleness(self._texts[key]))
+        is_idle = self._idleness(self._texts[key]) >= 0
+        if is_idle:
             self.close(key)
+        return is_idle
+
+    def _idleness(self, text: _Text) -> float:
+        """For how long a text has been idle for longer than it may."""
+        most = self.limits.idle_seconds if text.is_used else min(self.limits.idle_seconds, UNUSED_SECONDS)
+        return self._clock() - text.used_at - most
 
 
 class Shard1(Shard):
@@ -253,7 +298,6 @@ class Shard1(Shard):
     takes_ids = True
 
     def _input(self, plan: Pass, entering: Entering) -> Tensor:
-        check_ids(entering.ids, self.vocabulary_size)
         batch, width = plan.position_ids_BT.shape
         ids_BT = [[0] * width for _ in range(batch)]
         for row, ids in zip(plan.rows, entering.ids_of_pieces(), strict=True):
@@ -268,6 +312,12 @@ class Shard2(Shard):
 
     def _forward(self, texts: Sequence[_Text], plan: Pass, entering: Entering) -> Leaving:
         pieces, want = entering.pieces, entering.want
+        ids_of_pieces = entering.ids_of_pieces() if entering.ids else [[-1] * piece.count for piece in pieces]
+        for text, piece, ids in zip(texts, pieces, ids_of_pieces, strict=True):
+            if text.history is not None:
+                if not entering.ids:
+                    raise ValueError("a pass of a text with words must bring its ids, got none")
+                text.history.hold(piece.position, ids)
         read = [want == "all" or piece.is_last for piece in pieces]
         if not any(read):
             self._decode(plan, entering, without_head=True)
@@ -275,15 +325,15 @@ class Shard2(Shard):
         # As a LocalEngine does: the head only where it is asked for, in the same rows, to the same bits.
         steps = None if want == "all" else sorted({piece.count - 1 for piece in pieces})
         logits_BKV = self._decode(plan, entering, logits_to_keep=0 if steps is None else torch.tensor(steps))
-        ids_of_pieces = entering.ids_of_pieces() if want == "all" else [[-1] * piece.count for piece in pieces]
         wanted = [
             (text, _scored(logits_BKV[row], piece, ids, steps, text))
             for text, row, piece, ids, is_read in zip(texts, plan.rows, pieces, ids_of_pieces, read, strict=True)
             if is_read
         ]
-        for text, block in wanted:
+        given = read_steps([block for _, block in wanted], want)
+        for text, block in wanted:  # not before: where this raises, each text is asked again as it was
             text.before_V = block.logits_KV[-1].clone() if want == "all" else None
-        return read_steps([block for _, block in wanted], want)
+        return given
 
 
 def _scored(logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int] | None, text: _Text) -> Scored:
@@ -293,7 +343,7 @@ def _scored(logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int
         last = steps.index(piece.count - 1)
         rows_KV = logits_KV[last : last + 1]
     before_V = None if piece.is_first else text.before_V
-    return Scored(rows_KV, ids, piece.position, text.sampling, before_V)
+    return Scored(rows_KV, ids, piece.position, text.sampling, before_V, text.history)
 
 
 class OnlyShard(Shard1, Shard2):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from lab import entry
 from split.train_settings import SplitTrainSettings
-
-log = logging.getLogger(__name__)
 
 
 def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
@@ -21,8 +18,8 @@ def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
     try:
         return run_training(settings, place)
     except (ShardLost, TrainingFault) as error:
-        log.error("%s", error)
-        raise SystemExit(1) from None
+        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
+        raise entry.Unfinished(str(error), 1, ended_by) from None
 
 
 def main() -> None:

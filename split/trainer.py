@@ -23,7 +23,7 @@ from lab.examples import Batch as Examples
 from lab.settings import OptimizationSettings, UserError
 from lab.training import learning_rate_at
 from lab.wire import Head
-from split.checkpoint import Manifest, forget_steps_before, write_manifest
+from split.checkpoint import Manifest, forget_steps_before, step_folder, write_manifest
 from split.messages import Ask, Fault, FaultCode
 from split.schedule import Schedule, Timeline
 from split.training_messages import (
@@ -259,6 +259,12 @@ class DistributedTrainer:
     def step(self) -> int:
         """Steps taken."""
         return len(self._losses)
+
+    @property
+    def saved(self) -> Path | None:
+        """The folder of the last checkpoint; None before there is one."""
+        manifest = self.manifest
+        return step_folder(self._checkpoints, manifest.run, manifest.step) if manifest.step else None
 
     def train_step(self) -> StepFigures:
         """Take the next optimizer step. After a loss it is the one after the last valid step.

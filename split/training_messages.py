@@ -33,7 +33,7 @@ from lab.wire.tensors import TensorSpec
 from split.messages import Ask, Attach, Count, Fault, Join, Welcome
 from split.schedule import Operation, Phase, Schedule, Span
 
-PROTOCOL = range(1, 2)
+PROTOCOL = range(2, 3)
 MAX_MICRO_BATCHES = 4096
 MAX_EXAMPLES = 4096
 

@@ -15,7 +15,7 @@ from lab.examples import Example
 from lab.files import path_of, require_writable
 from lab.models import load_config, load_tokenizer_only
 from lab.settings import UserError, to_plain
-from lab.tracking import Tracker, progress
+from lab.tracking import Tracker, picture, progress
 from lab.training import derive_seed
 from split.checkpoint import Manifest, latest_step, read_manifest
 from split.schedule import even_bubble
@@ -57,6 +57,12 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
                 checkpoints=root,
                 recovery_seconds=project.recovery_seconds,
             )
+            place.so_far = lambda: {
+                "steps": trainer.step,
+                "loss_by_step": trainer.losses,
+                "recoveries": trainer.recoveries,
+                "checkpoint_path": trainer.saved,
+            }
             taken, folder = take_steps(settings, trainer, tracker)
             sizes = shards.figures()
         result = figures_of(settings, trainer, taken, sizes) | {"checkpoint_path": folder, "examples": len(examples)}
@@ -65,6 +71,7 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
             unsplit = train_unsplit(settings, recipe, examples, device)
             apart = [abs(a - b) for a, b in zip(trainer.losses, unsplit, strict=True)]
             result |= {"unsplit_loss_by_step": unsplit, "largest_loss_difference": max(apart)}
+        place.so_far = lambda: result
         result["plots"] = draw(settings, trainer.losses, unsplit, taken, place.folder)
         tracker.result(result)
     return result
@@ -309,9 +316,9 @@ def draw(
     from split.training_picture import draw_losses, draw_timeline
 
     title = f"{settings.model.name} over {settings.project.transport.name}, {settings.project.schedule.name}"
-    plots = [draw_losses(losses, unsplit, title, folder / "loss.png")]
+    plots = picture(lambda: draw_losses(losses, unsplit, title, folder / "loss.png"))
     timelines = [figures for figures in taken.values() if figures.timeline is not None]
     if timelines:
         by_time = sorted(timelines[1:] or timelines, key=lambda figures: figures.seconds)
-        plots.append(draw_timeline(by_time[len(by_time) // 2], title, folder / "timeline.png"))
+        plots += picture(lambda: draw_timeline(by_time[len(by_time) // 2], title, folder / "timeline.png"))
     return plots

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from lab.wire import BadFrame, Endpoint, Frame, FrameConnection, WireError, connect
+from lab.wire import BadFrame, Endpoint, Frame, FrameConnection, WireError
 from split.address import Address
-from split.messages import Attach, Fault, FaultCode, Join, Welcome
+from split.messages import Attach, Join, Welcome
+from split.next_shard import Behind, first_head, join_next, link_fault, say
 from split.training_messages import MAX_MICRO_BATCHES, training_type
 from split.training_stage import To, TrainingStage
 from split.transport.base import Message
@@ -62,7 +63,8 @@ class TrainingServer:
     ) -> None:
         self._stage, self._layers, self._model_layers = stage, layers, model_layers
         self.endpoint = endpoint
-        self._next_addresses, self._client_tls = list(next_addresses), client_tls
+        to_next = replace(endpoint, peer_roles=frozenset({endpoint.role}))
+        self._behind = Behind(layers, model_layers, list(next_addresses), to_next, client_tls)
         self._instance = secrets.randbits(32)
         self._run: _Run | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stage")
@@ -77,7 +79,7 @@ class TrainingServer:
 
     async def handle(self, connection: FrameConnection) -> None:
         """One connection, until it ends."""
-        head = (await connection.recv()).head
+        head = await first_head(connection)
         if isinstance(head, Attach):
             await self._serve_trainer(connection, head)
         elif isinstance(head, Join):
@@ -90,53 +92,34 @@ class TrainingServer:
     async def _serve_trainer(self, connection: FrameConnection, attach: Attach) -> None:
         connection.peer.phase = "ATTACH"
         if self._run is not None:
-            _say(connection, _link_fault("this shard learns for another trainer"))
+            say(connection, link_fault("this shard learns for another trainer"))
             raise BadFrame(connection.peer, "attached while another trainer is")
         run = self._run = _Run(attach.client, {To.trainer: connection})
         loop = asyncio.get_running_loop()
         tasks = [loop.create_task(self._work(run))]
         try:
             if self._layers.stop < self._model_layers:
-                run.connections[To.next] = await self._join_next(connection, attach)
+                run.connections[To.next] = await join_next(self._behind, connection, attach)
                 tasks.append(loop.create_task(self._take_neighbours(run, run.connections[To.next])))
-            _say(connection, self._welcome())
+            say(connection, self._welcome())
             connection.peer.phase = "training"
             await self._take_all(run, connection)
         finally:
             self._run = None
             for task in tasks:
                 task.cancel()
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                self._thread.submit(self._stage.forget)
             for to, other in run.connections.items():
                 if to is not To.trainer:
                     other.close()
-
-    async def _join_next(self, trainer: FrameConnection, attach: Attach) -> FrameConnection:
-        """Connect to the process that the trainer means. The trainer is told when that cannot be."""
-        reasons = []
-        for address in [*self._next_addresses, *(Address.parse(text) for text in attach.next)]:
-            ours = replace(self.endpoint, peer_roles=frozenset({self.endpoint.role}))
-            try:
-                link = await connect(address.host, address.port, ours, tls=self._client_tls)
-                _say(link, Join(client=attach.client))
-                welcome = (await link.recv()).head
-            except WireError as error:
-                reasons.append(str(error))
-                continue
-            if isinstance(welcome, Welcome) and welcome.instance == attach.next_instance:
-                link.peer.phase = f"layers {welcome.first}:{welcome.last}"
-                return link
-            reasons.append(f"{address} is another shard than the trainer's next one")
-            link.close()
-        text = "the next shard is not there: " + ("; ".join(reasons) or "project.next is not set")
-        _say(trainer, _link_fault(text))
-        raise BadFrame(trainer.peer, text)
 
     async def _serve_previous(self, connection: FrameConnection, join: Join) -> None:
         run = self._run
         if run is None or run.trainer != join.client or To.previous in run.connections:
             raise BadFrame(connection.peer, "joined for a trainer that is not attached")
         run.connections[To.previous] = connection
-        _say(connection, self._welcome())
+        say(connection, self._welcome())
         connection.peer.phase = "training"
         await self._take_neighbours(run, connection)
 
@@ -148,7 +131,7 @@ class TrainingServer:
             trainer = run.connections[To.trainer]
             if trainer.fault is None:
                 log.warning("%s", error)
-                _say(trainer, _link_fault(str(error)))
+                say(trainer, link_fault(str(error)))
 
     async def _take_all(self, run: _Run, connection: FrameConnection) -> None:
         while True:
@@ -191,11 +174,3 @@ class TrainingServer:
             context=0,
             sessions=1,
         )
-
-
-def _say(connection: FrameConnection, head: Attach | Fault | Join | Welcome) -> None:
-    connection.send(training_type(head), 0, head)
-
-
-def _link_fault(text: str) -> Fault:
-    return Fault(code=FaultCode.link, session=0, text=text[:1024])

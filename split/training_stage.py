@@ -88,6 +88,14 @@ class TrainingStage:
         self._tied_rows = 0
         """Rows of the other copy's gradient that came in this step."""
 
+    def forget(self) -> None:
+        """The trainer has left: what waits for its step, or was kept for a backward, is of no use."""
+        self._waiting.clear()
+        self._order.clear()
+        self._step = None
+        if self._start is not None:
+            self.shard.forget_gradients()
+
     def take(self, message: Message) -> Iterator[Sent]:
         """Do what a message asks, and whatever it lets go on; yield what is to be sent, each as soon as it is there.
 
@@ -364,4 +372,4 @@ def _ids(batch: Batch, body: memoryview, shard: TrainingShard) -> tuple[Tensor |
 
 
 def _fault(message: Message, code: FaultCode, text: str) -> Message:
-    return Message(message.number, Fault(code=code, session=0, text=" ".join(text.split())[:1024]))
+    return Message(message.number, Fault(code=code, text=" ".join(text.split())[:1024]))

@@ -3,7 +3,8 @@
     python -m tests.soak                                # all
     python -m tests.soak hostile_frames shards_killed   # some; their rows take the place of older ones in the report
 
-Writes benchmarks/results/soak-<commit>.json; exit code 1 when a run found something.
+Writes benchmarks/results/soak-<commit>.json, and prints the rows as one line of JSON, as benchmarks do: `make bench`
+runs those that RESULTS.md shows. Exit code 1 when a run found something.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from lab.context import longest_text
 from lab.entry import compose_settings
 from lab.environment import commit
 from lab.proof import try_out
+from lab.settings import to_plain
+from lab.tracking import finite
 from speculative.settings import Mode
 from split.boundary import Boundary
 from split.joining import join_shards, make_side
@@ -35,6 +38,7 @@ from split.settings import SplitSettings
 from tests import architectures
 from tests.folder_fuzz import fuzz_folders
 from tests.lab import adapters
+from tests.role_kills import kill_roles
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
     Compared,
@@ -45,17 +49,20 @@ from tests.speculative.identity import (
 )
 from tests.speculative.kills import DELAY_SECONDS, KINDS
 from tests.speculative.kills import kill_at_random as kill_drafting
-from tests.split import hostile, kills, texts
+from tests.split import crowd_processes, hostile, kills, texts
 from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
 from tests.test_conf import COMMANDS
+from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
+from tests.words import compare_words, shards_differ
 
 HOSTILE_FRAMES = 200_000
 CHANGED_FOLDERS = 1500
 CHANGED_SETTINGS = 5000
 REACHING_SETTINGS = 260
 COMPARED_TOKENS = 50_000
+WORDS_TOKENS = 10_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
@@ -63,12 +70,17 @@ DRAFTING_KILLS = 100
 RESUME_SECONDS = 1.0 + 4 * DELAY_SECONDS
 """A round trip at its longest, and a second; the prefill of such texts is not seen beside that."""
 DEAD_SECONDS = 5.0
+UNICODE_TEXTS = 2000
+ROLE_KILLS = 100
 LEARNER_KILLS = 10
 DETECTION_SECONDS = 2.0
 START_SECONDS = 120.0
 ATTACKING_FRAMES = 100_000
 ATTACKED_CACHE_BYTES = 2**23
 LARGEST_GROWTH_BYTES = 2**25
+MISUSED_REQUESTS = 200
+CROWDED_TEXTS = 20
+LEFT_CLIENTS = 500
 
 
 def hostile_frames() -> dict[str, Any]:
@@ -88,6 +100,15 @@ def async_identity() -> dict[str, Any]:
     """The same in mode async, at random delays."""
     compared = compare_random(COMPARED_TOKENS, Mode["async"])
     return {"ok": not compared.flips, **_figures(compared)}
+
+
+def words_identity() -> dict[str, Any]:
+    """The same with penalties, biases, banned words and min_p, each and all, sync and async; and two shards against the
+    whole model."""
+    compared = compare_words(WORDS_TOKENS)
+    with tempfile.TemporaryDirectory() as folder:
+        by_shards = shards_differ(Path(folder))
+    return {"ok": not compared.flips and not by_shards, **_figures(compared), "differing_by_shards": by_shards}
 
 
 def smollm2_identity() -> dict[str, Any]:
@@ -139,6 +160,21 @@ def shards_attacked() -> dict[str, Any]:
     return {"ok": ok, **asdict(came), "shards_lived": lived, "rss_growth_bytes": growth}
 
 
+def shards_misused() -> dict[str, Any]:
+    """200 requests of every wrong kind at two shard processes beside 4 good texts: these are the same to the token."""
+    return crowd_processes.misused(MISUSED_REQUESTS)
+
+
+def shards_crowded() -> dict[str, Any]:
+    """20 texts of 100 to 900 tokens where there is room for 1,000: every one finishes or is told at once."""
+    return crowd_processes.crowded(CROWDED_TEXTS)
+
+
+def shards_left() -> dict[str, Any]:
+    """500 clients that leave at random moments: nobody computes for one that left two passes ago."""
+    return crowd_processes.left(LEFT_CLIENTS)
+
+
 def split_texts() -> dict[str, Any]:
     """32 greedy texts of 128 tokens of SmolLM2, whole and over 2, 3 and 4 shards: no token differs."""
     came = texts.compare_texts(
@@ -187,6 +223,18 @@ def model_folders() -> dict[str, Any]:
     return {"ok": not found.faults, **asdict(found)}
 
 
+def unicode_texts() -> dict[str, Any]:
+    """Random texts through argument, standard input, file and pipe in four locales: the same text or one line."""
+    found = round_trip(UNICODE_TEXTS, seed=1)
+    return {"ok": not found.faults and found.refused > 0, **asdict(found)}
+
+
+def roles_killed() -> dict[str, Any]:
+    """SIGINT or SIGTERM to every role at 100 random moments: a last line with the text so far, nothing left running."""
+    came = kill_roles(ROLE_KILLS, seed=1)
+    return {"ok": not came.faults and came.kills == ROLE_KILLS, **asdict(came)}
+
+
 def settings_changed() -> dict[str, Any]:
     """Wrong values for every key of every command, composed and checked, and some that reach the work: no traceback."""
     with tempfile.TemporaryDirectory() as folder:
@@ -224,7 +272,8 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
-        *(families_speculated, settings_changed),
+        *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
+        *(unicode_texts, roles_killed, settings_changed),
     )
 }
 
@@ -259,6 +308,7 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 def main(names: Sequence[str]) -> int:
     """The named runs in turn, all when none is named. The report is written after each."""
+    names = [name for name in names if not name.startswith("hydra.run.dir=")]  # `make bench` says it to everyone
     if unknown := set(names) - set(RUNS):
         print(f"error: run must be one of {', '.join(RUNS)}, got {min(unknown)}", file=sys.stderr)
         return 2
@@ -267,8 +317,20 @@ def main(names: Sequence[str]) -> int:
     for name in names or RUNS:
         done.append(row := measured(name))
         write_report(path, "soak", list((rows_of(path) | {name: row}).values()))
-    print(path)
+    print(path, file=sys.stderr)
+    print(json.dumps({"rows": finite(to_plain([_as_benchmarked(row) for row in done]))}))
     return 0 if all(row["ok"] for row in done) else 1
+
+
+def _as_benchmarked(row: dict[str, Any]) -> dict[str, Any]:
+    """A run's row under the names that benchmarks use."""
+    target = " ".join((RUNS[row["run"]].__doc__ or "").split())
+    return {
+        "part": row["run"],
+        **{key: value for key, value in row.items() if key not in ("run", "ok")},
+        "target": target,
+        "holds": row["ok"],
+    }
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ async def serve(handshake_seconds: float) -> None:
         port=0,
         max_connections=200,
         tls=None,
-        handle_first_protocol=lambda reader, writer: spell(reader, writer, idle_seconds),
+        handle_first_protocol=lambda reader, writer, left: spell(reader, writer, idle_seconds),
     )
     async with server:
         print(json.dumps({"port": server.port}), flush=True)

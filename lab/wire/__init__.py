@@ -8,6 +8,7 @@ from lab.wire.endpoint import Deadlines, Endpoint, Fingerprints, common_names_di
 from lab.wire.faults import (
     BadFrame,
     Peer,
+    PeerFull,
     PeerGone,
     PeerMismatch,
     PeerRefused,
@@ -58,6 +59,7 @@ __all__ = [
     "MessageTable",
     "Opening",
     "Peer",
+    "PeerFull",
     "PeerGone",
     "PeerMismatch",
     "PeerRefused",

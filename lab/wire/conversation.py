@@ -4,7 +4,7 @@ Both sides that do IO (`FrameSocket`, `FrameConnection`) only move bytes: receiv
 """
 
 from lab.wire.endpoint import Endpoint
-from lab.wire.faults import Peer, PeerGone, PeerRefused, PeerSilent, WireError
+from lab.wire.faults import Peer, PeerFull, PeerGone, PeerRefused, PeerSilent, WireError, printable
 from lab.wire.frames import Error, Frame, FrameReader, Head, WireType, encode
 from lab.wire.handshake import HANDSHAKE_TABLE, Agreement, ClientHandshake, Handshake, ServerHandshake
 from lab.wire.heartbeat import Heartbeat
@@ -62,12 +62,14 @@ class Conversation:
 
     def farewell(self, error: WireError) -> bytearray | None:
         """Return the ERROR frame that tells the peer why we end the connection; None when it cannot read it."""
-        if isinstance(error, (PeerGone, PeerSilent, PeerRefused)):
+        if isinstance(error, (PeerFull, PeerGone, PeerSilent, PeerRefused)):
             return None
         return encode(HANDSHAKE_TABLE, WireType.error, 0, Error(code=type(error).__name__, text=error.what[:1024]))
 
     def _take(self, frame: Frame, now: float) -> None:
         if isinstance(frame.head, Error):
+            if frame.head.code == PeerFull.__name__:
+                raise PeerFull(self.peer, printable(frame.head.text))
             raise PeerRefused(self.peer, frame.head.code, frame.head.text)
         if frame.type == WireType.ping:
             self._queue(WireType.pong, frame.head)

@@ -60,6 +60,10 @@ class PeerRefused(WireError):
         super().__init__(peer, f"refused ({printable(code)}): {printable(text)}")
 
 
+class PeerFull(WireError):
+    """The peer has all the connections that it may have; later on it may have one to give."""
+
+
 class BadFrame(WireError):
     """The peer sent bytes that are not a frame we accept; nothing was allocated for them."""
 

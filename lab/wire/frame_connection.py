@@ -12,6 +12,7 @@ from lab.wire.endpoint import Endpoint
 from lab.wire.faults import Peer, PeerGone, PeerSilent, WireError, unreachable
 from lab.wire.frames import Buffer, Frame, Head, encode
 from lab.wire.listener import tls_refused, why_gone
+from lab.wire.waiting import has_ended
 
 
 class FrameConnection(Connected, asyncio.BufferedProtocol):
@@ -27,7 +28,8 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
         self._writing = threading.Lock()
-        self._direct: int | None = None  # the socket, where a thread may write to it past the transport
+        self._descriptor: int | None = None  # the socket, while it is open
+        self._direct: int | None = None  # the same, where a thread may write to it past the transport
         self._rest = b""  # of a frame that a thread began to write
         self._backlog: deque[Frame] = deque()
         self._backlog_bytes = 0
@@ -36,6 +38,7 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         self._room = asyncio.Event()  # set while the transport takes what we write
         self._room.set()
         self._closed = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()  # before `_closed`, which waits for what leaves
         self._tick: asyncio.TimerHandle | None = None
 
     # For the application
@@ -100,6 +103,14 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
             self._loop.call_soon_threadsafe(self._write, b"")
         return len(frame)
 
+    @property
+    def has_left(self) -> bool:
+        """From any thread: whether the connection has ended, or its end has arrived and is not read yet."""
+        if self._fault is not None:
+            return True
+        with self._writing:
+            return self._descriptor is not None and has_ended(self._descriptor)
+
     async def drain(self) -> None:
         """Wait until the peer has taken most of what was sent. Raises `PeerSilent`, `PeerGone`."""
         if self._room.is_set() and self._fault is None:
@@ -117,6 +128,19 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         """Close the connection after what was sent has left, within `send_seconds`. Closing twice does nothing."""
         self._end(PeerGone(self.peer, "was left by us"))
 
+    def refuse(self, error: WireError) -> None:
+        """End the connection for a reason of the application, which the peer is told."""
+        self._fail(error)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for so long, or until the connection ends."""
+        if seconds > 0:
+            await asyncio.wait({self._ended}, timeout=seconds)
+
+    async def wait_ended(self) -> None:
+        """Wait until the connection has ended, on whichever side."""
+        await asyncio.shield(self._ended)
+
     async def wait_closed(self) -> None:
         """Wait until the socket is closed."""
         await asyncio.shield(self._closed)
@@ -128,8 +152,9 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         plain = transport.get_extra_info("sslcontext") is None
-        if plain and os.name == "posix" and isinstance(self._loop, asyncio.SelectorEventLoop):
-            self._direct = transport.get_extra_info("socket").fileno()
+        if os.name == "posix" and isinstance(self._loop, asyncio.SelectorEventLoop):
+            self._descriptor = transport.get_extra_info("socket").fileno()
+            self._direct = self._descriptor if plain else None
         self.peer.address = address(transport)
         self._conversation = Conversation(self.endpoint, self.peer, listening=self._listening, now=self._loop.time())
         self._flush()
@@ -169,7 +194,7 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wake whoever waits."""
         with self._writing:
-            self._direct = None  # the socket is closed next, and its number given to another
+            self._direct = self._descriptor = None  # the socket is closed next, and its number given to another
         self._end(PeerGone(self.peer, f"broke the connection ({exc})" if exc else "closed the connection"))
         self._room.set()
         if not self._closed.done():
@@ -244,6 +269,7 @@ class FrameConnection(Connected, asyncio.BufferedProtocol):
         if self._fault is not None:
             return
         self._fault = error
+        self._ended.set_result(None)
         if self._tick is not None:
             self._tick.cancel()
         self._write(b"")
@@ -272,6 +298,9 @@ async def connect(host: str, port: int, endpoint: Endpoint, *, tls: ssl.SSLConte
         await connection.shake_hands()
     except PeerGone as gone:
         raise (gone if tls else await asyncio.to_thread(why_gone, gone, host, port, seconds)) from None
+    except asyncio.CancelledError:  # who asked for it has left
+        connection.close()
+        raise
     return connection
 
 

@@ -1,4 +1,7 @@
-"""A listener: shakes hands with whoever connects and hands each connection to one coroutine."""
+"""A listener: shakes hands with whoever connects and hands each connection to one coroutine.
+
+One that has all its connections tells who comes then, and hangs up: in words where these are frames of ours.
+"""
 
 import asyncio
 import logging
@@ -8,22 +11,34 @@ from types import TracebackType
 from typing import Self
 
 from lab.wire.endpoint import Endpoint
-from lab.wire.faults import BadFrame, Peer, PeerGone, WireError
+from lab.wire.faults import BadFrame, Peer, PeerFull, PeerGone, WireError
 from lab.wire.frame_connection import FrameConnection, address
-from lab.wire.frames import Opening, sniff
+from lab.wire.frames import Error, Opening, WireType, encode, sniff
+from lab.wire.handshake import HANDSHAKE_TABLE
 
 logger = logging.getLogger(__name__)
 
 HandleFrames = Callable[[FrameConnection], Awaitable[None]]
-HandleFirstProtocol = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+HandleFirstProtocol = Callable[[asyncio.StreamReader, asyncio.StreamWriter, asyncio.Event], Awaitable[None]]
+
+REFUSAL_SECONDS = 2.0
+"""For a peer to say who it is, and to read that there is no place for it."""
+MOST_REFUSALS = 64
+"""Peers that are told so at once; others beyond are hung up on without a word."""
+MOST_AHEAD_BYTES = 2**19
+"""Of the first protocol: what a peer may have sent that nobody has read. Beyond it the socket is not read, so that its
+end would not be seen."""
+WARNING_SECONDS = 10.0
+"""Refusals are logged no more often."""
 
 
 class FrameServer:
     """A listening socket with its connections: `async with FrameServer(...) as server: server.port`.
 
     `handle(connection)` runs once a connection has agreed, as one task; its return or exception closes that connection
-    and nothing else. `handle_first_protocol(reader, writer)` gets the connections that do not begin with the magic;
-    without it they are refused. Check the host with `check_listener` before.
+    and nothing else. `handle_first_protocol(reader, writer, left)` gets the connections that do not begin with the
+    magic; `left` is set when the peer has closed its side, or sends without end what nobody has asked for. Without it
+    they are refused. Check the host with `check_listener` before.
     """
 
     def __init__(
@@ -43,6 +58,11 @@ class FrameServer:
         self._host, self._port, self._tls = host, port, tls
         self._max_connections = max_connections
         self._tasks: set[asyncio.Task[None]] = set()
+        self.refusals: set[asyncio.BaseTransport] = set()
+        """Connections that are being told that there is no place for them."""
+        self.refused = 0
+        """Connections for which there was no place."""
+        self._next_warning_at = 0.0
         self._server: asyncio.Server
 
     @property
@@ -69,6 +89,9 @@ class FrameServer:
     ) -> None:
         """Stop listening and end every connection."""
         self._server.close()
+        for transport in list(self.refusals):
+            assert isinstance(transport, asyncio.Transport)
+            transport.abort()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -78,6 +101,21 @@ class FrameServer:
     def is_full(self) -> bool:
         """Whether another connection would be one too many."""
         return len(self._tasks) >= self._max_connections
+
+    @property
+    def fullness(self) -> Error:
+        """What a peer is told for which there is no place."""
+        text = f"has all its {self._max_connections} connections"
+        return Error(code=PeerFull.__name__, text=text)
+
+    def note_refusal(self, name: str) -> None:
+        """One more connection for which there is no place."""
+        self.refused += 1
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_warning_at:
+            self._next_warning_at = now + WARNING_SECONDS
+            logger.warning("%s refused: there are %d connections already (%d refused)", name, len(self._tasks),
+                           self.refused)  # fmt: skip
 
     def start(self, work: Awaitable[None], name: str) -> None:
         """Run the work of one connection; its faults end here."""
@@ -100,8 +138,11 @@ class _Doorman(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         if self._server.is_full:
-            logger.warning("%s refused: there are %d connections already", address(transport), self._server.connections)
-            transport.abort()
+            self._server.note_refusal(address(transport))
+            if len(self._server.refusals) >= MOST_REFUSALS:
+                transport.abort()
+            else:
+                transport.set_protocol(_Refusal(self._server, transport))
             return
         self._server.start(self._open(), address(transport))
 
@@ -143,21 +184,90 @@ class _Doorman(asyncio.BufferedProtocol):
         try:
             await connection.shake_hands()
             await self._server.handle(connection)
+        except WireError as error:
+            connection.refuse(error)
+            raise
         finally:
             connection.close()
 
     async def _speak_first_protocol(self, handle: HandleFirstProtocol) -> None:
-        reader = asyncio.StreamReader()
-        protocol = asyncio.StreamReaderProtocol(reader)
+        reader = asyncio.StreamReader(limit=MOST_AHEAD_BYTES // 2)  # it stops to read at twice its limit
+        protocol = _FirstProtocol(reader)
         self._transport.set_protocol(protocol)
         protocol.connection_made(self._transport)
         writer = asyncio.StreamWriter(self._transport, protocol, reader, asyncio.get_running_loop())
         reader.feed_data(bytes(self._first))
         self._transport.resume_reading()
         try:
-            await handle(reader, writer)
+            await handle(reader, writer, protocol.left)
         finally:
             writer.close()
+
+
+class _FirstProtocol(asyncio.StreamReaderProtocol):
+    """A stream whose end is seen while nobody reads. Nobody here half-closes: who has closed its side has left."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        super().__init__(reader)
+        self.left = asyncio.Event()
+        self._socket: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        super().connection_made(transport)
+        self._socket = transport
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._socket.is_reading():
+            self.left.set()
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        self.left.set()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.left.set()
+
+
+class _Refusal(asyncio.BufferedProtocol):
+    """A connection for which there is no place: it may begin, is told so, and has a moment to read it.
+
+    What it says meanwhile is read and forgotten, since a socket that is closed with something unread takes back what
+    was sent on it. It costs a small buffer and no cryptography but that of TLS.
+    """
+
+    def __init__(self, server: FrameServer, transport: asyncio.Transport) -> None:
+        self._server, self._transport = server, transport
+        self._memory = bytearray(2**12)
+        self._filled = 0
+        self._left_bytes = server.endpoint.limits.handshake_bytes
+        self._is_told = False
+        server.refusals.add(transport)
+        self._deadline = asyncio.get_running_loop().call_later(REFUSAL_SECONDS, transport.abort)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return memoryview(self._memory)[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._left_bytes -= nbytes
+        if self._left_bytes < 0:
+            self._transport.abort()
+        elif self._is_told:
+            return
+        elif (have := self._filled + nbytes) < 4:
+            self._filled = have
+        elif sniff(bytes(self._memory[:4])) is Opening.frames:
+            self._is_told, self._filled = True, 0
+            self._transport.write(encode(HANDSHAKE_TABLE, WireType.error, 0, self._server.fullness))
+        else:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        self._server.refusals.discard(self._transport)
 
 
 async def _guarded(work: Awaitable[None], name: str) -> None:

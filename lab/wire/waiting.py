@@ -20,6 +20,19 @@ class Arrival:
         return bool(self._poll.poll(min(timeout_seconds, _AT_MOST_SECONDS) * 1000))
 
 
+_ENDED = getattr(select, "POLLRDHUP", 0)  # Linux
+
+
+def has_ended(descriptor: int) -> bool:
+    """Return whether the peer has closed its end or the connection is broken, be it behind bytes that nobody has read;
+    False where the system does not tell."""
+    if not _ENDED:
+        return False
+    poll = select.poll()
+    poll.register(descriptor, _ENDED)
+    return bool(poll.poll(0))
+
+
 def can_read(waited_for: socket.socket, timeout_seconds: float) -> bool:
     """Wait until there is something to read (or an end to see); return whether there is."""
     return _wait(waited_for, timeout_seconds, writing=False)

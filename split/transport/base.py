@@ -62,8 +62,13 @@ class Transport(Protocol):
         """Send a message to the first shard, without waiting for its work. Raises `ShardLost`."""
         ...
 
-    def collect(self) -> Message:
-        """Return the next answer: one for each OPEN and PASS, in order. Raises `ShardLost`, within its deadline."""
+    def collect(self, wait_seconds: float | None = None) -> Message:
+        """Return the next answer: to each PASS in order, to an OPEN also later than to what was sent after it.
+
+        Raises:
+            ShardLost: also when nothing came within the transport's own deadline.
+            TimeoutError: nothing came within `wait_seconds`, where these are given.
+        """
         ...
 
     def restore(self, deadline: float) -> None:

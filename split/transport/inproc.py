@@ -34,7 +34,7 @@ class InProcess:
         if on_its_way is not None:
             self._answers.append(on_its_way)
 
-    def collect(self) -> Message:
+    def collect(self, wait_seconds: float | None = None) -> Message:
         """See `Transport.collect`."""
         return self._answers.popleft()
 

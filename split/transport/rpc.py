@@ -157,8 +157,16 @@ class Seat(Member):
             serial, arrived, message = self._await_message()
             early[serial] = arrived, message
             while due in early:
-                self._do(due, *early.pop(due))
+                self._surely_do(due, *early.pop(due))
                 due += 1
+
+    def _surely_do(self, serial: int, arrived: float, message: Message) -> None:
+        try:
+            self._do(serial, arrived, message)
+        except Exception as error:  # what came of one message could not be handed on; the next one's may
+            log.exception("%s lost a message by a fault of ours", self.place.name)
+            fault = Fault(code=FaultCode.failed, text=f"{type(error).__name__}: {error}"[:1024])
+            tell_client(serial, message.number, fault, b"")
 
     def _await_message(self) -> tuple[int, float, Message]:
         """A core that sleeps until the next pass takes tenths of a millisecond to be at work again."""
@@ -197,7 +205,7 @@ def check_delivered(done: Any, serial: int, number: int) -> None:
     try:
         done.value()
     except RuntimeError as error:  # all of torch's RPC errors are
-        fault = Fault(code=FaultCode.link, session=0, text=f"the next shard is gone ({_first_line(error)})")
+        fault = Fault(code=FaultCode.link, text=f"the next shard is gone ({_first_line(error)})")
         tell_client(serial, number, fault, b"")
 
 
@@ -305,8 +313,8 @@ class RpcChain:
         future = deliver(self._seats[0], self._serial, message.number, message.head, pack(message.body))
         future.add_done_callback(self._check_submitted)
 
-    def collect(self) -> Message:
-        """See `Transport.collect`."""
+    def collect(self, wait_seconds: float | None = None) -> Message:
+        """See `Transport.collect`; a group has one client, whose OPENs wait for nobody."""
         serial = self._awaited.pop(0)
         deadline = time.monotonic() + self._network.request_timeout_seconds
         while serial not in self._early:

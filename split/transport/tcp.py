@@ -7,6 +7,7 @@ connection, whichever it is.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import secrets
@@ -21,6 +22,7 @@ from lab.wire import (
     Frame,
     FrameSocket,
     Head,
+    PeerFull,
     PeerMismatch,
     PeerRefused,
     Unreachable,
@@ -34,6 +36,7 @@ from split.messages import (
     Attach,
     Fault,
     FaultCode,
+    Opened,
     Report,
     Steps,
     Welcome,
@@ -83,11 +86,13 @@ class TcpChain:
         self._endpoint, self._tls = endpoint, tls
         self._answer_seconds = answer_seconds
         self._lines: list[_Line] = []
+        self.client = 0
+        """The number that we are attached with."""
         self._known_layers: dict[int, range] = {}
         """What stood at each place when the chain was whole."""
         self.restore(time.monotonic() + start_seconds)
 
-    taken: tuple[type[Head], ...] = (Steps, Fault)
+    taken: tuple[type[Head], ...] = (Steps, Fault, Opened)
     """What a shard may answer."""
 
     @property
@@ -102,15 +107,34 @@ class TcpChain:
 
     def submit(self, message: Message) -> None:
         """See `Transport.submit`."""
+        self.send(0, message)
+
+    def send(self, shard: int, message: Message) -> None:
+        """Send a message to one of the shards. Raises `ShardLost`."""
         if not self._lines:
             raise ShardLost("the shards are not connected")
-        self._lines[0].send(message)
+        try:
+            self._lines[shard].send(message)
+        except ShardLost as lost:  # all connections of a chain end together: the reason is what came first
+            raise self._reason() or lost from None
 
-    def collect(self) -> Message:
+    def _reason(self) -> ShardLost | None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                answer = self._answers.get_nowait()
+                if isinstance(answer, WireError):
+                    return ShardLost(str(answer))
+                if isinstance(answer.head, Fault) and answer.head.code is FaultCode.link:
+                    return ShardLost(answer.head.text)
+        return None
+
+    def collect(self, wait_seconds: float | None = None) -> Message:
         """See `Transport.collect`."""
         try:
-            answer = self._answers.get(timeout=self._answer_seconds)
+            answer = self._answers.get(timeout=self._answer_seconds if wait_seconds is None else wait_seconds)
         except queue.Empty:
+            if wait_seconds is not None:
+                raise TimeoutError from None
             raise ShardLost(f"no answer came within {self._answer_seconds:g} s") from None
         if isinstance(answer, WireError):
             raise ShardLost(str(answer)) from None
@@ -122,6 +146,7 @@ class TcpChain:
         """See `Transport.restore`: every connection anew, so that nothing of what was lost is under way."""
         self._leave()
         self._answers: queue.SimpleQueue[Message | WireError] = queue.SimpleQueue()
+        is_told = False
         while True:
             try:
                 self._lines = self._join()
@@ -129,6 +154,9 @@ class TcpChain:
             except _HOPELESS:
                 raise
             except WireError as error:
+                if isinstance(error, PeerFull) and not is_told:
+                    is_told = True
+                    log.warning("%s; waiting for one to end, %.3g s at most", error, deadline - time.monotonic())
                 if time.monotonic() + RETRY_SECONDS >= deadline:
                     raise ShardLost(str(error)) from None
                 time.sleep(RETRY_SECONDS)
@@ -151,7 +179,7 @@ class TcpChain:
 
     def _join(self) -> list[_Line]:
         """Attach to all shards, last to first: each is told who comes behind it. Raises a `WireError`."""
-        client = secrets.randbits(63)
+        self.client = client = secrets.randbits(63)
         lines: list[_Line] = []
         behind: list[Address] = []
         instance = 0

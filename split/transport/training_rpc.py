@@ -190,7 +190,7 @@ class RpcTraining(RpcChain):
         except RuntimeError as error:
             raise self.lost(error) from None
 
-    def collect(self) -> Message:
+    def collect(self, wait_seconds: float | None = None) -> Message:
         """See `TrainingTransport.collect`."""
         seconds = self._network.request_timeout_seconds
         try:

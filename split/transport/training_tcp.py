@@ -5,7 +5,6 @@ from __future__ import annotations
 from lab.wire import Head
 from split.messages import Fault
 from split.training_messages import Done, Figures, Saved, Started
-from split.transport.base import Message, ShardLost
 from split.transport.tcp import TcpChain
 
 
@@ -13,9 +12,3 @@ class TcpTraining(TcpChain):
     """A `TrainingTransport`: a connection to every shard, which is also how the loss of one is noticed."""
 
     taken: tuple[type[Head], ...] = (Done, Fault, Figures, Saved, Started)
-
-    def send(self, shard: int, message: Message) -> None:
-        """See `TrainingTransport.send`."""
-        if not self._lines:
-            raise ShardLost("the shards are not connected")
-        self._lines[shard].send(message)

@@ -313,17 +313,20 @@ def test_a_cache_without_room_leaves_every_session_where_it_was() -> None:
     model: Any = random_model("llama", torch.float64)
     per_position = _local(model).cache.bytes_per_position
     engine = _local(model, kv_limit_bytes=2 * 32 * per_position)
-    first, second = engine.open(_ids(20, 1), Sampling.greedy()), engine.open(_ids(9, 2), Sampling.greedy())
+    assert (engine.context, engine.longest) == (200, 64)
+    with pytest.raises(CacheFull, match="room for a text of 64 positions is left, got 200"):
+        engine.open([1], Sampling.greedy())
+    first, second = engine.open(_ids(20, 1), Sampling.greedy(), 32), engine.open(_ids(9, 2), Sampling.greedy(), 10)
     text = _generate(_local(model), _ids(20, 1), Sampling.greedy(), 5)
-    with pytest.raises(CacheFull):
-        engine.extend([(first, text[:1]), (second, _ids(30, 3))], "all")
+    with pytest.raises(ValueError, match=r"at most the 10 tokens that were promised, got 9 \+ 2"):
+        engine.extend([(first, text[:1]), (second, [1, 2])], "all")
     assert (first.position, second.position) == (20, 9)
     [step] = engine.extend([(first, text[:4])], "all")
     assert step.next_ids == text[1:]
     with pytest.raises(CacheFull):
-        engine.open(_ids(40, 1), Sampling.greedy())
+        engine.open([1], Sampling.greedy(), 16)
     second.close()
-    engine.open(_ids(20, 5), Sampling.greedy()).close()
+    engine.open(_ids(20, 5), Sampling.greedy(), 20).close()
 
 
 # What every engine refuses
@@ -352,7 +355,7 @@ def test_wrong_requests_are_refused(any_engine: Engine) -> None:
         ([(session, [3, VOCABULARY])], rf"ids must be in \[0, {VOCABULARY}\), got {VOCABULARY}"),
         ([(session, [-1])], rf"ids must be in \[0, {VOCABULARY}\), got -1"),
         ([(session, [])], "ids must not be empty"),
-        ([(session, [1] * 191)], r"at most the context of 200 tokens, got 10 \+ 191"),
+        ([(session, [1] * 191)], r"at most the 200 tokens that were promised, got 10 \+ 191"),
         ([(session, [1]), (session, [2])], "sessions must be different"),
     ]
     for requests, message in refused:
@@ -363,6 +366,9 @@ def test_wrong_requests_are_refused(any_engine: Engine) -> None:
             session.position = position
     with pytest.raises(ValueError, match="prompt must be at most the context of 200 tokens, got 201"):
         any_engine.open([1] * 201, Sampling.greedy())
+    for most in (0, 9, 201):
+        with pytest.raises(ValueError, match=rf"most_tokens must be in \[10, 200\], got {most}"):
+            any_engine.open([1] * 10, Sampling.greedy(), most)
     assert len(any_engine.extend([(session, [1] * 190)], "all")[0].next_ids) == 190
     session.close()
     session.close()

@@ -80,7 +80,8 @@ def test_last_line_is_the_result(
     assert place.folder.is_absolute()
     assert place.folder.is_relative_to(tmp_path / "results" / "doctor")
     assert last == json.loads((place.folder / "result.json").read_text())
-    assert (last["status"], last["answer"], last["losses"]) == ("ok", 42, [1.5, None])
+    assert (last["status"], last["ended_by"]) == ("ok", "done")
+    assert (last["answer"], last["losses"]) == (42, [1.5, None])
     assert last["adapter_path"] == str(tmp_path / "adapter")
     assert last["run_folder"] == str(place.folder)
     assert last["settings_digest"] == digest(settings)
@@ -163,12 +164,47 @@ def test_results_that_cannot_be_written_are_a_mistake(
     assert line[0].startswith("error: hydra.run.dir must be a folder that can be written, got '")
 
 
-def test_a_fault_of_the_work_is_no_mistake_about_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
-        raise OSError(28, "No space left on device")
+def full() -> OSError:
+    return OSError(28, "No space left on device", "somewhere")
 
-    with pytest.raises(OSError, match="No space left"):
-        command(monkeypatch, fails)
+
+def wrapped() -> RuntimeError:
+    error = RuntimeError("could not save")
+    error.__cause__ = full()
+    return error
+
+
+@pytest.mark.parametrize("error", [full(), wrapped(), RuntimeError("I/O error: No space left on device")])
+def test_a_full_disk_is_one_line_and_what_there_is_is_kept(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
+        place.so_far = lambda: {"steps": 3}
+        raise error
+
+    assert command(monkeypatch, fails) == 1
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert (result["status"], result["ended_by"], result["steps"]) == ("failed", "disk_full", 3)
+    assert output.err.startswith("the disk is full: ")
+    assert output.err.count("\n") == 1
+
+
+def test_a_result_that_cannot_be_written_is_a_line_and_the_last_line_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(target: Path, text: str) -> None:
+        raise full()
+
+    monkeypatch.setattr(entry, "write_whole", fail)
+    assert command(monkeypatch, lambda settings, place: {"answer": 42}) == 0
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert (result["status"], result["answer"]) == ("ok", 42)
+    assert output.err == (
+        f"result.json could not be written to '{result['run_folder']}' (No space left on device): "
+        "the last line has all\n"
+    )
 
 
 def test_mistake_found_while_running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,12 +220,14 @@ def test_what_a_run_has_before_it_fails_is_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
 ) -> None:
     def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
-        raise entry.Unfinished("the verifier is gone", code, {"token_ids": [1, 2]})
+        place.so_far = lambda: {"token_ids": [1, 2], "ended_by": "length", "status": "ok"}
+        raise entry.Unfinished("the verifier is gone", code, entry.EndedBy.lost)
 
     assert command(monkeypatch, work) == code
     output = capsys.readouterr()
     result = json.loads(output.out)
     assert (result["status"], result["error"], result["token_ids"]) == ("failed", "the verifier is gone", [1, 2])
+    assert result["ended_by"] == ("refused" if code == 2 else "lost")
     assert json.loads((Path(result["run_folder"]) / "result.json").read_text()) == result
     assert output.err == f"{'error: ' if code == 2 else ''}the verifier is gone\n"
 
@@ -219,9 +257,9 @@ entry.main("doctor", DoctorSettings, work)
 """
 
 
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, *arguments: str, text: str = FAULTY) -> subprocess.Popen[str]:
     script = tmp_path / "faulty.py"
-    script.write_text(FAULTY)
+    script.write_text(text)
     return subprocess.Popen(
         [sys.executable, str(script), *arguments],
         cwd=tmp_path,
@@ -244,7 +282,10 @@ def test_fault_and_interrupt_of_real_processes(tmp_path: Path) -> None:
         assert interrupted.stdout.readline() == "working\n"
         interrupted.send_signal(signal.SIGINT)
         output, errors = interrupted.communicate(timeout=DEADLINE)
-        assert (interrupted.returncode, output, errors) == (130, "", "interrupted\n")
+        assert (interrupted.returncode, errors) == (130, "interrupted\n")
+        result = json.loads(output)
+        assert (result["status"], result["ended_by"]) == ("failed", "interrupted")
+        assert json.loads((Path(result["run_folder"]) / "result.json").read_text()) == result
     finally:
         for process in (fault, interrupted):
             process.kill()
@@ -305,19 +346,64 @@ LITERAL = 'Dear [reader], "it\'s" 5 = {five}: ${HOME}, \\\n\n#end '
 
 
 def test_prompt_from_stdin_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(LITERAL))
+    stdin_of(monkeypatch, LITERAL.encode())
     assert prompt_of(["prompt=-"]) == LITERAL
-    (tmp_path / "prompt, with comma.txt").write_text(LITERAL)
+    (tmp_path / "prompt, with comma.txt").write_bytes(LITERAL.encode())
     assert prompt_of([f"prompt_file={tmp_path}/prompt, with comma.txt"]) == LITERAL
+
+
+def stdin_of(monkeypatch: pytest.MonkeyPatch, data: bytes, encoding: str = "utf-8") -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding=encoding))
+
+
+def test_bytes_of_a_prompt_are_utf8_whatever_the_locale_and_keep_their_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"\xef\xbb\xbfcaf\xc3\xa9 \xe2\x82\xac\r\nb\rc\n"
+    stdin_of(monkeypatch, data, "cp1252")
+    (tmp_path / "prompt").write_bytes(data)
+    (tmp_path / "name é").write_bytes(data)
+    assert prompt_of(["prompt=-"]) == prompt_of([f"prompt_file={tmp_path}/name é"]) == "café €\r\nb\rc\n"
+    assert prompt_of([f"++prompt_file={tmp_path}/prompt"]) == "café €\r\nb\rc\n"
+
+
+@pytest.mark.parametrize("second", ["prompt=a", "prompt_file=somewhere", "++prompt=a"])
+def test_two_prompts_are_refused(second: str) -> None:
+    with pytest.raises(UserError, match=r"^prompt must be given once, as prompt= or prompt_file=, got 2 of them$"):
+        prompt_of(["prompt=b", second])
 
 
 def test_prompt_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "picture").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(UserError, match=r"^prompt_file must be readable UTF-8 text, got '.*picture' \("):
         prompt_of([f"prompt_file={tmp_path}/picture"])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xd8\xff"), encoding="utf-8"))
+    stdin_of(monkeypatch, b"\xff\xd8\xff")
     with pytest.raises(UserError, match=r"^prompt must be readable UTF-8 text, got '-' \("):
         prompt_of(["prompt=-"])
+
+
+@pytest.mark.parametrize("argument", ["prompt=a\udcff", "hydra.run.dir=a\udcff", "model.path=a\ud800"])
+def test_an_argument_that_is_no_text_is_one_line(
+    argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, nothing, argument) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: arguments must be UTF-8 text, got ")
+    assert line.isascii()
+    assert line.count("\n") == 1
+
+
+def test_a_setting_that_holds_half_a_character_is_refused(tmp_path: Path) -> None:
+    """YAML has a word for lone surrogates, and tokenizers have none."""
+    config = compose_with(tmp_path, 'prompt: "a\\ud800"')
+    with pytest.raises(UserError, match=r"^prompt must be text, got 'a\\ud800'"):
+        entry.settle(config, DoctorSettings)
+
+
+def compose_with(folder: Path, line: str) -> Any:
+    with initialize_config_module("conf", version_base="1.3"):
+        config = compose("doctor")
+    return OmegaConf.merge(config, OmegaConf.create(line))
 
 
 def test_unquoted_prompt_would_fail() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def _column_values(keys_BHLD: torch.Tensor, row: int) -> list[float]:
 
 def test_each_slot_writes_at_its_own_position_and_padding_is_not_written() -> None:
     cache = _cache()
-    first, second = cache.acquire(), cache.acquire()
+    first, second = cache.acquire(24), cache.acquire(24)
     _run(cache, [first], [3], 1.0)
     padded = cache.begin([first, second], [1, 4]).position_ids_BT
     assert padded.tolist() == [[3, 3, 3, 3], [0, 1, 2, 3]], "padding must not look like a position beyond the context"
@@ -83,7 +84,7 @@ def test_each_slot_writes_at_its_own_position_and_padding_is_not_written() -> No
 
 def test_rewinding_is_an_assignment() -> None:
     cache = _cache()
-    slot = cache.acquire()
+    slot = cache.acquire(24)
     _run(cache, [slot], [6], 1.0)
     cache.lengths[slot] = 2
     plan = cache.begin([slot], [2])
@@ -94,7 +95,7 @@ def test_rewinding_is_an_assignment() -> None:
 
 def test_a_position_beyond_what_was_written_is_refused() -> None:
     cache = _cache()
-    slot = cache.acquire()
+    slot = cache.acquire(24)
     _run(cache, [slot], [3], 1.0)
     cache.lengths[slot] = 4
     with pytest.raises(ValueError, match=r"position must be in \[0, 3\].*got 4"):
@@ -103,7 +104,7 @@ def test_a_position_beyond_what_was_written_is_refused() -> None:
 
 def test_masks_are_those_of_the_definition() -> None:
     cache = _cache()
-    slots = [cache.acquire(), cache.acquire(), cache.acquire()]
+    slots = [cache.acquire(24), cache.acquire(24), cache.acquire(24)]
     _run(cache, slots, [5, 0, 1], 1.0)
     plan = cache.begin(slots, [2, 4, 3])
     causal, sliding = _mask(cache, plan), _mask(cache, plan, sliding_window_causal_mask_function(3))
@@ -121,7 +122,7 @@ def test_masks_are_those_of_the_definition() -> None:
 
 def test_slots_that_are_not_side_by_side_keep_their_order() -> None:
     cache = _cache()
-    slots = [cache.acquire(), cache.acquire(), cache.acquire()]
+    slots = [cache.acquire(24), cache.acquire(24), cache.acquire(24)]
     for slot in slots:
         _run(cache, [slot], [2], float(slot + 1))
     plan = cache.begin([2, 0], [1, 1])
@@ -133,10 +134,10 @@ def test_slots_that_are_not_side_by_side_keep_their_order() -> None:
 
 def test_growing_keeps_what_was_written() -> None:
     cache = _cache()
-    first = cache.acquire()
+    first = cache.acquire(24)
     _run(cache, [first], [7], 1.0)
     assert cache.allocated_bytes == 8 * BYTES_PER_POSITION
-    second = cache.acquire()
+    second = cache.acquire(24)
     keys = _run(cache, [first, second], [4, 9], 2.0)
     assert _column_values(keys, 0) == [1.0] * 7 + [2.0] * 4 + [0.0] * 5
     assert cache.allocated_bytes == 2 * 16 * BYTES_PER_POSITION
@@ -145,43 +146,107 @@ def test_growing_keeps_what_was_written() -> None:
 
 
 def test_a_full_cache_refuses_and_nothing_changes() -> None:
-    cache = _cache(limit_bytes=2 * 16 * BYTES_PER_POSITION)
-    first, second = cache.acquire(), cache.acquire()
-    _run(cache, [first, second], [16, 3], 1.0)
-    needed = 2 * 24 * BYTES_PER_POSITION
-    with pytest.raises(CacheFull, match=f"need {needed} bytes, the limit is {2 * 16 * BYTES_PER_POSITION}"):
-        cache.begin([first], [1])
-    assert cache.lengths[:2] == [16, 3]
-    assert _column_values(_run(cache, [first, second], [0, 1], 2.0), 0) == [1.0] * 16
-    cache.acquire()
+    cache = _cache(limit_bytes=3 * 16 * BYTES_PER_POSITION)
+    first, second = cache.acquire(16), cache.acquire(4)
+    _run(cache, [first, second], [15, 3], 1.0)
+    with pytest.raises(ValueError, match=r"positions must be at most the 4 that were promised, got 3 \+ 2"):
+        cache.begin([first, second], [1, 2])
+    needed = 3 * 24 * BYTES_PER_POSITION
+    with pytest.raises(CacheFull, match=f"need {needed} bytes.*a text of 16 positions is left, got 17") as full:
+        cache.acquire(17)
+    assert full.value.fits == 16
+    assert cache.lengths[:2] == [15, 3]
+    assert _column_values(_run(cache, [first, second], [1, 1], 2.0), 0) == [1.0] * 15 + [2.0]
+    cache.acquire(16)
     with pytest.raises(CacheFull, match="all 3 slots"):
-        cache.acquire()
+        cache.acquire(1)
+
+
+def test_a_long_promise_leaves_no_room_for_one_more() -> None:
+    cache = _cache(limit_bytes=3 * 16 * BYTES_PER_POSITION)
+    assert cache.longest == 48
+    with pytest.raises(CacheFull, match="room for a text of 48 positions is left, got 49"):
+        cache.acquire(49)
+    long = cache.acquire(40)
+    with pytest.raises(CacheFull, match="room for a text of 0 positions is left, got 1"):
+        cache.acquire(1)
+    cache.release(long)
+    assert [cache.acquire(16), cache.acquire(16), cache.acquire(16)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="at least 1 position, got 0"):
+        cache.acquire(0)
+
+
+def test_what_was_promised_is_there() -> None:
+    """Texts of random lengths come, grow in random steps and go: no promise is broken, and the limit is kept."""
+    generator = random.Random(8)
+    cache = _cache(slots=4, limit_bytes=100 * BYTES_PER_POSITION)
+    promised: dict[int, int] = {}
+    refused = 0
+    for _ in range(400):
+        try:
+            most = generator.randint(1, 96)
+            promised[cache.acquire(most)] = most
+        except CacheFull as full:
+            refused += 1
+            if full.fits:
+                promised[cache.acquire(full.fits)] = full.fits
+        grown = {slot: generator.randint(0, most - cache.lengths[slot]) for slot, most in promised.items()}
+        if grown and max(grown.values()):
+            _run(cache, list(grown), list(grown.values()), 1.0)
+        assert cache.allocated_bytes <= 100 * BYTES_PER_POSITION
+        for slot in [slot for slot, most in promised.items() if cache.lengths[slot] == most]:
+            cache.release(slot)
+            del promised[slot]
+    assert refused > 50
+
+
+def test_memory_that_runs_out_while_the_storage_grows_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = _cache()
+    first = cache.acquire(24)
+    _run(cache, [first], [20], 1.0)
+    cache.lengths[first] = 5  # what is held now is less: the storage of two slots has fewer columns
+    second = cache.acquire(8)
+    empty, made = SlotCache._empty, 0
+
+    def run_out(*arguments: Any) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        if made == 2:
+            raise MemoryError
+        return empty(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SlotCache, "_empty", run_out)
+        with pytest.raises(MemoryError):
+            _run(cache, [second], [2], 2.0)
+    assert _column_values(_run(cache, [first], [15], 3.0), 0) == [1.0] * 5 + [3.0] * 15 + [0.0] * 4
+    assert _column_values(_run(cache, [second], [2], 2.0), 0)[:2] == [2.0] * 2
 
 
 def test_a_long_text_that_has_gone_gives_its_columns_back() -> None:
     cache = _cache(limit_bytes=3 * 8 * BYTES_PER_POSITION)
-    long = cache.acquire()
+    long = cache.acquire(24)
     _run(cache, [long], [24], 1.0)
     cache.release(long)
-    slots = [cache.acquire(), cache.acquire(), cache.acquire()]
+    slots = [cache.acquire(8), cache.acquire(8), cache.acquire(8)]
     _run(cache, slots, [8, 8, 8], 2.0)
     assert cache.allocated_bytes == 3 * 8 * BYTES_PER_POSITION
 
 
 def test_a_reused_slot_holds_nothing_of_the_text_before() -> None:
     cache = _cache()
-    slot = cache.acquire()
+    slot = cache.acquire(24)
     _run(cache, [slot], [6], float("inf"))
     cache.lengths[slot] = 1  # a rewind must not hide the rest from the wiping
     cache.release(slot)
-    assert cache.acquire() == slot
+    assert cache.acquire(24) == slot
     assert _column_values(_run(cache, [slot], [2], 3.0), 0) == [3, 3, 0, 0, 0, 0, 0, 0]
 
 
 def test_exact_shapes_are_always_the_same() -> None:
     cache = _cache(exact=ExactShape(rows=4, columns=10))
     allocated = cache.allocated_bytes
-    slots = [cache.acquire(), cache.acquire()]
+    slots = [cache.acquire(7), cache.acquire(10)]
     for asked, counts in (([slots[1]], [1]), (slots, [4, 2]), ([slots[0]], [3])):
         plan = cache.begin(asked, counts)
         assert plan.position_ids_BT.shape == (3, 4)
@@ -192,8 +257,8 @@ def test_exact_shapes_are_always_the_same() -> None:
     assert cache.allocated_bytes == allocated == 3 * 10 * BYTES_PER_POSITION
     with pytest.raises(ValueError, match="counts must be at most 4"):
         cache.begin([slots[0]], [5])
-    with pytest.raises(ValueError, match="positions must be at most 10 in exact shapes, got 11"):
-        cache.begin([slots[0]], [4])
+    with pytest.raises(CacheFull, match="room for a text of 10 positions is left, got 11"):
+        cache.acquire(11)
     with pytest.raises(CacheFull):
         _cache(exact=ExactShape(rows=4, columns=10), limit_bytes=10)
 
@@ -219,7 +284,7 @@ def test_what_it_cannot_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="attn_implementation must be sdpa or eager, got flex_attention"):
         check_attention(config)
     cache = _cache()
-    slot = cache.acquire()
+    slot = cache.acquire(24)
     with pytest.raises(ValueError, match="slots must be different"):
         cache.begin([slot, slot], [1, 1])
     with pytest.raises(ValueError, match="slots must be at least 1, got 0"):

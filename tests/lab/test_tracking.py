@@ -18,7 +18,7 @@ import pytest
 
 from lab.doctor import DoctorSettings
 from lab.entry import compose_settings
-from lab.tracking import Tracker, finite, progress
+from lab.tracking import Tracker, finite, picture, progress
 
 FIGURES = {
     "status": "ok",
@@ -71,6 +71,42 @@ def test_rows_are_on_disk_at_once_and_a_second_run_appends(tmp_path: Path) -> No
     with Tracker(settings("disabled"), "test", tmp_path) as tracker:
         tracker.log(2, loss=1.0)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_a_full_disk_is_one_warning_and_leaves_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The limit on a file's size is the disk that is full, and later is not."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Tracker(settings("disabled"), "test", tmp_path) as tracker:
+        tracker.log(1, loss=2.0)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+        try:
+            tracker.log(2, loss=1.5)
+            tracker.log(3, loss=1.5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+        tracker.log(4, loss=1.0)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 4]
+    assert [message.partition(":")[0] for message in caplog.messages] == ["metrics.jsonl lacks rows"]
+
+
+def test_metrics_that_cannot_be_opened_change_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    track(tmp_path / "file" / "run", "disabled")
+    assert len(caplog.messages) == 1
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> Path:
+        raise ValueError("no such colour")
+
+    assert picture(fail) == []
+    assert caplog.messages == ["a picture is missing (ValueError: no such colour)"]
+    assert picture(lambda: tmp_path) == [tmp_path]
 
 
 def test_non_finite_figures_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -223,6 +259,9 @@ def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str], enabled: bo
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     with progress("round", 2, True) as counter:
         counter.advance("loss 2")
         counter.advance("loss 1")

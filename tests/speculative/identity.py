@@ -24,13 +24,13 @@ import torch
 from lab.device import open_device
 from lab.entry import compose_settings
 from lab.models import load_model, load_tokenizer_only
+from lab.prompts import prompt_ids
 from lab.sampling import Sampling
 from speculative.drafting import Flip, OwnText
 from speculative.drafts import Drafts, RecordedDrafts
 from speculative.engines import open_drafts
 from speculative.messages import Reason
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
-from speculative.speaking import prompt_ids
 from speculative.text import Ended, TextRequest, Verdict
 from speculative.verifying import Verifier
 from speculative.vocabulary import token_texts

@@ -15,7 +15,7 @@ from lab.engine import Engine, LocalEngine
 from lab.sampling import Sampling
 from speculative.drafting import Flip, Round, speculate
 from speculative.drafts import Drafts
-from speculative.forward_thread import ForwardThread
+from speculative.forward_thread import Call, ForwardThread
 from speculative.settings import Mode
 from speculative.text import Ended, Outcome, Text, TextRequest
 from speculative.verifying import Terms, Verifier
@@ -26,6 +26,7 @@ TERMS = Terms(
     longest_check=16,
     window=64,
     lookup=None,
+    most_waiting=64,
     client_texts=64,
     client_cache_bytes=2**40,
     bytes_per_token=0,
@@ -126,7 +127,7 @@ class InProcess:
         key = self._key
         self._submit(lambda verifier: verifier.close(key))
 
-    def _submit(self, call: Callable[[Verifier], list[Outcome] | None]) -> None:
+    def _submit(self, call: Call) -> None:
         if self._up is None:
             self._bench.thread.submit(call)
         else:
@@ -179,14 +180,18 @@ def tokens(rounds: Sequence[Round]) -> list[int]:
 
 
 def local_engine(
-    model: torch.nn.Module, sessions: int = 4, context: int = 240, exact_rows: int | None = None
+    model: torch.nn.Module,
+    sessions: int = 4,
+    context: int = 240,
+    exact_rows: int | None = None,
+    limit_bytes: int = 2**28,
 ) -> LocalEngine:
     return LocalEngine(
         model,
         sessions=sessions,
         context=context,
         bucket=32,
-        kv_limit_bytes=2**28,
+        kv_limit_bytes=limit_bytes,
         prefill_chunk=64,
         exact_rows=exact_rows,
     )

@@ -20,13 +20,13 @@ from lab.device import open_device
 from lab.entry import compose_settings
 from lab.link import CutKind, Link, LinkSettings, OneWay
 from lab.models import BYTE_EOS, load_model, load_tokenizer_only
+from lab.prompts import prompt_ids
 from lab.sampling import Sampling
 from speculative.drafting import Target, speculate
 from speculative.engines import open_drafts
 from speculative.joining import join
 from speculative.remote_target import RemoteTarget
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.speaking import prompt_ids
 from speculative.text import TextRequest, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine

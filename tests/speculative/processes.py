@@ -105,13 +105,13 @@ def drafter_process(*words: str, folder: Path, environment: Mapping[str, str] | 
 
 
 def drafted(
-    port: int, words: Sequence[str], folder: Path, prompt: str = "def add(a, b):\n    return a"
+    port: int, words: Sequence[str], place: Path | entry.Run, prompt: str = "def add(a, b):\n    return a"
 ) -> dict[str, Any]:
     """The result of a drafter that runs in this process; its sockets are real."""
     overrides = " ".join(f"'{word}'" for word in (f"network.port={port}", *words))
     settings = compose_settings("spec_decoding", overrides, SpeculativeSettings)
     settings.prompt = prompt
-    return drafter.run(settings, entry.Run(folder))
+    return drafter.run(settings, place if isinstance(place, entry.Run) else entry.Run(place))
 
 
 def wait_until(holds: Any, what: str, seconds: float = 20.0) -> None:

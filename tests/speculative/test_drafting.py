@@ -13,11 +13,11 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from lab.engine import SyntheticEngine
 from lab.sampling import Sampling
-from speculative.drafting import Round, TextFailed, TextRefused, find_flips, speculate
+from speculative.drafting import Round, TextRefused, find_flips, speculate
 from speculative.drafts import EngineDrafts, NoDrafts, RandomDrafts, add_noise_to_head
 from speculative.messages import Reason
 from speculative.settings import Mode
-from speculative.text import Verdict
+from speculative.text import Verdict, Waiting
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import InProcess, bench, local_engine, request, speculated, tokens
 
@@ -116,7 +116,9 @@ def test_a_text_has_the_length_that_was_asked_for() -> None:
 
 def test_what_cannot_be_served_is_refused_in_one_line() -> None:
     with bench(_synthetic(sessions=1)) as verifiers:
-        with pytest.raises(TextRefused, match=r"must fit the context of 400 tokens, got 395 \+ 6$"):
+        with pytest.raises(
+            TextRefused, match=r"must be at most 5 here for a prompt of 395 tokens \(.*, its context\), got 6$"
+        ):
             speculated(InProcess(verifiers), NoDrafts(), request([1] * 395, 6, GREEDY))
         with pytest.raises(TextRefused, match="prompt must hold at least one token"):
             speculated(InProcess(verifiers), NoDrafts(), request([], 6, GREEDY))
@@ -129,6 +131,7 @@ def test_a_text_waits_for_room_in_the_engine() -> None:
         second = InProcess(verifiers, "second")
         second.open(request([1], 6, GREEDY, Mode.target_only))
         next(rounds)
+        assert second.next() == Waiting(("second", 1), 1)
         assert not second.has_news()
         rounds.close()  # type: ignore[attr-defined]  # a generator: leaving it gives the slot back
         assert isinstance(second.next(), Verdict)
@@ -159,23 +162,21 @@ def test_guesses_of_an_older_epoch_are_dropped() -> None:
     assert next(text for text, _ in verifiers.ended if text.key[0] == "text").figures.stale_drafts == 1  # type: ignore[index]
 
 
-def test_a_target_that_fails_is_told() -> None:
-    engine = local_engine(random_model("llama", torch.float64), sessions=2)
-    engine.cache._limit_bytes = engine.cache.bytes_per_position * 32  # room for one bucket of one text
-    with bench(engine) as verifiers, pytest.raises(TextFailed, match="KV cache is full"):
-        speculated(InProcess(verifiers), NoDrafts(), request([1], 60, GREEDY))
-
-
-def test_without_room_for_all_only_who_is_too_long_fails() -> None:
-    engine = local_engine(random_model("llama", torch.float64), sessions=2)
-    engine.cache._limit_bytes = engine.cache.bytes_per_position * 32 * 2
+def test_a_text_that_will_never_fit_is_told_at_once_what_would() -> None:
+    model: Any = random_model("llama", torch.float64)
+    per_position = local_engine(model).cache.bytes_per_position
+    engine = local_engine(model, sessions=2, limit_bytes=per_position * 70)  # two buckets of one text, or one of two
     with bench(engine) as verifiers:
         short = InProcess(verifiers, "short")
-        rounds = speculate(short, NoDrafts(), replace(request([1], 20, GREEDY), mode=Mode.sync), [])
+        rounds = speculate(short, NoDrafts(), replace(request([1], 31, GREEDY), mode=Mode.sync), [])
         first = next(rounds)
-        with pytest.raises(TextFailed, match="KV cache is full"):
-            speculated(InProcess(verifiers, "long"), NoDrafts(), request([1], 60, GREEDY))
-        assert len(tokens([first, *rounds])) == 20
+        with pytest.raises(
+            TextRefused, match=r"max_new_tokens must be at most 63 here for a prompt of 1 tokens .*got 64"
+        ):
+            speculated(InProcess(verifiers, "long"), NoDrafts(), request([1], 64, GREEDY))
+        with pytest.raises(TextRefused, match=r"prompt must be at most 63 tokens here .*cache_limit_bytes.*, got 64"):
+            speculated(InProcess(verifiers, "longer"), NoDrafts(), request([1] * 64, 1, GREEDY))
+        assert len(tokens([first, *rounds])) == 31
 
 
 def test_rule_cross_entropy_takes_more_and_says_what_each_guess_costs() -> None:

@@ -204,7 +204,7 @@ def test_a_known_text_is_guessed_as_often_as_was_asked_for() -> None:
 def test_a_draft_model_has_the_dtype_that_was_asked_for(
     asked: str, loaded: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lab.device.best_dtype", lambda device: Dtype.bfloat16)
+    monkeypatch.setattr("speculative.draft_model.best_dtype", lambda device: Dtype.bfloat16)
     seen: list[torch.dtype] = []
     monkeypatch.setattr("speculative.engines._from_model", lambda model, *rest: seen.append(model.dtype))
     words = f"model=random project.draft.source=model project.draft.model=random project.draft.dtype={asked}"

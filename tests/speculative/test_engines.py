@@ -46,6 +46,13 @@ def test_a_target_says_what_its_text_depends_on(tmp_path: Path) -> None:
     found = open_target(_settings(words), CPU).fingerprints
     assert found.keys() == {"model", "adapter", "dtype", "quantization"}
     assert open_target(_settings(words, "model.seed=1"), CPU).fingerprints["model"] != found["model"]
-    synthetic = open_target(_settings("project.engine=synthetic"), CPU).fingerprints
-    other = open_target(_settings("project.engine=synthetic project.synthetic.vocabulary_size=9"), CPU).fingerprints
-    assert synthetic != other
+    synthetic = open_target(_settings("model=random project.engine=synthetic"), CPU)
+    assert synthetic.engine.vocabulary_size == 258, "as many as the tokenizer has"
+    words = "model=random project.engine=synthetic project.synthetic.vocabulary_size"
+    assert synthetic.fingerprints != open_target(_settings(f"{words}=300"), CPU).fingerprints
+    with pytest.raises(UserError) as refused:
+        open_target(_settings(f"{words}=256"), CPU)
+    assert str(refused.value) == (
+        "project.synthetic.vocabulary_size must be 0 or at least 258, the ids of the tokenizer of "
+        "model random-1M, got 256"
+    )

@@ -9,13 +9,13 @@ import torch
 
 from lab.entry import compose_settings
 from lab.models import load_tokenizer_only
+from lab.prompts import prompt_ids
 from lab.sampling import Sampling
 from lab.settings import UserError
 from speculative.drafting import Flip
 from speculative.drafts import EngineDrafts, RandomDrafts
 from speculative.engines import open_target
 from speculative.settings import SpeculativeSettings
-from speculative.speaking import prompt_ids
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.identity import Subject
 from tests.speculative.in_process import (

@@ -45,6 +45,8 @@ def _open(**changes: Any) -> Open:
         "temperature": 0.0,
         "top_k": 0,
         "top_p": 1.0,
+        "min_p": 0.0,
+        "words": None,
         "max_new_tokens": 20,
         "name": next(NAMES),
         "owner": bytes(16),

@@ -59,6 +59,8 @@ def test_ids_only() -> None:
             temperature=0.5,
             top_k=3,
             top_p=0.9,
+            min_p=0.05,
+            words=None,
             max_new_tokens=5,
             mode=Mode.sync,
             draft_length=5,

@@ -161,7 +161,7 @@ def test_a_request_of_the_first_protocol_gets_no_token_that_was_made_up() -> Non
         verifier = Verifier(_engine(marked, 2), end_ids=[], terms=TERMS, closed=lambda text, ended: None)
         front = Front(verifier, WELCOME, [], "", answers, frames_per_second=100.0, idle_seconds=5.0)
         with front.thread:
-            return await front._continuation("x", Peer(role="client", address="here", phase="request"))
+            return await front._continuation("x", Peer(role="client", address="here", phase="request"), asyncio.Event())
 
     with pytest.raises(BadFrame, match="cannot be continued: the hidden states of position 5 hold NaN or infinity"):
         asyncio.run(ask())

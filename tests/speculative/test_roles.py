@@ -22,11 +22,12 @@ import pytest
 import torch
 
 from lab.device import open_device
-from lab.entry import Run, Unfinished, compose_settings
+from lab.entry import EndedBy, Run, Unfinished, compose_settings
 from lab.models import BYTE_EOS, LoadedModel, load_model
 from lab.sampling import Sampling
 from lab.settings import UserError
 from lab.wire import PeerGone
+from lab.words import Words
 from speculative import verifier as verifier_role
 from speculative.drafting import TextFailed, speculate
 from speculative.drafts import NgramDrafts, RandomDrafts
@@ -47,6 +48,7 @@ NEEDED = {
     *("rtt_seconds", "bytes_sent", "bytes_received", "predicted_tokens_per_second"),
     *("epochs", "resumes", "drafts_sent", "drafts_stale"),
 }
+SAMPLING = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
 SAMPLED = ("project.temperature=1.0", "seed=7", "project.top_k=60", "project.top_p=0.98")
 
 
@@ -96,6 +98,74 @@ def test_every_source_gives_the_targets_own_text(
     assert result["token_ids"] == _own_text(PROMPT, sampling, 40)
     if source[0].endswith("=model"):
         assert result["alpha"] > 0.8, "bfloat16 weights of the target itself"
+
+
+WORDS = (
+    *("project.min_p=0.02", "project.repetition_penalty=1.2", "project.presence_penalty=0.1"),
+    *("project.frequency_penalty=0.1", "project.logit_bias={101:0.3,32:-0.2}", "project.bad_words=[e,in]"),
+)
+
+
+def _with_words(prompt: str) -> Sampling:
+    words = Words(
+        prompt_tokens=len(prompt),
+        repetition_penalty=1.2,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        logit_bias=((101, 0.3), (32, -0.2)),
+        bad_words=tuple(tuple(word) for word in (b" e", b"e", b" in", b"in")),
+    )
+    return Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98, min_p=0.02, words=words)
+
+
+def test_words_and_a_stop_string_over_the_wire(random_verifier: Role, tmp_path: Path) -> None:
+    words = (*RANDOM, *SAMPLED, *WORDS, "project.draft.source=layers", "project.draft.layers=3")
+    expected = _own_text(PROMPT, _with_words(PROMPT), 40)
+    result = drafted(random_verifier.port, (*words, "project.max_new_tokens=40"), tmp_path / "whole")
+    assert result["token_ids"] == expected
+    assert 101 not in expected
+    assert result["drafts_accepted"] > 0
+    plain = drafted(random_verifier.port, (*RANDOM, *SAMPLED, "project.max_new_tokens=40"), tmp_path / "plain")
+    assert plain["token_ids"] != expected
+
+    tokenizer = _target().tokenizer
+    at = next(place for place in range(8, 30) if all(32 < token < 127 for token in expected[place : place + 1]))
+    stop = str(tokenizer.decode(expected[at : at + 1]))
+    stopped = drafted(
+        random_verifier.port,
+        (*words, "project.max_new_tokens=40", "project.check=true", f'project.stop="{stop}"'),
+        tmp_path,
+    )
+    whole = str(tokenizer.decode(expected, skip_special_tokens=True))
+    assert (stopped["ended_by"], stopped["text"]) == ("stop", whole[: whole.index(stop)])
+    assert stopped["token_ids"] == expected[: len(stopped["token_ids"])]
+    assert stop not in tokenizer.decode(stopped["token_ids"])
+    assert stopped["flips"] == []
+
+
+def test_a_drawn_seed_is_said_and_draws_the_same_again(random_verifier: Role, tmp_path: Path) -> None:
+    words = (*RANDOM, "project.temperature=1.0", "project.max_new_tokens=20")
+    drawn = drafted(random_verifier.port, (*words, "seed=-1"), tmp_path / "drawn")
+    again = drafted(random_verifier.port, (*words, f"seed={drawn['seed']}"), tmp_path / "again")
+    assert again["token_ids"] == drawn["token_ids"]
+    with pytest.raises(
+        UserError, match=r"^seed must be the one that the text was begun with for project.resume, got -1$"
+    ):
+        drafted(random_verifier.port, (*words, "seed=-1", "project.resume=text.json"), tmp_path)
+
+
+def test_a_text_may_fill_the_context(random_verifier: Role, tmp_path: Path) -> None:
+    words = (*RANDOM, "project.max_new_tokens=-1")
+    result = drafted(random_verifier.port, words, tmp_path, "x" * 1015)
+    assert result["new_tokens"] == 9 or result["ended_by"] == "end_token"
+    with pytest.raises(UserError, match=r"^prompt must leave room in the context of 1024 tokens, got 1024$"):
+        drafted(random_verifier.port, words, tmp_path, "x" * 1024)
+
+
+def test_words_with_ids_that_the_target_does_not_have_are_refused(random_verifier: Role, tmp_path: Path) -> None:
+    words = (*RANDOM, "project.logit_bias={259:1}")
+    with pytest.raises(UserError, match=r"^project.logit_bias and bad_words must name ids in \[0, 259\), got 259$"):
+        drafted(random_verifier.port, words, tmp_path)
 
 
 def test_the_last_line_of_a_drafter(random_verifier: Role, tmp_path: Path) -> None:
@@ -208,9 +278,13 @@ def test_ctrl_c_on_a_drafter_leaves_the_verifier_serving(random_verifier: Role, 
     assert process.stdout.read(3)  # the text has begun
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=END_SECONDS)
+    out, errors = process.communicate(timeout=END_SECONDS)
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1] == "interrupted"
+    last = json.loads(out.split("\n")[-2])
+    assert (last["status"], last["ended_by"]) == ("failed", "interrupted")
+    assert last["token_ids"] == _own_text(PROMPT, SAMPLING, 990)[: last["new_tokens"]]
+    assert json.loads((tmp_path / "result.json").read_text()) == last
     assert not [child for child in children if child.is_running()]
     assert drafted(random_verifier.port, RANDOM, tmp_path / "next")["new_tokens"] == 64
 
@@ -232,9 +306,13 @@ def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
         assert process.stdout.read(3)
         code, result = running.interrupt()
         assert (code, result["status"], result["texts"], result["unfinished"]) == (0, "ok", 1, 1)
+        assert result["ended_by"] == "interrupted"
         assert result["new_tokens"] > 0
-        _, errors = process.communicate(timeout=END_SECONDS)
+        out, errors = process.communicate(timeout=END_SECONDS)
         assert process.returncode == 1
+        last = json.loads(out.split("\n")[-2])
+        assert (last["ended_by"], last["error"]) == ("lost", errors.splitlines()[-1])
+        assert last["new_tokens"] > 0
         assert "Traceback" not in errors
         assert f"verifier 127.0.0.1:{running.port} closed the connection" in errors.splitlines()[-1]
         with pytest.raises(OSError, match="refused"):
@@ -279,20 +357,23 @@ def test_a_verifier_that_comes_back_with_other_weights_ends_the_text_and_what_th
 
     monkeypatch.setattr(RemoteTarget, "next", lose)
     words = (*RANDOM, *SAMPLED, "project.mode=target_only")
+    place = Run(tmp_path)
     with pytest.raises(Unfinished) as ended:
-        drafted(random_verifier.port, words, tmp_path)
+        drafted(random_verifier.port, words, place)
     was = _joined_target(random_verifier.port)["model"]
     assert ended.value.code == 2
     assert str(ended.value).endswith(
         f"is another target than before: its model was {was} and is random:another, its adapter was none and is one "
         "during WELCOME"
     )
-    figures = ended.value.figures
+    figures = place.so_far()
     sampling = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
     assert figures["token_ids"] == _own_text(PROMPT, sampling, 64)[: figures["new_tokens"]]
     assert figures["new_tokens"] >= 6
     assert figures["text"]
-    assert figures["ended_by"] == "failed"
+    assert ended.value.ended_by is EndedBy.lost
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["round_tokens"] for row in rows) == figures["new_tokens"], "rows are there as they come"
 
 
 def _joined_target(port: int) -> dict[str, str]:
@@ -383,6 +464,9 @@ def test_bad_input_of_a_command_is_one_line_and_exit_code_2(
     assert process.stderr == f"error: project.{complaint}\n"
 
 
+_COUNT = "max_new_tokens must be in [1, 2**32), or -1 to fill the context, got "
+
+
 @pytest.mark.parametrize(
     ("word", "complaint"),
     [
@@ -396,7 +480,18 @@ def test_bad_input_of_a_command_is_one_line_and_exit_code_2(
         ("temperature=nan", "temperature must be finite and at least 0, got nan"),
         ("temperature=inf", "temperature must be finite and at least 0, got inf"),
         ("top_k=4294967296", "top_k must be in [0, 2**32), got 4294967296"),
-        ("max_new_tokens=99999999999999999999", "max_new_tokens must be below 2**32, got 99999999999999999999"),
+        ("max_new_tokens=99999999999999999999", _COUNT + "99999999999999999999"),
+        ("max_new_tokens=0", _COUNT + "0"),
+        ("min_p=1.5", "min_p must be in [0, 1], got 1.5"),
+        ("repetition_penalty=0", "repetition_penalty must be in [0.01, 100], got 0.0"),
+        ("presence_penalty=3", "presence_penalty must be in [-2, 2], got 3.0"),
+        ("frequency_penalty=-3", "frequency_penalty must be in [-2, 2], got -3.0"),
+        ("logit_bias={5:101}", "logit_bias must be in [-100, 100], got 101.0 for token 5"),
+        ("logit_bias=[5]", "logit_bias must be token ids with numbers, such as {5: -100}, got [5]"),
+        ("stop=3", "stop must be a text or a list of texts, got 3"),
+        ("stop=[\"''\"]", "stop must hold texts of 1 to 1024 characters, got ''"),
+        ("bad_words=[\"' '\"]", "bad_words must hold texts with something in them, got ' '"),
+        ("messages=a.json project.system=b", "system must be null where messages holds the system's, too, got 'b'"),
     ],
 )
 def test_credit_and_limits_that_make_no_sense_are_refused(word: str, complaint: str) -> None:
@@ -414,7 +509,8 @@ def test_what_the_verifier_refuses_is_said_in_one_line(random_verifier: Role, tm
         "project.draft.window must be in [1, 64] for this verifier (its project.draft.window), got 65"
     )
     assert _refused(port, (), tmp_path, "x" * 1000) == (
-        "prompt and max_new_tokens together must fit the context of 1024 tokens, got 1000 + 64"
+        "project.max_new_tokens must be at most 24 here for a prompt of 1000 tokens (a text at this verifier "
+        "has room for 1024 tokens, its context), got 64"
     )
     assert _refused(port, (), tmp_path, "x" * 262145) == "prompt must be at most 262144 tokens, got 262145"
     assert _refused(port, (), tmp_path, "") == "prompt must not be empty, got ''"

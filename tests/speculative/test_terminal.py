@@ -1,26 +1,21 @@
-"""The text on a terminal: whole characters, two colours, nothing that a terminal obeys."""
+"""Rounds on a terminal: what was guessed right and what the target put have their colours."""
 
 from __future__ import annotations
 
 import io
 
-from speculative.terminal import ACCEPTED, CORRECTED, PLAIN, TextStream
+import pytest
+
+from lab.terminal import PLAIN
+from speculative.terminal import ACCEPTED, CORRECTED, TextStream
+from tests.lab.test_terminal import Terminal, decode_bytes
 from tests.speculative.in_process import sync_round
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def _decode(ids: list[int]) -> str:
-    return bytes(ids).decode(errors="replace")
-
-
 def _shown(stream: io.StringIO, text: bytes, accepted: int) -> str:
-    shown = TextStream(_decode, stream)
+    shown = TextStream(decode_bytes, stream)
     shown.show(sync_round(list(text[:accepted]), accepted, list(text[accepted:]), [], []))
-    shown.finish()
+    shown.finish(CORRECTED)
     return stream.getvalue()
 
 
@@ -32,15 +27,7 @@ def test_no_colours_where_it_is_no_terminal() -> None:
     assert _shown(io.StringIO(), b"ab", 1) == "ab\n"
 
 
-def test_a_character_is_written_once_it_is_whole() -> None:
-    stream = io.StringIO()
-    shown = TextStream(_decode, stream)
-    for byte in "é€x".encode():
-        shown.show(sync_round([], 0, [byte], [], []))
-        assert "\N{REPLACEMENT CHARACTER}" not in stream.getvalue()
-    shown.finish()
-    assert stream.getvalue() == "é€x\n"
-
-
-def test_what_a_target_says_does_not_move_the_cursor() -> None:
-    assert _shown(io.StringIO(), b"a\x1b[2Jb\n", 0) == "a?[2Jb\n\n"
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_no_colours_where_nobody_wants_them(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert _shown(Terminal(), b"ab", 1) == "ab\n"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lab.sampling import Sampling
+from lab.sampling_head import sampling_fields
 from lab.wire import Endpoint, FrameSocket, Head, WireError
 from lab.wire.frames import HEADER, MAGIC
 from split.messages import Ask, Attach, Close, Join, Open, Pass, Piece, message_type
@@ -120,7 +121,7 @@ def _random_head(generator: random.Random) -> Head:
         return generator.choice([Join(client=number), Attach(client=number, next=address, next_instance=0)])
     return generator.choice(
         [
-            Open(seed=number, temperature=0.0, top_k=0, top_p=1.0),
+            Open(tokens=1 + number % 2048, **sampling_fields(GREEDY)),
             Close(),
             Pass(read_all=generator.random() < 0.5, pieces=[piece] * generator.randrange(1, 3)),
             Ask(),

@@ -36,11 +36,12 @@ class Process(Listening[ShardServer]):
         boundary: Boundary = Boundary.float32,
         ours: Endpoint | None = None,
         awake_seconds: float = 0.02,
+        most_waiting: int = 8,
     ) -> None:
         super().__init__(port)
         self._shard, self._next_addresses, self._boundary = shard, next_addresses, boundary
         self._endpoint = ours or endpoint("shard")
-        self._awake_seconds = awake_seconds
+        self._awake_seconds, self._most_waiting = awake_seconds, most_waiting
 
     def make_server(self) -> ShardServer:
         layers = self._shard.layers
@@ -52,6 +53,7 @@ class Process(Listening[ShardServer]):
             next_addresses=self._next_addresses,
             client_tls=None,
             awake_seconds=self._awake_seconds,
+            most_waiting=self._most_waiting,
         )
 
 

@@ -40,10 +40,10 @@ def test_a_journal_that_is_off_by_one_fails_the_same_comparison(
 ) -> None:
     rebuild = ShardedModel._rebuild
 
-    def shifted(engine: ShardedModel, journal: Any) -> None:
+    def shifted(engine: ShardedModel, journal: Any, deadline: float) -> None:
         right = journal.ids
         journal.ids = [*right[1:], *right[:1]]
-        rebuild(engine, journal)
+        rebuild(engine, journal, deadline)
         journal.ids = right
 
     monkeypatch.setattr(ShardedModel, "_rebuild", shifted)

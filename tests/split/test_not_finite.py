@@ -15,11 +15,12 @@ from lab.engine import TargetStep, check_finite
 from lab.entry import Run, Unfinished, compose_settings
 from lab.not_finite import NotFinite
 from lab.sampling import Sampling
+from lab.sampling_head import sampling_fields
 from lab.settings import ModelSettings, UserError
 from split import generating, infer
 from split.boundary import Boundary
 from split.coding import encode
-from split.messages import Open, Pass, Piece, Steps, Unfit
+from split.messages import FaultCode, Open, Pass, Piece, Steps, Stopped
 from split.settings import SplitSettings
 from split.sharded_model import ShardedModel
 from split.stage import Stage
@@ -106,15 +107,15 @@ def test_what_a_boundary_rounds_up_does_not_fit_float16(tmp_path: Path) -> None:
     """65504 is float16's largest number and 65536 in bfloat16."""
     settings = saved_model("llama", tmp_path, torch.float16)
     stage = Stage(shards(settings, (0, 2, 4))[1], Boundary.bfloat16)
-    stage.take(0, Message(1, Open(seed=1, temperature=0.0, top_k=0, top_p=1.0)))
-    stage.take(0, Message(2, Open(seed=1, temperature=0.0, top_k=0, top_p=1.0)))
+    stage.take(0, Message(1, Open(tokens=100, **sampling_fields(Sampling.greedy()))))
+    stage.take(0, Message(2, Open(tokens=100, **sampling_fields(Sampling.greedy()))))
     hidden_NH = torch.zeros(4, 32, dtype=torch.float16)
     hidden_NH[3, 0] = 65504
     pieces = [Piece(session=number, position=0, count=2, is_first=True, is_last=True) for number in (1, 2)]
     answer = stage.take(0, Message(7, Pass(read_all=False, pieces=pieces), encode(hidden_NH, Boundary.bfloat16)))
     assert answer is not None
     text = "the hidden states of position 1 do not fit torch.float16 before the shard of layers 2:4"
-    assert answer.head == Steps(unfit=[Unfit(session=2, text=text)])
+    assert answer.head == Steps(stopped=[Stopped(session=2, code=FaultCode.unfit, text=text)])
 
 
 def test_a_text_that_met_nan_can_only_be_closed(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_text_that_met_nan_can_only_be_closed(tmp_path: Path) -> None:
         engine.extend([(session, [3])], "last")
     other = engine.open([1, 2, 3], SAMPLED)
     engine._journals[other.key].ids[1] = MARKED
-    engine._rebuild(engine._journals[other.key])
+    engine._rebuild(engine._journals[other.key], 0.0)
     assert other.fault == "the hidden states of position 1 hold NaN or infinity in the shard of layers 0:1"
 
 
@@ -147,8 +148,8 @@ def test_what_was_generated_before_the_fault_is_kept(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(ShardedModel, "extend", fail)
     with pytest.raises(Unfinished, match="the hidden states of position 7") as ended:
-        infer.run(settings, Run(tmp_path))
-    figures = ended.value.figures
+        infer.run(settings, place := Run(tmp_path))
+    figures = place.so_far()
     assert (ended.value.code, figures["token_ids"]) == (1, expected[: len(figures["token_ids"])])
     assert len(figures["token_ids"]) == 4
 
@@ -159,6 +160,6 @@ def test_a_prompt_with_an_id_without_a_row_is_refused_in_one_line(
     words = f"model=random 'model.cache_dir={tmp_path}' tracking=none project.transport=inproc project.local_shards=2"
     settings = compose_settings("split_inf", words, SplitSettings)
     settings.prompt = "hello"
-    monkeypatch.setattr(generating, "prompt_ids", lambda *given: [1, 300])
+    monkeypatch.setattr(generating, "asked_ids", lambda *given: [1, 300])
     with pytest.raises(UserError, match=r"^prompt must hold tokens that the model has rows for, ids below 259, got "):
         infer.run(settings, Run(tmp_path))

@@ -123,17 +123,21 @@ def test_a_full_shard_refuses_and_the_others_go_on(tmp_path: Path) -> None:
         engine.extend([(third, [1]), (texts[1], [2])], "last")
 
 
-def test_no_memory_for_keys_and_values_leaves_every_text_where_it_was(tmp_path: Path) -> None:
+def test_a_text_that_does_not_fit_is_told_what_would(tmp_path: Path) -> None:
     settings = saved_model("llama", tmp_path)
     bytes_per_position = 2 * 2 * 8 * 4
     engine = inprocess(settings, (0, 1, 4), kv_limit_bytes=3 * bytes_per_position * 32)
-    text = engine.open(some_ids(20, 1), Sampling.greedy())
-    expected = engine.extend([(text, [3])], "last")
-    text.position -= 1
-    with pytest.raises(CacheFull, match="KV cache is full"):
-        engine.extend([(text, some_ids(60, 2))], "last")
-    assert text.position == 20
-    assert engine.extend([(text, [3])], "last") == expected
+    with pytest.raises(ShardFault, match="tokens must be at most the 32 that fit here, prompt included, got 33"):
+        engine.open(some_ids(20, 1), Sampling.greedy(), 33)
+    text = engine.open(some_ids(20, 1), Sampling.greedy(), 32)
+    with pytest.raises(CacheFull, match="room for a text of 0 positions is left, got 1"):
+        engine.open([], Sampling.greedy(), 1)
+    engine.extend([(text, some_ids(12, 2))], "last")
+    with pytest.raises(ValueError, match="at most the 32 tokens that were promised"):
+        engine.extend([(text, [1])], "last")
+    text.close()
+    assert all(stage.shard.cache.used_bytes == 0 for stage in engine._transport._stages)  # type: ignore[attr-defined]
+    engine.open([], Sampling.greedy(), 1).close()
 
 
 def test_an_evicted_text_is_rebuilt_with_the_same_tokens(tmp_path: Path) -> None:

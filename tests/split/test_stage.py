@@ -18,7 +18,7 @@ from split.stage import Stage
 from split.transport.base import Message
 from tests.split.chains import CONTEXT, VOCABULARY, saved_model, shards, some_ids
 
-OPEN = Open(seed=1, temperature=0.0, top_k=0, top_p=1.0)
+OPEN = Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, words=None)
 
 
 def _pass(*pieces: tuple[int, int, int], read_all: bool = False) -> Pass:
@@ -33,9 +33,13 @@ def _stages(tmp_path: Path) -> list[Stage]:
 
 
 def _code(answer: Message | None) -> FaultCode:
+    """Of a message that came to nothing, or of the one text of a pass that stopped."""
     assert answer is not None
-    assert isinstance(answer.head, Fault)
-    return answer.head.code
+    if isinstance(answer.head, Fault):
+        return answer.head.code
+    assert isinstance(answer.head, (Pass, Steps))
+    [stopped] = answer.head.stopped
+    return stopped.code
 
 
 def test_each_wrong_message_has_its_fault(tmp_path: Path) -> None:
@@ -57,7 +61,7 @@ def test_each_wrong_message_has_its_fault(tmp_path: Path) -> None:
         assert _code(first.take(0, Message(1, head, body))) is FaultCode.refused
     last.take(0, Message(7, OPEN))
     assert _code(last.take(0, Message(1, _pass((7, 0, 3)), bytes(3 * 32 * 4 - 1)))) is FaultCode.refused
-    fault = Message(1, Fault(code=FaultCode.failed, session=0, text="of an earlier shard"))
+    fault = Message(1, Fault(code=FaultCode.failed, text="of an earlier shard"))
     assert last.take(0, fault) == fault
     good = first.take(0, Message(2, _pass((7, 0, 3)), ids))
     assert good is not None

@@ -205,7 +205,9 @@ def test_ctrl_c_ends_the_trainer_and_its_shards(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert not output
+        last = json.loads(output)
+        assert (last["status"], last["ended_by"], last["steps"] >= 2) == ("failed", "interrupted", True)
+        assert last["steps"] == len(last["loss_by_step"])
         assert not psutil.wait_procs(learners, timeout=10)[1], "nobody is left"
     finally:
         process.kill()

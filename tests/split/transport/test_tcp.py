@@ -25,6 +25,7 @@ from split.transport.tcp import ChainMismatch
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
 from tests.split.processes import Process, chain, endpoint
 from tests.split.test_sharded_model import conversation
+from tests.words import samplings
 
 
 @pytest.fixture(autouse=True)
@@ -76,10 +77,12 @@ def test_two_clients_do_not_meet(tmp_path: Path) -> None:
         assert not any(p.server._stage._texts for p in processes), "texts outlive their clients"
 
 
-def _greedy(engine: ShardedModel, count: int, at: dict[int, object] | None = None) -> list[int]:
+def _greedy(
+    engine: ShardedModel, count: int, at: dict[int, object] | None = None, sampling: Sampling = SAMPLED
+) -> list[int]:
     """Tokens of one text; `at[n]` is called before the n-th."""
     ids = []
-    with engine.open(some_ids(11, 5), SAMPLED) as text:
+    with engine.open(some_ids(11, 5), sampling) as text:
         for number in range(count):
             assert text.step is not None
             ids.append(text.step.next_ids[-1])
@@ -111,16 +114,18 @@ def test_a_shard_that_is_replaced_at_its_address_changes_nothing(victim: int, tm
             assert len(engine.recoveries) == 1
 
 
-def test_a_spare_takes_the_place_of_a_lost_shard(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampling", [SAMPLED, samplings("all")[1]], ids=["plain", "words"])
+def test_a_spare_takes_the_place_of_a_lost_shard(sampling: Sampling, tmp_path: Path) -> None:
+    """With words the new last shard has to know the text, too."""
     settings = saved_model("llama", tmp_path)
-    expected = _greedy(inprocess(settings, (0, 4)), 12)
+    expected = _greedy(inprocess(settings, (0, 4)), 12, sampling=sampling)
     cuts = (0, 2, 4)
     with _serving(tmp_path, cuts) as processes, Process(shards(settings, cuts)[0]) as other, Process(
         shards(settings, cuts)[1]
     ) as spare:  # fmt: skip
         addresses = [p.address for p in processes]
         with _engine(addresses, spares=[other.address, spare.address], recovery_seconds=20.0) as engine:
-            assert _greedy(engine, 12, {4: processes[1].stop}) == expected
+            assert _greedy(engine, 12, {4: processes[1].stop}, sampling) == expected
             assert len(engine.recoveries) == 1
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from lab.settings import Dtype
-from lab.wire import WrongKey
+from lab.wire import FrameSocket, WrongKey
 from lab.wire.tensors import TensorSpec, WireDtype
-from split.messages import Fault
+from split.messages import Attach, Fault
 from split.schedule import Schedule
-from split.training_messages import Batch, Hidden, Step
+from split.training_messages import Batch, Hidden, Step, training_type
 from split.transport.base import Message, ShardLost
-from tests.split.training_processes import Learner, connect, connected, learners_of, over_tcp
+from tests.split.training_processes import Learner, connect, connected, endpoint, learners_of, over_tcp
 from tests.split.unsplit import BANDS, Unsplit, gradients_of, in_process, model_settings, some_examples, trainer, worst
 
 CUTS = (0, 1, 3, 4)
@@ -125,6 +126,38 @@ def test_a_stranger_and_a_second_trainer_stay_out(tmp_path: Path) -> None:
             connect([learner.address], key=b"k" * 32, start_seconds=0.3)
         assert made.train_step().step == 0, "and the first one goes on"
         mine.shutdown()
+
+
+def test_a_trainer_that_leaves_in_the_middle_leaves_nothing_behind(tmp_path: Path) -> None:
+    """In a step; and while the shard waits for a next one that takes the connection and says nothing."""
+    settings = model_settings(tmp_path)
+    with Learner(settings, range(0, 2), tmp_path) as first, Learner(settings, range(2, 4), tmp_path) as second:
+        addresses = [first.address, second.address]
+        leaving = connect(addresses)
+        trainer(leaving, tmp_path).train_step()
+        leaving.send(0, Message(1, Step(schedule=Schedule.gpipe, micro_batches=2, turns=1, tokens=3)))
+        leaving.send(0, Message(1, Batch(micro_batch=0, lengths=[3], columns=3), b"\0" * 12))
+        _eventually(lambda: bool(first.stage.shard.held))
+        leaving.shutdown()
+        _eventually(lambda: not (first.stage.shard.held or first.stage._waiting))
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            where = f"127.0.0.1:{silent.getsockname()[1]}"
+            ours = endpoint("trainer")
+            with FrameSocket.connect(first.address.host, first.address.port, ours, tls=None) as peer:
+                head = Attach(client=1, next=[where], next_instance=1)
+                peer.send(training_type(head), 0, head)
+                _eventually(lambda: first.server._run is not None and first.server._run.trainer == 1)
+            _eventually(lambda: first.server._run is None)
+        other = connect(addresses)
+        assert trainer(other, tmp_path).train_step().step == 0
+        other.shutdown()
+
+
+def _eventually(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert what()
 
 
 def test_what_makes_no_sense_is_refused_and_said(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""Text that is data: what looks like a control token in it, such as <|im_end|>, is encoded as the characters it is.
+
+A tokenizer finds its control tokens in any text, whoever wrote them. Here those are found that are not in the data: the
+text is encoded by a copy of the tokenizer whose control tokens have other names, and these names stand where real ones
+were. So all else (what is merged, where spaces go) is as the tokenizer does it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from lab.settings import UserError
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and only names are needed here
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+_FIRST_UNUSED, _LAST_UNUSED = 0xE000, 0xF8FF
+"""Unicode's private use area: no meaning, and hardly ever in a text."""
+
+
+def unused_letters(count: int, *texts: str) -> list[str]:
+    """Characters that stand in none of these texts."""
+    taken = set().union(*texts)
+    free = (chr(code) for code in range(_FIRST_UNUSED, _LAST_UNUSED) if chr(code) not in taken)
+    return list(islice(free, count))
+
+
+class DataEncoder:
+    """Encodes texts of one tokenizer, of which parts are data."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer: Any = tokenizer
+        added = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
+        added = {text: token for text, token in added.items() if text.strip()}
+        template = _template_of(self._tokenizer)
+        self.special = frozenset(text for text, token in added.items() if token.special)
+        """Control tokens by their text."""
+        self.control = self.special | {text for text in added if text in template}
+        """The same, and the tokens that the chat template writes though they are not called special."""
+        self._letters: list[str] | None = None
+        """Of the names in the copy; None: there is no copy yet."""
+        self._names: dict[str, str] = {}
+        self._renamed: Tokenizer
+        self._own_ids: dict[int, int] = {}
+        """Ids of the copy's added tokens, and those of the tokenizer."""
+        # A tokenizer takes the longest of those that begin at the first place where one begins.
+        longest = sorted(added, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+
+    def data_spans(self, text: str, control: Collection[str] | None = None) -> list[Span]:
+        """Where control tokens (of this set) stand in a text that is all data."""
+        known = self.control if control is None else control
+        return [found.span() for found in self.pattern.finditer(text) if found[0] in known]
+
+    def encode_data(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of a text that is all data."""
+        return self.encode(text, self.data_spans(text), add_special_tokens=add_special_tokens)
+
+    def encode(self, text: str, data: Sequence[Span], *, add_special_tokens: bool) -> list[int]:
+        """The ids of a text in which `data` are the places of control tokens that are none.
+
+        Raises:
+            UserError: a tokenizer that has no other way to write one of them.
+        """
+        if not data:  # verbose: a text that is too long is for others to refuse
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        names = self._names_for(text)
+        places = set(data)
+        real: list[str] = []
+        pieces, at = [], 0
+        for found in self.pattern.finditer(text):
+            if found[0] in names and found.span() not in places:
+                pieces += [text[at : found.start()], names[found[0]]]
+                real.append(found[0])
+                at = found.end()
+        ids = [self._own_ids.get(number, number) for number in self._encoded("".join([*pieces, text[at:]]))]
+        known = {self._id(token) for token in self.control}
+        if [token for token in ids if token in known] != [self._id(token) for token in real]:
+            shown = sorted({text[start:end] for start, end in data})
+            raise UserError(
+                f"prompt must hold no {', '.join(shown)} for this tokenizer, which has no other way to write it"
+            )
+        before, behind = self._around if add_special_tokens else ([], [])
+        return [*before, *ids, *behind]
+
+    def _names_for(self, text: str) -> dict[str, str]:
+        """Names of control tokens that do not stand in `text`, by what they are called."""
+        if self._letters is None or any(letter in text for letter in self._letters):
+            first, last = self._letters = unused_letters(2, text)
+            self._names = {token: f"{first}{index}{last}" for index, token in enumerate(sorted(self.control))}
+            self._renamed = self._copy(self._names)
+            called = {name: token for token, name in self._names.items()}
+            self._own_ids = {
+                number: self._id(called.get(token.content, token.content))
+                for number, token in self._renamed.get_added_tokens_decoder().items()
+            }
+        return self._names
+
+    def _encoded(self, text: str) -> list[int]:
+        return list(self._renamed.encode(text, add_special_tokens=False).ids)
+
+    def _copy(self, names: dict[str, str]) -> Tokenizer:
+        from tokenizers import Tokenizer
+
+        described = json.loads(self._description)
+        for token in described["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        return Tokenizer.from_str(json.dumps(described, ensure_ascii=False))
+
+    def _id(self, token: str) -> int:
+        return int(self._tokenizer.convert_tokens_to_ids(token))
+
+    @cached_property
+    def _description(self) -> str:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("prompt must hold no control tokens for a tokenizer without a tokenizer.json")
+        return str(backend.to_str())
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and behind every text."""
+        alone = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])
+        whole = list(self._tokenizer("a")["input_ids"])
+        starts = (start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)
+        start = next(starts, 0)
+        return whole[:start], whole[start + len(alone) :]
+
+
+def _template_of(tokenizer: Any) -> str:
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else json.dumps(template or "", ensure_ascii=False)

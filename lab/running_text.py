@@ -1,0 +1,121 @@
+"""A text as its tokens come: characters once they are whole, and an end where a stop string stands.
+
+Where a stop string ends the text depends on the characters alone, not on how tokens cut them or on how many come at
+once: the one that is complete first counts, of those the one that began first. What may become one is held back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What decoders put for bytes that are no character yet."""
+
+
+class RunningText:
+    """Tokens in, characters out.
+
+    Args:
+        decode: The text of some ids.
+        stops: The text ends before the first of these; none: it never does.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+        self.stopped = False
+        """Whether a stop string has ended the text: what comes behind it is not of the text."""
+        self._decode, self._stops = decode, list(stops)
+        self._before: list[int] = []
+        """The tokens of the last piece: a tokenizer may treat the first one of a text apart."""
+        self._ids: list[int] = []
+        """Tokens since then."""
+        self._text = ""
+        self._given = 0
+        """Characters of it that were given out."""
+        self._cut = 0
+        """Characters that came and are not of the text."""
+        self._ends = [0]
+        """Where characters were whole: [n] is the length of the text of n tokens, or -1."""
+
+    @property
+    def text(self) -> str:
+        """All of it so far, without what is no character yet."""
+        return self._text
+
+    @property
+    def whole_tokens(self) -> int:
+        """How many tokens stand in the text with all of their characters."""
+        fitting = (count for count, end in enumerate(self._ends) if 0 <= end <= len(self._text))
+        return max(fitting)
+
+    def add(self, token: int) -> str:
+        """Returns what can be shown now."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        piece = self._piece()
+        if piece.endswith(INCOMPLETE):
+            self._ends.append(-1)
+            return ""
+        if piece:
+            self._before, self._ids = self._ids, []
+        shown = self._grow(piece)
+        self._ends.append(len(self._text) + self._cut)
+        return shown
+
+    def finish(self) -> str:
+        """The text is over; returns what was not shown yet."""
+        if self.stopped:
+            return ""
+        shown = self._grow(self._piece())
+        rest = self._text[self._given :]
+        self._given = len(self._text)
+        return shown + rest
+
+    def _piece(self) -> str:
+        return self._decode([*self._before, *self._ids])[len(self._decode(self._before)) :]
+
+    def _grow(self, piece: str) -> str:
+        # No stop string that is not found yet begins before what was given out.
+        self._text += piece
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._text.find(stop, self._given)) >= 0]
+        if found:
+            self.stopped = True
+            end = min(found)[1]
+            self._cut = len(self._text) - end
+            self._text = self._text[:end]
+        end = len(self._text) - (0 if self.stopped else self._held())
+        shown = self._text[self._given : end]
+        self._given = max(self._given, end)
+        return shown
+
+    def _held(self) -> int:
+        """How many characters at the end may begin a stop string."""
+        waiting = self._text[self._given :]
+        for length in range(min(len(waiting), max(map(len, self._stops), default=1) - 1), 0, -1):
+            end = waiting[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text up to its end."""
+
+    text: str
+    ids: list[int]
+    """The tokens that stand in it with all of their characters."""
+    stopped: bool
+    """Whether a stop string ended it."""
+
+
+def said(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str]) -> Said:
+    """What the tokens of a whole text say, up to where a stop string ends it."""
+    running = RunningText(decode, stops)
+    for token in ids if stops else ():
+        running.add(token)
+    running.finish()
+    if running.stopped:
+        return Said(running.text, list(ids[: running.whole_tokens]), stopped=True)
+    return Said(decode(ids), list(ids), stopped=False)

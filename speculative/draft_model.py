@@ -1,0 +1,99 @@
+"""Which model `project.draft.model` means: a YAML of `conf/model` or of the user's own, a folder, a file, a hub id.
+
+Nothing is written as words for Hydra to read again: a folder may have any name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import conf
+from lab.architecture import as_described, own_name
+from lab.device import best_dtype
+from lab.explain import describe
+from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
+from speculative.settings import SpeculativeSettings
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def draft_model(settings: SpeculativeSettings, device: torch.device) -> ModelSettings:
+    """The model that `project.draft.model` names, in `project.draft.dtype` or the precision that its YAML says.
+
+    Raises:
+        UserError: nothing of that name, or a YAML that describes no model.
+    """
+    name, dtype = str(settings.project.draft.model), settings.project.draft.dtype
+    files = [file for folder in _folders() if (file := folder / "model" / f"{name}.yaml").is_file()]
+    model = _of_yaml(files[0], name) if files else _of_place(name, settings.model)
+    model = replace(model, cache_dir=settings.model.cache_dir, dtype=dtype or model.dtype)
+    if model.dtype is Dtype.auto:
+        model = replace(model, dtype=best_dtype(device))
+    return as_described(model)
+
+
+def _folders() -> list[Path]:
+    """Ours, and what the command line adds with `--config-dir`, in the order in which Hydra looks."""
+    own = [Path(conf.__file__).parent]
+    if not HydraConfig.initialized():
+        return own
+    sources = HydraConfig.get().runtime.config_sources
+    return [*own, *(Path(source.path) for source in sources if source.schema == "file")]
+
+
+def _of_yaml(file: Path, name: str) -> ModelSettings:
+    """A YAML with what `conf/main.yaml` gives to every model."""
+    try:
+        shared = cast(DictConfig, OmegaConf.load(Path(conf.__file__).parent / "main.yaml")).model
+        merged = OmegaConf.merge(OmegaConf.structured(ModelSettings), shared, OmegaConf.load(file))
+        return cast(ModelSettings, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise UserError(f"project.draft.model {name}: {describe(error)}") from None
+    except ValueError as error:
+        raise UserError(f"project.draft.model {name}: model.{error}") from None
+    except Exception as error:  # YAML's own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"project.draft.model {name} must be a YAML file that can be read, got: {reason}") from None
+
+
+def _of_place(name: str, target: ModelSettings) -> ModelSettings:
+    path = Path(name).expanduser()
+    here = replace(
+        target,
+        repo=None,
+        revision=None,
+        path=None,
+        package=None,
+        wheel=None,
+        adapter=None,
+        source=ModelSource.random,
+        quantization=Quantization.none,
+        dtype=_shared_dtype(),
+    )
+    if path.is_dir():
+        found = replace(here, source=ModelSource.path, path=str(path.absolute()))
+    elif path.is_file():
+        found = replace(here, source=ModelSource.gguf, path=str(path.absolute()))
+    elif _HUB_ID.fullmatch(name):
+        found = replace(here, source=ModelSource.hub, repo=name)
+    else:
+        known = sorted({file.stem for folder in _folders() for file in (folder / "model").glob("*.yaml")})
+        raise UserError(
+            f"project.draft.model must be one of {', '.join(known)}, a folder, a GGUF file or a hub repository, "
+            f"got {name!r}"
+        )
+    return replace(found, name=own_name(found))
+
+
+def _shared_dtype() -> Dtype:
+    """Of models that no YAML describes."""
+    shared = cast(DictConfig, OmegaConf.load(Path(conf.__file__).parent / "main.yaml"))
+    return Dtype[str(shared.model.dtype)]
