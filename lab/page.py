@@ -21,8 +21,8 @@ class Section:
     text: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     """Names and values."""
-    pictures: Sequence[Path] = ()
-    """PNG files."""
+    pictures: Sequence[Path | str] = ()
+    """PNG files; in the place of one that is not there, a text that says why."""
     header: Sequence[str] = ()
     rows: Sequence[Sequence[Any]] = ()
     """A table below `header`."""

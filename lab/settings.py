@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -371,14 +372,31 @@ def register_project(name: str, schema: type) -> None:
 
 def to_settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
     """Typed settings from a composed config; UserError with dotted key, rule and value when one is out of range."""
-    try:
-        for node in _structured_nodes(config):
-            _convert(node)
-        values = {
-            str(key): _convert(value) if isinstance(value, DictConfig) else value for key, value in config.items()
-        }
+    with _in_one_line():
+        values = _values(config)
         _check_roots(values, get_type_hints(settings_type))
         return settings_type(**values)
+
+
+def check_rules(config: DictConfig) -> None:
+    """UserError, as `to_settings` raises it, for a value out of range: for who does not know the command's own type."""
+    with _in_one_line():
+        values, schema = _values(config), OmegaConf.get_type(config)
+        if isinstance(schema, type) and issubclass(schema, LabSettings):
+            _check_roots(values, get_type_hints(schema) | {"project": object})
+            schema(**values)
+
+
+def _values(config: DictConfig) -> dict[str, Any]:
+    for node in _structured_nodes(config):
+        _convert(node)
+    return {str(key): _convert(value) if isinstance(value, DictConfig) else value for key, value in config.items()}
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key or _missing_key(error)} must be set, got ???") from None
     except OmegaConfBaseException as error:

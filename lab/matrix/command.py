@@ -41,7 +41,14 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
         return {**figures, "skipped": figures["cells"], "seconds": time.monotonic() - began}
     result = run_sweep(settings, words, place.folder)
     figures = draw(result.document, place.folder, sweep, other)
-    return {**figures, "skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
+    figures |= {"skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
+    if result.ended_by is not None:
+        place.so_far = lambda: figures
+        if isinstance(result.ended_by, KeyboardInterrupt):
+            left = f"{figures['not_run']} of {figures['cells']} cells have no result"
+            log.warning("%s; the same words go on from here", left)
+        raise result.ended_by
+    return figures
 
 
 if __name__ == "__main__":

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lab.figures import number
 from lab.files import write_whole
-from lab.matrix.plots import draw_sweep
+from lab.matrix.plots import Drawn, draw_sweep
 from lab.matrix.settings import SweepSettings
-from lab.matrix.table import Metric, Row, Table
+from lab.matrix.table import Metric, Row, Table, in_words
 from lab.page import Section, write_page
 from lab.settings import UserError
 
 Document = Mapping[str, Any]
 
 
-_LEGEND = "Yellow is good. Hatched cells failed, and say why."
+_LEGEND = "Yellow is good. Hatched cells have no figure, and say why."
 _LEGEND_OF_RATIOS = " Ratios are this sweep's median over the other's: green is better than the other, brown is worse."
 
 
@@ -27,45 +29,59 @@ def load_sweep(key: str, folder: str) -> Document:
     file = Path(folder).expanduser() / "sweep.json"
     try:
         document: Document = json.loads(file.read_text(encoding="utf-8"))
-        if document["results"] and document["sweep"]["metrics"]:
+        if document["sweep"]["metrics"]:
+            sections_of(Table.of(document), ["what it is drawn from is there"], None)
             return document
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     raise UserError(f"{key} must be the folder of a sweep, with the results in its sweep.json, got {folder!r}")
 
 
 def draw(document: Document, folder: Path, settings: SweepSettings, other: Document | None) -> dict[str, Any]:
-    """Writes everything; the figures of the last line."""
+    """Writes everything, pictures last: none of them can cost the rest. The figures of the last line."""
     table = Table.of(document)
+    beside = None if other is None else Table.of(other)
+    report, title = folder / "report.html", f"Matrix: {table.sweep['name']}"
     write_whole(folder / "sweep.json", json.dumps(document, indent=1) + "\n")
     write_whole(folder / "results.csv", table.csv())
-    beside = None if other is None else Table.of(other)
-    plots = draw_sweep(table, folder / "plots", settings.lines_from, beside)
-    report = write_page(folder / "report.html", f"Matrix: {table.sweep['name']}", sections_of(table, plots, beside))
-    failed = len(table.failures)
+    write_page(report, title, sections_of(table, [_NOT_YET], beside))
+    drawn = draw_sweep(table, folder / "plots", settings.lines_from, beside)
+    write_page(report, title, sections_of(table, [_in_its_place(picture) for picture in drawn], beside))
+    counts = Counter(row.status for row in table.rows)
     return {
         "cells": len(table.rows),
-        "ok": len(table.rows) - failed,
-        "failed": failed,
+        "ok": counts["ok"],
+        "failed": counts["failed"],
+        "not_run": counts["not run"],
         "rows": table.figures(),
-        "failures": [_failure(row) for row in table.failures],
+        "failures": [_failure(row) for row in table.failures if row.status == "failed"],
         "sweep": folder / "sweep.json",
         "results_csv": folder / "results.csv",
-        "plots": plots,
+        "plots": [picture.file for picture in drawn if picture.failure is None],
+        "not_drawn": [_in_its_place(picture) for picture in drawn if picture.failure is not None],
         "report": report,
     }
 
 
-def sections_of(table: Table, plots: list[Path], other: Table | None) -> list[Section]:
+_NOT_YET = "The pictures were not drawn: the sweep ended before that. `matrix.plot=` with this folder draws them."
+
+
+def _in_its_place(picture: Drawn) -> Path | str:
+    if picture.failure is None:
+        return picture.file
+    return f"{picture.file.name} could not be drawn ({picture.failure}). Its figures are in the table below."
+
+
+def sections_of(table: Table, pictures: Sequence[Path | str], other: Table | None) -> list[Section]:
     """The report: setup, pictures, table, failures, commands."""
     sweep = table.sweep
     setup = {
-        "command": f"python run_matrix.py {' '.join(sweep['asked'])}".strip(),
+        "command": shlex.join(["python", "run_matrix.py", *sweep["asked"]]),
         "model": sweep["model"],
         "device": sweep["device"],
         "commit": sweep["commit"],
         "date": sweep["date"],
-        **{table.label(axis): ", ".join(map(str, table.values(axis))) for axis in sweep["axes"]},
+        **{table.label(axis): ", ".join(map(in_words, table.values(axis))) for axis in sweep["axes"]},
         "runs of each cell": sweep["repeats"],
         "launcher": sweep["launcher"],
     }
@@ -73,24 +89,30 @@ def sections_of(table: Table, plots: list[Path], other: Table | None) -> list[Se
         setup["compared with"] = f"{other.sweep['model']} on {other.sweep['device']}, commit {other.sweep['commit']}"
     sections = [
         Section(title="Setup", facts=setup),
-        Section(title="Pictures", pictures=plots, text=_LEGEND + (_LEGEND_OF_RATIOS if other else "")),
+        Section(title="Pictures", pictures=pictures, text=_about_pictures(table, other)),
         _figures(table),
     ]
     if table.failures:
-        rows = [[*row.point.values(), *_why(row)] for row in table.failures]
+        rows = [[*map(in_words, row.point.values()), *_why(row)] for row in table.failures]
         header = [*map(table.label, sweep["axes"]), "failure", "what it said"]
-        sections.append(Section(title="Cells that failed", header=header, rows=rows))
+        sections.append(Section(title="Cells without figures", header=header, rows=rows))
     commands = [row.command for row in table.rows]
     return [*sections, Section(title="The command of each cell", commands=commands)]
+
+
+def _about_pictures(table: Table, other: Table | None) -> str:
+    missing = ", ".join(metric.title for metric in table.unknown)
+    unknown = f" No cell has a figure for: {missing}." if missing else ""
+    return (_LEGEND if table.metrics else "") + unknown + (_LEGEND_OF_RATIOS if other else "")
 
 
 def _figures(table: Table) -> Section:
     header = [*map(table.label, table.sweep["axes"]), *(metric.label for metric in table.metrics), "n", "seconds"]
     rows = [
         [
-            *row.point.values(),
+            *map(in_words, row.point.values()),
             *(_figure(row, metric) for metric in table.metrics),
-            len(row.results),
+            sum(result["status"] != "not run" for result in row.results),
             number(sum(result["seconds"] for result in row.results)),
         ]
         for row in table.rows
@@ -102,7 +124,7 @@ def _figures(table: Table) -> Section:
 def _figure(row: Row, metric: Metric) -> str:
     sample = row.sample(metric)
     if sample is None:
-        return row.failed["failure"] if row.failed else "–"
+        return row.lacks(metric) or ""
     low, middle, high = (number(value * metric.scale) for value in (sample.low, sample.median, sample.high))
     return middle if sample.n == 1 else f"{middle} ({low} – {high})"
 

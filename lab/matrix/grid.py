@@ -5,21 +5,25 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import logging
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lab.entry import compose_config, literal_prompt
 from lab.explain import explain
 from lab.matrix.settings import SweepSettings
-from lab.settings import UserError, digest
+from lab.overrides import override, quoted
+from lab.settings import UserError, check_rules, digest
+
+log = logging.getLogger(__name__)
 
 SWEEPS_OWN = ("matrix", "hydra", "tracking")
 CELLS_OWN = ("project", "prompt", "prompt_file")
@@ -37,7 +41,7 @@ class Words:
     """Hydra's, `matrix.*` and `tracking.*`; with them what both read: model, seed, network, device."""
     cells: list[str]
     axes: dict[str, list[str]]
-    """`key=a,b,c` by key, as one word a value."""
+    """`key=a,b,c` by key (without `+`), as one word a value."""
 
 
 @dataclass(frozen=True)
@@ -60,32 +64,61 @@ class Cell:
 
 
 def sort_words(arguments: Sequence[str]) -> Words:
-    """Whose is which word. UserError for one that Hydra cannot read."""
+    """Whose is which word. UserError for one that Hydra cannot read, and for an axis that is given twice."""
     parser, words = OverridesParser.create(), Words(list(arguments), [], [], {})
     for argument in arguments:
         root = re.split(r"[=.@]", argument.lstrip("+~"), maxsplit=1)[0]
         if argument.startswith("-") or root in SWEEPS_OWN:
             words.sweep.append(argument)
             continue
-        if root not in ("prompt", "prompt_file") and (values := _sweep_values(parser, argument)):
-            words.axes[argument.partition("=")[0]] = values
-            continue
+        if root not in ("prompt", "prompt_file"):
+            argument = _as_hydra_reads_it(parser, argument)
+            if values := _sweep_values(parser, argument):
+                _check_given_once(argument, words)
+                words.axes[_key(argument)] = values
+                continue
+        _check_given_once(argument, words, among=words.axes)
         words.cells.append(f"prompt={sys.stdin.read()}" if argument == "prompt=-" else argument)
         if root not in CELLS_OWN:
             words.sweep.append(argument)
     return words
 
 
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
+
+
+def _check_given_once(word: str, words: Words, among: Mapping[str, Any] | None = None) -> None:
+    """UserError for an axis and another word for the same key: whichever it were, one of them would be dropped."""
+    known = {_key(cell) for cell in words.cells} | set(words.axes) if among is None else among
+    if _key(word) in known:
+        raise UserError(f"{_key(word)} must be given once where it is an axis, got {word!r}, too")
+
+
+def _as_hydra_reads_it(parser: OverridesParser, word: str) -> str:
+    """The word; its value as a text in quotes where Hydra would stumble over it: an accent, a space, a bracket.
+
+    With a comma it stays as it is, since what was meant, one value or several, is not ours to guess.
+    """
+    key, equals, value = word.partition("=")
+    try:
+        parser.parse_overrides([word])
+    except OverrideParseException:
+        if equals and "," not in value:
+            return f"{key}={quoted(value, interpolate=True)}"
+    return word
+
+
 def _sweep_values(parser: OverridesParser, word: str) -> list[str] | None:
     """The values of `key=a,b,c` as words, None for one that is no sweep."""
     try:
-        (override,) = parser.parse_overrides([word])
+        (parsed,) = parser.parse_overrides([word])
     except OverrideParseException as error:
         raise UserError(explain(error)) from None
-    if not override.is_sweep_override():
+    if not parsed.is_sweep_override():
         return None
     key = word.partition("=")[0]
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return [f"{key}={value}" for value in parsed.sweep_string_iterator()]
 
 
 def axes_of(settings: SweepSettings, words: Words) -> dict[str, list[str]]:
@@ -93,7 +126,7 @@ def axes_of(settings: SweepSettings, words: Words) -> dict[str, list[str]]:
 
     UserError for an axis without a value, and for more cells than are allowed.
     """
-    fixed = {word.lstrip("+").partition("=")[0] for word in words.cells}
+    fixed = {_key(word) for word in words.cells}
     axes = {key: [as_word(key, value) for value in values] for key, values in settings.axes.items()}
     axes = {key: values for key, values in axes.items() if key not in fixed} | words.axes
     for key, values in axes.items():
@@ -107,41 +140,62 @@ def axes_of(settings: SweepSettings, words: Words) -> dict[str, list[str]]:
 
 def as_word(key: str, value: Any) -> str:
     """`key=value` as one would type it for Hydra."""
-    return f"{key}={value if key == 'prompt' else _typed(value)}"
+    plain = isinstance(value, str) and re.fullmatch(r"[a-zA-Z_/][\w./:-]*", value) and value.lower() not in _NO_TEXT
+    return f"{key}={value}" if plain or key == "prompt" else override(key, value)
 
 
-def _typed(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[\w./:-]+", value) else json.dumps(value, ensure_ascii=False)
-    return f"[{','.join(map(_typed, value))}]" if isinstance(value, list) else str(value)
+_NO_TEXT = ("null", "true", "false", "nan", "inf")
+"""What Hydra takes for something else where it stands without quotes."""
 
 
 def make_cells(settings: SweepSettings, words: Words) -> list[Cell]:
-    """Every point of the grid, the last axis fastest. UserError for a key or value that the command does not take."""
+    """Every point of the grid, the last axis fastest; a value that is there twice (1 and 1.0, 32 and "32") counts once.
+
+    UserError for a key or value that the command does not take.
+    """
     try:
         importlib.import_module(settings.command)  # registers its settings
     except ModuleNotFoundError as error:
         raise UserError(f"matrix.command must be a module, got {settings.command!r} ({error})") from None
-    return list(_cells(settings, words, axes_of(settings, words)))
-
-
-def _cells(settings: SweepSettings, words: Words, axes: dict[str, list[str]]) -> Iterator[Cell]:
+    axes, cells, refused = axes_of(settings, words), dict[str, Cell](), dict[str, UserError | None]()
     for values in itertools.product(*axes.values()):
-        told = [*settings.overrides, *words.cells, *values]
-        config = compose_config(settings.config, literal_prompt([*told, *QUIET]))
+        config = compose_config(settings.config, literal_prompt([*settings.overrides, *words.cells, *values, *QUIET]))
+        refusal = _refusal(config)
+        for word in (*values, ""):  # "": of the whole grid
+            refused[word] = refusal if word not in refused else refused[word] and refusal
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # type: ignore[assignment]  # its roots are names
         point = {key: _value_at(plain, key, word) for key, word in zip(axes, values)}
-        yield Cell(point, told, plain)
+        cells.setdefault(identity(point), Cell(point, [*settings.overrides, *words.cells, *values], plain))
+    for error in filter(None, refused.values()):
+        raise error  # no cell with this value could run
+    if len(cells) < (asked := math.prod(map(len, axes.values()))):
+        log.warning("%d cells of this grid are the same as others of it, and count once", asked - len(cells))
+    return list(cells.values())
+
+
+def _refusal(config: DictConfig) -> UserError | None:
+    """What the command would say of these settings as it starts; None: nothing. A combination that it refuses is a
+    result like any other failure, as long as each of its values is good for something."""
+    try:
+        check_rules(config)
+    except UserError as error:
+        return error
+    return None
+
+
+def identity(value: Any) -> str:
+    """The same text for the same value of an axis, or the same point, and for no other: 1 is not true, nor a list."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _value_at(settings: dict[str, Any], key: str, word: str) -> Any:
     """The value as the command has it; of a group (`model=random`) its name."""
-    found = look_up(settings, key.lstrip("+"))
-    return word.partition("=")[2] if found is None or isinstance(found, dict) else found
+    parent, _, name = key.rpartition(".")
+    above = look_up(settings, parent) if parent else settings
+    typed = word.partition("=")[2]
+    if isinstance(above, dict) and name in above and not (isinstance(above[name], dict) and typed[:1] != "{"):
+        return above[name]
+    return typed
 
 
 def look_up(document: Any, key: str) -> Any:

@@ -1,41 +1,74 @@
 """A sweep's pictures: a heatmap per metric, or lines where an axis has many numbers; ratios to another sweep.
 
-Yellow is good, whichever way the figure goes. A failed cell is hatched and says why.
+Yellow is good, whichever way the figure goes. A cell without a figure is hatched and says why. What has no room (numbers
+of 200 cells, a name of 60 letters) is left out or shortened: all of it is in the report's table and in results.csv.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.bench import Sample
 from lab.figures import number
-from lab.matrix.table import Metric, Row, Table, same_point
+from lab.matrix.fitting import fit_cells, fit_ticks, lines_of, name_across, shortened, told_apart
+from lab.matrix.grid import identity
+from lab.matrix.table import Metric, Row, Table, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+log = logging.getLogger(__name__)
 
 DPI = 100
-WIDEST_INCHES = 12.0
-"""1200 pixels."""
+WIDEST_INCHES, TALLEST_INCHES = 12.0, 14.0
+"""1200 pixels, 1400 pixels."""
 
 CHARACTERS_AN_INCH = 11
-"""Of a title."""
+"""Of a title, and of the names at an axis."""
 
-MANY_COLUMNS = 8
-"""With more, the texts in the cells are smaller."""
+LONGEST_NAME, LONGEST_TITLE = 28, 100
+"""Characters of a value at an axis, and of one thing that a title names."""
+
+MOST_FIGURES = 400
+"""With more cells, none has its figure written into it."""
+
+MOST_LINES = 10
+"""So many colours and markers can be told apart; more become a heatmap."""
 
 LEAST_RANGE = 0.2
 """Of the colour scale, as a share of the largest figure."""
 
+WIDE_RANGE, LONG_AXIS = 1000, 100
+"""Largest figure over the smallest from which a scale is logarithmic; the same of the numbers along an axis."""
+
 GOOD_IS_HIGH, GOOD_IS_LOW = "viridis", "viridis_r"
 RATIO_GOOD_IS_HIGH, RATIO_GOOD_IS_LOW = "BrBG", "BrBG_r"
+MARKERS = "osD^vP*X<>"
+HATCHES = ("///", "\\\\\\", "xxx", "...", "+++", "ooo")
+MARKS = "x+1234"
+"""By reason, in lines and in heatmaps."""
+
+NO_ROOM = "(no room for the figures: they are in results.csv and in the report's table)"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture, or why it is not there."""
+
+    file: Path
+    failure: str | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +76,6 @@ class Picture:
     """One pair of axes, everything else fixed."""
 
     table: Table
-    rows: list[Row]
     down: str | None
     """Axis of a heatmap's rows, or of the lines."""
     across: str | None
@@ -53,13 +85,18 @@ class Picture:
     def grid(self) -> list[list[Row | None]]:
         """Cells by value, first down, then across."""
         return [
-            [same_point(self.rows, self._point(down, across)) for across in self.values(self.across)]
+            [self.table.cell(self._point(down, across)) for across in self.values(self.across)]
             for down in self.values(self.down)
         ]
 
+    def along(self, axis: str) -> list[tuple[Any, list[Row | None]]]:
+        """The cells along an axis, by the value of the other one."""
+        lines = self.grid() if axis == self.across else [list(line) for line in zip(*self.grid(), strict=True)]
+        return list(zip(self.values(self.down if axis == self.across else self.across), lines, strict=True))
+
     def values(self, axis: str | None) -> list[Any]:
-        """What an axis takes; one empty value where there is no such axis."""
-        return [None] if axis is None else self.table.values(axis)
+        """What an axis takes; one empty text where there is no such axis."""
+        return [""] if axis is None else self.table.values(axis)
 
     def label(self, axis: str | None) -> str:
         """Name and unit."""
@@ -67,212 +104,400 @@ class Picture:
 
     def title(self, metric: str) -> str:
         """What is drawn, of which model, on what, from which commit."""
-        sweep = self.table.sweep
-        fixed = "".join(f", {self.table.label(key)} = {value}" for key, value in self.fixed.items())
-        return f"{metric}{fixed}\n{sweep['model']} on {sweep['device']}, commit {sweep['commit'] or 'unknown'}"
+        fixed = "".join(f", {self.label(key)} = {shortened(name(value), 60)}" for key, value in self.fixed.items())
+        return f"{metric}{fixed}\n{_origin(self.table)}"
 
-    def file(self, name: str) -> str:
-        """A file name that says what is fixed."""
-        words = [name, *(f"{key.rpartition('.')[2]}-{value}" for key, value in self.fixed.items())]
-        return "".join(c if c.isalnum() or c in "-." else "_" for c in "_".join(words)) + ".png"
+    def file(self, start: str) -> str:
+        """A file name that says what is fixed, as far as letters and digits can."""
+        words = [start, *(f"{key.rpartition('.')[2]}-{in_words(value)}" for key, value in self.fixed.items())]
+        return "".join(c if c.isalnum() or c in "-." else "_" for c in "_".join(words))
 
     def _point(self, down: Any, across: Any) -> dict[str, Any]:
         chosen = {self.down: down, self.across: across} | self.fixed
         return {axis: chosen[axis] for axis in self.table.sweep["axes"]}
 
 
+def name(value: Any) -> str:
+    """A value at an axis."""
+    return f"{value:,.15g}" if _is_number(value) else in_words(value)
+
+
 def pictures_of(table: Table) -> list[Picture]:
-    """The first two axes against each other, once for every combination of the others' values."""
+    """The first two axes against each other, once for every combination of the others' values that has cells."""
     axes = list(table.sweep["axes"])
     down, across = (axes[0], axes[1]) if len(axes) > 1 else (None, axes[0] if axes else None)
     others = [axis for axis in axes if axis not in (down, across)]
-    found = []
-    for values in itertools.product(*(table.values(axis) for axis in others)):
-        fixed = dict(zip(others, values))
-        rows = [row for row in table.rows if all(row.point[axis] == value for axis, value in fixed.items())]
-        found.append(Picture(table, rows, down, across, fixed))
-    return found
+    combinations = ({axis: row.point[axis] for axis in others} for row in table.rows)
+    return [Picture(table, down, across, fixed) for fixed in {identity(f): f for f in combinations}.values()]
 
 
-def draw_sweep(table: Table, folder: Path, lines_from: int, other: Table | None = None) -> list[Path]:
+def draw_sweep(table: Table, folder: Path, lines_from: int, other: Table | None = None) -> list[Drawn]:
     """All pictures of a sweep as PNG files in `folder`: metric by metric, ratios to `other` behind each."""
-    paths = []
+    drawn, taken = list[Drawn](), set[str]()
+
+    def add(start: str, picture: Picture, draw: Callable[[], Figure]) -> None:
+        drawn.append(_draw(draw, folder / _new_name(picture.file(start), taken)))
+
     for metric, picture in itertools.product(table.metrics, pictures_of(table)):
-        long_axis = _long_axis(picture, lines_from)
-        figure = _lines(picture, metric, long_axis) if long_axis else _heatmap(picture, metric)
-        paths.append(_save(figure, folder / picture.file(metric.column)))
+        add(metric.column, picture, lambda: _picture(picture, metric, lines_from))
         if other is not None:
-            ratios = _ratio_heatmap(picture, metric, other)
-            paths.append(_save(ratios, folder / picture.file(f"{metric.column}_ratio")))
-    return paths
+            add(f"{metric.column}_ratio", picture, lambda: _ratio_heatmap(picture, metric, other))
+    return drawn
+
+
+def _new_name(words: str, taken: set[str]) -> str:
+    """A name that no other picture has, also where capitals and accents do not tell files apart; not too long."""
+    whole = unicodedata.normalize("NFKC", words)[:60]
+    names = itertools.chain([whole], (f"{whole}_{count}" for count in itertools.count(2)))
+    new = next(one for one in names if one.casefold() not in taken)
+    taken.add(new.casefold())
+    return f"{new}.png"
+
+
+def _draw(draw: Callable[[], Figure], path: Path) -> Drawn:
+    """One picture. Whatever goes wrong costs this picture only."""
+    try:
+        with _style():
+            _save(draw(), path)
+    except Exception as error:
+        failure = " ".join(f"{type(error).__name__}: {error}".split())
+        log.warning("%s could not be drawn (%s)", path.name, failure)
+        return Drawn(path, failure)
+    return Drawn(path, None)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib as mpl
+    import seaborn as sns
+
+    # `$` in a name is a letter like any other.
+    style = {**sns.axes_style("white"), **sns.plotting_context("notebook"), "text.parse_math": False}
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box in the picture; the table has the text
+        yield
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+
+
+def _picture(picture: Picture, metric: Metric, lines_from: int) -> Figure:
+    along = _long_axis(picture, lines_from)
+    return _lines(picture, metric, along) if along else _heatmap(picture, metric)
 
 
 def _long_axis(picture: Picture, lines_from: int) -> str | None:
-    """The axis with many numbers, the longer of two."""
-    numeric = {
-        axis: len(picture.values(axis))
-        for axis in (picture.down, picture.across)
-        if axis is not None and all(isinstance(value, int | float) for value in picture.values(axis))
-    }
-    longest = max(numeric, key=lambda axis: numeric[axis], default=None)
-    return longest if longest is not None and numeric[longest] >= lines_from else None
+    """The axis with many numbers, the longer of two, unless the other would make too many lines."""
+    counts = {axis: len(picture.values(axis)) for axis in (picture.down, picture.across)}
+    numeric = [axis for axis in counts if axis is not None and all(map(_is_number, picture.values(axis)))]
+    longest = max(numeric, key=lambda axis: counts[axis], default=None)
+    if longest is None or counts[longest] < lines_from:
+        return None
+    return longest if math.prod(counts.values()) <= MOST_LINES * counts[longest] else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _heatmap(picture: Picture, metric: Metric) -> Figure:
-    scaled = [[_scaled(row.sample(metric) if row else None, metric) for row in line] for line in picture.grid()]
-    colours = GOOD_IS_HIGH if metric.better == "higher" else GOOD_IS_LOW
+    from matplotlib.colors import LogNorm, Normalize
+
+    grid = picture.grid()
+    scaled = [[_scaled(row.sample(metric) if row else None, metric) for row in line] for line in grid]
     middles = [[math.nan if sample is None else sample.median for sample in line] for line in scaled]
     texts = [["" if sample is None else _text(sample) for sample in line] for line in scaled]
-    reasons = [[_reason(row) for row in line] for line in picture.grid()]
-    figure, axes = _draw_grid(picture, middles, texts, reasons, colours, metric.label, limits=_limits(middles))
-    bar = axes.collections[0].colorbar
-    assert bar is not None
-    _say_better(bar.ax, top=metric.better == "higher")
-    _set_title(figure, picture.title(_heading(metric.title, scaled)))
-    return figure
+    reasons = [[_reason(row, metric) for row in line] for line in grid]
+    known = [value for line in middles for value in line if not math.isnan(value)]
+    wide = known and min(known) > 0 and max(known) / min(known) >= WIDE_RANGE
+    norm = LogNorm(min(known), max(known)) if wide else Normalize(*_limits(known))
+    return _draw_grid(
+        picture,
+        _Grid(middles, texts, reasons),
+        colours=GOOD_IS_HIGH if metric.better == "higher" else GOOD_IS_LOW,
+        norm=norm,
+        label=metric.label,
+        title=picture.title(_heading(metric.title, itertools.chain(*scaled))),
+        better_is_top=metric.better == "higher",
+    )
 
 
 def _ratio_heatmap(picture: Picture, metric: Metric, other: Table) -> Figure:
     """This sweep's median over the other's; colours by the logarithm, so that half and double weigh the same."""
-    ratios = [[_ratio(row, metric, other) for row in line] for line in picture.grid()]
+    from matplotlib.colors import Normalize
+
+    grid = picture.grid()
+    ratios = [[_ratio(row, metric, other) for row in line] for line in grid]
     texts = [["" if math.isnan(ratio) else f"{ratio:.3g}×" for ratio in line] for line in ratios]
-    reasons = [[_reason_beside(row, metric, other) for row in line] for line in picture.grid()]
-    colours = RATIO_GOOD_IS_HIGH if metric.better == "higher" else RATIO_GOOD_IS_LOW
+    reasons = [[_reason_beside(row, metric, other) for row in line] for line in grid]
     doublings = [[math.log2(ratio) for ratio in line] for line in ratios]
     widest = max((abs(value) for line in doublings for value in line if not math.isnan(value)), default=0.0) or 1.0
-    label = "log₂ of the ratio (0: equal)"
-    figure, axes = _draw_grid(picture, doublings, texts, reasons, colours, label, limits=(-widest, widest))
-    bar = axes.collections[0].colorbar
-    assert bar is not None
-    _say_better(bar.ax, top=metric.better == "higher")
-    over = f"over {other.sweep['model']} on {other.sweep['device']}, commit {other.sweep['commit'] or 'unknown'}"
-    _set_title(figure, f"{picture.title(f'{metric.title}, ratio')}\n{over}")
-    return figure
+    return _draw_grid(
+        picture,
+        _Grid(doublings, texts, reasons),
+        colours=RATIO_GOOD_IS_HIGH if metric.better == "higher" else RATIO_GOOD_IS_LOW,
+        norm=Normalize(-widest, widest),
+        label="log₂ of the ratio (0: equal)",
+        title=f"{picture.title(f'{metric.title}, ratio')}\nover {_origin(other)}",
+        better_is_top=metric.better == "higher",
+    )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What stands in the cells of a heatmap, by row and column."""
+
+    values: list[list[float]]
+    texts: list[list[str]]
+    reasons: list[list[str | None]]
 
 
 def _draw_grid(
-    picture: Picture,
-    values: Sequence[Sequence[float]],
-    texts: Sequence[Sequence[str]],
-    reasons: Sequence[Sequence[str | None]],
-    colours: str,
-    label: str,
-    limits: tuple[float, float],
-) -> tuple[Figure, Axes]:
+    picture: Picture, grid: _Grid, *, colours: str, norm: Any, label: str, title: str, better_is_top: bool
+) -> Figure:
     import numpy as np
     import seaborn as sns
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
-    plt = _pyplot()
-    sns.set_theme(style="white", context="notebook")
-    columns, lines = len(values[0]), len(values)
-    size = (min(WIDEST_INCHES, max(8.0, 3.0 + 1.7 * columns)), min(14.0, max(3.6, 2.0 + 0.95 * lines)))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    across = told_apart([name(value) for value in picture.values(picture.across)], LONGEST_NAME)
+    down = told_apart([name(value) for value in picture.values(picture.down)], LONGEST_NAME)
+    columns, lines = len(across), len(down)
+    width = min(WIDEST_INCHES, max(8.0, 3.0 + 1.7 * columns + max(map(len, down)) / CHARACTERS_AN_INCH - 1.0))
+    title = lines_of(title, int(width * CHARACTERS_AN_INCH))
+    height = max(3.6, 2.0 + 0.95 * lines) + 0.22 * max(0, title.count("\n") - 1)
+    figure = Figure(figsize=(width, min(TALLEST_INCHES, height)), layout="constrained")
+    axes = figure.subplots()
     sns.heatmap(
-        np.asarray(values, dtype=float),
-        annot=np.asarray(texts, dtype=object),
+        np.asarray(grid.values, dtype=float),
+        annot=np.asarray(grid.texts, dtype=object) if columns * lines <= MOST_FIGURES else False,
         fmt="",
         cmap=colours,
-        vmin=limits[0],
-        vmax=limits[1],
-        linewidths=1.5,
+        norm=norm,
+        linewidths=1.5 if max(columns, lines) <= 2 * MOST_LINES else 0.0,
         linecolor="white",
-        cbar_kws={"label": label},
-        annot_kws={"fontsize": 10 if columns <= MANY_COLUMNS else 7},
-        xticklabels=[_tick(value) for value in picture.values(picture.across)],
-        yticklabels=[_tick(value) for value in picture.values(picture.down)],
+        cbar_kws={"format": FuncFormatter(_at_an_axis)},
+        vmin=norm.vmin,
+        vmax=norm.vmax,
+        annot_kws={"fontsize": 10},
+        xticklabels=False,
+        yticklabels=False,
         ax=axes,
     )
-    axes.set_xlabel(picture.label(picture.across), labelpad=8)
-    axes.set_ylabel(picture.label(picture.down), labelpad=8)
-    axes.tick_params(axis="y", rotation=0)
-    axes.tick_params(axis="x", rotation=0)
-    _hatch(axes, reasons)
-    return figure, axes
+    bar = axes.collections[0].colorbar
+    assert bar is not None
+    bar.set_label(textwrap.fill(label, int(figure.get_figheight() * 8)))
+    _say_better(bar.ax, top=better_is_top)
+    if not any(itertools.chain(*grid.texts)):
+        bar.set_ticks([])
+    axes.set_xlabel(shortened(picture.label(picture.across), LONGEST_TITLE), labelpad=8)
+    axes.set_ylabel(textwrap.fill(picture.label(picture.down), int(figure.get_figheight() * 8)), labelpad=8)
+    figure.suptitle(title, fontsize=12)
+    figures = list(axes.texts)
+    hatched = _hatch(axes, grid.reasons)
+    for text in axes.texts:
+        text.set_in_layout(False)  # in their cells, or not at all: what the layout makes of 200 of them takes seconds
+    axes.set_yticks([place + 0.5 for place in range(lines)], down, rotation=0)
+    name_across(axes, across, TALLEST_INCHES)
+    if not _fit_reasons(axes, hatched):
+        _name_hatches(figure, hatched)
+    if columns * lines > MOST_FIGURES or not _fit_figures(axes, figures):
+        figure.suptitle(f"{title}\n{NO_ROOM}", fontsize=12)
+    figure.draw_without_rendering()
+    fit_ticks(axes.yaxis)
+    fit_ticks(axes.xaxis)
+    return figure
 
 
-def _hatch(axes: Axes, reasons: Sequence[Sequence[str | None]]) -> None:
-    """Every cell without a figure, with the reason."""
+def _hatch(axes: Axes, reasons: Sequence[Sequence[str | None]]) -> dict[str, list[Text]]:
+    """Every cell without a figure, with the reason; the texts by reason."""
     from matplotlib.patches import Rectangle
 
-    fontsize = 9 if len(reasons[0]) <= MANY_COLUMNS else 6
     box = {"facecolor": "white", "edgecolor": "none", "pad": 2.0}
-    for down, line in enumerate(reasons):
-        for across, reason in enumerate(line):
-            if reason is None:
-                continue
-            axes.add_patch(Rectangle((across, down), 1, 1, facecolor="0.93", edgecolor="0.6", hatch="///", linewidth=0))
-            axes.text(across + 0.5, down + 0.5, reason, ha="center", va="center", fontsize=fontsize, bbox=box)
+    found: dict[str, list[Text]] = {}
+    places = [(down, across, why) for down, line in enumerate(reasons) for across, why in enumerate(line) if why]
+    hatches = dict(zip(dict.fromkeys(why for _, _, why in places), itertools.cycle(HATCHES)))
+    for down, across, why in places:
+        hatch = hatches[why]
+        axes.add_patch(Rectangle((across, down), 1, 1, facecolor="0.93", edgecolor="0.6", hatch=hatch, linewidth=0))
+        text = axes.text(across + 0.5, down + 0.5, why, ha="center", va="center", fontsize=9, bbox=box)
+        found.setdefault(why, []).append(text)
+    return found
 
 
-def _reason(row: Row | None) -> str | None:
-    """Why a cell has no figures; None for one that has."""
-    if row is None:
-        return "not run"
-    return str(row.failed["failure"]) if row.failed else None
+def _fit_reasons(axes: Axes, hatched: Mapping[str, Sequence[Text]]) -> bool:
+    """On one line where it fits, else a word a line. False where there is no room for them."""
+    every = list(itertools.chain(*hatched.values()))
+    if fit_cells(axes, every, least=9.0):
+        return True
+    for text in every:
+        text.set_text(textwrap.fill(text.get_text(), 12))
+    return fit_cells(axes, every)
+
+
+def _fit_figures(axes: Axes, figures: Sequence[Text]) -> bool:
+    """With their spread where it fits, else without. False, and none of them, where there is no room for them."""
+    if fit_cells(axes, figures):
+        return True
+    for text in figures:
+        text.set_text(text.get_text().partition("\n")[0])
+    if fit_cells(axes, figures):
+        return True
+    for text in figures:
+        text.set_visible(False)
+    return False
+
+
+def _name_hatches(figure: Figure, hatched: Mapping[str, Sequence[Text]]) -> None:
+    """Below the picture, where the cells have no room for the reasons."""
+    from matplotlib.patches import Patch
+
+    for text in itertools.chain(*hatched.values()):
+        text.set_visible(False)
+    patches = [
+        Patch(facecolor="0.93", edgecolor="0.6", hatch=hatch, label=" ".join(reason.split()))
+        for reason, hatch in zip(hatched, itertools.cycle(HATCHES))
+    ]
+    _legend(figure, patches)
+
+
+def _legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Below the picture, in as many columns as there is room for."""
+    if handles:
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        room = int(figure.get_figwidth() * CHARACTERS_AN_INCH / (longest + 8))
+        columns = max(1, min(3, room))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+
+def _reason(row: Row | None, metric: Metric) -> str | None:
+    """Why a cell has no figure; None for one that has."""
+    return "not run" if row is None else row.lacks(metric)
 
 
 def _reason_beside(row: Row | None, metric: Metric, other: Table) -> str | None:
     """Why a cell has no ratio, here or in the other sweep; None for one that has."""
-    if row is None or row.failed or not math.isnan(_ratio(row, metric, other)):
-        return _reason(row)
-    return f"other sweep:\n{_reason(same_point(other.rows, row.point)) or 'no figure'}"
+    if (ours := _reason(row, metric)) or not math.isnan(_ratio(row, metric, other)):
+        return ours
+    assert row is not None
+    return f"other sweep:\n{_reason(other.cell(row.point), metric) or 'no ratio to 0'}"
 
 
 def _lines(picture: Picture, metric: Metric, along: str) -> Figure:
     import seaborn as sns
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
-    plt = _pyplot()
-    sns.set_theme(style="whitegrid", context="notebook")
-    figure: Figure
-    figure, axes = plt.subplots(figsize=(10.0, 5.6), layout="constrained")
     across = picture.down if along == picture.across else picture.across
-    samples = []
-    for colour, value in zip(itertools.cycle(sns.color_palette("colorblind")), picture.values(across)):
-        rows = [row for row in picture.rows if across is None or row.point[across] == value]
-        name = metric.title if across is None else f"{picture.label(across)} = {_tick(value)}"
-        samples.append(_draw_line(axes, rows, metric, along, colour, name))
-        _mark_failures(axes, rows, along, colour)
-    axes.set_xlabel(picture.label(along))
-    axes.set_ylabel(f"{metric.label}, {metric.better} is better")
-    _set_title(figure, picture.title(_heading(metric.title, samples)))
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    lines = picture.along(along)
+    names = told_apart([name(value) for value, _ in lines], LONGEST_NAME + 12)
+    figure = Figure(figsize=(10.0, 5.6 + 0.25 * max(0, len(lines) - 6) / 2), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(visible=True, color="0.9")
+    samples, handles = list[Sample](), []
+    for (_, rows), title, colour, marker in zip(lines, names, sns.color_palette("colorblind"), MARKERS):
+        known = [
+            (value, _scaled(row.sample(metric) if row else None, metric))
+            for value, row in zip(picture.values(along), rows)
+        ]
+        label = metric.title if across is None else f"{shortened(picture.label(across), 40)} = {title}"
+        handles.append(_draw_line(axes, known, colour, marker, label))
+        samples += [sample for _, sample in known if sample is not None]
+    _scale(axes.set_yscale, [sample.low for sample in samples] + [sample.high for sample in samples], WIDE_RANGE)
+    handles += _mark_failures(
+        axes, [[_reason(row, metric) for row in rows] for _, rows in lines], picture.values(along)
+    )
+    axes.set_xlabel(shortened(picture.label(along), LONGEST_TITLE))
+    axes.set_ylabel(textwrap.fill(f"{metric.label}, {metric.better} is better", 44))
+    axes.yaxis.set_major_formatter(FuncFormatter(_at_an_axis))
+    for spine in axes.spines.values():
+        spine.set_color("0.8")
+    title = picture.title(_heading(metric.title, samples))
+    figure.suptitle(lines_of(title, int(figure.get_figwidth() * CHARACTERS_AN_INCH)), fontsize=12)
+    if not samples:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no cell has a figure", ha="center", va="center", transform=axes.transAxes)
+    _legend(figure, handles)
+    _number_axis(figure, axes, picture.values(along))
     return figure
 
 
-def _draw_line(axes: Axes, rows: Sequence[Row], metric: Metric, along: str, colour: Any, name: str) -> list[Sample]:
-    """Medians with a band from the smallest to the largest; what was drawn."""
-    known = [(row.point[along], _scaled(row.sample(metric), metric)) for row in rows]
+def _draw_line(axes: Axes, known: Sequence[tuple[Any, Sample | None]], colour: Any, marker: str, label: str) -> Any:
+    """Medians with a band from the smallest to the largest."""
     drawn = sorted((place, sample) for place, sample in known if sample is not None)
     places, samples = [place for place, _ in drawn], [sample for _, sample in drawn]
-    axes.plot(places, [sample.median for sample in samples], marker="o", color=colour, label=name)
+    (line,) = axes.plot(places, [sample.median for sample in samples], marker=marker, color=colour, label=label)
     low, high = [sample.low for sample in samples], [sample.high for sample in samples]
     axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
-    return samples
+    return line
 
 
-def _mark_failures(axes: Axes, rows: Sequence[Row], along: str, colour: Any) -> None:
-    """A dotted line where a cell failed; each reason once below the picture."""
-    named = set()
-    for row in rows:
-        if row.failed is not None:
-            reason = row.failed["failure"]
-            label = None if reason in named else f"failed: {reason}"
-            axes.axvline(row.point[along], color=colour, linestyle=":", linewidth=1.5, label=label)
-            named.add(reason)
+def _mark_failures(axes: Axes, reasons: Sequence[Sequence[str | None]], places: Sequence[Any]) -> list[Any]:
+    """At the foot of the picture, a row a line and in its colour, a mark where a cell has no figure; for the legend,
+    what each mark means."""
+    from matplotlib.lines import Line2D
+
+    failing = [(line, [(at, why) for at, why in zip(places, row) if why]) for line, row in zip(axes.lines[:], reasons)]
+    failing = [(line, missing) for line, missing in failing if missing]
+    found = dict.fromkeys(why for _, missing in failing for _, why in missing)
+    marks = dict(zip(found, itertools.cycle(MARKS)))
+    foot = 0.045 * (len(failing) + 0.5) if failing else 0.0
+    low, high = axes.transScale.transform([(1, end) for end in axes.get_ylim()])[:, 1]
+    bottom = axes.transScale.inverted().transform((1, low - foot * (high - low)))[1]
+    axes.set_ylim(bottom=bottom)
+    for place, (line, missing) in enumerate(failing):
+        height = 0.045 * (place + 0.5) / (1 + foot)
+        for at, why in missing:
+            mark = {"marker": marks[why], "color": line.get_color(), "markersize": 7, "markeredgewidth": 2}
+            axes.plot([at], [height], transform=axes.get_xaxis_transform(), **mark)
+    return [
+        Line2D([], [], linestyle="none", marker=mark, color="0.3", markeredgewidth=2, label=f"no figure: {why}")
+        for why, mark in marks.items()
+    ]
 
 
-def _heading(title: str, samples: Sequence[Sequence[Sample | None]]) -> str:
+def _number_axis(figure: Figure, axes: Axes, values: Sequence[Any]) -> None:
+    """Powers of two stand at equal distances, and so does what is spread over decades, each with its own number."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    doubling = min(values) > 0 and len(values) > 2 and all(math.log2(value).is_integer() for value in values)
+    if doubling or _scale(axes.set_xscale, values, LONG_AXIS):
+        if doubling:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(values), [name(value) for value in sorted(values)])
+        axes.xaxis.set_minor_locator(NullLocator())
+        figure.draw_without_rendering()
+        fit_ticks(axes.xaxis)
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(integer=all(isinstance(value, int) for value in values)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_at_an_axis))
+
+
+def _at_an_axis(value: float, _: Any = None) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e8 else f"{value:,.4g}"
+
+
+def _scale(set_scale: Callable[[str], None], values: Sequence[float], span: float) -> bool:
+    """Logarithmic, where the largest of the values is so many times the smallest; whether it is."""
+    wide = bool(values) and min(values) > 0 and max(values) / min(values) >= span
+    if wide:
+        set_scale("log")
+    return wide
+
+
+def _heading(title: str, samples: Iterator[Sample | None] | Sequence[Sample]) -> str:
     """The metric, and how often each cell was read."""
-    counts = sorted({sample.n for line in samples for sample in line if sample is not None})
+    counts = sorted({sample.n for sample in samples if sample is not None})
     return f"{title} (n = {'–'.join(map(str, counts))})" if counts else title
 
 
-def _limits(values: Sequence[Sequence[float]]) -> tuple[float, float]:
+def _limits(known: Sequence[float]) -> tuple[float, float]:
     """Where the colours begin and end: never closer than a share of the figures, or mere noise would fill the scale."""
-    known = [value for line in values for value in line if not math.isnan(value)]
-    low, high = min(known), max(known)
+    low, high = min(known, default=0.0), max(known, default=1.0)
     slack = max(0.0, LEAST_RANGE * max(abs(low), abs(high)) - (high - low)) / 2
-    return low - slack, high + slack
+    return (low - slack, high + slack) if slack or low < high else (low - 1, high + 1)
 
 
 def _scaled(sample: Sample | None, metric: Metric) -> Sample | None:
@@ -282,7 +507,7 @@ def _scaled(sample: Sample | None, metric: Metric) -> Sample | None:
 
 
 def _ratio(row: Row | None, metric: Metric, other: Table) -> float:
-    beside = same_point(other.rows, row.point) if row is not None else None
+    beside = other.cell(row.point) if row is not None else None
     ours, theirs = row and row.sample(metric), beside and beside.sample(metric)
     return ours.median / theirs.median if ours and theirs and ours.median > 0 and theirs.median > 0 else math.nan
 
@@ -293,35 +518,12 @@ def _text(sample: Sample) -> str:
     return number(sample.median) + spread
 
 
-def _tick(value: Any) -> str:
-    return (
-        "" if value is None else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    )
-
-
-def _set_title(figure: Figure, title: str) -> None:
-    """Over the whole picture, so that a long device name has room; broken where it has not."""
-    width = int(figure.get_figwidth() * CHARACTERS_AN_INCH)
-    figure.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=12)
+def _origin(table: Table) -> str:
+    sweep = table.sweep
+    return f"{shortened(sweep['model'], LONGEST_TITLE)} on {sweep['device']}, commit {sweep['commit'] or 'unknown'}"
 
 
 def _say_better(axes: Axes, *, top: bool) -> None:
     """At the good end of the colour bar."""
     place: Mapping[str, Any] = {"y": 1.02, "va": "bottom"} if top else {"y": -0.02, "va": "top"}
     axes.text(0.5, s="better", ha="center", fontsize=9, transform=axes.transAxes, **place)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    _pyplot().close(figure)
-    return path

@@ -1,10 +1,16 @@
-"""What a run of a cell left: `<results>/<signature>/result.json`, written whole or not at all."""
+"""What a run of a cell left: `<results>/<signature>/result.json`, written whole or not at all.
+
+It says what the run was (settings, sources, device, limits), and nothing of the sweep that asked for it: where it stands
+in a grid is said by whoever uses it.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +18,17 @@ from typing import Any
 from lab.environment import describe_environment
 from lab.files import write_whole
 from lab.matrix.grid import Cell
+from lab.matrix.settings import SweepSettings
 from lab.matrix.supervisor import Outcome
 from lab.tracking import finite
 
 log = logging.getLogger(__name__)
 
-Result = dict[str, Any]
+Record = dict[str, Any]
 """A result.json: `status` is `ok` or `failed`, `failure` and `detail` say why."""
+
+Result = dict[str, Any]
+"""A record as one sweep uses it: with its `point`, `words` and `settings` there. `status` may be `not run`, too."""
 
 _ABOUT_THE_PROCESS = ("status", "run_folder", "settings_digest")
 
@@ -31,35 +41,46 @@ class CellRun:
     repeat: int
     signature: str
     folder: Path
+    device: str
+    """What computes it, by its name."""
 
-    def result(self) -> Result | None:
+    def record(self) -> Record | None:
         """What a run before this one left; None for nothing."""
         file = self.folder / "result.json"
         if not file.exists():
             return None
         try:
-            found: Result = json.loads(file.read_text(encoding="utf-8"))
-            return found
+            found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             log.warning("%s is no JSON document; its cell runs again", file)
             return None
+        if not isinstance(found, dict) or found.get("signature") != self.signature:
+            log.warning("%s is no result of this cell, which runs again", file)
+            return None
+        return found
 
-    def keep(self, outcome: Outcome, command: str, device: str) -> Result:
+    def new_folder(self) -> Path:
+        """For the files of a run that begins now. Those of earlier ones go: whoever calls this has taken the cell."""
+        for left in self.folder.glob("run*"):
+            shutil.rmtree(left, ignore_errors=True)
+        return self.folder / f"run-{uuid.uuid4().hex[:8]}"  # one whose sweep was killed may still be ending in the old
+
+    def keep(self, outcome: Outcome, command: str) -> Record:
         """Writes what came of it, and returns it."""
         environment = describe_environment()
         said = {key: value for key, value in outcome.figures.items() if key not in _ABOUT_THE_PROCESS}
         where = {key: said.pop(key, value) for key, value in environment.items()}  # a node's own, where it said it
-        result = {
+        record = {
             "status": "failed" if outcome.failure else "ok",
             "failure": outcome.failure,
             "detail": outcome.detail,
-            "point": self.cell.point,
+            "limit": outcome.limit,
             "repeat": self.repeat,
             "figures": said,
             "seconds": outcome.seconds,
             "peak_rss_bytes": outcome.peak_rss_bytes,
             "peak_device_bytes": said.get("peak_device_bytes"),
-            "device": device,
+            "device": self.device,
             "host": outcome.host,
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),
             "command": command,
@@ -68,6 +89,21 @@ class CellRun:
             **where,
             "settings": self.cell.settings,
         }
-        plain: Result = finite(result)
+        plain: Record = finite(record)
         write_whole(self.folder / "result.json", json.dumps(plain, indent=1, allow_nan=False) + "\n")
         return plain
+
+    def used(self, record: Record) -> Result:
+        """The record as the cell of this sweep."""
+        return {"point": self.cell.point, **record, "words": self.cell.words, "settings": self.cell.settings}
+
+    def not_run(self, why: str, command: str) -> Result:
+        """In place of a record, in a sweep that ended before its end."""
+        about = {"status": "not run", "failure": "not run", "detail": why, "repeat": self.repeat, "figures": {}}
+        about |= {"seconds": 0.0, "device": self.device, "host": "", "commit": "", "command": command}
+        return self.used(about | {"signature": self.signature})
+
+
+def outgrown(record: Record, settings: SweepSettings) -> bool:
+    """Whether it failed on a limit that is larger now."""
+    return any(getattr(settings, name) > was for name, was in record.get("limit", {}).items())

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ class Job:
     working_folder: str
     """Where relative paths of its settings begin, if this machine has it."""
     folder: str
-    """Where its stdout.log and stderr.log go."""
+    """Where its stdout.log and stderr.log go: its own, and new."""
     time_limit_seconds: float
     memory_limit_bytes: int
     """Resident memory of the command and all its children together."""
@@ -58,6 +57,8 @@ class Outcome:
     peak_rss_bytes: int
     """Largest sum over its processes (memory-mapped weights included), read every 50 ms."""
     host: str
+    limit: dict[str, float] = field(default_factory=dict)
+    """The setting of the sweep that ended it, with the value it had: a larger one may have let it go on."""
 
 
 class Family:
@@ -107,7 +108,6 @@ def _rss_bytes(process: psutil.Process) -> int:
 def supervise(job: Job, abandoned: threading.Event) -> Outcome | None:
     """Runs the job to its end, or to a limit. None when it was abandoned."""
     folder = Path(job.folder)
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with (folder / "stdout.log").open("w") as out, (folder / "stderr.log").open("w") as err:
@@ -122,13 +122,13 @@ def supervise(job: Job, abandoned: threading.Event) -> Outcome | None:
         )
     family = Family(psutil.Process(process.pid))
     try:
-        limit = _watch(process, family, job, began, abandoned)
+        passed = _watch(process, family, job, began, abandoned)
     finally:
         family.kill()
         process.wait()
     if abandoned.is_set():
         return None
-    failure, detail = limit or _said(process.returncode, folder)
+    limit, (failure, detail) = passed or ({}, _said(process.returncode, folder))
     return Outcome(
         failure=failure,
         detail=detail,
@@ -136,20 +136,23 @@ def supervise(job: Job, abandoned: threading.Event) -> Outcome | None:
         seconds=time.monotonic() - began,
         peak_rss_bytes=family.peak_bytes,
         host=os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", ""),
+        limit=limit,
     )
 
 
 def _watch(
     process: subprocess.Popen[bytes], family: Family, job: Job, began: float, abandoned: threading.Event
-) -> tuple[str, str] | None:
-    """Waits for the end; which limit was passed, if one was."""
+) -> tuple[dict[str, float], tuple[str, str]] | None:
+    """Waits for the end; which limit was passed, if one was, with failure and detail."""
     while process.poll() is None:
         resident = family.rss_bytes()
         if resident > job.memory_limit_bytes:
-            gib = resident / 2**30
-            return "out of memory", f"{gib:.2f} GiB resident, the limit is {job.memory_limit_bytes / 2**30:g} GiB"
+            gib, most = resident / 2**30, job.memory_limit_bytes / 2**30
+            said = f"{gib:.2f} GiB resident, the limit is {most:g} GiB"
+            return {"memory_limit_gib": most}, ("out of memory", said)
         if time.monotonic() - began > job.time_limit_seconds:
-            return "time-out", f"not done after {job.time_limit_seconds:g} s"
+            most = job.time_limit_seconds
+            return {"time_limit_seconds": most}, ("time-out", f"not done after {most:g} s")
         if abandoned.wait(POLL_SECONDS):
             return None
     return None

@@ -1,36 +1,41 @@
 """One sweep: which runs are missing, in which order they go, what is kept of each.
 
-Interrupted, it goes on where it was. Runs of a cell are interleaved with those of the others (A, B, ..., A, B, ...), so
-that a machine that drifts disturbs all of them alike.
+Interrupted, it goes on where it was; of two at once each uses what the other does (`lab.matrix.claims`). Runs of a cell
+are interleaved with those of the others (A, B, ..., A, B, ...), so that a machine that drifts disturbs all alike.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.device import hardware, open_device
+from lab.device import choose_device, hardware, open_device
 from lab.environment import commit
+from lab.files import require_writable
+from lab.matrix.claims import Claims
 from lab.matrix.contents import Contents
 from lab.matrix.grid import QUIET, Cell, Words, make_cells
 from lab.matrix.launching import open_launcher
-from lab.matrix.results import CellRun, Result
+from lab.matrix.results import CellRun, Record, Result, outgrown
 from lab.matrix.settings import MatrixSettings, SweepSettings
 from lab.matrix.sources import sources_digest
 from lab.matrix.supervisor import Job, Outcome
-from lab.settings import TrackingSettings, to_plain
+from lab.overrides import override
+from lab.settings import DeviceName, DeviceSettings, TrackingSettings, UserError, to_plain
 from lab.tracking import Tracker, progress
 
 log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 0.2
+"""Between two looks at what another sweep is done with."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,34 @@ class SweepResult:
     """All that a sweep has."""
 
     document: dict[str, Any]
-    """`sweep`: what was asked; `results`: every run's result.json. The content of sweep.json."""
+    """`sweep`: what was asked; `results`: every run's result. The content of sweep.json."""
     skipped: int
     """Cells of which nothing had to run now."""
+    ended_by: BaseException | None
+    """What ended it before its end; None: nothing."""
 
 
 def run_sweep(settings: MatrixSettings, words: Words, folder: Path) -> SweepResult:
-    """Runs what is missing. `folder` names the sweep; cells are kept in `matrix.results`. UserError before any ran."""
+    """Runs what is missing. `folder` names the sweep; cells are kept in `matrix.results`. UserError before any ran.
+
+    Whatever else ends it is in the result, beside what was done by then.
+    """
     began = time.monotonic()
     sweep = settings.matrix
     device = hardware(open_device(settings.device))
     cells = make_cells(sweep, words)
-    runs = plan(sweep, cells, device)
-    results: dict[str, Result | None] = {run.signature: run.result() for run in runs}
-    missing = [run for run in runs if _is_missing(results[run.signature], sweep.retry_failed)]
+    runs = plan(sweep, cells)
+    records = {run.signature: run.record() for run in runs}
+    missing = list({run.signature: run for run in runs if _is_missing(records[run.signature], sweep)}.values())
     log.info("%d cells, %d runs; %d of them to do", len(cells), len(runs), len(missing))
-    if missing:
-        results |= _run_all(missing, settings, device, group=f"matrix-{sweep.name}-{folder.name}")
+    ran, ended_by = set[str](), None
+    try:
+        if missing:
+            _Missing(missing, settings, folder, records, ran).run()
+    except UserError:
+        raise
+    except BaseException as error:  # Ctrl+C, a full disk, a cluster that is gone: what is done is there
+        ended_by = error
     about = {
         "name": sweep.name,
         "command": sweep.command,
@@ -78,54 +94,116 @@ def run_sweep(settings: MatrixSettings, words: Words, folder: Path) -> SweepResu
         "asked": words.asked,
         "seconds": time.monotonic() - began,
     }
-    ran = {id(run.cell) for run in missing}
-    return SweepResult({"sweep": about, "results": [results[run.signature] for run in runs]}, len(cells) - len(ran))
+    skipped = len(cells) - len({id(run.cell) for run in runs if run.signature in ran})
+    return SweepResult({"sweep": about, "results": _results(runs, records, sweep.command, ended_by)}, skipped, ended_by)
 
 
-def plan(sweep: SweepSettings, cells: Sequence[Cell], device: str) -> list[CellRun]:
-    """Every run of every cell in the order in which they go."""
+def plan(sweep: SweepSettings, cells: Sequence[Cell]) -> list[CellRun]:
+    """Every run of every cell in the order in which they go. UserError for a device that is not there."""
     sources, results = sources_digest(sweep.sources), Path(sweep.results).expanduser().absolute()
     contents, runs = Contents(sweep.contents), []
+    devices = {name: _device(name) for name in {cell.settings["device"]["name"] for cell in cells}}
     for repeat in range(sweep.repeats):
         for cell in cells:
+            device = devices[cell.settings["device"]["name"]]
             signature = cell.signature(sweep, repeat, sources, device, contents.of(cell.settings))
-            runs.append(CellRun(cell, repeat, signature, results / signature))
+            runs.append(CellRun(cell, repeat, signature, results / signature, device))
     return runs
 
 
-def _is_missing(result: Result | None, retry_failed: bool) -> bool:
-    return result is None or (retry_failed and result["status"] == "failed")
+def _device(name: str) -> str:
+    return hardware(choose_device(DeviceSettings(name=DeviceName[name], threads=0)))
 
 
-def _run_all(runs: Sequence[CellRun], settings: MatrixSettings, device: str, group: str) -> dict[str, Result]:
-    """The results of these runs by signature, each kept as soon as it is there."""
-    sweep, results = settings.matrix, dict[str, Result]()
-    launcher = open_launcher(sweep)
-    with (
-        progress("runs", len(runs), settings.tracking.progress) as counter,
-        closing(launcher.run([_job(run, sweep) for run in runs])) as outcomes,
-    ):
-        for index, outcome in outcomes:
-            run = runs[index]
-            result = results[run.signature] = run.keep(outcome, sweep.command, device)
-            _track(run, result, settings.tracking, group)
-            left = seconds_left(list(results.values()), len(runs), launcher.at_once)
-            counter.advance(f"{_title(run)}: {_ending(outcome)}; about {left:.0f} s left")
+def _is_missing(record: Record | None, sweep: SweepSettings) -> bool:
+    return record is None or outgrown(record, sweep) or (sweep.retry_failed and record["status"] == "failed")
+
+
+def _results(
+    runs: Sequence[CellRun], records: Mapping[str, Record | None], command: str, ended_by: BaseException | None
+) -> list[Result]:
+    """In the order of the plan. Of a sweep that ended early: the runs that were done; a cell without one says so."""
+    done = {id(run.cell) for run in runs if records[run.signature] is not None}
+    why = "the sweep was interrupted" if isinstance(ended_by, KeyboardInterrupt) else f"the sweep ended: {ended_by!r}"
+    results = []
+    for run in runs:
+        if (record := records[run.signature]) is not None:
+            results.append(run.used(record))
+        elif id(run.cell) not in done and run.repeat == 0:
+            results.append(run.not_run(why, command))
     return results
 
 
-def seconds_left(done: Sequence[Result], runs: int, at_once: int) -> float:
+class _Missing:
+    """The runs that a sweep has to do, one after the other, each kept as soon as it is there."""
+
+    def __init__(
+        self,
+        runs: Sequence[CellRun],
+        settings: MatrixSettings,
+        folder: Path,
+        records: dict[str, Record | None],
+        ran: set[str],
+    ) -> None:
+        """`records` gets what comes of them, `ran` the signatures of those that ran here."""
+        self._runs, self._settings, self._folder = runs, settings, folder
+        self._before, self._records, self._ran = dict(records), records, ran
+        self._seconds: list[float] = []
+
+    def run(self) -> None:
+        """Until each has a record, of this sweep or of one that runs beside it."""
+        results, left, said = self._runs[0].folder.parent, list(self._runs), ""
+        require_writable(results, "matrix.results")
+        enabled = self._settings.tracking.progress
+        with Claims(results, self._folder) as claims, progress("runs", len(left), enabled) as self._counter:
+            while left:
+                theirs = claims.take([run.signature for run in left])
+                ours = [run for run in left if run.signature not in theirs and not self._was_done(run, claims)]
+                left = [run for run in left if run.signature in theirs]
+                if ours:
+                    self._run_all(ours, claims)
+                elif left:
+                    if said != (said := theirs[left[0].signature]):
+                        log.info("waiting for %d runs that another sweep does: %s", len(left), said)
+                    time.sleep(WAIT_SECONDS)
+
+    def _was_done(self, run: CellRun, claims: Claims) -> bool:
+        """Whether another sweep has done it since ours began."""
+        record = run.record()
+        if record is None or record == self._before[run.signature] or outgrown(record, self._settings.matrix):
+            return False
+        self._records[run.signature] = record
+        claims.give_back(run.signature)
+        self._counter.advance(f"{_title(run)}: by another sweep")
+        return True
+
+    def _run_all(self, runs: Sequence[CellRun], claims: Claims) -> None:
+        sweep = self._settings.matrix
+        launcher = open_launcher(sweep)
+        with closing(launcher.run([_job(run, sweep) for run in runs])) as outcomes:
+            for index, outcome in outcomes:
+                run = runs[index]
+                record = self._records[run.signature] = run.keep(outcome, sweep.command)
+                self._ran.add(run.signature)
+                claims.give_back(run.signature)
+                self._seconds.append(outcome.seconds)
+                _track(run, record, self._settings.tracking, group=f"matrix-{sweep.name}-{self._folder.name}")
+                left = seconds_left(self._seconds, len(runs), launcher.at_once)
+                self._counter.advance(f"{_title(run)}: {_ending(outcome)}; about {left:.0f} s left")
+
+
+def seconds_left(done: Sequence[float], runs: int, at_once: int) -> float:
     """As many of the mean length as are missing, so many at once."""
-    mean: float = sum(result["seconds"] for result in done) / len(done)
+    mean = sum(done) / len(done)
     return math.ceil((runs - len(done)) / at_once) * mean
 
 
 def _job(run: CellRun, sweep: SweepSettings) -> Job:
-    folder = run.folder / "run"
+    folder = run.new_folder()
     return Job(
         arguments=[
             *(sys.executable, "-m", sweep.command),
-            *(*run.cell.words, *QUIET, f"hydra.run.dir={json.dumps(str(folder))}"),
+            *(*run.cell.words, *QUIET, override("hydra.run.dir", folder)),
         ],
         working_folder=str(Path.cwd()),
         folder=str(folder),
@@ -135,11 +213,11 @@ def _job(run: CellRun, sweep: SweepSettings) -> Job:
     )
 
 
-def _track(run: CellRun, result: Result, tracking: TrackingSettings, group: str) -> None:
+def _track(run: CellRun, record: Record, tracking: TrackingSettings, group: str) -> None:
     """The cell as a run of its own, in the group of its sweep."""
-    told = CellTracking(tracking, {"point": result["point"], "repeat": run.repeat, **result["settings"]})
+    told = CellTracking(tracking, {"point": run.cell.point, "repeat": run.repeat, **record["settings"]})
     with Tracker(told, group, run.folder) as tracker:
-        tracker.result({key: result[key] for key in _TRACKED} | result["figures"])
+        tracker.result({key: record[key] for key in _TRACKED} | record["figures"])
 
 
 _TRACKED = ("status", "failure", "detail", "seconds", "peak_rss_bytes", "signature", "commit", "device")

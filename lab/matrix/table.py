@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lab.bench import Sample
-from lab.matrix.grid import look_up
+from lab.matrix.grid import identity, look_up
 from lab.matrix.results import Result
 from lab.settings import UserError
 
@@ -20,17 +23,15 @@ from lab.settings import UserError
 class Metric:
     """One figure of a cell, as `MetricSettings` describe it."""
 
+    column: str
+    """Its name in results.csv, where it stands in its own unit."""
+
     figure: str
     title: str
     unit: str
     scale: float
     better: str
     """`lower` or `higher`."""
-
-    @property
-    def column(self) -> str:
-        """Its name in results.csv, where it stands in its own unit: the last part that is no place in a list."""
-        return [name for name in self.figure.split(".") if not name.lstrip("-").isdecimal()][-1]
 
     @property
     def label(self) -> str:
@@ -47,14 +48,28 @@ class Row:
 
     @property
     def failed(self) -> Result | None:
-        """The first run that failed: then the cell has."""
-        return next((result for result in self.results if result["status"] == "failed"), None)
+        """The first run that failed, or was not run: then the cell has no figures."""
+        return next((result for result in self.results if result["status"] != "ok"), None)
+
+    @property
+    def status(self) -> str:
+        """`ok`, `failed` or `not run`."""
+        return str(self.failed["status"]) if self.failed else "ok"
+
+    def lacks(self, metric: Metric) -> str | None:
+        """Why it does not have this figure, in a few words; None where it has."""
+        if self.failed:
+            return str(self.failed["failure"])
+        found = [look_up(result, metric.figure) for result in self.results]
+        if missing := [value for value in found if not _is_figure(value)]:
+            return "no figure" if missing[0] is None else f"not a number: {missing[0]}"[:LONGEST_REASON]
+        return None
 
     def sample(self, metric: Metric) -> Sample | None:
         """The metric in its own unit, unscaled; None for a failed cell, and where a run does not have it."""
-        found = [look_up(result, metric.figure) for result in self.results]
-        numbers = [float(value) for value in found if isinstance(value, int | float)]
-        return Sample.of(numbers) if len(numbers) == len(found) and not self.failed else None
+        if self.lacks(metric) is not None:
+            return None
+        return Sample.of([float(look_up(result, metric.figure)) for result in self.results])
 
     @property
     def command(self) -> str:
@@ -75,32 +90,50 @@ class Table:
         """Of a sweep.json. UserError when it holds no result."""
         rows: dict[str, Row] = {}
         for result in document["results"]:
-            point = json.dumps(result["point"])
-            rows.setdefault(point, Row(result["point"], [])).results.append(result)
+            rows.setdefault(identity(result["point"]), Row(result["point"], [])).results.append(result)
         if not rows:
             raise UserError("matrix.plot must be a sweep with at least one result, got none")
         return cls(dict(document["sweep"]), list(rows.values()))
 
-    @property
+    @cached_property
     def metrics(self) -> list[Metric]:
         """Those that at least one cell has."""
-        known = [Metric(**metric) for metric in self.sweep["metrics"]]
-        return [metric for metric in known if any(row.sample(metric) for row in self.rows)]
+        return [metric for metric in self._asked if any(row.sample(metric) for row in self.rows)]
+
+    @cached_property
+    def unknown(self) -> list[Metric]:
+        """Those that no cell has."""
+        return [metric for metric in self._asked if not any(row.sample(metric) for row in self.rows)]
+
+    @property
+    def _asked(self) -> list[Metric]:
+        taken, found = {*self.sweep["axes"], "row", *_ABOUT_A_CELL}, list[Metric]()
+        for about in self.sweep["metrics"]:
+            column = next(name for name in _names(about["figure"]) if name not in taken)
+            taken |= {column, *(column + end for end, _ in _COLUMNS)}
+            found.append(Metric(column, **about))
+        return found
 
     @property
     def failures(self) -> list[Row]:
-        """Cells with a run that failed."""
+        """Cells without figures: a run failed, or there was none."""
         return [row for row in self.rows if row.failed]
 
     def label(self, axis: str) -> str:
         """Its name with its unit."""
         return str(self.sweep["labels"].get(axis, axis))
 
+    def cell(self, point: Mapping[str, Any]) -> Row | None:
+        """The one with these values on the same axes."""
+        return self._cells.get(identity(point))
+
+    @cached_property
+    def _cells(self) -> dict[str, Row]:
+        return {identity(row.point): row for row in self.rows}
+
     def values(self, axis: str) -> list[Any]:
         """What it takes, in the order in which they were asked for."""
-        return list(
-            dict.fromkeys(row.point[axis] if _hashable(row.point[axis]) else str(row.point[axis]) for row in self.rows)
-        )
+        return list({identity(row.point[axis]): row.point[axis] for row in self.rows}.values())
 
     def figures(self) -> list[dict[str, Any]]:
         """Every cell with its metrics, each as a `Sample`."""
@@ -124,7 +157,7 @@ class Table:
         return text.getvalue()
 
     def _line(self, row: Row) -> dict[str, Any]:
-        line = {**row.point, "status": "failed" if row.failed else "ok"}
+        line = {axis: in_words(value) for axis, value in row.point.items()} | {"status": row.status}
         line |= {key: row.failed[key] if row.failed else "" for key in ("failure", "detail")}
         for metric in self.metrics:
             sample = row.sample(metric)
@@ -135,12 +168,26 @@ class Table:
 
 
 _COLUMNS = (("", "median"), ("_low", "low"), ("_high", "high"), ("_n", "n"))
+_ABOUT_A_CELL = ("status", "failure", "detail", "seconds", "device", "host", "commit", "signature", "command")
+LONGEST_REASON = 40
+"""Characters of what stands in a picture where a figure should."""
 
 
-def _hashable(value: Any) -> bool:
-    return not isinstance(value, list | dict)
+def _names(figure: str) -> Iterator[str]:
+    """What a metric's column may be called: the last part that is no place in a list, or more where that is taken."""
+    yield [figure, *(name for name in figure.split(".") if not name.lstrip("-").isdecimal())][-1]
+    yield figure
+    yield from (f"{figure}_{count}" for count in itertools.count(2))
 
 
-def same_point(rows: Sequence[Row], point: Mapping[str, Any]) -> Row | None:
-    """The cell with these values on the same axes."""
-    return next((row for row in rows if row.point == point), None)
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def in_words(value: Any) -> str:
+    """A value of an axis as people read it: texts as they are, the rest as one would type it."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list):
+        return f"[{', '.join(map(in_words, value))}]"
+    return json.dumps(value, ensure_ascii=False)

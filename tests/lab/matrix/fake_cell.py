@@ -19,7 +19,7 @@ if __name__ != "__main__":
 
 def main() -> None:
     words = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-    what, size, seed = words.get("prompt", "ok"), int(words["project.matrix_size"]), int(words.get("seed", 0))
+    what, size, seed = words.get("prompt", "ok"), int(words["model.seed"]), int(words.get("seed", 0))
     if log := os.environ.get("FAKE_LOG"):
         with Path(log).open("a") as file:
             file.write(f"{what} {size} {seed} {os.getpid()}\n")
@@ -33,18 +33,21 @@ def main() -> None:
         case "killed":
             os.kill(os.getpid(), 9)
         case "user":
-            print("error: project.matrix_size must be something else, got 1", file=sys.stderr)
+            print("error: model.seed must be something else, got 1", file=sys.stderr)
             raise SystemExit(2)
         case "silent":
             return
         case "memory":
             hold(2**30)
         case "child-memory":
-            subprocess.run([sys.executable, __file__, "prompt=memory", "project.matrix_size=1"], check=True)
+            subprocess.run([sys.executable, __file__, "prompt=memory", "model.seed=1"], check=True)
         case "cuda":
             raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB")
         case "slow":
             time.sleep(2.0)
+        case "gate":
+            while not Path(f"{os.environ['FAKE_LOG']}.go-{size}").exists():
+                time.sleep(0.02)
     figures = {
         "status": "ok",
         "speed": 100.0 * size + seed,

@@ -25,7 +25,7 @@ WAYS: dict[str, list[Any]] = {"prompt": ["ok", "memory", "hang", "crash"], "seed
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Cells that need more than their memory limit, that hang, that crash; and two that do what they should."""
     folder = tmp_path_factory.mktemp("sweep")
-    limits = ("project.matrix_size=2", f"matrix.memory_limit_gib={300 * MIB}", "matrix.time_limit_seconds=3")
+    limits = ("model.seed=2", f"matrix.memory_limit_gib={300 * MIB}", "matrix.time_limit_seconds=3")
     return folder, sweep_as_command(folder, WAYS, *limits)
 
 
@@ -50,7 +50,7 @@ def test_failures_are_results(swept: tuple[Path, dict[str, Any]]) -> None:
     page = Path(last["report"]).read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "RuntimeError: boom at 2" in page
-    assert "python -m tests.lab.matrix.fake_cell project.matrix_size=2 prompt=hang seed=1" in page
+    assert "python -m tests.lab.matrix.fake_cell model.seed=2 prompt=hang seed=1" in page
     assert "python run_matrix.py" in page
     assert len(started(folder)) == 8
 
@@ -110,7 +110,7 @@ def test_as_a_process_it_ends_with_code_2(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_behind(tmp_path: Path) -> None:
     axes = {"prompt": ["ok", "hang"]}
     sweep = subprocess.Popen(
-        command(tmp_path, axes, "project.matrix_size=2"), cwd=tmp_path, env=environment(tmp_path),
+        command(tmp_path, axes, "model.seed=2"), cwd=tmp_path, env=environment(tmp_path),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for_results(tmp_path / "results" / "matrix", 1)

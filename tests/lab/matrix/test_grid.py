@@ -113,15 +113,15 @@ def test_every_preset_names_its_pillars_context_and_batch(presets: dict[str, lis
         assert labels[1].startswith("batch size (")
 
 
-def signatures(*words: str, device: str = "cpu") -> list[str]:
-    return [run.signature for run in plan(sweep_settings(*words), cells(*words), device)]
+def signatures(*words: str) -> list[str]:
+    return [run.signature for run in plan(sweep_settings(*words), cells(*words))]
 
 
 TWO = ("model=random", "project.context=128,512", "project.sessions=1")
 """A grid of two cells."""
 
 
-def test_a_changed_value_changes_the_cells_that_have_it() -> None:
+def test_a_changed_value_changes_the_cells_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signatures(*TWO)
     assert len(set(before)) == 2
     assert signatures(*TWO) == before
@@ -129,7 +129,9 @@ def test_a_changed_value_changes_the_cells_that_have_it() -> None:
     assert wider[:2] == before
     assert set(wider[2:]).isdisjoint(before)
     assert set(signatures(*TWO, "seed=1")).isdisjoint(before)
-    assert set(signatures(*TWO, device="a GPU")).isdisjoint(before)
+    with monkeypatch.context() as patch:
+        patch.setattr("lab.matrix.sweep.hardware", lambda device: "a GPU")
+        assert set(signatures(*TWO)).isdisjoint(before)
 
 
 def test_what_changes_no_figure_changes_no_signature() -> None:
@@ -173,7 +175,7 @@ def test_the_settings_that_name_files_are_those_that_the_commands_have(presets: 
 
 def test_repeats_are_interleaved_and_each_has_its_own_result() -> None:
     words = ["project.context=32,64", "project.sessions=1", "matrix.repeats=3"]
-    runs = plan(sweep_settings(*words), cells(*words), "cpu")
+    runs = plan(sweep_settings(*words), cells(*words))
     assert [(run.repeat, run.cell.point["project.context"]) for run in runs] == [
         (repeat, context) for repeat in range(3) for context in (32, 64)
     ]

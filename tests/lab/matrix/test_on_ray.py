@@ -22,7 +22,7 @@ from lab.settings import UserError
 from tests.lab.matrix.sweeps import command, environment, started, sweep_here
 
 DEADLINE = 120.0
-AXES: dict[str, list[Any]] = {"prompt": ["ok", "slow"], "project.matrix_size": [1, 2]}
+AXES: dict[str, list[Any]] = {"prompt": ["ok", "slow"], "model.seed": [1, 2]}
 
 TWO_NODES = """
 import sys

@@ -22,7 +22,7 @@ FAKE = Path(__file__).with_name("fake_cell.py")
 
 def job(folder: Path, what: str, time_limit_seconds: float = 60.0, memory_limit_bytes: int = 2**33) -> Job:
     return Job(
-        arguments=[sys.executable, str(FAKE), f"prompt={what}", "project.matrix_size=2"],
+        arguments=[sys.executable, str(FAKE), f"prompt={what}", "model.seed=2"],
         working_folder=str(folder),
         folder=str(folder / what),
         time_limit_seconds=time_limit_seconds,
@@ -58,7 +58,7 @@ def test_the_last_line_is_the_figures(tmp_path: Path) -> None:
     ("what", "failure", "detail"),
     [
         ("crash", "error", "RuntimeError: boom at 2"),
-        ("user", "error", "error: project.matrix_size must be something else, got 1"),
+        ("user", "error", "error: model.seed must be something else, got 1"),
         ("killed", "error", "killed by SIGKILL (often the system's own out-of-memory killer)"),
         ("silent", "error", "its last line is no JSON document"),
         ("cuda", "out of memory", "RuntimeError: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"),

@@ -16,7 +16,7 @@ from lab.matrix.sweep import seconds_left
 from lab.tracking import Wandb
 from tests.lab.matrix.sweeps import command, environment, started, sweep_here
 
-SIZES: dict[str, list[Any]] = {"project.matrix_size": [1, 2, 3]}
+SIZES: dict[str, list[Any]] = {"model.seed": [1, 2, 3]}
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +34,10 @@ def test_a_result_says_all_of_a_run(tmp_path: Path) -> None:
     assert speeds(sweep.document["results"]) == [100.0, 200.0, 300.0]
     first = sweep.document["results"][0]
     file = tmp_path / "cells" / first["signature"] / "result.json"
-    assert json.loads(file.read_text()) == first
-    assert (first["status"], first["failure"], first["point"]) == ("ok", None, {"project.matrix_size": 1})
-    assert first["settings"]["project"]["matrix_size"] == 1
+    assert {"point": {"model.seed": 1}, **json.loads(file.read_text())} == first
+    assert "point" not in json.loads(file.read_text()), "that is the sweep's, not the cell's"
+    assert (first["status"], first["failure"], first["point"]) == ("ok", None, {"model.seed": 1})
+    assert first["settings"]["model"]["seed"] == 1
     assert first["commit"] == "abc", "the cell's own, which may have run elsewhere"
     assert first["versions"]["torch"]
     assert first["device"].startswith("cpu")
@@ -52,7 +53,7 @@ def test_only_what_is_missing_or_changed_runs(tmp_path: Path) -> None:
     assert again.skipped == 3
     assert speeds(again.document["results"]) == [100.0, 200.0, 300.0]
     assert started(tmp_path) == ["ok 1 0", "ok 2 0", "ok 3 0"]
-    more = sweep_here(tmp_path, {"project.matrix_size": [3, 4]})
+    more = sweep_here(tmp_path, {"model.seed": [3, 4]})
     assert (more.skipped, started(tmp_path)[3:]) == (1, ["ok 4 0"])
     assert sweep_here(tmp_path, SIZES, "seed=1").skipped == 0
     assert len(started(tmp_path)) == 7
@@ -68,11 +69,11 @@ def test_repeats_are_interleaved(tmp_path: Path) -> None:
 
 def test_a_failed_cell_is_a_result_and_is_retried_when_asked(tmp_path: Path) -> None:
     axes = {"prompt": ["crash", "ok"]}
-    first = sweep_here(tmp_path, axes, "project.matrix_size=2")
+    first = sweep_here(tmp_path, axes, "model.seed=2")
     assert [result["status"] for result in first.document["results"]] == ["failed", "ok"]
     assert first.document["results"][0]["detail"] == "RuntimeError: boom at 2"
-    assert sweep_here(tmp_path, axes, "project.matrix_size=2").skipped == 2
-    assert sweep_here(tmp_path, axes, "project.matrix_size=2", "matrix.retry_failed=true").skipped == 1
+    assert sweep_here(tmp_path, axes, "model.seed=2").skipped == 2
+    assert sweep_here(tmp_path, axes, "model.seed=2", "matrix.retry_failed=true").skipped == 1
     assert started(tmp_path) == ["crash 2 0", "ok 2 0", "crash 2 0"]
 
 
@@ -95,7 +96,7 @@ def test_weights_and_biases_changes_no_result(tmp_path: Path, monkeypatch: pytes
     class Recording:
         def __init__(self, settings: Any, group: str, folder: Path) -> None:
             self._group = settings.tracking.wandb_group or group
-            assert settings.cell["project"]["matrix_size"] >= 1
+            assert settings.cell["model"]["seed"] >= 1
 
         def write(self, row: dict[str, Any]) -> None:
             told.append((self._group, row))
@@ -118,9 +119,9 @@ def test_weights_and_biases_changes_no_result(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_time_left_is_the_mean_of_those_done() -> None:
-    assert seconds_left([{"seconds": 2.0}, {"seconds": 4.0}], runs=7, at_once=1) == 15.0
-    assert seconds_left([{"seconds": 2.0}, {"seconds": 4.0}], runs=7, at_once=2) == 9.0
-    assert seconds_left([{"seconds": 2.0}], runs=1, at_once=1) == 0.0
+    assert seconds_left([2.0, 4.0], runs=7, at_once=1) == 15.0
+    assert seconds_left([2.0, 4.0], runs=7, at_once=2) == 9.0
+    assert seconds_left([2.0], runs=1, at_once=1) == 0.0
 
 
 def wait_for_results(cells: Path, count: int, deadline_seconds: float = 120.0) -> None:
@@ -133,7 +134,7 @@ def wait_for_results(cells: Path, count: int, deadline_seconds: float = 120.0) -
 @pytest.mark.real
 def test_killed_at_any_moment_it_loses_and_repeats_nothing(tmp_path: Path) -> None:
     """SIGKILL as soon as so many results are there, twice; then to the end. Results stay as they were, byte by byte."""
-    axes: dict[str, list[Any]] = {"project.matrix_size": list(range(1, 13))}
+    axes: dict[str, list[Any]] = {"model.seed": list(range(1, 13))}
     cells, kept, cut_off = tmp_path / "results" / "matrix", dict[Path, bytes](), set[int]()
     for count in (3, 8):
         sweep = subprocess.Popen(
@@ -147,7 +148,7 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(tmp_path: Path) -> No
             assert json.loads(file.read_bytes())["status"] == "ok"
             assert kept.setdefault(file, file.read_bytes()) == file.read_bytes()
         assert len(kept) >= count
-        sizes = {json.loads(content)["point"]["project.matrix_size"] for content in kept.values()}
+        sizes = {json.loads(content)["settings"]["model"]["seed"] for content in kept.values()}
         cut_off |= {int(line.split()[1]) for line in started(tmp_path)} - sizes
     last = sweep_here(tmp_path, axes, f"matrix.results={cells}")
     assert [result["status"] for result in last.document["results"]] == ["ok"] * 12
@@ -155,5 +156,5 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(tmp_path: Path) -> No
     assert all(file.read_bytes() == content for file, content in kept.items())
     assert len(started(tmp_path)) <= 12 + 2, "at most the one cell that each kill cut off runs again"
     for content in kept.values():
-        size = json.loads(content)["point"]["project.matrix_size"]
+        size = json.loads(content)["settings"]["model"]["seed"]
         assert started(tmp_path).count(f"ok {size} 0") == 1 or size in cut_off, "a finished cell ran again"

@@ -1,0 +1,92 @@
+"""Which sweep is about to run which cells, so that two in one results folder run none twice.
+
+A sweep holds an operating-system lock on a file of its own, which falls with its process however that ends, and writes
+beside it what it has taken. Who takes cells reads the lists of all others that live, one sweep at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from lab.files import write_whole
+
+
+class Claims:
+    """What one sweep has taken, as a context manager: what is not given back then is free again."""
+
+    def __init__(self, results: Path, sweep: Path) -> None:
+        """`results`: the folder of the cells; `sweep`: that of the sweep, for others to name it."""
+        self._folder = results / ".sweeps"
+        self._list = self._folder / f"{uuid.uuid4().hex}.json"
+        self._alive = FileLock(self._list.with_suffix(".lock"))
+        self._door = FileLock(self._folder / "door")
+        self._about: dict[str, Any] = {"pid": os.getpid(), "host": platform.node(), "folder": str(sweep)}
+        self._about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._taken: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._door:  # or another would find our file between its making and its locking, and take us for dead
+            self._alive.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._door:
+            self._list.unlink(missing_ok=True)
+            self._alive.release()
+            Path(self._alive.lock_file).unlink(missing_ok=True)
+
+    def take(self, signatures: Collection[str]) -> dict[str, str]:
+        """Takes these cells, but for those that another sweep has: those are returned, with who has them."""
+        with self._door:
+            others = self._others()
+            theirs = {signature: others[signature] for signature in signatures if signature in others}
+            if not self._taken.issuperset(free := set(signatures) - set(theirs)):
+                self._taken |= free
+                self._write()
+        return theirs
+
+    def give_back(self, signature: str) -> None:
+        """It is done."""
+        self._taken.discard(signature)
+        self._write()
+
+    def _write(self) -> None:
+        write_whole(self._list, json.dumps(self._about | {"signatures": sorted(self._taken)}) + "\n")
+
+    def _others(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for file in self._folder.glob("*.lock"):
+            listed = file.with_suffix(".json")
+            if listed == self._list:
+                continue
+            if _is_dead(file):
+                listed.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
+            elif listed.exists():
+                about = json.loads(listed.read_text(encoding="utf-8"))
+                who = f"process {about['pid']} on {about['host']}, since {about['since']}, {about['folder']}"
+                found |= dict.fromkeys(about["signatures"], who)
+        return found
+
+
+def _is_dead(lock_file: Path) -> bool:
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    return True
