@@ -182,15 +182,15 @@ def verifier_misused() -> dict[str, Any]:
 
 
 def verifier_crowded() -> dict[str, Any]:
-    """20 texts of 100 to 900 positions on 1,000 positions of cache, arriving at random, and some that never fit: each is
-    finished, as the target alone makes it, or was told at once."""
+    """20 texts of 100 to 900 positions on 1,000 positions of cache, arriving at random, and some that never fit: each
+    is finished, as the target alone makes it, or was told at once."""
     came = crowd(CROWDED_TEXTS, CROWDED_NEW_TOKENS, seed=1)
     return {"ok": not came.died and came.same_texts and came.finished == CROWDED_TEXTS, **asdict(came)}
 
 
 def verifier_left() -> dict[str, Any]:
-    """500 clients of both protocols that leave at random moments, in every way: no pass computes a row for one that left
-    two passes ago."""
+    """500 clients of both protocols that leave at random moments, in every way: no pass computes a row for one that
+    left two passes ago."""
     came = leave_at_random(LEAVERS, LEAVERS_AT_ONCE, seed=1)
     return {"ok": not came.late_rows and came.stayed_text, **asdict(came)}
 
