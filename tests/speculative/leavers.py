@@ -27,13 +27,9 @@ from tests.speculative.serving_here import Here, client_endpoint, connected, fir
 NEW_TOKENS = 300
 WORDS = (
     *("model=random", "project.engine=synthetic", "project.sessions=6", "project.max_waiting=200"),
-    *(
-        "project.max_connections=200",
-        "project.prefill_chunk=32",
-        "project.synthetic.step_seconds=0.02",
-        f"project.max_new_tokens={NEW_TOKENS}",
-        "project.context=0",
-    ),
+    *("project.max_connections=200", "project.prefill_chunk=32", "project.synthetic.step_seconds=0.02"),
+    *(f"project.max_new_tokens={NEW_TOKENS}", "project.context=0"),
+    *("network.dead_after_seconds=60", "network.handshake_timeout_seconds=60"),  # a machine may be busy
 )
 DIGITS = 5
 LOOP_TURNS = 10
