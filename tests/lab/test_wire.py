@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -41,6 +42,7 @@ from lab.wire import (
     MessageTable,
     Opening,
     Peer,
+    PeerFull,
     PeerGone,
     PeerMismatch,
     PeerRefused,
@@ -54,6 +56,7 @@ from lab.wire import (
     client_tls,
     connect,
     encode,
+    frame_server,
     is_loopback,
     pack_tokens,
     ping_pong,
@@ -593,6 +596,11 @@ def dial(port: int, client: Endpoint | None = None, tls: ssl.SSLContext | None =
     return FrameSocket.connect("127.0.0.1", port, client or endpoint(), tls=tls)
 
 
+def send_without_end(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(bytes(2**16))
+
+
 def send_many(connection: FrameSocket, count: int, body: bytes) -> None:
     for number in range(count):
         connection.send(NOTE, 1, Note(number), body)
@@ -996,14 +1004,75 @@ def test_closing_wakes_a_thread_in_recv() -> None:
         connection.close()
 
 
-def test_a_full_server_refuses_and_recovers() -> None:
+def _wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_full_server_says_so_and_recovers(caplog: pytest.LogCaptureFixture) -> None:
     with Server(verifier(), echo, max_connections=1) as server:
-        with dial(server.port), pytest.raises(PeerGone):
-            dial(server.port)
-        deadline = time.monotonic() + 10
-        while server.server.connections and time.monotonic() < deadline:
-            time.sleep(0.01)
+        with dial(server.port) as first:
+            for _ in range(5):
+                with pytest.raises(PeerFull, match=r"^verifier .* has all its 1 connections during handshake$"):
+                    dial(server.port)
+            with pytest.raises(PeerFull, match="has all its 1 connections"):
+                asyncio.run(connect("127.0.0.1", server.port, endpoint(), tls=None))
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as old, contextlib.suppress(OSError):
+                old.sendall(b"\0\0\0\4abcd")
+                assert old.recv(1000) == b"", "it has no frames to be told by"
+            first.send(NOTE, 1, Note(1))
+            assert recv(first).head == Note(1), "who is served is not disturbed"
+        _wait_until(lambda: not server.server.connections and not server.server.refusals)
         dial(server.port).close()
+    assert server.server.refused == 7
+    assert caplog.text.count("refused: there are 1 connections already") == 1, "a line for each would fill the disk"
+
+
+def test_a_refusal_costs_little_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_server, "REFUSAL_SECONDS", 0.3)
+    monkeypatch.setattr(frame_server, "MOST_REFUSALS", 2)
+    with Server(verifier(), echo, max_connections=1) as server, dial(server.port):
+        silent = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(2)]
+        _wait_until(lambda: len(server.server.refusals) == 2)
+        with pytest.raises(PeerGone):  # no third one is waited for
+            dial(server.port)
+        for late in silent:
+            with late, contextlib.suppress(ConnectionResetError):
+                assert late.recv(1) == b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as endless:
+            endless.sendall(MAGIC)
+            with pytest.raises(ConnectionError):
+                send_without_end(endless)
+        _wait_until(lambda: not server.server.refusals)
+
+
+def test_the_end_of_a_first_protocol_peer_is_seen_while_nobody_reads() -> None:
+    ends: list[str] = []
+
+    async def first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: asyncio.Event) -> None:
+        name = (await reader.readexactly(8))[4:].decode()
+        async with asyncio.timeout(20):
+            await left.wait()
+        ends.append(name)
+
+    with Server(verifier(), echo, handle_first_protocol=first) as server:
+        kinds = ("shut", "half", "lost", "more")
+        peers = {name: socket.create_connection(("127.0.0.1", server.port), timeout=20) for name in kinds}
+        for name, peer in peers.items():
+            peer.sendall(b"\0\0\0\4" + name.encode())
+        time.sleep(0.1)
+        assert ends == []
+        peers["shut"].close()
+        peers["half"].shutdown(socket.SHUT_WR)
+        peers["lost"].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peers["lost"].close()
+        with contextlib.suppress(OSError):
+            peers["more"].sendall(bytes(2**22))
+        _wait_until(lambda: sorted(ends) == sorted(kinds))
+        for peer in peers.values():
+            peer.close()
 
 
 def test_a_fault_of_the_application_ends_one_connection(caplog: pytest.LogCaptureFixture) -> None:

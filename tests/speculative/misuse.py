@@ -86,12 +86,12 @@ class Ground:
 
     def raw(self, data: bytes) -> None:
         """Bytes that are no frame; waits for the end of the connection."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=ANSWER_SECONDS) as client:
-            with contextlib.suppress(ConnectionError):
-                client.sendall(data)
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(2**16):
-                    pass
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=ANSWER_SECONDS)
+        with client, contextlib.suppress(ConnectionError):
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(2**16):
+                pass
 
     def frames(self, *frames: tuple[MessageType, int, Head, bytes], endpoint: Endpoint | None = None) -> None:
         """Frames on one connection; waits until it ends, or its first text does."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from lab.engine import SyntheticEngine
+from lab.engine import Engine, Request, Session, SyntheticEngine, TargetStep, Want
+from lab.kv import CacheFull
 from lab.sampling import Sampling
 from speculative.drafting import Desync, OwnText
 from speculative.drafts import RandomDrafts
 from speculative.messages import Reason
 from speculative.settings import Mode
 from speculative.text import Ended, Outcome, TextRequest, Verdict, Waiting, prefix_hash
-from speculative.verifying import Terms, Verifier
-from tests.speculative.in_process import TERMS, request
+from speculative.verifying import EngineFailed, Terms, Verifier
+from tests.random_models import random_model
+from tests.speculative.in_process import TERMS, local_engine, request
 
 ASYNC = Mode["async"]
 PROMPT = [1, 2, 3]
@@ -33,7 +36,9 @@ class Clock:
 class Core:
     """A verifier on a synthetic target, and what its texts alone would be."""
 
-    def __init__(self, sessions: int = 4, **terms: Any) -> None:
+    def __init__(
+        self, sessions: int = 4, wrap: Callable[[Engine], Engine] = lambda engine: engine, **terms: Any
+    ) -> None:
         self.clock = Clock()
         self.ended: list[Ended] = []
         changed: Terms = replace(TERMS, **terms)
@@ -41,7 +46,11 @@ class Core:
             vocabulary_size=50, context=400, sessions=sessions, step_seconds=0, row_seconds=0, agreement=1.0
         )
         self.verifier = Verifier(
-            engine, end_ids=[], terms=changed, closed=lambda text, ended: self.ended.append(ended), clock=self.clock
+            wrap(engine),
+            end_ids=[],
+            terms=changed,
+            closed=lambda text, ended: self.ended.append(ended),
+            clock=self.clock,
         )
 
     def open(self, key: int, count: int = 40, mode: Mode = ASYNC, client: object = "client", **name: Any) -> None:
@@ -330,3 +339,163 @@ def test_own_guesses_fill_in_and_change_nothing() -> None:
         return ids
 
     assert whole(core.verifier) == whole(alone.verifier)
+
+
+# A fault has one owner
+
+
+BAD = next(token for token in range(10, 50) if token not in TEXT)
+
+
+class Stumbling:
+    """An engine that fails in a pass with one id in it, where it may do half of the pass before."""
+
+    def __init__(self, engine: Engine, error: Exception) -> None:
+        self._engine, self.error = engine, error
+        self.is_broken = False
+        self.passes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
+        session = self._engine.open([], sampling, most_tokens)
+        if prompt_ids:
+            self.extend([(session, prompt_ids)], "last")
+        return session
+
+    def extend(self, requests: Sequence[Request], want: Want) -> list[TargetStep]:
+        self.passes += 1
+        steps: list[TargetStep] = []
+        for one in requests:
+            if self.is_broken or BAD in one[1]:
+                raise self.error
+            steps += self._engine.extend([one], want)
+        return steps
+
+
+FAULTS = [
+    RuntimeError("CUDA out of memory.\nTried to allocate 20.00 MiB"),
+    MemoryError(),
+    ValueError("ids must be in [0, 49), got 49"),
+    IndexError("index out of range in self"),
+    CacheFull("the KV cache is full"),
+    KeyError(7),
+]
+
+
+def whole_texts(core: Core) -> tuple[dict[object, list[int]], list[Ended]]:
+    """Ticks until nothing is left to do: the new ids of each text, and how each ended."""
+    texts: dict[object, list[int]] = {}
+    ends: list[Ended] = []
+    while core.verifier.patience() <= 0:
+        for outcome in core.verifier.tick():
+            if isinstance(outcome, Verdict):
+                texts.setdefault(outcome.key, []).extend(outcome.ids)
+            elif isinstance(outcome, Ended):
+                ends.append(outcome)
+    return texts, ends
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["prompt", "guess"])
+def test_what_fails_in_a_pass_ends_its_own_text_only(error: Exception, where: str) -> None:
+    core = Core(wrap=lambda engine: Stumbling(engine, error))  # type: ignore[arg-type, return-value]
+    core.open(1, 20, Mode.target_only)
+    core.open(2, 20, Mode.target_only)
+    prompt = [4, BAD] if where == "prompt" else [4]
+    assert core.verifier.open(3, replace(asked(20), prompt_ids=prompt), client="client") == []
+    if where == "guess":
+        core.offer(3, 0, 1, [BAD])
+    core.open(4, 20, Mode.target_only)
+    texts, ends = whole_texts(core)
+    assert {key: texts[key] for key in (1, 2, 4)} == dict.fromkeys((1, 2, 4), TEXT[:20])
+    [failed] = [ended for ended in ends if ended.reason is not Reason.length]
+    assert (failed.key, failed.reason) == (3, Reason.failed)
+    assert failed.text.startswith(f"the target failed on it: {type(error).__name__}")
+    assert "\n" not in failed.text
+
+
+def test_an_engine_that_fails_whoever_asks_ends_the_verifier() -> None:
+    stumbling: list[Stumbling] = []
+
+    def wrap(engine: Engine) -> Engine:
+        stumbling.append(Stumbling(engine, RuntimeError("no kernel\nfor this device")))
+        return stumbling[0]  # type: ignore[return-value]
+
+    core = Core(wrap=wrap)
+    core.verifier.prove()
+    core.open(1, 20, Mode.target_only)
+    core.verdict()
+    stumbling[0].is_broken = True
+    message = r"^the target cannot run a text of two tokens: RuntimeError: no kernel for this device$"
+    with pytest.raises(EngineFailed, match=message):
+        core.verifier.tick()
+    with pytest.raises(EngineFailed, match=message):
+        core.verifier.prove()
+
+
+def test_an_engine_that_takes_no_text_is_found_out() -> None:
+    class Refusing(Stumbling):
+        def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
+            raise self.error
+
+    core = Core(wrap=lambda engine: Refusing(engine, OSError("gone")))  # type: ignore[arg-type, return-value]
+    [ended] = core.verifier.open(1, asked(), client="client")
+    assert isinstance(ended, Ended)
+    assert ended.text == "the target did not take it: OSError: gone"
+    assert core.verifier.patience() == 0
+    with pytest.raises(EngineFailed, match="OSError: gone"):
+        core.verifier.tick()
+
+
+# Room
+
+
+def test_the_line_has_an_end_and_tells_places() -> None:
+    core = Core(sessions=1, most_waiting=2)
+    core.open(1, 3)
+    assert core.verifier.open(2, asked(3), client="b") == [Waiting(2, 1)]
+    assert core.verifier.open(3, asked(3), client="c") == [Waiting(3, 2)]
+    assert core.verifier.open(4, asked(3), client="d") == [
+        Ended(
+            4,
+            Reason.refused,
+            "the verifier has no room now, and 2 texts wait in line already (its project.max_waiting)",
+        )
+    ]
+    assert core.verifier.open(4, asked(3), client="d") != [], "it is not there"
+    core.clock.now += 5
+    told = [outcome for _ in range(4) for outcome in core.verifier.tick() if isinstance(outcome, Waiting)]
+    assert told == [], "the places are what they were, and then the first is in"
+    core.clock.now += 1.1
+    assert Waiting(3, 1) in core.verifier.tick()
+    texts, ends = whole_texts(core)
+    assert [ended.key for ended in ends] == [2, 3]
+    assert texts[3] == TEXT[:3]
+
+
+def test_who_leaves_the_line_makes_room_in_it() -> None:
+    core = Core(sessions=1, most_waiting=2)
+    core.open(1, 3)
+    for key in (2, 3):
+        core.verifier.open(key, asked(3), client=key, name=key, owner=OWNER)
+    core.verifier.leave(2)
+    assert core.verifier.open(4, asked(3), client="d") == [Waiting(4, 2)]
+    _, ends = whole_texts(core)
+    assert [ended.key for ended in ends] == [1, 3, 4]
+    told = core.verifier.resume(5, asked(3), client=2, name=2, owner=OWNER)
+    assert [type(outcome) for outcome in told] == [Verdict]
+    assert whole_texts(core)[0][5] == TEXT[:3]
+
+
+def test_a_long_text_is_not_overtaken_for_ever() -> None:
+    """Room for 100 tokens: short texts that come one after the other leave none for a long one, unless they wait."""
+    model: Any = random_model("llama", torch.float64)
+    bytes_of_100 = local_engine(model).cache.bytes_per_position * 100
+    core = Core(wrap=lambda _: local_engine(model, context=100, limit_bytes=bytes_of_100))
+    core.open(1, 20)
+    assert core.verifier.open(2, asked(80), client="long") == [Waiting(2, 1)]
+    assert core.verifier.open(3, asked(20), client="short") == [Waiting(3, 2)]
+    _, ends = whole_texts(core)
+    assert [(ended.key, ended.reason) for ended in ends] == [(key, Reason.length) for key in (1, 2, 3)]
