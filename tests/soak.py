@@ -83,9 +83,7 @@ START_SECONDS = 120.0
 ATTACKING_FRAMES = 100_000
 ATTACKED_CACHE_BYTES = 2**23
 LARGEST_GROWTH_BYTES = 2**25
-MISUSED_REQUESTS = 200
 CROWDED_TEXTS = 20
-LEFT_CLIENTS = 500
 
 WRONG_REQUESTS = 200
 CROWDED_NEW_TOKENS = 200
@@ -172,7 +170,7 @@ def shards_attacked() -> dict[str, Any]:
 
 def shards_misused() -> dict[str, Any]:
     """200 requests of every wrong kind at two shard processes beside 4 good texts: these are the same to the token."""
-    return crowd_processes.misused(MISUSED_REQUESTS)
+    return crowd_processes.misused(WRONG_REQUESTS)
 
 
 def shards_crowded() -> dict[str, Any]:
@@ -182,7 +180,7 @@ def shards_crowded() -> dict[str, Any]:
 
 def shards_left() -> dict[str, Any]:
     """500 clients that leave at random moments: nobody computes for one that left two passes ago."""
-    return crowd_processes.left(LEFT_CLIENTS)
+    return crowd_processes.left(LEAVERS)
 
 
 def split_texts() -> dict[str, Any]:
