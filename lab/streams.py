@@ -98,7 +98,7 @@ def _opened(stream: TextIO | None, name: str) -> TextIO:
     named = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]  # somebody's own word for this very stream
     at_once = stream is not None and raw is getattr(stream, "buffer", None)  # python -u
     return io.TextIOWrapper(
-        Forgiving(raw) if at_once else io.BufferedWriter(Forgiving(raw)),  # type: ignore[type-var, arg-type] # as io has it
+        Forgiving(raw) if at_once else io.BufferedWriter(Forgiving(raw)),  # type: ignore[type-var] # as io has it
         write_through=at_once,
         encoding=named or "utf-8",
         errors="backslashreplace",
