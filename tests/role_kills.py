@@ -166,7 +166,7 @@ def kill_one(
             killed.faults.append(f"{where}: {len(left)} processes were left")
         killed.kills += 1
         killed.by_role[name] = killed.by_role.get(name, 0) + 1
-        for wrong in _wrong(role, process.returncode, number, out_path, err_path, killed):
+        for wrong in wrong_of(role, process.returncode, number, out_path, err_path, killed):
             killed.faults.append(f"{where}: {wrong}")
 
 
@@ -205,7 +205,8 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
                 yield process
 
 
-def _wrong(role: RoleKind, code: int, number: signal.Signals, out: Path, err: Path, killed: Killed) -> Iterator[str]:
+def wrong_of(role: RoleKind, code: int, number: signal.Signals, out: Path, err: Path, killed: Killed) -> Iterator[str]:
+    """What is wrong with the end of a process, from its exit code, what it wrote, and the signal that it got."""
     errors = err.read_text(encoding="utf-8", errors="replace")
     if "Traceback" in errors or "Exception ignored" in errors:
         yield f"a traceback: {errors.strip().splitlines()[-1][:300]}"
