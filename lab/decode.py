@@ -36,8 +36,12 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
                 prefill_chunk=project.prefill_chunk,
                 exact_rows=None,
             )
-            counts = {"context": project.context, "sessions": project.sessions}
-            figures = decode(engine, **counts, new_tokens=project.max_new_tokens)
+            figures = decode(
+                engine,
+                context=project.context,
+                sessions=project.sessions,
+                new_tokens=project.max_new_tokens,
+            )
         except CacheFull as full:
             raise UserError(f"project.cache_limit_bytes must have room for these texts: {full}") from None
         except UserError:

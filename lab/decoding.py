@@ -17,8 +17,10 @@ from lab.sampling import Sampling, mix64
 WARM_UP_TOKENS = 4
 
 
-def decode(engine: Engine, *, context: int, sessions: int, new_tokens: int) -> dict[str, Any]:
-    """Figures of `sessions` texts in step, one pass a token.
+def decode(
+    engine: Engine, *, context: int, sessions: int, new_tokens: int, sampling: Sampling | None = None
+) -> dict[str, Any]:
+    """Figures of `sessions` texts in step, one pass a token; greedy unless `sampling` says otherwise.
 
     Returns:
         `time_to_first_token_seconds`: all prompts in one batch, until each text has its first token.
@@ -33,7 +35,8 @@ def decode(engine: Engine, *, context: int, sessions: int, new_tokens: int) -> d
         raise ValueError(f"new_tokens must be at least 2 and below context={context}, got {new_tokens}")
     prompts = [_ids(text, context - new_tokens, engine.vocabulary_size) for text in range(sessions)]
     with ExitStack() as stack:
-        texts = [stack.enter_context(engine.open([], Sampling.greedy(), context)) for _ in prompts]
+        sampling = sampling or Sampling.greedy()
+        texts = [stack.enter_context(engine.open([], sampling, context)) for _ in prompts]
         for text in texts:  # the first passes of a process load kernels and warm caches
             engine.extend([(text, _ids(0, WARM_UP_TOKENS, engine.vocabulary_size))], "last")
             text.position = 0

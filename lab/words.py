@@ -63,6 +63,11 @@ class Words:
         named = [token for token, _ in self.logit_bias] + [token for word in self.bad_words for token in word]
         return max(named, default=-1)
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what stands in the text matters to single tokens."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
     def check_ids(self, vocabulary_size: int) -> None:
         """ValueError for ids that a model does not have."""
         if self._largest_id >= vocabulary_size:

@@ -36,6 +36,8 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     """All texts at once; the figures of the last line."""
     project = settings.project
     context = project.context or settings.model.architecture.context
+    if project.max_new_tokens < 1:
+        raise UserError(f"project.max_new_tokens must be at least 1 to be timed, got {project.max_new_tokens}")
     if context <= project.max_new_tokens:
         raise UserError(f"project.context must be greater than max_new_tokens={project.max_new_tokens}, got {context}")
     prompts = _prompts(settings, context - project.max_new_tokens)

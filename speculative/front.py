@@ -223,7 +223,7 @@ class Front:
         """Of an answer of the first protocol."""
         if self._answers.max_new_tokens != FILL:
             return self._answers.max_new_tokens
-        return min(self._welcome.context - prompt_tokens, MAX_TOKENS)
+        return max(1, min(self._welcome.context - prompt_tokens, MAX_TOKENS))  # the verifier refuses what is full
 
     async def _next_frame(self, connection: FrameConnection, texts: _Texts) -> Frame:
         """What the peer says next. A connection without a text is not worth its place for ever: raises `PeerSilent`."""

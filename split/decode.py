@@ -14,9 +14,11 @@ from split.settings import SplitSettings
 def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     """Times `project.sessions` texts of `project.context` tokens each; the figures of the last line."""
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    from lab.asking import asked_sampling
     from lab.decoding import decode
     from lab.device import open_device, read_memory
     from lab.kv import CacheFull
+    from lab.models import load_tokenizer_only
     from lab.settings import UserError
     from lab.tracking import Tracker
     from split.opening import sharded_model
@@ -27,11 +29,18 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
         sharded_model(settings, device, place.folder) as engine,
     ):
         try:
+            tokenizer, prompt_tokens = load_tokenizer_only(settings.model), engine.context - project.max_new_tokens
             figures = decode(
-                engine, context=engine.context, sessions=project.sessions, new_tokens=project.max_new_tokens
+                engine,
+                context=engine.context,
+                sessions=project.sessions,
+                new_tokens=project.max_new_tokens,
+                sampling=asked_sampling(project, settings.seed, tokenizer, max(0, prompt_tokens)),
             )
         except CacheFull as full:
             raise UserError(f"project.cache_limit_bytes must have room for these texts: {full}") from None
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"project.max_new_tokens and project.context do not fit: {error}") from None
         memory = read_memory(device)

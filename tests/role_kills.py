@@ -102,7 +102,8 @@ class Killed:
     with_text: int = 0
     """Whose text had begun."""
     by_role: dict[str, int] = field(default_factory=dict)
-    slowest_end_seconds: float = 0.0
+    end_seconds: dict[str, float] = field(default_factory=dict)
+    """The longest, by role, from the signal."""
     faults: list[str] = field(default_factory=list)
 
 
@@ -151,7 +152,7 @@ def kill_one(
             process.send_signal(number)
             told = time.monotonic()
             process.wait(SECONDS)
-            killed.slowest_end_seconds = max(killed.slowest_end_seconds, time.monotonic() - told)
+            killed.end_seconds[name] = max(killed.end_seconds.get(name, 0.0), time.monotonic() - told)
         except subprocess.TimeoutExpired:
             killed.faults.append(f"{where}: it did not end")
         finally:
@@ -217,6 +218,8 @@ def _wrong(role: RoleKind, code: int, number: signal.Signals, out: Path, err: Pa
         return
     word = "interrupted" if number == signal.SIGINT else "terminated"
     good = last.get("status") == "ok"
+    if good and code == -number:  # all was said, and only the interpreter was still about
+        return
     if last.get("ended_by") != word and not (good and not role.serves):
         yield f"ended_by {last.get('ended_by')!r}, not {word!r}"
     if code != (0 if good else 128 + number) or (role.serves and "role" in last and not good):

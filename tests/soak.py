@@ -40,6 +40,7 @@ from tests.folder_fuzz import fuzz_folders
 from tests.lab import adapters
 from tests.role_kills import kill_roles
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
+from tests.speculative.crowd import crowd
 from tests.speculative.identity import (
     Compared,
     compare_everything,
@@ -49,6 +50,10 @@ from tests.speculative.identity import (
 )
 from tests.speculative.kills import DELAY_SECONDS, KINDS
 from tests.speculative.kills import kill_at_random as kill_drafting
+from tests.speculative.leavers import leave_at_random
+from tests.speculative.misuse import LARGEST_GROWTH_BYTES as LARGEST_MISUSE_GROWTH_BYTES
+from tests.speculative.misuse import misuse
+from tests.speculative.processes import RANDOM, verifier
 from tests.split import crowd_processes, hostile, kills, texts
 from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
@@ -81,6 +86,11 @@ LARGEST_GROWTH_BYTES = 2**25
 MISUSED_REQUESTS = 200
 CROWDED_TEXTS = 20
 LEFT_CLIENTS = 500
+
+WRONG_REQUESTS = 200
+CROWDED_NEW_TOKENS = 200
+LEAVERS = 500
+LEAVERS_AT_ONCE = 50
 
 
 def hostile_frames() -> dict[str, Any]:
@@ -199,6 +209,31 @@ def drafting_killed() -> dict[str, Any]:
     }
 
 
+def verifier_misused() -> dict[str, Any]:
+    """Wrong requests of every kind at a verifier process, beside four clients that mean well: their texts are their
+    own, the process lives, and grows by 10 MB at most."""
+    with verifier(*RANDOM) as running:
+        came = misuse(running.port, running.process.pid, RANDOM, WRONG_REQUESTS, seed=1)
+        tracebacks = running.stderr().count("Traceback")
+    grew = came.rss_growth_bytes > LARGEST_MISUSE_GROWTH_BYTES
+    ok = came.same_texts and came.lives and not came.unanswered and not grew and not tracebacks
+    return {"ok": ok, **asdict(came), "tracebacks": tracebacks}
+
+
+def verifier_crowded() -> dict[str, Any]:
+    """20 texts of 100 to 900 positions on 1,000 positions of cache, arriving at random, and some that never fit: each
+    is finished, as the target alone makes it, or was told at once."""
+    came = crowd(CROWDED_TEXTS, CROWDED_NEW_TOKENS, seed=1)
+    return {"ok": not came.died and came.same_texts and came.finished == CROWDED_TEXTS, **asdict(came)}
+
+
+def verifier_left() -> dict[str, Any]:
+    """500 clients of both protocols that leave at random moments, in every way: no pass computes a row for one that
+    left two passes ago."""
+    came = leave_at_random(LEAVERS, LEAVERS_AT_ONCE, seed=1)
+    return {"ok": not came.late_rows and came.stayed_text, **asdict(came)}
+
+
 def learners_killed() -> dict[str, Any]:
     """A training over two shard processes, of which one is killed (SIGKILL) at 10 random steps: no loss differs from
     the whole model's, which nobody kills."""
@@ -274,6 +309,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
         *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
         *(unicode_texts, roles_killed, settings_changed),
+        *(verifier_misused, verifier_crowded, verifier_left),
     )
 }
 

@@ -114,6 +114,10 @@ def test_where_everything_is_banned_nothing_is() -> None:
     words = _words(bad_words=tuple((token,) for token in range(VOCABULARY)))
     logits_KV = _logits(0, 2)
     assert torch.equal(_by_rows(words, _text(0), logits_KV, 30), logits_KV)
+    by_the_last = _words(bad_words=(*((token,) for token in range(1, VOCABULARY)), (_text(0)[28], 0)))
+    found_KV = _by_rows(by_the_last, _text(0), logits_KV, 30)
+    assert torch.equal(found_KV[0], logits_KV[0]), "its last word is complete here"
+    assert found_KV[1].isfinite().sum() == 1
     all_but_one = _words(bad_words=tuple((token,) for token in range(1, VOCABULARY)))
     found_KV = _by_rows(all_but_one, _text(0), logits_KV, 30)
     choice = choose(logits_KV, [Sampling.greedy()] * 2, [29, 30], [-1, -1], dict(enumerate(found_KV)))

@@ -14,6 +14,7 @@ import pytest
 from lab.entry import compose_settings
 from lab.models import byte_tokenizer
 from lab.network import make_endpoint
+from lab.sampling_head import WordsHead
 from lab.wire import FrameSocket, PeerRefused, pack_tokens
 from speculative.front import TOKENIZER
 from speculative.messages import (
@@ -37,6 +38,18 @@ NAMES = itertools.count()
 WELCOMES: dict[FrameSocket, Welcome] = {}
 """What each connection was told first."""
 OURS = fingerprint(token_texts(byte_tokenizer()))
+
+
+def _words(**changes: Any) -> WordsHead:
+    values: dict[str, Any] = {
+        "prompt_tokens": 1,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0 if changes else 9.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": [],
+        "bad_words": [],
+    }
+    return WordsHead(**values | changes)
 
 
 def _open(**changes: Any) -> Open:
@@ -106,6 +119,14 @@ def _opened_then(*ids: int) -> Send:
         (_opened_then(-1), "sent token id -1 at index 0, vocabulary is 259"),
         (_opened_then(*range(17)), "sent 17 guesses, at most 16 are checked at once"),
         (lambda frames: frames.send(MessageType.open, 1, _open(top_p=0.0), pack_tokens([1])), "top_p must be in"),
+        (lambda frames: frames.send(MessageType.open, 1, _open(min_p=2.0), pack_tokens([1])), "min_p must be in"),
+        (lambda frames: frames.send(MessageType.open, 1, _open(words=_words()), pack_tokens([1])), "presence_penalty"),
+        (
+            lambda frames: frames.send(
+                MessageType.open, 1, _open(words=_words(bad_words=[[1] * 4096] * 2)), pack_tokens([1])
+            ),
+            "bad_words must be at most 1024 of 4096 tokens together, got 2 of 8192",
+        ),
         (
             lambda frames: frames.send(MessageType.open, 1, _open(temperature=-1.0), pack_tokens([1])),
             "temperature must",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import msgspec
 import pytest
 import torch
 
+from lab.sampling import Sampling
+from lab.sampling_head import sampling_fields
 from lab.wire import pack_tokens
+from lab.words import Words
 from split.boundary import Boundary
 from split.coding import decode, encode
 from split.messages import Fault, FaultCode, Open, Pass, Piece, Steps, pack_steps, unpack_steps
@@ -141,3 +145,22 @@ def test_a_pass_of_one_token_fits_its_budget() -> None:
     """Header 16 bytes and head together at most 64, at any position."""
     head = _pass((2**31, 2**30, 1))
     assert 16 + len(msgspec.msgpack.encode(head)) <= 64
+
+
+def test_a_pass_that_does_not_tell_the_last_shard_the_text_is_refused(tmp_path: Path) -> None:
+    """Words need the ids; and ids from a client are looked at before anything is counted by them."""
+    last = _stages(tmp_path)[-1]
+    words = Words(prompt_tokens=2, presence_penalty=1.0)
+    opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), words=words)))
+    last.take(0, Message(7, opened))
+    hidden = bytes(3 * 32 * 4)
+    run = _pass((7, 0, 3))
+    assert _code(last.take(0, Message(1, run, hidden))) is FaultCode.refused
+    told = msgspec.structs.replace(run, for_words=True)
+    assert _code(last.take(0, Message(1, told, pack_tokens([1, 2, VOCABULARY]) + hidden))) is FaultCode.refused
+    answer = last.take(0, Message(1, told, pack_tokens([1, 2, 3]) + hidden))
+    assert answer is not None
+    assert isinstance(answer.head, Steps)
+    unknown = Words(prompt_tokens=2, logit_bias=((VOCABULARY, 1.0),))
+    opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), words=unknown)))
+    assert _code(last.take(0, Message(8, opened))) is FaultCode.refused

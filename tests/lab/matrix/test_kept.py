@@ -165,7 +165,8 @@ def test_two_sweeps_at_once_run_no_cell_twice_and_outlive_each_other(tmp_path: P
         start(logs[0], until=lambda: len(starts(tmp_path)) == 1)
         start(logs[1], until=lambda: "waiting for 2 runs that another sweep does" in logs[1].read_text())
         (tmp_path / "log.go-1").touch()
-        wait_until(lambda: len(starts(tmp_path)) == 2)
+        kept = tmp_path / "results" / "matrix"
+        wait_until(lambda: len(starts(tmp_path)) == 2 and len(list(kept.glob("*/result.json"))) == 1)
         sweeps[0].kill()
         (tmp_path / "log.go-2").touch()
         out, _ = sweeps[1].communicate(timeout=120)
@@ -178,7 +179,7 @@ def test_two_sweeps_at_once_run_no_cell_twice_and_outlive_each_other(tmp_path: P
     assert (last["cells"], last["ok"], last["failed"]) == (2, 2, 0)
     assert f"process {sweeps[0].pid} on" in logs[1].read_text()
     assert starts(tmp_path) == ["gate 1 0", "gate 2 0", "gate 2 0"], "the one that the kill cut off, and no other"
-    assert [file.name for file in (tmp_path / "results" / "matrix" / ".sweeps").iterdir()] == ["door"]
+    assert [file.name for file in (kept / ".sweeps").iterdir()] == ["door"]
 
 
 def starts(folder: Path) -> list[str]:
