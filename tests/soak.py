@@ -47,6 +47,7 @@ from tests.speculative.kills import kill_at_random as kill_drafting
 from tests.split import hostile, kills, texts
 from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
+from tests.sweep_pairs import compare_pairs
 from tests.wire_fuzz import fuzz, server_process
 
 HOSTILE_FRAMES = 200_000
@@ -65,6 +66,7 @@ START_SECONDS = 120.0
 ATTACKING_FRAMES = 100_000
 ATTACKED_CACHE_BYTES = 2**23
 LARGEST_GROWTH_BYTES = 2**25
+SWEEP_PAIRS = 500
 
 
 def hostile_frames() -> dict[str, Any]:
@@ -207,12 +209,18 @@ def families_speculated() -> dict[str, Any]:
     return {"ok": not flipped and families > 80, "families": families, "tokens": tokens, "flipped": flipped}
 
 
+def sweeps_over_kept_cells() -> dict[str, Any]:
+    """Random pairs of sweeps: the second, over cells that the first left, equals itself run fresh, and has a report."""
+    report = compare_pairs(SWEEP_PAIRS, pictures_every=SWEEP_PAIRS // 10)
+    return {"ok": report.first_wrong is None and report.pairs == SWEEP_PAIRS, **asdict(report)}
+
+
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
-        families_speculated,
+        *(families_speculated, sweeps_over_kept_cells),
     )
 }
 

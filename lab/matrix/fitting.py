@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.text import Text
 
 SMALLEST_POINTS = 6.0
@@ -62,7 +61,7 @@ def fit_cells(axes: Axes, texts: Sequence[Text], least: float = SMALLEST_POINTS)
     size = math.floor(2 * min(text.get_fontsize() for text in texts) / max(1.0, over)) / 2
     for text in texts if size >= least else ():
         text.set_fontsize(size)
-    return size >= least
+    return bool(size >= least)
 
 
 def name_across(axes: Axes, names: Sequence[str], tallest: float) -> None:
@@ -79,9 +78,9 @@ def name_across(axes: Axes, names: Sequence[str], tallest: float) -> None:
         figure.draw_without_rendering()
 
 
-def fit_ticks(axis: Axis) -> None:
+def fit_ticks(axes: Axes, which: str) -> None:
     """Leaves out names that would lie over the one before. The picture must have been laid out."""
-    along = 0 if axis.axis_name == "x" else 1
+    along, axis = (0, axes.xaxis) if which == "x" else (1, axes.yaxis)
     end = -math.inf
     labels = [tick.label1 for tick in axis.get_major_ticks()]
     boxes = sorted(((label.get_window_extent(), label) for label in labels), key=lambda found: found[0].min[along])

@@ -306,8 +306,8 @@ def _draw_grid(
     if columns * lines > MOST_FIGURES or not _fit_figures(axes, figures):
         figure.suptitle(f"{title}\n{NO_ROOM}", fontsize=12)
     figure.draw_without_rendering()
-    fit_ticks(axes.yaxis)
-    fit_ticks(axes.xaxis)
+    fit_ticks(axes, "y")
+    fit_ticks(axes, "x")
     return figure
 
 
@@ -398,12 +398,17 @@ def _lines(picture: Picture, metric: Metric, along: str) -> Figure:
     axes.grid(visible=True, color="0.9")
     samples, handles = list[Sample](), []
     for (_, rows), title, colour, marker in zip(lines, names, sns.color_palette("colorblind"), MARKERS):
-        known = [(value, _scaled(row.sample(metric) if row else None, metric)) for value, row in zip(picture.values(along), rows)]
+        known = [
+            (value, _scaled(row.sample(metric) if row else None, metric))
+            for value, row in zip(picture.values(along), rows)
+        ]
         label = metric.title if across is None else f"{shortened(picture.label(across), 40)} = {title}"
         handles.append(_draw_line(axes, known, colour, marker, label))
         samples += [sample for _, sample in known if sample is not None]
     _scale(axes.set_yscale, [sample.low for sample in samples] + [sample.high for sample in samples], WIDE_RANGE)
-    handles += _mark_failures(axes, [[_reason(row, metric) for row in rows] for _, rows in lines], picture.values(along))
+    handles += _mark_failures(
+        axes, [[_reason(row, metric) for row in rows] for _, rows in lines], picture.values(along)
+    )
     axes.set_xlabel(shortened(picture.label(along), LONGEST_TITLE))
     axes.set_ylabel(textwrap.fill(f"{metric.label}, {metric.better} is better", 44))
     axes.yaxis.set_major_formatter(FuncFormatter(_at_an_axis))
@@ -464,7 +469,7 @@ def _number_axis(figure: Figure, axes: Axes, values: Sequence[Any]) -> None:
         axes.set_xticks(sorted(values), [name(value) for value in sorted(values)])
         axes.xaxis.set_minor_locator(NullLocator())
         figure.draw_without_rendering()
-        fit_ticks(axes.xaxis)
+        fit_ticks(axes, "x")
         return
     axes.xaxis.set_major_locator(MaxNLocator(integer=all(isinstance(value, int) for value in values)))
     axes.xaxis.set_major_formatter(FuncFormatter(_at_an_axis))

@@ -191,4 +191,3 @@ def in_words(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(in_words, value))}]"
     return json.dumps(value, ensure_ascii=False)
-

@@ -29,7 +29,7 @@ PAIRS = 12
 def test_a_sweep_over_kept_cells_equals_one_that_ran_fresh() -> None:
     report = compare_pairs(PAIRS)
     assert report.pairs == PAIRS
-    assert (report.differences, report.without_report) == (0, 0)
+    assert (report.differences, report.without_report) == (0, 0), report.first_wrong
     assert min(report.kept, report.failures, report.interrupted, report.not_drawn) > 0, "each of it was tried"
 
 
@@ -71,7 +71,7 @@ def test_the_point_is_that_of_the_sweep_that_uses_the_cell(tmp_path: Path, ran: 
     added = sweep_here(tmp_path, {}, "model.dtype=float32,auto", "seed=0", "model.seed=1,2")
     assert added.skipped == 2, "auto is what a cell has by itself"
     assert points(added)[-1] == {"model.dtype": "auto", "model.seed": 2}
-    assert points(sweep_here(tmp_path, {}, "model.seed=2"))== [{}]
+    assert points(sweep_here(tmp_path, {}, "model.seed=2")) == [{}]
     assert len(ran) == 4, "the other order of the axes, and an axis less, have the same cells"
     listed = sweep_here(tmp_path, {}, "model.lora_targets=[q_proj],[q_proj,v_proj]", "model.seed=1")
     assert [point["model.lora_targets"] for point in points(listed)] == [["q_proj"], ["q_proj", "v_proj"]]
@@ -115,13 +115,11 @@ def test_a_results_folder_that_cannot_be_written_is_one_line(tmp_path: Path, ran
     assert not ran
 
 
-@pytest.mark.parametrize("name", ["José", "my lab (2)", "a, b", "x=1", "[lab]", "${oc.env:HOME}", "it's \"so\"", "b\\"])
+@pytest.mark.parametrize("name", ["José", "my lab (2)", "a, b", "x=1", "[lab]", "${oc.env:HOME}", 'it\'s "so"', "b\\"])
 def test_a_cell_is_told_its_folder_whatever_it_is_called(tmp_path: Path, name: str) -> None:
     run = CellRun(Cell({}, [], {}), 0, "0123", tmp_path / name / "0123", "cpu")
     job = _job(run, sweep_settings())
     (word,) = OverridesParser.create().parse_overrides([job.arguments[-1]])
-    from omegaconf import OmegaConf
-
     read = OmegaConf.create({"dir": word.value()}).dir
     assert (word.key_or_group, read) == ("hydra.run.dir", job.folder)
 
