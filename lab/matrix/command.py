@@ -43,7 +43,8 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
     figures = draw(result.document, place.folder, sweep, other)
     figures |= {"skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
     if isinstance(result.ended_by, KeyboardInterrupt):
-        why = f"interrupted: {figures['not_run']} of {figures['cells']} cells have no result; the same words go on from here"
+        missing = f"{figures['not_run']} of {figures['cells']} cells have no result"
+        why = f"interrupted: {missing}; the same words go on from here"
         raise entry.Unfinished(why, 130, figures)
     if result.ended_by is not None:
         raise result.ended_by

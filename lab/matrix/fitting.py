@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ def told_apart(texts: Sequence[str], longest: int) -> list[str]:
     short = [shortened(text, longest) for text in texts]
     if len(set(short)) < len(texts):
         whole = [shortened(text, max(map(len, texts))) for text in texts]
-        common = max(0, len(os.path.commonprefix(whole)) - longest // 2)
+        common = max(0, _same_start(whole) - longest // 2)
         ends = [f"…{text[common:]}" if common else text for text in whole]
         short = [text if len(text) <= longest else f"{text[: longest - 1]}…" for text in ends]
     found: list[str] = []
@@ -40,6 +40,11 @@ def told_apart(texts: Sequence[str], longest: int) -> list[str]:
         count = sum(text in (one, one.rpartition(" (")[0]) for one in found)
         found.append(f"{text} ({count + 1})" if count else text)
     return found
+
+
+def _same_start(texts: Sequence[str]) -> int:
+    """How many characters all of them begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*texts)))
 
 
 def lines_of(title: str, width: int) -> str:

@@ -237,7 +237,7 @@ PICTURES: dict[str, tuple[Table, str]] = {
               failing=lambda point: point["a.one"] == 3),
         "no figure: out of memory",
     ),
-    "a plane of failures": (table(failing=lambda point: point["project.sessions"] < 4, metrics=[TIME]), "out of memory"),
+    "most of it failed": (table(failing=lambda point: point["project.sessions"] < 4, metrics=[TIME]), "out of memory"),
     "signs": (table({"a.one": ["$x$", "_", ""], "b.two": ["é\nè", "日", " "]}, metrics=[TIME]), "é è"),
     "lists": (table({"a.one": [["q"], ["q", "v"]], "b.two": [None, True, 1, "null"]}, metrics=[TIME]), "[q, v]"),
 }  # fmt: skip
