@@ -57,6 +57,7 @@ from tests.speculative.processes import RANDOM, verifier
 from tests.split import crowd_processes, hostile, kills, texts
 from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
+from tests.sweep_pairs import compare_pairs
 from tests.test_conf import COMMANDS
 from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
@@ -89,6 +90,7 @@ WRONG_REQUESTS = 200
 CROWDED_NEW_TOKENS = 200
 LEAVERS = 500
 LEAVERS_AT_ONCE = 50
+SWEEP_PAIRS = 500
 
 
 def hostile_frames() -> dict[str, Any]:
@@ -300,6 +302,12 @@ def families_speculated() -> dict[str, Any]:
     return {"ok": not flipped and families > 80, "families": families, "tokens": tokens, "flipped": flipped}
 
 
+def sweeps_over_kept_cells() -> dict[str, Any]:
+    """Random pairs of sweeps: the second, over cells that the first left, equals itself run fresh, and has a report."""
+    report = compare_pairs(SWEEP_PAIRS, pictures_every=SWEEP_PAIRS // 10)
+    return {"ok": report.first_wrong is None and report.pairs == SWEEP_PAIRS, **asdict(report)}
+
+
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
@@ -307,7 +315,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
         *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
         *(unicode_texts, roles_killed, settings_changed),
-        *(verifier_misused, verifier_crowded, verifier_left),
+        *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells),
     )
 }
 

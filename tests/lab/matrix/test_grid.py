@@ -19,6 +19,10 @@ from lab.settings import UserError
 ROOT = Path(__file__).resolve().parents[3]
 
 
+ONE = ("project.context=128", "project.sessions=1")
+"""A grid of one cell."""
+
+
 def sweep_settings(*words: str) -> SweepSettings:
     told = " ".join(f"'{word}'" for word in sort_words(words).sweep)
     return compose_settings("matrix", told, MatrixSettings).matrix
@@ -108,9 +112,9 @@ def test_a_folder_is_taken_as_typed_and_texts_that_look_like_something_else_are_
         (["project.context=(2"], r"^project.context must be an integer, got '\(2'$"),
         (["project.context=32,-64"], r"^project.context must be .*, got -64$"),
         (["project.context=-64"], r"^project.context must be .*, got -64$"),
-        (["project.context=128", "project.sessions=1", "seed=0,-1"], r"^seed must be in \[0, 2\*\*31\), got -1$"),
-        (["project.context=128", "project.sessions=1", "device.name=cpu,mps"], r"^device.name must be one of auto, .*, got mps$"),
-        (["project.context=128", "project.sessions=1", "+bogus=1,2"], r"^bogus must be a setting \(.*\), got 1$"),
+        ([*ONE, "seed=0,-1"], r"^seed must be in \[0, 2\*\*31\), got -1$"),
+        ([*ONE, "device.name=cpu,mps"], r"^device.name must be one of auto, .*, got mps$"),
+        ([*ONE, "+bogus=1,2"], r"^bogus must be a setting \(.*\), got 1$"),
         (["seed=1,2", "seed=3"], r"^seed must be given once where it is an axis, got 'seed=3', too$"),
         (["seed=3", "++seed=1,2"], r"^seed must be given once where it is an axis, got '\+\+seed=1,2', too$"),
     ],

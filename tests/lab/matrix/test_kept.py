@@ -29,7 +29,7 @@ PAIRS = 12
 def test_a_sweep_over_kept_cells_equals_one_that_ran_fresh() -> None:
     report = compare_pairs(PAIRS)
     assert report.pairs == PAIRS
-    assert (report.differences, report.without_report) == (0, 0)
+    assert (report.differences, report.without_report) == (0, 0), report.first_wrong
     assert min(report.kept, report.failures, report.interrupted, report.not_drawn) > 0, "each of it was tried"
 
 
@@ -120,7 +120,6 @@ def test_a_cell_is_told_its_folder_whatever_it_is_called(tmp_path: Path, name: s
     run = CellRun(Cell({}, [], {}), 0, "0123", tmp_path / name / "0123", "cpu")
     job = _job(run, sweep_settings())
     (word,) = OverridesParser.create().parse_overrides([job.arguments[-1]])
-
     read = OmegaConf.create({"dir": word.value()}).dir
     assert (word.key_or_group, read) == ("hydra.run.dir", job.folder)
 
