@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -130,7 +130,8 @@ class _Command:
             self.place = Run(Path(HydraConfig.get().runtime.output_dir).absolute())
             try:
                 self._settings = settings = settle(config, settings_type)
-                self._figures = run(settings, self.place)
+                self._figures = {**run(settings, self.place)}
+                self._figures.setdefault("device", _device(settings))
             except Exception as error:  # raised when Hydra has gone, which would put a line of its own before ours
                 raised.append(_as_users(error, config, self.place))
 
@@ -298,15 +299,20 @@ def finish(figures: dict[str, Any], settings: LabSettings, place: Run, out: Text
         **describe_environment(),
     }
     if "device" not in document:
-        from lab.device import open_device  # imports torch, which `--help` can do without
-
-        document["device"] = open_device(settings.device).type
+        with suppress(UserError):  # what is said of the end is more than this
+            document["device"] = _device(settings)
     text = _as_json(document)
     try:
         write_whole(place.folder / "result.json", text + "\n")
     except OSError as error:
         _say(1, f"result.json could not be written to {str(place.folder)!r} ({error.strerror}): the last line has all")
     streams.print_last_line(text, out or sys.stdout)
+
+
+def _device(settings: LabSettings) -> str:
+    from lab.device import open_device  # imports torch, which `--help` can do without
+
+    return open_device(settings.device).type
 
 
 def _as_json(document: dict[str, Any]) -> str:

@@ -425,6 +425,9 @@ def _missing_key(error: MissingMandatoryValue) -> str:
 def _structured_nodes(node: DictConfig) -> Iterator[DictConfig]:
     """Children before parents, so that the innermost dotted path is the one reported."""
     for key in node:
+        group = node._get_node(key)
+        if isinstance(group, DictConfig) and group._is_interpolation():  # whatever it refers to, it is not that group
+            raise UserError(f"{group._get_full_key(None)} must be a group of settings, got {group._value()}")
         if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
             yield from _structured_nodes(node[key])
             yield node[key]
@@ -466,7 +469,10 @@ def texts_by_key(config: DictConfig, path: str = "") -> dict[str, str]:
     """Every value of a config that is a text and may be the name of a place, by its dotted key; not the prompt."""
     found: dict[str, str] = {}
     for key in map(str, config):
-        value = None if OmegaConf.is_missing(config, key) else config[key]
+        try:
+            value = config[key]
+        except OmegaConfBaseException:  # missing, or refers to nothing
+            continue
         if isinstance(value, DictConfig):
             found |= texts_by_key(value, f"{path}{key}.")
         elif isinstance(value, str) and value and f"{path}{key}" != "prompt":

@@ -139,7 +139,7 @@ def last_line(module: str, words: Sequence[str], folder: Path, settings: DemoSet
     try:
         text, figures = run_to_end(module, words, folder, settings.project.part_timeout_seconds)
     except subprocess.CalledProcessError as error:
-        raise RuntimeError(f"python -m {module} ended with code {error.returncode}") from None
+        raise RuntimeError(f"python -m {module} {' '.join(words)} ended with code {error.returncode}") from None
     print("\n".join(text), flush=True)
     return figures
 

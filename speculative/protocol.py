@@ -3,9 +3,10 @@
     request    [4 bytes length][UTF-8 text]
     response   [4 bytes count][count x int32]
 
-All integers in network byte order; any number of requests on a connection, one after the other; an error closes it. The
-answer is the target's own greedy continuation of the plain text. It has no key, no version and no session: those are
-the frames of `lab.wire`, on the same port; the two are told apart by the first four bytes (`lab.wire.sniff`).
+All integers in network byte order; any number of requests on a connection, one after the other; an error closes it. Who
+closes a connection, or only its own side of it, has left: nothing more is computed for it. The answer is
+the target's own greedy continuation of the plain text. It has no key, no version and no session: those are the frames
+of `lab.wire`, on the same port; the two are told apart by the first four bytes (`lab.wire.sniff`).
 
 A client:
 

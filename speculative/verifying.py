@@ -425,14 +425,13 @@ class Verifier:
 
     def _order(self) -> list[Text]:
         """Those in line as they will get room: first those of clients that have the fewest running."""
-        running = Counter(self._texts[key].client for key in self._running)
-        left, order = list(self._line.values()), []
-        while left:
-            text = min(left, key=lambda text: running[self._texts[text.key].client])
-            left.remove(text)
-            running[self._texts[text.key].client] += 1
-            order.append(text)
-        return order
+        ahead = Counter(self._texts[key].client for key in self._running)
+        turns = []
+        for text in self._line.values():
+            client = self._texts[text.key].client
+            turns.append((ahead[client], text))
+            ahead[client] += 1
+        return [text for _, text in sorted(turns, key=lambda turn: turn[0])]
 
     def _make_room(self) -> bool:
         """A text that rests gives its room to one that waits."""

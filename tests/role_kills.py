@@ -102,7 +102,8 @@ class Killed:
     with_text: int = 0
     """Whose text had begun."""
     by_role: dict[str, int] = field(default_factory=dict)
-    slowest_end_seconds: float = 0.0
+    end_seconds: dict[str, float] = field(default_factory=dict)
+    """The longest, by role, from the signal."""
     faults: list[str] = field(default_factory=list)
 
 
@@ -151,7 +152,7 @@ def kill_one(
             process.send_signal(number)
             told = time.monotonic()
             process.wait(SECONDS)
-            killed.slowest_end_seconds = max(killed.slowest_end_seconds, time.monotonic() - told)
+            killed.end_seconds[name] = max(killed.end_seconds.get(name, 0.0), time.monotonic() - told)
         except subprocess.TimeoutExpired:
             killed.faults.append(f"{where}: it did not end")
         finally:
@@ -165,7 +166,7 @@ def kill_one(
             killed.faults.append(f"{where}: {len(left)} processes were left")
         killed.kills += 1
         killed.by_role[name] = killed.by_role.get(name, 0) + 1
-        for wrong in _wrong(role, process.returncode, number, out_path, err_path, killed):
+        for wrong in wrong_of(role, process.returncode, number, out_path, err_path, killed):
             killed.faults.append(f"{where}: {wrong}")
 
 
@@ -204,7 +205,8 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
                 yield process
 
 
-def _wrong(role: RoleKind, code: int, number: signal.Signals, out: Path, err: Path, killed: Killed) -> Iterator[str]:
+def wrong_of(role: RoleKind, code: int, number: signal.Signals, out: Path, err: Path, killed: Killed) -> Iterator[str]:
+    """What is wrong with the end of a process, from its exit code, what it wrote, and the signal that it got."""
     errors = err.read_text(encoding="utf-8", errors="replace")
     if "Traceback" in errors or "Exception ignored" in errors:
         yield f"a traceback: {errors.strip().splitlines()[-1][:300]}"
@@ -217,6 +219,8 @@ def _wrong(role: RoleKind, code: int, number: signal.Signals, out: Path, err: Pa
         return
     word = "interrupted" if number == signal.SIGINT else "terminated"
     good = last.get("status") == "ok"
+    if good and code == -number:  # all was said, and only the interpreter was still about
+        return
     if last.get("ended_by") != word and not (good and not role.serves):
         yield f"ended_by {last.get('ended_by')!r}, not {word!r}"
     if code != (0 if good else 128 + number) or (role.serves and "role" in last and not good):

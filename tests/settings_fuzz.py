@@ -7,6 +7,7 @@ small model, so that a value meets what is checked only where it is used.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import random
 import socket
@@ -16,7 +17,6 @@ from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redire
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from io import StringIO
-from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from unittest import mock
@@ -127,16 +127,14 @@ def members_of(schema: type, key: str) -> list[str]:
     return [name for kind in kinds for name in kind.__members__]
 
 
-def words_of(schema: type, count: int, seed: int) -> list[str]:
-    """`count` words: every key in turn, values and forms drawn."""
-    draw, keys = random.Random(seed), list(keys_of(schema))
+def words_of(schema: type, seed: int) -> Iterator[str]:
+    """Words without end: every key in turn, values and forms drawn."""
+    draw = random.Random(seed)
+    values = {key: (*VALUES, *members_of(schema, key)) for key in keys_of(schema)}
+    keys = list(values)
     draw.shuffle(keys)
-    words = []
-    for number in range(count):
-        key = keys[number % len(keys)]
-        value = draw.choice((*VALUES, *members_of(schema, key)))
-        words.append(draw.choice(FORMS).format(key=key, value=value))
-    return words
+    for key in itertools.cycle(keys):
+        yield draw.choice(FORMS).format(key=key, value=draw.choice(values[key]))
 
 
 def change_settings(commands: dict[str, type[LabSettings]], count: int, seed: int) -> Came:
@@ -145,7 +143,7 @@ def change_settings(commands: dict[str, type[LabSettings]], count: int, seed: in
     for number, (config_name, schema) in enumerate(commands.items()):
         share = count // len(commands) + (number < count % len(commands))
         config = compose_config(config_name, ["model=random"])  # nothing to fetch
-        for word in words_of(schema, share, seed + number):
+        for word in itertools.islice(words_of(schema, seed + number), share):
             came.add(f"{config_name} {word}", *outcome_of(config, word, schema))
     return came
 
@@ -203,16 +201,16 @@ def reach_work(commands: Sequence[Command], count: int, seed: int, folder: Path)
         busy = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         common = ("tracking=none", f"network.port={busy.getsockname()[1]}", f"hydra.run.dir={folder}/run")
         for number, command in enumerate(commands):
-            words = islice(_that_settle(command, seed + number), count // len(commands))
+            words = itertools.islice(_that_settle(command, seed + number), count // len(commands))
             for word in words:
-                came.add(f"{command.name} {word}", *run_of(command, [*command.words, *common, word]))
+                came.add(f"{command.name} {word}", *run_of(command, [*common, *command.words, word]))
     return came
 
 
 def _that_settle(command: Command, seed: int) -> Iterator[str]:
     """Changed words that become settings, so that the work meets them."""
     config = compose_config(command.config, list(command.words))
-    for word in words_of(command.schema, 10_000, seed):
+    for word in words_of(command.schema, seed):
         if _is_for(command, word) and outcome_of(config, word, command.schema) == (None, None):
             yield word
 
@@ -277,7 +275,7 @@ def commands_that_end(folder: Path) -> list[Command]:
     short = (*tiny, "prompt=The cat", "project.max_new_tokens=2")
     learnt = ("project.data.source=jsonl", f"project.data.path={data}", "project.data.sequence_length=16")
     local = ("project.transport=inproc", "project.local_shards=2")
-    nobody = ("network.connect_timeout_seconds=0.2", "project.draft.source=ngram")
+    nobody = ("network.port=1", "network.connect_timeout_seconds=0.2", "project.draft.source=ngram")
     layers = (*tiny, "project.layers=0:2")
     merged = (f"project.checkpoint={folder}", f"project.output={folder}/x")
     site = ("project.baseline=central", "project.rounds=1", "project.num_clients=1", "project.local_steps=1")

@@ -40,6 +40,7 @@ from tests.folder_fuzz import fuzz_folders
 from tests.lab import adapters
 from tests.role_kills import kill_roles
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
+from tests.speculative.crowd import crowd
 from tests.speculative.identity import (
     Compared,
     compare_everything,
@@ -49,9 +50,14 @@ from tests.speculative.identity import (
 )
 from tests.speculative.kills import DELAY_SECONDS, KINDS
 from tests.speculative.kills import kill_at_random as kill_drafting
+from tests.speculative.leavers import leave_at_random
+from tests.speculative.misuse import LARGEST_GROWTH_BYTES as LARGEST_MISUSE_GROWTH_BYTES
+from tests.speculative.misuse import misuse
+from tests.speculative.processes import RANDOM, verifier
 from tests.split import crowd_processes, hostile, kills, texts
 from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training
+from tests.sweep_pairs import compare_pairs
 from tests.test_conf import COMMANDS
 from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
@@ -78,9 +84,13 @@ START_SECONDS = 120.0
 ATTACKING_FRAMES = 100_000
 ATTACKED_CACHE_BYTES = 2**23
 LARGEST_GROWTH_BYTES = 2**25
-MISUSED_REQUESTS = 200
 CROWDED_TEXTS = 20
-LEFT_CLIENTS = 500
+
+WRONG_REQUESTS = 200
+CROWDED_NEW_TOKENS = 200
+LEAVERS = 500
+LEAVERS_AT_ONCE = 50
+SWEEP_PAIRS = 500
 
 
 def hostile_frames() -> dict[str, Any]:
@@ -162,7 +172,7 @@ def shards_attacked() -> dict[str, Any]:
 
 def shards_misused() -> dict[str, Any]:
     """200 requests of every wrong kind at two shard processes beside 4 good texts: these are the same to the token."""
-    return crowd_processes.misused(MISUSED_REQUESTS)
+    return crowd_processes.misused(WRONG_REQUESTS)
 
 
 def shards_crowded() -> dict[str, Any]:
@@ -172,7 +182,7 @@ def shards_crowded() -> dict[str, Any]:
 
 def shards_left() -> dict[str, Any]:
     """500 clients that leave at random moments: nobody computes for one that left two passes ago."""
-    return crowd_processes.left(LEFT_CLIENTS)
+    return crowd_processes.left(LEAVERS)
 
 
 def split_texts() -> dict[str, Any]:
@@ -197,6 +207,31 @@ def drafting_killed() -> dict[str, Any]:
         "resume_seconds_most": most,
         "found_seconds_most": found,
     }
+
+
+def verifier_misused() -> dict[str, Any]:
+    """Wrong requests of every kind at a verifier process, beside four clients that mean well: their texts are their
+    own, the process lives, and grows by 10 MB at most."""
+    with verifier(*RANDOM) as running:
+        came = misuse(running.port, running.process.pid, RANDOM, WRONG_REQUESTS, seed=1)
+        tracebacks = running.stderr().count("Traceback")
+    grew = came.rss_growth_bytes > LARGEST_MISUSE_GROWTH_BYTES
+    ok = came.same_texts and came.lives and not came.unanswered and not grew and not tracebacks
+    return {"ok": ok, **asdict(came), "tracebacks": tracebacks}
+
+
+def verifier_crowded() -> dict[str, Any]:
+    """20 texts of 100 to 900 positions on 1,000 positions of cache, arriving at random, and some that never fit: each
+    is finished, as the target alone makes it, or was told at once."""
+    came = crowd(CROWDED_TEXTS, CROWDED_NEW_TOKENS, seed=1)
+    return {"ok": not came.died and came.same_texts and came.finished == CROWDED_TEXTS, **asdict(came)}
+
+
+def verifier_left() -> dict[str, Any]:
+    """500 clients of both protocols that leave at random moments, in every way: no pass computes a row for one that
+    left two passes ago."""
+    came = leave_at_random(LEAVERS, LEAVERS_AT_ONCE, seed=1)
+    return {"ok": not came.late_rows and came.stayed_text, **asdict(came)}
 
 
 def learners_killed() -> dict[str, Any]:
@@ -267,6 +302,12 @@ def families_speculated() -> dict[str, Any]:
     return {"ok": not flipped and families > 80, "families": families, "tokens": tokens, "flipped": flipped}
 
 
+def sweeps_over_kept_cells() -> dict[str, Any]:
+    """Random pairs of sweeps: the second, over cells that the first left, equals itself run fresh, and has a report."""
+    report = compare_pairs(SWEEP_PAIRS, pictures_every=SWEEP_PAIRS // 10)
+    return {"ok": report.first_wrong is None and report.pairs == SWEEP_PAIRS, **asdict(report)}
+
+
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
@@ -274,6 +315,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
         *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
         *(unicode_texts, roles_killed, settings_changed),
+        *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells),
     )
 }
 

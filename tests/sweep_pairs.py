@@ -83,6 +83,8 @@ class Report:
     not_drawn: int = 0
     differences: int = 0
     without_report: int = 0
+    first_wrong: str | None = None
+    """The first pair that differed, or had no report."""
 
 
 def grids() -> st.SearchStrategy[tuple[str, ...]]:
@@ -154,10 +156,9 @@ def outcome_of(job: Job) -> Outcome:
 
 
 def compare_pairs(count: int, pictures_every: int = 0) -> Report:
-    """So many pairs, always the same ones; every so-manieth with real pictures (0: none)."""
+    """So many pairs, always the same ones; every so many with real pictures (0: none)."""
     report = Report()
 
-    # A pair that fails is small enough as it is.
     @hypothesis.settings(
         max_examples=count, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate]
     )
@@ -166,10 +167,14 @@ def compare_pairs(count: int, pictures_every: int = 0) -> Report:
         real = pictures_every > 0 and report.pairs % pictures_every == 0
         with tempfile.TemporaryDirectory() as folder:
             _compare(*pair, Path(folder), report, real_pictures=real)
-        assert not report.differences, pair
-        assert not report.without_report, pair
+        if report.first_wrong is None and (report.differences or report.without_report):
+            report.first_wrong = repr(pair)
 
-    with patch("lab.matrix.grid.compose_config", _compose), patch("lab.matrix.sweep._job", _instant_job):
+    with (
+        patch("lab.matrix.grid.compose_config", _compose),
+        patch("lab.matrix.sweep._job", _instant_job),
+        patch("lab.matrix.sweep.sources_digest", lambda packages: "0" * 16),  # someone may edit them meanwhile
+    ):
         compare()
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from lab import entry
 from lab.matrix.grid import Words, sort_words
 from lab.matrix.settings import MatrixSettings
 from lab.settings import UserError
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.text import Text
 
 SMALLEST_POINTS = 6.0
@@ -33,7 +32,7 @@ def told_apart(texts: Sequence[str], longest: int) -> list[str]:
     short = [shortened(text, longest) for text in texts]
     if len(set(short)) < len(texts):
         whole = [shortened(text, max(map(len, texts))) for text in texts]
-        common = max(0, len(os.path.commonprefix(whole)) - longest // 2)
+        common = max(0, _same_start(whole) - longest // 2)
         ends = [f"…{text[common:]}" if common else text for text in whole]
         short = [text if len(text) <= longest else f"{text[: longest - 1]}…" for text in ends]
     found: list[str] = []
@@ -41,6 +40,11 @@ def told_apart(texts: Sequence[str], longest: int) -> list[str]:
         count = sum(text in (one, one.rpartition(" (")[0]) for one in found)
         found.append(f"{text} ({count + 1})" if count else text)
     return found
+
+
+def _same_start(texts: Sequence[str]) -> int:
+    """How many characters all of them begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*texts)))
 
 
 def lines_of(title: str, width: int) -> str:
@@ -62,7 +66,7 @@ def fit_cells(axes: Axes, texts: Sequence[Text], least: float = SMALLEST_POINTS)
     size = math.floor(2 * min(text.get_fontsize() for text in texts) / max(1.0, over)) / 2
     for text in texts if size >= least else ():
         text.set_fontsize(size)
-    return size >= least
+    return bool(size >= least)
 
 
 def name_across(axes: Axes, names: Sequence[str], tallest: float) -> None:
@@ -79,9 +83,9 @@ def name_across(axes: Axes, names: Sequence[str], tallest: float) -> None:
         figure.draw_without_rendering()
 
 
-def fit_ticks(axis: Axis) -> None:
+def fit_ticks(axes: Axes, which: str) -> None:
     """Leaves out names that would lie over the one before. The picture must have been laid out."""
-    along = 0 if axis.axis_name == "x" else 1
+    along, axis = (0, axes.xaxis) if which == "x" else (1, axes.yaxis)
     end = -math.inf
     labels = [tick.label1 for tick in axis.get_major_ticks()]
     boxes = sorted(((label.get_window_extent(), label) for label in labels), key=lambda found: found[0].min[along])

@@ -162,12 +162,13 @@ def make_cells(settings: SweepSettings, words: Words) -> list[Cell]:
         config = compose_config(settings.config, literal_prompt([*settings.overrides, *words.cells, *values, *QUIET]))
         refusal = _refusal(config)
         for word in (*values, ""):  # "": of the whole grid
-            refused[word] = refusal if word not in refused else refused[word] and refusal
+            refused[word] = refused.get(word, refusal) if refusal else None
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # type: ignore[assignment]  # its roots are names
         point = {key: _value_at(plain, key, word) for key, word in zip(axes, values)}
         cells.setdefault(identity(point), Cell(point, [*settings.overrides, *words.cells, *values], plain))
-    for error in filter(None, refused.values()):
-        raise error  # no cell with this value could run
+    for refusal in refused.values():
+        if refusal is not None:  # no cell with this value could run
+            raise refusal
     if len(cells) < (asked := math.prod(map(len, axes.values()))):
         log.warning("%d cells of this grid are the same as others of it, and count once", asked - len(cells))
     return list(cells.values())

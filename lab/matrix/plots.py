@@ -1,7 +1,7 @@
 """A sweep's pictures: a heatmap per metric, or lines where an axis has many numbers; ratios to another sweep.
 
-Yellow is good, whichever way the figure goes. A cell without a figure is hatched and says why. What has no room (numbers
-of 200 cells, a name of 60 letters) is left out or shortened: all of it is in the report's table and in results.csv.
+Yellow is good, whichever way the figure goes. A cell without a figure is hatched and says why. What has no room (the
+numbers of 200 cells, a name of 60 letters) is left out or shortened: the report's table and results.csv have all of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,13 +136,13 @@ def draw_sweep(table: Table, folder: Path, lines_from: int, other: Table | None 
     """All pictures of a sweep as PNG files in `folder`: metric by metric, ratios to `other` behind each."""
     drawn, taken = list[Drawn](), set[str]()
 
-    def add(start: str, picture: Picture, draw: Callable[[], Figure]) -> None:
-        drawn.append(_draw(draw, folder / _new_name(picture.file(start), taken)))
+    def add(words: str, draw: Callable[[], Figure]) -> None:
+        drawn.append(_draw(draw, folder / _new_name(words, taken)))
 
     for metric, picture in itertools.product(table.metrics, pictures_of(table)):
-        add(metric.column, picture, lambda: _picture(picture, metric, lines_from))
+        add(picture.file(metric.column), partial(_picture, picture, metric, lines_from))
         if other is not None:
-            add(f"{metric.column}_ratio", picture, lambda: _ratio_heatmap(picture, metric, other))
+            add(picture.file(f"{metric.column}_ratio"), partial(_ratio_heatmap, picture, metric, other))
     return drawn
 
 
@@ -306,8 +307,8 @@ def _draw_grid(
     if columns * lines > MOST_FIGURES or not _fit_figures(axes, figures):
         figure.suptitle(f"{title}\n{NO_ROOM}", fontsize=12)
     figure.draw_without_rendering()
-    fit_ticks(axes.yaxis)
-    fit_ticks(axes.xaxis)
+    fit_ticks(axes, "y")
+    fit_ticks(axes, "x")
     return figure
 
 
@@ -469,7 +470,7 @@ def _number_axis(figure: Figure, axes: Axes, values: Sequence[Any]) -> None:
         axes.set_xticks(sorted(values), [name(value) for value in sorted(values)])
         axes.xaxis.set_minor_locator(NullLocator())
         figure.draw_without_rendering()
-        fit_ticks(axes.xaxis)
+        fit_ticks(axes, "x")
         return
     axes.xaxis.set_major_locator(MaxNLocator(integer=all(isinstance(value, int) for value in values)))
     axes.xaxis.set_major_formatter(FuncFormatter(_at_an_axis))

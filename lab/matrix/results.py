@@ -1,7 +1,7 @@
 """What a run of a cell left: `<results>/<signature>/result.json`, written whole or not at all.
 
-It says what the run was (settings, sources, device, limits), and nothing of the sweep that asked for it: where it stands
-in a grid is said by whoever uses it.
+It says what the run was (settings, sources, device, limits), and nothing of the sweep that asked for it: where it
+stands in a grid is said by whoever uses it.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def arrived(*words: str) -> Any:
     return OmegaConf.to_object(config)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(TEXTS, st.lists(TEXTS, max_size=3), st.floats(allow_nan=False), st.integers(), st.booleans())
 @example("a,b'c\"d[e]\n${x} \\", ["\\", '"', "a, b"], -0.0, -(2**64), True)
 @example("", [""], 1e-320, 0, False)

@@ -55,7 +55,7 @@ def page(tmp_path: Path) -> Path:
     plt.close(figure)
     sections = [
         Section(title="Setup", facts={"model": "<SmolLM2>", "device": "x" * 400}),
-        Section(title="Pictures", pictures=[tmp_path / "a_picture.png"]),
+        Section(title="Pictures", pictures=[tmp_path / "a_picture.png", "b.png could not be drawn (<why>)"]),
         Section(title="Table", header=["a", "b"], rows=[[1, "wide " * 100]] * 3),
         Section(title="Commands", commands=["python -m lab.decode " + "project.context=1 " * 40]),
     ]
@@ -68,6 +68,7 @@ def test_it_carries_everything(page: Path) -> None:
     text = page.read_text()
     assert "&lt;SmolLM2&gt;" in text
     assert "A page &amp; more" in text
+    assert '<p class="missing">b.png could not be drawn (&lt;why&gt;)</p>' in text
     assert 'src="data:image/png;base64,iVBOR' in text
     assert "<script" not in text
     assert not re.search(r"""(src|href)=["'](?!data:)""", text), "something is fetched from elsewhere"

@@ -133,3 +133,13 @@ def test_what_hydra_cannot_compose_and_a_value_without_end_are_one_line() -> Non
     assert line is not None
     assert line.startswith("error: seed must be an integer, got 'xxx")
     assert len(line) < LONGEST_LINE + 20
+
+
+def test_a_device_that_this_machine_lacks_is_one_line_where_nothing_is_computed_too() -> None:
+    line, fault = run_of(PLAN, ["model=random", "tracking=none", "hydra.run.dir=run", "device.name=mps"])
+    assert fault is None
+    assert (line or "").startswith("error: device.name must be one of ")
+
+
+def test_a_group_that_refers_elsewhere_is_one_line() -> None:
+    assert run_of(PLAN, ["network=${seed}"]) == ("error: network must be a group of settings, got ${seed}", None)

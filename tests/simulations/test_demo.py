@@ -96,6 +96,6 @@ def test_what_make_demo_tells_its_parts_are_words_that_they_know() -> None:
 
 def test_a_part_that_fails_ends_the_demonstration(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings = settings_for(tmp_path, federated=["project.rounds=0"])
-    with pytest.raises(RuntimeError, match=r"fed_sim\.py project.rounds=0 .* ended with code 2"):
+    with pytest.raises(RuntimeError, match=r"fed_sim project.rounds=0.* ended with code 2"):
         demo.run(settings, Run(tmp_path / "demo"))
     assert "error: project.rounds must be at least 1, got 0" in capfd.readouterr().err

@@ -162,8 +162,8 @@ def kill_at_random(kinds: Sequence[str], seed: int, words: Sequence[str] = ()) -
 
 
 def _one_text(scene: _Scene, generator: random.Random, kinds: Sequence[str], came: Kills) -> list[str]:
-    """Returns what is left: a verifier goes on alone and may have finished the text before its drafter is back, and a
-    long text may end by itself."""
+    """Returns what is left: a verifier may have finished the text before it misses its drafter, and a long
+    text may end by itself."""
     scene.mended()
     count = len(kinds) * TOKENS_PER_KILL + LAST_TOKENS
     points = list(zip(sorted(generator.sample(range(1, count - LAST_TOKENS), len(kinds))), kinds, strict=True))

@@ -36,7 +36,7 @@ def test_a_text_survives_whatever_is_taken_away() -> None:
     assert all(seconds < 5 for seconds in came.found_seconds)
 
 
-def test_a_drafter_that_was_killed_is_started_again_and_finds_its_text_further_on(
+def test_a_drafter_that_was_killed_is_started_again_and_goes_on_with_its_text(
     random_verifier: Role, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Who does not have its run folder is not given the text."""

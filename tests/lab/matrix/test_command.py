@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from lab.matrix.command import main
+from lab.matrix.results import CellRun
+from lab.matrix.supervisor import Outcome
 from tests.in_process import exit_code
 from tests.lab.matrix.sweeps import command, environment, started, sweep_as_command, words_of
 from tests.lab.matrix.test_sweep import wait_for_results
@@ -78,6 +80,8 @@ def test_a_sweep_is_drawn_again_and_compared(
     [
         (["matrix.plot=nowhere"], "matrix.plot must be the folder of a sweep, with the results in its sweep.json"),
         (["matrix.compare=nowhere"], "matrix.compare must be the folder of a sweep"),
+        (["matrix.plot=bad"], "matrix.plot must be the folder of a sweep, with the results in its sweep.json"),
+        (["seed=1,2", "seed=3"], "seed must be given once where it is an axis, got 'seed=3', too"),
         (["project.matrix_sze=1,2"], "project.matrix_sze must be a setting (did you mean project.matrix_size?)"),
     ],
 )
@@ -89,10 +93,40 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "sweep.json").write_text('{"sweep": {"metrics": [1]}, "results": [{"point": []}]}')
     assert exit_code(main, *words_of(tmp_path, {"seed": [1]}, *words)) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {message}")
     assert len(errors.splitlines()) == 1
+
+
+def test_whatever_ends_a_sweep_the_report_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full after the first of three cells; no picture can be drawn."""
+    keep = CellRun.keep
+
+    def keep_once(run: CellRun, outcome: Outcome, command: str) -> dict[str, Any]:
+        if list(tmp_path.glob("results/matrix/*/result.json")):
+            raise OSError(28, "No space left on device")
+        return keep(run, outcome, command)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CellRun, "keep", keep_once)
+    monkeypatch.setattr("lab.matrix.plots._picture", lambda *_: 1 / 0)
+    words = words_of(tmp_path, {"model.seed": [1, 2, 3]}, f"hydra.run.dir={tmp_path}/sweep")
+    with pytest.raises(OSError, match="No space left"):
+        exit_code(main, *words)
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "speed.png could not be drawn (ZeroDivisionError: division by zero)" in page
+    assert page.count("not run") >= 2
+    assert len((tmp_path / "sweep" / "results.csv").read_text().splitlines()) == 4
+    capsys.readouterr()
+    assert exit_code(main, *words_of(tmp_path, {}, f"matrix.plot={tmp_path}/sweep")) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["cells"], last["ok"], last["failed"], last["not_run"]) == (3, 1, 0, 2)
+    assert (last["plots"], len(last["not_drawn"])) == ([], 2)
 
 
 @pytest.mark.real
@@ -119,9 +153,14 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_behind(tmp_path: Path)
     family = psutil.Process(sweep.pid).children(recursive=True)
     assert len(family) >= 2, "a supervisor and its cell"
     sweep.send_signal(signal.SIGINT)
-    _, errors = sweep.communicate(timeout=30)
+    out, errors = sweep.communicate(timeout=60)
     assert sweep.returncode == 130, errors
     assert "Traceback" not in errors
+    last = json.loads(out.splitlines()[-1])
+    assert (last["status"], last["ok"], last["failed"], last["not_run"]) == ("failed", 1, 0, 1)
+    assert "the sweep was interrupted" in Path(last["report"]).read_text()
+    assert Path(last["results_csv"]).read_text().count("not run") == 2
+    assert [Path(plot).exists() for plot in last["plots"]] == [True, True]
     assert not psutil.wait_procs(family, timeout=10)[1]
     (result,) = (tmp_path / "results" / "matrix").glob("*/result.json")
     assert json.loads(result.read_text())["figures"]["speed"] == 200.0

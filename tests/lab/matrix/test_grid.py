@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 
 from lab.entry import compose_settings
-from lab.matrix.grid import Cell, look_up, make_cells, sort_words
+from lab.matrix.grid import Cell, as_word, look_up, make_cells, sort_words
 from lab.matrix.settings import MatrixSettings, SweepSettings
 from lab.matrix.sources import sources_digest
 from lab.matrix.sweep import plan
 from lab.settings import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+ONE = ("project.context=128", "project.sessions=1")
+"""A grid of one cell."""
 
 
 def sweep_settings(*words: str) -> SweepSettings:
@@ -68,6 +72,31 @@ def test_values_of_every_kind_survive() -> None:
     assert points(*typed, "device.name=cpu,auto") == [["cpu"], ["auto"]]
 
 
+def test_a_value_that_is_there_twice_is_one_cell(caplog: pytest.LogCaptureFixture) -> None:
+    one = ["project.sessions=1", "model=random"]
+    assert points(*one, "project.context=32,32,64,'32',+64") == [[32], [64]]
+    assert "3 cells of this grid are the same as others of it, and count once" in caplog.text
+    assert points(*one, "project.context=32", "network.connect_timeout_seconds=1,1.0") == [[1.0]]
+    assert points(*one, "project.context=32", "model.lora_targets=[a,b],[b],[a, b]") == [[["a", "b"]], [["b"]]]
+    assert points(*one, "project.context=32", "++seed=1,2") == [[1], [2]], "a key is the same with a + before it"
+
+
+def test_a_combination_that_the_command_refuses_is_a_cell_while_its_values_are_good_for_others() -> None:
+    words = ["model=random", "project.sessions=1", "project.context=32,512", "project.max_new_tokens=16,64"]
+    assert points(*words) == [[32, 16], [32, 64], [512, 16], [512, 64]], "64 tokens have no room in 32"
+
+
+def test_a_folder_is_taken_as_typed_and_texts_that_look_like_something_else_are_texts(tmp_path: Path) -> None:
+    folder = "/home/José/my lab (2)"
+    (cell,) = cells("model=random", "project.context=32", "project.sessions=1", f"model.cache_dir={folder}")
+    assert cell.settings["model"]["cache_dir"] == folder
+    assert [as_word("a", value) for value in ("null", None, "x y", 'a"b', ["1", 1], True)] == [
+        'a="null"', "a=null", 'a="x y"', 'a="a\\"b"', 'a=["1",1]', "a=true"
+    ]  # fmt: skip
+    text, null = cells("model=random", "project.context=32", "project.sessions=1", "model.adapter='null',null")
+    assert [text.point, null.point] == [{"model.adapter": "null"}, {"model.adapter": None}]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -80,11 +109,19 @@ def test_values_of_every_kind_survive() -> None:
         (["matrix.command=lab.nope"], r"^matrix.command must be a module, got 'lab.nope'"),
         (["matrix=nope"], r"^matrix must be one of decode, .*, got 'nope'$"),
         (["project.context=1,(2"], r"project.context=1,\(2' must be key=value"),
+        (["project.context=(2"], r"^project.context must be an integer, got '\(2'$"),
+        (["project.context=32,-64"], r"^project.context must be .*, got -64$"),
+        (["project.context=-64"], r"^project.context must be .*, got -64$"),
+        ([*ONE, "seed=0,-1"], r"^seed must be in \[0, 2\*\*31\), got -1$"),
+        ([*ONE, "device.name=cpu,mps"], r"^device.name must be one of auto, .*, got mps$"),
+        ([*ONE, "+bogus=1,2"], r"^bogus must be a setting \(.*\), got 1$"),
+        (["seed=1,2", "seed=3"], r"^seed must be given once where it is an axis, got 'seed=3', too$"),
+        (["seed=3", "++seed=1,2"], r"^seed must be given once where it is an axis, got '\+\+seed=1,2', too$"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
-        cells(*words)
+        plan(sweep_settings(*words), cells(*words))
     assert "\n" not in str(raised.value)
 
 

@@ -29,7 +29,7 @@ PAIRS = 12
 def test_a_sweep_over_kept_cells_equals_one_that_ran_fresh() -> None:
     report = compare_pairs(PAIRS)
     assert report.pairs == PAIRS
-    assert (report.differences, report.without_report) == (0, 0)
+    assert (report.differences, report.without_report) == (0, 0), report.first_wrong
     assert min(report.kept, report.failures, report.interrupted, report.not_drawn) > 0, "each of it was tried"
 
 
@@ -120,7 +120,6 @@ def test_a_cell_is_told_its_folder_whatever_it_is_called(tmp_path: Path, name: s
     run = CellRun(Cell({}, [], {}), 0, "0123", tmp_path / name / "0123", "cpu")
     job = _job(run, sweep_settings())
     (word,) = OverridesParser.create().parse_overrides([job.arguments[-1]])
-
     read = OmegaConf.create({"dir": word.value()}).dir
     assert (word.key_or_group, read) == ("hydra.run.dir", job.folder)
 
@@ -165,7 +164,8 @@ def test_two_sweeps_at_once_run_no_cell_twice_and_outlive_each_other(tmp_path: P
         start(logs[0], until=lambda: len(starts(tmp_path)) == 1)
         start(logs[1], until=lambda: "waiting for 2 runs that another sweep does" in logs[1].read_text())
         (tmp_path / "log.go-1").touch()
-        wait_until(lambda: len(starts(tmp_path)) == 2)
+        kept = tmp_path / "results" / "matrix"
+        wait_until(lambda: len(starts(tmp_path)) == 2 and len(list(kept.glob("*/result.json"))) == 1)
         sweeps[0].kill()
         (tmp_path / "log.go-2").touch()
         out, _ = sweeps[1].communicate(timeout=120)
@@ -178,7 +178,7 @@ def test_two_sweeps_at_once_run_no_cell_twice_and_outlive_each_other(tmp_path: P
     assert (last["cells"], last["ok"], last["failed"]) == (2, 2, 0)
     assert f"process {sweeps[0].pid} on" in logs[1].read_text()
     assert starts(tmp_path) == ["gate 1 0", "gate 2 0", "gate 2 0"], "the one that the kill cut off, and no other"
-    assert [file.name for file in (tmp_path / "results" / "matrix" / ".sweeps").iterdir()] == ["door"]
+    assert [file.name for file in (kept / ".sweeps").iterdir()] == ["door"]
 
 
 def starts(folder: Path) -> list[str]:

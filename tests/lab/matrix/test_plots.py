@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lab.matrix import plots
+from lab.matrix.fitting import told_apart
 from lab.matrix.table import Table
 from lab.settings import UserError
 
@@ -27,20 +28,27 @@ SPEED = {"figure": "figures.speed", "title": "speed", "unit": "tokens/s", "scale
 
 
 def table(
-    axes: Mapping[str, Sequence[Any]] = AXES, failing: Sequence[tuple[Any, ...]] = (), repeats: int = 1, by: float = 1.0
+    axes: Mapping[str, Sequence[Any]] = AXES,
+    failing: Callable[[dict[str, Any]], Any] | Sequence[tuple[Any, ...]] = (),
+    repeats: int = 1,
+    by: float = 1.0,
+    figures: Callable[[dict[str, Any]], dict[str, Any]] = lambda point: {},
+    metrics: Sequence[dict[str, Any]] | None = None,
 ) -> Table:
     results = []
     for repeat, values in itertools.product(range(repeats), itertools.product(*axes.values())):
         seconds = by * (0.01 + 0.001 * repeat + sum(v for v in values if isinstance(v, int)) / 1e5)
-        failed = tuple(values) in failing
+        point = dict(zip(axes, values))
+        failed = failing(point) if callable(failing) else tuple(values) in failing
         results.append(
             {
                 "status": "failed" if failed else "ok",
                 "failure": "out of memory" if failed else None,
                 "detail": "too much",
-                "point": dict(zip(axes, values)),
-                "figures": {} if failed else {"token_seconds": seconds, "speed": 1 / seconds},
+                "point": point,
+                "figures": {} if failed else {"token_seconds": seconds, "speed": 1 / seconds} | figures(point),
                 "seconds": 1.0,
+                "limit": {},
                 "command": "lab.decode",
                 "words": ["model=random"],
                 "device": "cpu: AMD EPYC, 2 cores",
@@ -49,7 +57,8 @@ def table(
                 "signature": "0",
             }
         )
-    about = {"name": "decode", "axes": list(axes), "labels": LABELS, "metrics": [TIME, SPEED], "model": "SmolLM2-135M"}
+    about = {"name": "decode", "axes": list(axes), "labels": LABELS, "model": "SmolLM2-135M"}
+    about |= {"metrics": metrics or [TIME, SPEED]}
     about |= {"device": "cpu: AMD EPYC, 2 cores", "commit": "a993c00024fa+"}
     return Table.of({"sweep": about, "results": results})
 
@@ -72,7 +81,9 @@ def beyond(figure: Figure) -> list[mpl.text.Text]:
     """Labels of ticks outside the axes: they have a text and a place, and are not drawn."""
     every = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
     ticks = [(tick, sorted(axis.get_view_interval())) for axis in every for tick in axis.get_major_ticks()]
-    return [tick.label1 for tick, (low, high) in ticks if not low <= tick.get_loc() <= high]
+    outside = [tick for tick, (low, high) in ticks if not low <= tick.get_loc() <= high]
+    spare = [tick for axis in every for tick in axis.majorTicks[len(axis.get_major_ticks()) :]]
+    return [label for tick in outside + spare for label in (tick.label1, tick.label2)]
 
 
 def texts_overlap(figure: Figure) -> list[tuple[str, str]]:
@@ -204,6 +215,117 @@ def test_overlapping_texts_are_noticed() -> None:
     assert ("one text", "another") in texts_overlap(figure)
     axes.set_xlim(0, 100)
     assert texts_beyond_their_cell(figure) == ["one text", "another"]
+
+
+SAID = "no room for the figures"
+LONG = [f"/home/someone/data/2026/experiments/run-{number}/train.jsonl" for number in range(5)]
+PICTURES: dict[str, tuple[Table, str]] = {
+    "two hundred cells": (
+        table({"a.one": [f"name-{n}" for n in range(20)], "b.two": list("abcdefghij")}, repeats=3, metrics=[TIME],
+              failing=lambda point: point["b.two"] == "c"),
+        "out of\nmemory",
+    ),
+    "two hundred narrow cells": (
+        table({"a.one": list("abcd"), "b.two": [f"name-{n}" for n in range(50)]}, repeats=3, metrics=[TIME],
+              failing=lambda point: point["b.two"] == "name-7"),
+        SAID,
+    ),
+    "long names": (table({"a.one": [f"{'x' * 80}{n}" for n in range(3)], "b.two": LONG}, metrics=[TIME]), "…"),
+    "eleven lines": (table({"a.one": list(range(1, 12)), "b.two": list(range(1, 12))}, metrics=[TIME]), "10.0"),
+    "ten lines": (
+        table({"a.one": list(range(1, 12)), "b.two": [f"{'y' * 50}{n}" for n in range(10)]}, metrics=[TIME],
+              failing=lambda point: point["a.one"] == 3),
+        "no figure: out of memory",
+    ),
+    "most of it failed": (table(failing=lambda point: point["project.sessions"] < 4, metrics=[TIME]), "out of memory"),
+    "signs": (table({"a.one": ["$x$", "_", ""], "b.two": ["é\nè", "日", " "]}, metrics=[TIME]), "é è"),
+    "lists": (table({"a.one": [["q"], ["q", "v"]], "b.two": [None, True, 1, "null"]}, metrics=[TIME]), "[q, v]"),
+}  # fmt: skip
+"""What is hard to draw, and a text that must be in the picture of it."""
+
+
+@pytest.mark.parametrize("what", PICTURES)
+def test_what_is_hard_to_draw_can_be_read(drawn: dict[str, Figure], tmp_path: Path, what: str) -> None:
+    hard, said = PICTURES[what]
+    (picture,) = plots.draw_sweep(hard, tmp_path, lines_from=8)
+    assert picture.failure is None
+    figure = drawn[picture.file.name]
+    assert not texts_overlap(figure)
+    if figure.axes[0].collections and not figure.legends:
+        assert not texts_beyond_their_cell(figure)
+    texts = [text.get_text() for text in figure.findobj(mpl.text.Text) if text.get_visible()]
+    assert any(said in text for text in texts), texts
+    assert max(figure.get_size_inches() * plots.DPI) <= 1400
+
+
+def test_lines_can_be_told_apart(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    ten = table({"a.one": list(range(1, 12)), "b.two": list(range(10))}, metrics=[TIME])
+    plots.draw_sweep(ten, tmp_path, lines_from=8)
+    lines = main_axes(drawn["token_seconds.png"]).lines
+    assert (
+        len({(line.get_color(), line.get_marker()) for line in lines})
+        == len({line.get_marker() for line in lines})
+        == 10
+    )
+
+
+def test_a_cell_without_a_figure_says_why(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    figures = {(128, 1): {"speed": "nan"}, (128, 2): {"speed": None}, (512, 1): {"speed": True}}
+    swept = table(figures=lambda point: figures.get(tuple(point.values()), {}), metrics=[SPEED], repeats=2)
+    plots.draw_sweep(swept, tmp_path, lines_from=8)
+    texts = [text.get_text() for text in main_axes(drawn["speed.png"]).texts]
+    assert {"no figure", "not a number: True"} <= set(texts)
+    assert "not a number:\nnan" in texts or "not a number: nan" in texts
+    assert "nan" not in swept.csv()
+
+
+def test_powers_of_two_are_as_far_from_each_other(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    def places(contexts: Sequence[int]) -> tuple[str, list[str]]:
+        plots.draw_sweep(table({"project.context": contexts}, metrics=[TIME]), tmp_path, lines_from=4)
+        axes = main_axes(drawn["token_seconds.png"])
+        return axes.get_xscale(), [label.get_text() for label in axes.get_xticklabels() if label.get_visible()]
+
+    assert places([64, 128, 512, 2048]) == ("log", ["64", "128", "512", "2,048"])
+    assert places([1, 2, 3, 1_000_000]) == ("log", ["1", "2", "3", "1,000,000"])
+    assert places([100, 200, 300, 400])[0] == "linear"
+
+
+def test_figures_over_many_decades_have_a_logarithmic_scale(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    wide = table(figures=lambda point: {"speed": 10.0 ** (point["project.context"] // 100)}, metrics=[SPEED])
+    plots.draw_sweep(wide, tmp_path, lines_from=8)
+    assert drawn["speed.png"].axes[1].get_yscale() == "log"
+
+
+def test_each_picture_has_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "_picture", lambda *_: Figure())
+    values = ["x/y", "x y", "x_y", "X y", "z" * 300, "z" * 299 + "y", "日" * 90]
+    metrics = [{**SPEED, "figure": figure} for figure in ("figures.a.p50", "figures.b.p50", "seconds", "detail")]
+    figures = {"a": {"p50": 1.0}, "b": {"p50": 2.0}}
+    swept = table({"a.one": [1], "b.two": [1], "c.three": values}, figures=lambda _: figures, metrics=metrics)
+    files = [picture.file for picture in plots.draw_sweep(swept, tmp_path, lines_from=8)]
+    assert len({file.name.casefold() for file in files}) == 3 * len(values)
+    assert all(file.exists() for file in files)
+    assert swept.csv().splitlines()[0].startswith("a.one,b.two,c.three,status,failure,detail,p50,")
+    (first, *_) = swept.figures()
+    assert (first["p50"].median, first["figures.b.p50"].median, first["seconds_2"].median) == (1.0, 2.0, 1.0)
+
+
+def test_a_picture_that_fails_costs_itself_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = plots._picture
+    monkeypatch.setattr(plots, "_picture", lambda p, m, n: whole(p, m, n) if m.title == "speed" else 1 / 0)
+    first, second = plots.draw_sweep(table(), tmp_path, lines_from=8)
+    assert (first.failure, second.failure) == ("ZeroDivisionError: division by zero", None)
+    assert second.file.exists()
+    assert "token_seconds.png could not be drawn (ZeroDivisionError: division by zero)" in caplog.text
+
+
+def test_names_are_shortened_where_they_are_the_same() -> None:
+    assert told_apart(["short", "a" * 30], 11) == ["short", "aaaaa…aaaaa"]
+    models = [f"unsloth/Meta-Llama-3.{n}-70B-Instruct-bnb-4bit" for n in range(3)]
+    assert told_apart(models, 20) == [f"…a-Llama-3.{n}-70B-In…" for n in range(3)]
+    assert len(set(told_apart(["x" * 50 + "a" + "x" * 50, "x" * 60 + "a" + "x" * 40, "x" * 101], 20))) == 3
 
 
 def test_a_table_without_results_is_refused() -> None:

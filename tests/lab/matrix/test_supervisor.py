@@ -66,7 +66,7 @@ def test_the_last_line_is_the_figures(tmp_path: Path) -> None:
 )
 def test_a_failure_says_why(tmp_path: Path, what: str, failure: str, detail: str) -> None:
     outcome = run_job(job(tmp_path, what))
-    assert (outcome.failure, outcome.detail) == (failure, detail)
+    assert (outcome.failure, outcome.detail, outcome.limit) == (failure, detail, {})
     assert outcome.figures == {}
 
 
@@ -74,6 +74,7 @@ def test_a_cell_that_hangs_ends_at_its_limit(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     outcome = run_job(job(tmp_path, "hang", time_limit_seconds=1.0))
     assert (outcome.failure, outcome.detail) == ("time-out", "not done after 1 s")
+    assert outcome.limit == {"time_limit_seconds": 1.0}
     assert not psutil.pid_exists(int((tmp_path / "log").read_text().split()[-1]))
 
 
@@ -83,6 +84,7 @@ def test_a_cell_that_needs_more_memory_ends_at_its_limit(tmp_path: Path, what: s
     outcome = run_job(job(tmp_path, what, memory_limit_bytes=300 * 2**20))
     assert outcome.failure == "out of memory"
     assert outcome.detail.endswith("GiB resident, the limit is 0.292969 GiB")
+    assert outcome.limit == {"memory_limit_gib": 300 / 1024}
     assert outcome.peak_rss_bytes > 300 * 2**20
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
