@@ -44,8 +44,8 @@ class TextStream:
             self._ids.append(token)
             text = self._text()
             if text and not text.endswith(INCOMPLETE):
+                self._before, self._ids = self._ids, []  # before it is written: a signal writes nothing twice
                 self._write(text, colour)
-                self._before, self._ids = self._ids, []
         self._stream.flush()
         if is_left(self._stream):
             raise StreamLeft
