@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import select
 import sys
 from typing import Any, TextIO
 
@@ -19,50 +18,45 @@ GONE = frozenset({errno.EPIPE, errno.ESHUTDOWN, errno.ECONNRESET, errno.EBADF, e
 """Errors of a stream that nobody reads any more (EINVAL is Windows' word for a closed pipe)."""
 
 
+_OPENED: list[TextIO] = []
+"""All of this process: one that is forgotten would close what is below, which is not ours alone."""
+
+
 class StreamLeft(Exception):
     """Nobody reads any more what this process was to write."""
 
 
-class Forgiving(io.RawIOBase):
-    """A stream's bytes on their way out. After the first error nothing is written any more, and nothing is raised:
-    print, logging, progress and the interpreter's own last flush need not know of it."""
+class Forgiving(io.TextIOWrapper):
+    """A stream on its way out. After the first error nothing is written any more, and nothing is raised: print,
+    logging, progress and the interpreter's own last flush need not know of it.
 
-    def __init__(self, raw: io.RawIOBase) -> None:
-        self._raw = raw
-        self.lost: OSError | None = None
-        """Why nothing is written any more."""
-        self.last = b"\n"
-        """The last byte that was written."""
-        self.is_over = False
-        """What is written from here on is dropped."""
+    What is below is the interpreter's own: a signal that is raised in the middle of a write writes nothing twice.
+    """
 
-    def write(self, data: Any, /) -> int:
-        """As of any raw stream, but all of it is taken."""
-        left = memoryview(data).cast("B")
-        size = len(left)
-        while left and self.lost is None and not self.is_over:
+    lost: OSError | None = None
+    """Why nothing is written any more."""
+    ends_line = True
+    """Whether what comes next begins a line."""
+    is_over = False
+    """What is written from here on is dropped."""
+
+    def write(self, text: str, /) -> int:
+        """As of any stream."""
+        if text and self.lost is None and not self.is_over:
+            self.ends_line = text.endswith("\n")
             try:
-                count = self._raw.write(left)
+                super().write(text)
             except OSError as error:
                 self.lost = error
-                break
-            if count is None:  # somebody at the other end has made it non-blocking, and it is full
-                select.select([], [self._raw.fileno()], [])
-            elif count:
-                self.last, left = bytes(left[count - 1 : count]), left[count:]
-        return size
+        return len(text)
 
-    def writable(self) -> bool:
-        """Always."""
-        return True
-
-    def fileno(self) -> int:
-        """Of the stream behind."""
-        return self._raw.fileno()
-
-    def isatty(self) -> bool:
-        """Of the stream behind."""
-        return self._raw.isatty()
+    def flush(self) -> None:
+        """As of any stream."""
+        if self.lost is None:
+            try:
+                super().flush()
+            except OSError as error:
+                self.lost = error
 
 
 def open_streams() -> TextIO:
@@ -85,38 +79,35 @@ def _fill_closed() -> None:
 
 
 def _opened(stream: TextIO | None, name: str) -> TextIO:
-    raw: Any
+    buffer: Any = None
     if stream is None:
-        raw = io.FileIO({"stdout": 1, "stderr": 2}[name], "w", closefd=False)
+        buffer = io.BufferedWriter(io.FileIO({"stdout": 1, "stderr": 2}[name], "w", closefd=False))
+    elif isinstance(stream, Forgiving):  # by a run before this one in the same process
+        stream.is_over = False
     else:
         stream.flush()
-        raw = _raw(stream)
-        if isinstance(raw, Forgiving):  # by a run before this one in the same process
-            raw.is_over = False
-        if not isinstance(raw, io.RawIOBase) or isinstance(raw, Forgiving):
-            return stream
+        buffer = getattr(stream, "buffer", None)
+    if not isinstance(buffer, io.BufferedWriter | io.FileIO):  # a stand-in
+        assert stream is not None
+        return stream
+    if os.name == "posix":  # others at the other end of a pipe may have made it non-blocking
+        os.set_blocking(buffer.fileno(), True)
     named = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]  # somebody's own word for this very stream
-    at_once = stream is not None and raw is getattr(stream, "buffer", None)  # python -u
-    return io.TextIOWrapper(
-        Forgiving(raw) if at_once else io.BufferedWriter(Forgiving(raw)),  # type: ignore[type-var] # as io has it
-        write_through=at_once,
+    opened = Forgiving(
+        buffer,  # type: ignore[arg-type] # `python -u` has no buffer, and the raw stream is one to TextIOWrapper
         encoding=named or "utf-8",
         errors="backslashreplace",
         newline="\n",  # never translated
         line_buffering=stream is None or bool(getattr(stream, "line_buffering", False)),
+        write_through=isinstance(buffer, io.FileIO),
     )
-
-
-def _raw(stream: TextIO) -> Any:
-    """What is below the encoding and the buffer; without one, `python -u`."""
-    buffer = getattr(stream, "buffer", None)
-    return getattr(buffer, "raw", buffer)
+    _OPENED.append(opened)
+    return opened
 
 
 def lost(stream: TextIO) -> OSError | None:
     """Why `stream` takes nothing any more; None while it does."""
-    raw = _raw(stream)
-    return raw.lost if isinstance(raw, Forgiving) else None
+    return stream.lost if isinstance(stream, Forgiving) else None
 
 
 def is_left(stream: TextIO) -> bool:
@@ -127,12 +118,10 @@ def is_left(stream: TextIO) -> bool:
 
 def print_last_line(text: str, stream: TextIO) -> None:
     """`text` on a line of its own, wherever the cursor was left, and nothing behind it."""
-    stream.flush()
-    raw = _raw(stream)
-    begin = "\n" if isinstance(raw, Forgiving) and raw.last != b"\n" else ""
+    begin = "\n" if isinstance(stream, Forgiving) and not stream.ends_line else ""
     print(begin + text, file=stream, flush=True)
-    if isinstance(raw, Forgiving):
-        raw.is_over = True
+    if isinstance(stream, Forgiving):
+        stream.is_over = True
 
 
 def read_stdin() -> str:

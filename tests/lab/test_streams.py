@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from lab import streams
-from lab.streams import Forgiving, print_last_line
+from lab.streams import print_last_line
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 120.0
@@ -83,11 +84,18 @@ def test_standard_error_on_a_full_disk_changes_nothing(tmp_path: Path) -> None:
     assert (code, json.loads(out.splitlines()[-1])["said"]) == (0, [0, 1, 2])
 
 
-def test_a_pipe_that_does_not_block_loses_nothing() -> None:
+def opened(file: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    return streams.open_streams()
+
+
+def test_a_pipe_that_does_not_block_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that node or ssh has made so: writing more than it holds raises BlockingIOError elsewhere."""
     read, write = os.pipe()
     os.set_blocking(write, False)
-    data, came = os.urandom(300_000), bytearray()
+    came = bytearray()
 
     def take() -> None:
         while piece := os.read(read, 65536):
@@ -95,22 +103,55 @@ def test_a_pipe_that_does_not_block_loses_nothing() -> None:
 
     reader = threading.Thread(target=take)
     reader.start()
-    with io.FileIO(write, "w") as raw:
-        assert Forgiving(raw).write(data) == len(data)
+    with os.fdopen(write, "w") as file:
+        out = opened(file, monkeypatch)
+        out.write("é" * 300_000)
+        out.flush()
     reader.join(SECONDS)
     os.close(read)
-    assert came == data
+    assert came == ("é" * 300_000).encode()
 
 
-def test_the_last_line_stands_on_a_line_of_its_own_and_nothing_behind_it(tmp_path: Path) -> None:
-    file = tmp_path / "out"
-    with file.open("wb", buffering=0) as raw:
-        stream = io.TextIOWrapper(io.BufferedWriter(Forgiving(raw)), encoding="utf-8", newline="\n")  # type: ignore[type-var, arg-type]
+def test_a_signal_in_the_middle_of_a_write_writes_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe is full when the signal is raised; what is written afterwards comes behind what was."""
+    read, write = os.pipe()
+    came, text = bytearray(), "".join(f"{number}," for number in range(40_000))
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def take() -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        while piece := os.read(read, 65536):
+            came.extend(piece)
+
+    reader = threading.Timer(0.3, take)
+    with os.fdopen(write, "w") as file:
+        out = opened(file, monkeypatch)
+        reader.start()
+        try:
+            out.write(text)
+            out.flush()
+        except KeyboardInterrupt:
+            print_last_line("{}", out)
+        else:
+            pytest.fail("it was not in the middle")
+    reader.join(SECONDS)
+    os.close(read)
+    *shown, last = came.decode().splitlines()
+    assert last == "{}"
+    assert text.startswith("".join(shown))
+
+
+def test_the_last_line_stands_on_a_line_of_its_own_and_nothing_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "out").open("w") as file:
+        stream = opened(file, monkeypatch)
         stream.write("in the middle of a l")
         print_last_line("{}", stream)
         stream.write("a thread that is late")
         stream.flush()
-    assert file.read_bytes() == b"in the middle of a l\n{}\n"
+    assert (tmp_path / "out").read_bytes() == b"in the middle of a l\n{}\n"
 
 
 @pytest.mark.parametrize("named", [None, "cp1252", "ascii:strict"])
