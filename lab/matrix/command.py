@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import entry
+from lab.files import require_writable
 from lab.matrix.grid import Words, sort_words
 from lab.matrix.settings import MatrixSettings
 from lab.settings import UserError
@@ -39,8 +40,10 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
     sweep = settings.matrix
     other = load_sweep("matrix.compare", sweep.compare) if sweep.compare else None
     if sweep.plot is not None:
-        began = time.monotonic()
-        figures = draw(load_sweep("matrix.plot", sweep.plot), Path(sweep.plot).expanduser(), sweep, other)
+        began, document = time.monotonic(), load_sweep("matrix.plot", sweep.plot)
+        folder = Path(sweep.plot).expanduser()
+        _check_writable(folder)
+        figures = draw(document, folder, sweep, other)
         return {**figures, "skipped": figures["cells"], "seconds": time.monotonic() - began}
     result = run_sweep(settings, words, place.folder)
     figures = draw(result.document, place.folder, sweep, other)
@@ -52,6 +55,13 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
             log.warning("%s; the same words go on from here", left)
         raise result.ended_by
     return figures
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        require_writable(folder)
+    except UserError:
+        raise UserError(f"matrix.plot must be a folder that can be written, got {str(folder)!r}") from None
 
 
 if __name__ == "__main__":
