@@ -42,7 +42,7 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
     if sweep.plot is not None:
         began, document = time.monotonic(), load_sweep("matrix.plot", sweep.plot)
         folder = Path(sweep.plot).expanduser()
-        _check_writable(folder)
+        require_writable(folder, "matrix.plot")
         figures = draw(document, folder, sweep, other)
         return {**figures, "skipped": figures["cells"], "seconds": time.monotonic() - began}
     result = run_sweep(settings, words, place.folder)
@@ -55,13 +55,6 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
             log.warning("%s; the same words go on from here", left)
         raise result.ended_by
     return figures
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        require_writable(folder)
-    except UserError:
-        raise UserError(f"matrix.plot must be a folder that can be written, got {str(folder)!r}") from None
 
 
 if __name__ == "__main__":
