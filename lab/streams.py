@@ -94,7 +94,7 @@ def _opened(stream: TextIO | None, name: str) -> TextIO:
         os.set_blocking(buffer.fileno(), True)
     named = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]  # somebody's own word for this very stream
     opened = Forgiving(
-        buffer,  # type: ignore[arg-type] # `python -u` has no buffer, and the raw stream is one to TextIOWrapper
+        buffer,  # of `python -u` the raw stream, which does as well
         encoding=named or "utf-8",
         errors="backslashreplace",
         newline="\n",  # never translated
