@@ -34,8 +34,9 @@ def main() -> None:
 def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> dict[str, Any]:
     """The figures of the last line."""
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
-    from lab.matrix.drawing import draw, load_sweep
+    from lab.matrix.drawing import counts_of, draw, load_sweep
     from lab.matrix.sweep import run_sweep
+    from lab.matrix.table import Table
 
     sweep = settings.matrix
     other = load_sweep("matrix.compare", sweep.compare) if sweep.compare else None
@@ -46,13 +47,14 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
         figures = draw(document, folder, sweep, other)
         return {**figures, "skipped": figures["cells"], "seconds": time.monotonic() - began}
     result = run_sweep(settings, words, place.folder)
+    counts = counts_of(Table.of(result.document))
+    place.so_far = lambda: counts
+    if isinstance(result.ended_by, KeyboardInterrupt):
+        log.warning("%d of %d cells have no result; the same words go on from here", counts["not_run"], counts["cells"])
     figures = draw(result.document, place.folder, sweep, other)
     figures |= {"skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
     if result.ended_by is not None:
         place.so_far = lambda: figures
-        if isinstance(result.ended_by, KeyboardInterrupt):
-            left = f"{figures['not_run']} of {figures['cells']} cells have no result"
-            log.warning("%s; the same words go on from here", left)
         raise result.ended_by
     return figures
 

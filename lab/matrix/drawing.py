@@ -47,12 +47,8 @@ def draw(document: Document, folder: Path, settings: SweepSettings, other: Docum
     write_page(report, title, sections_of(table, [_NOT_YET], beside))
     drawn = draw_sweep(table, folder / "plots", settings.lines_from, beside)
     write_page(report, title, sections_of(table, [_in_its_place(picture) for picture in drawn], beside))
-    counts = Counter(row.status for row in table.rows)
     return {
-        "cells": len(table.rows),
-        "ok": counts["ok"],
-        "failed": counts["failed"],
-        "not_run": counts["not run"],
+        **counts_of(table),
         "rows": table.figures(),
         "failures": [_failure(row) for row in table.failures if row.status == "failed"],
         "sweep": folder / "sweep.json",
@@ -61,6 +57,12 @@ def draw(document: Document, folder: Path, settings: SweepSettings, other: Docum
         "not_drawn": [_in_its_place(picture) for picture in drawn if picture.failure is not None],
         "report": report,
     }
+
+
+def counts_of(table: Table) -> dict[str, Any]:
+    """How many cells there are of each kind."""
+    counts = Counter(row.status for row in table.rows)
+    return {"cells": len(table.rows), "ok": counts["ok"], "failed": counts["failed"], "not_run": counts["not run"]}
 
 
 _NOT_YET = "The pictures were not drawn: the sweep ended before that. `matrix.plot=` with this folder draws them."
