@@ -291,7 +291,7 @@ def test_ctrl_c_on_a_drafter_leaves_the_verifier_serving(random_verifier: Role, 
     assert last["new_tokens"] > 0
     known = _own_text(PROMPT, SAMPLING, 64)
     assert last["token_ids"][:64] == known[: last["new_tokens"]]
-    assert as_read(last["text"]) + "\n" == said + out.rpartition('{"status"')[0]
+    assert as_read(last["text"]).startswith(said)
     assert json.loads((tmp_path / "result.json").read_text()) == last
     assert not [child for child in children if child.is_running()]
     assert drafted(random_verifier.port, RANDOM, tmp_path / "next")["new_tokens"] == 64
