@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from lab.entry import compose_config, compose_settings
-from lab.matrix.drawing import draw
+from lab.matrix.drawing import draw, write_report
 from lab.matrix.grid import sort_words, without
 from lab.matrix.results import CellRun
 from lab.matrix.settings import MatrixSettings, SweepSettings
@@ -231,10 +231,11 @@ def _sweep(asked: Asked, results: Path, folder: Path, *, real_pictures: bool) ->
     )  # fmt: skip
     with patch("lab.matrix.sweep.open_launcher", lambda _: InstantLauncher(asked.ends_after)):
         result = run_sweep(replace(_settings(), matrix=matrix), words, folder)
+    figures = write_report(result.document, folder, None)
     if real_pictures:
-        return result, draw(result.document, folder, matrix, None)
+        return result, figures | draw(result.document, folder, matrix, None)
     with patch("lab.matrix.plots._picture", _no_picture), patch("lab.matrix.plots._save", _save_no_picture):
-        return result, draw(result.document, folder, matrix, None)
+        return result, figures | draw(result.document, folder, matrix, None)
 
 
 @functools.cache

@@ -34,9 +34,8 @@ def main() -> None:
 def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> dict[str, Any]:
     """The figures of the last line."""
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
-    from lab.matrix.drawing import counts_of, draw, load_sweep
+    from lab.matrix.drawing import draw, load_sweep, write_report
     from lab.matrix.sweep import run_sweep
-    from lab.matrix.table import Table
 
     sweep = settings.matrix
     other = load_sweep("matrix.compare", sweep.compare) if sweep.compare else None
@@ -44,17 +43,17 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
         began, document = time.monotonic(), load_sweep("matrix.plot", sweep.plot)
         folder = Path(sweep.plot).expanduser()
         require_writable(folder, "matrix.plot")
-        figures = draw(document, folder, sweep, other)
+        figures = write_report(document, folder, other) | draw(document, folder, sweep, other)
         return {**figures, "skipped": figures["cells"], "seconds": time.monotonic() - began}
     result = run_sweep(settings, words, place.folder)
-    counts = counts_of(Table.of(result.document))
-    place.so_far = lambda: counts
-    if isinstance(result.ended_by, KeyboardInterrupt):
-        log.warning("%d of %d cells have no result; the same words go on from here", counts["not_run"], counts["cells"])
-    figures = draw(result.document, place.folder, sweep, other)
+    figures = write_report(result.document, place.folder, other)
     figures |= {"skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
+    place.so_far = lambda: figures  # drawing may take longer than there is time for after a signal
+    if isinstance(result.ended_by, KeyboardInterrupt):
+        left = f"{figures['not_run']} of {figures['cells']}"
+        log.warning("%s cells have no result; the same words go on from here", left)
+    figures |= draw(result.document, place.folder, sweep, other)
     if result.ended_by is not None:
-        place.so_far = lambda: figures
         raise result.ended_by
     return figures
 

@@ -37,26 +37,38 @@ def load_sweep(key: str, folder: str) -> Document:
     raise UserError(f"{key} must be the folder of a sweep, with the results in its sweep.json, got {folder!r}")
 
 
-def draw(document: Document, folder: Path, settings: SweepSettings, other: Document | None) -> dict[str, Any]:
-    """Writes everything, pictures last: none of them can cost the rest. The figures of the last line."""
+def write_report(document: Document, folder: Path, other: Document | None) -> dict[str, Any]:
+    """Writes everything but the pictures, none of which can cost the rest. The figures of the last line."""
     table = Table.of(document)
-    beside = None if other is None else Table.of(other)
-    report, title = folder / "report.html", f"Matrix: {table.sweep['name']}"
+    report, title = folder / "report.html", _title(table)
     write_whole(folder / "sweep.json", json.dumps(document, indent=1) + "\n")
     write_whole(folder / "results.csv", table.csv())
-    write_page(report, title, sections_of(table, [_NOT_YET], beside))
-    drawn = draw_sweep(table, folder / "plots", settings.lines_from, beside)
-    write_page(report, title, sections_of(table, [_in_its_place(picture) for picture in drawn], beside))
+    write_page(report, title, sections_of(table, [_NOT_YET], None if other is None else Table.of(other)))
     return {
         **counts_of(table),
         "rows": table.figures(),
         "failures": [_failure(row) for row in table.failures if row.status == "failed"],
         "sweep": folder / "sweep.json",
         "results_csv": folder / "results.csv",
-        "plots": [picture.file for picture in drawn if picture.failure is None],
-        "not_drawn": [_in_its_place(picture) for picture in drawn if picture.failure is not None],
+        "plots": [],
         "report": report,
     }
+
+
+def draw(document: Document, folder: Path, settings: SweepSettings, other: Document | None) -> dict[str, Any]:
+    """Draws the pictures and puts them into the report. What the last line says of them."""
+    table, beside = Table.of(document), None if other is None else Table.of(other)
+    drawn = draw_sweep(table, folder / "plots", settings.lines_from, beside)
+    pictures = [_in_its_place(picture) for picture in drawn]
+    write_page(folder / "report.html", _title(table), sections_of(table, pictures, beside))
+    return {
+        "plots": [picture.file for picture in drawn if picture.failure is None],
+        "not_drawn": [_in_its_place(picture) for picture in drawn if picture.failure is not None],
+    }
+
+
+def _title(table: Table) -> str:
+    return f"Matrix: {table.sweep['name']}"
 
 
 def counts_of(table: Table) -> dict[str, Any]:
