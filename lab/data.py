@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from lab.files import path_of
+from lab.files import path_as_typed
 from lab.records import MalformedRecord, Record, Text, bad_byte, parse_line, parse_row
 from lab.settings import DataSettings, DataSource, UserError
 
@@ -75,9 +75,9 @@ def open_source(settings: DataSettings) -> Source:
         case DataSource.python_stdlib:
             return PythonLibrary(Path(sysconfig.get_path("stdlib")))
         case DataSource.jsonl:
-            return JsonLines(path_of(settings.path or "", "project.data.path"))
+            return JsonLines(path_as_typed(settings.path or "", "project.data.path"))
         case DataSource.text:
-            return TextFolder(path_of(settings.path or "", "project.data.path"))
+            return TextFolder(path_as_typed(settings.path or "", "project.data.path"))
         case DataSource.hub:
             return HubDataset(settings.repo or "", settings.split)
 

@@ -202,18 +202,28 @@ def run_async(work: Coroutine[Any, Any, Returned]) -> Returned:
             return loop.run_until_complete(task)
 
 
-def end_children() -> None:
-    """Kill what this process has started and not ended, with all that came of it."""
+CLOCK_TICK_SECONDS = 0.02
+"""How exactly systems say when a process began."""
+
+
+def end_children(since: float) -> None:
+    """Kill what this process has started since then (seconds of the epoch) and not ended, with all that came of it.
+
+    What it had started before is somebody else's: of a program that runs a command as a part of itself.
+    """
     try:
         children = psutil.Process().children(recursive=True)
     except psutil.Error:
         return
+    ended = []
     for child in children:
         try:
-            child.kill()
+            if child.create_time() >= since - CLOCK_TICK_SECONDS:
+                child.kill()
+                ended.append(child)
         except psutil.Error:  # it is gone already
             continue
-    psutil.wait_procs(children, timeout=1)
+    psutil.wait_procs(ended, timeout=1)
 
 
 def leave_at_once(code: int) -> None:

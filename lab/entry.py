@@ -13,6 +13,7 @@ import secrets
 import shlex
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -104,10 +105,10 @@ def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) 
         signals.tell = lambda: None  # there is nothing left to be cut short
         code = command.finish(end, signals.number)
         if signals.number is not None:
-            end_children()
+            end_children(command.began)
             leave_at_once(code)
     if end is not None:
-        end_children()
+        end_children(command.began)
     raise SystemExit(code)
 
 
@@ -115,6 +116,7 @@ class _Command:
     """One command, from its words to its last line."""
 
     def __init__(self, out: TextIO) -> None:
+        self.began = time.time()
         self._out = out
         self._settings: LabSettings | None = None
         self.place: Run | None = None
@@ -176,7 +178,7 @@ class _Command:
     def forced(self, number: int) -> None:
         """The end of a run that a signal has not ended in time."""
         code = self.finish(end_of(Stopped(number)), number)
-        end_children()
+        end_children(self.began)
         leave_at_once(code)
 
     def _so_far(self) -> dict[str, Any]:

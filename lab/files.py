@@ -61,8 +61,13 @@ def write_whole(target: Path, text: str, *, share: bool = False) -> None:
 
 def path_of(text: str, key: str) -> Path:
     """The absolute path that a setting names; UserError, with its key, for a `~` of a user without a home."""
+    return path_as_typed(text, key).absolute()
+
+
+def path_as_typed(text: str, key: str) -> Path:
+    """The same, relative where it was typed so: for messages that others read, too."""
     try:
-        return Path(text).expanduser().absolute()
+        return Path(text).expanduser()
     except RuntimeError:
         raise UserError(f"{key} must be a path without ~ where HOME is not set, got {text!r}") from None
 

@@ -459,8 +459,10 @@ def _check_numbers(key: str, value: Any) -> None:
             _check_numbers(key, item)
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key} must be finite, got {value}")
-    elif isinstance(value, int | float) and not -(2**63) <= value < 2**63:
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f"{key} must be in [-2**63, 2**63), got {value}")
+    elif isinstance(value, float) and not -1e30 <= value <= 1e30:
+        raise UserError(f"{key} must be in [-1e30, 1e30], got {value:g}")
     elif isinstance(value, int | float) and key.endswith("_seconds") and value > LONGEST_SECONDS:
         raise UserError(f"{key} must be at most {LONGEST_SECONDS} (23 days), got {value:g}")
 

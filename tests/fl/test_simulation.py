@@ -31,8 +31,11 @@ def test_workers_are_ended_and_nothing_else_whatever_state_a_process_is_in(monke
             psutil.Process(ended.pid).cmdline()
         named = psutil.Process.cmdline
         monkeypatch.setattr(psutil.Process, "cmdline", lambda p: [] if p.pid == nameless.pid else named(p))
-        done = threading.Event()
-        ending = threading.Thread(target=end_workers, args=(done,), daemon=True)  # imports Ray, which may take seconds
+        stop, done = threading.Event(), threading.Event()
+        stop.set()
+        ending = threading.Thread(
+            target=end_workers, args=(stop, done), daemon=True
+        )  # imports Ray, which may take seconds
         ending.start()
         assert worker.wait(30) != 0
         done.set()

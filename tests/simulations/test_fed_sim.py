@@ -42,7 +42,7 @@ FIGURES = {
     "downlink_bytes_per_client_round", "eval_loss_before", "eval_loss_after", "eval_loss_by_round", "train_seconds",
     "aggregate_seconds", "wall_seconds", "peak_rss_bytes", "adapter_path", "plots", "sites", "weighting", "eval_sites",
 }  # fmt: skip
-AROUND = {"status", "device", "settings_digest", "run_folder", "commit", "versions", "machine"}
+AROUND = {"status", "ended_by", "device", "settings_digest", "run_folder", "commit", "versions", "machine"}
 """Keys of the last line that say where it was measured."""
 
 

@@ -79,8 +79,14 @@ def test_a_wrong_rule_is_seen_in_drawn_texts(
     monkeypatch: pytest.MonkeyPatch, place: str, wrong: Callable[..., object]
 ) -> None:
     monkeypatch.setattr(text, place, wrong)
-    model = random_model("llama", torch.float64)
-    assert sum(speculated_equals_alone(model, seed=seed).differing for seed in range(3)) > 0
+    model, differing = random_model("llama", torch.float64), 0
+    for seed in range(3):
+        try:
+            differing += speculated_equals_alone(model, seed=seed).differing
+        except AssertionError as ended:  # a text that grows wrongly may go beyond what it was promised
+            assert "tokens that were promised" in str(ended)
+            differing += 1
+    assert differing
 
 
 def test_a_cache_that_keeps_what_was_taken_back_is_seen_in_drawn_texts(monkeypatch: pytest.MonkeyPatch) -> None:
