@@ -202,6 +202,18 @@ def test_a_changed_file_changes_the_cells_that_name_it(tmp_path: Path) -> None:
     assert signatures(*unread) == before, "it is the list that has them read"
 
 
+def test_a_draft_model_and_messages_are_files_that_cells_name(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    words = ["matrix=speculative", "model=random", "project.context=64", "project.sessions=1"]
+    for key, file in {"project.draft.model": tmp_path / "model", "project.messages": tmp_path / "chat.json"}.items():
+        changed = file / "weights" if file.is_dir() else file
+        asked = [*words, f"{key}={file}"]
+        changed.write_text("[0]")
+        before = signatures(*asked)
+        changed.write_text("[1]")
+        assert signatures(*asked) != before, f"{key}: a kept cell would be one of other content"
+
+
 def test_the_settings_that_name_files_are_those_that_the_commands_have(presets: dict[str, list[Cell]]) -> None:
     """Each key stands in at least one preset's cells, so that a renamed setting cannot fall out of the list."""
     settings = [found[0].settings for found in presets.values()]
