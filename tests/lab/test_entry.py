@@ -155,7 +155,7 @@ def test_mistake_is_one_line_and_exit_code_2(
     assert output.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("word", ["--help", "--hydra-help"])
+@pytest.mark.parametrize("word", ["--help", "--cfg=job"])
 def test_what_hydra_answers_by_itself_is_no_failure(
     word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
