@@ -138,6 +138,7 @@ class _Command:
                 raised.append(_as_users(error, config, self.place))
 
         streams.check_arguments(sys.argv[1:])
+        check_runs_once(sys.argv[1:])
         sys.argv[1:] = with_texts_as_typed(literal_prompt(sys.argv[1:]), settings_type)
         hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
         if raised:
@@ -155,7 +156,8 @@ class _Command:
                 self._write({"ended_by": by, **figures})
             return self._told_in_full(0)
         so_far = self._so_far()
-        if end.code != 2 or so_far:  # what cannot be begun has no figures
+        # What cannot be begun has no figures, nor has what Hydra answers by itself (`--help`).
+        if so_far or not (end.code == 2 or (end.code == 0 and self.place is None)):
             about = {"status": "failed", "error": one_line(end.line or end.by.value), "ended_by": end.by}
             if "lab.device" not in sys.modules:  # an end is not the time to load torch
                 about["device"] = None
@@ -195,6 +197,13 @@ class _Command:
             streams.print_last_line(_as_json(figures), self._out)
         else:
             finish(figures, self._settings, self.place, self._out)
+
+
+def check_runs_once(arguments: list[str]) -> None:
+    """UserError where Hydra would run the command several times: each run has a process and a last line of its own."""
+    for word in arguments:
+        if word in ("-m", "--multirun", "hydra.mode=MULTIRUN"):
+            raise UserError(f"a command must run once (run_matrix.py runs one for each value of key=a,b), got {word}")
 
 
 def _as_users(error: Exception, config: DictConfig, place: Run) -> Exception:

@@ -140,6 +140,8 @@ def test_result_appears_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         ("model=nope", "model must be one of "),
         ("prompt_file=nowhere.txt", "prompt_file must be readable UTF-8 text, got 'nowhere.txt' ("),
         ("project=fed_learn", "project must be "),
+        ("-m", "a command must run once (run_matrix.py runs one for each value of key=a,b), got -m"),
+        ("hydra.mode=MULTIRUN", "a command must run once (run_matrix.py runs one "),
         ("--config-name=nope", "Cannot find primary config 'nope'"),
     ],
 )
@@ -151,6 +153,14 @@ def test_mistake_is_one_line_and_exit_code_2(
     assert output.out == ""
     assert output.err.startswith(f"error: {line}")
     assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["--help", "--cfg=job"])
+def test_what_hydra_answers_by_itself_is_no_failure(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, lambda settings, place: pytest.fail("must not run"), word) == 0
+    assert "failed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/x", "file/x"])
