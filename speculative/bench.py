@@ -16,7 +16,7 @@ figure shows the loops and not the models.
                 `formula_over_measured`: what the formula gives for the very rounds of a text over what they took.
     lengths     automatic draft length against fixed ones
     near        no delay and low acceptance, where the synchronous loop is at its best
-    useless     a drafter that is never right; one that was killed, while the verifier goes on
+    useless     a drafter that is never right
     neighbours  token times of three clients beside a fourth that is like them, stalled, or hostile
     frame       one frame there and back over as many raw bytes
     busy        a picture of who was busy when

@@ -31,10 +31,6 @@ MOST_MEDIAN, MOST_P99 = 1.05, 1.25
 FLOOD_FRAMES_PER_SECOND = 5000.0
 FLOOD_START_SECONDS = 60.0
 """For the process of the hostile client to be there."""
-DRAFTED_TOKENS = 40
-"""After so many a drafter is killed."""
-DEAD_SECONDS = 4.0
-"""How long a killed drafter stays away."""
 
 
 def neighbours(rig: Rig) -> list[Row]:
@@ -102,22 +98,6 @@ def crowd(rig: Rig) -> list[Row]:
                 row = judged(row_name(row), row, f"over_one at least {LEAST_OVER_ONE}", ok)
             rows.append(row)
     return rows
-
-
-def speed_while_dead(rig: Rig, case: Case) -> float:
-    """Tokens per second of a text whose drafter is gone: its connection ends without a word, and one that takes the
-    text up again comes after `DEAD_SECONDS`."""
-    with rig.join(case.rtt_seconds) as target:
-        tokens, died_at = 0, 0.0
-        for done in rig.rounds(case, target):
-            tokens += len(done.tokens)
-            if target.resumes:
-                return tokens / (time.perf_counter() - died_at)
-            if not died_at and tokens > DRAFTED_TOKENS:
-                target.connection.close()
-                tokens, died_at = 0, time.perf_counter()
-                time.sleep(DEAD_SECONDS)
-    raise RuntimeError("the text was over before its drafter came back")
 
 
 def _token_seconds_beside(rig: Rig, fourth: Callable[[Rig], Any]) -> list[float]:

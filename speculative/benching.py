@@ -12,7 +12,6 @@ from dataclasses import replace
 from lab.bench import Sample, judged, ratio
 from lab.wire.ping_pong import measure as measure_frames
 from speculative.assisted import Assisted
-from speculative.bench_clients import speed_while_dead
 from speculative.bench_rows import (
     ASYNC,
     Readings,
@@ -107,28 +106,14 @@ def near(rig: Rig) -> list[Row]:
 
 
 def useless(rig: Rig) -> list[Row]:
-    """Drafters that are never right, and such that were killed."""
+    """A drafter that is never right."""
     bench = rig.settings.project.bench
     rows = []
     for rtt in [min(bench.rtt_seconds), *bench.far_rtt_seconds]:
         alone = alone_case(rig, rtt)
         random = replace(alone, mode=ASYNC, source=DraftSource.random)
         readings = measure(rig, [alone, random], bench.repeats)
-        dead = [speed_while_dead(rig, replace(synthetic_case(rig, ASYNC, rtt, "auto"), new_tokens=1000))]
         row = loop_row(rig, random, readings, part="useless")
-        rows.append(
-            judged(
-                row_name(row), row, f"speedup at least {LEAST_OVER_ALONE}", row["speedup"].median >= LEAST_OVER_ALONE
-            )
-        )
-        row = plain_row(rig, "useless", random) | {
-            "drafter": "killed",
-            "draft_length": "auto",
-            "tokens_per_second": Sample.of(dead),
-            "speedup": Sample.of([speed / median_speed(readings[alone]) for speed in dead]),
-            "predicted_speedup": 1.0,
-            "n": len(dead),
-        }
         rows.append(
             judged(
                 row_name(row), row, f"speedup at least {LEAST_OVER_ALONE}", row["speedup"].median >= LEAST_OVER_ALONE

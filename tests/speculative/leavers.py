@@ -183,6 +183,8 @@ def _open(number: int, draws: random.Random) -> Open:
         temperature=0.0,
         top_k=0,
         top_p=1.0,
+        min_p=0.0,
+        words=None,
         max_new_tokens=NEW_TOKENS,
         mode=draws.choice([Mode["async"], Mode.target_only]),
         draft_length=0,

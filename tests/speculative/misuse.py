@@ -78,7 +78,8 @@ class Ground:
     def open(self, **changes: Any) -> Open:
         """A request that is right but for the changes."""
         values: dict[str, Any] = {
-            "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 20, "threshold": None,
+            "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "words": None,
+            "max_new_tokens": 20, "threshold": None,
             "name": self.draws.getrandbits(64), "owner": bytes(16), "mode": Mode.target_only, "draft_length": 5,
             "report": False,
         }  # fmt: skip

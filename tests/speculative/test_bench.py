@@ -98,10 +98,7 @@ def test_lengths_near_and_useless_drafters(synthetic: Path) -> None:
     rows = _reported(synthetic, "lengths", "near", "useless")
     assert [row["draft_length"] for row in rows if row["part"] == "lengths"] == [2, "auto"] * 2
     judged = [row for row in rows if "holds" in row]
-    assert [row["part"] for row in judged] == ["lengths", "lengths", "near", "near", "useless", "useless"]
-    killed = judged[-1]
-    assert killed["drafter"] == "killed"
-    assert killed["speedup"]["median"] > 0.3, "the verifier went on while nobody listened"
+    assert [row["part"] for row in judged] == ["lengths", "lengths", "near", "near", "useless"]
 
 
 def test_neighbours_of_a_hostile_client(synthetic: Path) -> None:

@@ -70,6 +70,7 @@ def test_the_last_line_metrics_and_pictures_hold_it_all(killed: Killed) -> None:
     assert [row["loss"] for row in rows[:-1]] == result["loss_by_step"]
     assert result.keys() - rows[-1].keys() <= {
         "status",
+        "ended_by",
         "device",
         "settings_digest",
         "run_folder",
