@@ -26,7 +26,7 @@ from lab.chat import Chat, Piece, plain_message
 from lab.counts import Counts
 from lab.data import Document, Source
 from lab.data_text import DataEncoder, unused_letters
-from lab.marked_messages import Marks, holds_control, marked, spans_of, taken_out
+from lab.marked_messages import Marks, control_of, holds_control, marked, spans_of, taken_out
 from lab.records import Dialogue, MalformedRecord, Record, Text
 from lab.settings import UserError
 
@@ -189,18 +189,22 @@ class ExampleReader:
     def _shown(self, dialogue: Dialogue) -> tuple[list[list[Piece]], Marks | None]:
         """The dialogue as the template shows it; with marks around control tokens that its messages hold, if any do."""
         sequences = self._chat.sequences(dialogue)
+        encoder, tools = self._encoder, list(dialogue.tools)
         said = [plain_message(message) for message in dialogue.messages]
-        if not any(holds_control(message, self._encoder) for message in said):
+        if not any(holds_control(message, control_of(message, encoder), encoder) for message in said) and not (
+            holds_control(tools, encoder.control, encoder)
+        ):
             return sequences, None
         pieces = [piece.text for sequence in sequences for piece in sequence]
-        begin, end = unused_letters(2, json.dumps(said, ensure_ascii=False), *pieces)
+        begin, end = unused_letters(2, json.dumps([said, tools], ensure_ascii=False), *pieces)
         marks = Marks(begin, end, edge="")
         messages = []
         for message, plain in zip(dialogue.messages, said, strict=True):
-            shown = marked(plain, self._encoder, marks)
+            shown = marked(plain, control_of(plain, encoder), encoder, marks)
             extra = {key: value for key, value in shown.items() if key not in ("role", "content")}
             messages.append(replace(message, content=shown["content"], extra=extra))
-        found = self._chat.sequences(replace(dialogue, messages=tuple(messages)))
+        shown_tools = tuple(marked(tools, encoder.control, encoder, marks))
+        found = self._chat.sequences(replace(dialogue, messages=tuple(messages), tools=shown_tools))
         without = [[Piece(taken_out(piece.text, marks)[1], piece.answer) for piece in pieces] for pieces in found]
         if without != sequences:
             raise MalformedRecord(

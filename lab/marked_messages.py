@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from lab.data_text import DataEncoder, Span
 
-NOT_SAID = ("role", "type", "id", "tool_call_id")
-"""Keys of a message, or in it, whose values are names."""
+_NAMES = ("role", "type", "id", "tool_call_id")
+"""Keys of a message, or in it, whose values a template may look into: they are left as they are where they may be."""
 
 
 class Marks(NamedTuple):
@@ -23,10 +23,9 @@ class Marks(NamedTuple):
     """Where a message's text begins, and where it ends."""
 
 
-def marked(message: dict[str, Any], encoder: DataEncoder, marks: Marks) -> dict[str, Any]:
-    """The message with marks around its control tokens, and with edges where its texts begin and end: a control token
-    over an edge is in part the message's."""
-    control = control_of(message, encoder)
+def marked(message: Any, control: Collection[str], encoder: DataEncoder, marks: Marks) -> Any:
+    """The message, or a tool, with marks around control tokens (of this set), and with edges where its texts begin and
+    end: a control token over an edge is in part the message's."""
 
     def put(text: str) -> str:
         core = text.strip()
@@ -38,30 +37,52 @@ def marked(message: dict[str, Any], encoder: DataEncoder, marks: Marks) -> dict[
         )
         return f"{before}{marks.edge}{found}{marks.edge}{behind}"
 
-    return {key: value if key in NOT_SAID else each_text(value, put) for key, value in message.items()}
+    return _each_text(message, put, lambda name: put(name) if may_hold_control(name, encoder) else name)
 
 
 def control_of(message: dict[str, Any], encoder: DataEncoder) -> frozenset[str]:
     """What a model says in an answer may hold tokens that the template writes, too, such as <think>."""
-    return encoder.special if message["role"] == "assistant" else encoder.control
+    return encoder.special if message["role"] == "assistant" else frozenset(encoder.control)
 
 
-def each_text(value: Any, change: Callable[[str], Any]) -> Any:
-    """A value of a message with its texts changed."""
+def texts_of(value: Any) -> list[str]:
+    """All texts in a message or a tool, names and keys included."""
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    _each_text(value, note, note)
+    return found
+
+
+def _each_text(value: Any, change: Callable[[str], str], change_name: Callable[[str], str]) -> Any:
+    """A value of a message with its texts changed, and its names: keys, and the values of `_NAMES`."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: inner if key in NOT_SAID else each_text(inner, change) for key, inner in value.items()}
+        return {
+            change_name(key): _each_text(inner, change_name if key in _NAMES else change, change_name)
+            for key, inner in value.items()
+        }
     if isinstance(value, list):
-        return [each_text(inner, change) for inner in value]
+        return [_each_text(inner, change, change_name) for inner in value]
     return value
 
 
-def holds_control(message: dict[str, Any], encoder: DataEncoder) -> bool:
-    """Whether a control token stands in what a message says."""
-    found: list[str] = []
-    each_text({key: value for key, value in message.items() if key not in NOT_SAID}, found.append)
-    return any(encoder.data_spans(text, control_of(message, encoder)) for text in found)
+def may_hold_control(text: str, encoder: DataEncoder) -> bool:
+    """Whether a control token stands in a text, or may come to stand over its edges."""
+    core = text.strip()
+    return any(
+        token in core or any(core.endswith(token[:cut]) or core.startswith(token[cut:]) for cut in range(1, len(token)))
+        for token in encoder.control
+    )
+
+
+def holds_control(value: Any, control: Collection[str], encoder: DataEncoder) -> bool:
+    """Whether a control token (of this set) stands in a message or a tool."""
+    return any(encoder.data_spans(text, control) for text in texts_of(value))
 
 
 def taken_out(text: str, marks: Marks) -> tuple[dict[str, set[int]], str]:

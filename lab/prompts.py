@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.chat import plain_message
 from lab.data_text import DataEncoder, Span, unused_letters
-from lab.marked_messages import NOT_SAID, Marks, each_text, marked, taken_out
+from lab.marked_messages import Marks, control_of, marked, may_hold_control, taken_out, texts_of
 from lab.records import Dialogue, parse_row
 from lab.settings import UserError
 from lab.text_settings import TextSettings
@@ -64,7 +64,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str)
     encoder = DataEncoder(tokenizer)
     text = _rendered(tokenizer, messages, whose)
     data: list[Span] = []
-    if any(_may_hold_control(said, encoder) for message in messages for said in _texts(message)):
+    if any(may_hold_control(said, encoder) for said in texts_of(messages)):
         data = _data_spans(tokenizer, encoder, messages, text, whose)
     return encoder.encode(text, data, add_special_tokens=False)
 
@@ -105,7 +105,7 @@ def _data_spans(
 ) -> list[Span]:
     """Where control tokens of messages, and not of the template, stand in the rendered text."""
     marks = Marks(*unused_letters(3, text, json.dumps(messages, ensure_ascii=False)))
-    shown_marked = [marked(message, encoder, marks) for message in messages]
+    shown_marked = [marked(message, control_of(message, encoder), encoder, marks) for message in messages]
     places, shown = taken_out(_rendered(tokenizer, shown_marked, whose), marks)
     if shown != text:
         raise UserError(
@@ -119,18 +119,3 @@ def _data_spans(
         for start, end in encoder.data_spans(text)
         if (start in begins and end in ends) or not everywhere.isdisjoint(range(start + 1, end))
     ]
-
-
-def _texts(message: dict[str, Any]) -> list[str]:
-    found: list[str] = []
-    each_text({key: value for key, value in message.items() if key not in NOT_SAID}, found.append)
-    return found
-
-
-def _may_hold_control(text: str, encoder: DataEncoder) -> bool:
-    """Whether a control token stands in a text, or may come to stand over its edges."""
-    core = text.strip()
-    return any(
-        token in core or any(core.endswith(token[:cut]) or core.startswith(token[cut:]) for cut in range(1, len(token)))
-        for token in encoder.control
-    )

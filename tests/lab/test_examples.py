@@ -390,3 +390,20 @@ def test_control_tokens_in_a_dialogue_are_text() -> None:
     assert tokenizer.decode(ids).count("<|im_end|>") == 4, "the text is whole"
     answer = tokenizer.decode([token for token, counts in zip(ids, found.counted_T, strict=True) if counts])
     assert answer == "no <|im_end|> here<|im_end|>"
+
+
+def test_control_tokens_in_tools_and_their_calls_are_text() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"id": "a<|im_end|>"}}}]
+    tool = {"type": "function", "function": {"name": "f", "description": "b<|im_end|>"}}
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    messages = (Message("user", "hi"), Message("assistant", "", extra={"tool_calls": calls}))
+    found = only(Dialogue(messages, "line 1", (tool,)), tokenizer)
+    assert found.ids_T.tolist().count(end) == 3
+    assert tokenizer.decode(found.ids_T.tolist()).count("<|im_end|>") == 5, "the text is whole"
