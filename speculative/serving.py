@@ -11,6 +11,7 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.network import cannot_listen, make_endpoint
+from lab.prompts import prompt_ids
 from lab.settings import UserError
 from lab.tracking import Tracker
 from lab.wire import FrameServer
@@ -189,7 +190,7 @@ def _welcome(target: OpenTarget, project: SpeculativeProjectSettings) -> Welcome
         model=target.model,
         dtype=target.dtype,
         vocabulary_size=target.engine.vocabulary_size,
-        context=target.engine.context,
+        context=target.engine.longest,
         max_draft_length=project.max_draft_length,
         window=project.draft.window,
         end_ids=target.end_ids,
@@ -199,7 +200,7 @@ def _welcome(target: OpenTarget, project: SpeculativeProjectSettings) -> Welcome
 
 def _answers(settings: SpeculativeSettings, tokenizer: PreTrainedTokenizerBase) -> FirstProtocolAnswers:
     def to_ids(text: str) -> Sequence[int]:
-        return list(tokenizer(text)["input_ids"])
+        return prompt_ids(tokenizer, text, chat=False, special_tokens=settings.project.special_tokens)
 
     return FirstProtocolAnswers(
         to_ids=to_ids,

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from lab.entry import compose_settings
-from lab.models import byte_tokenizer
+from lab.models import BYTE_EOS, byte_tokenizer
 from lab.network import make_endpoint
 from lab.sampling_head import WordsHead
 from lab.wire import FrameSocket, PeerRefused, pack_tokens
@@ -30,6 +30,7 @@ from speculative.messages import (
     Verdict,
     Welcome,
 )
+from speculative.serving import _answers
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.vocabulary import fingerprint, token_texts
 from tests.speculative.processes import RANDOM, Role, drafted
@@ -217,3 +218,11 @@ def test_several_texts_on_one_connection(random_verifier: Role) -> None:
             else:
                 texts[frame.session] += list(memoryview(frame.body).cast("i"))
         assert [len(ids) for ids in texts.values()] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_control_tokens_in_a_request_of_the_first_protocol_are_text(special_tokens: bool) -> None:
+    words = f"model=random project.special_tokens={str(special_tokens).lower()}"
+    settings, tokenizer = compose_settings("spec_decoding", words, SpeculativeSettings), byte_tokenizer()
+    ids = _answers(settings, tokenizer).to_ids(f"a{tokenizer.eos_token}")
+    assert (BYTE_EOS in ids) == special_tokens
