@@ -268,8 +268,8 @@ def misuse(port: int, pid: int, words: Sequence[str], wrong: int, seed: int) -> 
     endpoint = client_endpoint(settings)
     alone = local_engine(load_model(settings.model, open_device(settings.device)).model, 1, context=1024)
     names = token_texts(load_tokenizer_only(settings.model))
-    for seed_of_text in range(GOOD):  # what serves the first texts is there from now on
-        _good_text(settings, names, seed_of_text)
+    with ThreadPoolExecutor(GOOD) as pool:  # the cache of so many texts at once is there from now on
+        list(pool.map(lambda seed_of_text: _good_text(settings, names, seed_of_text), range(GOOD)))
     before = process.memory_info().rss
     is_over = threading.Event()
 
