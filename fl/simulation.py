@@ -38,6 +38,7 @@ from lab.device import check_dtype, open_device
 from lab.ending import told
 from lab.files import require_writable
 from lab.models import load_tokenizer_only, quantization_config
+from lab.ray_signals import ray_leaves_signals_alone
 from lab.settings import DataSource
 
 log = logging.getLogger(__name__)
@@ -205,22 +206,10 @@ def interruptible(stop: threading.Event) -> Iterator[None]:
     done = threading.Event()
     threading.Thread(target=end_workers, args=[stop, done], daemon=True).start()
     try:
-        with told(stop.set), ray_leaves_sigterm_alone():
+        with told(stop.set), ray_leaves_signals_alone():
             yield
     finally:
         done.set()
-
-
-@contextmanager
-def ray_leaves_sigterm_alone() -> Iterator[None]:
-    """Ray would take SIGTERM from us, and exit wherever it is."""
-    from ray._private import utils  # there is no public way
-
-    before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = before
 
 
 def end_workers(stop: threading.Event, done: threading.Event) -> None:

@@ -131,7 +131,7 @@ class Link:
         self._heal_at = math.inf
         self._cuts = sorted(settings.cuts, key=lambda cut: cut.at_seconds)
         self._commands: deque[tuple[Callable[[], None], threading.Event]] = deque()
-        self._stopping = False
+        self._stopping, self._over = False, threading.Event()
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
 
     @property
@@ -154,7 +154,7 @@ class Link:
 
     def wait(self) -> None:
         """Wait until the link ends, which it does when another thread leaves its `with`; Ctrl+C interrupts."""
-        self._thread.join()
+        self._over.wait()  # not `join`: one that a signal ends takes the thread for over (Python 3.11)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -194,6 +194,7 @@ class Link:
         finally:
             self._reset_all()
             self._listener.close()
+            self._over.set()
 
     def _obey(self, elapsed: float, now: float) -> None:
         """Do what was asked for and what is due."""

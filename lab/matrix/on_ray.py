@@ -14,6 +14,7 @@ from typing import Any
 from lab.matrix.launching import run_job
 from lab.matrix.settings import SweepSettings
 from lab.matrix.supervisor import Job, Outcome
+from lab.ray_signals import ray_leaves_signals_alone
 from lab.settings import UserError
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ class RayLauncher:
         self._settings = settings
         if settings.address != NEW_CLUSTER:
             check_answers(settings.address, settings.address_timeout_seconds)
-        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+        with ray_leaves_signals_alone():
+            ray.init(address=settings.address, **quiet)
         total = ray.cluster_resources()
         wanted = {"CPU": settings.cores, "GPU": settings.gpus, "memory": settings.memory_limit_gib * 2**30}
         lacking = {name: value for name, value in wanted.items() if value > total.get(name, 0.0)}
