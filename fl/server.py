@@ -212,10 +212,12 @@ def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
 
 
 def adapter_folders(settings: FederatedSettings, place: Run) -> AdapterFolders:
-    """Where the run's adapters go: one PEFT folder a round."""
-    project = settings.project
+    """Where the run's adapters go: one PEFT folder a round. UserError where another run has left its own."""
+    project, root = settings.project, place.folder / "adapters"
+    if next(root.glob("round-*"), None) is not None:
+        raise UserError(f"hydra.run.dir must be a folder without another run's adapters, got {str(place.folder)!r}")
     return AdapterFolders(
-        place.folder / "adapters",
+        root,
         lora=lora_config(settings.model.lora_targets, project.lora),
         base=base_model(settings),
         data_source=project.data.source.name,

@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,16 @@ def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) 
     except subprocess.TimeoutExpired:
         done["failure"] = f"not done after {timeout_seconds:g} s"
     except subprocess.CalledProcessError as error:
-        done["failure"] = f"ended with code {error.returncode}"
+        done |= {"failure": f"ended with code {error.returncode}", "rows": _rows(error.stdout)}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return done | {"seconds": time.monotonic() - began, "load_average": load}
+
+
+def _rows(out: str) -> list[Row]:
+    """The rows that a benchmark that failed has printed all the same: one that finds something says what."""
+    with suppress(ValueError, LookupError, TypeError):
+        return list(json.loads(out.splitlines()[-1])["rows"])
+    return []
 
 
 def markdown(found: Mapping[str, Row], report: str) -> str:

@@ -199,11 +199,12 @@ def reach_work(commands: Sequence[Command], count: int, seed: int, folder: Path)
     with ExitStack() as stack:
         stack.enter_context(chdir(folder))  # some values are names of folders that commands make
         busy = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        common = ("tracking=none", f"network.port={busy.getsockname()[1]}", f"hydra.run.dir={folder}/run")
+        common = ("tracking=none", f"network.port={busy.getsockname()[1]}")
         for number, command in enumerate(commands):
             words = itertools.islice(_that_settle(command, seed + number), count // len(commands))
             for word in words:
-                came.add(f"{command.name} {word}", *run_of(command, [*common, *command.words, word]))
+                place = f"hydra.run.dir={folder}/run-{came.tried}"
+                came.add(f"{command.name} {word}", *run_of(command, [*common, place, *command.words, word]))
     return came
 
 

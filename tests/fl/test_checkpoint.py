@@ -306,3 +306,10 @@ def test_a_written_folder_is_refused_as_model_adapter_on_another_base(tmp_path: 
     check_base(find_folder(written), BASE.digest)
     with pytest.raises(UserError, match=r"model\.adapter must belong to base model random:other, got .*round-0001"):
         check_base(find_folder(written), "random:other")
+
+
+def test_a_folder_with_another_runs_adapters_is_refused(tmp_path: Path) -> None:
+    settings = compose_settings("fed_learn", "model=random", FederatedSettings)
+    (tmp_path / "adapters" / "round-0001").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^hydra\.run\.dir must be a folder without another run's adapters, got '/"):
+        adapter_folders(settings, Run(tmp_path))

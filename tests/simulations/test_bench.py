@@ -78,6 +78,12 @@ def test_a_benchmark_that_fails_is_named_and_the_others_run(modules: Path) -> No
     assert left.value.code == 1
     page = (modules / "benchmarks" / "RESULTS.md").read_text()
     assert "**Failed:** ended with code 3" in page
+    (modules / "bad_bench.py").write_text((modules / "good_bench.py").read_text() + "raise SystemExit(1)\n")
+    with pytest.raises(SystemExit):
+        bench.run(settings(modules / "benchmarks", "bad_bench"), Run(modules / "run"))
+    page = (modules / "benchmarks" / "RESULTS.md").read_text()
+    assert "**Failed:** ended with code 1" in page
+    assert "| tokens_per_second |" in page, "what it found stands there all the same"
     assert "12.3 (11.0 – 15.0, n = 3)" in page
 
 
