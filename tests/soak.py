@@ -113,8 +113,8 @@ def async_identity() -> dict[str, Any]:
 
 
 def words_identity() -> dict[str, Any]:
-    """The same with penalties, biases, banned words and min_p, each and all, sync and async; and two shards against the
-    whole model."""
+    """Speculated text with penalties, biases, banned words and min_p, each and all, sync and async, against the target
+    alone, and two shards against the whole model: no token differs."""
     compared = compare_words(WORDS_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         by_shards = shards_differ(Path(folder))
