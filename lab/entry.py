@@ -93,6 +93,8 @@ def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -
 def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    # Set by a program that started us: its process would write our files, for others to read, as long as it lives.
+    os.environ.pop("WANDB_SERVICE", None)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing its own page
     command = _Command(streams.open_streams())
     with Signals(command.forced) as signals:
