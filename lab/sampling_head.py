@@ -43,42 +43,24 @@ class SamplingHead(Head):
     def sampling(self) -> Sampling:
         """What the head asks for. Raises ValueError where that makes no sense."""
         return Sampling(
-            seed=self.seed,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            words=_words(self.words),
+            **{name: getattr(self, name) for name in SamplingHead.__struct_fields__} | {"words": _words(self.words)}
         )
 
 
 def sampling_fields(sampling: Sampling) -> dict[str, Any]:
     """The fields of a `SamplingHead`."""
-    fields = {name: getattr(sampling, name) for name in ("seed", "temperature", "top_k", "top_p", "min_p")}
-    return {**fields, "words": _head(sampling.words)}
+    return {**vars(sampling), "words": _head(sampling.words)}
 
 
 def _words(head: WordsHead | None) -> Words | None:
     if head is None:
         return None
-    return Words(
-        prompt_tokens=head.prompt_tokens,
-        repetition_penalty=head.repetition_penalty,
-        presence_penalty=head.presence_penalty,
-        frequency_penalty=head.frequency_penalty,
-        logit_bias=tuple(head.logit_bias),
-        bad_words=tuple(map(tuple, head.bad_words)),
-    )
+    listed = {"logit_bias": tuple(head.logit_bias), "bad_words": tuple(map(tuple, head.bad_words))}
+    return Words(**{**msgspec.structs.asdict(head), **listed})
 
 
 def _head(words: Words | None) -> WordsHead | None:
     if words is None:
         return None
-    return WordsHead(
-        prompt_tokens=words.prompt_tokens,
-        repetition_penalty=words.repetition_penalty,
-        presence_penalty=words.presence_penalty,
-        frequency_penalty=words.frequency_penalty,
-        logit_bias=list(words.logit_bias),
-        bad_words=[list(word) for word in words.bad_words],
-    )
+    listed = {"logit_bias": list(words.logit_bias), "bad_words": list(map(list, words.bad_words))}
+    return WordsHead(**{**vars(words), **listed})
