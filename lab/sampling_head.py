@@ -42,9 +42,8 @@ class SamplingHead(Head):
     @property
     def sampling(self) -> Sampling:
         """What the head asks for. Raises ValueError where that makes no sense."""
-        return Sampling(
-            **{name: getattr(self, name) for name in SamplingHead.__struct_fields__} | {"words": _words(self.words)}
-        )
+        own = {name: getattr(self, name) for name in SamplingHead.__struct_fields__}  # OPEN has more of its own
+        return Sampling(**{**own, "words": _words(self.words)})
 
 
 def sampling_fields(sampling: Sampling) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class Front:
         def do(verifier: Verifier) -> list[Outcome]:
             try:
                 return call(verifier)
-            except Exception as error:
+            except Exception as error:  # what one text does must not end the thread that serves all
                 log.exception("a text ends by a fault of ours")
                 return verifier.fail(key, error)
 

@@ -141,7 +141,7 @@ class Verifier:
             self.engine.open(ids, Sampling.greedy(), len(ids)).close()
         except (CacheFull, NotFinite):  # it computes
             return
-        except Exception as error:
+        except Exception as error:  # of torch, of a device: whatever it is, no request can be served
             raise EngineFailed(f"the target cannot run a text of two tokens: {_one_line(error)}") from error
 
     def open(
@@ -405,7 +405,7 @@ class Verifier:
             except CacheFull:
                 if not self._make_room():
                     break
-            except Exception as error:
+            except Exception as error:  # of an engine: `prove` finds out whether it is the engine's own fault
                 self._is_in_doubt = True
                 outcomes.append(self._fail(text, f"the target did not take it: {_one_line(error)}"))
         return outcomes
