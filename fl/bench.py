@@ -34,10 +34,10 @@ from fl.bench_settings import FederatedBenchProjectSettings, FederatedBenchSetti
 from fl.settings import FederatedSettings, WireDtype
 from fl.sizes import base_bytes, linear_shapes
 from fl.strategy import METRICS, WEIGHT, WeightedFedAvg
-from lab import entry
 from lab.bench import Sample, interleaved, judged, missed, ratio, write_report
+from lab.command import entry
+from lab.command.processes import run_to_end
 from lab.environment import commit
-from lab.processes import run_to_end
 from lab.settings import ModelSettings
 
 log = logging.getLogger(__name__)

@@ -16,13 +16,13 @@ from fl.client import Base, open_base, read_all, weight_of
 from fl.report import RoundFigures
 from fl.server import SiteLog, adapter_folders, finish, first_adapter
 from fl.settings import FederatedProjectSettings, FederatedSettings
-from lab.entry import Run
-from lab.examples import Example, Split, batches
+from lab.command.entry import Run
 from lab.files import require_writable
-from lab.models import load_tokenizer_only
+from lab.learning.examples import Example, Split, batches
+from lab.learning.training import adamw, derive_seed, evaluate, train_steps
+from lab.models.sources import load_tokenizer_only
 from lab.settings import OptimizationSettings
 from lab.tracking import Tracker, progress
-from lab.training import adamw, derive_seed, evaluate, train_steps
 
 
 def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:

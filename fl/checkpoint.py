@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from fl.adapters import Adapter
-from lab.adapter import Fit, fit_adapter, fit_config, read_adapter
-from lab.base_model import loading_code
 from lab.files import sync
-from lab.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE, recorded_identity
+from lab.models.adapter import Fit, fit_adapter, fit_config, read_adapter
+from lab.models.base_model import loading_code
+from lab.models.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE, recorded_identity
 
 CARD_FILE = "README.md"
 

@@ -16,14 +16,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from fl.adapters import Adapter, load_into, read_from
 from fl.partition import client_documents, partition
 from fl.settings import FederatedProjectSettings, FederatedSettings, Weighting
-from lab.data import Document, Source, open_source
 from lab.device import open_device, read_memory
-from lab.examples import Example, ExampleReader, MalformedData, Split, batches, split_examples
-from lab.lora import add_lora
-from lab.models import load_model
-from lab.records import MalformedRecord
+from lab.learning.data import Document, Source, open_source
+from lab.learning.examples import Example, ExampleReader, MalformedData, Split, batches, split_examples
+from lab.learning.records import MalformedRecord
+from lab.learning.training import EvalFigures, Proximal, TrainFigures, derive_seed, evaluate, train_steps
+from lab.models.lora import add_lora
+from lab.models.sources import load_model
 from lab.settings import DataSource, UserError, digest
-from lab.training import EvalFigures, Proximal, TrainFigures, derive_seed, evaluate, train_steps
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from fl.adapters import Adapter, from_records, pack, to_records
 from fl.client import LoRAClient, Site, open_client
 from fl.settings import FederatedSettings
 from fl.strategy import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
-from lab.entry import compose_settings, log_to_stderr
-from lab.examples import MalformedData
+from lab.command.entry import compose_settings, log_to_stderr
+from lab.learning.examples import MalformedData
+from lab.learning.training import Diverged
 from lab.settings import UserError
-from lab.training import Diverged
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from operator import attrgetter
 
 from fl.settings import PartitionBy
-from lab.data import Document, Source
+from lab.learning.data import Document, Source
 from lab.settings import UserError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from fl.aggregation import MetricMean
 from fl.strategy import ClientRow, RoundReport, RunReport
-from lab.counts import Counts
 from lab.device import peak_rss_bytes
+from lab.learning.counts import Counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,14 @@ from fl.report import RoundFigures, counts_of, history, summary
 from fl.settings import FederatedSettings
 from fl.sizes import base_bytes
 from fl.strategy import RoundReport, WeightedFedAvg
-from lab.base_model import base_name, base_origin
-from lab.counts import Counts
+from lab.command.entry import Run
 from lab.device import open_device, read_memory
-from lab.entry import Run
 from lab.environment import commit
 from lab.files import path_of, require_writable
-from lab.lora import fresh_adapter, lora_config
-from lab.models import load_config, model_identity
+from lab.learning.counts import Counts
+from lab.models.base_model import base_name, base_origin
+from lab.models.lora import fresh_adapter, lora_config
+from lab.models.sources import load_config, model_identity
 from lab.settings import UserError
 from lab.tracking import Tracker, picture, progress
 

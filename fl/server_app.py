@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from fl.client_app import log_beside_flower, settings_from_run
 from fl.server import serve
 from fl.strategy import NodesMissing, RoundFailed
-from lab.entry import Run, finish
+from lab.command.entry import Run, finish
 from lab.settings import UserError
 
 log = logging.getLogger(__name__)

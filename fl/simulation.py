@@ -32,13 +32,13 @@ from fl.server import first_adapter, serve
 from fl.server_app import make_server_app
 from fl.settings import FederatedSettings
 from fl.strategy import NodesMissing, RoundFailed
-from lab import entry
-from lab.data import open_source
+from lab.command import entry
+from lab.command.ending import told
+from lab.command.ray_signals import ray_leaves_signals_alone
 from lab.device import check_dtype, open_device
-from lab.ending import told
 from lab.files import require_writable
-from lab.models import load_tokenizer_only, quantization_config
-from lab.ray_signals import ray_leaves_signals_alone
+from lab.learning.data import open_source
+from lab.models.sources import load_tokenizer_only, quantization_config
 from lab.settings import DataSource
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fl.settings import FederatedSettings, WireDtype
-from lab import entry
+from lab.command import entry
 from lab.settings import ArchitectureSettings, ModelSettings, UserError
 
 CHECKPOINT_NUMBER_BYTES = 2

@@ -9,7 +9,7 @@ caller's values and SERVER_ROUND). A client answers
         part, figures of the adapter it *received*);
     an evaluate message with EVALUATE if it has a held-out part, and METRICS (PARTITION) if it likes;
     a query message (sent only when `fraction` < 1) with METRICS (PARTITION);
-    the first two with DATA if it likes: `lab.counts.Counts`, what became of its lines, in whole numbers.
+    the first two with DATA if it likes: `lab.learning.counts.Counts`, what became of its lines, in whole numbers.
 
 The global adapter is what travels: with bfloat16 on the wire the mean is rounded to bfloat16 at the end of each round.
 """
@@ -41,7 +41,7 @@ from fl.adapters import (
     unpack,
 )
 from fl.aggregation import MAX_REPLIES, ExactMean, MetricMean, check_weight
-from lab.counts import Counts
+from lab.learning.counts import Counts
 
 CONFIG = "config"
 METRICS = "metrics"

@@ -40,7 +40,7 @@ def send_warnings(path: Path) -> None:
     handler.setFormatter(JsonLine())
     handler.addFilter(lambda record: not record.name.startswith("flwr"))  # the strategy says it in a line
     root.addHandler(handler)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `lab.entry`
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `lab.command.entry`
     logging.captureWarnings(True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lab import entry
+from lab.command import entry
 from lab.decode_settings import DecodeSettings
 
 
@@ -13,16 +13,16 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from lab.decoding import decode
     from lab.device import open_device, read_memory
-    from lab.engine import LocalEngine
-    from lab.kv import CacheFull
-    from lab.layers import load_proved
+    from lab.engine.base import LocalEngine
+    from lab.engine.kv import CacheFull
+    from lab.models.layers import load_proved
     from lab.settings import UserError
     from lab.tracking import Tracker
 
     project, device = settings.project, open_device(settings.device)
     model = load_proved(settings.model, device).model
     if settings.model.adapter is not None:
-        from lab.adapter import add_adapter  # loads PEFT, which plain models can do without
+        from lab.models.adapter import add_adapter  # loads PEFT, which plain models can do without
 
         add_adapter(model, settings.model)
     with Tracker(settings, "decode", place.folder) as tracker:

@@ -11,8 +11,8 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from lab.engine import Engine
-from lab.sampling import Sampling, mix64
+from lab.engine.base import Engine
+from lab.engine.sampling import Sampling, mix64
 
 WARM_UP_TOKENS = 4
 

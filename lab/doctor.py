@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lab import entry
+from lab.command import entry
 from lab.device import TORCH_DTYPES, available, open_device, read_memory, synchronize
 from lab.environment import describe_environment
 from lab.settings import Dtype, LabSettings, ModelSettings, ModelSource, UserError, WandbMode, register_project, require
@@ -214,7 +214,7 @@ def check_torch_rpc() -> Finding:
 
 def check_model(model: ModelSettings) -> Finding:
     """Whether the model's files are here; UserError with the remedy when its source is not."""
-    from lab.models import converted_folder, gguf_file, model_identity
+    from lab.models.sources import converted_folder, gguf_file, model_identity
 
     title = f"{model.name} ({model.source.name})"
     if model.source is ModelSource.hub:
@@ -233,7 +233,7 @@ def _check_hub_cache(model: ModelSettings, title: str) -> Finding:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from lab.folder import ModelFolder
+    from lab.models.folder import ModelFolder
 
     try:
         folder = Path(snapshot_download(str(model.repo), revision=model.revision, local_files_only=True))

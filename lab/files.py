@@ -35,7 +35,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def share_like_parent(place: Path) -> None:
     """Let whoever may read the folder around a file or folder read it, too: commands write for their owner alone
-    (`lab.entry`), which is not meant for a model that several users of a machine share."""
+    (`lab.command.entry`), which is not meant for a model that several users of a machine share."""
     around = place.parent.stat().st_mode & 0o777
     for each in [place, *(place.rglob("*") if place.is_dir() else ())]:
         each.chmod(0o700 | around if each.is_dir() else 0o600 | around & 0o666)

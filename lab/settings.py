@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lab.explain import describe, unknown_key
+from lab.command.explain import describe, unknown_key
 
 Settings = TypeVar("Settings", bound="LabSettings")
 
@@ -64,7 +64,7 @@ class Dtype(Enum):
     """Precision in which a model computes; the names are torch's own.
 
     `auto` is bfloat16 where the device has instructions for it, float32 elsewhere; settings that a command runs with
-    have one of the two in its place (`lab.entry`).
+    have one of the two in its place (`lab.command.entry`).
     """
 
     auto = "auto"
@@ -232,7 +232,7 @@ class TrackingSettings:
 
 
 class DataSource(Enum):
-    """Where text comes from: lab/data.py."""
+    """Where text comes from: lab/learning/data.py."""
 
     python_stdlib = "python_stdlib"
     jsonl = "jsonl"

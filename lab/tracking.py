@@ -20,8 +20,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lab.command.terminal import has_room
 from lab.settings import TrackingSettings, WandbMode, digest, to_plain
-from lab.terminal import has_room
 
 log = logging.getLogger(__name__)
 

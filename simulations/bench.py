@@ -21,12 +21,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lab import entry
 from lab.bench import missed
+from lab.command import entry
+from lab.command.processes import run_to_end
 from lab.environment import commit, describe_environment
 from lab.figures import number
 from lab.files import write_whole
-from lab.processes import run_to_end
 from simulations.bench_settings import BenchmarkSettings, BenchSettings
 
 log = logging.getLogger(__name__)

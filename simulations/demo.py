@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lab import entry
-from lab.processes import first_line, run_to_end, start
+from lab.command import entry
+from lab.command.processes import first_line, run_to_end, start
 from simulations.demo_page import write_demo_page
 from simulations.demo_settings import DemoSettings
 

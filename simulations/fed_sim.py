@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fl.settings import Baseline, FederatedSettings
-from lab import entry
+from lab.command import entry
 
 
 def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:

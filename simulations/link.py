@@ -8,7 +8,7 @@ import socket
 import sys
 from typing import Any
 
-from lab import entry
+from lab.command import entry
 from lab.link import Cut, LinkSettings, OneWay
 from lab.link import run as be_a_link
 from lab.network import address_for_peers, cannot_listen

@@ -10,9 +10,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.bench import pinned
 from lab.device import open_device
-from lab.layers import load_layers
-from lab.models import load_model
-from lab.prompts import prompt_ids
+from lab.models.layers import load_layers
+from lab.models.sources import load_model
+from lab.text.prompts import prompt_ids
 from speculative.rig import VERIFIER_CORE
 from speculative.settings import DraftSource, SpeculativeSettings
 

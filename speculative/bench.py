@@ -38,8 +38,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lab import entry
 from lab.bench import missed, write_report
+from lab.command import entry
 from lab.environment import commit
 from lab.settings import UserError
 from lab.tracking import Tracker

@@ -14,8 +14,8 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 from lab.bench import Sample, judged, pinned, ratio
-from lab.processes import start
-from lab.sampling import Sampling
+from lab.command.processes import start
+from lab.engine.sampling import Sampling
 from lab.wire import WireError
 from speculative.bench_rows import ASYNC, Row, plain_row, row_name, synthetic_case
 from speculative.drafting import TargetLost

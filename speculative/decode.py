@@ -18,9 +18,9 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab import entry
-from lab.models import load_tokenizer_only
-from lab.processes import listening, own_words
+from lab.command import entry
+from lab.command.processes import listening, own_words
+from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.tracking import Tracker
 from speculative.drafting import TextRefused

@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
-from lab.architecture import as_described, own_name
+from lab.command.explain import describe
 from lab.device import best_dtype
-from lab.explain import describe
+from lab.models.architecture import as_described, own_name
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from speculative.settings import SpeculativeSettings
 

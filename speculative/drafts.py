@@ -17,9 +17,9 @@ from typing import Any, Protocol, cast
 import torch
 from transformers import PreTrainedModel
 
-from lab.engine import Engine
-from lab.not_finite import NotFinite
-from lab.sampling import Sampling, mix64
+from lab.engine.base import Engine
+from lab.engine.not_finite import NotFinite
+from lab.engine.sampling import Sampling, mix64
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class EngineDrafts:
     """An engine guesses: a model, a slice of the target, a noisy target, a synthetic one.
 
     It draws with the target's own sampling: with the same noise at each position it says what the target says far more
-    often than with noise of its own (`lab.sampling`).
+    often than with noise of its own (`lab.engine.sampling`).
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, vocabulary_size: int) -> None:

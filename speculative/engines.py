@@ -12,14 +12,14 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.context import model_context
-from lab.engine import Engine, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
-from lab.engine_kind import EngineKind
-from lab.fingerprints import weights_fingerprints
-from lab.kv import CacheFull
-from lab.layers import load_layers, load_proved
-from lab.models import end_ids_of, load_tokenizer_only
-from lab.sampling import Sampling
+from lab.engine.base import Engine, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
+from lab.engine.context import model_context
+from lab.engine.kinds import EngineKind
+from lab.engine.kv import CacheFull
+from lab.engine.sampling import Sampling
+from lab.models.fingerprints import weights_fingerprints
+from lab.models.layers import load_layers, load_proved
+from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import ModelSettings, UserError
 from speculative.draft_model import draft_model
 from speculative.drafts import (
@@ -168,7 +168,7 @@ def _local_engine(
 
 def _with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
     if settings.adapter is not None:
-        from lab.adapter import add_adapter  # loads PEFT and bitsandbytes, which plain models can do without
+        from lab.models.adapter import add_adapter  # loads PEFT and bitsandbytes, which plain models can do without
 
         add_adapter(model, settings)
     return model

@@ -17,9 +17,9 @@ from typing import Any
 
 import msgspec
 
-from lab.fingerprints import changes
-from lab.sampling import Sampling
-from lab.text_settings import FILL
+from lab.engine.sampling import Sampling
+from lab.models.fingerprints import changes
+from lab.text.settings import FILL
 from lab.wire import BadFrame, Frame, FrameConnection, Peer, PeerGone, PeerSilent, WireError, pack_tokens, unpack_tokens
 from lab.wire.frames import Error, WireType
 from speculative.forward_thread import Call, ForwardThread

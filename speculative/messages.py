@@ -53,7 +53,7 @@ from typing import Annotated
 
 import msgspec
 
-from lab.sampling_head import SAMPLING_BYTES, SamplingHead
+from lab.engine.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint32
 from lab.wire.tokens import TOKEN_BYTES
@@ -69,7 +69,7 @@ OWNER_BYTES = 16
 Uint64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack knows no longer one
 Owner = Annotated[bytes, msgspec.Meta(min_length=OWNER_BYTES, max_length=OWNER_BYTES)]
 Target = Annotated[dict[ShortText, ShortText], msgspec.Meta(max_length=16)]
-"""What the target's text depends on, by name: weights, adapter, dtype, quantisation (`lab.fingerprints`)."""
+"""What the target's text depends on, by name: weights, adapter, dtype, quantisation (`lab.models.fingerprints`)."""
 EndIds = Annotated[list[Uint32], msgspec.Meta(max_length=MAX_END_IDS)]
 
 

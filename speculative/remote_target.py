@@ -18,8 +18,8 @@ from typing import Any, Self
 import msgspec
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from lab.fingerprints import changes
-from lab.sampling_head import sampling_fields
+from lab.engine.sampling_head import sampling_fields
+from lab.models.fingerprints import changes
 from lab.wire import Frame, PeerFull, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
 from speculative.drafting import TargetLost
 from speculative.messages import OWNER_BYTES, Close, Draft, MessageType, Open, Reason, Resume, Scores, Welcome

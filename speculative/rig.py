@@ -16,18 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import conf
-from lab.asking import asked_sampling
 from lab.bench import pinned
+from lab.command.entry import compose_settings
+from lab.command.overrides import override
+from lab.command.processes import listening
 from lab.device import open_device
-from lab.engine_kind import EngineKind
-from lab.entry import compose_settings
+from lab.engine.kinds import EngineKind
+from lab.engine.sampling import Sampling
 from lab.files import path_of
-from lab.models import load_tokenizer_only
-from lab.overrides import override
-from lab.processes import listening
-from lab.prompts import prompt_ids
-from lab.sampling import Sampling
+from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
+from lab.text.asking import asked_sampling
+from lab.text.prompts import prompt_ids
 from lab.wire import encode, pack_tokens
 from speculative.bench_settings import BenchEngine
 from speculative.drafting import Round, speculate

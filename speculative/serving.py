@@ -11,8 +11,8 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.network import cannot_listen, make_endpoint
-from lab.prompts import prompt_ids
 from lab.settings import UserError
+from lab.text.prompts import prompt_ids
 from lab.tracking import Tracker
 from lab.wire import FrameServer
 from speculative.engines import OpenTarget

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lab.engine_kind import EngineKind
+from lab.engine.kinds import EngineKind
 from lab.settings import Dtype, LabSettings, register_project, require
-from lab.text_settings import TextSettings
+from lab.text.settings import TextSettings
 from speculative.bench_settings import BenchSettings
 
 MAX_DRAFT_LENGTH = 64

@@ -12,16 +12,16 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab import entry
-from lab.asking import asked_sampling, decoder, most_new_tokens
+from lab.command import entry
 from lab.device import open_device
+from lab.engine.sampling import Sampling
 from lab.files import path_of
-from lab.models import load_tokenizer_only
+from lab.models.sources import load_tokenizer_only
 from lab.network import is_users_to_mend
-from lab.prompts import asked_ids
-from lab.running_text import Said, said
-from lab.sampling import Sampling
 from lab.settings import UserError
+from lab.text.asking import asked_sampling, decoder, most_new_tokens
+from lab.text.prompts import asked_ids
+from lab.text.running_text import Said, said
 from lab.tracking import Tracker
 from lab.wire import WireError
 from speculative.drafting import SYNC_LENGTH, TextFailed, TextRefused, find_flips, speculate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab import terminal
+from lab.command import terminal
 from speculative.drafting import Round
 
 ACCEPTED, CORRECTED = "\x1b[32m", "\x1b[33m"

@@ -15,8 +15,8 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from lab.engine import Session, TargetStep
-from lab.sampling import Sampling, mix64
+from lab.engine.base import Session, TargetStep
+from lab.engine.sampling import Sampling, mix64
 from speculative.lookup import Lookup
 from speculative.messages import Reason
 from speculative.policy import Pacing

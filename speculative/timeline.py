@@ -17,8 +17,8 @@ from typing import Any
 
 from lab.bench import pinned
 from lab.device import open_device
-from lab.engine import Engine, Request, Session, TargetStep, Want
-from lab.sampling import Sampling
+from lab.engine.base import Engine, Request, Session, TargetStep, Want
+from lab.engine.sampling import Sampling
 from lab.settings import WandbMode
 from lab.tracking import Tracker
 from speculative.drafting import Round

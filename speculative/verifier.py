@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from lab import entry
-from lab.ending import run_async
+from lab.command import entry
+from lab.command.ending import run_async
 from lab.network import address_for_peers, listener_tls
 from lab.settings import NetworkSettings
 from lab.tracking import Tracker
@@ -28,7 +28,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     tls = listener_tls(settings.network)  # before a model is loaded for nothing
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from lab.device import open_device
-    from lab.models import load_tokenizer_only
+    from lab.models.sources import load_tokenizer_only
     from speculative.engines import open_target
     from speculative.serving import Served, figures_of, serve
     from speculative.verifying import EngineFailed

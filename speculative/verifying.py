@@ -23,10 +23,10 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from lab.engine import Engine, TargetStep, check_ids, check_words
-from lab.kv import CacheFull
-from lab.not_finite import NotFinite
-from lab.sampling import Sampling
+from lab.engine.base import Engine, TargetStep, check_ids, check_words
+from lab.engine.kv import CacheFull
+from lab.engine.not_finite import NotFinite
+from lab.engine.sampling import Sampling
 from speculative.lookup import Lookup
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts

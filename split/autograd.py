@@ -15,7 +15,7 @@ from typing import Any
 from torch.distributed.autograd import backward, context  # type: ignore[attr-defined]  # public, but not in __all__
 from torch.distributed.optim import DistributedOptimizer
 
-from lab.examples import Batch
+from lab.learning.examples import Batch
 from lab.settings import UserError
 from split.optimizer import MasterAdamW
 from split.trainer import Gradients, Shards, TrainingFault

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lab import entry
+from lab.command import entry
 from split.bench_settings import SplitBenchSettings
 
 log = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lab.bench import Sample, interleaved, judged, ratio
-from lab.engine import Engine, Session
-from lab.entry import compose_settings
-from lab.models import load_tokenizer_only, prepare_checkpoint
-from lab.overrides import override
-from lab.processes import listening, run_to_end
-from lab.sampling import Sampling
+from lab.command.entry import compose_settings
+from lab.command.overrides import override
+from lab.command.processes import listening, run_to_end
+from lab.engine.base import Engine, Session
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_tokenizer_only, prepare_checkpoint
 from lab.wire.ping_pong import measure
 from split.boundary import Boundary
 from split.local_shards import LocalShards

@@ -108,7 +108,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     run: str
     step: int
     model: str
-    """`lab.models.model_identity` of the base model."""
+    """`lab.models.sources.model_identity` of the base model."""
     dtype: str
     cuts: list[int]
     """Where each shard begins, and the model's number of layers."""

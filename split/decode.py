@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from lab import entry
+from lab.command import entry
 from split.settings import SplitSettings
 
 
 def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     """Times `project.sessions` texts of `project.context` tokens each; the figures of the last line."""
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
-    from lab.asking import asked_sampling
     from lab.decoding import decode
     from lab.device import open_device, read_memory
-    from lab.kv import CacheFull
-    from lab.models import load_tokenizer_only
+    from lab.engine.kv import CacheFull
+    from lab.models.sources import load_tokenizer_only
     from lab.settings import UserError
+    from lab.text.asking import asked_sampling
     from lab.tracking import Tracker
     from split.opening import sharded_model
 

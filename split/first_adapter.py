@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.adapter import (
+from lab.models.adapter import (
     AdapterFolder,
     Fit,
     fit_adapter,
@@ -20,9 +20,9 @@ from lab.adapter import (
     read_adapter,
     trained_weights,
 )
-from lab.lora import fresh_adapter, lora_config
-from lab.models import load_config, model_identity
-from lab.peft_folder import check_base
+from lab.models.lora import fresh_adapter, lora_config
+from lab.models.peft_folder import check_base
+from lab.models.sources import load_config, model_identity
 from lab.settings import LoraSettings, ModelSettings, UserError
 from split.training_messages import Recipe
 

@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab import entry
-from lab.asking import asked_sampling, decoder, most_new_tokens
-from lab.engine import Session, check_words
-from lab.models import end_ids_of, load_tokenizer_only
-from lab.not_finite import NotFinite
-from lab.prompts import asked_ids
-from lab.running_text import said
-from lab.sampling import Sampling
+from lab.command import entry
+from lab.command.terminal import TextStream
+from lab.engine.base import Session, check_words
+from lab.engine.not_finite import NotFinite
+from lab.engine.sampling import Sampling
+from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import UserError
-from lab.terminal import TextStream
+from lab.text.asking import asked_sampling, decoder, most_new_tokens
+from lab.text.prompts import asked_ids
+from lab.text.running_text import said
 from lab.tracking import Tracker, picture
 from split.picture import draw
 from split.settings import SplitSettings

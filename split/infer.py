@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lab import entry
+from lab.command import entry
 from split.settings import SplitSettings
 
 
@@ -12,7 +12,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     """Generates one text; the figures of the last line."""
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from lab.device import open_device
-    from lab.kv import CacheFull
+    from lab.engine.kv import CacheFull
     from lab.settings import UserError
     from lab.tracking import Tracker
     from split.generating import generate

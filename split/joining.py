@@ -1,12 +1,12 @@
-"""The engine that a model split over shard processes is; `lab.engine.open_engine` finds it here."""
+"""The engine that a model split over shard processes is; `lab.engine.base.open_engine` finds it here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lab.context import model_context
-from lab.fingerprints import weights_fingerprints
-from lab.models import load_config
+from lab.engine.context import model_context
+from lab.models.fingerprints import weights_fingerprints
+from lab.models.sources import load_config
 from lab.network import client_side_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError

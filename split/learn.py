@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lab import entry
+from lab.command import entry
 from split.train_settings import SplitTrainSettings
 
 

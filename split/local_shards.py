@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from lab.bench import pinned
-from lab.processes import NotReady, first_line, last_words, own_words, start
+from lab.command.processes import NotReady, first_line, last_words, own_words, start
 from lab.settings import UserError
 from split.address import Address
 

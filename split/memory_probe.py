@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lab.command.entry import compose_settings
 from lab.device import give_back_freed_memory, peak_rss_bytes
-from lab.entry import compose_settings
 from split.train_settings import SplitTrainSettings
 from split.training_run import make_recipe
 from split.training_shard import Entering, TrainingShard

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lab import entry
+from lab.command import entry
 from lab.files import path_of
 from lab.settings import UserError
 from split.merge_settings import MergeSettings

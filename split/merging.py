@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from lab.environment import commit
 from lab.files import whole_folder
-from lab.folder import GENERATION, ModelFolder
-from lab.models import fetch, model_identity
-from lab.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE
-from lab.proof import Use, require
+from lab.models.folder import GENERATION, ModelFolder
+from lab.models.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE
+from lab.models.proof import Use, require
+from lab.models.sources import fetch, model_identity
+from lab.models.structure import Structure
 from lab.settings import ModelSettings, UserError
-from lab.structure import Structure
 from split.checkpoint import Manifest, Parts, latest_step, part_of, read_manifest
 from split.training_messages import Train
 from split.training_opening import identity_of
@@ -113,7 +113,7 @@ def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> 
 
 def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
     """A PEFT folder, with the record of its base model."""
-    from lab.base_model import base_name
+    from lab.models.base_model import base_name
     from split.first_adapter import first_adapter  # loads PEFT
 
     first = first_adapter(model, manifest.recipe)
@@ -127,7 +127,7 @@ def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, T
 
 def write_card(model: ModelSettings, manifest: Manifest, folder: Path, output: Path) -> None:
     """Into the adapter's folder, which will be `output`: how to load it on its base."""
-    from lab.base_model import base_name, base_origin, loading_code
+    from lab.models.base_model import base_name, base_origin, loading_code
 
     code = loading_code(base_name(model), str(output))
     card = f"# Adapter after {manifest.step} steps of split training\n\n{base_origin(model)}\n\n{code}\n"

@@ -33,8 +33,8 @@ from typing import Annotated
 
 import msgspec
 
-from lab.engine import TargetStep, Want
-from lab.sampling_head import SAMPLING_BYTES, SamplingHead
+from lab.engine.base import TargetStep, Want
+from lab.engine.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 
@@ -120,7 +120,7 @@ class Pass(Head):
     """The texts that stopped at the shards before: zeros go on in place of their hidden states, and nobody computes
     them."""
     for_words: bool = False
-    """Whether one of the texts has words (`lab.words`): then the last shard needs the ids for that."""
+    """Whether one of the texts has words (`lab.text.words`): then the last shard needs the ids for that."""
 
     @property
     def rows(self) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from lab.context import model_context
-from lab.models import load_config
+from lab.engine.context import model_context
+from lab.models.sources import load_config
+from lab.models.structure import count_layers
 from lab.settings import ModelSettings, UserError
-from lab.structure import count_layers
 from split.joining import fingerprints, join_shards
 from split.local_shards import LocalShards
 from split.settings import SplitSettings, TransportKind

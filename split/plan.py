@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lab import entry
-from lab.architecture import architecture_of as numbers_of
-from lab.architecture import is_of_preset, layer_weights_of
+from lab.command import entry
+from lab.models.architecture import architecture_of as numbers_of
+from lab.models.architecture import is_of_preset, layer_weights_of
 from lab.settings import Dtype, ModelSettings, Quantization, UserError
 from split.plan_settings import NodeSettings, PlanSettings
 from split.planning import NF4_BYTES, Architecture, FitsNowhere, Node, Plan, Work, make_plan
@@ -46,7 +46,7 @@ def own_architecture(model: ModelSettings) -> Architecture:
     """
     if is_of_preset(model):
         return architecture_of(model)
-    from lab.models import load_config  # loads transformers
+    from lab.models.sources import load_config  # loads transformers
 
     config = load_config(model)
     own = architecture_of(replace(model, architecture=numbers_of(config)))

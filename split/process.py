@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from lab.ending import run_async
+from lab.command.ending import run_async
 from lab.network import address_for_peers, cannot_listen
 from lab.settings import NetworkSettings, UserError
 from lab.wire import Endpoint, FrameConnection, FrameServer

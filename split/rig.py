@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from lab.bench import pinned
+from lab.command.entry import compose_settings
+from lab.command.processes import listening, own_words
 from lab.device import open_device
-from lab.engine import LocalEngine
-from lab.entry import compose_settings
-from lab.layers import load_proved
-from lab.processes import listening, own_words
+from lab.engine.base import LocalEngine
+from lab.models.layers import load_proved
 from lab.settings import ModelSettings
 from split.bench_settings import SplitBenchSettings
 from split.boundary import Boundary

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lab.settings import LabSettings, register_project, require
-from lab.text_settings import TextSettings
+from lab.text.settings import TextSettings
 from split.address import Address
 from split.boundary import Boundary
 

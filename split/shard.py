@@ -19,18 +19,18 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.context import longest_text
-from lab.engine import Scored, TargetStep, Want, check_ids, read_steps
-from lab.first_fault import first_faults
-from lab.history import History
-from lab.kv import CacheFull, Pass, SlotCache, UnknownState, check_attention, layer_shapes
-from lab.layers import load_layers
-from lab.models import load_config
-from lab.sampling import Sampling
+from lab.engine.base import Scored, TargetStep, Want, check_ids, read_steps
+from lab.engine.context import longest_text
+from lab.engine.first_fault import first_faults
+from lab.engine.history import History
+from lab.engine.kv import CacheFull, Pass, SlotCache, UnknownState, check_attention, layer_shapes
+from lab.engine.sampling import Sampling
+from lab.engine.wide_products import pack_products
+from lab.models.layers import load_layers
+from lab.models.slices import run_slice
+from lab.models.sources import load_config
+from lab.models.structure import count_layers
 from lab.settings import ModelSettings, UserError
-from lab.slices import run_slice
-from lab.structure import count_layers
-from lab.wide_products import pack_products
 from split.messages import Piece
 
 UNUSED_SECONDS = 10.0
@@ -113,7 +113,7 @@ class Shard:
     """Layers `layers` of a model: hidden states in, hidden states out.
 
     Args:
-        model: From `lab.layers.load_layers`.
+        model: From `lab.models.layers.load_layers`.
         layers: Which layers of the whole model these are.
         limits: How much it gives.
         clock: Seconds, for idle texts.
@@ -359,7 +359,7 @@ def load_shard(settings: ModelSettings, device: torch.device, layers: range, lim
     first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
     model = load_layers(settings, device, layers, embedding=first, head=last)
     if settings.adapter is not None:
-        from lab.adapter import add_adapter  # loads PEFT, which plain models can do without
+        from lab.models.adapter import add_adapter  # loads PEFT, which plain models can do without
 
         add_adapter(model, settings)
     return shard_class(first, last)(model, layers, limits)

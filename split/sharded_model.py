@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from lab.engine import (
+from lab.engine.base import (
     NOTHING,
     SWEEP_ROWS,
     Request,
@@ -27,9 +27,9 @@ from lab.engine import (
     check_requests,
     together,
 )
-from lab.kv import CacheFull
-from lab.sampling import Sampling
-from lab.sampling_head import sampling_fields
+from lab.engine.kv import CacheFull
+from lab.engine.sampling import Sampling
+from lab.engine.sampling_head import sampling_fields
 from lab.wire import pack_tokens
 from split.messages import (
     MAX_PIECES,

@@ -15,10 +15,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from lab.engine import TargetStep, Want
-from lab.kv import CacheFull
-from lab.sampling import Sampling
-from lab.sampling_head import sampling_fields
+from lab.engine.base import TargetStep, Want
+from lab.engine.kv import CacheFull
+from lab.engine.sampling import Sampling
+from lab.engine.sampling_head import sampling_fields
 from lab.settings import UserError
 from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES

@@ -23,7 +23,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lab import entry
+from lab.command import entry
 from split.train_bench_settings import SplitTrainBenchSettings
 
 log = logging.getLogger(__name__)

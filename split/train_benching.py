@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from lab.bench import Sample, interleaved, pinned, ratio
+from lab.command.entry import compose_settings
+from lab.command.processes import own_words, run_to_end
 from lab.device import open_device
-from lab.entry import compose_settings
-from lab.examples import Batch, Example, collate
-from lab.models import load_config, load_tokenizer_only, prepare_checkpoint
-from lab.processes import own_words, run_to_end
-from lab.training import train_steps
+from lab.learning.examples import Batch, Example, collate
+from lab.learning.training import train_steps
+from lab.models.sources import load_config, load_tokenizer_only, prepare_checkpoint
 from split.checkpoint import Manifest
 from split.schedule import Phase, Schedule, Timeline, even_bubble, least_seconds, operations, replay
 from split.settings import TransportKind

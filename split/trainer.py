@@ -19,9 +19,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from lab.examples import Batch as Examples
+from lab.learning.examples import Batch as Examples
+from lab.learning.training import learning_rate_at
 from lab.settings import OptimizationSettings, UserError
-from lab.training import learning_rate_at
 from lab.wire import Head
 from split.checkpoint import Manifest, forget_steps_before, step_folder, write_manifest
 from split.messages import Ask, Fault, FaultCode

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.data import open_source
-from lab.examples import Batch, Example, ExampleReader, batches, split_examples
+from lab.learning.data import open_source
+from lab.learning.examples import Batch, Example, ExampleReader, batches, split_examples
+from lab.learning.training import derive_seed
 from lab.settings import DataSettings
-from lab.training import derive_seed
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lab.device import give_back_freed_memory, open_device
-from lab.fingerprints import weights_fingerprints
-from lab.models import load_config
+from lab.models.fingerprints import weights_fingerprints
+from lab.models.sources import load_config
 from lab.network import client_side_tls, listener_tls
 from lab.settings import UserError
 from split.address import Address

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from lab.command.overrides import override
+from lab.command.processes import own_words
 from lab.files import path_of
-from lab.fingerprints import weights_fingerprints
-from lab.models import model_identity
+from lab.models.fingerprints import weights_fingerprints
+from lab.models.sources import model_identity
 from lab.network import client_side_tls, make_endpoint
-from lab.overrides import override
-from lab.processes import own_words
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.address import Address

@@ -9,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lab.command.entry import Run
 from lab.device import open_device
-from lab.entry import Run
-from lab.examples import Example
 from lab.files import path_of, require_writable
-from lab.models import load_config, load_tokenizer_only
+from lab.learning.examples import Example
+from lab.learning.training import derive_seed
+from lab.models.sources import load_config, load_tokenizer_only
 from lab.settings import UserError, to_plain
 from lab.tracking import Tracker, picture, progress
-from lab.training import derive_seed
 from split.checkpoint import Manifest, latest_step, read_manifest
 from split.schedule import even_bubble
 from split.train_settings import Baseline, SplitTrainSettings

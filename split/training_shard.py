@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.slices import cut_of, run_slice
-from lab.training import autocast, derive_seed, keep_differentiable, token_cross_entropy
+from lab.learning.training import autocast, derive_seed, keep_differentiable, token_cross_entropy
+from lab.models.slices import cut_of, run_slice
 from split.optimizer import MasterAdamW
 from split.training_messages import Recipe, Train
 
@@ -50,7 +50,7 @@ class TrainingShard:
     """Layers of a model, and the optimizer of those of its weights that are trained.
 
     Args:
-        model: From `lab.layers.load_layers`, with the adapter on it where one is trained.
+        model: From `lab.models.layers.load_layers`, with the adapter on it where one is trained.
         weights: Those that are trained, by their names in the whole model (in a PEFT file, for an adapter).
         recipe: What is trained, and how.
     """

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.layers import load_layers
-from lab.models import fetch, load_config, stored_as
-from lab.proof import Use
-from lab.quantized import Stored
+from lab.models.layers import load_layers
+from lab.models.proof import Use
+from lab.models.quantized import Stored
+from lab.models.slices import cut_of
+from lab.models.sources import fetch, load_config, stored_as
+from lab.models.structure import count_layers
 from lab.settings import ModelSettings, Quantization, UserError
-from lab.slices import cut_of
-from lab.structure import count_layers
 from split.training_messages import Recipe, Train
 from split.training_shard import TrainingShard
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from lab.examples import Example
-from lab.models import load_model
+from lab.learning.examples import Example
+from lab.learning.training import StepFigures, train_steps
+from lab.models.sources import load_model
 from lab.tracking import progress
-from lab.training import StepFigures, train_steps
 from split.optimizer import MasterAdamW
 from split.train_settings import SplitTrainSettings
 from split.trainer import split_batch

@@ -23,13 +23,13 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lab.context import longest_text
-from lab.engine import LocalEngine
-from lab.folder import ModelFolder
-from lab.proof import Proof, prove, try_out, try_packed
-from lab.sampling import Sampling
-from lab.slices import read_slice, run_slice
-from lab.twin import VOCABULARY, twin_model
+from lab.engine.base import LocalEngine
+from lab.engine.context import longest_text
+from lab.engine.sampling import Sampling
+from lab.models.folder import ModelFolder
+from lab.models.proof import Proof, prove, try_out, try_packed
+from lab.models.slices import read_slice, run_slice
+from lab.models.twin import VOCABULARY, twin_model
 from split.boundary import Boundary
 from split.shard import ShardLimits, shard_class
 from split.sharded_model import ShardedModel
@@ -155,7 +155,7 @@ def _compare(whole: Any, chain: Sequence[Any]) -> None:
 def _try_lora(name: str, proof: Proof) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from lab.adapter import fit_adapter, inject_adapter, put_adapter, quiet_peft, read_adapter
+    from lab.models.adapter import fit_adapter, inject_adapter, put_adapter, quiet_peft, read_adapter
 
     with tempfile.TemporaryDirectory() as place:
         base, folder = Path(place) / "base", Path(place) / "adapter"

@@ -8,7 +8,7 @@ import signal
 # Test processes share the cores: a thread that spins while it waits for another keeps that one from running, and 4-bit
 # training takes four times as long. OpenMP reads this when torch is loaded, here and in every process that is started.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# As our commands set it (lab/entry.py), for processes that are not started by one of them.
+# As our commands set it (lab/command/entry.py), for processes that are not started by one of them.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # A shell's background job ignores SIGINT, and so would every process that tests start and interrupt there.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -19,8 +19,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl.settings import FederatedSettings
-from lab.entry import compose_settings
-from lab.models import byte_tokenizer
+from lab.command.entry import compose_settings
+from lab.models.sources import byte_tokenizer
 
 CANARY = "kX93-vermilion-otter-Tz71-quartz-Lm08-sundial-Pq55-walrus-Gh26-f"
 SMALL = (

@@ -26,9 +26,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from lab.entry import compose_settings
-from lab.folder import GENERATION
-from lab.models import byte_tokenizer, end_ids_of, load_model
+from lab.command.entry import compose_settings
+from lab.models.folder import GENERATION
+from lab.models.sources import byte_tokenizer, end_ids_of, load_model
 from lab.settings import ModelSettings, UserError
 from split.plan import own_architecture
 from split.settings import SplitSettings

@@ -27,9 +27,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from lab.entry import COMPOSING_FAULTS, compose_config, does_not_compose, settle
-from lab.explain import explain
-from lab.overrides import with_texts_as_typed
+from lab.command.entry import COMPOSING_FAULTS, compose_config, does_not_compose, settle
+from lab.command.explain import explain
+from lab.command.overrides import with_texts_as_typed
 from lab.settings import LabSettings, UserError
 from tests.test_conf import COMMANDS
 

@@ -24,10 +24,10 @@ import psutil
 import torch
 
 from lab.bench import write_report
-from lab.context import longest_text
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
+from lab.engine.context import longest_text
 from lab.environment import commit
-from lab.proof import try_out
+from lab.models.proof import try_out
 from lab.settings import to_plain
 from lab.tracking import finite
 from speculative.settings import Mode
@@ -37,7 +37,7 @@ from split.local_shards import LocalShards
 from split.settings import SplitSettings
 from tests import architectures
 from tests.folder_fuzz import fuzz_folders
-from tests.lab import adapters
+from tests.lab.models import adapters
 from tests.role_kills import kill_roles
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.crowd import crowd

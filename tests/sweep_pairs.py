@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from lab.entry import compose_config, compose_settings
+from lab.command.entry import compose_config, compose_settings
 from lab.matrix.drawing import draw, write_report
 from lab.matrix.grid import sort_words, without
 from lab.matrix.results import CellRun

@@ -12,11 +12,11 @@ import yaml
 import conf
 from fl.bench_settings import FederatedBenchSettings
 from fl.settings import FederatedSettings
+from lab.command.entry import compose_settings
 from lab.decode_settings import DecodeSettings
 from lab.doctor import DoctorSettings
-from lab.entry import compose_settings
 from lab.matrix.settings import MatrixSettings
-from lab.models import random_config
+from lab.models.sources import random_config
 from lab.settings import LabSettings, ModelSource
 from simulations.bench_settings import BenchSettings
 from simulations.demo_settings import DemoSettings

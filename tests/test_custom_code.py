@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import pytest
 
 from lab import decode
-from lab.entry import compose_settings
-from lab.models import prepare_checkpoint
+from lab.command.entry import compose_settings
+from lab.models.sources import prepare_checkpoint
 from speculative import decode as speculative_decode
 from split import infer, plan, train
 from split.settings import SplitSettings

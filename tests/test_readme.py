@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lab.entry import compose_settings, literal_prompt
+from lab.command.entry import compose_settings, literal_prompt
 from lab.matrix.grid import make_cells, sort_words
 from lab.matrix.settings import MatrixSettings
 from simulations import fed_sim

@@ -23,10 +23,10 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lab import entry, streams
+from lab.command import entry, streams
+from lab.command.terminal import TextStream
 from lab.decode_settings import DecodeSettings
 from lab.settings import UserError
-from lab.terminal import TextStream
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120.0

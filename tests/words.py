@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from lab.engine import Engine, Session, TargetStep
-from lab.sampling import Sampling
-from lab.words import Words
+from lab.engine.base import Engine, Session, TargetStep
+from lab.engine.sampling import Sampling
+from lab.text.words import Words
 from speculative.settings import Mode
 from tests.speculative.identity import Compared, Subject, compare
 from tests.split.chains import CONTEXT, VOCABULARY, inprocess, local, saved_model

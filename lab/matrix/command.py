@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lab import entry
+from lab.command import entry
 from lab.files import require_writable
 from lab.matrix.grid import Words, sort_words
 from lab.matrix.settings import MatrixSettings

@@ -17,10 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from lab.entry import compose_config, literal_prompt
-from lab.explain import explain
+from lab.command.entry import compose_config, literal_prompt
+from lab.command.explain import explain
+from lab.command.overrides import override, quoted
 from lab.matrix.settings import SweepSettings
-from lab.overrides import override, quoted
 from lab.settings import UserError, check_rules, digest
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from lab.command.ray_signals import ray_leaves_signals_alone
 from lab.matrix.launching import run_job
 from lab.matrix.settings import SweepSettings
 from lab.matrix.supervisor import Job, Outcome
-from lab.ray_signals import ray_leaves_signals_alone
 from lab.settings import UserError
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab.command.overrides import override
 from lab.device import choose_device, hardware, open_device
 from lab.environment import commit
 from lab.files import require_writable
@@ -28,7 +29,6 @@ from lab.matrix.results import CellRun, Record, Result, outgrown
 from lab.matrix.settings import MatrixSettings, SweepSettings
 from lab.matrix.sources import sources_digest
 from lab.matrix.supervisor import Job, Outcome
-from lab.overrides import override
 from lab.settings import DeviceName, DeviceSettings, TrackingSettings, UserError, to_plain
 from lab.tracking import Tracker, progress
 

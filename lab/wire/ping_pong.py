@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lab.processes import first_line, start
+from lab.command.processes import first_line, start
 from lab.wire.endpoint import Deadlines, Endpoint
 from lab.wire.frame_connection import FrameConnection
 from lab.wire.frame_server import FrameServer

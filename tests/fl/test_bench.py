@@ -13,8 +13,8 @@ from fl.adapters import AdapterIndex
 from fl.bench_settings import FederatedBenchProjectSettings, FederatedBenchSettings
 from fl.settings import FederatedSettings, WireDtype
 from fl.strategy import RoundFold
-from lab.entry import Run, compose_settings
-from lab.lora import fresh_adapter
+from lab.command.entry import Run, compose_settings
+from lab.models.lora import fresh_adapter
 from lab.settings import UserError, to_plain
 from tests.fl import two_sites
 

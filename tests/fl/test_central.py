@@ -12,9 +12,9 @@ from fl.client import Site, open_client
 from fl.client_app import make_client_app
 from fl.server import first_adapter, serve
 from fl.settings import FederatedSettings
-from lab.entry import Run
-from lab.examples import batches
-from lab.training import accumulate_gradients, trainable_parameters
+from lab.command.entry import Run
+from lab.learning.examples import batches
+from lab.learning.training import accumulate_gradients, trainable_parameters
 from tests.federated import InProcessGrid, small_settings, write_dialogues
 
 

@@ -18,8 +18,8 @@ from fl.adapters import load_into, lora_parameters, read_from
 from fl.checkpoint import AdapterFolders, BaseModel, latest_adapter, load_adapter
 from fl.server import adapter_folders, first_adapter
 from fl.settings import FederatedSettings
-from lab.entry import Run, compose_settings
-from lab.peft_folder import check_base, find_folder
+from lab.command.entry import Run, compose_settings
+from lab.models.peft_folder import check_base, find_folder
 from lab.settings import UserError
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")

@@ -11,12 +11,12 @@ from fl.adapters import load_into
 from fl.client import Site, open_client
 from fl.server import first_adapter
 from fl.settings import FederatedSettings
-from lab import training
-from lab.entry import compose_settings
-from lab.examples import Batch, Example, collate, examples
-from lab.lora import add_lora, fresh_adapter
-from lab.models import LoadedModel, load_model
-from lab.records import Text
+from lab.command.entry import compose_settings
+from lab.learning import training
+from lab.learning.examples import Batch, Example, collate, examples
+from lab.learning.records import Text
+from lab.models.lora import add_lora, fresh_adapter
+from lab.models.sources import LoadedModel, load_model
 from lab.settings import UserError
 from tests.federated import small_settings, write_dialogues
 

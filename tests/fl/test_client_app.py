@@ -13,10 +13,10 @@ from fl.client_app import make_client_app
 from fl.server import serve
 from fl.settings import FederatedSettings, WireDtype
 from fl.strategy import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
-from lab.counts import Counts
-from lab.entry import Run
-from lab.lora import fresh_adapter
-from lab.models import byte_tokenizer
+from lab.command.entry import Run
+from lab.learning.counts import Counts
+from lab.models.lora import fresh_adapter
+from lab.models.sources import byte_tokenizer
 from lab.settings import UserError
 from tests.federated import CANARY, InProcessGrid, files_below, forms, leaks, small_settings, write_dialogues
 

@@ -35,8 +35,8 @@ from fl.client import Site, read_split
 from fl.client_app import site_of
 from fl.server_app import deployed
 from fl.settings import FederatedSettings
-from lab.entry import compose_settings
-from lab.models import byte_tokenizer
+from lab.command.entry import compose_settings
+from lab.models.sources import byte_tokenizer
 from lab.settings import UserError
 from tests.federated import InProcessGrid
 from tests.fl.two_sites import OVERRIDES, ROOT, SITES, write_data

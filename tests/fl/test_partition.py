@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from fl.partition import client_documents, partition
 from fl.settings import PartitionBy
-from lab.data import Document, records
-from lab.records import Record, Text
+from lab.learning.data import Document, records
+from lab.learning.records import Record, Text
 from lab.settings import UserError
 
 PACKAGE, IID = PartitionBy.package, PartitionBy.iid

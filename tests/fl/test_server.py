@@ -14,8 +14,8 @@ from fl.client_app import make_client_app
 from fl.server import first_adapter, serve
 from fl.settings import FederatedSettings
 from fl.strategy import RoundFailed
-from lab.entry import Run
-from lab.models import byte_tokenizer
+from lab.command.entry import Run
+from lab.models.sources import byte_tokenizer
 from lab.settings import UserError, to_plain
 from tests.federated import InProcessGrid, small_settings, write_dialogues
 

@@ -94,8 +94,8 @@ from pathlib import Path
 from fl.worker_log import send_warnings
 for _ in range(2):
     send_warnings(Path(sys.argv[1]))
-logging.getLogger("lab.data").info("not worth a word")
-logging.getLogger("lab.data").warning("3 files\\nleft out")
+logging.getLogger("lab.learning.data").info("not worth a word")
+logging.getLogger("lab.learning.data").warning("3 files\\nleft out")
 warnings.warn("old")
 """
 
@@ -106,7 +106,7 @@ def test_warnings_of_workers_reach_the_log_here_once(tmp_path: Path, caplog: pyt
         for _ in range(2):
             subprocess.run([sys.executable, "-c", WORKER, str(path)], check=True, timeout=60)
     said = [(record.levelname, record.message) for record in caplog.records if record.name == "fl.worker_log"]
-    assert said[0] == ("WARNING", "a worker says (lab.data): 3 files\nleft out")
+    assert said[0] == ("WARNING", "a worker says (lab.learning.data): 3 files\nleft out")
     assert len(said) == 2
     assert said[1][1].startswith("a worker says (py.warnings): ")
     assert len(path.read_text().splitlines()) == 4

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from fl import sizes
 from fl.settings import FederatedSettings, WireDtype
 from fl.sizes import base_bytes, travelling_bytes
-from lab.entry import compose_settings
-from lab.lora import lora_config
-from lab.models import load_config
+from lab.command.entry import compose_settings
+from lab.models.lora import lora_config
+from lab.models.sources import load_config
 from lab.settings import ArchitectureSettings, ModelSettings
 from tests.in_process import exit_code
 

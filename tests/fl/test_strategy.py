@@ -30,7 +30,7 @@ from fl.strategy import (
     RoundReport,
     WeightedFedAvg,
 )
-from lab.counts import Counts
+from lab.learning.counts import Counts
 from tests.federated import MemoryGrid, in_order
 
 Handler = Callable[[Message, int], RecordDict | Error | None]

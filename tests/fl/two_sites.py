@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 from fl.partition import client_documents
 from fl.settings import FederatedSettings
-from lab.data import open_source
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
+from lab.learning.data import open_source
 from simulations import fed_sim
 from tests.in_process import exit_code
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lab import decode as decode_command
+from lab.command.entry import Run, compose_settings
 from lab.decode_settings import DecodeSettings
 from lab.decoding import decode
-from lab.engine import SyntheticEngine
-from lab.entry import Run, compose_settings
+from lab.engine.base import SyntheticEngine
 from lab.settings import UserError
 
 

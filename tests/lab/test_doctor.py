@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lab import doctor, entry, models
+from lab import doctor
+from lab.command import entry
+from lab.models.sources import sources as models
 from lab.settings import WandbMode
 from tests.in_process import exit_code
 
@@ -190,7 +192,7 @@ def test_model_check_without_transformers(tmp_path: Path, monkeypatch: pytest.Mo
     imported = builtins.__import__
 
     def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "lab.models":
+        if name == "lab.models.sources":
             raise ImportError("No module named 'transformers'")
         return imported(name, *arguments, **options)
 

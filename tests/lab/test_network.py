@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fl.settings import FederatedSettings
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
 from lab.network import (
     address_for_peers,
     cannot_listen,

@@ -14,8 +14,8 @@ import pytest
 
 import conf
 from fl.settings import FederatedSettings, PartitionBy
+from lab.command.entry import compose_settings
 from lab.doctor import DoctorSettings
-from lab.entry import compose_settings
 from lab.settings import Dtype, Quantization, UserError, WandbMode, digest, to_plain
 
 PROJECTS = ", ".join(sorted(file.stem for file in (Path(conf.__file__).parent / "project").glob("*.yaml")))

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from lab.command.entry import compose_settings
 from lab.doctor import DoctorSettings
-from lab.entry import compose_settings
 from lab.tracking import Tracker, finite, picture, progress
 
 FIGURES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.entry import Run, compose_settings
+from lab.command.entry import Run, compose_settings
 from lab.settings import UserError
 from simulations import bench
 from simulations.bench_settings import BenchmarkSettings, BenchSettings

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fl.settings import FederatedSettings
-from lab.entry import Run, compose_settings
+from lab.command.entry import Run, compose_settings
 from lab.matrix.grid import make_cells, sort_words
 from lab.matrix.settings import MatrixSettings
 from lab.settings import UserError

@@ -26,9 +26,9 @@ from fl import simulation
 from fl.checkpoint import AdapterFolders, latest_adapter
 from fl.server import base_model
 from fl.settings import FederatedSettings
-from lab.entry import Run
-from lab.lora import fresh_adapter, lora_config
-from lab.models import prepare_checkpoint
+from lab.command.entry import Run
+from lab.models.lora import fresh_adapter, lora_config
+from lab.models.sources import prepare_checkpoint
 from simulations import fed_sim
 from tests.federated import CANARY, files_below, leaks, on_jsonl, small_settings, write_dialogues
 from tests.in_process import exit_code

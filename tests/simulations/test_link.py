@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
 from lab.link import CutKind
 from lab.settings import UserError
 from simulations.link import link_settings

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from lab.command.entry import compose_settings
 from lab.device import open_device
-from lab.engine import LocalEngine
-from lab.entry import compose_settings
-from lab.models import BYTE_EOS, load_model, load_tokenizer_only
-from lab.sampling import Sampling
+from lab.engine.base import LocalEngine
+from lab.engine.sampling import Sampling
+from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
 from speculative.drafting import TextRefused, speculate
 from speculative.drafts import NoDrafts
 from speculative.joining import join

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lab.entry import compose_settings
-from lab.models import load_tokenizer_only
-from lab.sampling import Sampling
+from lab.command.entry import compose_settings
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_tokenizer_only
 from lab.wire import WireError
 from speculative.drafting import Round, TargetLost, speculate
 from speculative.engines import open_drafts

@@ -21,11 +21,11 @@ from typing import Any, cast
 
 import torch
 
+from lab.command.entry import compose_settings
 from lab.device import open_device
-from lab.entry import compose_settings
-from lab.models import load_model, load_tokenizer_only
-from lab.prompts import prompt_ids
-from lab.sampling import Sampling
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_model, load_tokenizer_only
+from lab.text.prompts import prompt_ids
 from speculative.drafting import Flip, OwnText
 from speculative.drafts import Drafts, RecordedDrafts
 from speculative.engines import open_drafts

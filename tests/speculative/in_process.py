@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lab.engine import Engine, LocalEngine
-from lab.sampling import Sampling
+from lab.engine.base import Engine, LocalEngine
+from lab.engine.sampling import Sampling
 from speculative.drafting import Flip, Round, speculate
 from speculative.drafts import Drafts
 from speculative.forward_thread import Call, ForwardThread

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from lab.command.entry import compose_settings
 from lab.device import open_device
-from lab.entry import compose_settings
+from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings, OneWay
-from lab.models import BYTE_EOS, load_model, load_tokenizer_only
-from lab.prompts import prompt_ids
-from lab.sampling import Sampling
+from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
+from lab.text.prompts import prompt_ids
 from speculative.drafting import Target, speculate
 from speculative.engines import open_drafts
 from speculative.joining import join

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from lab.engine import Engine, Request, Session, SyntheticEngine, TargetStep, Want
-from lab.sampling import Sampling
+from lab.engine.base import Engine, Request, Session, SyntheticEngine, TargetStep, Want
+from lab.engine.sampling import Sampling
 from lab.wire import Endpoint, pack_tokens
 from speculative.messages import Close, MessageType, Open, Reason
 from speculative.settings import Mode

@@ -16,11 +16,11 @@ from typing import Any
 import msgspec
 import psutil
 
+from lab.command.entry import compose_settings
 from lab.device import open_device
-from lab.engine import LocalEngine
-from lab.entry import compose_settings
-from lab.models import BYTE_EOS, load_model, load_tokenizer_only
-from lab.sampling import Sampling
+from lab.engine.base import LocalEngine
+from lab.engine.sampling import Sampling
+from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
 from lab.wire import MAGIC, Endpoint, FrameSocket, Head, WireError, pack_tokens
 from speculative.drafting import speculate
 from speculative.drafts import NgramDrafts

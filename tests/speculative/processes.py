@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import entry
-from lab.entry import compose_settings
+from lab.command import entry
+from lab.command.entry import compose_settings
 from speculative import drafter
 from speculative.settings import SpeculativeSettings
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lab.command.entry import compose_settings
 from lab.device import open_device
-from lab.engine import Engine
-from lab.entry import compose_settings
-from lab.models import load_tokenizer_only
+from lab.engine.base import Engine
+from lab.models.sources import load_tokenizer_only
 from lab.network import make_endpoint
 from lab.tracking import Tracker
 from lab.wire import Endpoint, FrameSocket

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lab.engine import SyntheticEngine
-from lab.entry import Run, compose_settings
-from lab.models import load_tokenizer_only
-from lab.sampling import Sampling
+from lab.command.entry import Run, compose_settings
+from lab.engine.base import SyntheticEngine
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.wire import encode, pack_tokens
 from speculative import bench

@@ -10,9 +10,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lab.entry import compose_settings
-from lab.models import load_tokenizer_only, prepare_checkpoint
-from lab.sampling import Sampling
+from lab.command.entry import compose_settings
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_tokenizer_only, prepare_checkpoint
 from lab.settings import Dtype, ModelSource, UserError
 from speculative import draft_model
 from speculative.draft_model import draft_model as meant

@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from lab.engine import SyntheticEngine
-from lab.sampling import Sampling
+from lab.engine.base import SyntheticEngine
+from lab.engine.sampling import Sampling
 from speculative.drafting import Round, TextRefused, find_flips, speculate
 from speculative.drafts import EngineDrafts, NoDrafts, RandomDrafts, add_noise_to_head
 from speculative.messages import Reason

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from lab.engine import LocalEngine, SyntheticEngine
-from lab.entry import compose_settings
-from lab.models import load_tokenizer_only
-from lab.sampling import Sampling, mix64
+from lab.command.entry import compose_settings
+from lab.engine.base import LocalEngine, SyntheticEngine
+from lab.engine.sampling import Sampling, mix64
+from lab.models.sources import load_tokenizer_only
 from lab.settings import Dtype
 from speculative.drafts import (
     Drafts,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.entry import compose_settings
-from lab.models import prepare_checkpoint
+from lab.command.entry import compose_settings
+from lab.models.sources import prepare_checkpoint
 from lab.settings import UserError
 from speculative.engines import open_target
 from speculative.settings import SpeculativeSettings

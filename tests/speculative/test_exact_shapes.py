@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lab.entry import compose_settings
-from lab.models import load_tokenizer_only
-from lab.prompts import prompt_ids
-from lab.sampling import Sampling
+from lab.command.entry import compose_settings
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
+from lab.text.prompts import prompt_ids
 from speculative.drafting import Flip
 from speculative.drafts import EngineDrafts, RandomDrafts
 from speculative.engines import open_target

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from lab.entry import compose_settings
-from lab.models import BYTE_EOS, byte_tokenizer
+from lab.command.entry import compose_settings
+from lab.engine.sampling_head import WordsHead
+from lab.models.sources import BYTE_EOS, byte_tokenizer
 from lab.network import make_endpoint
-from lab.sampling_head import WordsHead
 from lab.wire import FrameSocket, PeerRefused, pack_tokens
 from speculative.front import TOKENIZER
 from speculative.messages import (

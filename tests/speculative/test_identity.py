@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab.engine import Request, Session, TargetStep
-from lab.kv import CacheFull
-from lab.sampling import Sampling
+from lab.engine.base import Request, Session, TargetStep
+from lab.engine.kv import CacheFull
+from lab.engine.sampling import Sampling
 from speculative import text, verifying
 from speculative.settings import Mode
 from tests.random_models import ARCHITECTURES, random_model

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.command.entry import compose_settings
 from lab.device import open_device
-from lab.entry import compose_settings
-from lab.models import load_model
-from lab.sampling import Sampling
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_model
 from lab.settings import UserError
 from speculative import drafter
 from speculative.settings import SpeculativeSettings

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from lab.engine import SyntheticEngine
-from lab.sampling import Sampling
+from lab.engine.base import SyntheticEngine
+from lab.engine.sampling import Sampling
 from lab.wire import encode, pack_tokens
 from speculative.drafts import EngineDrafts
 from speculative.messages import TABLE, Close, Draft, MessageType, Open, Reason, Verdict

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from lab.engine import Engine, Request, TargetStep, Want
-from lab.models import load_tokenizer_only
-from lab.sampling import Sampling
+from lab.engine.base import Engine, Request, TargetStep, Want
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.wire import PeerFull
 from speculative.drafting import speculate

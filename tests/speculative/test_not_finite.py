@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from lab.engine import LocalEngine
-from lab.not_finite import NotFinite
-from lab.sampling import Sampling
+from lab.engine.base import LocalEngine
+from lab.engine.not_finite import NotFinite
+from lab.engine.sampling import Sampling
 from lab.wire import BadFrame, Peer
 from speculative.drafting import TextFailed, speculate
 from speculative.drafts import Drafts, EngineDrafts, NoDrafts, RecordedDrafts

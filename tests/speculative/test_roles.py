@@ -21,13 +21,13 @@ import psutil
 import pytest
 import torch
 
+from lab.command.entry import EndedBy, Run, Unfinished, compose_settings
 from lab.device import open_device
-from lab.entry import EndedBy, Run, Unfinished, compose_settings
-from lab.models import BYTE_EOS, LoadedModel, load_model
-from lab.sampling import Sampling
+from lab.engine.sampling import Sampling
+from lab.models.sources import BYTE_EOS, LoadedModel, load_model
 from lab.settings import UserError
+from lab.text.words import Words
 from lab.wire import PeerGone
-from lab.words import Words
 from speculative import verifier as verifier_role
 from speculative.drafting import TextFailed, speculate
 from speculative.drafts import NgramDrafts, RandomDrafts

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lab.entry import compose_settings
-from lab.sampling import Sampling
+from lab.command.entry import compose_settings
+from lab.engine.sampling import Sampling
 from lab.settings import UserError
 from speculative.engines import open_target
 from speculative.settings import Mode, SpeculativeSettings

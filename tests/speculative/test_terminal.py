@@ -6,9 +6,9 @@ import io
 
 import pytest
 
-from lab.terminal import PLAIN
+from lab.command.terminal import PLAIN
 from speculative.terminal import ACCEPTED, CORRECTED, TextStream
-from tests.lab.test_terminal import Terminal, decode_bytes
+from tests.lab.command.test_terminal import Terminal, decode_bytes
 from tests.speculative.in_process import sync_round
 
 

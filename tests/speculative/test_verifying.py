@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from lab.engine import Engine, Request, Session, SyntheticEngine, TargetStep, Want
-from lab.kv import CacheFull
-from lab.sampling import Sampling
-from lab.words import Words
+from lab.engine.base import Engine, Request, Session, SyntheticEngine, TargetStep, Want
+from lab.engine.kv import CacheFull
+from lab.engine.sampling import Sampling
+from lab.text.words import Words
 from speculative.drafting import Desync, OwnText
 from speculative.drafts import RandomDrafts
 from speculative.messages import Reason

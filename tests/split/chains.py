@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lab.device import TORCH_DTYPES
-from lab.engine import LocalEngine
-from lab.layers import load_layers
-from lab.sampling import Sampling
+from lab.engine.base import LocalEngine
+from lab.engine.sampling import Sampling
+from lab.models.layers import load_layers
 from lab.settings import ArchitectureSettings, Dtype, ModelSettings, ModelSource, Quantization
 from split.boundary import Boundary
 from split.shard import Shard, ShardLimits, shard_class

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from lab.kv import CacheFull
-from lab.sampling import Sampling
+from lab.engine.kv import CacheFull
+from lab.engine.sampling import Sampling
 from lab.wire import Endpoint, FrameSocket, pack_tokens
 from split.address import Address
 from split.messages import (

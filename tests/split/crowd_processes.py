@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
 from lab.network import client_side_tls
 from split.boundary import Boundary
 from split.joining import join_shards, make_side

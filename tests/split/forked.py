@@ -16,7 +16,7 @@ from split.opening import free_port
 from tests.split.kills import LAYERS, settings_of
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lab.entry", "split.hosting", "tests.split.kills"])
+_CONTEXT.set_forkserver_preload(["lab.command.entry", "split.hosting", "tests.split.kills"])
 START_SECONDS = 60.0
 
 

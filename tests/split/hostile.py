@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lab.sampling import Sampling
-from lab.sampling_head import sampling_fields
+from lab.engine.sampling import Sampling
+from lab.engine.sampling_head import sampling_fields
 from lab.wire import Endpoint, FrameSocket, Head, WireError
 from lab.wire.frames import HEADER, MAGIC
 from split.messages import Ask, Attach, Close, Join, Open, Pass, Piece, message_type

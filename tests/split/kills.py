@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from lab.entry import compose_settings
-from lab.sampling import Sampling
+from lab.command.entry import compose_settings
+from lab.engine.sampling import Sampling
 from split.address import Address
 from split.joining import join_shards
 from split.opening import load_stage

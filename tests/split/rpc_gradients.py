@@ -19,7 +19,7 @@ import torch
 import torch.distributed.rpc as torch_rpc
 from torch import Tensor
 
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
 from lab.settings import Dtype, ModelSettings, NetworkSettings
 from split.autograd import Autograd
 from split.opening import free_port

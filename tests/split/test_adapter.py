@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lab.models import byte_tokenizer, load_model
+from lab.models.sources import byte_tokenizer, load_model
 from lab.settings import ModelSettings, Quantization
 from split.boundary import Boundary
 from split.joining import weights_fingerprints
 from split.shard import Shard, load_shard
 from split.stage import Stage
 from split.transport.inproc import InProcess
-from tests.lab.adapters import make_adapter
+from tests.lab.models.adapters import make_adapter
 from tests.split.chains import LIMITS, SAMPLED, as_engine, local_engine, saved_model, some_ids
 
 CPU = torch.device("cpu")

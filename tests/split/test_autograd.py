@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
 from lab.settings import UserError
 from split.train_settings import SplitTrainSettings
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.entry import Run, compose_settings
-from lab.examples import Example
+from lab.command.entry import Run, compose_settings
+from lab.learning.examples import Example
+from lab.learning.training import learning_rate_at
 from lab.settings import Dtype, UserError
-from lab.training import learning_rate_at
 from split.checkpoint import latest_step, read_manifest
 from split.train_settings import SplitTrainSettings
 from split.training_data import examples_digest

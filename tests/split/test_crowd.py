@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lab.entry import compose_settings
-from lab.kv import CacheFull
-from lab.not_finite import NotFinite
+from lab.command.entry import compose_settings
+from lab.engine.kv import CacheFull
+from lab.engine.not_finite import NotFinite
 from lab.settings import ModelSettings, UserError
 from lab.wire import FrameSocket, PeerRefused, pack_tokens
 from lab.wire.frames import encode

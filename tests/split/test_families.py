@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lab.examples import Example
-from lab.structure import count_layers
-from lab.twin import VOCABULARY, twin_model
+from lab.learning.examples import Example
+from lab.models.structure import count_layers
+from lab.models.twin import VOCABULARY, twin_model
 from split.checkpoint import Manifest
 from split.merging import merge
 from split.training_opening import identity_of

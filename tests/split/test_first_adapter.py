@@ -14,7 +14,7 @@ from lab.settings import ModelSettings, UserError
 from split.first_adapter import first_adapter
 from split.merging import merge
 from split.training_messages import Recipe
-from tests.lab.adapters import make_adapter, peft_says
+from tests.lab.models.adapters import make_adapter, peft_says
 from tests.split.test_merge import trained
 from tests.split.unsplit import ADAPTER, RUN, Unsplit, gradients_of, in_process, model_settings, trainer, worst
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
 from split import infer, plan, serve
 from split.boundary import Boundary
 from split.joining import make_side

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from lab.engine import TargetStep, check_finite
-from lab.entry import Run, Unfinished, compose_settings
-from lab.not_finite import NotFinite
-from lab.sampling import Sampling
-from lab.sampling_head import sampling_fields
+from lab.command.entry import Run, Unfinished, compose_settings
+from lab.engine.base import TargetStep, check_finite
+from lab.engine.not_finite import NotFinite
+from lab.engine.sampling import Sampling
+from lab.engine.sampling_head import sampling_fields
 from lab.settings import ModelSettings, UserError
 from split import generating, infer
 from split.boundary import Boundary

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
 from split.plan import architecture_of, figures_of, node_of
 from split.plan_settings import PlanSettings
 from split.planning import (

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from lab import folder as folder_module
-from lab.engine import Engine, TargetStep
-from lab.kv import CacheFull
-from lab.layers import load_layers
-from lab.sampling import Sampling
+from lab.engine.base import Engine, TargetStep
+from lab.engine.kv import CacheFull
+from lab.engine.sampling import Sampling
+from lab.models.layers import load_layers
+from lab.models.sources import folder as folder_module
 from split import shard as shard_module
 from split.boundary import Boundary
 from split.shard import Shard1

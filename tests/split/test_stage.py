@@ -11,10 +11,10 @@ import msgspec
 import pytest
 import torch
 
-from lab.sampling import Sampling
-from lab.sampling_head import sampling_fields
+from lab.engine.sampling import Sampling
+from lab.engine.sampling_head import sampling_fields
+from lab.text.words import Words
 from lab.wire import pack_tokens
-from lab.words import Words
 from split.boundary import Boundary
 from split.coding import decode, encode
 from split.messages import Fault, FaultCode, Open, Pass, Piece, Steps, pack_steps, unpack_steps
@@ -117,7 +117,7 @@ def _greedy(stages: list[Stage], client: object) -> list[int]:
 
 
 def test_steps_travel_as_they_are() -> None:
-    from lab.engine import TargetStep
+    from lab.engine.base import TargetStep
 
     run = _pass((1, 0, 2), (2, 4, 1), read_all=True)
     steps = [TargetStep([5, 6], [0.5, 1.5], [2.0, float("inf")], [0.25, 0.75]), TargetStep([7], [0.1], [0.2], [0.3])]

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from lab.entry import Run, compose_settings
+from lab.command.entry import Run, compose_settings
 from lab.settings import UserError
 from split.merging import merge
 from split.schedule import even_bubble

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lab.entry import Run, compose_settings
-from lab.models import load_model
-from lab.sampling import Sampling
+from lab.command.entry import Run, compose_settings
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_model
 from lab.settings import UserError
-from lab.words import Words
+from lab.text.words import Words
 from split import infer
 from split.settings import SplitSettings
 from tests.speculative.in_process import decoded_alone, local_engine

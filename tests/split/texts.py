@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from lab.engine import Engine, LocalEngine
-from lab.entry import compose_settings
-from lab.models import load_model, load_tokenizer_only
-from lab.sampling import Sampling
+from lab.command.entry import compose_settings
+from lab.engine.base import Engine, LocalEngine
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_model, load_tokenizer_only
 from split.opening import load_stage
 from split.settings import SplitSettings
 from split.sharded_model import ShardedModel

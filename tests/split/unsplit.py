@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lab.device import TORCH_DTYPES
-from lab.examples import Batch, Example, batches
-from lab.lora import add_lora, fresh_adapter
-from lab.models import quantization_config
+from lab.learning.examples import Batch, Example, batches
+from lab.learning.training import StepFigures, accumulate_gradients, adamw, train_steps
+from lab.models.lora import add_lora, fresh_adapter
+from lab.models.sources import quantization_config
 from lab.settings import Dtype, LoraSettings, ModelSettings, OptimizationSettings
-from lab.training import StepFigures, accumulate_gradients, adamw, train_steps
 from split.checkpoint import Manifest
 from split.schedule import Schedule
 from split.trainer import Backward, DistributedTrainer, Explicit, Shards, split_batch
@@ -163,7 +163,7 @@ def _in_file(name: str) -> str:
 
 
 class Unsplit:
-    """The whole model, trained by lab.training: what a split run is compared with."""
+    """The whole model, trained by lab.learning.training: what a split run is compared with."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
 from lab.matrix.grid import sort_words
 from lab.matrix.settings import MatrixSettings
 from lab.matrix.sweep import SweepResult, run_sweep

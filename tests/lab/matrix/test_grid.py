@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lab.entry import compose_settings
+from lab.command.entry import compose_settings
 from lab.matrix.grid import Cell, as_word, look_up, make_cells, sort_words
 from lab.matrix.settings import MatrixSettings, SweepSettings
 from lab.matrix.sources import sources_digest

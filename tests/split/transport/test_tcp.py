@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings, OneWay
-from lab.sampling import Sampling
 from lab.wire import PeerMismatch, PeerRefused, WrongKey
 from split import serving
 from split.address import Address

@@ -1,0 +1,233 @@
+"""How a command ends: by itself, by a signal, by what it met. Exit codes, and `ended_by` of the last line.
+
+The main thread hears of a signal as an exception (`Stopped`), where it asked for that as a call (`told`), and a
+coroutine as its cancellation (`run_async`). A second signal ends the process at once; so does the time that unwinding
+may take, with the last line as it is by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import psutil
+
+from lab.command.streams import StreamLeft
+from lab.engine.not_finite import NotFinite
+from lab.settings import UserError
+
+Returned = TypeVar("Returned")
+
+UNWIND_SECONDS = 7.0
+"""Between a signal and the end; containers give ten before they kill."""
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})
+
+
+class EndedBy(Enum):
+    """Why there is no more of a run. Texts say `end_token`, `length` or `stop` where they are whole."""
+
+    done = "done"
+    """All that was asked for is there."""
+    interrupted = "interrupted"
+    """Ctrl+C (SIGINT)."""
+    terminated = "terminated"
+    """SIGTERM, SIGHUP."""
+    closed = "closed"
+    """Nobody reads the text on standard output any more."""
+    lost = "lost"
+    """A peer that is needed is gone."""
+    disk_full = "disk_full"
+    refused = "refused"
+    """What the user asked for cannot be: exit code 2."""
+    failed = "failed"
+    """Everything else; the message says what."""
+
+
+class Unfinished(Exception):
+    """A run that ends before its end, in one line; the last line has what its `Run.so_far` gives."""
+
+    def __init__(self, why: str, code: int = 1, ended_by: EndedBy = EndedBy.failed) -> None:
+        super().__init__(why)
+        self.code, self.ended_by = code, ended_by
+
+
+class Stopped(KeyboardInterrupt):
+    """The signal that ends this process."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(EndedBy.interrupted.value if number == signal.SIGINT else EndedBy.terminated.value)
+        self.number = number
+
+    @property
+    def ended_by(self) -> EndedBy:
+        """Its word for the last line."""
+        return EndedBy(str(self))
+
+
+@dataclass(frozen=True)
+class End:
+    """What an exception makes of a command."""
+
+    code: int
+    by: EndedBy
+    line: str
+    """For people; empty: nothing is to be said."""
+    fault: BaseException | None = None
+    """Nobody expected it: its traceback belongs with it."""
+
+
+def end_of(error: BaseException) -> End:
+    """How a run that raised `error` has ended."""
+    if isinstance(error, Stopped):
+        return End(128 + error.number, error.ended_by, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return End(130, EndedBy.interrupted, "interrupted")
+    if isinstance(error, Unfinished):
+        return End(error.code, EndedBy.refused if error.code == 2 else error.ended_by, str(error))
+    if isinstance(error, UserError):
+        return End(2, EndedBy.refused, str(error))
+    if isinstance(error, StreamLeft):
+        return End(141, EndedBy.closed, "")  # as of a process that SIGPIPE ended
+    if isinstance(error, NotFinite):
+        return End(1, EndedBy.failed, str(error))
+    if full := disk_full(error):
+        return End(1, EndedBy.disk_full, f"the disk is full: {full}")
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+        return End(code, EndedBy.failed, error.code if isinstance(error.code, str) else "")
+    return End(1, EndedBy.failed, f"{type(error).__name__}: {error}", fault=error)
+
+
+def disk_full(error: BaseException | None) -> str:
+    """The error among those that led to `error` that says so; empty when none does."""
+    while error is not None:
+        is_full = isinstance(error, OSError) and error.errno in DISK_FULL
+        if is_full or os.strerror(errno.ENOSPC) in str(error):  # libraries put it into errors of their own
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+class Signals:
+    """The signals that end this process, as long as the block lasts; only in the main thread, which they are for.
+
+    `forced` is called from another thread when the block has not ended in time after one, and is to end the process.
+    """
+
+    def __init__(self, forced: Callable[[int], None]) -> None:
+        self._forced = forced
+        self.number: int | None = None
+        """The one that came."""
+        self.tell: Callable[[], object] | None = None
+        """Called instead of raising."""
+        self._before: dict[int, Any] = {}
+        self._heard, self._over = threading.Event(), threading.Event()
+
+    def __enter__(self) -> Signals:
+        global _current
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+                number = getattr(signal, name, None)
+                # Ignored by who started us (nohup, a shell's background job): that stays.
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._hear)
+            # Now, since a thread cannot be started safely within a handler.
+            threading.Thread(target=self._watch, name="signals", daemon=True).start()
+        _current = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._over.set()
+        self._heard.set()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        self._heard.set()
+        if self.tell is None:
+            raise Stopped(number)
+        self.tell()
+
+    def _watch(self) -> None:
+        self._heard.wait()
+        if not self._over.wait(UNWIND_SECONDS):
+            assert self.number is not None
+            self._forced(self.number)
+
+
+_current: Signals | None = None
+
+
+@contextmanager
+def told(call: Callable[[], object]) -> Iterator[None]:
+    """A signal within the block is told by `call`, which must neither wait nor raise; Stopped is raised at its end,
+    whatever else has happened there by then."""
+    signals = _current
+    if signals is None or signals.number is not None:
+        yield
+        return
+    before, signals.tell = signals.tell, call
+    try:
+        yield
+    finally:
+        signals.tell = before
+        if signals.number is not None:
+            raise Stopped(signals.number)
+
+
+def run_async(work: Coroutine[Any, Any, Returned]) -> Returned:
+    """As `asyncio.run`. A signal cancels `work`, and is raised when that has ended."""
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        task = loop.create_task(work)
+        with told(partial(loop.call_soon_threadsafe, task.cancel)):
+            return loop.run_until_complete(task)
+
+
+CLOCK_TICK_SECONDS = 0.02
+"""How exactly systems say when a process began."""
+
+
+def end_children(since: float) -> None:
+    """Kill what this process has started since then (seconds of the epoch) and not ended, with all that came of it.
+
+    What it had started before is somebody else's: of a program that runs a command as a part of itself.
+    """
+    try:
+        children = psutil.Process().children(recursive=True)
+    except psutil.Error:
+        return
+    ended = []
+    for child in children:
+        try:
+            if child.create_time() >= since - CLOCK_TICK_SECONDS:
+                child.kill()
+                ended.append(child)
+        except psutil.Error:  # it is gone already
+            continue
+    psutil.wait_procs(ended, timeout=1)
+
+
+def leave_at_once(code: int) -> None:
+    """End the process without waiting for its threads."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

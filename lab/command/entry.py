@@ -1,0 +1,391 @@
+"""What every command does around its work: compose settings, run, print one JSON line, say what went wrong.
+
+Exit codes: 0 done, 1 a fault (with its traceback where nobody expected it), 2 what the user got wrong (one line), 130
+after Ctrl+C and 143 after SIGTERM (0 for roles that serve until then), 141 when nobody reads the text any more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shlex
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn, TextIO, TypeVar
+
+import hydra
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lab.command import streams
+from lab.command.ending import (
+    End,
+    EndedBy,
+    Signals,
+    Stopped,
+    Unfinished,
+    disk_full,
+    end_children,
+    end_of,
+    leave_at_once,
+)
+from lab.command.explain import explain
+from lab.command.overrides import override, with_texts_as_typed
+from lab.command.terminal import has_room, one_line
+from lab.environment import describe_environment, version
+from lab.files import whose_place, write_whole
+from lab.models.architecture import as_described
+from lab.settings import Dtype, LabSettings, UserError, digest, texts_by_key, to_plain, to_settings
+from lab.tracking import finite
+
+__all__ = ["EndedBy", "Run", "Unfinished", "compose_config", "compose_settings", "finish", "leave", "main", "settle"]
+
+
+log = logging.getLogger(__name__)
+
+Settings = TypeVar("Settings", bound=LabSettings)
+
+# Nothing of ours phones home, and nothing is compiled: bitsandbytes asks torch for that as it is imported, which loads
+# the whole compiler, in every process (2 s of CPU).
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONUTF8": "1",  # for processes that we start: what they write and read is UTF-8, as with us
+}
+
+
+LONGEST_LINE = 2000
+
+
+@dataclass
+class Run:
+    """One run of a command."""
+
+    folder: Path
+    """Where it keeps its files: Hydra's run folder, absolute."""
+    so_far: Callable[[], dict[str, Any]] = field(default=dict, compare=False)
+    """What the last line is to say when the run ends before its end. A run sets it as soon as it has something; it is
+    called once, from whatever thread, when the run is over."""
+
+
+Work = Callable[[Settings, Run], dict[str, Any]]
+
+
+def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
+    """Runs a whole command: `run` gets typed settings and returns the figures of the last line."""
+    streams.in_utf8_mode()
+    if "--version" in sys.argv[1:]:
+        print(version())
+        raise SystemExit(0)
+    with for_owner_alone():
+        _main(config_name, settings_type, run)
+
+
+def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    # Set by a program that started us: its process would write our files, for others to read, as long as it lives.
+    os.environ.pop("WANDB_SERVICE", None)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing its own page
+    command = _Command(streams.open_streams())
+    with Signals(command.forced) as signals:
+        log_to_stderr()
+        try:
+            command.work(config_name, settings_type, run)
+            end = None
+        except BaseException as error:
+            end = _end_of(error, command)
+        signals.tell = lambda: None  # there is nothing left to be cut short
+        code = command.finish(end, signals.number)
+        if signals.number is not None:
+            end_children(command.began)
+            leave_at_once(code)
+    if end is not None:
+        end_children(command.began)
+    raise SystemExit(code)
+
+
+class _Command:
+    """One command, from its words to its last line."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.began = time.time()
+        self._out = out
+        self._settings: LabSettings | None = None
+        self.place: Run | None = None
+        self._figures: dict[str, Any] | None = None
+        """None: there is no last line, because nothing ran (`--help`)."""
+        self._finishing = threading.Lock()
+
+    def work(self, config_name: str, settings_type: type[Settings], run: Work[Settings]) -> None:
+        """Composes and runs. Raises what went wrong."""
+        raised: list[Exception] = []
+
+        def task(config: DictConfig) -> None:
+            self.place = Run(Path(HydraConfig.get().runtime.output_dir).absolute())
+            try:
+                self._settings = settings = settle(config, settings_type)
+                self._figures = {**run(settings, self.place)}
+                self._figures.setdefault("device", _device(settings))
+            except Exception as error:  # raised when Hydra has gone, which would put a line of its own before ours
+                raised.append(_as_users(error, config, self.place))
+
+        streams.check_arguments(sys.argv[1:])
+        check_runs_once(sys.argv[1:])
+        sys.argv[1:] = with_texts_as_typed(literal_prompt(sys.argv[1:]), settings_type)
+        hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
+        if raised:
+            raise raised[0]
+
+    def finish(self, end: End | None, number: int | None) -> int:
+        """Writes and prints what there is, and says in a line or a traceback why there is no more; the exit code.
+        `number`: the signal that came; one that a role waits for is a good end."""
+        if not self._finishing.acquire(blocking=False):
+            threading.Event().wait()  # another thread is at it, and ends the process
+        figures = self._figures
+        if end is None:
+            if figures is not None:
+                by = EndedBy.done if number is None else Stopped(number).ended_by
+                self._write({"ended_by": by, **figures})
+            return self._told_in_full(0)
+        so_far = self._so_far()
+        # What cannot be begun has no figures, nor has what Hydra answers by itself (`--help`).
+        if so_far or not (end.code == 2 or (end.code == 0 and self.place is None)):
+            about = {"status": "failed", "error": one_line(end.line or end.by.value), "ended_by": end.by}
+            if "lab.device" not in sys.modules:  # an end is not the time to load torch
+                about["device"] = None
+            self._write(so_far | about)
+        if end.fault is not None:
+            traceback.print_exception(end.fault)
+        elif end.line:
+            _say(end.code, end.line)
+        return self._told_in_full(end.code)
+
+    def _told_in_full(self, code: int) -> int:
+        """The exit code; not 0 where the last line could not be written, unless nobody wants it."""
+        error = streams.lost(self._out)
+        if error is None or streams.is_left(self._out):
+            return code
+        kept = f"; {self.place.folder / 'result.json'} has the result" if self.place else ""
+        _say(1, f"standard output could not be written ({error.strerror}){kept}")
+        return code or 1
+
+    def forced(self, number: int) -> None:
+        """The end of a run that a signal has not ended in time."""
+        code = self.finish(end_of(Stopped(number)), number)
+        end_children(self.began)
+        leave_at_once(code)
+
+    def _so_far(self) -> dict[str, Any]:
+        if self._figures is not None:
+            return self._figures
+        try:
+            return self.place.so_far() if self.place else {}
+        except Exception:  # cut off in the middle of something: a last line without figures is one
+            log.warning("the last line lacks the figures so far", exc_info=True)
+            return {}
+
+    def _write(self, figures: dict[str, Any]) -> None:
+        if self._settings is None or self.place is None:
+            streams.print_last_line(_as_json(figures), self._out)
+        else:
+            finish(figures, self._settings, self.place, self._out)
+
+
+def check_runs_once(arguments: list[str]) -> None:
+    """UserError where Hydra would run the command several times: each run has a process and a last line of its own."""
+    for word in arguments:
+        if word in ("-m", "--multirun", "hydra.mode=MULTIRUN"):
+            raise UserError(f"a command must run once (run_matrix.py runs one for each value of key=a,b), got {word}")
+
+
+def _as_users(error: Exception, config: DictConfig, place: Run) -> Exception:
+    """The same error, or as one of the user's where it is about a place that a setting names."""
+    if not isinstance(error, OSError) or disk_full(error):
+        return error
+    return whose_place(error, texts_by_key(config) | {"hydra.run.dir": str(place.folder)}) or error
+
+
+def _end_of(error: BaseException, command: _Command) -> End:
+    if isinstance(error, HydraException):
+        return End(2, EndedBy.refused, explain(error))
+    is_composed = command.place is not None
+    if isinstance(error, COMPOSING_FAULTS) and not isinstance(error, UserError) and not is_composed:
+        return End(2, EndedBy.refused, str(does_not_compose(error)))
+    if isinstance(error, OSError) and not is_composed:  # Hydra makes the run folder before it calls us
+        where = error.filename or "the run folder"
+        rule = "hydra.run.dir must be a folder that can be written"
+        return End(2, EndedBy.refused, f"{rule}, got {str(where)!r} ({error.strerror})")
+    return end_of(error)
+
+
+def compose_settings(config_name: str, overrides: str | Sequence[str], settings_type: type[Settings]) -> Settings:
+    """Settings for a process that has no command line of its own: a config name and Hydra overrides, as words or in
+    one string from which a shell would make them."""
+    words = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    words = with_texts_as_typed(words, settings_type)
+    return settle(compose_config(config_name, words), settings_type)
+
+
+def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
+    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in, `seed=-1` a seed
+    that was drawn, a preset's name and numbers those of the model that is meant."""
+    settings = to_settings(config, settings_type)
+    if settings.seed == -1:
+        settings.seed = secrets.randbelow(2**31)
+    if not streams.is_text(settings.prompt):
+        raise UserError(f"prompt must be text, got {settings.prompt!r}")
+    settings.model = as_described(settings.model)
+    if settings.model.dtype is Dtype.auto:
+        from lab.device import best_dtype, choose_device  # torch, which other settings can do without
+
+        settings.model = replace(settings.model, dtype=best_dtype(choose_device(settings.device)))
+    return settings
+
+
+def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
+    """What a command with this primary config and these words would use. UserError where they do not compose."""
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_module("conf", version_base="1.3"):
+            return compose(config_name, overrides=list(words))
+    except HydraException as error:
+        raise UserError(explain(error)) from None
+    except COMPOSING_FAULTS as error:
+        raise does_not_compose(error) from None
+
+
+COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What Hydra raises for some words that it cannot use, where it has no words of its own for them."""
+
+
+def does_not_compose(error: Exception) -> UserError:
+    """What to say of such words."""
+    return UserError(f"the words of the command line must make settings: {error or type(error).__name__}")
+
+
+@contextmanager
+def for_owner_alone() -> Iterator[None]:
+    """Files that are made meanwhile, here and by processes that are started, are for their owner alone: settings,
+    results and logs hold prompts and texts, and libraries that we use write some of them."""
+    before = os.umask(0o077)
+    os.umask(before | 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def leave(code: int, line: str) -> NoReturn:
+    """Ends the process with this exit code and one line on stderr."""
+    _say(code, line)
+    raise SystemExit(code)
+
+
+def _say(code: int, line: str) -> None:
+    line = one_line(f"error: {line}" if code == 2 else line)
+    if len(line) > LONGEST_LINE:  # a value in it is very long
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(line, file=sys.stderr, flush=True)
+
+
+def finish(figures: dict[str, Any], settings: LabSettings, place: Run, out: TextIO | None = None) -> None:
+    """Writes result.json and prints the same document as the last line on stdout; a NaN becomes the text "nan".
+
+    A result.json that cannot be written is a line on stderr: the last line holds all of it.
+    """
+    document = {
+        "status": "ok",
+        "ended_by": EndedBy.done,
+        **figures,
+        "settings_digest": digest(settings),
+        "run_folder": place.folder,
+        **describe_environment(),
+    }
+    if "device" not in document:
+        with suppress(UserError):  # what is said of the end is more than this
+            document["device"] = _device(settings)
+    text = _as_json(document)
+    try:
+        write_whole(place.folder / "result.json", text + "\n")
+    except OSError as error:
+        _say(1, f"result.json could not be written to {str(place.folder)!r} ({error.strerror}): the last line has all")
+    streams.print_last_line(text, out or sys.stdout)
+
+
+def _device(settings: LabSettings) -> str:
+    from lab.device import open_device  # imports torch, which `--help` can do without
+
+    return open_device(settings.device).type
+
+
+def _as_json(document: dict[str, Any]) -> str:
+    return json.dumps(finite(to_plain(document)), allow_nan=False)
+
+
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Logs of all of ours to stderr; rich on a terminal that has room and takes colours, plain lines elsewhere."""
+    terminal = has_room(sys.stderr)
+    handler: logging.Handler = (
+        RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
+        if terminal
+        else logging.StreamHandler(sys.stderr)
+    )
+    handler.setFormatter(
+        logging.Formatter("%(message)s" if terminal else "%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU path works; that a faster one exists is no news
+    for package in ("lab", "fl", "speculative", "split", "simulations", "__main__"):
+        logging.getLogger(package).setLevel(level)
+
+
+PROMPT_KEYS = ("prompt", "prompt_file")
+
+
+def literal_prompt(arguments: list[str]) -> list[str]:
+    """`prompt=` as Hydra must see it to take it literally; `prompt=-` reads stdin, `prompt_file=` a file.
+
+    Hydra reads a comma as a sweep, `${` as an interpolation, and stumbles over brackets and quotes. UserError for more
+    than one prompt, and for one that is no text.
+    """
+    given = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") in PROMPT_KEYS]
+    if len([argument for argument in given if "=" in argument]) > 1:
+        raise UserError(f"prompt must be given once, as prompt= or prompt_file=, got {len(given)} of them")
+    return [_quoted(argument) for argument in arguments]
+
+
+def _quoted(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    name = key.lstrip("+")
+    if not equals or name not in PROMPT_KEYS:
+        return argument
+    if name == "prompt_file" or value == "-":
+        value = streams.read_stdin() if value == "-" and name == "prompt" else _read_prompt_file(value)
+    return f"{key.removesuffix(name)}{override('prompt', value)}"
+
+
+def _read_prompt_file(path: str) -> str:
+    try:
+        return streams.as_text(Path(path).expanduser().read_bytes())
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in a path is a ValueError, `~nobody` a RuntimeError
+        raise UserError(f"prompt_file must be readable UTF-8 text, got {path!r} ({error})") from None

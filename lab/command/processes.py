@@ -1,0 +1,135 @@
+"""Commands of ours as processes of their own: how each is started, what it says first, and what it says last."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from lab.command.overrides import override
+
+LOG = "stderr.log"
+"""What a role says on stderr, in its run folder."""
+
+
+class NotReady(RuntimeError):
+    """A role did not say that it serves: it ended before (`ended`), or the time was over."""
+
+    def __init__(self, why: str, *, ended: bool) -> None:
+        super().__init__(why)
+        self.ended = ended
+
+
+def start(
+    module: str,
+    words: Sequence[str],
+    folder: Path | None,
+    *,
+    log: bool = True,
+    follows_stdin: bool = False,
+    own_session: bool = False,
+) -> subprocess.Popen[str]:
+    """`python -m module words`, with its standard output for us to read.
+
+    Args:
+        module: A command of ours.
+        words: Overrides, such as `lab.command.overrides.override` makes.
+        folder: Its run folder; None for a module that keeps no files.
+        log: Its stderr goes to a file there; else to our own stderr.
+        follows_stdin: It ends when we close its standard input, or are gone; else it has none.
+        own_session: Ctrl+C in our terminal is for us alone.
+    """
+    command = [sys.executable, "-m", module, *words]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        command.append(override("hydra.run.dir", folder))
+    stderr = (folder / LOG).open("ab") if folder is not None and log else None
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if follows_stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            encoding="utf-8",
+            start_new_session=own_session,
+        )
+    finally:
+        if stderr is not None:
+            stderr.close()
+
+
+def own_words(but: tuple[str, ...] = ()) -> list[str]:
+    """The words of our own command line, for a process that is to have them too, but for those that begin so. Where
+    the user's own settings files are is among them."""
+    own = HydraConfig.get()
+    folders = [source.path for source in own.runtime.config_sources if source.provider == "command-line"]
+    words = [word for word in own.overrides.task if not word.startswith(but)]
+    return [*(f"--config-dir={folder}" for folder in folders), *words]
+
+
+def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
+    """What a role says when it is ready: one line of JSON. NotReady when it ends before, or takes longer."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    out = process.stdout
+    assert out is not None
+    threading.Thread(target=lambda: lines.put(out.readline()), daemon=True).start()
+    try:
+        line = lines.get(timeout=max(0.1, seconds))
+    except queue.Empty:
+        raise NotReady(f"it was not ready within {seconds:g} s", ended=False) from None
+    if not line:
+        raise NotReady("it ended before it was ready", ended=True)
+    ready: dict[str, Any] = json.loads(line)
+    return ready
+
+
+def last_words(folder: Path) -> str:
+    """The last line of a role's log, for who has to say why it did not start."""
+    said = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return said[-1] if said else "it said nothing"
+
+
+@contextmanager
+def listening(module: str, words: Sequence[str], folder: Path, start_seconds: float) -> Iterator[int]:
+    """A role as long as the block lasts; yields the port it says it listens on.
+
+    Raises:
+        NotReady: it does not listen within `start_seconds`.
+    """
+    process = start(module, words, folder)
+    try:
+        yield int(first_line(process, start_seconds)["port"])
+    except NotReady as error:
+        raise NotReady(f"{module}: {error} ({folder / LOG} says why)", ended=error.ended) from None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def run_to_end(
+    module: str, words: Sequence[str], folder: Path | None, timeout_seconds: float
+) -> tuple[list[str], dict[str, Any]]:
+    """A command to its end, its progress on our stderr: the lines of its standard output, and the figures of the last.
+
+    Raises:
+        CalledProcessError, TimeoutExpired: as `subprocess.run` does.
+    """
+    with start(module, words, folder, log=False) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout_seconds)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args, output)
+    *text, last = output.splitlines()
+    figures: dict[str, Any] = json.loads(last)
+    return text, figures

@@ -1,0 +1,144 @@
+"""One text as its words need it: how often each token stands in it, and what its logits become by that.
+
+Shapes: K consecutive places of one text, V vocabulary, U different tokens that stand in the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lab.text.words import Words
+
+
+class History:
+    """The tokens of one text, as its words need them: an engine tells it what the text is, and it follows.
+
+    Counts are kept, not made anew: going on costs what has come since, going back what is taken back. They are of the
+    tokens that stand in the text alone, so that a row costs one copy of its logits and little more.
+    """
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+        self._ids: list[int] = []
+        self._counts = _Counts(words.prompt_tokens)
+        self._singles = sorted({word[0] for word in words.bad_words if len(word) == 1})
+        self._bias = dict(words.logit_bias)
+        self._endings: dict[int, list[tuple[int, ...]]] = {}
+        """Bad words of several tokens, by the one before the last."""
+        for word in words.bad_words:
+            if len(word) > 1:
+                self._endings.setdefault(word[-2], []).append(word)
+        self._singles_B: Tensor | None = None
+        self._biased_B: Tensor | None = None
+        self._biases_B: Tensor | None = None
+
+    def hold(self, position: int, ids: Sequence[int]) -> None:
+        """From `position` on the text is `ids`; what it was there is forgotten."""
+        self._counts.go_back(position, self._ids)
+        self._ids[position:] = ids
+
+    def changed(self, logits_KV: Tensor, end: int) -> Tensor:
+        """The logits to draw from, for the places behind the last K tokens of the text's first `end`.
+
+        Args:
+            logits_KV: float32 or float64; not changed.
+            end: The last row is about the place `end`.
+        """
+        scores_KV = logits_KV.clone()
+        self._ban(scores_KV, logits_KV, end)
+        if self._bias:
+            if self._biased_B is None or self._biases_B is None:
+                self._biased_B = torch.tensor(list(self._bias), device=scores_KV.device)
+                self._biases_B = torch.tensor(list(self._bias.values()), device=scores_KV.device, dtype=torch.float64)
+            scores_KV[:, self._biased_B] += self._biases_B.to(scores_KV.dtype)
+        if self._words.has_penalties:
+            self._penalise(scores_KV, end)
+        return scores_KV
+
+    def _ban(self, scores_KV: Tensor, logits_KV: Tensor, end: int) -> None:
+        rows, vocabulary_size = scores_KV.shape
+        if self._singles and len(self._singles) < vocabulary_size:
+            if self._singles_B is None:
+                self._singles_B = torch.tensor(self._singles, device=scores_KV.device)
+            scores_KV[:, self._singles_B] = -math.inf
+        for row in range(rows) if self._endings else ():
+            completing = self._completing(end - rows + 1 + row)
+            if len(completing.union(self._singles)) == vocabulary_size:
+                scores_KV[row] = logits_KV[row]  # the text has to go on
+            elif completing:
+                scores_KV[row, list(completing)] = -math.inf
+
+    def _completing(self, place: int) -> set[int]:
+        """The tokens that would complete a bad word at `place`."""
+        before = self._ids[place - 1] if place else -1
+        return {
+            word[-1]
+            for word in self._endings.get(before, ())
+            if len(word) <= place + 1 and tuple(self._ids[place - len(word) + 1 : place]) == word[:-1]
+        }
+
+    def _penalise(self, scores_KV: Tensor, end: int) -> None:
+        words, dtype = self._words, scores_KV.dtype
+        tokens_U, counts_2KU = self._counts.before(self._ids, end, len(scores_KV), scores_KV.device)
+        scores_KU = scores_KV[:, tokens_U]
+        generated_KU = counts_2KU[1].to(dtype)
+        # Each step is rounded by itself, on every device and in every shape: no fused multiply-add.
+        if words.repetition_penalty != 1:
+            divided_KU = scores_KU / words.repetition_penalty
+            shrunk_KU = torch.where(scores_KU > 0, divided_KU, scores_KU * words.repetition_penalty)
+            scores_KU = torch.where(counts_2KU.sum(0) > 0, shrunk_KU, scores_KU).clamp_(max=torch.finfo(dtype).max)
+        scores_KU = scores_KU - generated_KU * words.frequency_penalty
+        scores_KV[:, tokens_U] = scores_KU - (generated_KU > 0).to(dtype) * words.presence_penalty
+
+
+class _Counts:
+    """How often each token stands in the prompt of a text, and behind it."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._length = 0
+        """The counts are those of so many ids at the beginning."""
+        self._columns: dict[int, int] = {}
+        """Of each token that was ever seen."""
+        self._tokens_U = torch.zeros(0, dtype=torch.int64)
+        self._counts_2U = torch.zeros(2, 0, dtype=torch.int32)
+
+    def go_back(self, length: int, ids: Sequence[int]) -> None:
+        """The text is only its first `length` ids now, of which these are those until now."""
+        if length < self._length:
+            self._add(ids, range(length, self._length), -1)
+            self._length = length
+
+    def before(self, ids: Sequence[int], end: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens, and their counts before each of the places behind the last `rows` of the first `end` ids."""
+        first = end - rows + 1
+        self._make_columns(ids[self._length : end], device)
+        self.go_back(first, ids)
+        self._add(ids, range(self._length, first), 1)
+        self._length = first
+        counts_2KU = self._counts_2U[:, None].repeat(1, rows, 1)
+        for row, place in enumerate(range(first, end), start=1):
+            counts_2KU[int(place >= self._prompt_tokens), row:, self._columns[ids[place]]] += 1
+        return self._tokens_U, counts_2KU
+
+    def _add(self, ids: Sequence[int], places: range, step: int) -> None:
+        if not places:
+            return
+        device = self._counts_2U.device
+        sides = torch.tensor([int(place >= self._prompt_tokens) for place in places], device=device)
+        columns = torch.tensor([self._columns[ids[place]] for place in places], device=device)
+        steps = torch.full((len(places),), step, dtype=torch.int32, device=device)
+        self._counts_2U.index_put_((sides, columns), steps, accumulate=True)
+
+    def _make_columns(self, ids: Sequence[int], device: torch.device) -> None:
+        new = [token for token in dict.fromkeys(ids) if token not in self._columns]
+        self._columns |= {token: column for column, token in enumerate(new, start=len(self._columns))}
+        if new:
+            tokens_U = torch.tensor(new, device=device)
+            self._tokens_U = torch.cat([self._tokens_U.to(device), tokens_U])
+            counts_2U = torch.zeros(2, len(new), dtype=torch.int32, device=device)
+            self._counts_2U = torch.cat([self._counts_2U.to(device), counts_2U], 1)

@@ -1,0 +1,57 @@
+"""Attention of a few rows, each as if it were alone: a guess that is checked gets the bits of a step of its own.
+
+torch's kernel for a CPU computes the rows of a pass together, and sums other than over one. Beside matrix products that
+do not (`lab.engine.wide_products`) that alone makes a pass over several rows round otherwise, and a near tie fall the other
+way. So here the rows of a text stand side by side like texts that share their keys and values; none of those is copied.
+
+Only in inference mode and for few rows: a prompt is computed in the same pieces whoever guesses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import PreTrainedModel
+
+NAME = "sdpa_by_row"
+"""As `attn_implementation`."""
+
+MOST_ROWS = 24
+"""Of a text in one pass: 16 guesses and the step before them, and some to spare."""
+
+
+def attend(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BGLD: Tensor,
+    value_BGLD: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """See transformers' `sdpa_attention_forward`: B x T x H x D."""
+    rows = query_BHTD.shape[2]
+    if attention_mask is None or not 1 < rows <= MOST_ROWS or not torch.is_inference_mode_enabled():
+        return sdpa_attention_forward(module, query_BHTD, key_BGLD, value_BGLD, attention_mask, **options)
+    parts = []
+    for query_HTD, key_GLD, value_GLD, mask_1TL in zip(query_BHTD, key_BGLD, value_BGLD, attention_mask, strict=True):
+        query_TH1D = query_HTD.transpose(0, 1)[:, :, None]
+        key_TGLD, value_TGLD = (tensor.expand(rows, *tensor.shape) for tensor in (key_GLD, value_GLD))
+        mask_T11L = mask_1TL.transpose(0, 1)[:, :, None]
+        part_T1HD, _ = sdpa_attention_forward(module, query_TH1D, key_TGLD, value_TGLD, mask_T11L, **options)
+        parts.append(part_T1HD.transpose(0, 1))
+    return torch.cat(parts), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attend_by_row(model: PreTrainedModel) -> None:
+    """Let a model with torch's attention attend so."""
+    if model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = NAME

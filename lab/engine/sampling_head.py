@@ -1,0 +1,65 @@
+"""How a text's sampling travels: the first fields of OPEN in every protocol that opens texts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from lab.engine.sampling import Sampling
+from lab.text.words import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES, Words
+from lab.wire import Head
+from lab.wire.fields import Uint31, Uint32, Uint63
+
+Bias = tuple[Uint31, float]
+BadWord = Annotated[list[Uint31], msgspec.Meta(min_length=1, max_length=MAX_BAD_WORD_TOKENS)]
+
+SAMPLING_BYTES = 96 + 16 * MAX_BIASES + 5 * MAX_BAD_WORD_TOKENS + 3 * MAX_BAD_WORDS
+"""The longest that it can be: a frame that says it is longer is refused before anything is allocated for it."""
+
+
+class WordsHead(Head):
+    """See `lab.text.words.Words`."""
+
+    prompt_tokens: Uint32
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Annotated[list[Bias], msgspec.Meta(max_length=MAX_BIASES)]
+    bad_words: Annotated[list[BadWord], msgspec.Meta(max_length=MAX_BAD_WORDS)]
+
+
+class SamplingHead(Head):
+    """See `lab.engine.sampling.Sampling`."""
+
+    seed: Uint63
+    temperature: float
+    top_k: Uint32
+    top_p: float
+    min_p: float
+    words: WordsHead | None
+
+    @property
+    def sampling(self) -> Sampling:
+        """What the head asks for. Raises ValueError where that makes no sense."""
+        own = {name: getattr(self, name) for name in SamplingHead.__struct_fields__}  # OPEN has more of its own
+        return Sampling(**{**own, "words": _words(self.words)})
+
+
+def sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """The fields of a `SamplingHead`."""
+    return {**vars(sampling), "words": _head(sampling.words)}
+
+
+def _words(head: WordsHead | None) -> Words | None:
+    if head is None:
+        return None
+    listed = {"logit_bias": tuple(head.logit_bias), "bad_words": tuple(map(tuple, head.bad_words))}
+    return Words(**{**msgspec.structs.asdict(head), **listed})
+
+
+def _head(words: Words | None) -> WordsHead | None:
+    if words is None:
+        return None
+    listed = {"logit_bias": list(words.logit_bias), "bad_words": list(map(list, words.bad_words))}
+    return WordsHead(**{**vars(words), **listed})

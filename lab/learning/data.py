@@ -1,0 +1,229 @@
+"""Sources of text: which documents there are, and the records in them.
+
+Knows nothing about clients, tokenizers or models. A source lists its documents from file sizes and line ends alone; a
+text is opened only by whoever reads that document.
+"""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import os
+import sysconfig
+import tokenize
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from lab.files import path_as_typed
+from lab.learning.records import MalformedRecord, Record, Text, bad_byte, parse_line, parse_row
+from lab.settings import DataSettings, DataSource, UserError
+
+log = logging.getLogger(__name__)
+
+TEXT_SUFFIXES = (
+    ".txt",
+    ".md",
+    ".rst",
+    ".tex",
+    ".org",
+    ".html",
+    ".xml",
+    ".csv",
+    ".py",
+    ".c",
+    ".h",
+    ".cpp",
+    ".js",
+    ".ts",
+)
+NOT_LIBRARY_FOLDERS = ("test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "lib-dynload")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text of a source, known by name and size before anyone reads it."""
+
+    name: str
+    """Path below the source, or file:line; what error messages name."""
+    unit: str
+    """What stays together in a partition by package: a top-level package, a folder, a line."""
+    size_bytes: int
+    position: int = 0
+    """Where the source finds it: first byte of the line (jsonl), row (hub)."""
+
+
+class Source(Protocol):
+    """Where text comes from."""
+
+    def documents(self) -> list[Document]:
+        """Every document, in an order that is the same on every call; reads no text. UserError when there is none."""
+        ...
+
+    def read(self, document: Document) -> Iterator[Record]:
+        """The records of one document; MalformedRecord with its name, key, rule and value when it is malformed."""
+        ...
+
+
+def open_source(settings: DataSettings) -> Source:
+    """The source that `settings` names; UserError with the dotted key when its file or folder is not named or there."""
+    if settings.source in (DataSource.jsonl, DataSource.text) and not settings.path:
+        raise UserError(f"project.data.path must be set for source={settings.source.name}, got {settings.path!r}")
+    match settings.source:
+        case DataSource.python_stdlib:
+            return PythonLibrary(Path(sysconfig.get_path("stdlib")))
+        case DataSource.jsonl:
+            return JsonLines(path_as_typed(settings.path or "", "project.data.path"))
+        case DataSource.text:
+            return TextFolder(path_as_typed(settings.path or "", "project.data.path"))
+        case DataSource.hub:
+            return HubDataset(settings.repo or "", settings.split)
+
+
+def records(source: Source, documents: Iterable[Document]) -> Iterator[Record]:
+    """Every record of `documents`, one document open at a time."""
+    for document in documents:
+        yield from source.read(document)
+
+
+class PythonLibrary:
+    """The Python standard library's own source: documents are files, units its top-level packages and modules.
+
+    Without its tests, installed packages and compiled code, and without the two places that describe the machine
+    Python was built on (their text differs from machine to machine and names its folders).
+    """
+
+    def __init__(self, root: Path) -> None:
+        _require(root.is_dir(), "source", "a Python that has its library as files for python_stdlib", root)
+        self._root = root
+
+    def documents(self) -> list[Document]:
+        """Every .py file that is not empty, in the order of a sorted walk."""
+        files = _files(self._root, (".py",), NOT_LIBRARY_FOLDERS)
+        found = [_file_document(self._root, file) for file in files]
+        return [d for d in found if d.size_bytes and not d.unit.startswith(("_sysconfigdata", "config-"))]
+
+    def read(self, document: Document) -> Iterator[Record]:
+        """One text, decoded as Python itself would (PEP 263)."""
+        with tokenize.open(self._root / document.name) as file:
+            yield Text(file.read())
+
+
+class TextFolder:
+    """A folder of text files: documents are files, units its top-level folders and files. Hidden ones are left out."""
+
+    def __init__(self, root: Path) -> None:
+        _require(root.is_dir(), "path", "a folder of text files", root)
+        self._root = root
+
+    def documents(self) -> list[Document]:
+        """Every file of TEXT_SUFFIXES that is not empty, from a sorted walk; other files are counted in a warning."""
+        files = list(_files(self._root))
+        texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
+        if len(texts) < len(files):
+            log.warning("project.data.path: %d files do not end in one of %s", len(files) - len(texts), TEXT_SUFFIXES)
+        found = [document for document in (_file_document(self._root, file) for file in texts) if document.size_bytes]
+        _require(bool(found), "path", f"a folder with text in files of {', '.join(TEXT_SUFFIXES)}", self._root)
+        return found
+
+    def read(self, document: Document) -> Iterator[Record]:
+        """One text; MalformedRecord when it is not UTF-8."""
+        with _opened(self._root / document.name) as file:
+            content = file.read()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise MalformedRecord(f"{document.name} must be UTF-8 text, got {bad_byte(error)}") from None
+        yield Text(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+class JsonLines:
+    """A JSONL file: each line that is not blank is one document and one unit, of a format of `lab.learning.records`."""
+
+    def __init__(self, path: Path) -> None:
+        _require(path.is_file(), "path", "a JSONL file", path)
+        self._path = path
+
+    def documents(self) -> list[Document]:
+        """Every line that is not blank, found by its line end, not parsed."""
+        found, position = [], 0
+        with _opened(self._path) as file:
+            for number, line in enumerate(file, start=1):
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if size := len(text.strip()):
+                    name = f"{self._path}:{number}"
+                    found.append(Document(name=name, unit=name, size_bytes=size, position=position))
+                position += len(line)
+        _require(bool(found), "path", "a JSONL file with at least one line", f"{self._path} (empty)")
+        return found
+
+    def read(self, document: Document) -> Iterator[Record]:
+        """One record; MalformedRecord with file:line, key, rule and value when the line is malformed."""
+        with _opened(self._path) as file:
+            file.seek(document.position)
+            line = file.readline()
+        yield parse_line(line, document.name)
+
+
+class HubDataset:
+    """A dataset of the Hugging Face hub: each row is one document and one unit, of the same keys as a JSONL line.
+
+    The size of a row is not known before it is read, so all rows count as equal.
+    """
+
+    def __init__(self, repo: str, split: str) -> None:
+        try:
+            import datasets
+        except ModuleNotFoundError:
+            remedy = "pip install distributed-llm-lab[hub]"
+            raise UserError(f"project.data.source must be one that is installed, got 'hub': {remedy}") from None
+        try:
+            self._rows = datasets.load_dataset(repo, split=split)
+        except (OSError, ValueError) as error:  # no network, no such dataset, no such split
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"project.data.repo must be a dataset with split {split!r}, got {repo!r}: {first}"
+            ) from None
+        _require(len(self._rows) > 0, "repo", "a dataset with at least one row", repo)
+        self._repo = repo
+
+    def documents(self) -> list[Document]:
+        """Every row, in the dataset's order."""
+        names = (f"{self._repo}:{row}" for row in range(len(self._rows)))
+        return [Document(name=name, unit=name, size_bytes=1, position=row) for row, name in enumerate(names)]
+
+    def read(self, document: Document) -> Iterator[Record]:
+        """One record; MalformedRecord with repo:row, key, rule and value when its keys are not those of a line."""
+        yield parse_row(self._rows[document.position], document.name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file of the person's own, to be read; UserError when it cannot be."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"project.data.path must be readable, got {str(path)!r} ({error.strerror})") from None
+    with file:
+        yield file
+
+
+def _require(holds: bool, key: str, rule: str, value: object) -> None:
+    if not holds:
+        raise UserError(f"project.data.{key} must be {rule}, got '{value}'")
+
+
+def _files(root: Path, suffixes: Collection[str] | None = None, skip: Collection[str] = ()) -> Iterator[Path]:
+    """Files below `root`, sorted; no hidden ones, none below a folder named in `skip`."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in skip and not name.startswith("."))
+        paths = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        yield from (path for path in paths if suffixes is None or path.suffix in suffixes)
+
+
+def _file_document(root: Path, file: Path) -> Document:
+    relative = file.relative_to(root)
+    unit = relative.parts[0].removesuffix(".py")
+    return Document(name=relative.as_posix(), unit=unit, size_bytes=file.stat().st_size)

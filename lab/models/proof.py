@@ -1,0 +1,497 @@
+"""What was proved of an architecture before it runs: a small random twin of the model does what the model is to do, and
+must say what transformers says. What differs is refused by name; what was proved is kept, by the twin's config.
+
+Three uses are proved apart. The engine: prompts in chunks, beside neighbours, rewound, with our cache, against one
+plain forward pass in float64. Slices: three of them read from a folder, against the whole, to the bit, values and
+caches. Training: the gradients of the same slices, to the bit.
+
+Shapes: B sequences, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
+
+from lab.engine.base import LocalEngine, Session, context, kv
+from lab.engine.base import base as engine
+from lab.engine.context import longest_text
+from lab.engine.kv import SlotCache, layer_shapes
+from lab.engine.sampling import Sampling, nll
+from lab.files import path_of, write_whole
+from lab.learning.training import keep_differentiable
+from lab.models.slices import cut_of, read_slice, run_slice
+from lab.models.sources import slices, structure, twin
+from lab.models.structure import Structure, Unsliceable, count_layers, find_structure
+from lab.models.twin import VOCABULARY, NoTwin, twin_config, twin_model
+from lab.settings import UserError
+
+log = logging.getLogger(__name__)
+
+LONGEST = 64
+"""Tokens of a sequence in a trial: more than a twin's windows, and than its rotary frequencies stay the same for."""
+
+SHORTEST = 8
+
+LARGEST_ERROR = 1e-4
+"""Of a cross-entropy in nats, in float64: eager attention rounds its softmax to float32. A wrong mask costs more."""
+
+
+class Use(Enum):
+    """What a model is wanted for."""
+
+    engine = "a KV cache of several sequences"
+    slices = "split inference"
+    training = "split training"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of the trial of one architecture."""
+
+    model_type: str
+    engine: str | None
+    """What differs; None where it is proved."""
+    slices: str | None
+    training: str | None
+    structure: Structure | None
+    """None for a model that cannot be cut."""
+
+    def against(self, use: Use) -> str | None:
+        """What stands against a use; None for nothing."""
+        found: str | None = getattr(self, use.name)
+        return found
+
+
+class _Differs(ValueError):
+    """Two ways that must give the same did not."""
+
+
+def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: bool = False) -> Proof:
+    """The proof that an architecture is right for a use: from an earlier trial, or tried now (seconds).
+
+    Args:
+        config: The model's.
+        use: What it is wanted for.
+        cache_dir: Where proofs are kept (`model.cache_dir`).
+        packed: Whether slices have their matrices in 4 bits, which is proved apart.
+
+    Raises:
+        UserError: it is not proved, with what differs.
+    """
+    folder = path_of(cache_dir, "model.cache_dir") / "proofs"
+    proof = prove(config, folder)
+    against = proof.against(use)
+    if packed and not against:
+        against = prove(config, folder, packed=True).against(Use.slices)
+    if against:
+        wanted = f"{use.value} in 4 bits" if packed else use.value
+        raise UserError(
+            f"model must be of an architecture that is proved for {wanted}, got {proof.model_type}: {against}"
+        )
+    return proof
+
+
+def prove(config: PreTrainedConfig, folder: Path, *, packed: bool = False) -> Proof:
+    """The outcome of the trial of a config, read from `folder` where it is known there.
+
+    `packed`: That of its slices with their matrices in 4 bits, and of nothing else.
+    """
+    attempt = try_packed if packed else try_out
+    try:
+        file = folder / f"{_digest(config)}{'-nf4' if packed else ''}.json"
+    except Exception:  # a config of which no twin can be made, as the trial will say
+        return attempt(config)
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        found = known.pop("structure")
+        return Proof(structure=Structure(**found) if found else None, **known)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass  # not tried yet, by another version of this file, or no record at all
+    what = f"{config.model_type}{' in 4 bits' if packed else ''}"
+    log.info("trying %s in small, whole and in slices, against transformers (once, some seconds)", what)
+    began = time.monotonic()
+    try:
+        proof = attempt(config)
+    except (OSError, MemoryError) as error:
+        raise UserError(
+            f"model.cache_dir and TMPDIR must have room for a trial of the model, got {_in_one_line(error)}"
+        ) from None
+    log.info("tried %s in %.1f s", what, time.monotonic() - began)
+    try:
+        write_whole(file, json.dumps(asdict(proof)), share=True)
+    except OSError as error:
+        log.warning("the outcome of the trial is not kept: %s", error)
+    return proof
+
+
+def _digest(config: PreTrainedConfig) -> str:
+    """Of the twin's config, and of all that a trial depends on."""
+    ours = "".join(inspect.getsource(module) for module in (context, engine, kv, slices, structure, twin))
+    known = [twin_config(config).to_json_string(use_diff=False), transformers.__version__, torch.__version__, ours]
+    known.append(Path(__file__).read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
+
+
+def try_out(config: PreTrainedConfig) -> Proof:
+    """Try a twin of the config in every use."""
+    name = str(config.model_type)
+    try:
+        model = twin_model(config)
+    except NoTwin as error:
+        return Proof(name, str(error), str(error), str(error), None)
+    with _one_thread(), _quietly():
+        found = Proof(name, _failure(lambda: _try_engine(twin_model(config).double())), None, None, None)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                outline = find_structure(model, count_layers(model.config))
+                made = _Trial(model, outline, Path(folder))
+            except OSError:
+                raise
+            except Exception as error:  # as in `_failure`
+                return replace(found, slices=found.engine or _in_one_line(error), training=_in_one_line(error))
+            against = found.engine or _failure(made.try_inference)
+            return replace(found, slices=against, training=_failure(made.try_training), structure=outline)
+
+
+def try_packed(config: PreTrainedConfig) -> Proof:
+    """Try slices of a twin with their matrices in 4 bits (nf4, on the CPU) against the whole in 4 bits."""
+
+    def attempt() -> None:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        model = twin_model(config)
+        with tempfile.TemporaryDirectory() as folder:
+            outline = find_structure(model, count_layers(model.config))
+            trial = _Trial(
+                model, outline, Path(folder), quantization_config=quantization, device_map={"": torch.device("cpu")}
+            )
+            trial.try_inference()
+            if not any(weight.dtype is torch.uint8 for weight in trial.whole().parameters()):
+                raise _Differs("none of its matrices is packed")
+
+    with _one_thread(), _quietly():
+        found = _failure(attempt)
+    return Proof(str(config.model_type), found, found, found, None)
+
+
+def _failure(attempt: Callable[[], None]) -> str | None:
+    try:
+        attempt()
+    except (OSError, MemoryError):
+        raise  # of this machine, now: it says nothing of the architecture
+    except Exception as error:  # an architecture fails in its own way; whatever it is stands against it
+        log.debug("a trial failed", exc_info=error)
+        return _in_one_line(error)
+    return None
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:240]
+    return (
+        text
+        if isinstance(error, (_Differs, Unsliceable, NoTwin, kv.UnknownState))
+        else f"{type(error).__name__}: {text}"
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On several threads the place of a row can decide how it rounds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bars and reports, which would speak of a model that nobody asked for."""
+    disable_progress_bar()
+    verbosity = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
+
+
+def _ids(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (count,), generator=generator).tolist()
+
+
+def _longest(config: PreTrainedConfig) -> int:
+    """Tokens of the sequences of a trial."""
+    most = min(longest_text(config) or LONGEST, LONGEST)
+    if most < SHORTEST:
+        raise NoTwin(f"it is for texts of at most {most} tokens, a trial needs {SHORTEST}")
+    return most
+
+
+# The engine
+
+_SETTING = "with a cache, in chunks and beside neighbours"
+
+
+def _check_state(config: PreTrainedConfig) -> None:
+    """Refuse by name what transformers itself keeps besides keys and values."""
+    for number, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            kind = type(layer).__name__.removesuffix("Layer")
+            raise kv.UnknownState(f"its layer {number} keeps a state that is no key and no value ({kind})")
+
+
+@torch.inference_mode()
+def _check_own_cache(model: Any) -> None:
+    """Refuse what transformers itself says in two ways: token by token with its own cache, and in one pass without."""
+    count = min(24, _longest(model.config))
+    text = _ids(count, seed=9)
+    cache, plain_TV = (
+        DynamicCache(config=model.config),
+        model(input_ids=torch.tensor([text]), use_cache=False).logits[0],
+    )
+    for first, last in itertools.pairwise([0, *range(count * 2 // 3, count + 1)]):
+        part = torch.tensor([text[first:last]])
+        cached_TV = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
+        wrong = float((cached_TV[-1] - plain_TV[last - 1]).abs().max())
+        if not wrong <= 10 * LARGEST_ERROR:
+            raise _Differs(f"transformers' own logits with its cache are off by {wrong:.2g} from those without")
+
+
+def _try_engine(model: PreTrainedModel) -> None:
+    """Three sequences of different lengths, in chunks, together and apart, rewound; one leaves, one takes its slot."""
+    _check_state(model.config)
+    any_model: Any = model
+    any_model.set_experts_implementation("eager")  # the grouped product has no float64
+    _check_own_cache(model)
+    most = _longest(model.config)
+    local = LocalEngine(
+        model, sessions=3, context=most, bucket=8, kv_limit_bytes=10**9, prefill_chunk=5, exact_rows=None
+    )
+    news = (1, max(1, most // 9), max(1, most // 20))
+    texts = [_ids(length, seed) for seed, length in enumerate((max(1, most // 20), most // 2, most * 2 // 3))]
+    sessions = [local.open([], Sampling.greedy()) for _ in texts]
+    first = local.extend([(session, text) for session, text in zip(sessions, texts, strict=True)], "last")
+    for text, step in zip(texts, first, strict=True):
+        _compare_with_plain(model, text, 1, step.next_ids, [])
+    for turn in range(4):
+        if turn == 1:  # a slot that held a longer text
+            sessions[2].close()
+            sessions[2], texts[2] = local.open([], Sampling.greedy()), []
+        if turn == 2:
+            sessions[1].position = most // 3
+            del texts[1][sessions[1].position :]
+        requests: list[tuple[Session, list[int]]] = []
+        for number, session in enumerate(sessions):
+            if (turn + number) % 3 or turn == 0:
+                new = _ids(news[(turn + number) % 3], 10 * turn + number)
+                texts[number] += new
+                requests.append((session, new))
+        for (session, new), step in zip(requests, local.extend(requests, "all"), strict=True):
+            text = texts[sessions.index(session)]
+            _compare_with_plain(model, text, len(new), step.next_ids, step.nll)
+    local.shutdown()
+
+
+@torch.inference_mode()
+def _compare_with_plain(
+    model: Any, text: Sequence[int], new: int, next_ids: Sequence[int], known_nll: Sequence[float]
+) -> None:
+    logits_TV = model(input_ids=torch.tensor([text]), use_cache=False).logits[0].double()
+    expected = [math.nan, *nll(logits_TV[:-1], list(text[1:]))][-new:]
+    errors = [abs(said - right) for said, right in zip(known_nll, expected) if not math.isnan(said + right)]
+    wrong = max(errors, default=0.0)
+    if not wrong <= LARGEST_ERROR:
+        raise _Differs(
+            f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats"
+        )
+    best_T = logits_TV[-new:].argmax(-1).tolist()
+    leads_T2 = logits_TV[-new:].topk(2).values
+    for said, best, lead in zip(next_ids, best_T, (leads_T2[:, 0] - leads_T2[:, 1]).tolist(), strict=True):
+        if said != best and lead > LARGEST_ERROR:
+            raise _Differs(f"{_SETTING}, the next token is {said} instead of {best}")
+
+
+# Slices
+
+
+class _Trial:
+    """A twin in a folder, whole and in three slices read from there."""
+
+    def __init__(self, model: PreTrainedModel, outline: Structure, folder: Path, **placement: Any) -> None:
+        model.save_pretrained(folder)
+        self._placement = {"dtype": torch.float32, **placement}
+        self._folder, self._outline = folder, outline
+        self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self._count = count_layers(self._config)
+        self._most = _longest(self._config)
+
+    def whole(self) -> PreTrainedModel:
+        """As transformers reads it."""
+        found = AutoModelForCausalLM.from_pretrained(
+            self._folder, local_files_only=True, trust_remote_code=False, **self._placement
+        )
+        return cast(PreTrainedModel, found.eval())
+
+    def slices(self) -> list[PreTrainedModel]:
+        """The first layer, the middle, the last one; two layers are two slices."""
+        cuts = sorted({0, 1, self._count - 1, self._count})
+        with ExitStack() as stack:
+            tensors: dict[str, Any] = {}
+            for file in sorted(self._folder.glob("*.safetensors")):
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+                tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            return [
+                read_slice(
+                    self._config, tensors, self._outline, range(first, last),
+                    embedding=first == 0, head=last == self._count, **self._placement,
+                )
+                for first, last in itertools.pairwise(cuts)
+            ]  # fmt: skip
+
+    @torch.inference_mode()
+    def try_inference(self) -> None:
+        """Three passes over two sequences: logits and caches of the slices are those of the whole."""
+        whole: Any = self.whole()
+        slices = self.slices()
+        for model in (whole, *slices):
+            # What counts is which matrices are packed, and how; bitsandbytes' kernels for a CPU want wider ones.
+            keep_differentiable(model)
+        uncut = _Cached(whole, run=lambda states, **options: whole(input_ids=states, **options).logits)
+        parts = [_Cached(part, run=partial(run_slice, part)) for part in slices]
+        for slots, counts in (([0], [self._most // 6]), ([0, 1], [1, self._most // 2]), ([0, 1], [1, 1])):
+            texts = [_ids(count, 7 * slot + count) for slot, count in zip(slots, counts, strict=True)]
+            width = max(counts)
+            ids_BT = torch.tensor([text + [1] * (width - len(text)) for text in texts])
+            expected, states = uncut.forward(ids_BT, slots, counts), ids_BT
+            for part in parts:
+                states = part.forward(states, slots, counts)
+            _same(states, expected, "logits of slices are not those of the whole model")
+        held = {name: stored for part in parts for name, stored in part.held().items()}
+        for name, stored in uncut.held().items():
+            if name not in held:
+                raise _Differs(f"{name} of the cache is held by no slice")
+            _same(held[name], stored, f"{name} of the cache of a slice is not that of the whole model")
+
+    def try_training(self) -> None:
+        """Two sequences, one of them padded: gradients of the slices are those of the whole, to the bit."""
+        if dropping := _dropping(self._config):
+            raise _Differs(f"{dropping} drops whole layers at random, and with one what came to a slice")
+        whole: Any = self.whole()
+        width = min(20, self._most)
+        ids_BT = torch.tensor([_ids(width, 1), _ids(width, 2)])
+        attention_BT = (torch.arange(width)[None] < torch.tensor([[width], [width * 2 // 3]])).long()
+        options: dict[str, Any] = {"attention_mask": attention_BT, "use_cache": False}
+        logits_BTV = whole(input_ids=ids_BT, **options).logits
+        pull_BTV = torch.randn(logits_BTV.shape, generator=torch.Generator().manual_seed(3))
+        logits_BTV.backward(pull_BTV)
+        expected = {name: weight.grad for name, weight in whole.named_parameters() if weight.grad is not None}
+        parts, states, links = self.slices(), ids_BT, []
+        for part in parts:
+            for name, weight in part.named_parameters():
+                weight.requires_grad_(cut_of(part).owns(name))
+            leaf = states if cut_of(part).layers.start == 0 else states.detach().requires_grad_()
+            states = run_slice(part, leaf, **options)
+            links.append((leaf, states))
+        _same(states, logits_BTV, "logits of slices that learn are not those of the whole model")
+        gradient = pull_BTV
+        for leaf, states in reversed(links):
+            states.backward(gradient)
+            if leaf.grad is not None:
+                gradient = leaf.grad
+        self._compare_gradients(parts, expected, is_tied=cut_of(parts[0]).is_tied)
+
+    def _compare_gradients(
+        self, parts: Sequence[PreTrainedModel], expected: Mapping[str, Tensor], *, is_tied: bool
+    ) -> None:
+        outline = self._outline
+        found: dict[str, Tensor] = {}
+        for part in parts:
+            for name, weight in part.named_parameters():
+                if outline.layer_of(name) is not None and not cut_of(part).owns(name):
+                    raise _Differs(f"a slice holds {name}, which is not its own")
+                if weight.grad is not None:
+                    same = f"{outline.embedding}.weight" if is_tied and name == f"{outline.head}.weight" else name
+                    found[same] = found[same] + weight.grad if same in found else weight.grad
+        if missing := sorted(expected.keys() ^ found.keys()):
+            raise _Differs(f"the gradient of {missing[0]} is there in one of slices and whole model only")
+        for name, gradient in expected.items():
+            if name == f"{outline.embedding}.weight" and is_tied:
+                if not torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5):
+                    raise _Differs(f"the gradient of the tied {name} is not the whole model's")
+            else:
+                _same(found[name], gradient, f"the gradient of {name} is not that of the whole model")
+
+
+def _dropping(config: PreTrainedConfig) -> str | None:
+    """The setting by which layers are left out at random while a model learns, if there is one."""
+    parts = (config, config.get_text_config(decoder=True))
+    return next(
+        (f"{name}={getattr(part, name)}" for part in parts for name in _DROPPING if getattr(part, name, 0)), None
+    )
+
+
+_DROPPING = ("layerdrop", "decoder_layerdrop")
+
+
+class _Cached:
+    """A model or slice with a cache of its own layers."""
+
+    def __init__(self, model: PreTrainedModel, run: Callable[..., Tensor]) -> None:
+        self._run = run
+        is_later = hasattr(model, "cut") and cut_of(model).layers.start > 0
+        hidden = int(model.config.get_text_config(decoder=True).hidden_size)
+        one = torch.zeros(1, 1, hidden) if is_later else torch.ones(1, 1, dtype=torch.long)
+        at = torch.zeros(1, 1, dtype=torch.long)
+        shapes = layer_shapes(lambda cache: run(one, position_ids=at, past_key_values=cache, use_cache=True))
+        self._cache = SlotCache(
+            shapes, slots=2, bucket=8, limit_bytes=10**9, dtype=torch.float32, device=torch.device("cpu"), exact=None
+        )
+        self._slots = [self._cache.acquire(LONGEST), self._cache.acquire(LONGEST)]
+
+    def forward(self, states: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """One pass; rows in the order of slots."""
+        plan = self._cache.begin(slots, counts)
+        leaving = self._run(states, position_ids=plan.position_ids_BT, past_key_values=self._cache, use_cache=True)
+        self._cache.commit()
+        return leaving
+
+    def held(self) -> dict[str, Tensor]:
+        """Keys and values, by the name of their layer."""
+        return self._cache.tensors()
+
+
+def _same(found: Tensor, expected: Tensor, what: str) -> None:
+    if found.shape != expected.shape or not torch.equal(found, expected):
+        wrong = (
+            f" by {float((found - expected).detach().abs().max()):.2g}"
+            if found.shape == expected.shape
+            else " in shape"
+        )
+        raise _Differs(f"{what}, but off{wrong}")

@@ -1,0 +1,59 @@
+"""From the settings of a text to what engines are asked for: its sampling with its words, its length, its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lab.engine.sampling import Sampling
+from lab.settings import UserError
+from lab.text.settings import FILL, TextSettings
+from lab.text.words import Words
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and only names are needed here
+    from transformers import PreTrainedTokenizerBase
+
+
+def asked_sampling(asked: TextSettings, seed: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Sampling:
+    """How the tokens of a text with such a prompt are drawn. UserError for words that make no sense."""
+    try:
+        words = Words(
+            prompt_tokens=prompt_tokens,
+            repetition_penalty=asked.repetition_penalty,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            logit_bias=tuple(asked.biases),
+            bad_words=tuple(word for text in asked.bad_words for word in bad_word_ids(tokenizer, text)),
+        )
+    except ValueError as error:
+        raise UserError(f"project.{error}") from None
+    return Sampling(
+        seed=seed,
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        min_p=asked.min_p,
+        words=None if words.is_off else words,
+    )
+
+
+def bad_word_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, ...]]:
+    """The token sequences that write a text, at the beginning of a word and within one: without and with a space before
+    it, as vLLM does it (docs.vllm.ai, SamplingParams.bad_words). Other ways to write it are not banned."""
+    written = (text.lstrip(), f" {text.lstrip()}")
+    return sorted({tuple(tokenizer(one, add_special_tokens=False)["input_ids"]) for one in written})
+
+
+def most_new_tokens(asked: TextSettings, prompt_tokens: int, context: int) -> int:
+    """How many tokens a text may get. UserError for a context that its prompt fills."""
+    if asked.max_new_tokens != FILL:
+        return asked.max_new_tokens
+    if prompt_tokens >= context:
+        raise UserError(f"prompt must leave room in the context of {context} tokens, got {prompt_tokens}")
+    return context - prompt_tokens
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> Callable[[Sequence[int]], str]:
+    """What tokens say: the names of control tokens and of `ends` are no part of it, and no space is tidied away."""
+    options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return lambda ids: str(tokenizer.decode([token for token in ids if token not in ends], **options))

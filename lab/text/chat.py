@@ -1,0 +1,244 @@
+"""How a model's chat template shows a dialogue, and where the answers in it begin and end.
+
+An answer is what the template puts behind the text that it would have given the model to generate from, up to the mark
+that ends it. So nothing here knows a template; each is asked once what it writes behind an answer (`_ending`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from lab.learning.records import Dialogue, MalformedRecord, Message
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and only names are needed here
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+PROBE_PROMPT, PROBE_ANSWER, PROBE_REPLY = "probe8341prompt", "probe8341answer", "probe8341reply"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a dialogue's text."""
+
+    text: str
+    answer: bool
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What a template writes behind an answer."""
+
+    always: str
+    """Behind every answer: the mark that ends it, and whitespace."""
+    finally_: str
+    """After that, only where the dialogue ends (Phi-3 writes the end-of-text token there)."""
+
+
+class Chat:
+    """A tokenizer's chat template; without one, a prompt, a line break, an answer, the end-of-text token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.has_template = bool(tokenizer.chat_template)
+        self._end = self._ending() if self.has_template else _Ending(str(tokenizer.eos_token or ""), "")
+        if not (self._end.always + self._end.finally_).strip():
+            log.warning("the model's chat template writes no end behind an answer: the model will not learn to stop")
+
+    def sequences(self, dialogue: Dialogue) -> list[list[Piece]]:
+        """Texts to learn from that hold every answer once, as the model would give it; none where nothing answers.
+
+        One text holds them all, unless the template shows an answer differently once the dialogue goes on (Qwen3 leaves
+        out earlier reasoning): then the dialogue as it was at that answer is a text of its own. MalformedRecord when
+        the template refuses the dialogue, does not show all of it, or shows an answer as no continuation of its prompt.
+        """
+        # An opening message of the assistant answers nothing.
+        places = [i for i, m in enumerate(dialogue.messages) if i and m.role == "assistant" and m.counts]
+        if not places:
+            return []
+        if not self.has_template:
+            return [self._plain(dialogue, places)]
+        found: list[list[Piece]] = []
+        shown = rest = ""
+        for place in places:
+            before, answer, after = self._answer(dialogue, place)
+            if found and before.startswith(shown):
+                found[-1] += [Piece(before[len(shown) :], False), Piece(answer, True)]
+            else:
+                if found:
+                    found[-1].append(Piece(rest, False))
+                found.append([Piece(before, False), Piece(answer, True)])
+            shown, rest = before + answer, after
+        found[-1].append(Piece(rest, False))
+        return found
+
+    def _answer(self, dialogue: Dialogue, place: int) -> tuple[str, str, str]:
+        """The text before an answer, the answer with its end, and what the template writes behind that."""
+        before = self._show(dialogue, place, generate=True)
+        through = self._show(dialogue, place + 1)
+        if not through.startswith(before):
+            rule = "be shown by the model's chat template as a continuation of the text that the model would answer"
+            raise MalformedRecord(f"{dialogue.name} messages[{place}] must {rule}")
+        told = through[len(before) :]
+        self._check_shown(dialogue, place, before, told)
+        answer = told.removesuffix(self._end.finally_) if self._end.always.strip() else told
+        if (self._end.always + self._end.finally_).strip():
+            answer = answer.rstrip()
+        else:
+            answer = answer.removesuffix(self._end.always)
+        answer = self._up_to_end(answer, dialogue.messages[place])
+        return before, answer, told[len(answer) :]
+
+    def _up_to_end(self, answer: str, message: Message) -> str:
+        """`answer` up to and with the template's last end-of-text token: no model has to generate what is behind it.
+
+        The same text may stand in the message itself, where it ends nothing.
+        """
+        end = str(self._tokenizer.eos_token or "")
+        said = message.content + json.dumps(dict(message.extra), ensure_ascii=False)
+        if not end or answer.count(end) <= said.count(end):
+            return answer
+        return answer[: answer.rindex(end) + len(end)]
+
+    def _check_shown(self, dialogue: Dialogue, place: int, before: str, told: str) -> None:
+        """Templates leave out what they do not know (a system message, tools) without a word."""
+        for index, message in enumerate(dialogue.messages[:place]):
+            # Llama 3.1 shows a tool's result as a JSON string.
+            shown = message.content.strip() in before or (message.role == "tool" and _escaped(message) in before)
+            if message.role != "assistant" and not shown:
+                raise self._hidden(dialogue, f"messages[{index}].content")
+        message = dialogue.messages[place]
+        # Reasoning may be shown with other whitespace around it.
+        if any(part.strip() not in told for part in message.content.replace("<think>", "</think>").split("</think>")):
+            raise self._hidden(dialogue, f"messages[{place}].content")
+        if message.extra.get("reasoning_content", "").strip() not in told:
+            raise self._hidden(dialogue, f"messages[{place}].reasoning_content")
+        self._check_marks(dialogue, place)
+
+    def _check_marks(self, dialogue: Dialogue, place: int) -> None:
+        """A short text may stand in the template's own words by chance, so each part must show a mark put behind it."""
+        marks: dict[str, str] = {}
+        shown = self._show(_marked(dialogue, place, marks), place + 1)
+        for mark, what in marks.items():
+            if mark not in shown:
+                raise self._hidden(dialogue, what)
+
+    def _hidden(self, dialogue: Dialogue, what: str) -> MalformedRecord:
+        return MalformedRecord(f"{dialogue.name} {what} must be shown by the model's chat template as it is")
+
+    def _plain(self, dialogue: Dialogue, places: list[int]) -> list[Piece]:
+        if dialogue.tools or any(message.extra.get("tool_calls") for message in dialogue.messages):
+            raise MalformedRecord(f"{dialogue.name} must hold no tools for a model without a chat template")
+        messages = enumerate(dialogue.messages[: places[-1] + 1])
+        return [Piece(m.content + (self._end.always if i in places else "\n"), i in places) for i, m in messages]
+
+    def _show(self, dialogue: Dialogue, count: int, generate: bool = False) -> str:
+        """The first `count` messages as the template shows them."""
+        try:
+            return self._render([plain_message(m) for m in dialogue.messages[:count]], generate, list(dialogue.tools))
+        except RecursionError:
+            raise MalformedRecord(f"{dialogue.name} must not nest tools or tool calls too deeply") from None
+        except Exception as error:  # a template raises what it likes
+            reason = " ".join(str(error).split())[:200]
+            raise MalformedRecord(
+                f"{dialogue.name} must suit the model's chat template, got: {reason or type(error).__name__}"
+            ) from None
+
+    def _render(self, messages: list[dict[str, Any]], generate: bool, tools: list[Any]) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=generate
+            )
+        )
+
+    def _ending(self) -> _Ending:
+        """Read off a made-up dialogue: what stands behind its answer at the end, and what of it when it goes on."""
+        asked = [{"role": "user", "content": PROBE_PROMPT}, {"role": "assistant", "content": PROBE_ANSWER}]
+        try:
+            last = self._render(asked, False, [])
+            goes_on = self._render([*asked, {"role": "user", "content": PROBE_REPLY}], False, [])
+        except Exception:  # a template for other dialogues than this one
+            last = goes_on = ""
+        if PROBE_ANSWER not in last or PROBE_ANSWER not in goes_on:
+            return _Ending(str(self._tokenizer.eos_token or ""), "")
+        behind, later = (text.rpartition(PROBE_ANSWER)[2] for text in (last, goes_on))
+        cut = self._whole_mark(behind, _shared(behind, later))
+        return _Ending(behind[:cut], behind[cut:])
+
+    def _whole_mark(self, text: str, cut: int) -> int:
+        """`cut`, or where the mark begins that it would cut in two: a special token, else text without a space."""
+        marks = [token for token in {*self._tokenizer.get_added_vocab(), *self._tokenizer.all_special_tokens} if token]
+        for mark in marks:
+            start = text.find(mark, max(0, cut - len(mark) + 1))
+            if 0 <= start < cut < start + len(mark):
+                return start
+        if cut == len(text) or any(text.startswith(mark, cut) for mark in marks):
+            return cut
+        word = text[:cut].split()[-1:] if cut and not text[cut - 1].isspace() and not text[cut].isspace() else []
+        return cut - sum(map(len, word))
+
+
+def plain_message(message: Message) -> dict[str, Any]:
+    """As a chat template takes it."""
+    return {"role": message.role, "content": message.content, **message.extra}
+
+
+def _shared(one: str, other: str) -> int:
+    """Length of the beginning that both have."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+
+
+def _escaped(message: Message) -> str:
+    """The content as it stands between the quotes of a JSON string."""
+    return json.dumps(message.content.strip(), ensure_ascii=False)[1:-1]
+
+
+def _marked(dialogue: Dialogue, place: int, marks: dict[str, str]) -> Dialogue:
+    """The dialogue up to `place` with a mark behind each part that must be shown; `marks` gets each mark's part.
+
+    The content of earlier answers has none: a template may leave out their reasoning.
+    """
+    messages = []
+    for index, message in enumerate(dialogue.messages[: place + 1]):
+        name, content, extra = f"messages[{index}]", message.content, dict(message.extra)
+        if content.strip() and (message.role != "assistant" or index == place):
+            content += _new_mark(marks, f"{name}.content")
+        if message.calls:
+            extra["tool_calls"] = [_marked_call(call, marks, f"{name}.tool_calls") for call in extra["tool_calls"]]
+        messages.append(replace(message, content=content, extra=extra))
+    return replace(
+        dialogue, messages=tuple(messages), tools=tuple(_marked_tool(tool, marks) for tool in dialogue.tools)
+    )
+
+
+def _marked_call(call: dict[str, Any], marks: dict[str, str], part: str) -> dict[str, Any]:
+    function = dict(call["function"])
+    name = function["name"]
+    function["name"] += _new_mark(marks, part)
+    if function["arguments"]:
+        mark = _new_mark(marks, part)
+        function["arguments"] = {**function["arguments"], mark: mark}
+    marked = {**call, "function": function}
+    if "id" in call:  # Kimi K2 shows a call's name only as a word of its id
+        marked["id"] = re.sub(rf"\b{re.escape(name)}\b", lambda _: function["name"], call["id"])
+    return marked
+
+
+def _marked_tool(tool: dict[str, Any], marks: dict[str, str]) -> dict[str, Any]:
+    function = tool.get("function", tool)
+    if not function.get("name"):
+        return tool
+    marked = {**function, "name": function["name"] + _new_mark(marks, "tools")}
+    return {**tool, "function": marked} if "function" in tool else marked
+
+
+def _new_mark(marks: dict[str, str], part: str) -> str:
+    mark = f"mark8341n{len(marks)}end"
+    marks[mark] = part
+    return mark

@@ -1,0 +1,121 @@
+"""From what a person asks to the ids that a model reads: a plain prompt, or messages through its chat template.
+
+What stands in a message is data: control tokens in it are text. To know which ones the template wrote itself, it is
+shown the messages once more with marks around theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.learning.records import Dialogue, parse_row
+from lab.settings import UserError
+from lab.text.chat import plain_message
+from lab.text.data_text import DataEncoder, Span, unused_letters
+from lab.text.marked_messages import Marks, control_of, marked, may_hold_control, taken_out, texts_of
+from lab.text.settings import TextSettings
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and only names are needed here
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, Any]]
+"""As chat templates take them."""
+
+
+def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, asked: TextSettings) -> list[int]:
+    """The ids of `prompt`, or of `project.messages`, as the model is to read them.
+
+    Raises:
+        UserError: nothing to read, or too much; messages that the model's chat template does not show; a file that
+            holds none.
+    """
+    if asked.messages is not None:
+        if prompt:
+            raise UserError("prompt must be empty where project.messages is given, got both")
+        _check_template(tokenizer, asked, "messages")
+        return chat_ids(tokenizer, read_messages(asked.messages), "project.messages")
+    if not prompt:
+        raise UserError("prompt must not be empty, got ''")
+    if asked.system is not None:
+        _check_template(tokenizer, asked, "system")
+        messages = [{"role": "system", "content": asked.system}, {"role": "user", "content": prompt}]
+        return chat_ids(tokenizer, messages, "project.system and prompt")
+    return prompt_ids(tokenizer, prompt, asked.chat, special_tokens=asked.special_tokens)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, *, special_tokens: bool = False
+) -> list[int]:
+    """The ids of a prompt: through the chat template when there is one and it is wanted.
+
+    `special_tokens` says whether control tokens in a prompt without a template are control tokens.
+    """
+    if chat and tokenizer.chat_template:
+        return chat_ids(tokenizer, [{"role": "user", "content": prompt}], "prompt")
+    if special_tokens:
+        return list(tokenizer(prompt)["input_ids"])
+    return DataEncoder(tokenizer).encode_data(prompt, add_special_tokens=True)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str) -> list[int]:
+    """The ids of messages as the chat template shows them, up to where the model goes on."""
+    encoder = DataEncoder(tokenizer)
+    text = _rendered(tokenizer, messages, whose)
+    data: list[Span] = []
+    if any(may_hold_control(said, encoder) for said in texts_of(messages)):
+        data = _data_spans(tokenizer, encoder, messages, text, whose)
+    return encoder.encode(text, data, add_special_tokens=False)
+
+
+def read_messages(file: str) -> Messages:
+    """The messages in a JSON file. UserError for a file that holds none, or whose last one is not the user's."""
+    try:
+        rows = json.loads(Path(file).expanduser().read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"project.messages must be a JSON file in UTF-8, got {file!r} ({reason})") from None
+    dialogue = parse_row({"messages": rows}, "project.messages")
+    assert isinstance(dialogue, Dialogue)
+    if dialogue.messages[-1].role not in ("user", "tool"):
+        raise UserError(
+            f"project.messages must end with what the model answers (role user), got {dialogue.messages[-1].role}"
+        )
+    return [plain_message(message) for message in dialogue.messages]
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, asked: TextSettings, name: str) -> None:
+    if not asked.chat:
+        raise UserError(f"project.chat must be true for project.{name}, got false")
+    if not tokenizer.chat_template:
+        raise UserError(f"project.{name} must be null for a model without a chat template")
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template raises what it likes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{whose} must suit the model's chat template, got: {reason}") from None
+
+
+def _data_spans(
+    tokenizer: PreTrainedTokenizerBase, encoder: DataEncoder, messages: Messages, text: str, whose: str
+) -> list[Span]:
+    """Where control tokens of messages, and not of the template, stand in the rendered text."""
+    marks = Marks(*unused_letters(3, text, json.dumps(messages, ensure_ascii=False)))
+    shown_marked = [marked(message, control_of(message, encoder), encoder, marks) for message in messages]
+    places, shown = taken_out(_rendered(tokenizer, shown_marked, whose), marks)
+    if shown != text:
+        raise UserError(
+            f"{whose} must hold no control tokens with this chat template, which shows a message otherwise with marks "
+            "around them"
+        )
+    begins, ends, _ = (places[mark] for mark in marks)
+    everywhere = set().union(*places.values())
+    return [
+        (start, end)
+        for start, end in encoder.data_spans(text)
+        if (start in begins and end in ends) or not everywhere.isdisjoint(range(start + 1, end))
+    ]

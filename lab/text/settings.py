@@ -1,0 +1,94 @@
+"""What is asked of a text: the settings that `speculative.drafter` and `split.infer` share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lab.settings import require
+from lab.text.words import check_bias, check_penalties
+
+FILL = -1
+"""`max_new_tokens`: as many as the context has room for."""
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024
+"""Characters of one stop string."""
+
+
+@dataclass(kw_only=True)
+class TextSettings:
+    """One text, from its prompt to its end. What a verifier, a shard or a benchmark reads of it is said there."""
+
+    max_new_tokens: int
+    """The text ends after so many new tokens; -1: it may fill the context."""
+    stop: Any  # OmegaConf 2.3 knows no union of a text and a list
+    """One text or a list of them: the text ends where one of them first stands in it, and what it ends with is not
+    part of it."""
+    temperature: float
+    """0 takes the target's best token."""
+    top_k: int
+    """Only the k best tokens can be drawn; 0: all."""
+    top_p: float
+    """Only the best tokens that together have this probability can be drawn; 1: all."""
+    min_p: float
+    """Only tokens that have at least this share of the best one's probability can be drawn; 0: all."""
+    repetition_penalty: float
+    """Logits of tokens that stand in the text, prompt included, are divided by this (multiplied where they are
+    negative), as in transformers; 1: off."""
+    presence_penalty: float
+    """Subtracted from the logits of tokens that were generated, as OpenAI and vLLM do; 0: off."""
+    frequency_penalty: float
+    """The same, times how often each was generated; 0: off."""
+    logit_bias: Any  # OmegaConf 2.3 lets no typed mapping be given on the command line
+    """Token ids, and what is added to their logits, from -100 to 100; null: nothing."""
+    bad_words: list[str]
+    """Texts that must not come, as their tokens with and without a space before them: the token that would complete one
+    is banned."""
+    chat: bool
+    """Put the prompt through the model's chat template when it has one."""
+    system: str | None
+    """What the model is told before the prompt, where its chat template has a place for that; null: nothing."""
+    messages: str | None
+    """A JSON file with a list of {"role": ..., "content": ...} in place of the prompt, the last one the user's; null:
+    `prompt` is the only one."""
+    special_tokens: bool
+    """Without a chat template: whether control tokens in a prompt, such as <|im_end|>, are control tokens. false: text,
+    as they always are in a message."""
+
+    def __post_init__(self) -> None:
+        counts = f"max_new_tokens must be in [1, 2**32), or {FILL} to fill the context"
+        require(1 <= self.max_new_tokens < 2**32 or self.max_new_tokens == FILL, counts, self.max_new_tokens)
+        heat = self.temperature
+        require(math.isfinite(heat) and heat >= 0, "temperature must be finite and at least 0", heat)
+        require(0 <= self.top_k < 2**32, "top_k must be in [0, 2**32)", self.top_k)
+        require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
+        require(0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p)
+        check_penalties(self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        check_bias(self.biases)
+        require(len(self.stops) <= MAX_STOPS, f"stop must hold at most {MAX_STOPS} texts", len(self.stops))
+        for text in self.stops:
+            rule = f"stop must hold texts of 1 to {MAX_STOP_LENGTH} characters"
+            require(1 <= len(text) <= MAX_STOP_LENGTH, rule, text)
+        for text in self.bad_words:
+            require(bool(text.strip()), "bad_words must hold texts with something in them", text)
+        both = self.system is not None and self.messages is not None
+        require(not both, "system must be null where messages holds the system's, too", self.system)
+
+    @property
+    def biases(self) -> list[tuple[int, float]]:
+        """Token ids with their biases."""
+        given = {} if self.logit_bias is None else self.logit_bias
+        rule = "logit_bias must be token ids with numbers, such as {5: -100}"
+        require(isinstance(given, dict), rule, given)
+        for token, bias in given.items():
+            require(type(token) is int and type(bias) in (int, float), rule, given)
+        return [(token, float(bias)) for token, bias in given.items()]
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        is_list = isinstance(given, list) and all(isinstance(text, str) for text in given)
+        require(is_list, "stop must be a text or a list of texts", given)
+        return given

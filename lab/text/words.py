@@ -1,0 +1,106 @@
+"""Words about what a text should hold: penalties for what stands in it, biases, and what must never come.
+
+They change the logits before a token is drawn, as a function of the text before it and of nothing else: a drafter and a
+target that hold the same text change them alike, so that a speculated text stays the target's own. In this order, as
+vLLM does it (docs.vllm.ai, v1/sample/sampler.py): banned tokens, bias, repetition, frequency, presence.
+
+Knows nothing about logits: `lab.engine.history` changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_TOKENS = 4096
+"""Of all bad words together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """What one text's logits are changed by. `Sampling.words` is None where nothing is."""
+
+    prompt_tokens: int
+    """Where the generated part of the text begins: presence and frequency count from there."""
+    repetition_penalty: float = 1.0
+    """A logit of a token that stands in the text, prompt included, is divided by this where it is positive, and
+    multiplied where it is negative: transformers' `repetition_penalty`, after CTRL (Keskar et al., arXiv 1909.05858,
+    section 4.1). 1 switches it off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that was generated (OpenAI, API reference, `presence_penalty`; as vLLM
+    does it). 0 switches it off."""
+    frequency_penalty: float = 0.0
+    """The same, times how often it was generated (OpenAI, `frequency_penalty`)."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their logits (OpenAI, `logit_bias`)."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that never come: the token that would complete one is banned, whoever wrote those before it
+    (transformers, `bad_words_ids`). Where every token of the vocabulary is banned, none is: a text has to go on."""
+
+    def __post_init__(self) -> None:
+        check_penalties(self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        check_bias(self.logit_bias)
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise ValueError("logit_bias must name each token once, got one twice")
+        if not all(self.bad_words):
+            raise ValueError("bad_words must have at least one token each, got one without")
+        tokens = sum(map(len, self.bad_words))
+        if len(self.bad_words) > MAX_BAD_WORDS or tokens > MAX_BAD_WORD_TOKENS:
+            raise ValueError(
+                f"bad_words must be at most {MAX_BAD_WORDS} of {MAX_BAD_WORD_TOKENS} tokens together, "
+                f"got {len(self.bad_words)} of {tokens}"
+            )
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is asked for."""
+        return self == Words(prompt_tokens=self.prompt_tokens)
+
+    @property
+    def _largest_id(self) -> int:
+        named = [token for token, _ in self.logit_bias] + [token for word in self.bad_words for token in word]
+        return max(named, default=-1)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what stands in the text matters to single tokens."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    def check_ids(self, vocabulary_size: int) -> None:
+        """ValueError for ids that a model does not have."""
+        if self._largest_id >= vocabulary_size:
+            raise ValueError(
+                f"logit_bias and bad_words must name ids in [0, {vocabulary_size}), got {self._largest_id}"
+            )
+
+    def within(self, vocabulary_size: int) -> Words:
+        """For a drafter whose vocabulary is shorter: without the ids that it cannot say."""
+        if self._largest_id < vocabulary_size:
+            return self
+        return replace(
+            self,
+            logit_bias=tuple(pair for pair in self.logit_bias if pair[0] < vocabulary_size),
+            bad_words=tuple(word for word in self.bad_words if max(word) < vocabulary_size),
+        )
+
+
+def check_penalties(repetition: float, presence: float, frequency: float) -> None:
+    """ValueErrors for what is out of range."""
+    if not 0.01 <= repetition <= 100:
+        raise ValueError(f"repetition_penalty must be in [0.01, 100], got {repetition}")
+    for name, value in (("presence_penalty", presence), ("frequency_penalty", frequency)):
+        if not -2 <= value <= 2:
+            raise ValueError(f"{name} must be in [-2, 2], got {value}")
+
+
+def check_bias(logit_bias: Sequence[tuple[int, float]]) -> None:
+    """ValueErrors for what is out of range."""
+    if len(logit_bias) > MAX_BIASES:
+        raise ValueError(f"logit_bias must be for at most {MAX_BIASES} tokens, got {len(logit_bias)}")
+    for token, bias in logit_bias:
+        if not 0 <= token < 2**31:
+            raise ValueError(f"logit_bias must name token ids in [0, 2^31), got {token}")
+        if not -100 <= bias <= 100:
+            raise ValueError(f"logit_bias must be in [-100, 100], got {bias} for token {token}")
