@@ -1,6 +1,6 @@
 """What does this hardware give me? `python run_matrix.py matrix=decode model=random`."""
 
-from lab.matrix.command import main
+from matrix.__main__ import main
 
 if __name__ == "__main__":
     main()

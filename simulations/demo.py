@@ -96,7 +96,7 @@ def show_split_training(settings: DemoSettings, folder: Path) -> dict[str, Any]:
 
 def show_matrix(settings: DemoSettings, folder: Path) -> dict[str, Any]:
     """matrix: what this machine gives, context window by batch size, a process a cell."""
-    figures = last_line("lab.matrix.command", settings.project.matrix, folder, settings)
+    figures = last_line("matrix", settings.project.matrix, folder, settings)
     log.info(
         "cells: %d done, %d failed, %d known from before; page: %s",
         figures["ok"] - figures["skipped"],

@@ -24,13 +24,13 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from lab.command.entry import compose_config, compose_settings
-from lab.matrix.drawing import draw, write_report
-from lab.matrix.grid import sort_words, without
-from lab.matrix.results import CellRun
-from lab.matrix.settings import MatrixSettings, SweepSettings
-from lab.matrix.supervisor import Job, Outcome
-from lab.matrix.sweep import SweepResult, run_sweep
 from lab.settings import digest
+from matrix.drawing import draw, write_report
+from matrix.grid import sort_words, without
+from matrix.results import CellRun
+from matrix.settings import MatrixSettings, SweepSettings
+from matrix.supervisor import Job, Outcome
+from matrix.sweep import SweepResult, run_sweep
 
 AXES: dict[str, list[str]] = {
     "seed": ["0", "1", "'1'", "+1", "7"],
@@ -171,9 +171,9 @@ def compare_pairs(count: int, pictures_every: int = 0) -> Report:
             report.first_wrong = repr(pair)
 
     with (
-        patch("lab.matrix.grid.compose_config", _compose),
-        patch("lab.matrix.sweep._job", _instant_job),
-        patch("lab.matrix.sweep.sources_digest", lambda packages: "0" * 16),  # someone may edit them meanwhile
+        patch("matrix.grid.compose_config", _compose),
+        patch("matrix.sweep._job", _instant_job),
+        patch("matrix.sweep.sources_digest", lambda packages: "0" * 16),  # someone may edit them meanwhile
     ):
         compare()
     return report
@@ -229,12 +229,12 @@ def _sweep(asked: Asked, results: Path, folder: Path, *, real_pictures: bool) ->
         _settings().matrix, results=str(results), repeats=asked.repeats, time_limit_seconds=asked.time_limit_seconds,
         memory_limit_gib=asked.memory_limit_gib,
     )  # fmt: skip
-    with patch("lab.matrix.sweep.open_launcher", lambda _: InstantLauncher(asked.ends_after)):
+    with patch("matrix.sweep.open_launcher", lambda _: InstantLauncher(asked.ends_after)):
         result = run_sweep(replace(_settings(), matrix=matrix), words, folder)
     figures = write_report(result.document, folder, None)
     if real_pictures:
         return result, figures | draw(result.document, folder, matrix, None)
-    with patch("lab.matrix.plots._picture", _no_picture), patch("lab.matrix.plots._save", _save_no_picture):
+    with patch("matrix.plots._picture", _no_picture), patch("matrix.plots._save", _save_no_picture):
         return result, figures | draw(result.document, folder, matrix, None)
 
 

@@ -15,9 +15,9 @@ from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
 from lab.decode_settings import DecodeSettings
 from lab.doctor import DoctorSettings
-from lab.matrix.settings import MatrixSettings
 from lab.models.sources import random_config
 from lab.settings import LabSettings, ModelSource
+from matrix.settings import MatrixSettings
 from simulations.bench_settings import BenchSettings
 from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lab.command.entry import compose_settings, literal_prompt
-from lab.matrix.grid import make_cells, sort_words
-from lab.matrix.settings import MatrixSettings
+from matrix.grid import make_cells, sort_words
+from matrix.settings import MatrixSettings
 from simulations import fed_sim
 from simulations.bench_settings import BenchSettings
 from simulations.link_settings import LinkRunSettings

@@ -12,9 +12,9 @@ import pytest
 
 from fl.settings import FederatedSettings
 from lab.command.entry import Run, compose_settings
-from lab.matrix.grid import make_cells, sort_words
-from lab.matrix.settings import MatrixSettings
 from lab.settings import UserError
+from matrix.grid import make_cells, sort_words
+from matrix.settings import MatrixSettings
 from simulations import demo
 from simulations.demo_settings import DemoSettings
 from speculative.settings import SpeculativeSettings

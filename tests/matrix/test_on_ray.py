@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from lab.matrix.on_ray import check_answers
 from lab.settings import UserError
-from tests.lab.matrix.sweeps import command, environment, started, sweep_here
+from matrix.on_ray import check_answers
+from tests.matrix.sweeps import command, environment, started, sweep_here
 
 DEADLINE = 120.0
 AXES: dict[str, list[Any]] = {"prompt": ["ok", "slow"], "model.seed": [1, 2]}

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lab.matrix import plots
-from lab.matrix.fitting import told_apart
-from lab.matrix.table import Table
 from lab.settings import UserError
+from matrix import plots
+from matrix.fitting import told_apart
+from matrix.table import Table
 
 mpl.use("Agg")
 

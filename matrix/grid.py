@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from lab.command.entry import compose_config, literal_prompt
 from lab.command.explain import explain
 from lab.command.overrides import override, quoted
-from lab.matrix.settings import SweepSettings
 from lab.settings import UserError, check_rules, digest
+from matrix.settings import SweepSettings
 
 log = logging.getLogger(__name__)
 

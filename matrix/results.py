@@ -17,10 +17,10 @@ from typing import Any
 
 from lab.environment import describe_environment
 from lab.files import write_whole
-from lab.matrix.grid import Cell
-from lab.matrix.settings import SweepSettings
-from lab.matrix.supervisor import Outcome
 from lab.tracking import finite
+from matrix.grid import Cell
+from matrix.settings import SweepSettings
+from matrix.supervisor import Outcome
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from lab.bench import Sample
 from lab.figures import number
-from lab.matrix.fitting import fit_cells, fit_ticks, lines_of, name_across, shortened, told_apart
-from lab.matrix.grid import identity
-from lab.matrix.table import Metric, Row, Table, in_words
+from matrix.fitting import fit_cells, fit_ticks, lines_of, name_across, shortened, told_apart
+from matrix.grid import identity
+from matrix.table import Metric, Row, Table, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

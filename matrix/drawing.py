@@ -11,11 +11,11 @@ from typing import Any
 
 from lab.figures import number
 from lab.files import write_whole
-from lab.matrix.plots import Drawn, draw_sweep
-from lab.matrix.settings import SweepSettings
-from lab.matrix.table import Metric, Row, Table, in_words
 from lab.page import Section, write_page
 from lab.settings import UserError
+from matrix.plots import Drawn, draw_sweep
+from matrix.settings import SweepSettings
+from matrix.table import Metric, Row, Table, in_words
 
 Document = Mapping[str, Any]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from lab.command import entry
 from lab.files import require_writable
-from lab.matrix.grid import Words, sort_words
-from lab.matrix.settings import MatrixSettings
 from lab.settings import UserError
+from matrix.grid import Words, sort_words
+from matrix.settings import MatrixSettings
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ def main() -> None:
 def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> dict[str, Any]:
     """The figures of the last line."""
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
-    from lab.matrix.drawing import draw, load_sweep, write_report
-    from lab.matrix.sweep import run_sweep
+    from matrix.drawing import draw, load_sweep, write_report
+    from matrix.sweep import run_sweep
 
     sweep = settings.matrix
     other = load_sweep("matrix.compare", sweep.compare) if sweep.compare else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.matrix.grid import look_up
+from matrix.grid import look_up
 
 
 class Contents:

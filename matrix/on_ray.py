@@ -12,10 +12,10 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from lab.command.ray_signals import ray_leaves_signals_alone
-from lab.matrix.launching import run_job
-from lab.matrix.settings import SweepSettings
-from lab.matrix.supervisor import Job, Outcome
 from lab.settings import UserError
+from matrix.launching import run_job
+from matrix.settings import SweepSettings
+from matrix.supervisor import Job, Outcome
 
 log = logging.getLogger(__name__)
 

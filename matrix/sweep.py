@@ -1,6 +1,6 @@
 """One sweep: which runs are missing, in which order they go, what is kept of each.
 
-Interrupted, it goes on where it was; of two at once each uses what the other does (`lab.matrix.claims`). Runs of a cell
+Interrupted, it goes on where it was; of two at once each uses what the other does (`matrix.claims`). Runs of a cell
 are interleaved with those of the others (A, B, ..., A, B, ...), so that a machine that drifts disturbs all alike.
 """
 
@@ -21,16 +21,16 @@ from lab.command.overrides import override
 from lab.device import choose_device, hardware, open_device
 from lab.environment import commit
 from lab.files import require_writable
-from lab.matrix.claims import Claims
-from lab.matrix.contents import Contents
-from lab.matrix.grid import QUIET, Cell, Words, make_cells
-from lab.matrix.launching import open_launcher
-from lab.matrix.results import CellRun, Record, Result, outgrown
-from lab.matrix.settings import MatrixSettings, SweepSettings
-from lab.matrix.sources import sources_digest
-from lab.matrix.supervisor import Job, Outcome
 from lab.settings import DeviceName, DeviceSettings, TrackingSettings, UserError, to_plain
 from lab.tracking import Tracker, progress
+from matrix.claims import Claims
+from matrix.contents import Contents
+from matrix.grid import QUIET, Cell, Words, make_cells
+from matrix.launching import open_launcher
+from matrix.results import CellRun, Record, Result, outgrown
+from matrix.settings import MatrixSettings, SweepSettings
+from matrix.sources import sources_digest
+from matrix.supervisor import Job, Outcome
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """One command as a fresh process, watched from outside: its time, its memory, how it ended.
 
-A process of its own (`python -m lab.matrix.supervisor`), so that it survives whoever asked for the cell just long
+A process of its own (`python -m matrix.supervisor`), so that it survives whoever asked for the cell just long
 enough to end what that one had started: the job comes as one JSON line on stdin, and when stdin ends, however that
 came, the command is killed with everything below it. The outcome is one JSON line on stdout. Light: no torch, no Hydra.
 """

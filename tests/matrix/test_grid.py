@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from lab.command.entry import compose_settings
-from lab.matrix.grid import Cell, as_word, look_up, make_cells, sort_words
-from lab.matrix.settings import MatrixSettings, SweepSettings
-from lab.matrix.sources import sources_digest
-from lab.matrix.sweep import plan
 from lab.settings import UserError
+from matrix.grid import Cell, as_word, look_up, make_cells, sort_words
+from matrix.settings import MatrixSettings, SweepSettings
+from matrix.sources import sources_digest
+from matrix.sweep import plan
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 ONE = ("project.context=128", "project.sessions=1")
@@ -167,7 +167,7 @@ def test_a_changed_value_changes_the_cells_that_have_it(monkeypatch: pytest.Monk
     assert set(wider[2:]).isdisjoint(before)
     assert set(signatures(*TWO, "seed=1")).isdisjoint(before)
     with monkeypatch.context() as patch:
-        patch.setattr("lab.matrix.sweep.hardware", lambda device: "a GPU")
+        patch.setattr("matrix.sweep.hardware", lambda device: "a GPU")
         assert set(signatures(*TWO)).isdisjoint(before)
 
 

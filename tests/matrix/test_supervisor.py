@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab.matrix.launching import LocalLauncher, Supervised, run_job
-from lab.matrix.supervisor import Job
+from matrix.launching import LocalLauncher, Supervised, run_job
+from matrix.supervisor import Job
 
 FAKE = Path(__file__).with_name("fake_cell.py")
 
@@ -112,7 +112,7 @@ def test_a_supervisor_that_is_left_alone_ends_its_cell(
 def test_whoever_asked_may_be_killed(tmp_path: Path) -> None:
     """The one that holds the supervisor's stdin dies by SIGKILL, and cleans nothing up."""
     asker = (
-        "import json, sys; from lab.matrix.launching import run_job; from lab.matrix.supervisor import Job;"
+        "import json, sys; from matrix.launching import run_job; from matrix.supervisor import Job;"
         "run_job(Job(**json.loads(sys.argv[1])))"
     )
     environment = os.environ | {"FAKE_LOG": str(tmp_path / "log")}

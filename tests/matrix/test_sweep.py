@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from lab.matrix.results import Result
-from lab.matrix.sweep import seconds_left
 from lab.tracking import Wandb
-from tests.lab.matrix.sweeps import command, environment, started, sweep_here
+from matrix.results import Result
+from matrix.sweep import seconds_left
+from tests.matrix.sweeps import command, environment, started, sweep_here
 
 SIZES: dict[str, list[Any]] = {"model.seed": [1, 2, 3]}
 
@@ -109,7 +109,7 @@ def test_weights_and_biases_changes_no_result(tmp_path: Path, monkeypatch: pytes
         return speeds(sweep_here(tmp_path / name, SIZES, *offline).document["results"])
 
     offline = ("tracking.wandb=offline",)
-    monkeypatch.setattr("tests.lab.matrix.sweeps.TRACKING", ())
+    monkeypatch.setattr("tests.matrix.sweeps.TRACKING", ())
     assert swept("recorded", Recording) == swept("failing", FailingWandb) == [100.0, 200.0, 300.0]
     assert [(group, row["speed"], row["status"]) for group, row in told] == [
         ("matrix-fake-sweep", speed, "ok") for speed in (100.0, 200.0, 300.0)

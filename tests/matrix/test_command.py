@@ -12,12 +12,12 @@ from typing import Any
 import psutil
 import pytest
 
-from lab.matrix.command import main
-from lab.matrix.results import CellRun
-from lab.matrix.supervisor import Outcome
+from matrix.__main__ import main
+from matrix.results import CellRun
+from matrix.supervisor import Outcome
 from tests.in_process import exit_code
-from tests.lab.matrix.sweeps import command, environment, started, sweep_as_command, words_of
-from tests.lab.matrix.test_sweep import wait_for_results
+from tests.matrix.sweeps import command, environment, started, sweep_as_command, words_of
+from tests.matrix.test_sweep import wait_for_results
 
 MIB = 1 / 1024
 WAYS: dict[str, list[Any]] = {"prompt": ["ok", "memory", "hang", "crash"], "seed": [0, 1]}
@@ -52,7 +52,7 @@ def test_failures_are_results(swept: tuple[Path, dict[str, Any]]) -> None:
     page = Path(last["report"]).read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "RuntimeError: boom at 2" in page
-    assert "python -m tests.lab.matrix.fake_cell model.seed=2 prompt=hang seed=1" in page
+    assert "python -m tests.matrix.fake_cell model.seed=2 prompt=hang seed=1" in page
     assert "python run_matrix.py" in page
     assert len(started(folder)) == 8
 
@@ -114,7 +114,7 @@ def test_whatever_ends_a_sweep_the_report_is_there(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(CellRun, "keep", keep_once)
-    monkeypatch.setattr("lab.matrix.plots._picture", lambda *_: 1 / 0)
+    monkeypatch.setattr("matrix.plots._picture", lambda *_: 1 / 0)
     words = words_of(tmp_path, {"model.seed": [1, 2, 3]}, f"hydra.run.dir={tmp_path}/sweep")
     assert exit_code(main, *words) == 1
     last = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -13,14 +13,14 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lab.matrix.claims import Claims
-from lab.matrix.grid import Cell
-from lab.matrix.results import CellRun
-from lab.matrix.supervisor import Job, Outcome
-from lab.matrix.sweep import SweepResult, _job
 from lab.settings import UserError
-from tests.lab.matrix.sweeps import command, environment, started, sweep_here
-from tests.lab.matrix.test_grid import sweep_settings
+from matrix.claims import Claims
+from matrix.grid import Cell
+from matrix.results import CellRun
+from matrix.supervisor import Job, Outcome
+from matrix.sweep import SweepResult, _job
+from tests.matrix.sweeps import command, environment, started, sweep_here
+from tests.matrix.test_grid import sweep_settings
 from tests.sweep_pairs import compare_pairs
 
 PAIRS = 12
@@ -58,7 +58,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
             peak_rss_bytes=1, host="here", limit=limit,
         )  # fmt: skip
 
-    monkeypatch.setattr("lab.matrix.sweep.open_launcher", lambda _: Instant())
+    monkeypatch.setattr("matrix.sweep.open_launcher", lambda _: Instant())
     return asked
 
 

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import psutil
 
-from lab.matrix.settings import Launcher, SweepSettings
-from lab.matrix.supervisor import Job, Outcome
+from matrix.settings import Launcher, SweepSettings
+from matrix.supervisor import Job, Outcome
 
 
 class Supervised:
@@ -24,7 +24,7 @@ class Supervised:
 
     def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lab.matrix.supervisor"],
+            [sys.executable, "-m", "matrix.supervisor"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -123,6 +123,6 @@ def open_launcher(settings: SweepSettings) -> CellLauncher:
     """The launcher that `settings` name. UserError where a Ray cluster does not answer."""
     if settings.launcher is Launcher.local:
         return LocalLauncher(places(settings))
-    from lab.matrix.on_ray import RayLauncher
+    from matrix.on_ray import RayLauncher
 
     return RayLauncher(settings)

@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from lab.bench import Sample
-from lab.matrix.grid import identity, look_up
-from lab.matrix.results import Result
 from lab.settings import UserError
+from matrix.grid import identity, look_up
+from matrix.results import Result
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from lab.command.entry import compose_settings
-from lab.matrix.grid import sort_words
-from lab.matrix.settings import MatrixSettings
-from lab.matrix.sweep import SweepResult, run_sweep
+from matrix.grid import sort_words
+from matrix.settings import MatrixSettings
+from matrix.sweep import SweepResult, run_sweep
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 SPEED = {"figure": "figures.speed", "title": "speed", "unit": "m/s", "scale": 1.0, "better": "higher"}
 TRACKING = ("tracking=none",)
 LOSS = {"figure": "figures.loss.end", "title": "loss", "unit": "nats", "scale": 1.0, "better": "lower"}
@@ -27,7 +27,7 @@ def preset(folder: Path, axes: dict[str, list[Any]], **more: Any) -> str:
     (folder / "conf" / "matrix").mkdir(parents=True, exist_ok=True)
     content = {
         "name": "fake",
-        "command": "tests.lab.matrix.fake_cell",
+        "command": "tests.matrix.fake_cell",
         "config": "doctor",
         "axes": axes,
         "metrics": [SPEED, LOSS],
