@@ -23,9 +23,9 @@ from lab.command.processes import listening, own_words
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.tracking import Tracker
-from speculative.drafting import TextRefused
+from speculative.drafter.loop import TextRefused
+from speculative.drafter.session import draft
 from speculative.settings import SpeculativeSettings
-from speculative.speaking import draft
 
 START_SECONDS = 300.0
 WARM_UP_TOKENS = 8

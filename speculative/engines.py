@@ -21,8 +21,8 @@ from lab.models.fingerprints import weights_fingerprints
 from lab.models.layers import load_layers, load_proved
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import ModelSettings, UserError
-from speculative.draft_model import draft_model
-from speculative.drafts import (
+from speculative.drafter.draft_model import draft_model
+from speculative.drafter.sources import (
     Drafts,
     EngineDrafts,
     NgramDrafts,

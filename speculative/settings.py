@@ -8,7 +8,7 @@ from enum import Enum
 from lab.engine.kinds import EngineKind
 from lab.settings import Dtype, LabSettings, register_project, require
 from lab.text.settings import TextSettings
-from speculative.bench_settings import BenchSettings
+from speculative.bench.settings import BenchSettings
 
 MAX_DRAFT_LENGTH = 64
 """Guesses that one DRAFT can carry, part of the protocol; a verifier's own limit is `project.max_draft_length`."""

@@ -260,8 +260,8 @@ def commands_that_end(folder: Path) -> list[Command]:
     import lab.doctor
     import simulations.fed_sim
     import simulations.link
-    import speculative.drafter
-    import speculative.verifier
+    import speculative.drafter.__main__
+    import speculative.verifier.__main__
     import split.infer
     import split.learn
     import split.merge

@@ -40,7 +40,6 @@ from tests.folder_fuzz import fuzz_folders
 from tests.lab.models import adapters
 from tests.role_kills import kill_roles
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
-from tests.speculative.crowd import crowd
 from tests.speculative.identity import (
     Compared,
     compare_everything,
@@ -50,10 +49,11 @@ from tests.speculative.identity import (
 )
 from tests.speculative.kills import DELAY_SECONDS, KINDS
 from tests.speculative.kills import kill_at_random as kill_drafting
-from tests.speculative.leavers import leave_at_random
-from tests.speculative.misuse import LARGEST_GROWTH_BYTES as LARGEST_MISUSE_GROWTH_BYTES
-from tests.speculative.misuse import misuse
 from tests.speculative.processes import RANDOM, verifier
+from tests.speculative.verifier.crowd import crowd
+from tests.speculative.verifier.leavers import leave_at_random
+from tests.speculative.verifier.misuse import LARGEST_GROWTH_BYTES as LARGEST_MISUSE_GROWTH_BYTES
+from tests.speculative.verifier.misuse import misuse
 from tests.split import crowd_processes, hostile, kills, texts
 from tests.split.chains import saved_model
 from tests.split.training_kills import kill_while_training

@@ -26,13 +26,13 @@ from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_model, load_tokenizer_only
 from lab.text.prompts import prompt_ids
-from speculative.drafting import Flip, OwnText
-from speculative.drafts import Drafts, RecordedDrafts
+from speculative.drafter.loop import Flip, OwnText
+from speculative.drafter.sources import Drafts, RecordedDrafts
 from speculative.engines import open_drafts
 from speculative.messages import Reason
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
-from speculative.text import Ended, TextRequest, Verdict
-from speculative.verifying import Verifier
+from speculative.verifier.scheduler import Verifier
+from speculative.verifier.sequence import Ended, TextRequest, Verdict
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import (
     TERMS,

@@ -13,12 +13,12 @@ import torch
 
 from lab.engine.base import Engine, LocalEngine
 from lab.engine.sampling import Sampling
-from speculative.drafting import Flip, Round, speculate
-from speculative.drafts import Drafts
-from speculative.forward_thread import Call, ForwardThread
+from speculative.drafter.loop import Flip, Round, speculate
+from speculative.drafter.sources import Drafts
 from speculative.settings import Mode
-from speculative.text import Ended, Outcome, Text, TextRequest
-from speculative.verifying import Terms, Verifier
+from speculative.verifier.forward_thread import Call, ForwardThread
+from speculative.verifier.scheduler import Terms, Verifier
+from speculative.verifier.sequence import Ended, Outcome, Text, TextRequest
 
 DEADLINE_SECONDS = 60.0
 TERMS = Terms(

@@ -22,12 +22,12 @@ from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings, OneWay
 from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
 from lab.text.prompts import prompt_ids
-from speculative.drafting import Target, speculate
+from speculative.drafter.joining import join
+from speculative.drafter.loop import Target, speculate
+from speculative.drafter.target import RemoteTarget
 from speculative.engines import open_drafts
-from speculative.joining import join
-from speculative.remote_target import RemoteTarget
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.text import TextRequest, until_end
+from speculative.verifier.sequence import TextRequest, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.processes import RANDOM, Role, drafted, drafter_process, verifier

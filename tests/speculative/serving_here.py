@@ -18,10 +18,10 @@ from lab.network import make_endpoint
 from lab.tracking import Tracker
 from lab.wire import Endpoint, FrameSocket
 from speculative.engines import open_target
-from speculative.front import TOKENIZER
 from speculative.messages import PROTOCOL, TABLE
-from speculative.serving import Served, serve
 from speculative.settings import SpeculativeSettings
+from speculative.verifier.connections import TOKENIZER
+from speculative.verifier.server import Served, serve
 from speculative.vocabulary import fingerprint, token_texts
 
 Wrap = Callable[[Engine, asyncio.AbstractEventLoop], Engine]

@@ -12,8 +12,8 @@ from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.text.prompts import prompt_ids
-from speculative.drafting import Flip
-from speculative.drafts import EngineDrafts, RandomDrafts
+from speculative.drafter.loop import Flip
+from speculative.drafter.sources import EngineDrafts, RandomDrafts
 from speculative.engines import open_target
 from speculative.settings import SpeculativeSettings
 from tests.random_models import VOCABULARY, random_model

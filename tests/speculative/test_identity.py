@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from lab.engine.base import Request, Session, TargetStep
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
-from speculative import text, verifying
 from speculative.settings import Mode
+from speculative.verifier.__main__ import scheduler as verifying
+from speculative.verifier.__main__ import sequence as text
 from tests.random_models import ARCHITECTURES, random_model
 from tests.speculative.identity import (
     SAMPLINGS,

@@ -8,9 +8,9 @@ import pytest
 from lab.engine.base import SyntheticEngine
 from lab.engine.sampling import Sampling
 from lab.wire import encode, pack_tokens
-from speculative.drafts import EngineDrafts
+from speculative.bench.rig import text_bytes
+from speculative.drafter.sources import EngineDrafts
 from speculative.messages import TABLE, Close, Draft, MessageType, Open, Reason, Verdict
-from speculative.rig import text_bytes
 from speculative.settings import Mode
 from tests.speculative.in_process import InProcess, bench, request, speculated
 

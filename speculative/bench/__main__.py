@@ -1,0 +1,116 @@
+"""What speculation over a link gives, beside its formulas and beside the target alone.
+
+    python -m speculative.bench project.bench.engine=synthetic
+    python -m speculative.bench project.bench.engine=real project.draft.source=ngram
+
+Verifier and links are processes of their own, the drafter is this one (`speculative.bench.rig`): on Linux the verifier has
+one core, drafter and links the other, and every process computes with one thread. What is compared is measured in one
+run, in turn, and compared by ratios of the same turn; `n` readings, median with the smallest and the largest. `target`
+says what a row must show, `holds` whether it does.
+
+Engine synthetic: passes take the times of `project.synthetic`, and guesses are right as often as it says, so that a
+figure shows the loops and not the models.
+
+    loops       the target alone, the synchronous loop and the asynchronous one at every delay. `over_optimum`: speed
+                over that of the best policy for the measured acceptance, in a simulation of this text, guess by guess.
+                `formula_over_measured`: what the formula gives for the very rounds of a text over what they took.
+    lengths     automatic draft length against fixed ones
+    near        no delay and low acceptance, where the synchronous loop is at its best
+    useless     a drafter that is never right
+    neighbours  token times of three clients beside a fourth that is like them, stalled, or hostile
+    frame       one frame there and back over as many raw bytes
+    busy        a picture of who was busy when
+
+Engine real: `model` as the target, `project.draft` guesses.
+
+    sources     prompt lookup and the target's first layers as drafters, on every text, without a delay
+    texts       every text at every delay: alone (B0), sync (B2), async (B3), and transformers' own assisted generation
+                with the same drafter on the target's machine (B1), which knows no delay
+    crowd       several prompt-lookup drafters on one verifier, all their tokens together, over the same texts one after
+                the other, prompts included: all with the same text, and with all texts in turn
+
+Bytes are all that went over the connection while the text was made, both directions, headers and heartbeats included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lab.bench import missed, write_report
+from lab.command import entry
+from lab.environment import commit
+from lab.settings import UserError
+from lab.tracking import Tracker
+from speculative.bench.__main__ import clients as bench_clients
+from speculative.bench.__main__ import loops as benching
+from speculative.bench.__main__ import plots
+from speculative.bench.rig import Rig, for_engine
+from speculative.bench.rows import Row
+from speculative.bench.settings import BenchEngine, BenchPart
+from speculative.settings import SpeculativeSettings
+
+PARTS: dict[BenchEngine, dict[BenchPart, Callable[[Rig], list[Row]]]] = {
+    BenchEngine.synthetic: {
+        BenchPart.loops: benching.loops,
+        BenchPart.lengths: benching.lengths,
+        BenchPart.near: benching.near,
+        BenchPart.useless: benching.useless,
+        BenchPart.neighbours: bench_clients.neighbours,
+        BenchPart.frame: benching.frame,
+        BenchPart.busy: benching.busy,
+    },
+    BenchEngine.real: {
+        BenchPart.sources: benching.sources,
+        BenchPart.texts: benching.texts,
+        BenchPart.crowd: bench_clients.crowd,
+    },
+}
+
+
+def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
+    """Measures every part; the rows are the result."""
+    settings = for_engine(settings)
+    bench = settings.project.bench
+    known = PARTS[bench.engine]
+    if unknown := [part.name for part in bench.parts if part not in known]:
+        names = ", ".join(part.name for part in known)
+        raise UserError(f"project.bench.parts must be of {names} for engine={bench.engine.name}, got {unknown}")
+    rows: list[Row] = []
+    place.so_far = lambda: {"rows": rows}
+    with Tracker(settings, "speculative-bench", place.folder) as tracker, Rig(settings, place.folder) as rig:
+        for part in bench.parts or known:
+            for row in known[part](rig):
+                tracker.log(len(rows), **row)
+                rows.append(row)
+        path = place.folder / f"speculative-{bench.engine.name}-{commit() or 'unknown'}.json"
+        document = write_report(path, "speculative", rows)
+        pictures = draw(place.folder, document["rows"])
+        tracker.result({"rows": len(rows)})
+    return {
+        "benchmark": "speculative",
+        "report": path,
+        "pictures": pictures,
+        "missed": missed(rows),
+        "rows": document["rows"],
+    }
+
+
+def draw(folder: Path, rows: list[Row]) -> list[Path]:
+    """The pictures that the rows have figures for."""
+    pictures = [folder / "busy.png"] if (folder / "busy.png").exists() else []
+    if loops := [row for row in rows if row["part"] == "loops"]:
+        pictures.append(plots.draw_speedups(folder / "speedup.png", loops, "measured (points), predicted (dashed)"))
+    if texts := [row for row in rows if row["part"] == "texts"]:
+        pictures.append(plots.draw_texts(folder / "texts.png", texts))
+    return pictures
+
+
+def main() -> None:
+    """Composes `conf/spec_decoding.yaml` and measures."""
+    entry.main("spec_decoding", SpeculativeSettings, run)
+
+
+if __name__ == "__main__":
+    main()

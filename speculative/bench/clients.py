@@ -1,0 +1,210 @@
+"""The parts of the benchmark where clients are beside each other, or where one is gone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.synchronize import Event
+from typing import Any
+
+from lab.bench import Sample, judged, pinned, ratio
+from lab.command.processes import start
+from lab.engine.sampling import Sampling
+from lab.wire import WireError
+from speculative.bench.rig import DRAFTER_CORE, Case, Rig
+from speculative.bench.rows import ASYNC, Row, plain_row, row_name, synthetic_case
+from speculative.drafter.joining import join
+from speculative.drafter.loop import TargetLost
+from speculative.drafter.session import make_request
+from speculative.drafter.tally import Tally
+from speculative.drafter.target import RemoteTarget
+from speculative.settings import DraftSource, SpeculativeSettings
+
+LEAST_OVER_ONE = 2.5
+MOST_MEDIAN, MOST_P99 = 1.05, 1.25
+FLOOD_FRAMES_PER_SECOND = 5000.0
+FLOOD_START_SECONDS = 60.0
+"""For the process of the hostile client to be there."""
+
+
+def neighbours(rig: Rig) -> list[Row]:
+    """Three clients beside a fourth that is like them, that is stalled, and that floods the verifier with frames."""
+    fourths: dict[str, Callable[[Rig], Any]] = {
+        "like them": _calm,
+        "like them, again": _calm,
+        "stalled": _stalled,
+        "hostile": _hostile,
+    }
+    times = {name: _token_seconds_beside(rig, fourth) for name, fourth in fourths.items()}
+    base = sorted(times["like them"])
+    rows = []
+    for name, seconds in times.items():
+        row: Row = {
+            "part": "neighbours",
+            "mode": ASYNC.name,
+            "drafter": DraftSource.synthetic,
+            "rtt_seconds": min(rig.settings.project.bench.rtt_seconds),
+            "fourth": name,
+            "median_over_calm": statistics.median(seconds) / statistics.median(base),
+            "p99_over_calm": _p99(seconds) / _p99(base),
+            "ms_per_token_p50": statistics.median(seconds) * 1000,
+            "ms_per_token_p99": _p99(seconds) * 1000,
+            "n": len(seconds),
+        }
+        if fourths[name] is not _calm:
+            ok = row["median_over_calm"] <= MOST_MEDIAN and row["p99_over_calm"] <= MOST_P99
+            row = judged(
+                f"fourth client {name}",
+                row,
+                f"median_over_calm at most {MOST_MEDIAN}, p99_over_calm at most {MOST_P99}",
+                ok,
+            )
+        rows.append(row)
+    return rows
+
+
+def crowd(rig: Rig) -> list[Row]:
+    """Many prompt-lookup drafters on one verifier, in one process, beside the same texts one after the other: all with
+    the same text, and with all texts in turn."""
+    bench = rig.settings.project.bench
+    rtt = min(bench.rtt_seconds)
+    prompts = {text.name: [text.prompt] for text in bench.chosen_texts}
+    if len(prompts) > 1:
+        prompts["all"] = [text.prompt for text in bench.chosen_texts]
+    rows = []
+    for name, own in prompts.items():
+        case = Case(mode=ASYNC, rtt_seconds=rtt, source=DraftSource.ngram, new_tokens=bench.crowd_tokens)
+        cases = [replace(case, prompt=own[number % len(own)]) for number in range(bench.crowd)]
+        speeds: dict[int, list[float]] = {1: [], bench.crowd: []}
+        for _ in range(bench.repeats):
+            speeds[1].append(_one_after_the_other(rig, cases))
+            speeds[bench.crowd].append(_together(rig, cases))
+        for count, tokens_per_second in speeds.items():
+            row = plain_row(rig, "crowd", case) | {
+                "text": name,
+                "drafters": count,
+                "tokens_per_second": Sample.of(tokens_per_second),
+                "over_one": ratio(tokens_per_second, speeds[1]),
+                "n": bench.repeats,
+            }
+            if count > 1:
+                ok = row["over_one"].median >= LEAST_OVER_ONE
+                row = judged(row_name(row), row, f"over_one at least {LEAST_OVER_ONE}", ok)
+            rows.append(row)
+    return rows
+
+
+def _token_seconds_beside(rig: Rig, fourth: Callable[[Rig], Any]) -> list[float]:
+    """Seconds per token of three clients while a fourth does what it does."""
+    with fourth(rig):
+        tallies = _speak_together(rig, [_neighbour(rig)] * 3)
+    return [seconds for tally in tallies for seconds in _token_seconds(tally)]
+
+
+def _neighbour(rig: Rig) -> Case:
+    bench = rig.settings.project.bench
+    return replace(synthetic_case(rig, ASYNC, min(bench.rtt_seconds), "auto"), new_tokens=bench.neighbour_tokens)
+
+
+def _token_seconds(tally: Tally) -> list[float]:
+    """The n tokens of a round took 1/n of the time since the round before, each; without the first, the prompt's."""
+    rows = list(tally.rows())[1:]
+    return [row["round_seconds"] / row["round_tokens"] for row in rows for _ in range(row["round_tokens"])]
+
+
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[int(0.99 * (len(values) - 1))]
+
+
+def _one_after_the_other(rig: Rig, cases: Sequence[Case]) -> float:
+    """Tokens per second of several texts in turn; one that comes twice is measured once, and counts twice."""
+    figures = {case: rig.speak(case).figures for case in dict.fromkeys(cases)}
+    tokens = sum(figures[case]["new_tokens"] for case in cases)
+    return float(tokens / sum(figures[case]["generation_seconds"] for case in cases))
+
+
+def _together(rig: Rig, cases: Sequence[Case]) -> float:
+    """Tokens per second of several texts at once, all of them together."""
+    began = time.perf_counter()
+    tallies = _speak_together(rig, cases)
+    return sum(len(tally.token_ids) for tally in tallies) / (time.perf_counter() - began)
+
+
+def _speak_together(rig: Rig, cases: Sequence[Case]) -> list[Tally]:
+    """Several texts at once, each over a connection and in a thread of its own."""
+    with ExitStack() as stack:
+        targets = [stack.enter_context(rig.join(case.rtt_seconds)) for case in cases]
+        with ThreadPoolExecutor(len(cases)) as pool:
+            return list(pool.map(lambda pair: _speak(rig, *pair), zip(cases, targets)))
+
+
+def _speak(rig: Rig, case: Case, target: RemoteTarget) -> Tally:
+    tally = Tally()
+    for done in rig.rounds(case, target):
+        tally.add(done)
+    return tally
+
+
+@contextmanager
+def _calm(rig: Rig) -> Iterator[None]:
+    """A fourth client like the others."""
+    case = replace(_neighbour(rig), seed=1)
+    with rig.join(case.rtt_seconds) as target, ThreadPoolExecutor(1) as pool:
+        pool.submit(_speak, rig, case, target)
+        yield
+
+
+@contextmanager
+def _stalled(rig: Rig) -> Iterator[None]:
+    """A drafter whose process is stopped in the middle of its text: it reads nothing and says nothing."""
+    tokens = rig.settings.project.context // 2
+    words = [f"network.port={rig.port}", "prompt=x", f"project.max_new_tokens={tokens}", *rig.drafter_words]
+    process = start("speculative.drafter", words, rig.folder / "stalled")
+    try:
+        assert process.stdout is not None
+        if not process.stdout.read(1):  # its text has begun
+            raise RuntimeError("the drafter that was to be stopped had ended before")
+        process.send_signal(signal.SIGSTOP)
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def _hostile(rig: Rig) -> Iterator[None]:
+    """A client in a process of its own that sends frames as fast as `FLOOD_FRAMES_PER_SECOND`."""
+    context = multiprocessing.get_context("spawn")
+    is_there = context.Event()
+    process = context.Process(target=flood, args=(rig.settings, rig.texts, rig.port, is_there))
+    with pinned(DRAFTER_CORE):
+        process.start()
+    try:
+        if not is_there.wait(FLOOD_START_SECONDS):
+            raise RuntimeError(f"the hostile client was not there within {FLOOD_START_SECONDS:g} s")
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def flood(settings: SpeculativeSettings, texts: Sequence[str], port: int, is_there: Event) -> None:
+    """Open a text and send wrong guesses for its first place, again and again; join again when thrown out."""
+    settings = replace(settings, network=replace(settings.network, host="127.0.0.1", port=port))
+    frames_at_once = 50
+    while True:
+        with suppress(WireError, TargetLost), join(settings, texts) as target:
+            request = make_request(settings, [0], Sampling.greedy(), settings.project.context // 2)
+            target.open(replace(request, mode=ASYNC))
+            is_there.set()
+            while True:
+                for _ in range(frames_at_once):
+                    target.draft(0, 1, [1] * target.longest_draft)
+                time.sleep(frames_at_once / FLOOD_FRAMES_PER_SECOND)
+        time.sleep(0.1)

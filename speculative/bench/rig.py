@@ -1,0 +1,292 @@
+"""What the benchmarks measure with: a verifier on one core, links and the drafter on the other, one text at a time.
+
+Verifier and links are processes; the drafter is this one. Two cores are enough that nobody waits for a core: while the
+verifier computes the drafter guesses, and a link only moves bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+from omegaconf import DictConfig, OmegaConf
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+import conf
+from lab.bench import pinned
+from lab.command.entry import compose_settings
+from lab.command.overrides import override
+from lab.command.processes import listening
+from lab.device import open_device
+from lab.engine.kinds import EngineKind
+from lab.engine.sampling import Sampling
+from lab.files import path_of
+from lab.models.sources import load_tokenizer_only
+from lab.settings import UserError
+from lab.text.asking import asked_sampling
+from lab.text.prompts import prompt_ids
+from lab.wire import encode, pack_tokens
+from speculative.bench.settings import BenchEngine
+from speculative.drafter.joining import join
+from speculative.drafter.loop import Round, speculate
+from speculative.drafter.session import make_request
+from speculative.drafter.sources import Drafts, NoDrafts
+from speculative.drafter.tally import Tally
+from speculative.drafter.target import RemoteTarget
+from speculative.engines import open_drafts
+from speculative.messages import TABLE, Draft, MessageType, Verdict
+from speculative.settings import DraftSource, Mode, SpeculativeSettings
+from speculative.theory import Guess, Speeds
+from speculative.vocabulary import token_texts
+
+START_SECONDS = 120.0
+IDLE_SECONDS = 3600.0
+"""That a connection may wait while texts go over others: one that is made again within a text would cost it time."""
+VERIFIER_CORE, DRAFTER_CORE = 0, 1
+WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One text to be measured."""
+
+    mode: Mode
+    rtt_seconds: float
+    source: DraftSource = DraftSource.none
+    draft_length: int | str = "auto"
+    acceptance: float = 0.0
+    """Of source=synthetic."""
+    prompt: str = "x"
+    new_tokens: int = 0
+    seed: int = 0
+    layers: int = 1
+    """Of source=layers."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One run of a case."""
+
+    tally: Tally
+    frame_bytes: int
+    """Both directions, headers and heartbeats included."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """See `speculative.drafter.tally`."""
+        return self.tally.figures()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole text."""
+        return float(self.figures["tokens_per_second"])
+
+    def guess(self) -> Guess:
+        """Which guesses were right in this text, place by place, for `simulate`; right where none was looked at."""
+        wrong: set[int] = set()
+        place = 0
+        for done in self.tally.rounds:
+            if done.right < done.checked:
+                wrong.add(place + done.right)
+            place += len(done.tokens)
+        return lambda place, in_epoch: place not in wrong
+
+
+class Rig:
+    """A context manager: leaving it ends the processes."""
+
+    def __init__(self, settings: SpeculativeSettings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.is_real = settings.project.bench.engine is BenchEngine.real
+        self._stack = ExitStack()
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer_only(settings.model)
+        self.texts = token_texts(self.tokenizer)
+        self._links: dict[float, int] = {}
+        self._targets: dict[float, RemoteTarget] = {}
+        self._drafts: dict[tuple[Any, ...], Drafts] = {}
+
+    def __enter__(self) -> Self:
+        self._stack.__enter__()
+        self._stack.enter_context(pinned(DRAFTER_CORE))
+        with pinned(VERIFIER_CORE):
+            self.port = self._stack.enter_context(verifier_process(self.settings, self.folder / "verifier"))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for drafts in self._drafts.values():
+            drafts.close()
+        self._stack.__exit__(*error)
+
+    @property
+    def drafter_words(self) -> list[str]:
+        """What a drafter as a process needs to be told to suit this verifier."""
+        return [*model_words(self.settings), "tracking=none", "project.draft.source=random"]
+
+    def link(self, rtt_seconds: float) -> int:
+        """The port of a link to the verifier with this round-trip time, half each way."""
+        if rtt_seconds not in self._links:
+            folder = self.folder / f"link-{rtt_seconds:g}"
+            self._links[rtt_seconds] = self._stack.enter_context(link_process(self.port, rtt_seconds, folder))
+        return self._links[rtt_seconds]
+
+    def join(self, rtt_seconds: float) -> RemoteTarget:
+        """A connection of its own through such a link; whoever asks for it closes it."""
+        return self.join_at(self.link(rtt_seconds))
+
+    def join_at(self, port: int) -> RemoteTarget:
+        """The same at a port of this machine."""
+        network = replace(self.settings.network, host="127.0.0.1", port=port)
+        return join(replace(self.settings, network=network), self.texts)
+
+    def target(self, rtt_seconds: float) -> RemoteTarget:
+        """The connection through such a link that all runs share; it is warm."""
+        if rtt_seconds not in self._targets:
+            self._targets[rtt_seconds] = self._stack.enter_context(self.join(rtt_seconds))
+            self.speak(Case(mode=Mode.target_only, rtt_seconds=rtt_seconds, new_tokens=WARM_UP_TOKENS))
+        return self._targets[rtt_seconds]
+
+    def speak(self, case: Case) -> Reading:
+        """One text."""
+        target = self.target(case.rtt_seconds)
+        before = target.bytes_sent + target.bytes_received
+        tally = Tally()
+        for done in self.rounds(case, target):
+            tally.add(done)
+        return Reading(tally, target.bytes_sent + target.bytes_received - before)
+
+    def rounds(
+        self, case: Case, target: RemoteTarget, wrap: Callable[[Drafts], Drafts] = lambda drafts: drafts
+    ) -> Iterator[Round]:
+        """The rounds of one text over a connection; `wrap` may put something around who guesses."""
+        settings = self.settings_of(case)
+        ids = prompt_ids(self.tokenizer, case.prompt, settings.project.chat)
+        sampling = asked_sampling(settings.project, settings.seed, self.tokenizer, len(ids))
+        request = make_request(settings, ids, sampling, settings.project.max_new_tokens)
+        drafts: Drafts = NoDrafts()
+        if case.mode is not Mode.target_only:
+            drafts = self._open_drafts(settings, case, target, sampling)
+        return speculate(target, wrap(drafts), request, target.welcome.end_ids)
+
+    def settings_of(self, case: Case) -> SpeculativeSettings:
+        """A drafter's settings for a case."""
+        project = self.settings.project
+        draft = replace(project.draft, source=case.source, length=str(case.draft_length), layers=case.layers)
+        return replace(
+            self.settings,
+            seed=case.seed,
+            project=replace(
+                project,
+                mode=case.mode,
+                max_new_tokens=case.new_tokens,
+                chat=self.is_real,
+                draft=draft,
+                synthetic=replace(project.synthetic, agreement=case.acceptance),
+            ),
+        )
+
+    def speeds(self, rtt_seconds: float) -> Speeds:
+        """Of the synthetic engines."""
+        synthetic = self.settings.project.synthetic
+        return Speeds(
+            step_seconds=synthetic.step_seconds,
+            row_seconds=synthetic.row_seconds,
+            draft_step_seconds=synthetic.draft_step_seconds,
+            rtt_seconds=rtt_seconds,
+        )
+
+    def _open_drafts(
+        self, settings: SpeculativeSettings, case: Case, target: RemoteTarget, sampling: Sampling
+    ) -> Drafts:
+        """Models are loaded once; what needs none is made anew, since several texts may want it at once."""
+        draft = settings.project.draft
+        size = target.welcome.vocabulary_size
+
+        def make() -> Drafts:
+            return open_drafts(settings, open_device(settings.device), sampling, self.texts, size)
+
+        if case.source not in (DraftSource.layers, DraftSource.model):
+            return make()
+        key = (draft.source, draft.layers, draft.model, sampling)
+        if key not in self._drafts:
+            self._drafts[key] = make()
+        return self._drafts[key]
+
+
+def text_bytes(prompt_length: int, rounds: Sequence[Round]) -> int:
+    """Bytes of every DRAFT and VERDICT of a text of the synchronous loop, headers included."""
+    total, epoch, position = 0, 0, prompt_length
+    for done in rounds:
+        draft = Draft(epoch=epoch, position=position)
+        total += len(encode(TABLE, MessageType.draft, 1, draft, pack_tokens(done.guesses)))
+        epoch += done.accepted < len(done.guesses)
+        verdict = Verdict(epoch=epoch, position=position, accepted=done.accepted, prefix=None)
+        total += len(encode(TABLE, MessageType.verdict, 1, verdict, pack_tokens(done.ids)))
+        position += len(done.tokens)
+    return total
+
+
+def for_engine(settings: SpeculativeSettings) -> SpeculativeSettings:
+    """Synthetic engines have no model; the tokenizer that both sides show is the one made in code. The verifier's own
+    guesses would hide the drafter's."""
+    if settings.project.bench.engine is BenchEngine.real:
+        return settings
+    model = compose_settings("spec_decoding", "model=random", SpeculativeSettings).model
+    project = replace(settings.project, engine=EngineKind.synthetic, lookup=False)
+    return replace(settings, model=replace(model, cache_dir=settings.model.cache_dir), project=project)
+
+
+@contextmanager
+def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence[str] = ()) -> Iterator[int]:
+    """A verifier with the engine of the benchmark; yields its port."""
+    project = settings.project
+    words = [
+        *model_words(settings),
+        "tracking=none",
+        "network.port=0",
+        f"project.context={project.context}",
+        f"project.max_draft_length={project.max_draft_length}",
+        f"project.idle_seconds={IDLE_SECONDS}",
+        f"project.sessions={max(project.sessions, project.bench.crowd)}",
+        *more,
+    ]
+    if project.bench.engine is BenchEngine.synthetic:
+        synthetic = project.synthetic
+        words += [
+            "project.engine=synthetic",
+            "project.lookup=false",
+            f"project.synthetic.vocabulary_size={synthetic.vocabulary_size}",
+            f"project.synthetic.step_seconds={synthetic.step_seconds}",
+            f"project.synthetic.row_seconds={synthetic.row_seconds}",
+        ]
+    with listening("speculative.verifier", words, folder, START_SECONDS) as port:
+        yield port
+
+
+def model_words(settings: SpeculativeSettings) -> list[str]:
+    """The words that give another process our model."""
+    model = settings.model
+    files = (Path(conf.__file__).parent / "model").glob("*.yaml")
+    names = {cast(DictConfig, OmegaConf.load(file)).get("name"): file.stem for file in files}
+    if model.name not in names:
+        raise UserError(
+            f"model must be one of {', '.join(sorted(names.values()))} for this benchmark, got {model.name!r}"
+        )
+    cache = path_of(model.cache_dir, "model.cache_dir")
+    return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", override("model.cache_dir", cache)]
+
+
+@contextmanager
+def link_process(port: int, rtt_seconds: float, folder: Path) -> Iterator[int]:
+    """A link to `port` with this round-trip time, half each way; yields its own port."""
+    words = [
+        "network.port=0",
+        "tracking=none",
+        f"project.target_port={port}",
+        f"project.up.delay_seconds={rtt_seconds / 2}",
+        f"project.down.delay_seconds={rtt_seconds / 2}",
+    ]
+    with listening("simulations.link", words, folder, START_SECONDS) as own:
+        yield own

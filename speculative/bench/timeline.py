@@ -1,0 +1,166 @@
+"""Who was busy when: the target's passes, the drafter's steps and the frames between them, of one text on one clock.
+
+For a picture, not for a figure: the verifier is a thread of this process here, so that one clock sees both sides. It is
+the shipped one, behind a real socket and a link in a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lab.bench import pinned
+from lab.device import open_device
+from lab.engine.base import Engine, Request, Session, TargetStep, Want
+from lab.engine.sampling import Sampling
+from lab.settings import WandbMode
+from lab.tracking import Tracker
+from speculative.bench.rig import DRAFTER_CORE, VERIFIER_CORE, WARM_UP_TOKENS, Case, Rig, link_process
+from speculative.drafter.loop import Round
+from speculative.drafter.sources import Drafts
+from speculative.engines import open_target
+from speculative.settings import Mode
+from speculative.verifier.server import Served, serve
+
+Span = tuple[float, float]
+END_SECONDS = 30.0
+
+
+@dataclass
+class Timeline:
+    """Seconds since the text was asked for."""
+
+    passes: list[Span] = field(default_factory=list)
+    """Of the target."""
+    rows: list[int] = field(default_factory=list)
+    """Tokens in each of them."""
+    steps: list[Span] = field(default_factory=list)
+    """Of the drafter."""
+    verdicts: list[tuple[float, int, bool]] = field(default_factory=list)
+    """When the drafter heard, how many tokens, and whether a guess was wrong."""
+
+    def since(self, began: float) -> Timeline:
+        """The same, counted from another moment."""
+        return Timeline(
+            [(a - began, b - began) for a, b in self.passes],
+            self.rows,
+            [(a - began, b - began) for a, b in self.steps],
+            [(at - began, tokens, wrong) for at, tokens, wrong in self.verdicts],
+        )
+
+    def clear(self) -> None:
+        """What was so far does not count."""
+        for of in (self.passes, self.rows, self.steps, self.verdicts):
+            of.clear()
+
+    def heard(self, done: Round) -> None:
+        """A verdict has come."""
+        self.verdicts.append((time.monotonic(), len(done.tokens), done.right < done.checked))
+
+
+class WatchedEngine:
+    """Another engine, with a note of when it was busy."""
+
+    def __init__(self, engine: Engine, timeline: Timeline) -> None:
+        self._engine, self._timeline = engine, timeline
+        self.vocabulary_size, self.context = engine.vocabulary_size, engine.context
+        self.longest = engine.longest
+
+    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
+        """See `Engine.open`."""
+        return self._engine.open(prompt_ids, sampling, most_tokens)
+
+    def extend(self, requests: Sequence[Request], want: Want) -> list[TargetStep]:
+        """See `Engine.extend`."""
+        began = time.monotonic()
+        steps = self._engine.extend(requests, want)
+        self._timeline.passes.append((began, time.monotonic()))
+        self._timeline.rows.append(sum(len(ids) for _, ids in requests))
+        return steps
+
+    def close(self, session: Session) -> None:
+        """See `Engine.close`."""
+        self._engine.close(session)
+
+    def shutdown(self) -> None:
+        """See `Engine.shutdown`."""
+        self._engine.shutdown()
+
+
+class WatchedDrafts:
+    """Other drafts, with a note of when they were busy."""
+
+    def __init__(self, drafts: Drafts, timeline: Timeline) -> None:
+        self._drafts, self._timeline = drafts, timeline
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """See `Drafts.begin`."""
+        self._drafts.begin(prompt_ids)
+
+    def propose(self, count: int) -> list[int]:
+        """See `Drafts.propose`."""
+        began = time.monotonic()
+        found = self._drafts.propose(count)
+        self._timeline.steps.append((began, time.monotonic()))
+        return found
+
+    def correct(self, position: int, ids: Sequence[int]) -> None:
+        """See `Drafts.correct`."""
+        self._drafts.correct(position, ids)
+
+    def close(self) -> None:
+        """See `Drafts.close`."""
+        self._drafts.close()
+
+
+@contextmanager
+def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
+    """A verifier in a thread of this process, watched; yields its port."""
+    network = replace(rig.settings.network, host="127.0.0.1", port=0)
+    tracking = replace(rig.settings.tracking, wandb=WandbMode.disabled)  # the benchmark's own run is open
+    settings = replace(rig.settings, network=network, tracking=tracking)
+    target = open_target(settings, open_device(settings.device))
+    watched = replace(target, engine=WatchedEngine(target.engine, timeline))
+    listens: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+
+    def announce(host: str, port: int) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        listens.set_result((port, asyncio.get_running_loop(), task))
+
+    def work(tracker: Tracker) -> None:
+        with suppress(asyncio.CancelledError):
+            asyncio.run(serve(settings, watched, rig.tokenizer, None, tracker, Served(), announce))
+
+    with Tracker(settings, "timeline", rig.folder / "timeline") as tracker, pinned(VERIFIER_CORE):
+        thread = threading.Thread(target=work, args=(tracker,), name="watched-verifier", daemon=True)
+        thread.start()
+        port, loop, task = listens.result(timeout=END_SECONDS)
+        with pinned(DRAFTER_CORE):
+            try:
+                yield port
+            finally:
+                loop.call_soon_threadsafe(task.cancel)
+                thread.join(END_SECONDS)
+
+
+def watch(rig: Rig, case: Case) -> Timeline:
+    """One text, from the moment it is asked for."""
+    timeline = Timeline()
+    with ExitStack() as stack:
+        verifier = stack.enter_context(watched_verifier(rig, timeline))
+        folder = rig.folder / f"link-watched-{case.mode.name}"
+        link = stack.enter_context(link_process(verifier, case.rtt_seconds, folder))
+        target = stack.enter_context(rig.join_at(link))
+        list(rig.rounds(replace(case, mode=Mode.target_only, new_tokens=WARM_UP_TOKENS), target))
+        timeline.clear()
+        began = time.monotonic()
+        for done in rig.rounds(case, target, lambda drafts: WatchedDrafts(drafts, timeline)):
+            timeline.heard(done)
+    return timeline.since(began)

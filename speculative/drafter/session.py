@@ -1,0 +1,219 @@
+"""One text of a drafter, from its prompt to its figures."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lab.command import entry
+from lab.device import open_device
+from lab.engine.sampling import Sampling
+from lab.files import path_of
+from lab.models.sources import load_tokenizer_only
+from lab.network import is_users_to_mend
+from lab.settings import UserError
+from lab.text.asking import asked_sampling, decoder, most_new_tokens
+from lab.text.prompts import asked_ids
+from lab.text.running_text import Said, said
+from lab.tracking import Tracker
+from lab.wire import WireError
+from speculative.drafter.colours import CORRECTED, TextStream
+from speculative.drafter.joining import join
+from speculative.drafter.loop import SYNC_LENGTH, TextFailed, TextRefused, find_flips, speculate
+from speculative.drafter.sources import Drafts, NoDrafts
+from speculative.drafter.tally import Tally
+from speculative.drafter.target import RemoteTarget, Ticket
+from speculative.engines import open_drafts
+from speculative.messages import MAX_PROMPT_TOKENS, Welcome
+from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
+from speculative.verifier.sequence import TextRequest
+from speculative.vocabulary import token_texts
+
+log = logging.getLogger(__name__)
+
+
+def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
+    """Join the verifier, draft the text, count.
+
+    Raises:
+        UserError: a prompt or settings that this target does not take.
+        WireError: the verifier cannot be joined.
+        TextRefused: the verifier does not take the text.
+        Unfinished: the text could not go on; `place.so_far` has what there is of it.
+    """
+    project = settings.project
+    device = open_device(settings.device)
+    tokenizer = load_tokenizer_only(settings.model)
+    texts = token_texts(tokenizer)
+    ids = asked_ids(tokenizer, settings.prompt, project)
+    sampling = asked_sampling(project, settings.seed, tokenizer, len(ids))
+    with Tracker(settings, "drafter", place.folder) as tracker, join(settings, texts) as target:
+        request = make_request(settings, ids, sampling, most_new_tokens(project, len(ids), target.welcome.context))
+        _check_request(request, texts, target.welcome)
+        drafts: Drafts = NoDrafts()
+        if request.mode is not Mode.target_only:
+            drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
+        tally = Tally()
+        place.so_far = lambda: _figures(settings, target, tokenizer, tally)
+        try:
+            name_text(settings.project.resume, target, place.folder / "text.json")
+            speak(target, drafts, request, tokenizer, tally, tracker, project.stops)
+        except (WireError, TextFailed, TextRefused) as error:
+            if isinstance(error, TextRefused) and not tally.token_ids:
+                place.so_far = dict  # it has not begun
+                raise
+            ended_by = entry.EndedBy.lost if isinstance(error, WireError) else entry.EndedBy.failed
+            raise entry.Unfinished(str(error), _exit_code(error), ended_by) from None
+        finally:
+            drafts.close()
+        result = _figures(settings, target, tokenizer, tally)
+        if project.check:
+            flips = find_flips(target, request, result["token_ids"], target.welcome.end_ids)
+            result["flips"] = [asdict(flip) for flip in flips]
+        tracker.result(result)
+    return result
+
+
+def _exit_code(error: Exception) -> int:
+    is_users = isinstance(error, TextRefused) or (isinstance(error, WireError) and is_users_to_mend(error))
+    return 2 if is_users else 1
+
+
+def _check_request(request: TextRequest, texts: Sequence[str], welcome: Welcome) -> None:
+    """UserError for a prompt that this target has no place for, and for words about tokens that it does not have."""
+    if request.sampling.words is not None:
+        try:
+            request.sampling.words.check_ids(welcome.vocabulary_size)
+        except ValueError as error:
+            raise UserError(f"project.{error}") from None
+    if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
+        raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
+    wrong = next((token for token in request.prompt_ids if token >= welcome.vocabulary_size), None)
+    if wrong is not None:
+        raise UserError(
+            f"prompt must hold tokens that the target has rows for, ids below {welcome.vocabulary_size}, "
+            f"got {texts[wrong]!r} (id {wrong})"
+        )
+
+
+def speak(
+    target: RemoteTarget,
+    drafts: Drafts,
+    request: TextRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    tally: Tally,
+    tracker: Tracker,
+    stops: Sequence[str],
+) -> None:
+    """Draft the whole text, showing it as it is verified; `tally` and `tracker` have each round as soon as it is
+    there. Where a stop string ends it the rest is given up. Raises StreamLeft when nobody reads it any more."""
+    if request.threshold is not None:
+        log.warning("rule cross_entropy is lossy: this text is not the target's own")
+    stream = TextStream(decoder(tokenizer, target.welcome.end_ids), sys.stdout, stops)
+    try:
+        with contextlib.closing(speculate(target, drafts, request, target.welcome.end_ids)) as rounds:
+            for done in rounds:
+                tally.add(done)
+                tracker.log(len(tally.rounds) - 1, **tally.row(len(tally.rounds) - 1))
+                stream.show(done)
+                if stream.text.stopped:
+                    return
+    finally:
+        if tally.token_ids:
+            stream.finish(CORRECTED)
+
+
+def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
+    """Have the next text be one that another process has opened, or a new one; its name is written to `path`."""
+    try:
+        ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(path_of(resume, "project.resume"))
+    except ValueError as error:
+        raise UserError(f"project.resume {error}") from None
+    try:
+        ticket.write(path)
+    except OSError as error:
+        log.warning("%s could not be written (%s): no other process can take up this text", path, error.strerror)
+    target.name_next(ticket, again=resume is not None)
+
+
+def make_request(
+    settings: SpeculativeSettings, ids: Sequence[int], sampling: Sampling, max_new_tokens: int
+) -> TextRequest:
+    """What is asked of the target."""
+    project = settings.project
+    return TextRequest(
+        prompt_ids=ids,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        mode=project.mode,
+        draft_length=project.draft.fixed_length,
+        threshold=project.cross_entropy_threshold if project.rule is Rule.cross_entropy else None,
+    )
+
+
+def _figures(
+    settings: SpeculativeSettings, target: RemoteTarget, tokenizer: PreTrainedTokenizerBase, tally: Tally
+) -> dict[str, Any]:
+    project = settings.project
+    text, figures = said(decoder(tokenizer, target.welcome.end_ids), tally.token_ids, project.stops), tally.figures()
+    return {
+        "text": text.text,
+        "token_ids": text.ids,
+        **figures,
+        "predicted_tokens_per_second": _predicted(project, target, figures),
+        "rtt_seconds": target.rtt_seconds,
+        "resumes": target.resumes,
+        "waited_seconds": target.waited_seconds,
+        "bytes_sent": target.bytes_sent,
+        "bytes_received": target.bytes_received,
+        "ended_by": _ended_by(text, target.welcome.end_ids),
+        "mode": project.mode,
+        "drafter": "none" if project.mode is Mode.target_only else project.draft.source,
+        "draft_length": project.draft.length,
+        "rule": project.rule,
+        "lossless": project.rule is Rule.exact,
+        "seed": settings.seed,
+        "target": target.welcome.model,
+        "target_dtype": target.welcome.dtype,
+        "flips": None,
+    }
+
+
+def _ended_by(text: Said, end_ids: Sequence[int]) -> str:
+    if text.stopped:
+        return "stop"
+    return "end_token" if text.ids and text.ids[-1] in end_ids else "length"
+
+
+def _predicted(project: SpeculativeProjectSettings, target: RemoteTarget, figures: dict[str, Any]) -> float | None:
+    """Tokens per second that theory gives for what was measured; None where something was not."""
+    ended, rtt, draft_step = target.ended, target.rtt_seconds, figures["draft_step_seconds"]
+    if ended is None or not ended.step_seconds:
+        return None
+    if project.mode is Mode.target_only:
+        return 1 / ended.step_seconds
+    if rtt is None or draft_step is None or figures["alpha"] is None:
+        return None
+    speeds = Speeds(
+        step_seconds=ended.step_seconds,
+        row_seconds=ended.row_seconds,
+        draft_step_seconds=draft_step,
+        rtt_seconds=rtt,
+    )
+    if project.mode is Mode.sync:
+        return sync_tokens_per_second(figures["alpha"], project.draft.fixed_length or SYNC_LENGTH, speeds)
+    return predicted_async_tokens_per_second(
+        figures["alpha_by_position"],
+        speeds,
+        longest=target.longest_draft,
+        draft_length=project.draft.fixed_length or None,
+        new_tokens=figures["new_tokens"],
+    )

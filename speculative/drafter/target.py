@@ -1,0 +1,342 @@
+"""A verifier over the wire, as a drafter's `Target`: one text at a time, over as many connections as it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+
+from lab.engine.sampling_head import sampling_fields
+from lab.models.fingerprints import changes
+from lab.wire import Frame, PeerFull, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
+from speculative.drafter.connection import VerifierConnection
+from speculative.drafter.loop import TargetLost
+from speculative.messages import OWNER_BYTES, Close, Draft, MessageType, Open, Reason, Resume, Scores, Welcome
+from speculative.messages import Verdict as VerdictHead
+from speculative.messages import Waiting as WaitingHead
+from speculative.verifier.sequence import Ended, Outcome, TextRequest, Verdict, Waiting
+
+log = logging.getLogger(__name__)
+
+Connect = Callable[[], VerifierConnection]
+_LOST = (Unreachable, PeerFull, PeerGone, PeerSilent)
+"""What is tried again while a text is to be taken up."""
+
+
+class _Written(msgspec.Struct, forbid_unknown_fields=True):
+    """A ticket as a file."""
+
+    name: str
+    owner: str
+    target: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """How a text is named, the secret that its owner is known by, and the target that it was begun at."""
+
+    name: int
+    owner: bytes
+    target: dict[str, str]
+
+    @classmethod
+    def new(cls, target: dict[str, str]) -> Ticket:
+        """One that nobody can guess."""
+        return cls(secrets.randbits(64), secrets.token_bytes(OWNER_BYTES), target)
+
+    @classmethod
+    def read(cls, path: Path) -> Ticket:
+        """One that was written. Raises `ValueError` for a file that is none."""
+        try:
+            kept = msgspec.json.decode(path.read_bytes(), type=_Written)
+            ticket = cls(int(kept.name, 16), bytes.fromhex(kept.owner), kept.target)
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            raise ValueError(f"must be the text.json of a drafter's run folder, got {path} ({error})") from None
+        if not 0 <= ticket.name < 2**64 or len(ticket.owner) != OWNER_BYTES:
+            raise ValueError(f"must be the text.json of a drafter's run folder, got {path}")
+        return ticket
+
+    def write(self, path: Path) -> None:
+        """For whoever is to take the text up again after this process is gone; nobody else may read it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump({"name": f"{self.name:016x}", "owner": self.owner.hex(), "target": self.target}, file)
+
+
+class RemoteTarget:
+    """A context manager: leaving it closes the connection.
+
+    Args:
+        connect: Makes a connection; one attempt.
+        connect_seconds: How long to try at first, while nobody listens or there is no place for one more.
+        resume_seconds: How long to try when a connection was lost; 0: its loss ends the text.
+        window: Most guesses beyond what is verified; no more than the verifier gives.
+        report: Whether to ask for cross-entropies and margins.
+    """
+
+    def __init__(
+        self, connect: Connect, *, connect_seconds: float, resume_seconds: float, window: int, report: bool
+    ) -> None:
+        self._connect = connect
+        self._resume_seconds = resume_seconds
+        self._window = window
+        self._report = report
+        self._connection = persistently(connect, connect_seconds, (Unreachable, PeerFull))
+        self._number = 0
+        self._ticket: Ticket | None = None
+        self._next_ticket: tuple[Ticket, bool] | None = None
+        self._lost: WireError | None = None
+        self._bytes_sent = self._bytes_received = 0
+        self.ended: Ended | None = None
+        """How the last text ended; None while none has."""
+        self.resumes = 0
+        """Times that a text was taken up again."""
+        self._waited_seconds = 0.0
+        self._waits_since: float | None = None
+
+    @property
+    def connection(self) -> VerifierConnection:
+        """The one that lives, or was the last to."""
+        return self._connection
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the verifier is and takes."""
+        return self._connection.welcome
+
+    @property
+    def longest_draft(self) -> int:
+        """See `Target`."""
+        return self.welcome.max_draft_length
+
+    @property
+    def window(self) -> int:
+        """See `Target`."""
+        return self._window
+
+    @property
+    def rtt_seconds(self) -> float | None:
+        """Smoothed round-trip time of heartbeats; None before the first."""
+        return self._connection.frames.rtt_seconds
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long texts have stood in line for room at the verifier."""
+        now = time.monotonic()
+        return self._waited_seconds + (0.0 if self._waits_since is None else now - self._waits_since)
+
+    @property
+    def bytes_sent(self) -> int:
+        """All bytes so far, headers, handshakes and heartbeats included."""
+        return self._bytes_sent + self._connection.frames.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """All bytes so far, headers, handshakes and heartbeats included."""
+        return self._bytes_received + self._connection.frames.bytes_received
+
+    def open(self, request: TextRequest) -> None:
+        """See `Target.open`."""
+        assert self._ticket is None, "one text at a time"
+        self._ticket, again = self._next_ticket or (Ticket.new(self.welcome.target), False)
+        self._next_ticket = None
+        with contextlib.suppress(TargetLost):  # `next` says so, too
+            self._begin(request, self._ticket, again=again)
+
+    def name_next(self, ticket: Ticket, *, again: bool) -> None:
+        """Give the next text this name; `again`: it was opened by another process."""
+        self._next_ticket = ticket, again
+
+    def resume(self, request: TextRequest) -> None:
+        """See `Target.resume`. Raises the `WireError` that it was lost by when no connection can be had again."""
+        assert self._ticket is not None, "no text is open"
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            self._connect_again(lost)
+        self.resumes += 1
+        with contextlib.suppress(TargetLost):
+            self._begin(request, self._ticket, again=True)
+
+    def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
+        """See `Target.draft`."""
+        state = f"epoch {epoch}, position {position}"
+        self._send(MessageType.draft, Draft(epoch=epoch, position=position), guesses, state)
+
+    def has_news(self) -> bool:
+        """See `Target.has_news`."""
+        return self._lost is not None or self._connection.has_news()
+
+    def next(self) -> Outcome:
+        """See `Target.next`. Raises `TargetLost`, or a `WireError` for a peer that does not speak as it should."""
+        if self._lost is not None:
+            raise TargetLost
+        try:
+            return self._read()
+        except (PeerGone, PeerSilent) as error:
+            raise self._lose(error) from None
+
+    def leave(self) -> None:
+        """See `Target.leave`."""
+        if self._ticket is None:
+            return
+        self._ticket = self._lost = None
+        try:
+            self._connection.send(MessageType.close, self._number, Close(reason=Reason.left, text=""))
+        except WireError:  # there is nobody to tell
+            return
+
+    def close(self) -> None:
+        """End the connection."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self, request: TextRequest, ticket: Ticket, *, again: bool) -> None:
+        self._number += 1
+        fields = self._open_fields(request, ticket)
+        if again:
+            head = Resume(**fields, new_tokens=len(request.new_ids), target=ticket.target)
+            self._send(MessageType.resume, head, [*request.prompt_ids, *request.new_ids])
+        else:
+            self._send(MessageType.open, Open(**fields), request.prompt_ids)
+
+    def _open_fields(self, request: TextRequest, ticket: Ticket) -> dict[str, Any]:
+        return {
+            **sampling_fields(request.sampling),
+            "name": ticket.name,
+            "owner": ticket.owner,
+            "max_new_tokens": request.max_new_tokens,
+            "mode": request.mode,
+            "draft_length": request.draft_length,
+            "threshold": request.threshold,
+            "report": self._report,
+        }
+
+    def _send(self, number: MessageType, head: Open | Draft, ids: Sequence[int], state: str = "") -> None:
+        try:
+            self._connection.send(number, self._number, head, pack_tokens(ids), state=state)
+        except (PeerGone, PeerSilent) as error:
+            raise self._lose(error) from None
+
+    def _lose(self, error: WireError) -> TargetLost:
+        self._lost = error
+        return TargetLost(str(error))
+
+    def _connect_again(self, lost: WireError) -> None:
+        if self._resume_seconds <= 0:
+            raise lost
+        log.warning("%s; trying for %g s to take the text up again", lost, self._resume_seconds)
+        began = time.monotonic()
+        self._replace_connection(lost)
+        log.warning("connected again after %.1f s", time.monotonic() - began)
+
+    def _replace_connection(self, lost: WireError) -> None:
+        old = self._connection
+        old.close()
+        try:
+            self._connection = persistently(self._connect, self._resume_seconds, _LOST)
+        except _LOST as error:
+            what = f"{lost.what}, and was not there again within {self._resume_seconds:g} s: it {error.what}"
+            raise PeerGone(old.frames.peer, what) from None
+        self._bytes_sent += old.frames.bytes_sent
+        self._bytes_received += old.frames.bytes_received
+        if self.welcome != old.welcome:
+            changed = changes(old.welcome.target, self.welcome.target) or "what it takes of a text has changed"
+            raise PeerMismatch(self._connection.frames.peer, f"is another target than before: {changed}")
+
+    def _read(self) -> Outcome:
+        frame = self._next_frame()
+        if isinstance(frame.head, WaitingHead):
+            return self._stand_in_line(frame.head.place)
+        self._leave_line()
+        if isinstance(frame.head, Close):
+            head = frame.head
+            self.ended = Ended(self._number, head.reason, head.text, head.step_seconds, head.row_seconds)
+            return self.ended
+        head = frame.head
+        if not isinstance(head, VerdictHead):
+            raise self._connection.bad(f"sent {type(head).__name__.upper()} where VERDICT was due")
+        nll, margins = self._scores() if self._report else ([], [])
+        ids = self._connection.ids(frame)
+        return Verdict(self._number, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
+
+    def _stand_in_line(self, place: int) -> Waiting:
+        if self._waits_since is None:
+            self._waits_since = time.monotonic()
+        log.info("the verifier has no room for this text now: it waits, place %d in line", place)
+        return Waiting(self._number, place)
+
+    def _leave_line(self) -> None:
+        if self._waits_since is not None:
+            self._waited_seconds = self.waited_seconds
+            self._waits_since = None
+            log.info("the text has its room after %.1f s", self._waited_seconds)
+
+    def _next_frame(self) -> Frame:
+        """The next frame of this text; those of texts that were left are dropped. A text in line waits as long as the
+        connection lives: its verifier has answered."""
+        while True:
+            frame = self._connection.wait(patiently=self._waits_since is not None)
+            if frame.session == self._number:
+                return frame
+
+    def _scores(self) -> tuple[list[float], list[float]]:
+        frame = self._next_frame()
+        if not isinstance(frame.head, Scores) or len(frame.body) % 4 or frame.head.guesses > len(frame.body) // 4:
+            raise self._connection.bad("sent no SCORES where they were due")
+        numbers = list(struct.unpack(f"<{len(frame.body) // 4}f", frame.body))
+        return numbers[: frame.head.guesses], numbers[frame.head.guesses :]
+
+
+def persistently(connect: Connect, seconds: float, faults: tuple[type[WireError], ...]) -> VerifierConnection:
+    """Connect, trying again after these faults for at most `seconds` in all.
+
+    Raises:
+        WireError: the last fault, with for how long and how often it was tried; others at once.
+    """
+    began = time.monotonic()
+    is_told = False
+
+    def tell(state: RetryCallState) -> None:
+        nonlocal is_told
+        error = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(error, PeerFull) and not is_told:
+            is_told = True
+            log.warning("%s; waiting for one to end, %g s at most", error, seconds)
+
+    def give_up(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        assert isinstance(error, WireError)
+        waited = time.monotonic() - began
+        error.what += f"; gave up after {waited:.1f} s, attempt {state.attempt_number}"
+        error.args = (f"{error.role} {error.address} {error.what}",)
+        raise error
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(faults),
+        stop=stop_after_delay(seconds),
+        wait=wait_exponential(multiplier=0.05, max=0.25),
+        before_sleep=tell,
+        retry_error_callback=give_up,
+    )
+    return retrying(connect)

@@ -1,0 +1,89 @@
+"""The verifier: the target behind a port; checks what drafters guess. `python -m speculative.verifier`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from lab.command import entry
+from lab.command.ending import run_async
+from lab.network import address_for_peers, listener_tls
+from lab.settings import NetworkSettings
+from lab.tracking import Tracker
+from speculative.settings import SpeculativeSettings
+
+if TYPE_CHECKING:
+    from speculative.engines import OpenTarget
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
+    """Serves until Ctrl+C; the figures of the last line."""
+    tls = listener_tls(settings.network)  # before a model is loaded for nothing
+    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    from lab.device import open_device
+    from lab.models.sources import load_tokenizer_only
+    from speculative.engines import open_target
+    from speculative.verifier.scheduler import EngineFailed
+    from speculative.verifier.server import Served, figures_of, serve
+
+    target = open_target(settings, open_device(settings.device))
+    tokenizer = load_tokenizer_only(settings.model)
+    served = Served()
+
+    def listening(host: str, port: int) -> None:
+        announce(settings.network, target, port)
+
+    def figures() -> dict[str, Any]:
+        return {"role": "verifier", "target": target.model, "target_dtype": target.dtype, **figures_of(served)}
+
+    place.so_far = figures
+    with Tracker(settings, "verifier", place.folder) as tracker:
+        try:
+            run_async(serve(settings, target, tokenizer, tls, tracker, served, listening))
+        except KeyboardInterrupt:
+            log.info("stopped")
+        except EngineFailed as error:
+            raise entry.Unfinished(str(error)) from None
+        result = figures()
+        tracker.result(result)
+    return result
+
+
+def announce(network: NetworkSettings, target: OpenTarget, port: int) -> None:
+    """One JSON line on stdout for programs; on stderr what to type on the other machine."""
+    ready = {
+        "status": "listening",
+        "role": "verifier",
+        "host": network.host,
+        "port": port,
+        "target": target.model,
+        "target_dtype": target.dtype,
+    }
+    print(json.dumps(ready), flush=True)
+    words = [f"network.host={address_for_peers(network.host)}", f"network.port={port}", *_words_for_both_roles()]
+    if network.tls_certificate is not None:
+        words.append("network.tls_authority=<the authority's certificate>")
+    command = " ".join([*(shlex.quote(word) for word in words), 'prompt="..."'])
+    print(f"on the drafter's machine: python -m speculative.drafter {command}", file=sys.stderr, flush=True)
+
+
+def _words_for_both_roles() -> list[str]:
+    """What was typed here that the drafter must be told, too: which model this is, where the key is."""
+    both = ("model=", "model.source=", "model.repo=", "model.path=", "model.seed=", "network.key_file=")
+    return [word for word in HydraConfig.get().overrides.task if word.startswith(both)]
+
+
+def main() -> None:
+    """Composes `conf/spec_decoding.yaml` and serves."""
+    entry.main("spec_decoding", SpeculativeSettings, run)
+
+
+if __name__ == "__main__":
+    main()

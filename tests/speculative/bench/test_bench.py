@@ -1,0 +1,208 @@
+"""Every part of the benchmark runs, at toy size, over real processes. No time is asserted: machines are shared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.command.entry import Run, compose_settings
+from lab.engine.base import SyntheticEngine
+from lab.engine.sampling import Sampling
+from lab.models.sources import load_tokenizer_only
+from lab.settings import UserError
+from lab.wire import encode, pack_tokens
+from speculative.bench.__main__ import __main__ as bench
+from speculative.bench.rig import Reading, text_bytes
+from speculative.drafter.joining import join
+from speculative.drafter.loop import Round, speculate
+from speculative.drafter.sources import EngineDrafts, RandomDrafts
+from speculative.drafter.tally import Tally
+from speculative.messages import TABLE, Close, MessageType, Open, Reason
+from speculative.settings import Mode, SpeculativeSettings
+from speculative.vocabulary import token_texts
+from tests.shared import made_once
+from tests.speculative.in_process import InProcess, request, speculated
+from tests.speculative.in_process import bench as verifiers_on
+from tests.speculative.processes import Role, wait_until
+
+TOY = (
+    "tracking=none",
+    "device.threads=1",
+    "project.bench.rtt_seconds=[0.0,0.03]",
+    "project.bench.draft_lengths=[3]",
+    "project.bench.fixed_lengths=[2]",
+    "project.bench.new_tokens=36",
+    "project.bench.alone_tokens=12",
+    "project.bench.repeats=1",
+    "project.bench.text_repeats=1",
+    "project.bench.low_acceptances=[0.5]",
+    "project.bench.far_rtt_seconds=[]",
+    "project.bench.frame_rounds=20",
+    "project.bench.neighbour_tokens=60",
+    "project.bench.crowd=2",
+    "project.bench.crowd_tokens=8",
+    "project.bench.text_tokens=8",
+    "project.bench.layers=[1]",
+    "project.synthetic.step_seconds=0.008",
+    "project.synthetic.row_seconds=0.0001",
+    "project.synthetic.draft_step_seconds=0.001",
+)
+EVERY_ROW = {"part", "mode", "drafter", "rtt_seconds", "alpha", "draft_length", "tokens_per_second", "speedup"}
+EVERY_ROW |= {"predicted_speedup", "n"}
+
+
+def _rows(folder: Path, *words: str) -> list[dict[str, Any]]:
+    settings = compose_settings("spec_decoding", " ".join((*TOY, *words)), SpeculativeSettings)
+    result = bench.run(settings, Run(folder))
+    assert json.loads(Path(result["report"]).read_text())["rows"] == result["rows"]
+    assert all(Path(picture).stat().st_size > 10_000 for picture in result["pictures"])
+    return list(result["rows"])
+
+
+def _reported(folder: Path, *parts: str) -> list[dict[str, Any]]:
+    """The rows of these parts."""
+    (report,) = folder.glob("speculative-*.json")
+    return [row for row in json.loads(report.read_text())["rows"] if row["part"] in parts]
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all parts of the synthetic engines, over one verifier, have left their report and pictures."""
+    return made_once(tmp_path_factory, "speculative_bench", _rows)
+
+
+def test_loops_beside_their_formulas_and_pictures(synthetic: Path) -> None:
+    rows = _reported(synthetic, "loops", "busy", "frame")
+    loops = [row for row in rows if row["part"] == "loops"]
+    assert [(row["mode"], row["rtt_seconds"]) for row in loops] == [
+        (mode, rtt) for rtt in (0.0, 0.03) for mode in ("target_only", "sync", "async")
+    ]
+    assert all(row.keys() >= EVERY_ROW for row in loops)
+    alone, sync, asynchronous = ([row for row in loops if row["mode"] == m] for m in ("target_only", "sync", "async"))
+    assert all(row["speedup"]["median"] == 1 for row in alone)
+    assert all(0 < row["formula_over_measured"]["median"] < 1.05 for row in sync), "faster than its own formula"
+    assert sync[1]["tokens_per_second"]["median"] < sync[0]["tokens_per_second"]["median"], "the delay was not there"
+    assert all(0.5 < row["alpha"] <= 1 for row in asynchronous)
+    assert all(0 < row["over_optimum"]["median"] < 1.1 for row in asynchronous), "faster than any policy can be"
+    assert all(row["bytes_per_accepted_token"] > 4 for row in sync)
+    busy = {row["mode"]: row for row in rows if row["part"] == "busy"}
+    assert busy["async"]["target_busy"] > busy["sync"]["target_busy"], "the target waits in the synchronous loop"
+    assert [row["part"] for row in rows].count("frame") == 1
+    assert {path.name for path in synthetic.glob("*.png")} == {"speedup.png", "busy.png"}
+
+
+def test_lengths_near_and_useless_drafters(synthetic: Path) -> None:
+    rows = _reported(synthetic, "lengths", "near", "useless")
+    assert [row["draft_length"] for row in rows if row["part"] == "lengths"] == [2, "auto"] * 2
+    judged = [row for row in rows if "holds" in row]
+    assert [row["part"] for row in judged] == ["lengths", "lengths", "near", "near", "useless"]
+
+
+def test_neighbours_of_a_hostile_client(synthetic: Path) -> None:
+    rows = _reported(synthetic, "neighbours")
+    assert [row["fourth"] for row in rows] == ["like them", "like them, again", "stalled", "hostile"]
+    assert all(row["n"] > 100 for row in rows)
+
+
+def test_a_real_pair_beside_transformers(tmp_path: Path) -> None:
+    rows = _rows(
+        tmp_path,
+        "model=random",
+        "project.bench.engine=real",
+        "project.bench.rtt_seconds=[0.0]",
+        "'project.bench.texts=[{name: edit, prompt: one two one two one, repeats: true},"
+        "{name: prose, prompt: three, repeats: false}]'",
+    )
+    parts = [row["part"] for row in rows]
+    assert sorted(set(parts)) == ["crowd", "sources", "texts"]
+    texts = [row for row in rows if row["part"] == "texts"]
+    assert [row["mode"] for row in texts] == ["assisted", "target_only", "sync", "async"] * 2
+    crowds = [(row["text"], row["drafters"]) for row in rows if row["part"] == "crowd"]
+    assert crowds == [(text, drafters) for text in ("edit", "prose", "all") for drafters in (1, 2)]
+    assert all(row["tokens_per_second"]["median"] > 0 for row in rows)
+
+
+def test_parts_belong_to_engines(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"project\.bench\.parts must be of sources, texts, crowd for engine=real"):
+        _rows(tmp_path, "project.bench.engine=real", "project.bench.parts=[loops]")
+
+
+def test_which_guesses_of_a_text_were_right() -> None:
+    def done(guesses: list[int], right: int, ids: list[int]) -> Round:
+        return Round(
+            guesses=guesses,
+            accepted=right,
+            right=right,
+            ids=ids,
+            guess_nll=[],
+            margins=[],
+            place=0,
+            made=len(guesses),
+            sent=len(guesses),
+            draft_seconds=0.0,
+            stale=0,
+            epoch=0,
+        )
+
+    tally = Tally()
+    for one in (done([], 0, [5]), done([6, 7, 1], 2, [8]), done([9], 1, [4]), done([1], 0, [2])):
+        tally.add(one)
+    guess = Reading(tally, 0).guess()
+    assert [place for place in range(10) if not guess(place, 0)] == [3, 6]
+
+
+def _settings(*words: str) -> SpeculativeSettings:
+    return compose_settings("spec_decoding", " ".join(("tracking=none", *words)), SpeculativeSettings)
+
+
+def _bytes_per_accepted_guess(length: int) -> float:
+    """Of a text at acceptance 0.8."""
+    target, drafter = (
+        SyntheticEngine(
+            vocabulary_size=50_000, context=2**14, sessions=1, step_seconds=0, row_seconds=0, agreement=agreement
+        )
+        for agreement in (1.0, 0.8)
+    )
+    with verifiers_on(target) as verifiers:
+        drafts = EngineDrafts(drafter, Sampling.greedy(), 50_000)
+        rounds = speculated(InProcess(verifiers), drafts, request([1], 4000, Sampling.greedy(), length=length))
+    return text_bytes(1, rounds) / sum(done.accepted for done in rounds)
+
+
+def test_an_accepted_token_costs_at_most_25_bytes_both_ways() -> None:
+    assert _bytes_per_accepted_guess(8) <= 25
+    assert _bytes_per_accepted_guess(1) > 25, "the check sees a loop that is chattier"
+
+
+def test_these_bytes_are_the_ones_that_cross_the_socket(random_verifier: Role) -> None:
+    settings = _settings("model=random", "model.dtype=float64", f"network.port={random_verifier.port}")
+    asked = request([1, 2, 3], 40, Sampling.greedy(), length=8)
+    opened = Open(
+        name=2**64 - 1,
+        owner=bytes(16),
+        seed=0,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        words=None,
+        max_new_tokens=40,
+        mode=Mode.sync,
+        draft_length=8,
+        threshold=None,
+        report=False,
+    )
+    expected = len(encode(TABLE, MessageType.open, 1, opened, pack_tokens(asked.prompt_ids)))
+    for reason in (Reason.length, Reason.left):  # the verifier's word and ours cross on the way
+        expected += len(encode(TABLE, MessageType.close, 1, Close(reason=reason, text="")))
+    with join(settings, token_texts(load_tokenizer_only(settings.model))) as target:
+        before = target.bytes_sent + target.bytes_received
+        rounds = list(speculate(target, RandomDrafts(1, 256), asked, []))
+        expected += text_bytes(3, rounds)
+        wait_until(lambda: target.bytes_sent + target.bytes_received - before >= expected, "the verifier's CLOSE")
+        more = target.bytes_sent + target.bytes_received - before - expected
+    assert more % 18 == 0, "not heartbeats"
+    assert more < 200

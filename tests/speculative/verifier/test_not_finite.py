@@ -1,0 +1,167 @@
+"""NaN and infinity under speculation: a guess cannot end a text, the target's own fault ends its own text only."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lab.engine.base import LocalEngine
+from lab.engine.not_finite import NotFinite
+from lab.engine.sampling import Sampling
+from lab.wire import BadFrame, Peer
+from speculative.drafter.loop import TextFailed, speculate
+from speculative.drafter.sources import Drafts, EngineDrafts, NoDrafts, RecordedDrafts
+from speculative.messages import Welcome
+from speculative.settings import Mode
+from speculative.verifier.connections import FirstProtocolAnswers, Front
+from speculative.verifier.scheduler import Verifier
+from tests.poison import mark, poison
+from tests.random_models import VOCABULARY, random_model
+from tests.speculative.in_process import (
+    TERMS,
+    InProcess,
+    bench,
+    decoded_alone,
+    local_engine,
+    request,
+    speculated,
+    tokens,
+)
+
+SAMPLING = Sampling(seed=5, temperature=0.8, top_k=40, top_p=0.95)
+WELCOME = Welcome(
+    model="", dtype="", vocabulary_size=97, context=240, max_draft_length=16, window=64, end_ids=[], target={}
+)
+PROMPT, NEIGHBOUR, COUNT = [1, 2, 3, 4, 5], [9, 8, 7], 24
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _engine(marked: int | None = None, layer: int = 0, value: float = math.nan) -> LocalEngine:
+    """The target; with a marked id it fails in one layer where that id stands, and is the same before it."""
+    model: Any = random_model("llama", torch.float64)
+    if marked is not None:
+        mark(model, marked)
+        poison(model.get_decoder().layers[layer], value)
+    return local_engine(model)
+
+
+@functools.cache
+def _texts() -> list[list[int]]:
+    """What the target says to both prompts."""
+    return [decoded_alone(_engine(), prompt, SAMPLING, COUNT) for prompt in (PROMPT, NEIGHBOUR)]
+
+
+def _unsaid() -> int:
+    """An id that neither text has."""
+    return next(token for token in range(VOCABULARY) if token not in [*PROMPT, *NEIGHBOUR, *_texts()[0], *_texts()[1]])
+
+
+def _said() -> tuple[int, list[int]]:
+    """An id that the first text has in its middle and the other one has not, and the first text up to that id."""
+    text, other = _texts()
+    token = next(token for token in text[4:-4] if token not in [*text[:4], *other, *PROMPT, *NEIGHBOUR])
+    return token, text[: text.index(token) + 1]
+
+
+class Spoiler(RecordedDrafts):
+    """Guesses the text itself, and in every third place an id that spoils the pass."""
+
+    def __init__(self, text: Sequence[int], wrong: int) -> None:
+        super().__init__([wrong if place % 3 == 2 else token for place, token in enumerate(text)], 1.0, 0, VOCABULARY)
+
+
+@pytest.mark.parametrize("mode", [Mode.sync, Mode["async"]], ids=lambda mode: mode.name)
+@pytest.mark.parametrize(("layer", "value"), [(0, math.nan), (3, math.inf)])
+def test_a_guess_that_spoils_its_pass_changes_no_text(mode: Mode, layer: int, value: float) -> None:
+    wrong = _unsaid()
+    texts = _texts()
+    drafts: list[Drafts] = [Spoiler(texts[0], wrong), RecordedDrafts(texts[1], 1.0, 0, VOCABULARY)]
+    with bench(_engine(wrong, layer, value)) as verifiers:
+
+        def draft(index: int) -> list[int]:
+            asked = request((PROMPT, NEIGHBOUR)[index], COUNT, SAMPLING, mode)
+            return tokens(speculated(InProcess(verifiers, index), drafts[index], asked))
+
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(draft, range(2))) == texts
+
+
+@pytest.mark.parametrize("mode", [Mode.sync, Mode["async"], Mode.target_only], ids=lambda mode: mode.name)
+def test_the_targets_own_fault_ends_its_text_and_no_other(mode: Mode) -> None:
+    marked, expected = _said()
+    neighbour = _texts()[1]
+    text: list[int] = []
+    with bench(_engine(marked, 1), terms=replace(TERMS, lookup=(3, 1))) as verifiers:
+
+        def neighbours() -> list[int]:
+            return tokens(speculated(InProcess(verifiers, 1), NoDrafts(), request(NEIGHBOUR, COUNT, SAMPLING, mode)))
+
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(neighbours)
+            place = len(PROMPT) + len(expected) - 1
+            rounds = speculate(InProcess(verifiers, 0), NoDrafts(), request(PROMPT, COUNT, SAMPLING, mode), [])
+            with pytest.raises(TextFailed, match=rf"the hidden states of position {place} hold NaN or infinity"):
+                text += itertools.chain.from_iterable(done.tokens for done in rounds)
+            assert text == expected, "everything before, and nothing made up"
+            assert other.result() == neighbour
+        assert tokens(speculated(InProcess(verifiers, 2), NoDrafts(), request(NEIGHBOUR, COUNT, SAMPLING))) == neighbour
+
+
+def test_a_drafter_that_meets_nan_guesses_no_more_and_the_text_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    marked, _ = _said()
+    text = _texts()[0]
+    with (
+        caplog.at_level(logging.WARNING),
+        bench(_engine()) as verifiers,
+    ):
+        drafts = EngineDrafts(_engine(marked, 1), SAMPLING, VOCABULARY)
+        rounds = speculated(InProcess(verifiers), drafts, request(PROMPT, COUNT, SAMPLING))
+        assert tokens(rounds) == text
+        assert sum(done.accepted for done in rounds) > 3, "it never guessed"
+        assert [record.message.partition(":")[0] for record in caplog.records] == [
+            "the drafter guesses no more of this text"
+        ]
+        drafts.begin(NEIGHBOUR)
+        assert drafts.propose(1), "the next text is another one"
+
+
+def test_all_texts_of_an_extend_can_meet_nan_at_once() -> None:
+    marked = _unsaid()
+    engine = _engine(marked, 1)
+    sessions = [engine.open(prompt, SAMPLING) for prompt in (PROMPT, NEIGHBOUR)]
+    with pytest.raises(NotFinite) as found:
+        engine.extend([(session, [marked]) for session in sessions], "last")
+    assert [step.fault for step in found.value.steps] == [
+        f"the hidden states of position {len(prompt)} hold NaN or infinity" for prompt in (PROMPT, NEIGHBOUR)
+    ]
+
+
+def test_a_request_of_the_first_protocol_gets_no_token_that_was_made_up() -> None:
+    marked = _unsaid()
+
+    async def ask() -> list[int]:
+        answers = FirstProtocolAnswers(to_ids=lambda text: [*PROMPT, marked], max_new_tokens=5, timeout_seconds=5.0)
+        verifier = Verifier(_engine(marked, 2), end_ids=[], terms=TERMS, closed=lambda text, ended: None)
+        front = Front(verifier, WELCOME, [], "", answers, frames_per_second=100.0, idle_seconds=5.0)
+        with front.thread:
+            return await front._continuation("x", Peer(role="client", address="here", phase="request"), asyncio.Event())
+
+    with pytest.raises(BadFrame, match="cannot be continued: the hidden states of position 5 hold NaN or infinity"):
+        asyncio.run(ask())
