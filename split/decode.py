@@ -21,7 +21,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     from lab.settings import UserError
     from lab.text.asking import asked_sampling
     from lab.tracking import Tracker
-    from split.opening import sharded_model
+    from split.inference.open import sharded_model
 
     project, device = settings.project, open_device(settings.device)
     with (

@@ -15,9 +15,9 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     from lab.engine.kv import CacheFull
     from lab.settings import UserError
     from lab.tracking import Tracker
-    from split.generating import generate
-    from split.opening import sharded_model
-    from split.sharded_model import ShardFault
+    from split.inference.generate import generate
+    from split.inference.open import sharded_model
+    from split.inference.sharded_model import ShardFault
     from split.transport.base import ShardLost
 
     device = open_device(settings.device)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from lab.command import entry
-from split.train_settings import SplitTrainSettings
+from split.training.settings import SplitTrainSettings
 
 
 def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
     """Serves until Ctrl+C; the figures of the last line."""
-    from split.training_hosting import host  # loads torch, which reads what `entry.main` puts into the environment
+    from split.training.hosting import host  # loads torch, which reads what `entry.main` puts into the environment
 
     return host(settings, place.folder)
 

@@ -21,9 +21,9 @@ from lab.models.proof import Use, require
 from lab.models.sources import fetch, model_identity
 from lab.models.structure import Structure
 from lab.settings import ModelSettings, UserError
-from split.checkpoint import Manifest, Parts, latest_step, part_of, read_manifest
-from split.training_messages import Train
-from split.training_opening import identity_of
+from split.training.checkpoint import Manifest, Parts, latest_step, part_of, read_manifest
+from split.training.messages import Train
+from split.training.open import identity_of
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> 
 def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
     """A PEFT folder, with the record of its base model."""
     from lab.models.base_model import base_name
-    from split.first_adapter import first_adapter  # loads PEFT
+    from split.training.first_adapter import first_adapter  # loads PEFT
 
     first = first_adapter(model, manifest.recipe)
     config = first.described()

@@ -14,7 +14,7 @@ from lab.models.architecture import architecture_of as numbers_of
 from lab.models.architecture import is_of_preset, layer_weights_of
 from lab.settings import Dtype, ModelSettings, Quantization, UserError
 from split.plan_settings import NodeSettings, PlanSettings
-from split.planning import NF4_BYTES, Architecture, FitsNowhere, Node, Plan, Work, make_plan
+from split.planner import NF4_BYTES, Architecture, FitsNowhere, Node, Plan, Work, make_plan
 
 _VALUE_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lab.settings import LabSettings, register_project, require
-from split.boundary import Boundary
+from split.chain.boundary import Boundary
 
 MAX_NODES = 7
 """All orders of them are tried."""

@@ -7,8 +7,8 @@ from enum import Enum
 
 from lab.settings import LabSettings, register_project, require
 from lab.text.settings import TextSettings
-from split.address import Address
-from split.boundary import Boundary
+from split.chain.address import Address
+from split.chain.boundary import Boundary
 
 
 class TransportKind(Enum):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from lab.command import entry
-from split.train_settings import SplitTrainSettings
+from split.training.settings import SplitTrainSettings
 
 
 def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
     """Trains; the figures of the last line."""
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
-    from split.trainer import TrainingFault
-    from split.training_run import run_training
+    from split.training.run import run_training
+    from split.training.trainer import TrainingFault
     from split.transport.base import ShardLost
 
     try:

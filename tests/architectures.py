@@ -30,10 +30,10 @@ from lab.models.folder import ModelFolder
 from lab.models.proof import Proof, prove, try_out, try_packed
 from lab.models.slices import read_slice, run_slice
 from lab.models.twin import VOCABULARY, twin_model
-from split.boundary import Boundary
-from split.shard import ShardLimits, shard_class
-from split.sharded_model import ShardedModel
-from split.stage import Stage
+from split.chain.boundary import Boundary
+from split.inference.shard import ShardLimits, shard_class
+from split.inference.sharded_model import ShardedModel
+from split.inference.stage import Stage
 from split.transport.inproc import InProcess
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"

@@ -31,9 +31,9 @@ from lab.models.proof import try_out
 from lab.settings import to_plain
 from lab.tracking import finite
 from speculative.settings import Mode
-from split.boundary import Boundary
-from split.joining import join_shards, make_side
-from split.local_shards import LocalShards
+from split.chain.boundary import Boundary
+from split.chain.local_shards import LocalShards
+from split.inference.joining import join_shards, make_side
 from split.settings import SplitSettings
 from tests import architectures
 from tests.folder_fuzz import fuzz_folders
@@ -54,9 +54,9 @@ from tests.speculative.verifier.crowd import crowd
 from tests.speculative.verifier.leavers import leave_at_random
 from tests.speculative.verifier.misuse import LARGEST_GROWTH_BYTES as LARGEST_MISUSE_GROWTH_BYTES
 from tests.speculative.verifier.misuse import misuse
-from tests.split import crowd_processes, hostile, kills, texts
 from tests.split.chains import saved_model
-from tests.split.training_kills import kill_while_training
+from tests.split.inference import crowd_processes, hostile, kills, texts
+from tests.split.training.kills import kill_while_training
 from tests.sweep_pairs import compare_pairs
 from tests.test_conf import COMMANDS
 from tests.unicode_texts import round_trip

@@ -22,12 +22,12 @@ from simulations.bench_settings import BenchSettings
 from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
-from split.bench_settings import SplitBenchSettings
+from split.bench.settings import SplitBenchSettings
+from split.bench.training_settings import SplitTrainBenchSettings
 from split.merge_settings import MergeSettings
 from split.plan_settings import PlanSettings
 from split.settings import SplitSettings
-from split.train_bench_settings import SplitTrainBenchSettings
-from split.train_settings import SplitTrainSettings
+from split.training.settings import SplitTrainSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))

@@ -21,7 +21,7 @@ from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
 from split.merge_settings import MergeSettings
 from split.settings import SplitSettings
-from split.train_settings import SplitTrainSettings
+from split.training.settings import SplitTrainSettings
 from tests.in_process import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -50,7 +50,7 @@ def test_a_shard_that_does_not_know_the_text_is_found_out(tmp_path: Path, monkey
             super().hold(0, [0] * position)
             super().hold(position, ids)
 
-    monkeypatch.setattr("split.shard.History", Forgetful)
+    monkeypatch.setattr("split.inference.shard.History", Forgetful)
     assert shards_differ(tmp_path, names=["all"], steps=12) > 0
 
 

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from lab.device import read_memory
-from split.messages import Pass
-from split.stage import Stage
+from split.inference.messages import Pass
+from split.inference.stage import Stage
 from split.transport.base import Hop, Message, ShardReport
 
 

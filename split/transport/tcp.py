@@ -1,6 +1,6 @@
 """Messages over TCP, as seen by the client: a connection to every shard, the chain between them, answers from its end.
 
-Each shard's process is `split.serving`; what both say is in `split.messages`. The client is attached to every shard:
+Each shard's process is `split.inference.server`; what both say is in `split.inference.messages`. The client is attached to every shard:
 it sends to the first, the last one answers it directly, and a shard that dies is noticed at once on its own
 connection, whichever it is.
 """
@@ -29,8 +29,8 @@ from lab.wire import (
     WireError,
     WrongKey,
 )
-from split.address import Address
-from split.messages import (
+from split.chain.address import Address
+from split.inference.messages import (
     HOP,
     Ask,
     Attach,

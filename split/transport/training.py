@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from split.training_stage import To, TrainingStage
+from split.training.stage import To, TrainingStage
 from split.transport.base import Message
 
 

@@ -1,4 +1,4 @@
-"""Split training over torch.distributed.rpc: the messages of `split.training_messages`, and torch's own autograd.
+"""Split training over torch.distributed.rpc: the messages of `split.training.messages`, and torch's own autograd.
 
 Trusted networks only: it is pickle (`split.transport.rpc`). With backward=autograd the shards' seats are called
 instead: hidden states are fetched by the next shard from the one that made them, and torch notes on both sides what
@@ -21,9 +21,9 @@ from torch.distributed.rpc import PyRRef  # type: ignore[attr-defined]  # the sa
 
 from lab.device import read_memory
 from lab.wire import Head
-from split.messages import Fault, FaultCode
-from split.training_shard import Entering
-from split.training_stage import To, TrainingStage
+from split.inference.messages import Fault, FaultCode
+from split.training.shard import Entering
+from split.training.stage import To, TrainingStage
 from split.transport.base import Message, ShardLost
 from split.transport.rpc import INBOX, Member, Place, RpcChain, as_tensor, check_delivered, tell_client
 

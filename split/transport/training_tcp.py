@@ -1,10 +1,10 @@
-"""The trainer's end of a chain of shard processes over TCP; each shard's is `split.training_server`."""
+"""The trainer's end of a chain of shard processes over TCP; each shard's is `split.training.server`."""
 
 from __future__ import annotations
 
 from lab.wire import Head
-from split.messages import Fault
-from split.training_messages import Done, Figures, Saved, Started
+from split.inference.messages import Fault
+from split.training.messages import Done, Figures, Saved, Started
 from split.transport.tcp import TcpChain
 
 

@@ -19,7 +19,7 @@ from simulations import demo
 from simulations.demo_settings import DemoSettings
 from speculative.settings import SpeculativeSettings
 from split.settings import SplitSettings
-from split.train_settings import SplitTrainSettings
+from split.training.settings import SplitTrainSettings
 from tests.federated import on_jsonl, write_dialogues
 
 RANDOM = ["model=random", "model.quantization=none", "model.dtype=float32", "device.threads=1", "tracking=none"]

@@ -17,10 +17,10 @@ from lab.engine.base import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.layers import load_layers
 from lab.settings import ArchitectureSettings, Dtype, ModelSettings, ModelSource, Quantization
-from split.boundary import Boundary
-from split.shard import Shard, ShardLimits, shard_class
-from split.sharded_model import ShardedModel
-from split.stage import Stage
+from split.chain.boundary import Boundary
+from split.inference.shard import Shard, ShardLimits, shard_class
+from split.inference.sharded_model import ShardedModel
+from split.inference.stage import Stage
 from split.transport.inproc import InProcess
 from tests.random_models import random_model
 

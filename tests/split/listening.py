@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from lab.wire import Deadlines, Endpoint, Limits, MessageTable
-from split.address import Address
-from split.process import Server, serve
+from split.chain.address import Address
+from split.chain.process import Server, serve
 
 MAX_BYTES = 2**22
 """Of a frame."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lab.wire import Endpoint
-from split.address import Address
-from split.boundary import Boundary
-from split.messages import PROTOCOL, table
-from split.serving import ShardServer
-from split.shard import Shard
-from split.stage import Stage
+from split.chain.address import Address
+from split.chain.boundary import Boundary
+from split.inference.messages import PROTOCOL, table
+from split.inference.server import ShardServer
+from split.inference.shard import Shard
+from split.inference.stage import Stage
 from split.transport.tcp import TcpChain
 from tests.split.listening import MAX_BYTES, Listening, endpoint_for_tests
 

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 from lab.learning.examples import Example
 from lab.models.structure import count_layers
 from lab.models.twin import VOCABULARY, twin_model
-from split.checkpoint import Manifest
 from split.merging import merge
-from split.training_opening import identity_of
+from split.training.checkpoint import Manifest
+from split.training.open import identity_of
 from tests.architectures import config_of
 from tests.split.chains import saved_model
-from tests.split.unsplit import EVERYTHING, RUN, Unsplit, in_process, trainer
+from tests.split.training.unsplit import EVERYTHING, RUN, Unsplit, in_process, trainer
 
 STEPS = 2
 

@@ -16,7 +16,7 @@ from lab.models.architecture import LayerWeights, architecture_of, as_described,
 from lab.models.sources import load_model
 from lab.settings import ModelSettings, UserError
 from split.plan import own_architecture
-from split.planning import NF4_BYTES
+from split.planner import NF4_BYTES
 from tests.folder_fuzz import good_folder
 from tests.lab.models.test_sources import CPU, write_gguf
 

@@ -17,9 +17,9 @@ from speculative.engines import open_target
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier.scheduler import Verifier
 from speculative.verifier.sequence import Ended, TextRequest, Verdict
-from split.boundary import Boundary
-from split.joining import make_side
-from split.opening import load_stage
+from split.chain.boundary import Boundary
+from split.inference.joining import make_side
+from split.inference.open import load_stage
 from split.settings import SplitSettings
 from tests.speculative.in_process import TERMS
 from tests.split.processes import Process

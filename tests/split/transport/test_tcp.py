@@ -14,17 +14,17 @@ import torch
 from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings, OneWay
 from lab.wire import PeerMismatch, PeerRefused, WrongKey
-from split import serving
-from split.address import Address
-from split.boundary import Boundary
-from split.coding import encode
-from split.sharded_model import ShardedModel
-from split.times import take_apart
+from split.chain.address import Address
+from split.chain.boundary import Boundary
+from split.inference import server as serving
+from split.inference.coding import encode
+from split.inference.sharded_model import ShardedModel
+from split.inference.times import take_apart
 from split.transport.base import ShardLost
 from split.transport.tcp import ChainMismatch
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
+from tests.split.inference.test_sharded_model import conversation
 from tests.split.processes import Process, chain, endpoint
-from tests.split.test_sharded_model import conversation
 from tests.words import samplings
 
 

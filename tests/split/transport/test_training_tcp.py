@@ -14,12 +14,21 @@ import torch
 from lab.settings import Dtype
 from lab.wire import FrameSocket, WrongKey
 from lab.wire.tensors import TensorSpec, WireDtype
-from split.messages import Attach, Fault
-from split.schedule import Schedule
-from split.training_messages import Batch, Hidden, Step, training_type
+from split.inference.messages import Attach, Fault
+from split.training.messages import Batch, Hidden, Step, training_type
+from split.training.schedule import Schedule
 from split.transport.base import Message, ShardLost
-from tests.split.training_processes import Learner, connect, connected, endpoint, learners_of, over_tcp
-from tests.split.unsplit import BANDS, Unsplit, gradients_of, in_process, model_settings, some_examples, trainer, worst
+from tests.split.training.processes import Learner, connect, connected, endpoint, learners_of, over_tcp
+from tests.split.training.unsplit import (
+    BANDS,
+    Unsplit,
+    gradients_of,
+    in_process,
+    model_settings,
+    some_examples,
+    trainer,
+    worst,
+)
 
 CUTS = (0, 1, 3, 4)
 

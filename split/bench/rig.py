@@ -1,0 +1,196 @@
+"""What the benchmarks of split inference measure with: shard processes on a core each, links, engines over them.
+
+This process holds the whole model for comparison; it stays on the first shard's core, which waits while it computes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from lab.bench import pinned
+from lab.command.entry import compose_settings
+from lab.command.processes import listening, own_words
+from lab.device import open_device
+from lab.engine.base import LocalEngine
+from lab.models.layers import load_proved
+from lab.settings import ModelSettings
+from split.bench.settings import SplitBenchSettings
+from split.chain.boundary import Boundary
+from split.chain.local_shards import LocalShards
+from split.inference.joining import fingerprints, join_shards
+from split.inference.open import free_port, load_stage, model_layers, ranges
+from split.inference.sharded_model import ShardedModel
+from split.inference.stage import Stage
+from split.settings import SplitSettings
+from split.transport.base import Message, Transport
+from split.transport.inproc import InProcess
+
+LINK_BUFFER_BYTES = 2**24
+MAX_CONNECTIONS = 64
+
+
+class OnCore(Stage):
+    """A stage that works on a core of its own, as a shard's process does: one thread goes from core to core."""
+
+    def __init__(self, stage: Stage, core: int) -> None:
+        super().__init__(stage.shard, stage.boundary)
+        self._core = core
+
+    def take(self, client: Hashable, message: Message) -> Message | None:
+        """See `Stage.take`."""
+        with pinned(self._core):
+            return super().take(client, message)
+
+
+class Rig:
+    """Everything that several measurements share. Close it: it ends the processes."""
+
+    def __init__(self, settings: SplitBenchSettings, folder: Path) -> None:
+        self.project, self.model, self.folder = settings.project, settings.model, folder
+        self._stack = ExitStack()
+        self._stack.enter_context(pinned(0))
+        self.device = open_device(settings.device)
+        inference = compose_settings("split_inf", "", SplitSettings)
+        self.settings = replace(
+            inference,
+            model=settings.model,
+            device=settings.device,
+            project=replace(
+                inference.project,
+                context=self.project.context,
+                cache_limit_bytes=self.project.cache_limit_bytes,
+                prefill_chunk=self.project.prefill_chunk,
+                recovery_seconds=0.0,
+            ),
+        )
+        self.layers = model_layers(self.settings)
+        self.model_words = [word for word in own_words() if word.startswith(("--config-dir", "model", "device."))]
+        self._words = [
+            *self.model_words,
+            f"project.context={self.project.context}",
+            f"project.cache_limit_bytes={self.project.cache_limit_bytes}",
+            f"project.max_connections={MAX_CONNECTIONS}",
+        ]
+        self._addresses: dict[tuple[int, bool], list[str]] = {}
+
+    def close(self) -> None:
+        """End the shards."""
+        self._stack.close()
+
+    def addresses(self, cut: int, *, awake: bool = True) -> list[str]:
+        """Two shards, the second of which begins at `cut`; started when they are first asked for. Those that are not
+        awake sleep as soon as a pass is over."""
+        if (cut, awake) not in self._addresses:
+            folder = self.folder / f"cut-{cut}{'' if awake else '-asleep'}"
+            words = self._words if awake else [*self._words, "project.awake_seconds=0"]
+            shards = LocalShards(self.ranges(cut), folder, self.project.start_seconds, words, pin=True)
+            self._addresses[cut, awake] = [str(address) for address in self._stack.enter_context(shards).addresses]
+        return self._addresses[cut, awake]
+
+    def ranges(self, cut: int) -> list[range]:
+        """The layers of two shards."""
+        return ranges(replace(self.settings, project=replace(self.settings.project, cuts=[cut])), 2)
+
+    @contextmanager
+    def tcp(
+        self,
+        addresses: Sequence[str] | None = None,
+        prefill_chunk: int | None = None,
+        model: ModelSettings | None = None,
+    ) -> Iterator[ShardedModel]:
+        """An engine over shard processes; None: those of `project.cut`, its chunk, the benchmark's model."""
+        project = self.settings.project
+        engine = join_shards(
+            model or self.model,
+            self.settings.network,
+            shards=addresses or self.addresses(self.project.cut),
+            spares=[],
+            boundary=project.boundary.name,
+            context=project.context,
+            prefill_chunk=prefill_chunk or project.prefill_chunk,
+            start_seconds=project.start_seconds,
+            recovery_seconds=0.0,
+        )
+        with _leaving(engine):
+            yield engine
+
+    @contextmanager
+    def linked(self, rtt_seconds: float) -> Iterator[list[str]]:
+        """Addresses of two shards for a client beside the first: the second is behind a link for both of them, so that
+        a token crosses it once each way. The link is a process of its own, on the second shard's core: that of a shard
+        which stays awake would not be free when the delay is over."""
+        one, two = self.addresses(self.project.cut, awake=False)
+        delay = rtt_seconds / 2
+        words = [
+            "network.port=0",
+            "tracking=none",
+            f"project.target_port={two.rpartition(':')[2]}",
+            f"project.up.delay_seconds={delay}",
+            f"project.down.delay_seconds={delay}",
+            f"project.buffer_bytes={LINK_BUFFER_BYTES}",
+        ]
+        folder = self.folder / f"link-{rtt_seconds:g}"
+        with pinned(1), listening("simulations.link", words, folder, self.project.start_seconds) as port, pinned(0):
+            yield [one, f"127.0.0.1:{port}"]
+
+    @contextmanager
+    def rpc(self) -> Iterator[ShardedModel]:
+        """The same two shards as processes of a torch RPC group of their own."""
+        from split.transport.rpc import RpcChain  # some systems lack it
+
+        port, layers = free_port(), self.ranges(self.project.cut)
+        words = [*self._words, "project.transport=rpc"]
+        with LocalShards.of_group(layers, self.folder / "rpc", port, words, pin=True):
+            wanted = fingerprints(self.model, self.settings.project.boundary)
+            engine = self.engine(RpcChain(len(layers) + 1, self.settings.network, port, wanted))
+            with _leaving(engine):
+                yield engine
+
+    def stages(self, boundary: Boundary = Boundary.float32) -> list[Stage]:
+        """The same two shards in this process."""
+        settings = replace(self.settings, project=replace(self.settings.project, boundary=boundary))
+        return [load_stage(settings, self.device, layers) for layers in self.ranges(self.project.cut)]
+
+    def inproc(self, stages: Sequence[Stage]) -> ShardedModel:
+        """An engine over shards in this process."""
+        return self.engine(InProcess(stages))
+
+    def engine(self, transport: Transport) -> ShardedModel:
+        """An engine over a transport."""
+        return ShardedModel(
+            transport,
+            vocabulary_size=self.model.architecture.vocabulary,
+            context=self.project.context,
+            prefill_chunk=self.project.prefill_chunk,
+            recovery_seconds=0.0,
+        )
+
+    def whole(self) -> LocalEngine:
+        """The model that is not split, in this process."""
+        project = self.settings.project
+        return LocalEngine(
+            load_proved(self.model, self.device).model,
+            sessions=project.sessions,
+            context=project.context,
+            bucket=project.cache_bucket,
+            kv_limit_bytes=2 * project.cache_limit_bytes,
+            prefill_chunk=project.prefill_chunk,
+            exact_rows=None,
+        )
+
+    def prompt(self, count: int, seed: int = 0) -> list[int]:
+        """Ids from a seed."""
+        generator = random.Random(seed)
+        return [generator.randrange(self.model.architecture.vocabulary) for _ in range(count)]
+
+
+@contextmanager
+def _leaving(engine: ShardedModel) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        engine.shutdown()

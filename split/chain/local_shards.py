@@ -1,0 +1,147 @@
+"""Shard processes on this machine, started and ended by their client."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lab.bench import pinned
+from lab.command.processes import NotReady, first_line, last_words, own_words, start
+from lab.settings import UserError
+from split.chain.address import Address
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0
+"""For a shard to leave by itself; then it is killed."""
+WATCH_SECONDS = 0.1
+NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
+"""How words of a client begin that its shards do not get."""
+
+
+class LocalShards:
+    """A process a range of layers: `with LocalShards(...) as shards: shards.addresses`.
+
+    Each gets the words of our own command line, and ends when we do, however we end: it follows its standard input.
+    One that dies is started again at its address. What they log is in the run folder.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[range],
+        folder: Path,
+        start_seconds: float,
+        extra: Sequence[str] | None = None,
+        *,
+        pin: bool = False,
+        module: str = "split.serve",
+    ) -> None:
+        """`extra`: words for the shards; None: those of our own command line. `pin`: each on a core of its own.
+        `module`: what they run."""
+        self._extra, self._pin, self._module = extra, pin, module
+        self._layers, self._folder, self._start_seconds = layers, folder, start_seconds
+        self._group_port: int | None = None
+        self.processes: list[subprocess.Popen[str]] = []
+        self.addresses: list[Address] = []
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="local shards", daemon=True)
+
+    @classmethod
+    def of_group(
+        cls,
+        layers: Sequence[range],
+        folder: Path,
+        port: int,
+        extra: Sequence[str] | None = None,
+        *,
+        pin: bool = False,
+        module: str = "split.serve",
+    ) -> Self:
+        """Members of a torch RPC group that meets at `port`: they do not listen, and are not started again."""
+        shards = cls(layers, folder, start_seconds=0.0, extra=extra, pin=pin, module=module)
+        shards._group_port = port
+        return shards
+
+    def __enter__(self) -> Self:
+        try:
+            for index in range(len(self._layers)):
+                self.processes.append(self._start(index, self._group_port or 0))
+            if self._group_port is not None:
+                return self
+            deadline = time.monotonic() + self._start_seconds
+            self.addresses = [self._address(index, deadline) for index in range(len(self.processes))]
+        except BaseException:
+            self.stop()
+            raise
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End every shard, and wait until it has ended."""
+        self._stopping.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self.processes:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+    def kill(self, place: int) -> None:
+        """SIGKILL one of them, to see it come back."""
+        self.processes[place].kill()
+
+    def _watch(self) -> None:
+        """Start again what has died. The client finds it at its address once it listens."""
+        while not self._stopping.wait(WATCH_SECONDS):
+            for index, process in enumerate(self.processes):
+                if process.poll() is not None:
+                    log.warning("shard %d has ended with code %s; starting it again", index + 1, process.returncode)
+                    self.processes[index] = self._start(index, self.addresses[index].port)
+
+    def _start(self, index: int, port: int) -> subprocess.Popen[str]:
+        layers = self._layers[index]
+        words = [
+            *(own_words(NOT_FOR_SHARDS) if self._extra is None else self._extra),
+            f"project.layers={layers.start}:{layers.stop}",
+            "project.follow_stdin=true",
+            f"network.port={port}",
+            *([f"project.rank={index + 1}", f"project.world_size={len(self._layers) + 1}"] if self._group_port else []),
+        ]
+        with pinned(index) if self._pin else nullcontext():
+            # Ctrl+C is for us: we end them when we have said goodbye.
+            return start(self._module, words, self._shard_folder(index), follows_stdin=True, own_session=True)
+
+    def _shard_folder(self, index: int) -> Path:
+        return self._folder / f"shard-{index + 1}"
+
+    def _address(self, index: int, deadline: float) -> Address:
+        """Wait for a shard to say where it listens."""
+        try:
+            ready = first_line(self.processes[index], deadline - time.monotonic())
+        except NotReady as error:
+            if error.ended:
+                raise UserError(f"shard {index + 1} did not start: {last_words(self._shard_folder(index))}") from None
+            raise UserError(
+                f"project.start_seconds must be long enough for a shard to load, got {self._start_seconds:g}"
+            ) from None
+        return Address(ready["host"], ready["port"])

@@ -1,0 +1,450 @@
+"""A model that is split over shards, as one engine: texts by their ids, whatever carries them.
+
+A long extend goes through the shards in chunks that follow each other without waiting, so that all shards work at once.
+A text's journal is its ids and its sampling: a shard that was lost gets them again in one prefill, and the text goes on
+with the same tokens. Knows no networks and no tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from lab.engine.base import (
+    NOTHING,
+    SWEEP_ROWS,
+    Request,
+    Session,
+    TargetStep,
+    Want,
+    check_finite,
+    check_open,
+    check_requests,
+    together,
+)
+from lab.engine.kv import CacheFull
+from lab.engine.sampling import Sampling
+from lab.engine.sampling_head import sampling_fields
+from lab.wire import pack_tokens
+from split.inference.messages import (
+    MAX_PIECES,
+    REPORTED_PASSES,
+    Close,
+    Fault,
+    FaultCode,
+    Open,
+    Opened,
+    Pass,
+    Piece,
+    Steps,
+    unpack_steps,
+)
+from split.transport.base import ChainLost, Message, ShardLost, ShardReport, Transport
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+KEPT_SECONDS = 5.0
+"""For so long a place in line is kept for who asks again."""
+
+
+class ShardFault(RuntimeError):
+    """A shard could not do what it was asked, and asking again would not help."""
+
+
+class TextLost(RuntimeError):
+    """A shard is there but does not hold a text."""
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(what)
+        self.number = number
+
+
+@dataclass
+class _Asked:
+    """An OPEN whose text has not begun."""
+
+    number: int
+    sampling: Sampling
+    tokens: int
+    at: float
+    """When it was last asked for (monotonic seconds)."""
+    place: int | None = None
+    """In line; 0: there is room; None: no answer yet."""
+    fault: Fault | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        return self.place is not None or self.fault is not None
+
+
+@dataclass
+class _Journal:
+    """What rebuilds a text."""
+
+    session: Session
+    ids: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """One pass, as the client saw it; monotonic seconds."""
+
+    number: int
+    rows: int
+    submitted: float
+    answered: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Shards that were lost and are there again; monotonic seconds."""
+
+    lost: float
+    """The client noticed."""
+    connected: float
+    """Every place of the chain was taken."""
+    rebuilt: float
+    """The shards held every text again."""
+
+    @property
+    def start_seconds(self) -> float:
+        """Until the last shard was back."""
+        return self.connected - self.lost
+
+    @property
+    def prefill_seconds(self) -> float:
+        """For the texts' ids to go through all shards."""
+        return self.rebuilt - self.connected
+
+
+@dataclass
+class _Run:
+    number: int
+    position: int
+    ids: Sequence[int]
+    step: TargetStep = NOTHING
+    fault: str = ""
+    """Why it stopped, from the first pass in which it did."""
+    lost: str = ""
+    """A shard has lost it; nothing was wrong with it before."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one pass takes of one run."""
+
+    run: _Run
+    start: int
+    ids: Sequence[int]
+
+    def piece(self) -> Piece:
+        return Piece(
+            session=self.run.number,
+            position=self.run.position + self.start,
+            count=len(self.ids),
+            is_first=self.start == 0,
+            is_last=self.start + len(self.ids) == len(self.run.ids),
+        )
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    number: int
+    head: Pass
+    parts: Sequence[_Part]
+    submitted: float
+
+
+class ShardedModel:
+    """An `Engine` over shards.
+
+    Args:
+        transport: Carries messages to the shards; this engine owns it.
+        vocabulary_size: Of the model.
+        context: The most tokens of a text; what every shard was started for.
+        prefill_chunk: The most tokens of a text in one pass. Smaller chunks overlap better and cost more passes.
+        recovery_seconds: How long to try to bring back a shard that was lost; 0: its loss is raised.
+        line_seconds: How long `open` may wait in line for room at the shards. It never does while this engine has
+            another text: two engines that each hold what the other one waits for would wait for ever. Who asks for the
+            same again within `KEPT_SECONDS` has kept its place.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        vocabulary_size: int,
+        context: int,
+        prefill_chunk: int,
+        recovery_seconds: float,
+        line_seconds: float = 0.0,
+    ) -> None:
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+        self.vocabulary_size, self.context, self.longest = vocabulary_size, context, context
+        self.recoveries: list[Recovery] = []
+        """Each time that shards were lost and the texts rebuilt."""
+        self.passes: deque[PassTime] = deque(maxlen=REPORTED_PASSES)
+        """The last passes."""
+        self._transport = transport
+        self._chunk = prefill_chunk
+        self._recovery_seconds, self._line_seconds = recovery_seconds, line_seconds
+        self._journals: dict[int, _Journal] = {}
+        self._asked: dict[int, _Asked] = {}
+        self._numbered = 0
+        """Texts and passes have their numbers from one row."""
+
+    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
+        """See `Engine.open`. `CacheFull` says the place in line, which is kept for who asks again. Also raises
+        `ShardFault`, and `ShardLost` when recovery failed."""
+        most = check_open(self, prompt_ids, sampling, most_tokens)
+        number = self._surely(lambda: self._find_room(sampling, most))
+        session = Session(self, number, sampling, most)
+        self._journals[number] = _Journal(session)
+        try:
+            if prompt_ids:
+                self.extend([(session, prompt_ids)], want="last")
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def extend(self, requests: Sequence[Request], want: Want) -> list[TargetStep]:
+        """See `Engine.extend`. Also raises `ShardFault`, and `ShardLost` when recovery failed."""
+        check_requests(self, requests)
+        runs = self._surely(
+            lambda: self._run(
+                [_Run(session.key, session.position, ids, fault=session.fault) for session, ids in requests], want
+            )
+        )
+        for session, ids in requests:
+            journal = self._journals[session.key].ids
+            journal[session.position :] = ids
+        self._forget_asked()
+        return check_finite(
+            [
+                session.advance(run.ids, replace(run.step, fault=run.fault))
+                for (session, _), run in zip(requests, runs, strict=True)
+            ]
+        )
+
+    def close(self, session: Session) -> None:
+        """See `Engine.close`. A shard that is lost has forgotten the text already."""
+        del self._journals[session.key]
+        session.closed = True
+        self._close(session.key)
+
+    def shutdown(self) -> None:
+        """Leave the shards; the engine is of no use afterwards."""
+        self._transport.shutdown()
+
+    def reports(self) -> list[ShardReport]:
+        """The figures of every shard, first to last."""
+        return self._transport.reports()
+
+    # Room
+
+    def _find_room(self, sampling: Sampling, tokens: int) -> int:
+        """The number of a text that every shard keeps room for."""
+        self._forget_asked()
+        same = (asked for asked in self._asked.values() if (asked.sampling, asked.tokens) == (sampling, tokens))
+        asked = next(same, None) or self._ask(_Asked(self._number(), sampling, tokens, 0.0))
+        self._await_room(asked, 0.0 if self._journals else self._line_seconds)
+        asked.at = time.monotonic()
+        if asked.fault is not None:
+            del self._asked[asked.number]
+            self._close(asked.number)  # shards before the one that refused keep room for it
+            raise _raised(asked.fault)
+        if asked.place:
+            raise CacheFull(f"the shards have no room for {tokens} tokens now: place {asked.place} in line")
+        del self._asked[asked.number]
+        return asked.number
+
+    def _ask(self, asked: _Asked) -> _Asked:
+        head = Open(tokens=asked.tokens, **sampling_fields(asked.sampling))
+        self._asked[asked.number] = asked
+        self._transport.submit(Message(asked.number, head))
+        return asked
+
+    def _await_room(self, asked: _Asked, seconds: float) -> None:
+        """Until there is room or a fault, for so long; in any case until the first answer and what came with it."""
+        while not asked.is_answered:
+            self._note(self._transport.collect())
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(TimeoutError):
+            while asked.place and asked.fault is None:
+                self._note(self._transport.collect(max(0.0, deadline - time.monotonic())))
+
+    def _note(self, answer: Message) -> None:
+        """Take an answer that came at its own time: to an OPEN that waited in line."""
+        asked = self._asked.get(answer.number)
+        if isinstance(answer.head, Steps):
+            raise ShardFault(f"the shards answered pass {answer.number}, which was not due")
+        if asked is not None and isinstance(answer.head, Fault):
+            asked.fault = answer.head
+        elif asked is not None and isinstance(answer.head, Opened) and asked.place not in (0, answer.head.place):
+            asked.place = answer.head.place
+            if asked.place:
+                log.warning("the shards have no room for %d tokens yet: place %d in line", asked.tokens, asked.place)
+
+    def _forget_asked(self) -> None:
+        """Give up the places that nobody asks for any more."""
+        for asked in list(self._asked.values()):
+            if time.monotonic() - asked.at > KEPT_SECONDS:
+                del self._asked[asked.number]
+                self._close(asked.number)
+
+    def _close(self, number: int) -> None:
+        try:
+            self._transport.submit(Message(number, Close()))
+        except ShardLost as lost:
+            log.info("text %d was closed without its shards: %s", number, lost)
+
+    def _number(self) -> int:
+        """For a text or a pass: no other one that lives has it."""
+        while True:
+            self._numbered = self._numbered % (2**32 - 1) + 1
+            if self._numbered not in self._journals and self._numbered not in self._asked:
+                return self._numbered
+
+    # Passes
+
+    def _run(self, runs: list[_Run], want: Want) -> list[_Run]:
+        """Send every pass, then take the answers."""
+        under_way = [self._submit(parts, want) for parts in self._plan(runs)]
+        faults: list[Fault] = []
+        for run in under_way:
+            answer = self._collect(run.number)
+            self.passes.append(PassTime(run.number, run.head.rows, run.submitted, time.monotonic()))
+            if isinstance(answer.head, Fault):
+                faults.append(answer.head)
+            elif not faults:
+                self._read(run, answer)
+        if faults:
+            raise _raised(faults[0])
+        for done in runs:
+            if done.lost:
+                raise TextLost(done.number, done.lost)
+        return runs
+
+    def _collect(self, number: int) -> Message:
+        """The answer to a pass."""
+        while (answer := self._transport.collect()).number != number:
+            self._note(answer)
+        return answer
+
+    def _plan(self, runs: Sequence[_Run]) -> Iterator[list[_Part]]:
+        longest = max((len(run.ids) for run in runs), default=0)
+        for start in range(0, longest, self._chunk):
+            going_on = [run for run in runs if run.ids[start:] and not run.fault]
+            parts = [_Part(run, start, run.ids[start : start + self._chunk]) for run in going_on]
+            for group in together(parts, SWEEP_ROWS):
+                yield from (group[first : first + MAX_PIECES] for first in range(0, len(group), MAX_PIECES))
+
+    def _submit(self, parts: Sequence[_Part], want: Want) -> _UnderWay:
+        number = self._number()
+        has_words = any(self._journals[part.run.number].session.sampling.words for part in parts)
+        head = Pass(read_all=want == "all", for_words=has_words, pieces=[part.piece() for part in parts])
+        submitted = time.monotonic()
+        self._transport.submit(Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
+        return _UnderWay(number, head, parts, submitted)
+
+    @staticmethod
+    def _read(run: _UnderWay, answer: Message) -> None:
+        if not isinstance(answer.head, Steps):
+            raise ShardFault(f"pass {run.number} was answered by {type(answer.head).__name__.upper()}")
+        steps = iter(unpack_steps(run.head, answer.body))
+        for part, piece in zip(run.parts, run.head.pieces, strict=True):
+            if run.head.read_all or piece.is_last:
+                part.run.step = part.run.step.then(next(steps))
+        of_number = {part.run.number: part.run for part in run.parts}
+        for stopped in answer.head.stopped:
+            one = of_number.get(stopped.session)
+            if one is None or one.fault or one.lost:
+                continue
+            if stopped.code is FaultCode.lost:
+                one.lost = stopped.text
+            else:
+                one.fault = stopped.text
+
+    # Recovery
+
+    def _surely(self, call: Callable[[], Result]) -> Result:
+        """What `call` returns, however often shards are lost meanwhile, within `recovery_seconds` of the first loss."""
+        deadline: float | None = None
+        began = 0.0
+        while True:
+            try:
+                if deadline is not None:
+                    self._restore(deadline, began)
+                return self._with_texts(call)
+            except ShardLost as lost:
+                if deadline is None:
+                    began = time.monotonic()
+                    deadline = began + self._recovery_seconds
+                if time.monotonic() >= deadline or isinstance(lost, ChainLost):
+                    raise
+                log.warning("%s; bringing the shards back", lost)
+
+    def _with_texts(self, call: Callable[[], Result]) -> Result:
+        """What `call` returns; a text that a shard has evicted is rebuilt, once. One that does not stay stops."""
+        rebuilt: set[int] = set()
+        while True:
+            try:
+                return call()
+            except TextLost as lost:
+                log.info("%s: rebuilding it", lost)
+                journal = self._journals[lost.number]
+                if lost.number in rebuilt:
+                    journal.session.fault = journal.session.fault or str(lost)
+                else:
+                    self._rebuild(journal, time.monotonic() + self._recovery_seconds)
+                rebuilt.add(lost.number)
+
+    def _restore(self, deadline: float, began: float) -> None:
+        self._asked.clear()
+        self._transport.restore(deadline)
+        connected = time.monotonic()
+        for journal in self._journals.values():
+            self._rebuild(journal, deadline)
+        self.recoveries.append(Recovery(began, connected, time.monotonic()))
+        log.info("the shards hold all %d texts again", len(self._journals))
+
+    def _rebuild(self, journal: _Journal, deadline: float) -> None:
+        """One prefill of the ids that a text holds. Where the shards have no room for it any more, until `deadline`
+        (monotonic seconds), it stops, and the others go on."""
+        session = journal.session
+        if session.fault:
+            return
+        self._close(session.key)
+        asked = self._ask(_Asked(session.key, session.sampling, session.most_tokens, time.monotonic()))
+        try:
+            self._await_room(asked, max(0.0, deadline - time.monotonic()))
+        finally:
+            self._asked.pop(session.key, None)
+        if asked.fault is not None and asked.fault.code is FaultCode.link:
+            raise _raised(asked.fault)
+        if asked.fault is not None or asked.place:
+            why = asked.fault.text if asked.fault is not None else f"place {asked.place} in line"
+            session.fault = f"the shards had lost it, and have no room for it now ({why})"
+            self._close(session.key)
+        elif session.position:
+            [run] = self._run([_Run(session.key, 0, journal.ids[: session.position])], "last")
+            session.fault = session.fault or run.fault
+
+
+def _raised(fault: Fault) -> Exception:
+    match fault.code:
+        case FaultCode.full:
+            return CacheFull(fault.text)
+        case FaultCode.link:
+            return ShardLost(fault.text)
+        case _:
+            return ShardFault(f"{fault.code.name}: {fault.text}")

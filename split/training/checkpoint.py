@@ -1,0 +1,189 @@
+"""Checkpoints of split training: every shard writes its own part, a manifest makes a step valid when all are there.
+
+    <root>/<run>/step-00000020/shard-1/weights.safetensors    trainable weights, by their names in the whole model
+                                       optimizer.safetensors  moments, masters of 16-bit weights
+                                       part.json              what the part belongs to
+                              /manifest.json                  the digest of every part, the losses so far
+
+Schedule, order of the data and dropout are functions of the step and of the run's seed: the step is their state. Parts
+lie on the machine of their shard, the manifest on the trainer's; on one machine all of them are in one folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lab.files import whole_folder, write_whole
+from lab.settings import UserError
+from split.training.messages import Recipe
+
+WEIGHTS, OPTIMIZER, PART, MANIFEST = "weights.safetensors", "optimizer.safetensors", "part.json", "manifest.json"
+_STEP = re.compile(r"^step-(\d{8})$")
+
+
+def step_folder(root: Path, run: str, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return root / run / f"step-{step:08d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one shard's part of a checkpoint belongs to."""
+
+    step: int
+    shard: int
+    shards: int
+    first: int
+    last: int
+    """Layers first..last - 1."""
+    recipe: dict[str, Any]
+
+
+def part_of(step: int, shard: int, shards: int, layers: range, recipe: Recipe) -> Part:
+    """The part of one shard after `step` steps."""
+    fields = {name: getattr(recipe, name) for name in recipe.__struct_fields__} | {"train": recipe.train.name}
+    return Part(step=step, shard=shard, shards=shards, first=layers.start, last=layers.stop, recipe=fields)
+
+
+class Parts:
+    """One shard's parts below `root`, of one run.
+
+    Args:
+        root: Of this machine.
+        run: Sixteen hex digits.
+        place: The shard, from 0.
+    """
+
+    def __init__(self, root: Path, run: str, place: int) -> None:
+        self._root, self._run, self._place = root, run, place
+
+    def folder(self, step: int) -> Path:
+        """Of the part after `step` steps."""
+        return step_folder(self._root, self._run, step) / f"shard-{self._place + 1}"
+
+    def write(self, part: Part, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> str:
+        """Write a part, whole or not at all; return its digest."""
+        folder = self.folder(part.step)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as unfinished:
+            for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
+                plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(plain, unfinished / name, metadata={"format": "pt"})
+            (unfinished / PART).write_text(json.dumps(vars(part), indent=2) + "\n", encoding="utf-8")
+            return _digest(unfinished)
+
+    def read(self, part: Part, digest: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and optimizer state of a part. UserError when it is not there, another one or not whole."""
+        folder = self.folder(part.step)
+        if not (folder / PART).exists():
+            raise UserError(f"the checkpoint's part of shard {part.shard + 1} must be at {str(folder)!r}, and is not")
+        found = json.loads((folder / PART).read_text(encoding="utf-8"))
+        if found != json.loads(json.dumps(vars(part))):
+            raise UserError(f"the checkpoint's part of shard {part.shard + 1} must be {vars(part)}, got {found}")
+        if _digest(folder) != digest:
+            raise UserError(f"the checkpoint's part at {str(folder)!r} must be as it was written, and is not")
+        return load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+
+    def forget_before(self, step: int) -> None:
+        """Remove the parts of earlier steps."""
+        for folder in _steps(self._root / self._run):
+            if folder[0] < step:
+                shutil.rmtree(folder[1] / f"shard-{self._place + 1}", ignore_errors=True)
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """What makes the parts of one step a checkpoint."""
+
+    run: str
+    step: int
+    model: str
+    """`lab.models.sources.model_identity` of the base model."""
+    dtype: str
+    cuts: list[int]
+    """Where each shard begins, and the model's number of layers."""
+    digests: list[str]
+    """Of each shard's part."""
+    recipe: Recipe
+    optimization: dict[str, Any]
+    data: dict[str, Any]
+    total_steps: int
+    micro_batches: int
+    seed: int
+    loss_by_step: list[float]
+    data_digest: str = ""
+    """`split.training.data.examples_digest` of what is learnt from; empty where an older version wrote it."""
+    altered_at: int = 0
+    """The last step after which the data or the number of steps became another; 0: never."""
+
+    @property
+    def layers(self) -> list[range]:
+        """Of each shard."""
+        return [range(first, last) for first, last in pairwise(self.cuts)]
+
+    @property
+    def cut(self) -> str:
+        """For people: 0:2, 2:4."""
+        return ", ".join(f"{part.start}:{part.stop}" for part in self.layers)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> Path:
+    """Make the step valid, and earlier ones but the last go; return its folder."""
+    folder = step_folder(root, manifest.run, manifest.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode() + "\n")
+    return folder
+
+
+def forget_steps_before(root: Path, run: str, step: int) -> None:
+    """Remove the manifests of earlier steps, and their folders where nothing else is in them."""
+    for number, folder in _steps(root / run):
+        if number < step:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Of a step's folder. UserError for a folder that has none, or a broken one."""
+    try:
+        return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError) as error:
+        raise UserError(
+            f"project.checkpoint must be a step's folder with a {MANIFEST}, got {str(folder)!r} ({error})"
+        ) from None
+
+
+def latest_step(folder: Path) -> Path:
+    """The newest valid step of a run's folder, or the step's folder itself. UserError when there is none."""
+    if (folder / MANIFEST).exists():
+        return folder
+    valid = [place for _, place in _steps(folder) if (place / MANIFEST).exists()]
+    if not valid:
+        raise UserError(f"project.resume must be a checkpoint with at least one valid step, got {str(folder)!r}")
+    return valid[-1]
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """The steps of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(found[1]), place) for place in folder.iterdir() if (found := _STEP.match(place.name)))
+
+
+def _digest(folder: Path) -> str:
+    sha = hashlib.sha256()
+    for name in (WEIGHTS, OPTIMIZER, PART):
+        with (folder / name).open("rb") as stream:
+            sha.update(hashlib.file_digest(stream, "sha256").digest())
+    return sha.hexdigest()

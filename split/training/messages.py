@@ -1,0 +1,263 @@
+"""What a trainer and shards that learn say to each other. The transports carry these; over tcp they are frames.
+
+    trainer             shard 1                      shard 2 (last)
+    START(recipe)  ->   loads, STARTED               loads, STARTED             a checkpoint's step, or the base model
+    STEP           ->   its order from the schedule  the same
+    BATCH ids      ->   forward                      BATCH labels               one each micro-batch
+                        HIDDEN                  ->   forward, loss, backward
+                        backward                <-   GRADIENT                   of the loss by the hidden states
+                   <-   DONE(squares of gradients)   DONE(loss)
+    APPLY(scale)   ->   optimizer step               optimizer step             the same clipping everywhere
+    SAVE           ->   writes its part, SAVED       writes its part, SAVED
+
+Every message's number is its step's. A shard does its operations in the order of `split.training.schedule`, each as soon as its
+input is there, so that it makes no difference in which order messages of different senders come. TIED carries the
+gradients of an embedding that is also the head, both ways along the chain.
+
+ATTACH, WELCOME, JOIN, ASK and FAULT are those of inference (`split.inference.messages`).
+
+Shapes: B examples, T positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import Enum, IntEnum
+from typing import Annotated
+
+import msgspec
+
+from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
+from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
+from lab.wire.tensors import TensorSpec
+from split.inference.messages import Ask, Attach, Count, Fault, Join, Welcome
+from split.training.schedule import Operation, Phase, Schedule, Span
+
+PROTOCOL = range(2, 3)
+MAX_MICRO_BATCHES = 4096
+MAX_EXAMPLES = 4096
+
+Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Examples = Annotated[list[Count], msgspec.Meta(min_length=1, max_length=MAX_EXAMPLES)]
+MicroBatch = Annotated[int, msgspec.Meta(ge=0, lt=MAX_MICRO_BATCHES)]
+
+
+class Train(Enum):
+    """`lora`: an adapter on a frozen base. `everything`: every weight of the model."""
+
+    lora = "lora"
+    everything = "everything"
+
+
+class Recipe(Head):
+    """What every shard must train alike; the rest of a step comes with the step."""
+
+    train: Train
+    lora_rank: Count
+    lora_alpha: Positive
+    lora_dropout: Fraction
+    lora_targets: Annotated[list[ShortText], msgspec.Meta(max_length=64)]
+    weight_decay: NotNegative
+    beta1: Fraction
+    beta2: Fraction
+    activation_checkpointing: bool
+    seed: Uint63
+    """Of the fresh adapter and of dropout."""
+
+
+class Start(Head):
+    """Be this shard of a run, as it was after the message's step."""
+
+    shard: Uint31
+    """Its place, from 0."""
+    shards: Uint31
+    run: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+    """Whose checkpoints these are."""
+    digest: ShortText
+    """Of the shard's part of the checkpoint; empty at step 0, where there is none."""
+    recipe: Recipe
+
+
+class Started(Head):
+    """Loaded."""
+
+    shard: Uint31
+    trainable: int
+    """Parameters that training changes."""
+
+
+class Step(Head):
+    """One optimizer step's forwards and backwards."""
+
+    schedule: Schedule
+    micro_batches: Annotated[int, msgspec.Meta(ge=1, le=MAX_MICRO_BATCHES)]
+    """In one turn of the schedule."""
+    turns: Annotated[int, msgspec.Meta(ge=1, le=MAX_MICRO_BATCHES)]
+    """How often the schedule runs, one after the other, before the gradients are used (accumulation)."""
+    tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**40)]
+    """That the loss counts in the whole step: each micro-batch's sum of cross-entropies is divided by it."""
+
+
+class Batch(Head):
+    """A micro-batch's ids for the first shard, labels for the last one: B x T int32 in the body, ids first where the
+    only shard needs both."""
+
+    micro_batch: MicroBatch
+    lengths: Examples
+    """Positions of each example that are not padding."""
+    columns: Count
+    """T."""
+
+
+class Hidden(Head):
+    """A micro-batch's hidden states B x T x H, to the next shard."""
+
+    micro_batch: MicroBatch
+    lengths: Examples
+    tensor: TensorSpec
+
+
+class Gradient(Head):
+    """Of the loss by a micro-batch's hidden states B x T x H, to the shard that made them."""
+
+    micro_batch: MicroBatch
+    tensor: TensorSpec
+
+
+class Tied(Head):
+    """Rows of the gradient of one copy of a tied embedding, on their way to the other copy."""
+
+    to_last: bool
+    row: Uint31
+    tensor: TensorSpec
+
+
+class Done(Head):
+    """All forwards and backwards of a step are done here. The body holds when: `OPERATION` each."""
+
+    shard: Uint31
+    loss: float
+    """Mean over the step's tokens, in nats, from the last shard; 0 from others."""
+    squares: float
+    """Sum of the squares of all gradients here; a tied embedding's count at the first shard only."""
+    is_finite: bool
+    """Whether all hidden states that this shard made were, at the last one the loss."""
+    held: Uint31
+    """The most micro-batches it held at once."""
+    boundary_bytes: int
+    """That it sent to its neighbours, headers included where there are any."""
+    rss_bytes: int
+
+
+class Apply(Head):
+    """Take the optimizer's step."""
+
+    scale: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    """What clipping multiplies every gradient with."""
+    learning_rate: NotNegative
+
+
+class Save(Head):
+    """Write this shard's part of the checkpoint after the message's step."""
+
+    keep_from: Uint32
+    """Parts of earlier steps may go."""
+
+
+class Saved(Head):
+    """The part is on disk."""
+
+    shard: Uint31
+    digest: ShortText
+    """SHA-256 over the part's files."""
+    folder: LongText
+    weights_delta_norm: float
+    """How far its trainable weights are from those that the run began with."""
+
+
+class Figures(Head):
+    """A shard's sizes, now, in answer to ASK."""
+
+    shard: Uint31
+    clock_seconds: float
+    """Its monotonic clock when it answered."""
+    device: ShortText
+    weights_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    rss_bytes: int
+    peak_rss_bytes: int
+    device_memory_used_bytes: int | None
+    device_memory_total_bytes: int | None
+
+
+OPERATION = struct.Struct("<IBdd")
+"""Micro-batch, whether it is a backward, begin and end (monotonic seconds of that machine)."""
+
+
+def pack_spans(spans: list[Span]) -> bytes:
+    """The body of DONE."""
+    return b"".join(
+        OPERATION.pack(span.operation.micro_batch, span.operation.phase is Phase.backward, span.begin, span.end)
+        for span in spans
+    )
+
+
+def unpack_spans(body: bytes | memoryview) -> list[Span]:
+    """The operations of DONE. Raises ValueError for a body of another length."""
+    if len(body) % OPERATION.size:
+        raise ValueError(f"operations must be {OPERATION.size} bytes each, got {len(body)} in all")
+    return [
+        Span(Operation(number, Phase.backward if backward else Phase.forward), begin, end)
+        for number, backward, begin, end in OPERATION.iter_unpack(body)
+    ]
+
+
+class TrainingMessageType(IntEnum):
+    """The frames of the application."""
+
+    attach = FIRST_APPLICATION_TYPE
+    welcome = FIRST_APPLICATION_TYPE + 1
+    join = FIRST_APPLICATION_TYPE + 2
+    fault = FIRST_APPLICATION_TYPE + 3
+    ask = FIRST_APPLICATION_TYPE + 4
+    figures = FIRST_APPLICATION_TYPE + 5
+    start = FIRST_APPLICATION_TYPE + 6
+    started = FIRST_APPLICATION_TYPE + 7
+    step = FIRST_APPLICATION_TYPE + 8
+    batch = FIRST_APPLICATION_TYPE + 9
+    hidden = FIRST_APPLICATION_TYPE + 10
+    gradient = FIRST_APPLICATION_TYPE + 11
+    tied = FIRST_APPLICATION_TYPE + 12
+    done = FIRST_APPLICATION_TYPE + 13
+    apply = FIRST_APPLICATION_TYPE + 14
+    save = FIRST_APPLICATION_TYPE + 15
+    saved = FIRST_APPLICATION_TYPE + 16
+
+
+_HEAD_BYTES = 2**15
+_BODIES = {Batch, Hidden, Gradient, Tied}
+_TYPE_OF: dict[type[Head], TrainingMessageType] = {
+    head: TrainingMessageType[head.__name__.lower()]
+    for head in (
+        Attach, Welcome, Join, Fault, Ask, Figures, Start, Started, Step, Batch, Hidden, Gradient, Tied, Done, Apply,
+        Save, Saved,
+    )
+}  # fmt: skip
+
+
+def training_type(head: Head) -> TrainingMessageType:
+    """The frame type that carries `head`."""
+    return _TYPE_OF[type(head)]
+
+
+def training_table(body_bytes: int) -> MessageTable:
+    """The frames of both roles; tensors up to `body_bytes`."""
+    operations = 2 * MAX_MICRO_BATCHES * OPERATION.size
+    kinds: dict[int, MessageKind] = {}
+    for head, number in _TYPE_OF.items():
+        room = body_bytes if head in _BODIES else operations if head is Done else 0
+        kinds[number] = MessageKind(head=head, max_bytes=_HEAD_BYTES + room, has_body=room > 0)
+    return MessageTable(kinds)

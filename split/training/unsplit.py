@@ -1,0 +1,63 @@
+"""The same steps of the whole model in one process, by the lab's own trainer: what a split run is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lab.learning.examples import Example
+from lab.learning.training import StepFigures, train_steps
+from lab.models.sources import load_model
+from lab.tracking import progress
+from split.training.data import ordered
+from split.training.messages import Recipe, Train
+from split.training.optimizer import MasterAdamW
+from split.training.settings import SplitTrainSettings
+from split.training.trainer import split_batch
+
+
+def train_unsplit(
+    settings: SplitTrainSettings, recipe: Recipe, examples: list[Example], device: torch.device
+) -> list[float]:
+    """The loss of every step."""
+    project, optimization = settings.project, settings.project.optimization
+    model = whole_model(settings, recipe, device)
+    optimizer = MasterAdamW(
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=0.0,
+        betas=(recipe.beta1, recipe.beta2),
+        weight_decay=recipe.weight_decay,
+    )
+    batches = ordered(examples, optimization.batch_size, settings.seed)
+    losses: list[float] = []
+    with progress("unsplit step", project.steps, settings.tracking.progress) as counter:
+
+        def note(figures: StepFigures) -> None:
+            losses.append(figures.loss)
+            counter.advance(f"loss {figures.loss:.4f}")
+
+        train_steps(
+            model,
+            (part for batch in batches for part in split_batch(batch, project.micro_batches)),
+            replace(optimization, accumulation=optimization.accumulation * project.micro_batches),
+            first_step=0,
+            total_steps=project.steps,
+            steps=project.steps,
+            seed=recipe.seed,
+            optimizer=optimizer,
+            on_step=note,
+        )
+    return losses
+
+
+def whole_model(settings: SplitTrainSettings, recipe: Recipe, device: torch.device) -> Any:
+    """The whole model as it is before the first step, ready to learn what the recipe says."""
+    model: Any = load_model(settings.model, device).model
+    if recipe.train is Train.everything:
+        return model.requires_grad_(True)
+    from split.training.first_adapter import first_adapter  # loads PEFT
+
+    first_adapter(settings.model, recipe).put_on(model)
+    return model

@@ -1,0 +1,84 @@
+"""The weights that split training starts from: a slice of a model made ready to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from lab.models.layers import load_layers
+from lab.models.proof import Use
+from lab.models.quantized import Stored
+from lab.models.slices import cut_of
+from lab.models.sources import fetch, load_config, stored_as
+from lab.models.structure import count_layers
+from lab.settings import ModelSettings, Quantization, UserError
+from split.training.messages import Recipe, Train
+from split.training.shard import TrainingShard
+
+
+def load_training_shard(settings: ModelSettings, device: torch.device, layers: range, recipe: Recipe) -> TrainingShard:
+    """The shard of these layers as it is before the first step; only its own tensors are read.
+
+    Raises:
+        UserError: what `load_layers` and `first_adapter` refuse, everything trained where that cannot be.
+    """
+    model = _load_slice(settings, device, layers)
+    if recipe.train is Train.lora:
+        from split.training.first_adapter import first_adapter  # loads PEFT
+
+        weights = first_adapter(settings, recipe).put_on(model)
+    else:
+        check_can_train_everything(settings)
+        if unused := cut_of(model).structure.unused:
+            raise UserError(f"project.train must be lora for a model with parts that no text passes, got {unused[0]}")
+        weights = {name: weight for name, weight in model.named_parameters() if cut_of(model).owns(name)}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+    return TrainingShard(model, weights, recipe)
+
+
+def _load_slice(settings: ModelSettings, device: torch.device, layers: range) -> PreTrainedModel:
+    first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
+    return load_layers(settings, device, layers, embedding=first, head=last, use=Use.training)
+
+
+def check_can_train_everything(settings: ModelSettings) -> None:
+    """UserError for weights that have no gradient, and for an adapter that nobody would train."""
+    stored = stored_as(fetch(settings, ()), load_config(settings), settings)
+    if stored in (Stored.nf4, Stored.fp4):
+        raise UserError(f"project.train must be lora for a model that is stored as {stored.name}, got everything")
+    if settings.quantization is not Quantization.none:
+        raise UserError(
+            "project.train must be lora where the weights are quantised: they have no gradient, and nothing would be "
+            f"trained; got everything with model.quantization={settings.quantization.name}"
+        )
+    if settings.adapter is not None:
+        raise UserError(
+            f"project.train must be lora to go on from model.adapter, got everything with {settings.adapter!r}"
+        )
+
+
+def initial_weight(settings: ModelSettings, recipe: Recipe, layers: range) -> Callable[[str], Tensor]:
+    """A trainable weight before the first step, by its name in the whole model; read again, not kept.
+
+    Where the checkpoint has the tensor under another name, or as a part of it, the slice is loaded again, and kept.
+    """
+    if recipe.train is Train.lora:
+        from split.training.first_adapter import first_adapter  # loads PEFT
+
+        return first_adapter(settings, recipe).tensors().__getitem__
+    folder = fetch(settings, ())
+    is_plain = stored_as(folder, load_config(settings), settings) is Stored.plain
+
+    @cache
+    def again() -> dict[str, Tensor]:
+        return dict(_load_slice(settings, torch.device("cpu"), layers).state_dict())
+
+    def read(name: str) -> Tensor:
+        return folder.read({name})[name] if is_plain and name in folder.files else again()[name]
+
+    return read

@@ -1,0 +1,219 @@
+"""Split equals whole: shards of every architecture against LocalEngine, bit by bit, through the engine's own words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lab.engine.base import Engine, TargetStep
+from lab.engine.kv import CacheFull
+from lab.engine.sampling import Sampling
+from lab.models.layers import load_layers
+from lab.models.sources import folder as folder_module
+from split.chain.boundary import Boundary
+from split.inference import shard as shard_module
+from split.inference.shard import Shard1
+from split.inference.sharded_model import ShardFault
+from split.inference.stage import Stage
+from split.transport.inproc import InProcess
+from tests.random_models import ARCHITECTURES
+from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _bits(step: TargetStep | None) -> tuple[object, ...]:
+    """Everything in a step; NaN equal to NaN."""
+    assert step is not None
+    nll = [None if math.isnan(value) else value for value in step.nll]
+    return step.next_ids, step.next_nll, step.margin, nll
+
+
+def conversation(engine: Engine) -> list[object]:
+    """Every word of an engine: prompts in chunks, ragged batches, want=all, rewinds, a text that ends and another."""
+    said: list[object] = []
+    texts = [
+        engine.open(some_ids(length, seed=length), SAMPLED if length % 2 else Sampling.greedy())
+        for length in (19, 1, 40)
+    ]
+    said += [_bits(text.step) for text in texts]
+    for _ in range(6):
+        requests = [(text, [text.step.next_ids[-1]]) for text in texts if text.step]
+        said += [_bits(step) for step in engine.extend(requests, "last")]
+    ragged = [(text, some_ids(count, seed=count)) for text, count in zip(texts, (3, 30, 1), strict=True)]
+    said += [_bits(step) for step in engine.extend(ragged, "all")]
+    for text in texts:
+        text.position -= text.position // 3
+    said += [_bits(step) for step in engine.extend([(texts[2], [5, 6]), (texts[0], [7])], "all")]
+    texts[1].close()
+    with engine.open([], SAMPLED) as fresh:
+        said += [_bits(step) for step in engine.extend([(fresh, some_ids(9, 3)), (texts[2], [11])], "last")]
+        said += [_bits(step) for step in engine.extend([(fresh, some_ids(12, 4))], "all")]
+    texts[0].close()
+    texts[2].close()
+    return said
+
+
+CUTS = [(0, 1, 4), (0, 3, 4), (0, 2, 4), (0, 1, 3, 4), (0, 1, 2, 3, 4), (0, 4)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_split_is_whole_bit_by_bit(architecture: str, tied: bool, tmp_path: Path) -> None:
+    settings = saved_model(architecture, tmp_path, tie_word_embeddings=tied)
+    whole = conversation(local(settings))
+    for cuts in CUTS if not tied else CUTS[:4]:
+        assert conversation(inprocess(settings, cuts)) == whole, cuts
+
+
+def test_bfloat16_travels_as_bfloat16(tmp_path: Path) -> None:
+    settings = saved_model("llama", tmp_path, torch.bfloat16)
+    assert conversation(inprocess(settings, (0, 2, 4), Boundary.bfloat16)) == conversation(local(settings))
+
+
+def test_a_lossy_boundary_is_seen_by_the_same_comparison(tmp_path: Path) -> None:
+    settings = saved_model("llama", tmp_path)
+    whole = conversation(local(settings))
+    assert conversation(inprocess(settings, (0, 2, 4), Boundary.bfloat16)) != whole
+    assert conversation(inprocess(settings, (0, 2, 4), Boundary.int8)) != whole
+
+
+def test_padding_that_moves_by_one_is_seen_by_the_same_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = saved_model("qwen2", tmp_path)
+    ends = shard_module._ends
+    monkeypatch.setattr(shard_module, "_ends", lambda pieces: [max(piece.count, 1) for piece in pieces])
+    broken = inprocess(settings, (0, 2, 4))
+    try:
+        said: Any = conversation(broken)
+    except (ShardFault, ValueError) as fault:
+        said = fault
+    assert said != conversation(local(settings))
+    monkeypatch.setattr(shard_module, "_ends", ends)
+    assert conversation(inprocess(settings, (0, 2, 4))) == conversation(local(settings))
+
+
+def test_layers_counted_from_the_whole_model_are_seen_by_the_same_comparison(tmp_path: Path) -> None:
+    """Swapped middle shards: each runs, and the text is another."""
+    settings = saved_model("llama", tmp_path)
+    first, second, third, last = shards(settings, (0, 1, 2, 3, 4))
+    swapped = as_engine(InProcess([Stage(shard, Boundary.float32) for shard in (first, third, second, last)]))
+    assert conversation(swapped) != conversation(local(settings))
+
+
+def test_a_full_shard_refuses_and_the_others_go_on(tmp_path: Path) -> None:
+    engine = inprocess(saved_model("llama", tmp_path), (0, 2, 4), sessions=2)
+    texts = [engine.open(some_ids(5, seed), SAMPLED) for seed in (1, 2)]
+    with pytest.raises(CacheFull, match="all 2 slots"):
+        engine.open(some_ids(5, 3), SAMPLED)
+    texts[0].close()
+    with engine.open(some_ids(5, 3), SAMPLED) as third:
+        engine.extend([(third, [1]), (texts[1], [2])], "last")
+
+
+def test_a_text_that_does_not_fit_is_told_what_would(tmp_path: Path) -> None:
+    settings = saved_model("llama", tmp_path)
+    bytes_per_position = 2 * 2 * 8 * 4
+    engine = inprocess(settings, (0, 1, 4), kv_limit_bytes=3 * bytes_per_position * 32)
+    with pytest.raises(ShardFault, match="tokens must be at most the 32 that fit here, prompt included, got 33"):
+        engine.open(some_ids(20, 1), Sampling.greedy(), 33)
+    text = engine.open(some_ids(20, 1), Sampling.greedy(), 32)
+    with pytest.raises(CacheFull, match="room for a text of 0 positions is left, got 1"):
+        engine.open([], Sampling.greedy(), 1)
+    engine.extend([(text, some_ids(12, 2))], "last")
+    with pytest.raises(ValueError, match="at most the 32 tokens that were promised"):
+        engine.extend([(text, [1])], "last")
+    text.close()
+    assert all(stage.shard.cache.used_bytes == 0 for stage in engine._transport._stages)  # type: ignore[attr-defined]
+    engine.open([], Sampling.greedy(), 1).close()
+
+
+def test_an_evicted_text_is_rebuilt_with_the_same_tokens(tmp_path: Path) -> None:
+    settings = saved_model("llama", tmp_path)
+    evicting = inprocess(settings, (0, 2, 4), sessions=1, idle_seconds=0.0)
+    whole = local(settings)
+    texts = [(engine.open(some_ids(9, 1), SAMPLED), engine.open(some_ids(12, 2), SAMPLED))
+             for engine in (evicting, whole)]  # fmt: skip
+    said = []
+    for engine, pair in zip((evicting, whole), texts, strict=True):
+        for _ in range(3):
+            for text in pair:
+                assert text.step is not None
+                engine.extend([(text, text.step.next_ids[-1:])], "last")
+        said.append([text.step.next_ids for text in pair if text.step])
+    assert said[0] == said[1]
+    assert not evicting.recoveries
+
+
+def test_a_shard_reads_no_tensors_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at the reader: safetensors' own `get_tensor`."""
+
+    settings = saved_model("llama", tmp_path, tie_word_embeddings=True)
+    read: list[str] = []
+    real = folder_module.safe_open
+
+    class Counting:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._file = real(*arguments, **options)
+
+        def __enter__(self) -> Counting:
+            self._tensors = self._file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self._file.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return list(self._tensors.keys())
+
+        def get_slice(self, name: str) -> Any:
+            return Noting(name, self._tensors.get_slice(name))
+
+    class Noting:
+        """A tensor that is not read yet."""
+
+        def __init__(self, name: str, slice_: Any) -> None:
+            self._name, self._slice = name, slice_
+
+        def __getitem__(self, part: Any) -> torch.Tensor:
+            read.append(self._name)
+            tensor: torch.Tensor = self._slice[part]
+            return tensor
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._slice, name)
+
+    monkeypatch.setattr(folder_module, "safe_open", Counting)
+    layer = {"input_layernorm.weight", "post_attention_layernorm.weight"} | {
+        f"{part}.weight" for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                                      "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    }  # fmt: skip
+    ends = [{"model.embed_tokens.weight"}, set(), {"model.embed_tokens.weight", "model.norm.weight"}]
+    for (first, last), end in zip(((0, 1), (1, 3), (3, 4)), ends, strict=True):
+        read.clear()
+        model = load_layers(settings, torch.device("cpu"), range(first, last), embedding=first == 0, head=last == 4)
+        own = {f"model.layers.{index}.{name}" for index in range(first, last) for name in layer} | end
+        assert sorted(read) == sorted(own)
+        assert sum(tensor.numel() for tensor in model.parameters()) == sum(
+            Counting(tmp_path / "model.safetensors", framework="pt").__enter__().get_slice(name)[:].numel()
+            for name in own
+        )
+
+
+def test_the_middle_of_a_chain_takes_no_ids(tmp_path: Path) -> None:
+    first, *rest = shards(saved_model("llama", tmp_path), (0, 1, 2, 4))
+    assert isinstance(first, Shard1)
+    assert [shard.takes_ids for shard in rest] == [False, False]
+    assert [shard.gives_steps for shard in rest] == [False, True]
