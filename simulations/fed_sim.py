@@ -14,7 +14,7 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
         from fl.central import train_centrally
 
         return train_centrally(settings, place)
-    from fl.simulation import simulate
+    from simulations.flower import simulate
 
     return simulate(settings, place)
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import conf
-from fl.bench_settings import FederatedBenchSettings
+from fl.bench.settings import FederatedBenchSettings
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
 from lab.decode_settings import DecodeSettings

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl import bench
 from fl.adapters import AdapterIndex
-from fl.bench_settings import FederatedBenchProjectSettings, FederatedBenchSettings
+from fl.bench.__main__ import __main__ as bench
+from fl.bench.settings import FederatedBenchProjectSettings, FederatedBenchSettings
 from fl.settings import FederatedSettings, WireDtype
 from fl.strategy import RoundFold
 from lab.command.entry import Run, compose_settings

@@ -22,7 +22,6 @@ from flwr.app import Message
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fl import simulation
 from fl.checkpoint import AdapterFolders, latest_adapter
 from fl.server import base_model
 from fl.settings import FederatedSettings
@@ -30,6 +29,7 @@ from lab.command.entry import Run
 from lab.models.lora import fresh_adapter, lora_config
 from lab.models.sources import prepare_checkpoint
 from simulations import fed_sim
+from simulations import flower as simulation
 from tests.federated import CANARY, files_below, leaks, on_jsonl, small_settings, write_dialogues
 from tests.in_process import exit_code
 from tests.shared import made_once

@@ -23,7 +23,6 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fl import worker_log
 from fl.checkpoint import latest_adapter
 from fl.client import read_all
 from fl.client_app import make_client_app
@@ -40,6 +39,7 @@ from lab.files import require_writable
 from lab.learning.data import open_source
 from lab.models.sources import load_tokenizer_only, quantization_config
 from lab.settings import DataSource
+from simulations import worker_log
 
 log = logging.getLogger(__name__)
 

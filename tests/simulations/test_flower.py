@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fl import worker_log
-from fl.simulation import UntilEnding, check, end_workers
 from lab.settings import UserError
+from simulations import worker_log
+from simulations.flower import UntilEnding, check, end_workers
 from tests.federated import small_settings, write_dialogues
 
 
@@ -91,7 +91,7 @@ def test_a_file_of_nothing_but_cut_prompts_is_refused_with_the_length_that_would
 WORKER = """
 import logging, sys, warnings
 from pathlib import Path
-from fl.worker_log import send_warnings
+from simulations.worker_log import send_warnings
 for _ in range(2):
     send_warnings(Path(sys.argv[1]))
 logging.getLogger("lab.learning.data").info("not worth a word")
@@ -105,7 +105,7 @@ def test_warnings_of_workers_reach_the_log_here_once(tmp_path: Path, caplog: pyt
     with worker_log.warnings_from(path):
         for _ in range(2):
             subprocess.run([sys.executable, "-c", WORKER, str(path)], check=True, timeout=60)
-    said = [(record.levelname, record.message) for record in caplog.records if record.name == "fl.worker_log"]
+    said = [(record.levelname, record.message) for record in caplog.records if record.name == "simulations.worker_log"]
     assert said[0] == ("WARNING", "a worker says (lab.learning.data): 3 files\nleft out")
     assert len(said) == 2
     assert said[1][1].startswith("a worker says (py.warnings): ")

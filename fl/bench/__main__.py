@@ -30,7 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl.adapters import AdapterIndex, message_bytes, pack, to_records
 from fl.aggregation import ExactMean
-from fl.bench_settings import FederatedBenchProjectSettings, FederatedBenchSettings
+from fl.bench.settings import FederatedBenchProjectSettings, FederatedBenchSettings
 from fl.settings import FederatedSettings, WireDtype
 from fl.sizes import base_bytes, linear_shapes
 from fl.strategy import METRICS, WEIGHT, WeightedFedAvg
