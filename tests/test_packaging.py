@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("lab", "fl", "speculative", "split", "conf", "simulations")
+PACKAGES = ("lab", "fl", "speculative", "split", "matrix", "conf", "simulations")
 DEADLINE = 180.0
 INSTALLED = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 """Where the dependencies are."""

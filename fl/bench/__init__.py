@@ -1,1 +1,1 @@
-""""""
+"""Benchmarks of the federated pillar: `python -m fl.bench`."""

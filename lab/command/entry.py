@@ -152,7 +152,7 @@ class _Command:
         streams.check_arguments(sys.argv[1:])
         check_runs_once(sys.argv[1:])
         sys.argv[1:] = with_texts_as_typed(literal_prompt(sys.argv[1:]), settings_type)
-        hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
+        hydra.main(version_base="1.3", config_path="../../conf", config_name=config_name)(task)()
         if raised:
             raise raised[0]
 
@@ -355,7 +355,7 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU path works; that a faster one exists is no news
-    for package in ("lab", "fl", "speculative", "split", "simulations", "__main__"):
+    for package in ("lab", "fl", "speculative", "split", "matrix", "simulations", "__main__"):
         logging.getLogger(package).setLevel(level)
 
 

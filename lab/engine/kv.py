@@ -27,7 +27,7 @@ from transformers import AttentionMaskInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
-from lab.engine.base import row_attention
+from lab.engine import row_attention
 
 
 class CacheFull(RuntimeError):

@@ -1,8 +1,9 @@
 """Attention of a few rows, each as if it were alone: a guess that is checked gets the bits of a step of its own.
 
-torch's kernel for a CPU computes the rows of a pass together, and sums other than over one. Beside matrix products that
-do not (`lab.engine.wide_products`) that alone makes a pass over several rows round otherwise, and a near tie fall the other
-way. So here the rows of a text stand side by side like texts that share their keys and values; none of those is copied.
+torch's kernel for a CPU computes the rows of a pass together, and sums other than over one. Beside matrix products
+that do not (`lab.engine.wide_products`) that alone makes a pass over several rows round otherwise, and a near tie fall
+the other way. So here the rows of a text stand side by side like texts that share their keys and values; none of those
+is copied.
 
 Only in inference mode and for few rows: a prompt is computed in the same pieces whoever guesses.
 """

@@ -35,15 +35,16 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from lab.engine.base import LocalEngine, Session, context, kv
-from lab.engine.base import base as engine
+from lab.engine import base as engine
+from lab.engine import context, kv
+from lab.engine.base import LocalEngine, Session
 from lab.engine.context import longest_text
 from lab.engine.kv import SlotCache, layer_shapes
 from lab.engine.sampling import Sampling, nll
 from lab.files import path_of, write_whole
 from lab.learning.training import keep_differentiable
+from lab.models import slices, structure, twin
 from lab.models.slices import cut_of, read_slice, run_slice
-from lab.models.sources import slices, structure, twin
 from lab.models.structure import Structure, Unsliceable, count_layers, find_structure
 from lab.models.twin import VOCABULARY, NoTwin, twin_config, twin_model
 from lab.settings import UserError

@@ -1,1 +1,1 @@
-""""""
+"""Benchmarks of speculative decoding: `python -m speculative.bench`."""

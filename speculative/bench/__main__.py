@@ -3,10 +3,10 @@
     python -m speculative.bench project.bench.engine=synthetic
     python -m speculative.bench project.bench.engine=real project.draft.source=ngram
 
-Verifier and links are processes of their own, the drafter is this one (`speculative.bench.rig`): on Linux the verifier has
-one core, drafter and links the other, and every process computes with one thread. What is compared is measured in one
-run, in turn, and compared by ratios of the same turn; `n` readings, median with the smallest and the largest. `target`
-says what a row must show, `holds` whether it does.
+Verifier and links are processes of their own, the drafter is this one (`speculative.bench.rig`): on Linux the verifier
+has one core, drafter and links the other, and every process computes with one thread. What is compared is measured in
+one run, in turn, and compared by ratios of the same turn; `n` readings, median with the smallest and the largest.
+`target` says what a row must show, `holds` whether it does.
 
 Engine synthetic: passes take the times of `project.synthetic`, and guesses are right as often as it says, so that a
 figure shows the loops and not the models.
@@ -43,9 +43,9 @@ from lab.command import entry
 from lab.environment import commit
 from lab.settings import UserError
 from lab.tracking import Tracker
-from speculative.bench.__main__ import clients as bench_clients
-from speculative.bench.__main__ import loops as benching
-from speculative.bench.__main__ import plots
+from speculative.bench import clients as bench_clients
+from speculative.bench import loops as benching
+from speculative.bench import plots
 from speculative.bench.rig import Rig, for_engine
 from speculative.bench.rows import Row
 from speculative.bench.settings import BenchEngine, BenchPart

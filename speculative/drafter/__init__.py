@@ -1,1 +1,1 @@
-""""""
+"""What runs on the drafter's machine."""

@@ -1,1 +1,1 @@
-""""""
+"""What runs on the verifier's machine."""

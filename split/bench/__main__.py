@@ -42,7 +42,7 @@ def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
     """Measures the parts that are asked for; the rows are the result."""
     from lab.bench import missed, write_report
     from lab.tracking import Tracker
-    from split.bench.__main__ import inference_rows as benching
+    from split.bench import inference_rows as benching
     from split.bench.rig import Rig
 
     rows: list[Row] = []

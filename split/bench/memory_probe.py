@@ -1,4 +1,4 @@
-"""What a shard's training takes, in a fresh process: `python -m split.bench.memory_probe FIRST LAST WORDS` prints one line.
+"""What a shard's training takes, in a fresh process: `python -m split.bench.memory_probe FIRST LAST WORDS`.
 
 Shapes: B examples, T positions, H hidden size.
 """

@@ -10,9 +10,9 @@
     APPLY(scale)   ->   optimizer step               optimizer step             the same clipping everywhere
     SAVE           ->   writes its part, SAVED       writes its part, SAVED
 
-Every message's number is its step's. A shard does its operations in the order of `split.training.schedule`, each as soon as its
-input is there, so that it makes no difference in which order messages of different senders come. TIED carries the
-gradients of an embedding that is also the head, both ways along the chain.
+Every message's number is its step's. A shard does its operations in the order of `split.training.schedule`, each as
+soon as its input is there, so that it makes no difference in which order messages of different senders come. TIED
+carries the gradients of an embedding that is also the head, both ways along the chain.
 
 ATTACH, WELCOME, JOIN, ASK and FAULT are those of inference (`split.inference.messages`).
 

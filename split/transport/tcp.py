@@ -1,8 +1,8 @@
 """Messages over TCP, as seen by the client: a connection to every shard, the chain between them, answers from its end.
 
-Each shard's process is `split.inference.server`; what both say is in `split.inference.messages`. The client is attached to every shard:
-it sends to the first, the last one answers it directly, and a shard that dies is noticed at once on its own
-connection, whichever it is.
+Each shard's process is `split.inference.server`; what both say is in `split.inference.messages`. The client is
+attached to every shard: it sends to the first, the last one answers it directly, and a shard that dies is noticed at
+once on its own connection, whichever it is.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl.adapters import AdapterIndex
-from fl.bench.__main__ import __main__ as bench
+from fl.bench import __main__ as bench
 from fl.bench.settings import FederatedBenchProjectSettings, FederatedBenchSettings
 from fl.settings import FederatedSettings, WireDtype
 from fl.strategy import RoundFold

@@ -15,7 +15,7 @@ import torch
 
 from lab import doctor
 from lab.command import entry
-from lab.models.sources import sources as models
+from lab.models import sources as models
 from lab.settings import WandbMode
 from tests.in_process import exit_code
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from lab.command import entry
 from lab.command.entry import compose_settings
-from speculative.drafter.__main__ import __main__ as drafter
+from speculative.drafter import __main__ as drafter
 from speculative.settings import SpeculativeSettings
 
 START_SECONDS = 120.0

@@ -14,8 +14,8 @@ from lab.engine.base import Request, Session, TargetStep
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from speculative.settings import Mode
-from speculative.verifier.__main__ import scheduler as verifying
-from speculative.verifier.__main__ import sequence as text
+from speculative.verifier import scheduler as verifying
+from speculative.verifier import sequence as text
 from tests.random_models import ARCHITECTURES, random_model
 from tests.speculative.identity import (
     SAMPLINGS,

@@ -14,7 +14,7 @@ from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_model
 from lab.settings import UserError
-from speculative.drafter.__main__ import __main__ as drafter
+from speculative.drafter import __main__ as drafter
 from speculative.settings import SpeculativeSettings
 from tests.in_process import exit_code
 from tests.speculative.in_process import decoded_alone, local_engine

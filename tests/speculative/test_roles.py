@@ -35,7 +35,7 @@ from speculative.drafter.sources import NgramDrafts, RandomDrafts
 from speculative.drafter.target import RemoteTarget
 from speculative.messages import Welcome
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.__main__ import __main__ as verifier_role
+from speculative.verifier import __main__ as verifier_role
 from speculative.verifier.sequence import Outcome, Verdict, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine, request

@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from lab.engine import base as engine_module
+from lab.engine import kv as kv_module
 from lab.engine.base import (
     Engine,
     LocalEngine,
@@ -32,8 +34,6 @@ from lab.engine.base import (
     Want,
     open_engine,
 )
-from lab.engine.base import base as engine_module
-from lab.engine.base import kv as kv_module
 from lab.engine.kinds import EngineKind
 from lab.engine.kv import CacheFull, SlotCache
 from lab.engine.sampling import Sampling

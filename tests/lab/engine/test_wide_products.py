@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lab.command.entry import compose_settings
 from lab.device import lacks_sixteen_bits, open_device
-from lab.engine.base import row_attention, wide_products
+from lab.engine import row_attention, wide_products
 from lab.engine.wide_products import PackedLinear, WideLinear, pack_products, widen_products
-from lab.models.sources import layers
-from lab.models.sources import sources as models
+from lab.models import layers
+from lab.models import sources as models
 from speculative.settings import SpeculativeSettings
 
 CPU = torch.device("cpu")

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from lab.command.entry import compose_settings
+from lab.models import sources as models
 from lab.models.folder import INDEX, SINGLE, ModelFolder
 from lab.models.layers import load_layers
 from lab.models.quantized import Shapes, Stored, Unreadable, stored_kind
 from lab.models.slices import run_slice
-from lab.models.sources import sources as models
 from lab.models.twin import twin_model
 from lab.settings import ModelSettings, Quantization, UserError
 from split.settings import SplitSettings

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
+from lab.models import sources as models
 from lab.models.folder import ModelFolder
 from lab.models.layers import load_layers
 from lab.models.slices import run_slice
 from lab.models.sources import load_model, load_tokenizer_only
-from lab.models.sources import sources as models
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from tests.random_models import ARCHITECTURES, WINDOW, random_model
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from lab.models import proof as proof_module
 from lab.models.proof import Use, prove, require, try_out
-from lab.models.sources import proof as proof_module
 from lab.settings import UserError
 from tests.architectures import NAMED, NAMES, STATEFUL, TABLE, config_of, row_of
 

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from lab.command.entry import compose_settings
 from lab.doctor import DoctorSettings
+from lab.models import sources as models
 from lab.models.folder import INDEX, ModelFolder
 from lab.models.layers import load_layers
-from lab.models.sources import sources as models
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from tests.folder_fuzz import good_folder
 from tests.hub_stand_in import REPO, serving

@@ -14,7 +14,7 @@ from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.wire import encode, pack_tokens
-from speculative.bench.__main__ import __main__ as bench
+from speculative.bench import __main__ as bench
 from speculative.bench.rig import Reading, text_bytes
 from speculative.drafter.joining import join
 from speculative.drafter.loop import Round, speculate

@@ -14,7 +14,7 @@ from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only, prepare_checkpoint
 from lab.settings import Dtype, ModelSource, UserError
-from speculative.drafter.__main__ import draft_model
+from speculative.drafter import draft_model
 from speculative.drafter.draft_model import draft_model as meant
 from speculative.engines import open_drafts
 from speculative.settings import SpeculativeSettings

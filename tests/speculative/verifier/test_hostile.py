@@ -1,4 +1,4 @@
-"""A client that means no good costs the others no token; what it costs them in time: `tests.speculative.verifier.hostile`."""
+"""A client that means no good costs the others no token; in time: `tests.speculative.verifier.hostile`."""
 
 from __future__ import annotations
 

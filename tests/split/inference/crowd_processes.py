@@ -1,4 +1,4 @@
-"""The runs of `tests.split.inference.crowd` against two shards of their own, as `soak` wants them: with figures and a verdict."""
+"""The runs of `tests.split.inference.crowd` against two shards, as `soak` wants them: with figures and a verdict."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Gradients over torch's RPC beside those of the whole model, each group in processes of its own.
 
-`python -m tests.split.training.rpc_gradients FOLDER` prints a JSON line a case. It forks before torch has started a thread, so
-that a group is up in a second.
+`python -m tests.split.training.rpc_gradients FOLDER` prints a JSON line a case. It forks before torch has started a
+thread, so that a group is up in a second.
 """
 
 from __future__ import annotations
