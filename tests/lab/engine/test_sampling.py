@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lab.engine.base import sampling
+from lab.engine import sampling
 from lab.engine.sampling import Sampling, choose, gumbel, mix64, nll, noise_bits, noise_keys
 from tests.random_models import random_model
 

@@ -14,7 +14,7 @@ from lab.engine.base import Engine, TargetStep
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.models.layers import load_layers
-from lab.models.sources import folder as folder_module
+from lab.models import folder as folder_module
 from split.chain.boundary import Boundary
 from split.inference import shard as shard_module
 from split.inference.shard import Shard1
