@@ -13,8 +13,8 @@ import torch
 from lab.engine.base import Engine, TargetStep
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
-from lab.models.layers import load_layers
 from lab.models import folder as folder_module
+from lab.models.layers import load_layers
 from split.chain.boundary import Boundary
 from split.inference import shard as shard_module
 from split.inference.shard import Shard1
