@@ -136,7 +136,7 @@ def end_session(leader: int) -> None:
 CAPTURING = """
 import sys
 from pathlib import Path
-from fl import simulation
+from simulations import flower as simulation
 from simulations.fed_sim import main
 from tests.federated import serialised, spoil
 

@@ -254,7 +254,7 @@ def test_numbers_that_are_none_are_one_line(
 
 FAULTY = """
 import sys, time
-from lab import entry
+from lab.command import entry
 from lab.doctor import DoctorSettings
 
 def work(settings, place):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 120.0
 SCRIPT = """
 import sys
-from lab import entry
+from lab.command import entry
 from lab.decode_settings import DecodeSettings
 from lab.command.terminal import TextStream
 

@@ -217,7 +217,7 @@ def test_a_conversion_that_fails_leaves_nothing(
 CONVERT = """
 import os, sys, time
 from pathlib import Path
-from lab import models
+from lab.models import sources as models
 from lab.doctor import DoctorSettings
 from lab.command.entry import compose_settings
 from lab.models.folder import INDEX, ModelFolder

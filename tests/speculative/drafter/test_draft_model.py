@@ -63,7 +63,7 @@ def test_a_file_is_a_gguf_file_and_two_names_are_a_repository(tmp_path: Path) ->
 
 def test_a_yaml_of_the_users_own_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
-    ours = Path(draft_model.__file__).parents[1] / "conf" / "model"
+    ours = Path(draft_model.__file__).parents[2] / "conf" / "model"
     (tmp_path / "model" / f"{AWKWARD}.yaml").write_text(
         (ours / "random.yaml").read_text() + "seed: 5\ndtype: bfloat16\n"
     )
