@@ -21,7 +21,7 @@ from split.chain.address import Address
 from split.chain.local_shards import NOT_FOR_SHARDS, LocalShards
 from split.inference.open import cut_layers, free_port
 from split.settings import TransportKind
-from split.training.messages import PROTOCOL, Recipe, Start, training_table
+from split.training.messages import PROTOCOL, Recipe, Start, table
 from split.training.settings import BackwardKind, SplitTrainSettings
 from split.training.shard import TrainingShard
 from split.training.stage import InitialWeight, TrainingStage
@@ -51,7 +51,7 @@ def training_side(model: ModelSettings, network: NetworkSettings, role: str) -> 
         network,
         role=role,
         peer_roles=frozenset({"learner"} if role == "trainer" else {"trainer", "learner"}),
-        table=training_table(network.max_frame_bytes),
+        table=table(network.max_frame_bytes),
         protocol=PROTOCOL,
         fingerprints=weights_fingerprints(model),
     )
