@@ -12,8 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl.client_app import log_beside_flower, settings_from_run
 from fl.server import serve
-from fl.strategy import NodesMissing, RoundFailed
 from lab.command.entry import Run, finish
+from lab.faults import Fault
 from lab.settings import UserError
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def deployed(grid: Grid, context: Context) -> None:
         place = Run(Path("results/fed_learn").absolute() / name)
         # Flower carries the code itself and leaves the checkout behind: its hash says which code ran.
         finish(serve(grid, settings, place) | {"fab_hash": grid.run.fab_hash}, settings, place)
-    except (UserError, RoundFailed, NodesMissing) as error:
+    except (UserError, Fault) as error:
         log.error("the run failed: %s", error)  # before Flower prints a traceback of it
         raise
 

@@ -41,6 +41,7 @@ from fl.adapters import (
     unpack,
 )
 from fl.aggregation import MAX_REPLIES, ExactMean, MetricMean, check_weight
+from lab.faults import Fault, Lost
 from lab.learning.counts import Counts
 
 CONFIG = "config"
@@ -134,7 +135,7 @@ class RunReport:
     refused: list[Refusal]
 
 
-class RoundFailed(RuntimeError):
+class RoundFailed(Fault):
     """No client gave a good reply: the run ends. `adapter` is the last good one, `refused` what became of whom."""
 
     def __init__(self, phase: str, server_round: int, adapter: dict[str, torch.Tensor], refused: list[Refusal]) -> None:
@@ -145,7 +146,7 @@ class RoundFailed(RuntimeError):
         super().__init__(f"{phase} round {server_round} ended without one good reply: {reasons or 'no node was asked'}")
 
 
-class NodesMissing(RuntimeError):
+class NodesMissing(Lost):
     """Fewer clients registered than the run needs before the deadline."""
 
 

@@ -35,6 +35,7 @@ from lab.command import entry
 from lab.command.ending import told
 from lab.command.ray_signals import ray_leaves_signals_alone
 from lab.device import check_dtype, open_device
+from lab.faults import Fault, Lost
 from lab.files import require_writable
 from lab.learning.data import open_source
 from lab.models.sources import load_tokenizer_only, quantization_config
@@ -50,7 +51,7 @@ MAX_REASONS = 3
 def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     """Runs the federation here and returns the figures of the last line.
 
-    Raises what the server raises, Unfinished when the clients cannot go on, and what a signal raises when every worker
+    Raises what the server raises, Fault when the clients cannot go on, and what a signal raises when every worker
     has ended.
     """
     require_writable(place.folder, "hydra.run.dir")
@@ -82,8 +83,7 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
                 backend_config=backend(settings),
             )
         except (RoundFailed, NodesMissing) as error:
-            ended_by = entry.EndedBy.lost if isinstance(error, NodesMissing) else entry.EndedBy.failed
-            raise entry.Unfinished(last_words(error, place), 1, ended_by) from None
+            raise (Lost if isinstance(error, Lost) else Fault)(last_words(error, place)) from None
     return figures
 
 
