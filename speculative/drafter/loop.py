@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from lab.faults import Fault
 from speculative.drafter.sources import Drafts, NoDrafts
 from speculative.messages import Reason
 from speculative.policy import DraftLength
@@ -21,11 +22,13 @@ SYNC_LENGTH = 5
 """Guesses of a round of mode sync where no length was asked for."""
 
 
-class TextRefused(ValueError):
+class TextRefused(Fault):
     """The target does not serve this text; says why."""
 
+    exit_code = 2
 
-class TextFailed(RuntimeError):
+
+class TextFailed(Fault):
     """The target could not go on with the text; says why."""
 
 

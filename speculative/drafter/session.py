@@ -17,16 +17,14 @@ from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
-from lab.network import is_users_to_mend
 from lab.settings import UserError
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import Said, said
 from lab.tracking import Tracker
-from lab.wire import WireError
 from speculative.drafter.colours import CORRECTED, TextStream
 from speculative.drafter.joining import join
-from speculative.drafter.loop import SYNC_LENGTH, TextFailed, TextRefused, find_flips, speculate
+from speculative.drafter.loop import SYNC_LENGTH, TextRefused, find_flips, speculate
 from speculative.drafter.sources import Drafts, NoDrafts
 from speculative.drafter.tally import Tally
 from speculative.drafter.target import RemoteTarget, Ticket
@@ -47,7 +45,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         UserError: a prompt or settings that this target does not take.
         WireError: the verifier cannot be joined.
         TextRefused: the verifier does not take the text.
-        Unfinished: the text could not go on; `place.so_far` has what there is of it.
+        TextFailed, WireError: the text could not go on; `place.so_far` has what there is of it.
     """
     project = settings.project
     device = open_device(settings.device)
@@ -66,12 +64,10 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         try:
             name_text(settings.project.resume, target, place.folder / "text.json")
             speak(target, drafts, request, tokenizer, tally, tracker, project.stops)
-        except (WireError, TextFailed, TextRefused) as error:
-            if isinstance(error, TextRefused) and not tally.token_ids:
+        except TextRefused:
+            if not tally.token_ids:
                 place.so_far = dict  # it has not begun
-                raise
-            ended_by = entry.EndedBy.lost if isinstance(error, WireError) else entry.EndedBy.failed
-            raise entry.Unfinished(str(error), _exit_code(error), ended_by) from None
+            raise
         finally:
             drafts.close()
         result = _figures(settings, target, tokenizer, tally)
@@ -80,11 +76,6 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             result["flips"] = [asdict(flip) for flip in flips]
         tracker.result(result)
     return result
-
-
-def _exit_code(error: Exception) -> int:
-    is_users = isinstance(error, TextRefused) or (isinstance(error, WireError) and is_users_to_mend(error))
-    return 2 if is_users else 1
 
 
 def _check_request(request: TextRequest, texts: Sequence[str], welcome: Welcome) -> None:

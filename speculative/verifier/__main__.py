@@ -30,7 +30,6 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     from lab.device import open_device
     from lab.models.sources import load_tokenizer_only
     from speculative.engines import open_target
-    from speculative.verifier.scheduler import EngineFailed
     from speculative.verifier.server import Served, figures_of, serve
 
     target = open_target(settings, open_device(settings.device))
@@ -49,8 +48,6 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             run_async(serve(settings, target, tokenizer, tls, tracker, served, listening))
         except KeyboardInterrupt:
             log.info("stopped")
-        except EngineFailed as error:
-            raise entry.Unfinished(str(error)) from None
         result = figures()
         tracker.result(result)
     return result
