@@ -12,9 +12,9 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.engine.base import Engine, LocalEngine, ShapeDependence, SyntheticEngine, open_engine
+from lab.engine.base import Engine, LocalEngine, ShapeDependence, SyntheticEngine
 from lab.engine.context import model_context
-from lab.engine.kinds import EngineKind
+from lab.engine.kinds import EngineKind, open_split_engine
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.models.fingerprints import weights_fingerprints
@@ -176,8 +176,7 @@ def _with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrained
 
 def _split_target(settings: SpeculativeSettings) -> Engine:
     project = settings.project
-    return open_engine(
-        EngineKind.split,
+    return open_split_engine(
         settings.model,
         settings.network,
         **asdict(project.split),

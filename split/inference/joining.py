@@ -1,4 +1,4 @@
-"""The engine that a model split over shard processes is; `lab.engine.base.open_engine` finds it here."""
+"""The engine that a model split over shard processes is; `lab.engine.kinds.open_split_engine` finds it here."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 from lab.engine.base import (
     NOTHING,
     SWEEP_ROWS,
+    Engine,
     Request,
     Session,
     TargetStep,
@@ -162,7 +163,7 @@ class _UnderWay:
     submitted: float
 
 
-class ShardedModel:
+class ShardedModel(Engine):
     """An `Engine` over shards.
 
     Args:
