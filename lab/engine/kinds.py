@@ -32,9 +32,9 @@ def open_split_engine(
     start_seconds: float,
     recovery_seconds: float,
 ) -> Engine:
-    """Open `split.inference.joining.join_shards`. Imported by name, when it is asked for: `lab` knows no pillar, and no
+    """Open `split.inference.open.join_shards`. Imported by name, when it is asked for: `lab` knows no pillar, and no
     pillar another one."""
-    module = importlib.import_module("split.inference.joining")
+    module = importlib.import_module("split.inference.open")
     engine = module.join_shards(
         model,
         network,

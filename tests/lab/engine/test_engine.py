@@ -35,7 +35,7 @@ from lab.engine.base import (
 from lab.engine.kinds import open_split_engine
 from lab.engine.kv import CacheFull, SlotCache
 from lab.engine.sampling import Sampling
-from split.inference.joining import join_shards
+from split.inference.open import join_shards
 from tests.random_models import ARCHITECTURES, VOCABULARY, WINDOW, random_model
 
 SAMPLED = Sampling(seed=21, temperature=0.8, top_k=40, top_p=0.95)
