@@ -25,10 +25,10 @@ from lab.settings import WandbMode
 from lab.tracking import Tracker
 from speculative.bench.rig import DRAFTER_CORE, VERIFIER_CORE, WARM_UP_TOKENS, Case, Rig, link_process
 from speculative.drafter.loop import Round
-from speculative.drafter.sources import Drafts
-from speculative.engines import open_target
+from speculative.drafts import Drafts
 from speculative.settings import Mode
 from speculative.verifier.server import Served, serve
+from speculative.verifier.target import open_target
 
 Span = tuple[float, float]
 END_SECONDS = 30.0
