@@ -105,3 +105,12 @@ def stored_names(
 def _ties(config: PreTrainedConfig) -> bool:
     parts = (config, config.get_text_config(decoder=True))
     return any(getattr(part, "tie_word_embeddings", False) for part in parts)
+
+
+def with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
+    """The same model, behind the adapter of its settings if they name one."""
+    if settings.adapter is not None:
+        from lab.models.adapter import add_adapter  # loads PEFT and bitsandbytes, which plain models can do without
+
+        add_adapter(model, settings)
+    return model

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.command import entry
+from lab.command.terminal import TextStream
 from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.files import path_of
@@ -22,20 +23,22 @@ from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import Said, said
 from lab.tracking import Tracker
-from speculative.drafter.colours import CORRECTED, TextStream
-from speculative.drafter.joining import join
-from speculative.drafter.loop import SYNC_LENGTH, TextRefused, find_flips, speculate
-from speculative.drafter.sources import Drafts, NoDrafts
+from speculative.drafter.check import find_flips
+from speculative.drafter.loop import SYNC_LENGTH, Round, TextRefused, speculate
+from speculative.drafter.sources import open_drafts
 from speculative.drafter.tally import Tally
-from speculative.drafter.target import RemoteTarget, Ticket
-from speculative.engines import open_drafts
+from speculative.drafter.target import RemoteTarget, Ticket, join
+from speculative.drafts import Drafts, NoDrafts
 from speculative.messages import MAX_PROMPT_TOKENS, Welcome
+from speculative.request import TextRequest
 from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
-from speculative.verifier.sequence import TextRequest
 from speculative.vocabulary import token_texts
 
 log = logging.getLogger(__name__)
+
+ACCEPTED, CORRECTED = "\x1b[32m", "\x1b[33m"
+"""Colours of a terminal."""
 
 
 def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
@@ -114,12 +117,18 @@ def speak(
             for done in rounds:
                 tally.add(done)
                 tracker.log(len(tally.rounds) - 1, **tally.row(len(tally.rounds) - 1))
-                stream.show(done)
+                show(stream, done)
                 if stream.text.stopped:
                     return
     finally:
         if tally.token_ids:
             stream.finish(CORRECTED)
+
+
+def show(stream: TextStream, done: Round) -> None:
+    """Accepted guesses in one colour, what the target put in the other. Raises StreamLeft."""
+    stream.add(done.tokens[: done.accepted], ACCEPTED)
+    stream.add(done.tokens[done.accepted :], CORRECTED)
 
 
 def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:

@@ -30,8 +30,9 @@ from lab.engine.sampling import Sampling
 from lab.faults import Fault
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
+from speculative.request import Ended, Outcome, TextRequest, Waiting
 from speculative.verifier.lookup import Lookup
-from speculative.verifier.sequence import Ended, Outcome, Text, TextRequest, Waiting
+from speculative.verifier.sequence import Text
 
 log = logging.getLogger(__name__)
 

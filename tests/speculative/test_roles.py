@@ -28,15 +28,15 @@ from lab.models.sources import BYTE_EOS, LoadedModel, load_model
 from lab.settings import UserError
 from lab.text.words import Words
 from lab.wire import PeerGone, PeerMismatch
+from speculative.acceptance import until_end
 from speculative.drafter.connection import VerifierConnection
-from speculative.drafter.joining import join
 from speculative.drafter.loop import TextFailed, speculate
-from speculative.drafter.sources import NgramDrafts, RandomDrafts
-from speculative.drafter.target import RemoteTarget
+from speculative.drafter.target import RemoteTarget, join
+from speculative.drafts import NgramDrafts, RandomDrafts
 from speculative.messages import Welcome
+from speculative.request import Outcome, Verdict
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier import __main__ as verifier_role
-from speculative.verifier.sequence import Outcome, Verdict, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine, request
 from tests.speculative.processes import END_SECONDS, RANDOM, Role, drafted, drafter_process, verifier, wait_until
