@@ -70,7 +70,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str)
 
 
 def dialogue_ids(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> list[int]:
-    """The same of a dialogue. UserError for what of it the template leaves out, such as a system message, tool calls."""
+    """The ids of a dialogue. UserError for what of it the template leaves out: a system message, a call of a tool."""
 
     def plain(dialogue: Dialogue) -> Messages:
         return [plain_message(message) for message in dialogue.messages]
