@@ -14,14 +14,14 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     from lab.network import is_users_to_mend
     from lab.settings import UserError
     from lab.wire import WireError
-    from speculative.drafter.loop import TextFailed, TextRefused
+    from speculative.drafter.loop import RequestFailed, RequestRefused
     from speculative.drafter.session import draft
 
     try:
         return draft(settings, place)
-    except TextRefused as error:
+    except RequestRefused as error:
         raise UserError(str(error)) from None
-    except (WireError, TextFailed) as error:
+    except (WireError, RequestFailed) as error:
         if isinstance(error, WireError) and is_users_to_mend(error):
             raise UserError(str(error)) from None
         raise entry.Unfinished(str(error), 1, entry.EndedBy.lost) from None
