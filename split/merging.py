@@ -18,12 +18,13 @@ from lab.files import whole_folder
 from lab.models.folder import GENERATION, ModelFolder
 from lab.models.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE
 from lab.models.proof import Use, require
+from lab.models.shape import ModelShape
 from lab.models.sources import fetch, model_identity
 from lab.models.structure import Structure
 from lab.settings import ModelSettings, UserError
 from split.training.checkpoint import Manifest, Parts, latest_step, part_of, read_manifest
-from split.training.messages import Train
 from split.training.open import identity_of
+from split.training.settings import Train
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
     """A transformers folder: config, weights, tokenizer."""
     base = fetch(model, ())
     config: Any = base.config()
-    if getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False):
+    if ModelShape.of(config).is_tied:
         _drop_tied_head(weights, require(config, Use.training, model.cache_dir).structure)
     config.dtype = next(iter(weights.values())).dtype
     buffers = _buffers(base, config)

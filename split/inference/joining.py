@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lab.engine.context import model_context
 from lab.models.fingerprints import weights_fingerprints
+from lab.models.shape import ModelShape
 from lab.models.sources import load_config
 from lab.network import client_side_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
@@ -67,7 +68,7 @@ def join_shards(
         raise UserError(f"project.shards must be reachable and hold this model: {error}") from None
     return ShardedModel(
         chain,
-        vocabulary_size=int(load_config(model).get_text_config(decoder=True).vocab_size),
+        vocabulary_size=ModelShape.of(load_config(model)).vocabulary,
         context=min(chain.context, model_context(load_config(model), context)),
         prefill_chunk=prefill_chunk,
         recovery_seconds=recovery_seconds,

@@ -7,6 +7,7 @@ from typing import Any
 
 from lab.device import give_back_freed_memory, open_device
 from lab.models.fingerprints import weights_fingerprints
+from lab.models.shape import ModelShape
 from lab.models.sources import load_config
 from lab.network import client_side_tls, listener_tls
 from lab.settings import UserError
@@ -63,7 +64,7 @@ def _serve_rank(settings: SplitTrainSettings, text: str, checkpoints: Path) -> N
 def _range(settings: SplitTrainSettings, text: str) -> tuple[range, int]:
     """The layers of this shard, and how many the whole model has. UserError for layers that it does not have."""
     layers = parse_layers(text)
-    count = int(load_config(settings.model).get_text_config(decoder=True).num_hidden_layers)
+    count = ModelShape.of(load_config(settings.model)).layers
     if layers.stop > count:
         raise UserError(f"project.layers must be within the model's {count} layers, got {text}")
     return layers, count

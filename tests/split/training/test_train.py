@@ -155,6 +155,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
             "project.train=everything model.quantization=nf4",
             r"project\.train must be lora where the weights are quantised",
         ),
+        (
+            "project.shards=[a:1] project.spares=[a:1]",
+            r"project\.shards and spares must be different from each other, got \['a:1', 'a:1'\]",
+        ),
         ("project.local_shards=9", r"project\.local_shards must be in \[1, 4\] for this model, got 9"),
         ("network.max_frame_bytes=4096", r"network\.max_frame_bytes must be at least \d+ for the hidden states"),
         ("project.local_shards=0", r"project\.shards must name at least one shard"),
