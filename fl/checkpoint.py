@@ -8,9 +8,7 @@ the folder. Knows nothing about rounds but their number.
 import copy
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from fl.adapters import Adapter
-from lab.files import sync
+from lab.files import whole_folder
 from lab.models.adapter import Fit, fit_adapter, fit_config, read_adapter
 from lab.models.base_model import loading_code
 from lab.models.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE, recorded_identity
@@ -46,8 +44,7 @@ class BaseModel:
 class AdapterFolders:
     """`root/round-0000`, `root/round-0001`, ...: one PEFT folder a round, the highest the latest.
 
-    A folder is written under a hidden name and renamed when it is complete and on disk, so that whatever happens
-    (Ctrl+C, a crash, a full disk) every `round-*` folder can be loaded.
+    Whatever happens (Ctrl+C, a crash, a full disk), every `round-*` folder can be loaded.
 
     lora: the adapter's own configuration. commit: of the program that writes. data_source, num_clients, weighting (what
     a client weighs in the mean): for the model card.
@@ -84,29 +81,20 @@ class AdapterFolders:
         folder = self._folder(server_round)
         if folder.exists():
             raise FileExistsError(f"{folder} is there already: an adapter of another run?")
-        unfinished = self.root / f".{folder.name}.{os.getpid()}"
-        try:
+        with whole_folder(folder) as unfinished:
             self._fill(unfinished, server_round, adapter, metrics)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        sync(self.root)
         return folder
 
     def _folder(self, server_round: int) -> Path:
         return self.root / f"round-{server_round:04d}"
 
     def _fill(self, folder: Path, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> None:
-        folder.mkdir(parents=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
         save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
         self._lora.save_pretrained(str(folder))
         record = {IDENTITY_KEY: self.base.digest, "name": self.base.name, "round": server_round, "commit": self.commit}
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / CARD_FILE).write_text(self._card(server_round, metrics), encoding="utf-8")
-        for file in folder.iterdir():
-            sync(file)
-        sync(folder)
 
     def _card(self, server_round: int, metrics: Mapping[str, float]) -> str:
         figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())

@@ -49,7 +49,10 @@ class Base:
 
 @dataclass(frozen=True)
 class LoRAClient:
-    """One site with its model; keeps nothing between rounds, so a new process gives the same answer."""
+    """One site with its model: `load` an adapter, then `evaluate` or `train` it.
+
+    Keeps nothing between rounds, so a new process gives the same answer.
+    """
 
     project: FederatedProjectSettings
     seed: int
@@ -57,14 +60,19 @@ class LoRAClient:
     base: Base
     split: Split
 
-    def evaluate(self, adapter: Adapter) -> EvalFigures:
-        """Loss of `adapter` on the site's held-out part, which is not empty. ValueError when it does not fit."""
+    def load(self, adapter: Adapter) -> None:
+        """Put `adapter` on the base model. ValueError when it does not fit."""
         load_into(self.base.model, adapter)
+
+    def evaluate(self) -> EvalFigures:
+        """Loss of the loaded adapter on the site's held-out part, which is not empty."""
         return evaluate(self.base.model, self.split.held_out, self.project.optimization.batch_size)
 
-    def train(self, adapter: Adapter, server_round: int) -> tuple[dict[str, torch.Tensor], TrainFigures]:
-        """`adapter` after `local_steps` steps on the site's training part. Rounds count from 1. Raises Diverged."""
-        load_into(self.base.model, adapter)
+    def train(self, server_round: int) -> tuple[dict[str, torch.Tensor], TrainFigures]:
+        """The loaded adapter after `local_steps` steps on the site's training part. Rounds count from 1.
+
+        Raises Diverged.
+        """
         project, place = self.project, (server_round, self.site.index)
         order = derive_seed(self.seed, "order", *place)
         figures = train_steps(

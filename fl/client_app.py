@@ -18,10 +18,10 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl.adapters import Adapter, from_records, pack, to_records
+from fl.adapters import PackedAdapter
 from fl.client import LoRAClient, Site, open_client
+from fl.messages import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT, from_records, to_records
 from fl.settings import FederatedSettings
-from fl.strategy import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
 from lab.command.entry import compose_settings, log_to_stderr
 from lab.learning.examples import MalformedData
 from lab.learning.training import Diverged
@@ -77,10 +77,11 @@ def guarded(message: Message, answer: Callable[[], Message]) -> Message:
 
 def answer_train(message: Message, client: LoRAClient) -> Message:
     """Evaluates the adapter received, trains it, and answers with both."""
-    received, index = from_records(message.content)
-    about = site_records(client, received)
-    adapter, figures = client.train(received, int(str(message.content.config_records[CONFIG][SERVER_ROUND])))
-    content = to_records(pack(adapter, index), index)
+    received = from_records(message.content)
+    client.load(received.unpack())
+    about = site_records(client)
+    adapter, figures = client.train(int(str(message.content.config_records[CONFIG][SERVER_ROUND])))
+    content = to_records(PackedAdapter.pack(adapter, received.index))
     content[METRICS] = MetricRecord(
         {
             PARTITION: client.site.index,
@@ -98,9 +99,9 @@ def answer_train(message: Message, client: LoRAClient) -> Message:
 
 def answer_evaluate(message: Message, client: LoRAClient) -> Message:
     """Evaluates the adapter received."""
-    received, _ = from_records(message.content)
+    client.load(from_records(message.content).unpack())
     metrics = MetricRecord({PARTITION: client.site.index})
-    return Message(RecordDict({METRICS: metrics, **site_records(client, received)}), reply_to=message)
+    return Message(RecordDict({METRICS: metrics, **site_records(client)}), reply_to=message)
 
 
 def answer_query(message: Message, site: Site) -> Message:
@@ -108,23 +109,14 @@ def answer_query(message: Message, site: Site) -> Message:
     return Message(RecordDict({METRICS: MetricRecord({PARTITION: site.index})}), reply_to=message)
 
 
-def site_records(client: LoRAClient, received: Adapter) -> dict[str, MetricRecord]:
-    """What became of the site's lines and, unless it holds nothing out, how the received adapter does there."""
-    counts = {DATA: MetricRecord(asdict(client.split.counts))}
-    return counts | {EVALUATE: evaluate_record(client, received)} if client.split.held_out else counts
-
-
-def evaluate_record(client: LoRAClient, received: Adapter) -> MetricRecord:
-    """The received adapter's loss on the client's held-out part."""
-    begin = time.perf_counter()
-    figures = client.evaluate(received)
-    return MetricRecord(
-        {
-            WEIGHT: client.weight(client.split.held_out),
-            "eval_loss": figures.loss,
-            "eval_seconds": time.perf_counter() - begin,
-        }
-    )
+def site_records(client: LoRAClient) -> dict[str, MetricRecord]:
+    """Counts of the site's lines and, unless it holds nothing out, the loss of the loaded adapter there."""
+    records = {DATA: MetricRecord(asdict(client.split.counts))}
+    if client.split.held_out:
+        begin = time.perf_counter()
+        figures = {"eval_loss": client.evaluate().loss, "eval_seconds": time.perf_counter() - begin}
+        records[EVALUATE] = MetricRecord({WEIGHT: client.weight(client.split.held_out), **figures})
+    return records
 
 
 def site_of(context: Context) -> Site:

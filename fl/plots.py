@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl.report import RoundFigures
+from lab.drawing import count_in_whole_numbers, drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.ticker import Locator
 
 MAX_LABELLED_CLIENTS = 12
 """More lines than this are drawn as one grey crowd without a legend."""
@@ -18,28 +18,11 @@ MAX_LABELLED_CLIENTS = 12
 
 def draw_run(states: Sequence[RoundFigures], title: str, base_bytes: int, path: Path) -> Path:
     """Three panels as a PNG at `path`; `base_bytes` is what did not have to travel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    sns.set_theme(style="whitegrid", context="notebook")
-    figure, (loss, sizes, seconds) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    _draw_loss(loss, states)
-    _draw_bytes(sizes, states, base_bytes)
-    _draw_seconds(seconds, states)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    with drawn(path, size=(5.3, 5), panels=3, title=title) as (loss, sizes, seconds):
+        _draw_loss(loss, states)
+        _draw_bytes(sizes, states, base_bytes)
+        _draw_seconds(seconds, states)
     return path
-
-
-def _whole_numbers() -> Locator:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)
 
 
 def _draw_loss(axes: Axes, states: Sequence[RoundFigures]) -> None:
@@ -61,7 +44,7 @@ def _draw_loss(axes: Axes, states: Sequence[RoundFigures]) -> None:
     axes.set(
         xlabel="round (0: before training)", ylabel="held-out loss (nats per token)", title="Loss: lower is better"
     )
-    axes.xaxis.set_major_locator(_whole_numbers())
+    count_in_whole_numbers(axes)
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
 
 
@@ -87,5 +70,5 @@ def _draw_seconds(axes: Axes, states: Sequence[RoundFigures]) -> None:
         axes.bar(rounds, values, bottom=below, label=name, width=0.6)
         below = [a + b for a, b in zip(below, values, strict=True)]
     axes.set(xlabel="round", ylabel="seconds", title="Where the time went")
-    axes.xaxis.set_major_locator(_whole_numbers())
+    count_in_whole_numbers(axes)
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fl.aggregation import MetricMean
-from fl.strategy import ClientRow, RoundReport, RunReport
+from fl.rounds import ClientRow, RoundReport, RunReport
 from lab.device import peak_rss_bytes
 from lab.learning.counts import Counts
 

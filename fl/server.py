@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from fl.adapters import AdapterIndex
 from fl.checkpoint import AdapterFolders, BaseModel, load_adapter
 from fl.plots import draw_run
 from fl.report import RoundFigures, counts_of, history, summary
+from fl.rounds import RoundReport
 from fl.settings import FederatedSettings
 from fl.sizes import base_bytes
-from fl.strategy import RoundReport, WeightedFedAvg
+from fl.strategy import WeightedFedAvg
 from lab.command.entry import Run
 from lab.device import open_device, read_memory
 from lab.environment import commit
@@ -39,11 +40,13 @@ MEASURED_PER_TRAINED = 8
 """From here on, measuring costs a client more than training: an evaluated example takes about a third of the time."""
 
 
-def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]:
+def serve(
+    grid: Grid, settings: FederatedSettings, place: Run, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Runs all rounds over `grid` and returns the figures of the last line.
 
-    Raises UserError where results cannot be written, RoundFailed or NodesMissing (fl/strategy.py); every finished
-    round's adapter is on disk then.
+    Raises UserError where results cannot be written, and what `WeightedFedAvg.run` raises; every finished round's
+    adapter is on disk then.
     """
     begin = time.perf_counter()
     require_writable(place.folder, "hydra.run.dir")
@@ -73,10 +76,9 @@ def serve(grid: Grid, settings: FederatedSettings, place: Run) -> dict[str, Any]
                 grid,
                 initial,
                 num_rounds=project.rounds,
-                train_config={},
-                evaluate_config={},
                 on_round=on_round,
                 on_reply=counter.advance,
+                stopped=stopped,
             )
         sites.add(counts_of(run.clients))
         figures = finish(settings, place, history(reports, run), index, written[-1], sites.counts)

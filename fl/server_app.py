@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fl.checkpoint import latest_adapter
 from fl.client_app import log_beside_flower, settings_from_run
+from fl.rounds import NodesMissing, RoundFailed
 from fl.server import serve
-from fl.strategy import NodesMissing, RoundFailed
-from lab.command.entry import Run, finish
+from lab.command.entry import EndedBy, Run, Unfinished, finish
 from lab.settings import UserError
 
 log = logging.getLogger(__name__)
+
+MAX_REASONS = 3
+"""Different reasons that a failed run's last words quote; every one is in the log."""
 
 
 def make_server_app(work: Callable[[Grid, Context], None]) -> ServerApp:
@@ -33,7 +38,8 @@ def make_server_app(work: Callable[[Grid, Context], None]) -> ServerApp:
 def deployed(grid: Grid, context: Context) -> None:
     """A run started by `flwr run`: settings from its configuration, results below the SuperLink's working folder.
 
-    Raises what went wrong: an exit code would be lost, and Flower would take the run for one that is still going on.
+    Raises the error that ended the run: an exit code would be lost, and Flower would take the run for one that is
+    still going on. A run that has begun leaves its last line and result.json all the same.
     """
     log_beside_flower()
     try:
@@ -41,10 +47,29 @@ def deployed(grid: Grid, context: Context) -> None:
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{context.run_id}"
         place = Run(Path("results/fed_learn").absolute() / name)
         # Flower carries the code itself and leaves the checkout behind: its hash says which code ran.
-        finish(serve(grid, settings, place) | {"fab_hash": grid.run.fab_hash}, settings, place)
+        code = {"fab_hash": grid.run.fab_hash}
+        try:
+            figures = serve(grid, settings, place)
+        except (RoundFailed, NodesMissing) as error:
+            end = unfinished(error, place.folder)
+            about = {"status": "failed", "error": str(end), "ended_by": end.ended_by}
+            finish(place.so_far() | about | code, settings, place)
+            raise
+        finish(figures | code, settings, place)
     except (UserError, RoundFailed, NodesMissing) as error:
         log.error("the run failed: %s", error)  # before Flower prints a traceback of it
         raise
+
+
+def unfinished(error: RoundFailed | NodesMissing, folder: Path) -> Unfinished:
+    """The end of a run in one line: each reason once, and the adapter that is left in its folder."""
+    left = f"the last good adapter is {latest_adapter(folder / 'adapters')}"
+    if isinstance(error, NodesMissing):
+        return Unfinished(f"{error}; {left}", 1, EndedBy.lost)
+    reasons = Counter(refusal.reason for refusal in error.refused).most_common()
+    told = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
+    more = [f"{len(reasons) - MAX_REASONS} more reasons"] if len(reasons) > MAX_REASONS else []
+    return Unfinished(f"round {error.server_round} had no good reply: {'; '.join(told + more)}; {left}")
 
 
 app = make_server_app(deployed)

@@ -11,15 +11,14 @@ import logging
 import math
 import textwrap
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.bench import Sample
+from lab.drawing import drawing_style, save
 from lab.figures import number
 from matrix.fitting import fit_cells, fit_ticks, lines_of, name_across, shortened, told_apart
 from matrix.grid import identity
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DPI = 100
 WIDEST_INCHES, TALLEST_INCHES = 12.0, 14.0
 """1200 pixels, 1400 pixels."""
 
@@ -158,30 +156,13 @@ def _new_name(words: str, taken: set[str]) -> str:
 def _draw(draw: Callable[[], Figure], path: Path) -> Drawn:
     """One picture. Whatever goes wrong costs this picture only."""
     try:
-        with _style():
-            _save(draw(), path)
+        with drawing_style("white"):
+            save(draw(), path)
     except Exception as error:
         failure = " ".join(f"{type(error).__name__}: {error}".split())
         log.warning("%s could not be drawn (%s)", path.name, failure)
         return Drawn(path, failure)
     return Drawn(path, None)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib as mpl
-    import seaborn as sns
-
-    # `$` in a name is a letter like any other.
-    style = {**sns.axes_style("white"), **sns.plotting_context("notebook"), "text.parse_math": False}
-    with mpl.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box in the picture; the table has the text
-        yield
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
 
 
 def _picture(picture: Picture, metric: Metric, lines_from: int) -> Figure:

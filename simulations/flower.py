@@ -11,26 +11,22 @@ import logging
 import os
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import psutil
 import torch
-from flwr.app import Context, Message, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
+from flwr.app import Context
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
-from fl.checkpoint import latest_adapter
 from fl.client import read_all
 from fl.client_app import make_client_app
 from fl.partition import client_documents
+from fl.rounds import NodesMissing, RoundFailed
 from fl.server import first_adapter, serve
-from fl.server_app import make_server_app
+from fl.server_app import make_server_app, unfinished
 from fl.settings import FederatedSettings
-from fl.strategy import NodesMissing, RoundFailed
 from lab.command import entry
 from lab.command.ending import told
 from lab.command.ray_signals import ray_leaves_signals_alone
@@ -42,9 +38,6 @@ from lab.settings import DataSource
 from simulations import worker_log
 
 log = logging.getLogger(__name__)
-
-MAX_REASONS = 3
-"""Different reasons that a failed run's last words quote; every one is in the log."""
 
 
 def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     stop = threading.Event()
 
     def work(grid: Grid, context: Context) -> None:
-        figures.update(serve(StoppableGrid(grid, stop), settings, place))
+        figures.update(serve(grid, settings, place, stop.is_set))
         place.so_far = lambda: figures
 
     def in_worker(context: Context) -> FederatedSettings:
@@ -82,8 +75,7 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
                 backend_config=backend(settings),
             )
         except (RoundFailed, NodesMissing) as error:
-            ended_by = entry.EndedBy.lost if isinstance(error, NodesMissing) else entry.EndedBy.failed
-            raise entry.Unfinished(last_words(error, place), 1, ended_by) from None
+            raise unfinished(error, place.folder) from None
     return figures
 
 
@@ -97,17 +89,6 @@ def check(settings: FederatedSettings) -> None:
     device = open_device(settings.device)
     quantization_config(settings.model, device, check_dtype(device, settings.model.dtype))
     first_adapter(settings)
-
-
-def last_words(error: RoundFailed | NodesMissing, place: entry.Run) -> str:
-    """What ended the run, each reason once, and the adapter that is left; one line."""
-    left = f"the last good adapter is {latest_adapter(place.folder / 'adapters')}"
-    if isinstance(error, NodesMissing):
-        return f"{error}; {left}"
-    reasons = Counter(refusal.reason for refusal in error.refused).most_common()
-    told = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
-    more = [f"{len(reasons) - MAX_REASONS} more reasons"] if len(reasons) > MAX_REASONS else []
-    return f"round {error.server_round} had no good reply: {'; '.join(told + more)}; {left}"
 
 
 def backend(settings: FederatedSettings) -> dict[str, Any]:
@@ -141,58 +122,6 @@ WORKERS = ("ray::ClientAppActor", "ray::IDLE")
 """How Ray names its processes that serve clients, or are about to."""
 WORKERS_SECONDS = 0.5
 """Pause between two looks for them."""
-
-
-class ServerStopped(RuntimeError):
-    """A signal reached the server."""
-
-
-class StoppableGrid(Grid):
-    """A Grid that stops its server at the next look for replies: the server runs in a thread that no signal reaches."""
-
-    def __init__(self, grid: Grid, stop: threading.Event) -> None:
-        self._grid = grid
-        self._stop = stop
-
-    def set_run(self, run: Run) -> None:
-        """As the Grid behind."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """As the Grid behind."""
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """As the Grid behind."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """As the Grid behind; raises ServerStopped after a signal."""
-        return self._going_on().get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """As the Grid behind; raises ServerStopped after a signal."""
-        return self._going_on().get_nodes()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the Grid behind; raises ServerStopped after a signal."""
-        return self._going_on().push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the Grid behind; raises ServerStopped after a signal."""
-        return self._going_on().pull_messages(message_ids)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """As the Grid behind; raises ServerStopped after a signal."""
-        return self._going_on().send_and_receive(messages, timeout=timeout)
-
-    def _going_on(self) -> Grid:
-        if self._stop.is_set():
-            raise ServerStopped("stopped by a signal")
-        return self._grid
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from split.training.settings import SplitTrainSettings
 
 def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
     """Serves until Ctrl+C; the figures of the last line."""
-    from split.training.hosting import host  # loads torch, which reads what `entry.main` puts into the environment
+    from split.training.open import host  # loads torch, which reads what `entry.main` puts into the environment
 
     return host(settings, place.folder)
 

@@ -10,7 +10,7 @@ from split.settings import SplitSettings
 
 def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     """Serves until Ctrl+C; the figures of the last line."""
-    from split.inference.hosting import host  # loads torch, which reads what `entry.main` puts into the environment
+    from split.inference.open import host  # loads torch, which reads what `entry.main` puts into the environment
 
     return host(settings)
 

@@ -33,7 +33,7 @@ from lab.tracking import finite
 from speculative.settings import Mode
 from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
-from split.inference.joining import join_shards, make_side
+from split.inference.open import join_shards, make_side
 from split.settings import SplitSettings
 from tests import architectures
 from tests.folder_fuzz import fuzz_folders

@@ -234,7 +234,7 @@ def _sweep(asked: Asked, results: Path, folder: Path, *, real_pictures: bool) ->
     figures = write_report(result.document, folder, None)
     if real_pictures:
         return result, figures | draw(result.document, folder, matrix, None)
-    with patch("matrix.plots._picture", _no_picture), patch("matrix.plots._save", _save_no_picture):
+    with patch("matrix.plots._picture", _no_picture), patch("matrix.plots.save", _save_no_picture):
         return result, figures | draw(result.document, folder, matrix, None)
 
 

@@ -28,12 +28,13 @@ import torch
 from flwr.app import Message, MetricRecord
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl.adapters import AdapterIndex, message_bytes, pack, to_records
+from fl.adapters import AdapterIndex, PackedAdapter
 from fl.aggregation import ExactMean
 from fl.bench.settings import FederatedBenchProjectSettings, FederatedBenchSettings
+from fl.messages import METRICS, WEIGHT, message_bytes, to_records
 from fl.settings import FederatedSettings, WireDtype
 from fl.sizes import base_bytes, linear_shapes
-from fl.strategy import METRICS, WEIGHT, WeightedFedAvg
+from fl.strategy import WeightedFedAvg
 from lab.bench import Sample, interleaved, judged, missed, ratio, write_report
 from lab.command import entry
 from lab.command.processes import run_to_end
@@ -120,7 +121,7 @@ def generated(count: int, index: AdapterIndex) -> Iterator[Message]:
     """`count` replies, each made when it is asked for."""
     rng = np.random.default_rng(0)
     for number in range(count):
-        content = to_records(rng.standard_normal(index.size, np.float32), index)
+        content = to_records(PackedAdapter(index, rng.standard_normal(index.size, np.float32)))
         content[METRICS] = MetricRecord({WEIGHT: 1 + number})
         yield Message(content, 1, "train")
         del content
@@ -131,7 +132,7 @@ def message(name: str) -> Row:
     settings = entry.compose_settings("fed_learn", f"model={name}", FederatedSettings)
     adapter = adapter_of(settings.model, settings.project.lora.rank)
     index = AdapterIndex.of(adapter, settings.project.wire_dtype)
-    sent = message_bytes(Message(to_records(pack(adapter, index), index), 1, "train"))
+    sent = message_bytes(Message(to_records(PackedAdapter.pack(adapter, index)), 1, "train"))
     row: Row = {
         "part": "message",
         "model": settings.model.name,

@@ -9,5 +9,5 @@ class EngineKind(Enum):
     """Which engine stands behind a role; names are what people type."""
 
     local = "lab.engine.base:LocalEngine"
-    split = "split.inference.joining:join_shards"
+    split = "split.inference.open:join_shards"
     synthetic = "lab.engine.base:SyntheticEngine"

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lab.drawing import drawn
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from speculative.bench.timeline import Timeline
 
 Row = Mapping[str, Any]
 COLOURS = {"target_only": "0.45", "sync": "#dd8452", "async": "#4c72b0", "assisted": "#55a868"}
 NAMES = {"target_only": "target alone", "sync": "sync", "async": "async", "assisted": "transformers, co-located"}
+PANEL_INCHES = (6.0, 4.6)
 SHOWN_PLACES = 12
 """Of a run: few guesses come after so many that were right."""
 SHOWN_SECONDS = 0.7
@@ -24,51 +26,53 @@ SHOWN_SECONDS = 0.7
 def draw_speedups(path: Path, rows: Sequence[Row], title: str) -> Path:
     """Measured speed-up over the delay, with the predicted one as a line where a row has it; acceptance by place."""
     by_place = [row for row in rows if row.get("alpha_by_position")]
-    figure, axes = _panels(2 if by_place else 1)
-    loops = dict.fromkeys((row["mode"], row["draft_length"]) for row in rows)
-    for (mode, length), marker in zip(loops, "os^Dv"):
-        own = [row for row in rows if (row["mode"], row["draft_length"]) == (mode, length)]
-        _draw_loop(axes[0], own, mode, NAMES[mode] + (f", k = {length}" if length else ""), marker)
-    axes[0].set(xlabel="round trip (ms)", ylabel="speed over the target alone", ylim=(0, None), title=title)
-    axes[0].legend(fontsize="small")
-    curves: dict[tuple[float, ...], list[str]] = {}
-    for row in by_place:  # the same text at every delay has the same wrong guesses: one curve
-        curves.setdefault(tuple(row["alpha_by_position"][:SHOWN_PLACES]), []).append(f"{row['rtt_seconds'] * 1000:g}")
-    for rates, delays in curves.items():
-        axes[1].plot(range(1, len(rates) + 1), rates, marker="o", label=f"{', '.join(delays)} ms")
-    if by_place:
-        axes[1].set(xlabel="place of the guess in its run", ylabel="right, when all before it were", ylim=(0, 1.02))
-        axes[1].set_title("acceptance by place")
-        axes[1].legend(title="round trip", fontsize="small")
-    return _save(figure, path)
+    with drawn(path, PANEL_INCHES, 2 if by_place else 1) as axes:
+        loops = dict.fromkeys((row["mode"], row["draft_length"]) for row in rows)
+        for (mode, length), marker in zip(loops, "os^Dv"):
+            own = [row for row in rows if (row["mode"], row["draft_length"]) == (mode, length)]
+            _draw_loop(axes[0], own, mode, NAMES[mode] + (f", k = {length}" if length else ""), marker)
+        axes[0].set(xlabel="round trip (ms)", ylabel="speed over the target alone", ylim=(0, None), title=title)
+        axes[0].legend(fontsize="small")
+        curves: dict[tuple[float, ...], list[str]] = {}
+        for row in by_place:  # the same text at every delay has the same wrong guesses: one curve
+            curves.setdefault(tuple(row["alpha_by_position"][:SHOWN_PLACES]), []).append(
+                f"{row['rtt_seconds'] * 1000:g}"
+            )
+        for rates, delays in curves.items():
+            axes[1].plot(range(1, len(rates) + 1), rates, marker="o", label=f"{', '.join(delays)} ms")
+        if by_place:
+            axes[1].set(xlabel="place of the guess in its run", ylabel="right, when all before it were", ylim=(0, 1.02))
+            axes[1].set_title("acceptance by place")
+            axes[1].legend(title="round trip", fontsize="small")
+    return path
 
 
 def draw_texts(path: Path, rows: Sequence[Row]) -> Path:
     """Speed-up over the delay, one panel for each text."""
     names = list(dict.fromkeys(row["text"] for row in rows))
-    figure, axes = _panels(len(names))
-    for panel, name in zip(axes, names):
-        for mode in dict.fromkeys(row["mode"] for row in rows):
-            own = [row for row in rows if row["text"] == name and row["mode"] == mode]
-            _draw_loop(panel, own, mode, NAMES[mode])
-        panel.set(xlabel="round trip (ms)", ylabel="speed over the target alone", ylim=(0, None), title=name)
-        panel.legend(fontsize="small")
-    return _save(figure, path)
+    with drawn(path, PANEL_INCHES, len(names)) as axes:
+        for panel, name in zip(axes, names):
+            for mode in dict.fromkeys(row["mode"] for row in rows):
+                own = [row for row in rows if row["text"] == name and row["mode"] == mode]
+                _draw_loop(panel, own, mode, NAMES[mode])
+            panel.set(xlabel="round trip (ms)", ylabel="speed over the target alone", ylim=(0, None), title=name)
+            panel.legend(fontsize="small")
+    return path
 
 
 def draw_timelines(path: Path, timelines: Mapping[str, Timeline], rtt_seconds: float) -> Path:
     """Passes of the target over the drafter's steps; verdicts as lines that take half the round trip."""
-    figure, axes = _panels(len(timelines), columns=1, size=(13, 2.6))
-    for panel, (name, timeline) in zip(axes, timelines.items()):
-        begin = next((at for at, _, wrong in timeline.verdicts if wrong), 0.0) - rtt_seconds
-        _draw_timeline(panel, timeline, rtt_seconds)
-        panel.set(xlim=(max(0.0, begin), max(0.0, begin) + SHOWN_SECONDS), ylim=(-0.2, 2.4), title=name)
-        panel.set_yticks([0.4, 1.8], ["drafter", "target"])
-        panel.grid(visible=False, axis="y")
-    axes[-1].set_xlabel(
-        f"seconds; round trip {rtt_seconds * 1000:g} ms; numbers: tokens in a pass; dashed: a verdict that rejects"
-    )
-    return _save(figure, path)
+    with drawn(path, (13, 2.6), len(timelines), columns=1) as axes:
+        for panel, (name, timeline) in zip(axes, timelines.items()):
+            begin = next((at for at, _, wrong in timeline.verdicts if wrong), 0.0) - rtt_seconds
+            _draw_timeline(panel, timeline, rtt_seconds)
+            panel.set(xlim=(max(0.0, begin), max(0.0, begin) + SHOWN_SECONDS), ylim=(-0.2, 2.4), title=name)
+            panel.set_yticks([0.4, 1.8], ["drafter", "target"])
+            panel.grid(visible=False, axis="y")
+        axes[-1].set_xlabel(
+            f"seconds; round trip {rtt_seconds * 1000:g} ms; numbers: tokens in a pass; dashed: a verdict that rejects"
+        )
+    return path
 
 
 def _draw_loop(axes: Axes, rows: Sequence[Row], mode: str, label: str, marker: str = "o") -> None:
@@ -101,28 +105,3 @@ def _draw_timeline(axes: Axes, timeline: Timeline, rtt_seconds: float) -> None:
     for at, _, wrong in timeline.verdicts:
         style, colour = ("--", "crimson") if wrong else ("-", "0.5")
         axes.plot([at - rtt_seconds / 2, at], [1.4, 0.8], linewidth=1, linestyle=style, color=colour)
-
-
-def _panels(count: int, columns: int = 3, size: tuple[float, float] = (6.0, 4.6)) -> tuple[Figure, list[Axes]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    sns.set_theme(style="whitegrid", context="notebook")
-    columns = min(count, columns)
-    lines = -(-count // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(size[0] * columns, size[1] * lines), layout="constrained", squeeze=False
-    )
-    return figure, list(axes.flat)[:count]
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-    return path

@@ -21,8 +21,7 @@ from lab.settings import ModelSettings
 from split.bench.settings import SplitBenchSettings
 from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
-from split.inference.joining import fingerprints, join_shards
-from split.inference.open import free_port, load_stage, model_layers, ranges
+from split.inference.open import fingerprints, free_port, join_shards, load_stage, model_layers, ranges
 from split.inference.sharded_model import ShardedModel
 from split.inference.stage import Stage
 from split.settings import SplitSettings

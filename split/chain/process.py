@@ -11,13 +11,14 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from lab.command.ending import run_async
 from lab.network import address_for_peers, cannot_listen
 from lab.settings import NetworkSettings, UserError
-from lab.wire import Endpoint, FrameConnection, FrameServer
+from lab.wire import FrameServer
+from split.chain.server import ChainServer
 
 if TYPE_CHECKING:
     from split.transport.rpc import Member  # some systems lack it
@@ -35,20 +36,6 @@ class ShardProject(Protocol):
     world_size: int
 
 
-class Server(Protocol):
-    """A shard over tcp."""
-
-    endpoint: Endpoint
-
-    def working(self) -> AbstractContextManager[None]:
-        """Its thread works as long as the block lasts, within a running event loop."""
-        ...
-
-    async def handle(self, connection: FrameConnection) -> None:
-        """One connection, until it ends."""
-        ...
-
-
 def layers_to_serve(project: ShardProject) -> str:
     """As they were set. UserError when they were not."""
     if project.layers is None:
@@ -57,7 +44,7 @@ def layers_to_serve(project: ShardProject) -> str:
 
 
 def serve_port(
-    server: Server,
+    server: ChainServer,
     project: ShardProject,
     network: NetworkSettings,
     tls: ssl.SSLContext | None,
@@ -89,7 +76,7 @@ def serve_port(
 
 
 async def serve(
-    server: Server,
+    server: ChainServer,
     *,
     host: str,
     port: int,

@@ -19,7 +19,7 @@ The frame's session number is the text's for OPEN and CLOSE, the pass's for PASS
 messages of a client that await an answer have the same. A PASS says where each of its pieces stands, so that a rewind
 costs no message.
 
-Only over tcp: ATTACH, WELCOME, JOIN, ASK and REPORT (`split.transport.tcp`).
+ATTACH, WELCOME, JOIN, ASK and FAULT are those of every chain (`split.chain.messages`).
 
 Shapes: N positions of all pieces of a pass together, H hidden size.
 """
@@ -28,25 +28,22 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from enum import Enum, IntEnum
 from typing import Annotated
 
 import msgspec
 
 from lab.engine.base import TargetStep, Want
 from lab.engine.sampling_head import SAMPLING_BYTES, SamplingHead
-from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
-from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
+from lab.wire import Head, MessageTable
+from lab.wire.fields import ShortText, Uint31, Uint32
+from split.chain.messages import Ask, Attach, Count, Fault, FaultCode, Join, Welcome, frame_table
 
 PROTOCOL = range(3, 4)
-
-Count = Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
 
 MAX_PIECES = 512
 """Of a pass; beside each of them a head has room for why it stopped."""
 STOPPED_BYTES = 2**15
 """What the reasons of all stopped texts of a pass take together, at most."""
-MAX_ADDRESSES = 16
 
 
 class Open(SamplingHead):
@@ -78,23 +75,6 @@ class Piece(Head):
     """Whether its extend begins here."""
     is_last: bool
     """Whether its extend ends here."""
-
-
-class FaultCode(Enum):
-    """Why a text cannot go on, or a message came to nothing."""
-
-    unfit = "unfit"
-    """NaN or infinity in its hidden states or logits."""
-    full = "full"
-    """No slot, or no memory for keys and values."""
-    lost = "lost"
-    """The shard does not hold the text up to there (it was evicted, or the shard is new): to be rebuilt."""
-    refused = "refused"
-    """It makes no sense here."""
-    link = "link"
-    """The shard has lost a neighbour, or cannot reach the next one."""
-    failed = "failed"
-    """The shard failed."""
 
 
 class Stopped(Head):
@@ -145,47 +125,6 @@ class Steps(Head):
     """The texts that stopped at any shard; their steps mean nothing."""
 
 
-class Fault(Head):
-    """A message came to nothing: an OPEN, or a PASS that makes no sense as a whole. No text is changed by it."""
-
-    code: FaultCode
-    text: LongText
-
-
-class Attach(Head):
-    """The client's first frame to each shard: who it is, and which shard comes next."""
-
-    client: Uint63
-    """A random number of this attempt; JOIN names it to the next shard."""
-    next: Annotated[list[ShortText], msgspec.Meta(max_length=MAX_ADDRESSES)]
-    """Where the next shard may be found, `host:port`; a shard's own `project.next` goes first. Empty: the last one."""
-    next_instance: Uint32
-    """Which process it must be: the one that the client is attached to."""
-
-
-class Welcome(Head):
-    """A shard's answer to ATTACH and JOIN: what it holds. It comes once the shards behind it have been joined."""
-
-    instance: Uint32
-    """A random number of this process."""
-    first: Uint31
-    last: Uint31
-    """Layers first..last - 1."""
-    model_layers: Uint31
-    context: Uint31
-    sessions: Uint31
-
-
-class Join(Head):
-    """A shard's first frame to the next one."""
-
-    client: Uint63
-
-
-class Ask(Head):
-    """A client asks a shard what it needs and how long its passes took."""
-
-
 class Report(Head):
     """A shard's figures, now. The body holds its last passes: `HOP` each."""
 
@@ -201,64 +140,22 @@ class Report(Head):
     device_memory_total_bytes: int | None
 
 
-class MessageType(IntEnum):
-    """The frames of the application."""
-
-    open = FIRST_APPLICATION_TYPE
-    close = FIRST_APPLICATION_TYPE + 1
-    run = FIRST_APPLICATION_TYPE + 2
-    steps = FIRST_APPLICATION_TYPE + 3
-    fault = FIRST_APPLICATION_TYPE + 4
-    attach = FIRST_APPLICATION_TYPE + 5
-    welcome = FIRST_APPLICATION_TYPE + 6
-    join = FIRST_APPLICATION_TYPE + 7
-    ask = FIRST_APPLICATION_TYPE + 8
-    report = FIRST_APPLICATION_TYPE + 9
-    opened = FIRST_APPLICATION_TYPE + 10
-
-
-_HEAD_BYTES = 2**16
-_TYPE_OF: dict[type[Head], MessageType] = {
-    Open: MessageType.open,
-    Close: MessageType.close,
-    Pass: MessageType.run,
-    Steps: MessageType.steps,
-    Fault: MessageType.fault,
-    Attach: MessageType.attach,
-    Welcome: MessageType.welcome,
-    Join: MessageType.join,
-    Ask: MessageType.ask,
-    Report: MessageType.report,
-    Opened: MessageType.opened,
-}
-
-
-def message_type(head: Head) -> MessageType:
-    """The frame type that carries `head`."""
-    return _TYPE_OF[type(head)]
-
-
-def table(body_bytes: int) -> MessageTable:
-    """The frames of both roles; bodies up to `body_bytes`."""
-    with_body: dict[type[Head], int] = {
-        Pass: _HEAD_BYTES + body_bytes,
-        Steps: _HEAD_BYTES + body_bytes,
-        Report: 1024 + REPORTED_PASSES * HOP.size,
-    }
-    small: dict[type[Head], int] = {
-        Open: 64 + SAMPLING_BYTES, Opened: 8, Close: 8, Fault: 4096 + 64, Attach: 8192, Welcome: 64, Join: 32, Ask: 8,
-    }  # fmt: skip
-    kinds: dict[int, MessageKind] = {
-        _TYPE_OF[head]: MessageKind(head=head, max_bytes=size) for head, size in small.items()
-    }
-    kinds |= {_TYPE_OF[head]: MessageKind(head=head, max_bytes=size, has_body=True) for head, size in with_body.items()}
-    return MessageTable(kinds)
-
-
 HOP = struct.Struct("<IdddddI")
 """One pass at one shard: its number; when (monotonic seconds of that machine) it arrived, was begun, was computed, was
 handed on; how many of the seconds between the second and the third went into coding; the bytes handed on."""
 REPORTED_PASSES = 4096
+
+_PASS_HEAD_BYTES = 2**16
+
+
+def table(body_bytes: int) -> MessageTable:
+    """The frames of both roles; bodies up to `body_bytes`."""
+    heads: dict[type[Head], int] = {
+        Open: 64 + SAMPLING_BYTES, Close: 8, Pass: _PASS_HEAD_BYTES, Steps: _PASS_HEAD_BYTES, Fault: 4096 + 64,
+        Attach: 8192, Welcome: 64, Join: 32, Ask: 8, Report: 1024, Opened: 8,
+    }  # fmt: skip
+    return frame_table(heads, {Pass: body_bytes, Steps: body_bytes, Report: REPORTED_PASSES * HOP.size})
+
 
 # Steps as bytes
 

@@ -5,22 +5,33 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lab.device import open_device
 from lab.engine.context import model_context
+from lab.models.fingerprints import weights_fingerprints
 from lab.models.shape import ModelShape
 from lab.models.sources import load_config
-from lab.settings import ModelSettings, UserError
+from lab.network import client_side_tls, listener_tls, make_endpoint
+from lab.settings import ModelSettings, NetworkSettings, UserError
+from lab.wire import Endpoint, WireError
+from split.chain.address import Address
+from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
-from split.inference.joining import fingerprints, join_shards
+from split.chain.process import check_rank, layers_to_serve, serve_port, serve_rank
+from split.inference.messages import PROTOCOL, table
+from split.inference.server import ShardServer
 from split.inference.shard import ShardLimits, load_shard
 from split.inference.sharded_model import ShardedModel
 from split.inference.stage import Stage
-from split.settings import SplitSettings, TransportKind
-from split.transport.base import Transport
+from split.settings import SplitSettings, TransportKind, parse_layers
+from split.transport.base import ShardLost, Transport
 from split.transport.inproc import InProcess
+from split.transport.tcp import ChainMismatch, TcpChain
 
 
 def model_layers(settings: SplitSettings) -> int:
@@ -142,3 +153,131 @@ def _connect(settings: SplitSettings, addresses: Sequence[str]) -> ShardedModel:
         recovery_seconds=project.recovery_seconds,
         line_seconds=project.line_seconds,
     )
+
+
+def join_shards(
+    model: ModelSettings,
+    network: NetworkSettings,
+    *,
+    shards: Sequence[str],
+    spares: Sequence[str],
+    boundary: str,
+    context: int,
+    prefill_chunk: int,
+    start_seconds: float,
+    recovery_seconds: float,
+    line_seconds: float = 0.0,
+) -> ShardedModel:
+    """An engine over shards that serve already.
+
+    Args:
+        model: What they must hold; its config is read here, its weights are not.
+        network: Key, TLS and deadlines.
+        shards: Where they listen, `host:port` each, first to last.
+        spares: Shards that may take the place of one with the same layers.
+        boundary: How hidden states travel between them: a name of `Boundary`.
+        context: Most tokens of a text; 0: what the model was made for. Never more than the shards take.
+        prefill_chunk: Most tokens of a text in one pass.
+        start_seconds: How long they may take to be there.
+        recovery_seconds: How long to try to bring back one that was lost.
+        line_seconds: How long to wait in line for room; who has a line of its own asks again instead.
+
+    Raises:
+        UserError: shards that are not there, or are not this model from its first layer to its last.
+    """
+    known = Boundary.__members__.get(boundary)
+    if known is None:
+        names = ", ".join(Boundary.__members__)
+        raise UserError(f"boundary must be one of {names}, got {boundary!r}")
+    try:
+        chain = TcpChain(
+            [Address.parse(text) for text in shards],
+            [Address.parse(text) for text in spares],
+            make_side(model, network, known, "client"),
+            tls=client_side_tls(network),
+            answer_seconds=network.request_timeout_seconds,
+            start_seconds=start_seconds,
+        )
+    except ChainMismatch as error:
+        raise UserError(f"project.shards: {error}") from None
+    except (ShardLost, WireError) as error:
+        raise UserError(f"project.shards must be reachable and hold this model: {error}") from None
+    return ShardedModel(
+        chain,
+        vocabulary_size=ModelShape.of(load_config(model)).vocabulary,
+        context=min(chain.context, model_context(load_config(model), context)),
+        prefill_chunk=prefill_chunk,
+        recovery_seconds=recovery_seconds,
+        line_seconds=line_seconds,
+    )
+
+
+def make_side(model: ModelSettings, network: NetworkSettings, boundary: Boundary, role: str) -> Endpoint:
+    """Our side of the wire: `client` talks to shards, `shard` to both. UserError for what makes no sense."""
+    return make_endpoint(
+        network,
+        role=role,
+        peer_roles=frozenset({"shard"} if role == "client" else {"client", "shard"}),
+        table=table(network.max_frame_bytes),
+        protocol=PROTOCOL,
+        fingerprints=fingerprints(model, boundary),
+    )
+
+
+def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
+    """What all roles must have alike: the weights, and how hidden states travel."""
+    return weights_fingerprints(model) | {"boundary": boundary.name}
+
+
+ROOM_FOR_A_HEAD = 1024
+"""Bytes beside the hidden states of one token in a frame."""
+
+
+def host(settings: SplitSettings) -> dict[str, Any]:
+    """Serves until Ctrl+C; the figures of the last line. UserError for what cannot be served."""
+    layers = layers_to_serve(settings.project)
+    serve = _serve_rank if settings.project.transport is TransportKind.rpc else _serve_port
+    stage, clients = serve(settings, layers)
+    figures = {"role": "shard", "layers": layers, "weights_bytes": stage.shard.weights_bytes, "clients": clients}
+    return figures | asdict(stage.counts)
+
+
+def _serve_port(settings: SplitSettings, layers: str) -> tuple[Stage, int]:
+    project, network = settings.project, settings.network
+    tls = listener_tls(network)  # before a model is loaded for nothing
+    stage = load_stage(settings, open_device(settings.device), parse_layers(layers))
+    needed = project.boundary.row_bytes(stage.shard.hidden_size) + ROOM_FOR_A_HEAD
+    if needed > network.max_frame_bytes:
+        raise UserError(
+            f"network.max_frame_bytes must be at least {needed}, for the hidden states of one token, "
+            f"got {network.max_frame_bytes}"
+        )
+    server = ShardServer(
+        stage,
+        name=f"{settings.model.name} {layers}",
+        model_layers=model_layers(settings),
+        endpoint=make_side(settings.model, network, project.boundary, "shard"),
+        next_addresses=[Address.parse(project.next)] if project.next else [],
+        client_tls=client_side_tls(network),
+        awake_seconds=project.awake_seconds,
+        most_waiting=project.max_waiting,
+    )
+    serve_port(server, project, network, tls, role="shard", peer_role="client")
+    return stage, server.clients
+
+
+def _serve_rank(settings: SplitSettings, layers: str) -> tuple[Stage, int]:
+    from split.transport.rpc import Place, Seat, check_master  # some systems lack it
+
+    check_master(settings.network)
+    check_rank(settings.project)
+    stage = load_stage(settings, open_device(settings.device), parse_layers(layers))
+    place = Place(
+        name=f"{settings.model.name} {layers}",
+        layers=stage.shard.layers,
+        model_layers=model_layers(settings),
+        context=stage.shard.limits.context,
+        fingerprints=fingerprints(settings.model, settings.project.boundary),
+    )
+    serve_rank(Seat(stage, place, settings.project.awake_seconds), settings.project, settings.network)
+    return stage, 1

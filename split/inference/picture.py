@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lab.drawing import drawn
 from split.inference.times import PassParts
 from split.transport.base import ShardReport
 
@@ -20,20 +21,9 @@ _LEGEND: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)
 
 def draw(reports: Sequence[ShardReport], apart: Sequence[PassParts], path: Path, title: str) -> Path:
     """Two panels as a PNG at `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    sns.set_theme(style="whitegrid", context="notebook")
-    figure, (memory, seconds) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    _draw_memory(memory, reports)
-    _draw_seconds(seconds, reports, apart)
-    figure.suptitle(f"{title} on {len(reports)} shards")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    with drawn(path, size=(6.5, 5), panels=2, title=f"{title} on {len(reports)} shards") as (memory, seconds):
+        _draw_memory(memory, reports)
+        _draw_seconds(seconds, reports, apart)
     return path
 
 

@@ -14,36 +14,23 @@ import functools
 import logging
 import os
 import queue
-import secrets
 import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from typing_extensions import override
 
 from lab.device import read_memory
 from lab.wire import BadFrame, Endpoint, FrameConnection, WireError
 from lab.wire.frames import encode_start
 from split.chain.address import Address
-from split.chain.next_shard import Behind, first_head, join_next, link_fault, say
-from split.inference.messages import (
-    HOP,
-    REPORTED_PASSES,
-    Ask,
-    Attach,
-    Close,
-    Fault,
-    FaultCode,
-    Join,
-    Open,
-    Opened,
-    Pass,
-    Report,
-    Welcome,
-    message_type,
-)
+from split.chain.messages import Ask, Attach, Fault, FaultCode, Join, send
+from split.chain.server import ChainServer, tell_lost
+from split.inference.messages import HOP, REPORTED_PASSES, Close, Open, Opened, Pass, Report
 from split.inference.stage import Stage
 from split.transport.base import Message
 
@@ -124,7 +111,7 @@ class _Waiting:
     """As its client was told."""
 
 
-class ShardServer:
+class ShardServer(ChainServer):
     """Serves one stage. Belongs to its event loop; passes run on one thread of their own, which also hands on what came
     of them: between the arrival of hidden states and the departure of the next ones the event loop is woken once.
 
@@ -151,10 +138,14 @@ class ShardServer:
         awake_seconds: float,
         most_waiting: int,
     ) -> None:
-        self._stage, self._name, self._model_layers = stage, name, model_layers
-        self.endpoint = endpoint
-        to_next = replace(endpoint, peer_roles=frozenset({"shard"}))
-        self._behind = Behind(stage.shard.layers, model_layers, list(next_addresses), to_next, client_tls)
+        super().__init__(
+            layers=stage.shard.layers,
+            model_layers=model_layers,
+            endpoint=endpoint,
+            next_addresses=next_addresses,
+            client_tls=client_tls,
+        )
+        self._stage, self._name = stage, name
         self._most_waiting = most_waiting
         self.clients = 0
         """That have attached."""
@@ -163,7 +154,6 @@ class ShardServer:
         self._line: list[_Waiting] = []
         """Of the thread."""
         self._is_looking = False
-        self._instance = secrets.randbits(32)
         self._clients: dict[int, _Client] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         """Of the thread, in turn; None ends it."""
@@ -173,9 +163,9 @@ class ShardServer:
         self._awake: asyncio.Task[None] | None = None
         self._under_way = 0
 
+    @override
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Its thread works as long as the block lasts."""
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._work, name="forward").start()
         try:
@@ -183,20 +173,10 @@ class ShardServer:
         finally:
             self._jobs.put(None)
 
-    async def handle(self, connection: FrameConnection) -> None:
-        """One connection, until it ends."""
-        head = await first_head(connection)
-        if isinstance(head, Attach):
-            await self._serve_client(connection, head)
-        elif isinstance(head, Join):
-            await self._serve_link(connection, head)
-        else:
-            raise BadFrame(connection.peer, f"began with {type(head).__name__.upper()}, not with ATTACH or JOIN")
-
     # A client
 
-    async def _serve_client(self, connection: FrameConnection, attach: Attach) -> None:
-        connection.peer.phase = "ATTACH"
+    @override
+    async def serve_client(self, connection: FrameConnection, attach: Attach) -> None:
         if attach.client in self._clients:
             raise BadFrame(connection.peer, "attached twice")
         client = self._clients[attach.client] = _Client(attach.client, connection)
@@ -204,10 +184,9 @@ class ShardServer:
         self._end_with(client, connection)
         try:
             if not self._stage.shard.gives_steps:
-                client.link = await join_next(self._behind, connection, attach)
+                client.link = await self.join_next(connection, attach)
                 self._watch(client, client.link)
-            say(connection, self._welcome())
-            connection.peer.phase = "session"
+            self._welcome(connection)
             await self._take_all(client, connection)
         except WireError as error:
             connection.refuse(error)  # before it is closed with the others
@@ -247,19 +226,19 @@ class ShardServer:
         if not client.connection.has_left:
             log.warning("%s", reason)
             with contextlib.suppress(WireError):
-                say(client.connection, link_fault(reason))
+                tell_lost(client.connection, reason)
         client.end()
 
     # A chain
 
-    async def _serve_link(self, connection: FrameConnection, join: Join) -> None:
+    @override
+    async def serve_previous(self, connection: FrameConnection, join: Join) -> None:
         client = self._clients.get(join.client)
         if client is None or client.before is not None:
             raise BadFrame(connection.peer, "joined for a client that is not attached, or is joined already")
         client.before = connection
         self._end_with(client, connection)
-        say(connection, self._welcome())
-        connection.peer.phase = "session"
+        self._welcome(connection)
         try:
             await self._take_all(client, connection)
         except WireError as error:
@@ -332,9 +311,8 @@ class ShardServer:
         if result is None or len(result.body) < most - 2**16:  # no head is larger
             return result
         try:
-            start = encode_start(
-                self.endpoint.table, message_type(result.head), result.number, result.head, len(result.body)
-            )
+            table = self.endpoint.table
+            start = encode_start(table, table.number(result.head), result.number, result.head, len(result.body))
             fits = len(start) + len(result.body) <= most
         except ValueError:
             fits = False
@@ -365,7 +343,8 @@ class ShardServer:
         result = done.result
         if result is None or client.leaving:
             return 0
-        return client.to.send_at_once(message_type(result.head), result.number, result.head, result.body)
+        to = client.to
+        return to.send_at_once(to.endpoint.table.number(result.head), result.number, result.head, result.body)
 
     # The line, on the thread
 
@@ -439,7 +418,7 @@ class ShardServer:
                 assert done.result is not None
                 # When it began: the receiver may have it before we look at the clock again.
                 sent, before = time.monotonic(), to.bytes_sent
-                to.send(message_type(done.result.head), done.result.number, done.result.head, done.result.body)
+                send(to, done.result.number, done.result.head, done.result.body)
                 if isinstance(done.message.head, Pass):
                     client.hops.append(done.hop(sent, to.bytes_sent - before))
                 client.leaving.popleft()
@@ -460,16 +439,9 @@ class ShardServer:
             _yield_core()
             await asyncio.sleep(0)
 
-    def _welcome(self) -> Welcome:
-        shard = self._stage.shard
-        return Welcome(
-            instance=self._instance,
-            first=shard.layers.start,
-            last=shard.layers.stop,
-            model_layers=self._model_layers,
-            context=shard.limits.context,
-            sessions=shard.limits.sessions,
-        )
+    def _welcome(self, connection: FrameConnection) -> None:
+        limits = self._stage.shard.limits
+        self.welcome(connection, "session", context=limits.context, sessions=limits.sessions)
 
     def _report(self, client: _Client) -> None:
         shard = self._stage.shard
@@ -487,7 +459,7 @@ class ShardServer:
         )
         with client.telling:
             hops = b"".join(client.hops)
-        client.connection.send(message_type(report), 0, report, hops)
+        send(client.connection, 0, report, hops)
 
 
 _yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has no sched_yield
@@ -507,6 +479,5 @@ def _is_full(result: Message) -> bool:
 
 
 def _tell_place(client: _Client, number: int, place: int) -> None:
-    head = Opened(place=place)
     with contextlib.suppress(WireError):
-        client.connection.send(message_type(head), number, head)
+        send(client.connection, number, Opened(place=place))

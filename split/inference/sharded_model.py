@@ -31,19 +31,8 @@ from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
 from lab.wire import pack_tokens
-from split.inference.messages import (
-    MAX_PIECES,
-    REPORTED_PASSES,
-    Close,
-    Fault,
-    FaultCode,
-    Open,
-    Opened,
-    Pass,
-    Piece,
-    Steps,
-    unpack_steps,
-)
+from split.chain.messages import Fault, FaultCode
+from split.inference.messages import MAX_PIECES, REPORTED_PASSES, Close, Open, Opened, Pass, Piece, Steps, unpack_steps
 from split.transport.base import ChainLost, Message, ShardLost, ShardReport, Transport
 
 log = logging.getLogger(__name__)

@@ -23,20 +23,9 @@ from lab.settings import UserError
 from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES
 from split.chain.boundary import Boundary
+from split.chain.messages import Fault, FaultCode
 from split.inference.coding import decode, encode, stored
-from split.inference.messages import (
-    STOPPED_BYTES,
-    Close,
-    Fault,
-    FaultCode,
-    Open,
-    Opened,
-    Pass,
-    Piece,
-    Steps,
-    Stopped,
-    pack_steps,
-)
+from split.inference.messages import STOPPED_BYTES, Close, Open, Opened, Pass, Piece, Steps, Stopped, pack_steps
 from split.inference.shard import Entering, Leaving, Shard, TextLost
 from split.transport.base import Message
 

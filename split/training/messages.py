@@ -14,7 +14,7 @@ Every message's number is its step's. A shard does its operations in the order o
 soon as its input is there, so that it makes no difference in which order messages of different senders come. TIED
 carries the gradients of an embedding that is also the head, both ways along the chain.
 
-ATTACH, WELCOME, JOIN, ASK and FAULT are those of inference (`split.inference.messages`).
+ATTACH, WELCOME, JOIN, ASK and FAULT are those of every chain (`split.chain.messages`).
 
 Shapes: B examples, T positions, H hidden size, V vocabulary.
 """
@@ -22,15 +22,14 @@ Shapes: B examples, T positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
 from typing import Annotated
 
 import msgspec
 
-from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
+from lab.wire import Head, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 from lab.wire.tensors import TensorSpec
-from split.inference.messages import Ask, Attach, Count, Fault, Join, Welcome
+from split.chain.messages import Ask, Attach, Count, Fault, Join, Welcome, frame_table
 from split.training.schedule import Operation, Phase, Schedule, Span
 from split.training.settings import Train
 
@@ -209,49 +208,15 @@ def unpack_spans(body: bytes | memoryview) -> list[Span]:
     ]
 
 
-class TrainingMessageType(IntEnum):
-    """The frames of the application."""
-
-    attach = FIRST_APPLICATION_TYPE
-    welcome = FIRST_APPLICATION_TYPE + 1
-    join = FIRST_APPLICATION_TYPE + 2
-    fault = FIRST_APPLICATION_TYPE + 3
-    ask = FIRST_APPLICATION_TYPE + 4
-    figures = FIRST_APPLICATION_TYPE + 5
-    start = FIRST_APPLICATION_TYPE + 6
-    started = FIRST_APPLICATION_TYPE + 7
-    step = FIRST_APPLICATION_TYPE + 8
-    batch = FIRST_APPLICATION_TYPE + 9
-    hidden = FIRST_APPLICATION_TYPE + 10
-    gradient = FIRST_APPLICATION_TYPE + 11
-    tied = FIRST_APPLICATION_TYPE + 12
-    done = FIRST_APPLICATION_TYPE + 13
-    apply = FIRST_APPLICATION_TYPE + 14
-    save = FIRST_APPLICATION_TYPE + 15
-    saved = FIRST_APPLICATION_TYPE + 16
-
-
 _HEAD_BYTES = 2**15
-_BODIES = {Batch, Hidden, Gradient, Tied}
-_TYPE_OF: dict[type[Head], TrainingMessageType] = {
-    head: TrainingMessageType[head.__name__.lower()]
-    for head in (
+
+
+def table(body_bytes: int) -> MessageTable:
+    """The frames of both roles; tensors up to `body_bytes`."""
+    heads: tuple[type[Head], ...] = (
         Attach, Welcome, Join, Fault, Ask, Figures, Start, Started, Step, Batch, Hidden, Gradient, Tied, Done, Apply,
         Save, Saved,
-    )
-}  # fmt: skip
-
-
-def training_type(head: Head) -> TrainingMessageType:
-    """The frame type that carries `head`."""
-    return _TYPE_OF[type(head)]
-
-
-def training_table(body_bytes: int) -> MessageTable:
-    """The frames of both roles; tensors up to `body_bytes`."""
-    operations = 2 * MAX_MICRO_BATCHES * OPERATION.size
-    kinds: dict[int, MessageKind] = {}
-    for head, number in _TYPE_OF.items():
-        room = body_bytes if head in _BODIES else operations if head is Done else 0
-        kinds[number] = MessageKind(head=head, max_bytes=_HEAD_BYTES + room, has_body=room > 0)
-    return MessageTable(kinds)
+    )  # fmt: skip
+    bodies: dict[type[Head], int] = {Done: 2 * MAX_MICRO_BATCHES * OPERATION.size}
+    bodies |= dict.fromkeys((Batch, Hidden, Gradient, Tied), body_bytes)
+    return frame_table(dict.fromkeys(heads, _HEAD_BYTES), bodies)

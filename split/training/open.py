@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from lab.command.overrides import override
 from lab.command.processes import own_words
+from lab.device import give_back_freed_memory, open_device
 from lab.files import path_of
 from lab.models.fingerprints import weights_fingerprints
-from lab.models.sources import model_identity
-from lab.network import client_side_tls, make_endpoint
+from lab.models.shape import ModelShape
+from lab.models.sources import load_config, model_identity
+from lab.network import client_side_tls, listener_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
 from split.chain.address import Address
 from split.chain.local_shards import NOT_FOR_SHARDS, LocalShards
+from split.chain.process import check_rank, layers_to_serve, serve_port, serve_rank
 from split.inference.open import cut_layers, free_port
-from split.settings import TransportKind
-from split.training.messages import PROTOCOL, Recipe, Start, training_table
+from split.settings import TransportKind, parse_layers
+from split.training.messages import PROTOCOL, Recipe, Start, table
+from split.training.server import TrainingServer
 from split.training.settings import BackwardKind, SplitTrainSettings
 from split.training.shard import TrainingShard
 from split.training.stage import InitialWeight, TrainingStage
@@ -51,7 +55,7 @@ def training_side(model: ModelSettings, network: NetworkSettings, role: str) -> 
         network,
         role=role,
         peer_roles=frozenset({"learner"} if role == "trainer" else {"trainer", "learner"}),
-        table=training_table(network.max_frame_bytes),
+        table=table(network.max_frame_bytes),
         protocol=PROTOCOL,
         fingerprints=weights_fingerprints(model),
     )
@@ -167,3 +171,54 @@ def identity_of(model: ModelSettings) -> str:
     """Which weights a run began with: the base model, and the adapter where it goes on from one."""
     prints = weights_fingerprints(model)
     return f"{model_identity(model)} adapter={prints['adapter']}"
+
+
+def host(settings: SplitTrainSettings, folder: Path) -> dict[str, Any]:
+    """Serves until Ctrl+C; the figures of the last line. UserError for what cannot be served."""
+    layers, checkpoints = layers_to_serve(settings.project), checkpoints_of(settings, folder)
+    give_back_freed_memory()
+    serve = _serve_rank if settings.project.transport is TransportKind.rpc else _serve_port
+    serve(settings, layers, checkpoints)
+    return {"role": "learner", "layers": layers, "checkpoints": checkpoints}
+
+
+def _serve_port(settings: SplitTrainSettings, text: str, checkpoints: Path) -> None:
+    project, network = settings.project, settings.network
+    tls = listener_tls(network)
+    layers, model_layers = _range(settings, text)
+    server = TrainingServer(
+        make_stage(settings.model, open_device(settings.device), layers, checkpoints),
+        layers=layers,
+        model_layers=model_layers,
+        endpoint=training_side(settings.model, network, "learner"),
+        next_addresses=[Address.parse(project.next)] if project.next else [],
+        client_tls=client_side_tls(network),
+    )
+    serve_port(server, project, network, tls, role="learner", peer_role="trainer")
+
+
+def _serve_rank(settings: SplitTrainSettings, text: str, checkpoints: Path) -> None:
+    from split.transport.rpc import Place, check_master  # some systems lack it
+    from split.transport.training_rpc import LearnerSeat
+
+    check_master(settings.network)
+    check_rank(settings.project)
+    layers, model_layers = _range(settings, text)
+    place = Place(
+        name=f"{settings.model.name} {text}",
+        layers=layers,
+        model_layers=model_layers,
+        context=0,
+        fingerprints=weights_fingerprints(settings.model),
+    )
+    seat = LearnerSeat(make_stage(settings.model, open_device(settings.device), layers, checkpoints), place)
+    serve_rank(seat, settings.project, settings.network)
+
+
+def _range(settings: SplitTrainSettings, text: str) -> tuple[range, int]:
+    """The layers of this shard, and how many the whole model has. UserError for layers that it does not have."""
+    layers = parse_layers(text)
+    count = ModelShape.of(load_config(settings.model)).layers
+    if layers.stop > count:
+        raise UserError(f"project.layers must be within the model's {count} layers, got {text}")
+    return layers, count

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from split.training.schedule import Phase, even_bubble
+from lab.drawing import count_in_whole_numbers, drawn
+from split.training.schedule import Phase, Timeline, even_bubble
 from split.training.trainer import StepFigures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = {Phase.forward: "#4c72b0", Phase.backward: "#55a868"}
 MOST_LABELLED = 24
@@ -16,30 +20,35 @@ MOST_LABELLED = 24
 
 def draw_losses(losses: Sequence[float], unsplit: Sequence[float], title: str, path: Path) -> Path:
     """Training loss by step as a PNG at `path`, beside the unsplit run's where there is one."""
-    figure, panels = _figure(2 if unsplit else 1)
-    panels[0].plot(
-        losses, linewidth=3.5 if unsplit else 1.8, color="#4c72b0", alpha=0.6 if unsplit else 1, label="split"
-    )
-    if unsplit:
-        panels[0].plot(unsplit, linewidth=1.2, color="black", linestyle="--", label="unsplit, in one process")
-        panels[1].plot([abs(a - b) for a, b in zip(losses, unsplit)], ".", color="#c44e52")
-        largest = max(abs(a - b) for a, b in zip(losses, unsplit))
-        panels[1].set(
-            xlabel="optimizer step", ylabel="|difference| (nats per token)", title=f"Difference: {largest:.2g} at most"
-        )
-    panels[0].set(xlabel="optimizer step", ylabel="training loss (nats per token)", title="Loss before each step")
-    panels[0].legend(frameon=False)
-    for panel in panels:
-        panel.xaxis.set_major_locator(_whole_numbers())
-    return _save(figure, title, path)
+    with drawn(path, size=(7 if unsplit else 11, 4.5), panels=2 if unsplit else 1, title=title) as panels:
+        loss, width = panels[0], 3.5 if unsplit else 1.8
+        loss.plot(losses, linewidth=width, color="#4c72b0", alpha=0.6 if unsplit else 1, label="split")
+        if unsplit:
+            loss.plot(unsplit, linewidth=1.2, color="black", linestyle="--", label="unsplit, in one process")
+            apart = [abs(a - b) for a, b in zip(losses, unsplit)]
+            panels[1].plot(apart, ".", color="#c44e52")
+            panels[1].set(xlabel="optimizer step", ylabel="|difference| (nats per token)")
+            panels[1].set_title(f"Difference: {max(apart):.2g} at most")
+        loss.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title="Loss before each step")
+        loss.legend(frameon=False)
+        for panel in panels:
+            count_in_whole_numbers(panel)
+    return path
 
 
 def draw_timeline(figures: StepFigures, title: str, path: Path) -> Path:
     """One step as a PNG at `path`: a row a shard, a box an operation, white where it waits."""
     timeline = figures.timeline
     assert timeline is not None
-    figure, panels = _figure(1, height=1.6 + 0.7 * len(timeline.shards))
-    axes = panels[0]
+    count = max(span.operation.micro_batch for span in timeline.shards[0]) + 1
+    even = even_bubble(len(timeline.shards), count)
+    title = f"{title}: step {figures.step} as it ran, bubble {figures.bubble_fraction:.1%} (equal shards: {even:.1%})"
+    with drawn(path, size=(11, 1.6 + 0.7 * len(timeline.shards)), title=title) as (axes,):
+        _draw_timeline(axes, timeline)
+    return path
+
+
+def _draw_timeline(axes: Axes, timeline: Timeline) -> None:
     begin = min(shard[0].begin for shard in timeline.shards)
     for place, shard in enumerate(timeline.shards):
         for span in shard:
@@ -58,35 +67,3 @@ def draw_timeline(figures: StepFigures, title: str, path: Path) -> Path:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2, frameon=False)
-    count = max(span.operation.micro_batch for span in timeline.shards[0]) + 1
-    even = even_bubble(len(timeline.shards), count)
-    title = f"{title}: step {figures.step} as it ran, bubble {figures.bubble_fraction:.1%} (equal shards: {even:.1%})"
-    return _save(figure, title, path)
-
-
-def _whole_numbers() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)
-
-
-def _figure(panels: int, height: float = 4.5) -> tuple[Any, list[Any]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    sns.set_theme(style="whitegrid", context="notebook")
-    figure, axes = plt.subplots(1, panels, figsize=(7 * panels if panels > 1 else 11, height), layout="constrained")
-    return figure, list(axes) if panels > 1 else [axes]
-
-
-def _save(figure: Any, title: str, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-    return path

@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import ssl
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from typing_extensions import override
 
 from lab.wire import BadFrame, Endpoint, Frame, FrameConnection, WireError
 from split.chain.address import Address
-from split.chain.next_shard import Behind, first_head, join_next, link_fault, say
-from split.inference.messages import Attach, Join, Welcome
-from split.training.messages import MAX_MICRO_BATCHES, training_type
+from split.chain.messages import Attach, Join, send
+from split.chain.server import ChainServer, tell_lost
+from split.training.messages import MAX_MICRO_BATCHES
 from split.training.stage import To, TrainingStage
 from split.transport.base import Message
 
@@ -39,7 +40,7 @@ class _Run:
     waiting: asyncio.Queue[Message] = field(default_factory=lambda: asyncio.Queue(WAITING_MESSAGES))
 
 
-class TrainingServer:
+class TrainingServer(ChainServer):
     """Serves one stage. Belongs to its event loop; the stage's work is done on one thread of its own.
 
     Args:
@@ -61,48 +62,40 @@ class TrainingServer:
         next_addresses: Sequence[Address],
         client_tls: ssl.SSLContext | None,
     ) -> None:
-        self._stage, self._layers, self._model_layers = stage, layers, model_layers
-        self.endpoint = endpoint
-        to_next = replace(endpoint, peer_roles=frozenset({endpoint.role}))
-        self._behind = Behind(layers, model_layers, list(next_addresses), to_next, client_tls)
-        self._instance = secrets.randbits(32)
+        super().__init__(
+            layers=layers,
+            model_layers=model_layers,
+            endpoint=endpoint,
+            next_addresses=next_addresses,
+            client_tls=client_tls,
+        )
+        self._stage = stage
         self._run: _Run | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stage")
 
+    @override
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Its thread works as long as the block lasts."""
         try:
             yield
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def handle(self, connection: FrameConnection) -> None:
-        """One connection, until it ends."""
-        head = await first_head(connection)
-        if isinstance(head, Attach):
-            await self._serve_trainer(connection, head)
-        elif isinstance(head, Join):
-            await self._serve_previous(connection, head)
-        else:
-            raise BadFrame(connection.peer, f"began with {type(head).__name__.upper()}, not with ATTACH or JOIN")
-
     # The chain
 
-    async def _serve_trainer(self, connection: FrameConnection, attach: Attach) -> None:
-        connection.peer.phase = "ATTACH"
+    @override
+    async def serve_client(self, connection: FrameConnection, attach: Attach) -> None:
         if self._run is not None:
-            say(connection, link_fault("this shard learns for another trainer"))
+            tell_lost(connection, "this shard learns for another trainer")
             raise BadFrame(connection.peer, "attached while another trainer is")
         run = self._run = _Run(attach.client, {To.trainer: connection})
         loop = asyncio.get_running_loop()
         tasks = [loop.create_task(self._work(run))]
         try:
-            if self._layers.stop < self._model_layers:
-                run.connections[To.next] = await join_next(self._behind, connection, attach)
+            if self.layers.stop < self._model_layers:
+                run.connections[To.next] = await self.join_next(connection, attach)
                 tasks.append(loop.create_task(self._take_neighbours(run, run.connections[To.next])))
-            say(connection, self._welcome())
-            connection.peer.phase = "training"
+            self._welcome(connection)
             await self._take_all(run, connection)
         finally:
             self._run = None
@@ -114,13 +107,13 @@ class TrainingServer:
                 if to is not To.trainer:
                     other.close()
 
-    async def _serve_previous(self, connection: FrameConnection, join: Join) -> None:
+    @override
+    async def serve_previous(self, connection: FrameConnection, join: Join) -> None:
         run = self._run
         if run is None or run.trainer != join.client or To.previous in run.connections:
             raise BadFrame(connection.peer, "joined for a trainer that is not attached")
         run.connections[To.previous] = connection
-        say(connection, self._welcome())
-        connection.peer.phase = "training"
+        self._welcome(connection)
         await self._take_neighbours(run, connection)
 
     async def _take_neighbours(self, run: _Run, connection: FrameConnection) -> None:
@@ -131,7 +124,7 @@ class TrainingServer:
             trainer = run.connections[To.trainer]
             if trainer.fault is None:
                 log.warning("%s", error)
-                say(trainer, link_fault(str(error)))
+                tell_lost(trainer, str(error))
 
     async def _take_all(self, run: _Run, connection: FrameConnection) -> None:
         while True:
@@ -155,22 +148,15 @@ class TrainingServer:
             log.info("%s", error)
             run.connections[To.trainer].close()
         except Exception:
-            log.exception("layers %s lost the trainer by a fault of ours", self._layers)
+            log.exception("layers %s lost the trainer by a fault of ours", self.layers)
             run.connections[To.trainer].close()
 
     async def _send(self, to: To, connection: FrameConnection, message: Message) -> None:
         await connection.drain()  # before, not after: the next operation runs while this travels
         before = connection.bytes_sent
-        connection.send(training_type(message.head), message.number, message.head, message.body)
+        send(connection, message.number, message.head, message.body)
         if to is not To.trainer:
             self._stage.boundary_bytes += connection.bytes_sent - before
 
-    def _welcome(self) -> Welcome:
-        return Welcome(
-            instance=self._instance,
-            first=self._layers.start,
-            last=self._layers.stop,
-            model_layers=self._model_layers,
-            context=0,
-            sessions=1,
-        )
+    def _welcome(self, connection: FrameConnection) -> None:
+        self.welcome(connection, "training", context=0, sessions=1)

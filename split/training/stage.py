@@ -21,7 +21,7 @@ from torch import Tensor
 from lab.device import read_memory, synchronize
 from lab.wire import Head, Peer, WireError
 from lab.wire.tensors import TensorSpec, read_tensor, tensor_bytes, tensor_spec
-from split.inference.messages import Ask, Fault, FaultCode
+from split.chain.messages import Ask, Fault, FaultCode
 from split.training.checkpoint import Part, Parts, part_of
 from split.training.messages import (
     MAX_MICRO_BATCHES,

@@ -23,20 +23,9 @@ from lab.learning.examples import Batch as Examples
 from lab.learning.training import learning_rate_at
 from lab.settings import OptimizationSettings, UserError
 from lab.wire import Head
-from split.inference.messages import Ask, Fault, FaultCode
+from split.chain.messages import Ask, Fault, FaultCode
 from split.training.checkpoint import Manifest, forget_steps_before, step_folder, write_manifest
-from split.training.messages import (
-    Apply,
-    Batch,
-    Done,
-    Figures,
-    Save,
-    Saved,
-    Start,
-    Started,
-    Step,
-    unpack_spans,
-)
+from split.training.messages import Apply, Batch, Done, Figures, Save, Saved, Start, Started, Step, unpack_spans
 from split.training.schedule import Schedule, Timeline
 from split.transport.base import ChainLost, Message, ShardLost
 from split.transport.training import TrainingTransport

@@ -26,7 +26,8 @@ import torch.distributed.rpc as torch_rpc
 
 from lab.settings import NetworkSettings, UserError
 from lab.wire import Head, is_loopback
-from split.inference.messages import Close, Fault, FaultCode, Pass
+from split.chain.messages import Fault, FaultCode
+from split.inference.messages import Close, Pass
 from split.inference.stage import Stage
 from split.transport.base import ChainLost, Hop, Message, ShardLost, ShardReport
 from split.transport.inproc import report_of

@@ -30,17 +30,8 @@ from lab.wire import (
     WrongKey,
 )
 from split.chain.address import Address
-from split.inference.messages import (
-    HOP,
-    Ask,
-    Attach,
-    Fault,
-    FaultCode,
-    Opened,
-    Report,
-    Steps,
-    Welcome,
-)
+from split.chain.messages import Ask, Attach, Fault, FaultCode, Welcome, send
+from split.inference.messages import HOP, Opened, Report, Steps
 from split.transport.base import Hop, Message, ShardLost, ShardReport
 
 log = logging.getLogger(__name__)
@@ -248,7 +239,7 @@ class _Line:
 
     def attach(self, attach: Attach, seconds: float) -> None:
         self._socket.peer.phase = "ATTACH"
-        self._send(0, attach)
+        send(self._socket, 0, attach)
         frame = self._socket.poll(seconds)
         if frame is not None and isinstance(frame.head, Fault):  # it could not reach the next one
             raise Unreachable(self._socket.peer, f"says: {frame.head.text}")
@@ -263,7 +254,7 @@ class _Line:
 
     def send(self, message: Message) -> None:
         try:
-            self._send(message.number, message.head, message.body)
+            send(self._socket, message.number, message.head, message.body)
         except WireError as error:
             raise ShardLost(str(error)) from None
 
@@ -272,7 +263,7 @@ class _Line:
         best = None
         for _ in range(CLOCK_ROUNDS):
             asked = time.monotonic()
-            self._send(0, Ask())
+            send(self._socket, 0, Ask())
             try:
                 found = self._reports.get(timeout=seconds)
             except queue.Empty:
@@ -287,9 +278,6 @@ class _Line:
 
     def close(self) -> None:
         self._socket.close()
-
-    def _send(self, number: int, head: Head, body: bytes | memoryview = b"") -> None:
-        self._socket.send(self._socket.endpoint.table.number(head), number, head, body)
 
     def _listen(self, answers: queue.SimpleQueue[Message | WireError]) -> None:
         try:

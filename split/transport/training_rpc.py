@@ -21,7 +21,7 @@ from torch.distributed.rpc import PyRRef  # type: ignore[attr-defined]  # the sa
 
 from lab.device import read_memory
 from lab.wire import Head
-from split.inference.messages import Fault, FaultCode
+from split.chain.messages import Fault, FaultCode
 from split.training.shard import Entering
 from split.training.stage import To, TrainingStage
 from split.transport.base import Message, ShardLost

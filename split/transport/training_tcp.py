@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lab.wire import Head
-from split.inference.messages import Fault
+from split.chain.messages import Fault
 from split.training.messages import Done, Figures, Saved, Started
 from split.transport.tcp import TcpChain
 

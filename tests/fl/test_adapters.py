@@ -1,38 +1,18 @@
+import bz2
 import itertools
+import json
 import math
-import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fl.adapters import (
-    ADAPTER,
-    ARRAYS,
-    INDEX,
-    AdapterIndex,
-    from_float32,
-    from_records,
-    index_from,
-    load_into,
-    lora_parameters,
-    message_bytes,
-    pack,
-    packed_from,
-    read_from,
-    to_float32,
-    to_records,
-    unpack,
-)
+from fl.adapters import AdapterIndex, PackedAdapter, load_into, lora_parameters, read_from
 from fl.settings import WireDtype
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -45,11 +25,6 @@ SMALL: dict[str, Any] = {
     "head_dim": 16,
     "vocab_size": 101,
 }
-
-
-@pytest.fixture(autouse=True)
-def _inside_a_run() -> None:
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 
 def small_model(targets: list[str] = LINEAR, **lora: Any) -> PeftModel:
@@ -91,55 +66,16 @@ EXPERTS = AdapterIndex.of(
 )
 
 
-def message_of(index: AdapterIndex, reply: bool) -> Message:
-    """A message as it travels: random values, and everything a client's reply holds."""
-    rng = np.random.default_rng(0)
-    content = to_records(rng.integers(0, 2**16, index.size, np.uint16).astype(index.dtype.numpy), index)
-    if reply:
-        names = ["num-examples", "partition-id", "train_loss", "train_seconds", "peak_rss_bytes", "gradient_norm"]
-        content["metrics"] = MetricRecord(dict.fromkeys(names, 1.5))
-        content["evaluate"] = MetricRecord(dict.fromkeys(names[:3], 1.5))
-    else:
-        content["config"] = ConfigRecord({"server-round": 12, "learning-rate": 2e-4})
-    return Message(content, 2**63 + 5, "train", ttl=600.0, group_id="12")
-
-
-@pytest.mark.parametrize("reply", [False, True])
-@pytest.mark.parametrize("index", [SMOLLM2, LLAMA_8B, LLAMA_70B], ids=["smollm2", "llama_8b", "llama_70b"])
-def test_a_serialised_message_is_its_tensors_and_next_to_nothing(index: AdapterIndex, reply: bool) -> None:
-    message = message_of(index, reply)
-    serialised = sum(len(item.deflate()) for item in get_all_nested_objects(message).values())
-    assert message_bytes(message) == serialised
-    assert index.tensor_bytes < serialised <= index.tensor_bytes + 4096
-    assert serialised <= 1.01 * index.tensor_bytes
-
-
-def test_flowers_one_array_a_tensor_is_what_packing_avoids() -> None:
-    arrays = {name: torch.randn(shape) for name, shape in zip(SMOLLM2.names, SMOLLM2.shapes)}
-    unpacked = Message(RecordDict({ARRAYS: ArrayRecord(arrays)}), 5, "train")
-    assert message_bytes(unpacked) > SMOLLM2.tensor_bytes + 4096
-
-
-def test_a_message_survives_flowers_own_serialisation() -> None:
-    message = message_of(SMOLLM2, reply=True)
-    contents = {key: item.deflate() for key, item in get_all_nested_objects(message).items()}
-    received = inflate_object_from_contents(message.object_id, contents)
-    assert isinstance(received, Message)
-    state, index = from_records(received.content)
-    assert index == SMOLLM2
-    assert pack(state, index).tobytes() == packed_from(message.content, SMOLLM2).tobytes()
-
-
 @pytest.mark.parametrize(
     "index", [SMOLLM2, LLAMA_8B, LLAMA_70B, EXPERTS], ids=["smollm2", "llama_8b", "llama_70b", "experts"]
 )
 def test_an_index_is_small_whatever_the_model(index: AdapterIndex) -> None:
-    assert len(index.encode()) < 512
+    assert len(index.encode()) < max(1024, 1.5 * len(index.names))
     assert AdapterIndex.decode(index.encode()) == index
 
 
 names = st.lists(
-    st.sampled_from(["0", "1", "2", "10", "01", "a#", "a", "lora_A", "layers", ""]), min_size=1, max_size=4
+    st.sampled_from(["0", "1", "2", "10", "01", "#", '"', "ä", "lora_A", "layers", ""]), min_size=1, max_size=4
 )
 shapes = st.lists(st.integers(1, 5), max_size=3).map(tuple)
 
@@ -150,11 +86,11 @@ def test_any_names_and_shapes_survive_index_and_packing(named: dict[str, tuple[i
     state = {name: torch.randn(shape).to(dtype.torch) for name, shape in named.items()}
     index = AdapterIndex.of(state, dtype)
     assert AdapterIndex.decode(index.encode()) == index
-    packed = pack(state, index)
-    assert packed.shape == (index.size,)
-    assert packed.nbytes == index.tensor_bytes
-    assert packed.nbytes == sum(tensor.nbytes for tensor in state.values())
-    unpacked = unpack(packed, index)
+    packed = PackedAdapter.pack(state, index)
+    assert packed.array.shape == (index.size,)
+    assert packed.array.nbytes == index.tensor_bytes
+    assert packed.array.nbytes == sum(tensor.nbytes for tensor in state.values())
+    unpacked = packed.unpack()
     assert list(unpacked) == sorted(state)
     assert all(torch.equal(unpacked[name], state[name]) for name in state)
 
@@ -170,40 +106,42 @@ def test_bytes_that_are_no_index_are_refused(data: bytes) -> None:
     "text",
     [
         "[]",
+        "{}",
         '{"float32": 1}',
-        '["float32", []]',
-        '["float64", [["a", [1], [[]]]]]',
-        '["float32", [["a", [1], [[]], 3]]]',
-        '["float32", [["a.#", [1], [[[[0, 9999999]]]]]]]',
-        '["float32", [["a.#", [1], [[[[0, 9999999], [9999999, 5]]]]]]]',
-        '["float32", [["#.#.#", [1], [[[[0, 999]], [[0, 999]], [[0, 999]]]]]]]',
-        '["float32", [["a.#", [1], [[]]]]]',
-        '["float32", [["a", [1], [[[[0, 1]]]]]]]',
-        '["float32", [["a", [1], [[]]], ["a", [2], [[]]]]]',
-        '["float32", [["a", [1], [[], []]]]]',
-        '["float32", [["a", [-4], [[]]]]]',
-        '["float32", [["a", [1.5], [[]]]]]',
-        '["float32", [["a", [99999999999], [[]]]]]',
-        '["float32", [["a.#", [1], [[[[-3, -1]]]]]]]',
-        '["float32", [[1, [1], [[]]]]]',
+        '[[], [], "float32"]',
+        '[["a"], [[1]], "float64"]',
+        '[["a"], [[1]], "float32", 3]',
+        '[["a"], [[1]]]',
+        '[["b", "a"], [[1], [1]], "float32"]',
+        '[["a", "a"], [[1], [2]], "float32"]',
+        '[["a"], [[1], [2]], "float32"]',
+        '[["a"], [1], "float32"]',
+        '[["a"], [[-4]], "float32"]',
+        '[["a"], [[0]], "float32"]',
+        '[["a"], [[1.5]], "float32"]',
+        '[["a"], [[true]], "float32"]',
+        '[["a"], [[99999999999]], "float32"]',
+        '[[1], [[1]], "float32"]',
+        json.dumps([(many := [f"{n:05}" for n in range(65_537)]), [[1]] * len(many), "float32"]),
         "[" * 5_000,
-        " " * (2 << 20),
+        " " * (9 << 20),
     ],
+    ids=lambda text: text[:30],
 )
-def test_an_index_that_lies_is_refused_before_it_is_expanded(text: str) -> None:
+def test_an_index_that_lies_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="index must be an encoded adapter index"):
-        AdapterIndex.decode(zlib.compress(text.encode()))
+        AdapterIndex.decode(bz2.compress(text.encode()))
 
 
 def test_bfloat16_travels_bit_by_bit_and_rounds_to_nearest_even() -> None:
     state = {"a": torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -math.pi, 3e-39])}
     index = AdapterIndex.of(state, WireDtype.bfloat16)
-    packed = pack(state, index)
-    assert packed.dtype == np.uint16
-    assert torch.equal(unpack(packed, index)["a"], state["a"].to(torch.bfloat16))
-    values = to_float32(packed, index)
+    packed = PackedAdapter.pack(state, index)
+    assert packed.array.dtype == np.uint16
+    assert torch.equal(packed.unpack()["a"], state["a"].to(torch.bfloat16))
+    values = packed.to_float32()
     assert values.tolist() == state["a"].to(torch.bfloat16).float().tolist()
-    assert from_float32(values, index).tolist() == packed.tolist()
+    assert PackedAdapter.from_float32(values, index).array.tolist() == packed.array.tolist()
 
 
 @pytest.mark.parametrize(
@@ -217,38 +155,15 @@ def test_bfloat16_travels_bit_by_bit_and_rounds_to_nearest_even() -> None:
 def test_a_packed_array_of_another_type_or_size_is_refused(packed: np.ndarray[Any, Any], message: str) -> None:
     index = AdapterIndex(("a", "b"), ((2,), (2, 2)), WireDtype.float32)
     with pytest.raises(ValueError, match=message):
-        unpack(packed, index)
+        PackedAdapter(index, packed).unpack()
 
 
 def test_packing_names_the_tensor_that_does_not_fit() -> None:
     index = AdapterIndex(("a", "b"), ((2,), (2, 2)), WireDtype.float32)
     with pytest.raises(ValueError, match=r"b must have shape \[2, 2\], got \[4\]"):
-        pack({"a": torch.ones(2), "b": torch.ones(4)}, index)
+        PackedAdapter.pack({"a": torch.ones(2), "b": torch.ones(4)}, index)
     with pytest.raises(ValueError, match="the first is b"):
-        pack({"a": torch.ones(2)}, index)
-
-
-def test_content_without_an_index_or_array_is_refused() -> None:
-    content = to_records(np.ones(6, np.float32), AdapterIndex(("a",), ((6,),), WireDtype.float32))
-    del content[INDEX]
-    with pytest.raises(ValueError, match="index must be a ConfigRecord with bytes"):
-        index_from(content)
-    with pytest.raises(ValueError, match="the one array 'adapter'"):
-        packed_from(RecordDict(), SMOLLM2)
-    array = content.array_records[ARRAYS][ADAPTER]
-    index = AdapterIndex(("a",), ((6,),), WireDtype.float32)
-    good = array.data
-    for data, stype, message in (
-        (b"\x80\x04pickled", "numpy.ndarray", "must be a flat numpy array"),
-        (good.replace(b"<f4", b"|O "), "numpy.ndarray", r"must be <f4 x 6, got \|O  x 6"),
-        (good[:-1], "numpy.ndarray", "must hold 24 bytes, got 23"),
-        (good, "raw", "must be a flat numpy array, got float32"),
-    ):
-        array.data, array.stype = data, stype
-        with pytest.raises(ValueError, match=message):
-            packed_from(content, index)
-    array.data, array.stype = good, "numpy.ndarray"
-    assert packed_from(content, index).tolist() == [1.0] * 6
+        PackedAdapter.pack({"a": torch.ones(2)}, index)
 
 
 def test_an_adapter_read_from_one_model_and_loaded_into_another_makes_them_equal() -> None:
@@ -298,8 +213,3 @@ def test_a_model_that_trains_more_than_lora_is_refused() -> None:
         read_from(small_model(["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match=r"LoRA tensors only, but .*embed_tokens"):
         read_from(small_model(["q_proj"]).requires_grad_(True))
-
-
-def test_names_that_would_confuse_the_index_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"component #, got a\.#"):
-        AdapterIndex(("a.#",), ((1,),), WireDtype.float32)

@@ -11,8 +11,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from fl.adapters import AdapterIndex
 from fl.bench import __main__ as bench
 from fl.bench.settings import FederatedBenchProjectSettings, FederatedBenchSettings
+from fl.rounds import RoundFold
 from fl.settings import FederatedSettings, WireDtype
-from fl.strategy import RoundFold
 from lab.command.entry import Run, compose_settings
 from lab.models.lora import fresh_adapter
 from lab.settings import UserError, to_plain

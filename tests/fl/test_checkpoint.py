@@ -13,7 +13,6 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fl import checkpoint
 from fl.adapters import load_into, lora_parameters, read_from
 from fl.checkpoint import AdapterFolders, BaseModel, latest_adapter, load_adapter
 from fl.server import adapter_folders, first_adapter
@@ -174,7 +173,7 @@ def test_a_round_is_never_overwritten(tmp_path: Path) -> None:
     assert (folder / "adapter_model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("step", ["save_file", "sync"])
+@pytest.mark.parametrize("step", ["fl.checkpoint.save_file", "lab.files.sync"])
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_fault_while_writing_leaves_no_half_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, fault: BaseException
@@ -186,7 +185,7 @@ def test_a_fault_while_writing_leaves_no_half_folder(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise fault
 
-    monkeypatch.setattr(checkpoint, step, fail)
+    monkeypatch.setattr(step, fail)
     with pytest.raises(type(fault)):
         folders.write(2, adapter, {})
     assert [path.name for path in tmp_path.iterdir()] == ["round-0001"]

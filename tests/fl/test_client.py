@@ -7,14 +7,15 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from peft import PeftModel
 
-from fl.adapters import load_into
-from fl.client import Site, open_client
+from fl.adapters import Adapter, load_into
+from fl.client import LoRAClient, Site, open_client
 from fl.server import first_adapter
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
 from lab.learning import training
 from lab.learning.examples import Batch, Example, collate, examples
 from lab.learning.records import Text
+from lab.learning.training import TrainFigures
 from lab.models.lora import add_lora, fresh_adapter
 from lab.models.sources import LoadedModel, load_model
 from lab.settings import UserError
@@ -24,6 +25,11 @@ from tests.federated import small_settings, write_dialogues
 @pytest.fixture
 def settings(tmp_path: Path) -> FederatedSettings:
     return small_settings(write_dialogues(tmp_path / "d.jsonl", 40), 2)
+
+
+def train(client: LoRAClient, adapter: Adapter, server_round: int) -> tuple[dict[str, torch.Tensor], TrainFigures]:
+    client.load(adapter)
+    return client.train(server_round)
 
 
 def test_two_sites_of_a_process_share_one_base_model_and_no_example(settings: FederatedSettings) -> None:
@@ -39,9 +45,9 @@ def test_two_sites_of_a_process_share_one_base_model_and_no_example(settings: Fe
 def test_training_depends_on_what_came_in_and_the_round_not_on_what_went_before(settings: FederatedSettings) -> None:
     start = first_adapter(settings)
     client = open_client(settings, Site(0))
-    first, figures = client.train(start, 1)
-    other, _ = client.train(first, 2)
-    again, same = client.train(start, 1)
+    first, figures = train(client, start, 1)
+    other, _ = train(client, first, 2)
+    again, same = train(client, start, 1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert (figures.loss, figures.tokens) == (same.loss, same.tokens)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -53,7 +59,7 @@ def test_the_schedule_runs_over_the_whole_run_and_not_over_one_round(tmp_path: P
     client, start = open_client(settings, Site(0)), first_adapter(settings)
     moved = []
     for server_round in (1, 4):
-        trained, _ = client.train(start, server_round)
+        trained, _ = train(client, start, server_round)
         moved.append(max((trained[name] - start[name]).abs().max().item() for name in start))
     assert moved[1] < 0.4 * moved[0], "the last round is at the end of the cosine"
 
@@ -64,7 +70,7 @@ def test_fedprox_holds_a_client_near_the_global_adapter(tmp_path: Path) -> None:
     for mu in (0.0, 100.0):
         settings = small_settings(data, 2, f"project.proximal_mu={mu}", "project.local_steps=8")
         start = first_adapter(settings)
-        trained, _ = open_client(settings, Site(0)).train(start, 1)
+        trained, _ = train(open_client(settings, Site(0)), start, 1)
         far.append(sum((trained[name] - start[name]).square().sum().item() for name in start))
     assert far[1] < 0.5 * far[0]
 
@@ -74,9 +80,9 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(settings: FederatedSett
     name = sorted(adapter)[0]
     lacking = {key: value for key, value in adapter.items() if key != name}
     with pytest.raises(ValueError, match=f"1 of {len(adapter)} tensors are missing, the first is {name}"):
-        client.evaluate(lacking)
+        client.load(lacking)
     with pytest.raises(ValueError, match=r"1 tensors are unknown, the first is layers\.9"):
-        client.train({**adapter, "layers.9": adapter[name]}, 1)
+        client.load({**adapter, "layers.9": adapter[name]})
 
 
 def test_a_site_with_a_file_of_its_own_reads_all_of_it_and_nothing_else(

@@ -7,12 +7,25 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl import client_app
-from fl.adapters import ARRAYS, INDEX, AdapterIndex, from_records, pack, to_array_record, to_records
+from fl.adapters import AdapterIndex, PackedAdapter
 from fl.client import LoRAClient, Site, open_client
 from fl.client_app import make_client_app
+from fl.messages import (
+    ARRAYS,
+    CONFIG,
+    DATA,
+    EVALUATE,
+    INDEX,
+    METRICS,
+    PARTITION,
+    SERVER_ROUND,
+    WEIGHT,
+    from_records,
+    to_array_record,
+    to_records,
+)
 from fl.server import serve
 from fl.settings import FederatedSettings, WireDtype
-from fl.strategy import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
 from lab.command.entry import Run
 from lab.learning.counts import Counts
 from lab.models.lora import fresh_adapter
@@ -25,8 +38,7 @@ TRAIN_FIGURES = {"train_loss", "train_tokens", "train_seconds", "gradient_norm",
 
 def message_of(settings: FederatedSettings, kind: str, node_id: int = 1_007) -> Message:
     adapter = fresh_adapter(settings.model, settings.project.lora, settings.seed)
-    index = AdapterIndex.of(adapter, WireDtype.float32)
-    content = to_records(pack(adapter, index), index)
+    content = to_records(PackedAdapter.pack(adapter, AdapterIndex.of(adapter, WireDtype.float32)))
     content[CONFIG] = ConfigRecord({SERVER_ROUND: 1})
     return Message(content, node_id, kind, ttl=60.0, group_id="1")
 
@@ -47,16 +59,16 @@ def grid_of(settings: FederatedSettings, app: ClientApp | None = None) -> InProc
 
 def test_a_train_reply_is_the_trained_adapter_and_figures_of_the_received_one(settings: FederatedSettings) -> None:
     reply = ask(grid_of(settings), message_of(settings, "train"))
-    received, _ = from_records(message_of(settings, "train").content)
-    trained, _ = from_records(reply.content)
     client = open_client(settings, Site(1))
     assert {*reply.content} == {ARRAYS, INDEX, METRICS, EVALUATE, DATA}
     assert Counts.checked({**reply.content.metric_records[DATA]}) == client.split.counts
     metrics, evaluation = reply.content.metric_records[METRICS], reply.content.metric_records[EVALUATE]
     assert {*metrics} == {PARTITION, WEIGHT, *TRAIN_FIGURES}
     assert (metrics[PARTITION], metrics[WEIGHT]) == (1, len(client.split.train))
-    assert evaluation["eval_loss"] == client.evaluate(received).loss
-    assert evaluation["eval_loss"] != client.evaluate(trained).loss
+    client.load(from_records(message_of(settings, "train").content).unpack())
+    assert evaluation["eval_loss"] == client.evaluate().loss
+    client.load(from_records(reply.content).unpack())
+    assert evaluation["eval_loss"] != client.evaluate().loss
     assert evaluation[WEIGHT] == len(client.split.held_out)
 
 
@@ -141,19 +153,22 @@ def put_text_in_a_metric_name(reply: Message, settings: FederatedSettings) -> No
     reply.content.metric_records[METRICS][CANARY] = 1.0
 
 
+def writable(reply: Message) -> PackedAdapter:
+    packed = from_records(reply.content)
+    return PackedAdapter(packed.index, packed.array.copy())
+
+
 def put_ids_in_the_adapter(reply: Message, settings: FederatedSettings) -> None:
-    adapter, index = from_records(reply.content)
-    packed = pack(adapter, index)
+    packed = writable(reply)
     ids = byte_tokenizer()(CANARY)["input_ids"]
-    packed[100 : 100 + len(ids)] = ids
+    packed.array[100 : 100 + len(ids)] = ids
     reply.content[ARRAYS] = to_array_record(packed)
 
 
 def put_raw_ids_in_the_adapter(reply: Message, settings: FederatedSettings) -> None:
-    adapter, index = from_records(reply.content)
-    packed = pack(adapter, index)
+    packed = writable(reply)
     ids = np.asarray(byte_tokenizer()(CANARY)["input_ids"], np.int32)
-    packed[7 : 7 + len(ids)] = ids.view(np.float32)
+    packed.array[7 : 7 + len(ids)] = ids.view(np.float32)
     reply.content[ARRAYS] = to_array_record(packed)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from fl.report import RoundFigures, history, summary
-from fl.strategy import ClientRow, Refusal, RoundReport, RunReport
+from fl.rounds import ClientRow, Refusal, RoundReport, RunReport
 
 
 def row(partition: int | None, loss: float, examples: int = 10) -> ClientRow:

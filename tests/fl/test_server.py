@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from fl.checkpoint import latest_adapter
 from fl.client import Site, open_client, read_all
 from fl.client_app import make_client_app
+from fl.rounds import RoundFailed
 from fl.server import first_adapter, serve
 from fl.settings import FederatedSettings
-from fl.strategy import RoundFailed
 from lab.command.entry import Run
 from lab.models.sources import byte_tokenizer
 from lab.settings import UserError, to_plain
@@ -131,7 +131,10 @@ def test_the_mean_is_weighted_as_the_settings_say(tmp_path: Path) -> None:
         figures = federate(settings, tmp_path / weighting)
         clients = [open_client(settings, Site(index)) for index in range(2)]
         start = first_adapter(settings)
-        trained = [client.train(start, 1)[0] for client in clients]
+        trained = []
+        for client in clients:
+            client.load(start)
+            trained.append(client.train(1)[0])
         train = [client.split.train for client in clients]
         tokens = [sum(example.targets for example in part) for part in train]
         weights = tokens if weighting == "answer_tokens" else [len(part) for part in train]

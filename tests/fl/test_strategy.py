@@ -15,21 +15,26 @@ from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping a
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as ServerSideClipping
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl.adapters import ADAPTER, ARRAYS, INDEX, AdapterIndex, from_records, pack, to_array_record, to_records
-from fl.settings import WireDtype
-from fl.strategy import (
+from fl.adapters import AdapterIndex, PackedAdapter
+from fl.messages import (
+    ADAPTER,
+    ARRAYS,
     CONFIG,
     DATA,
     EVALUATE,
+    INDEX,
     METRICS,
     PARTITION,
     SERVER_ROUND,
     WEIGHT,
-    NodesMissing,
-    RoundFailed,
-    RoundReport,
-    WeightedFedAvg,
+    from_records,
+    to_array_record,
+    to_index_record,
+    to_records,
 )
+from fl.rounds import NodesMissing, RoundFailed, RoundReport, RunStopped
+from fl.settings import WireDtype
+from fl.strategy import WeightedFedAvg
 from lab.learning.counts import Counts
 from tests.federated import MemoryGrid, in_order
 
@@ -68,7 +73,8 @@ NODES = {1_000 + 7 * partition: partition for partition in (4, 2, 0, 5, 1, 3)}
 
 def train(message: Message, partition: int) -> RecordDict:
     """A client whose answer depends on what it received, its partition and the round."""
-    state, index = from_records(message.content)
+    received = from_records(message.content)
+    state = received.unpack()
     server_round = message.content.config_records[CONFIG][SERVER_ROUND]
     assert isinstance(server_round, int)
     rng = np.random.default_rng([partition, server_round])
@@ -77,7 +83,7 @@ def train(message: Message, partition: int) -> RecordDict:
     evaluate = MetricRecord({WEIGHT: 3 + partition, "eval_loss": mean + partition / 3})
     if message.metadata.message_type == "evaluate":
         return RecordDict({METRICS: MetricRecord({PARTITION: partition}), EVALUATE: evaluate})
-    content = to_records(pack(trained, index), index)
+    content = to_records(PackedAdapter.pack(trained, received.index))
     content[METRICS] = MetricRecord(
         {WEIGHT: 10 + 3 * partition, PARTITION: partition, "train_loss": 1 / (1 + partition)}
     )
@@ -97,13 +103,15 @@ def strategy_for(index: AdapterIndex = INDEX_32, **changes: Any) -> WeightedFedA
     return WeightedFedAvg(index, **{**settings, **changes})
 
 
+def arrays_of(state: dict[str, torch.Tensor], index: AdapterIndex) -> ArrayRecord:
+    return to_array_record(PackedAdapter.pack(state, index))
+
+
 def run(
     grid: Grid, strategy: WeightedFedAvg, num_rounds: int = 2
 ) -> tuple[dict[str, torch.Tensor], list[RoundReport], dict[str, float]]:
     reports: list[RoundReport] = []
-    result = strategy.run(
-        grid, INITIAL, num_rounds=num_rounds, train_config={"lr": 0.1}, evaluate_config={}, on_round=reports.append
-    )
+    result = strategy.run(grid, INITIAL, num_rounds=num_rounds, on_round=reports.append)
     return result.adapter, reports, result.evaluate
 
 
@@ -114,7 +122,7 @@ def bytes_of(state: dict[str, torch.Tensor]) -> bytes:
 def test_all_orders_of_six_replies_give_the_same_bytes_and_metrics() -> None:
     strategy = strategy_for()
     grid = FakeGrid(NODES, train)
-    arrays = to_array_record(pack(INITIAL, INDEX_32))
+    arrays = arrays_of(INITIAL, INDEX_32)
     messages = list(strategy.configure_train(1, arrays, ConfigRecord({"lr": 0.1}), grid))
     replies = [Message(train(message, NODES[message.metadata.dst_node_id]), reply_to=message) for message in messages]
     results = set()
@@ -141,7 +149,7 @@ def test_the_weighted_mean_is_that_of_numpy_and_metrics_follow_their_own_weights
     answers = [train(message, NODES[message.metadata.dst_node_id]) for message in grid.sent[:6]]
     weights = [10 + 3 * NODES[message.metadata.dst_node_id] for message in grid.sent[:6]]
     for name in INITIAL:
-        want = np.average([from_records(answer)[0][name].numpy() for answer in answers], axis=0, weights=weights)
+        want = np.average([from_records(answer).unpack()[name].numpy() for answer in answers], axis=0, weights=weights)
         np.testing.assert_allclose(adapter[name].numpy(), want, rtol=1e-6, atol=1e-7)
     partitions = np.arange(6)
     np.testing.assert_allclose(
@@ -156,48 +164,50 @@ def test_the_weighted_mean_is_that_of_numpy_and_metrics_follow_their_own_weights
     assert evaluate != report.evaluate
 
 
-def test_round_two_starts_from_round_one_and_messages_carry_round_ttl_and_config() -> None:
+def test_round_two_starts_from_round_one_and_messages_carry_round_and_ttl() -> None:
     grid = FakeGrid(NODES, train)
     adapter, reports, _ = run(grid, strategy_for())
     assert [report.round for report in reports] == [1, 2]
-    received, _ = from_records(grid.sent[6].content)
-    assert bytes_of(received) == bytes_of(reports[0].adapter)
+    assert bytes_of(from_records(grid.sent[6].content).unpack()) == bytes_of(reports[0].adapter)
     assert bytes_of(adapter) == bytes_of(reports[1].adapter)
     kinds = [message.metadata.message_type for message in grid.sent]
     assert kinds == ["train"] * 12 + ["evaluate"] * 6
     assert {message.metadata.ttl for message in grid.sent} == {5.0}
-    assert dict(grid.sent[6].content.config_records[CONFIG]) == {"lr": 0.1, SERVER_ROUND: 2}
+    assert dict(grid.sent[6].content.config_records[CONFIG]) == {SERVER_ROUND: 2}
 
 
 @pytest.mark.parametrize("dtype", list(WireDtype))
 def test_flowers_own_start_gives_the_same_bytes(dtype: WireDtype) -> None:
     index = AdapterIndex.of(INITIAL, dtype)
     ours, reports, _ = run(FakeGrid(NODES, train), strategy_for(index), num_rounds=3)
+    grid = FakeGrid(NODES, train, lambda ids: ids[::-1])
     result = strategy_for(index).start(
-        FakeGrid(NODES, train, lambda ids: ids[::-1]),
-        to_array_record(pack(INITIAL, index)),
+        grid,
+        arrays_of(INITIAL, index),
         num_rounds=3,
         train_config=ConfigRecord({"lr": 0.1}),
     )
-    theirs, _ = from_records(RecordDict({ARRAYS: result.arrays, INDEX: ConfigRecord({INDEX: index.encode()})}))
+    theirs = from_records(RecordDict({ARRAYS: result.arrays, INDEX: to_index_record(index)})).unpack()
     assert bytes_of(ours) == bytes_of(theirs)
     assert result.train_metrics_clientapp[3] == reports[2].train
     assert next(iter(ours.values())).dtype is dtype.torch
+    assert dict(grid.sent[0].content.config_records[CONFIG]) == {"lr": 0.1, SERVER_ROUND: 1}
 
 
 def test_differential_privacy_wrappers_run_and_without_noise_and_clipping_change_next_to_nothing() -> None:
     plain, _, _ = run(FakeGrid(NODES, train), strategy_for(), num_rounds=2)
     for wrapper in (ServerSideClipping, ClientSideClipping):
         wrapped = wrapper(strategy_for(), noise_multiplier=0.0, clipping_norm=1e6, num_sampled_clients=6)
-        result = wrapped.start(FakeGrid(NODES, train), to_array_record(pack(INITIAL, INDEX_32)), num_rounds=2)
-        private, _ = from_records(RecordDict({ARRAYS: result.arrays, INDEX: ConfigRecord({INDEX: INDEX_32.encode()})}))
+        result = wrapped.start(FakeGrid(NODES, train), arrays_of(INITIAL, INDEX_32), num_rounds=2)
+        private = from_records(RecordDict({ARRAYS: result.arrays, INDEX: to_index_record(INDEX_32)})).unpack()
         for name in plain:
             torch.testing.assert_close(private[name], plain[name], rtol=1e-5, atol=1e-6)
     # The clipping one is no wrapper around nothing: a tight norm keeps the adapter close to where it began.
     clipped = ServerSideClipping(strategy_for(), noise_multiplier=0.0, clipping_norm=1e-3, num_sampled_clients=6)
-    result = clipped.start(FakeGrid(NODES, train), to_array_record(pack(INITIAL, INDEX_32)), num_rounds=1)
-    assert np.linalg.norm(result.arrays[ADAPTER].numpy() - pack(INITIAL, INDEX_32)) <= 1.001e-3
-    assert np.linalg.norm(pack(plain, INDEX_32) - pack(INITIAL, INDEX_32)) > 0.1
+    result = clipped.start(FakeGrid(NODES, train), arrays_of(INITIAL, INDEX_32), num_rounds=1)
+    initial = PackedAdapter.pack(INITIAL, INDEX_32).array
+    assert np.linalg.norm(result.arrays[ADAPTER].numpy() - initial) <= 1.001e-3
+    assert np.linalg.norm(PackedAdapter.pack(plain, INDEX_32).array - initial) > 0.1
 
 
 @pytest.mark.parametrize("wrapper", [ServerSideClipping, ClientSideClipping])
@@ -209,7 +219,7 @@ def test_the_noise_of_differential_privacy_is_on_every_value_in_its_size_and_of_
     def mean(noise_multiplier: float, seed: int) -> np.ndarray[Any, Any]:
         wrapped = wrapper(strategy_for(index), noise_multiplier, clipping_norm=300.0, num_sampled_clients=6)
         np.random.seed(seed)
-        result = wrapped.start(FakeGrid(NODES, train), to_array_record(pack(big, index)), num_rounds=1)
+        result = wrapped.start(FakeGrid(NODES, train), arrays_of(big, index), num_rounds=1)
         return result.arrays[ADAPTER].numpy()
 
     plain, noisy = mean(0.0, 1), mean(0.02, 1)
@@ -223,13 +233,14 @@ def test_the_noise_of_differential_privacy_is_on_every_value_in_its_size_and_of_
 
 def spoil(content: RecordDict, how: str) -> RecordDict | Error:
     """One bad reply of each kind; the name says which."""
-    state, index = from_records(content)
+    packed = from_records(content)
+    state, index = packed.unpack(), packed.index
     metrics, evaluate = content.metric_records[METRICS], content.metric_records[EVALUATE]
     name = next(iter(state))
 
     def send(changed: dict[str, torch.Tensor], dtype: WireDtype = WireDtype.float32) -> None:
         other = AdapterIndex.of(changed, dtype)
-        content.update(to_records(pack(changed, other), other))
+        content.update(to_records(PackedAdapter.pack(changed, other)))
 
     match how:
         case "missing":
@@ -243,7 +254,7 @@ def spoil(content: RecordDict, how: str) -> RecordDict | Error:
         case "float64":
             content[ARRAYS] = ArrayRecord({ADAPTER: Array(np.ones(index.size))})
         case "size":
-            content[ARRAYS] = to_array_record(np.ones(index.size + 1, np.float32))
+            content[ARRAYS] = to_array_record(PackedAdapter(index, np.ones(index.size + 1, np.float32)))
         case "two arrays":
             content.array_records[ARRAYS]["more"] = Array(np.ones(1, np.float32))
         case "no arrays":
@@ -342,7 +353,7 @@ def test_a_bad_reply_is_refused_once_by_name_and_leaves_no_trace(
     orders: list[Callable[[list[str]], list[str]]] = [in_order, lambda ids: ids[::-1]]
     for order in orders:
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="fl.strategy"):
+        with caplog.at_level(logging.WARNING, logger="fl.rounds"):
             got, [report], _ = run(FakeGrid(NODES, handler, order), strategy_for(), num_rounds=1)
         assert bytes_of(got) == bytes_of(want)
         assert (report.train, report.evaluate) == (want_report.train, want_report.evaluate)
@@ -391,15 +402,13 @@ def test_a_round_without_a_good_reply_ends_the_run_and_keeps_the_last_adapter() 
             FakeGrid(NODES, handler),
             INITIAL,
             num_rounds=3,
-            train_config={},
-            evaluate_config={},
             on_round=reports.append,
         )
     assert [report.round for report in reports] == [1]
     assert bytes_of(e.value.adapter) == bytes_of(reports[0].adapter)
     assert len(e.value.refused) == 6
     with pytest.raises(RoundFailed, match="train round 2"):
-        strategy_for().start(FakeGrid(NODES, handler), to_array_record(pack(INITIAL, INDEX_32)), num_rounds=3)
+        strategy_for().start(FakeGrid(NODES, handler), arrays_of(INITIAL, INDEX_32), num_rounds=3)
 
 
 def test_an_evaluation_without_a_good_reply_is_an_error() -> None:
@@ -414,7 +423,7 @@ def test_start_names_the_node_that_the_superlink_answers_for(caplog: pytest.LogC
     """Flower's own replies (time to live, node gone) come from node 1, the SuperLink."""
     strategy = strategy_for()
     grid = FakeGrid(NODES, train)
-    messages = list(strategy.configure_train(1, to_array_record(pack(INITIAL, INDEX_32)), ConfigRecord(), grid))
+    messages = list(strategy.configure_train(1, arrays_of(INITIAL, INDEX_32), ConfigRecord(), grid))
     grid.push_messages(messages)
     replies = [Message(train(message, 0), reply_to=message) for message in messages[1:]]
     gone = Message(Error(5), reply_to=messages[0])
@@ -437,6 +446,33 @@ def test_it_waits_for_the_clients_and_says_so_then_gives_up(caplog: pytest.LogCa
     assert "waiting for clients: 1 of 6 clients are registered" in caplog.text
     with pytest.raises(NodesMissing, match=r"6 of 7 clients are registered after .*register_timeout_seconds=0.05"):
         run(FakeGrid(NODES, train), strategy_for(num_clients=7))
+
+
+def test_it_stops_when_asked_to_and_takes_no_reply_of_a_client_that_was_ended_for_a_bad_one() -> None:
+    asked = []
+
+    def handler(message: Message, partition: int) -> RecordDict | Error:
+        asked.append(partition)
+        return train(message, partition) if len(asked) < 4 else Error(8, "killed")
+
+    def stop_after(answers: int, nodes: dict[int, int] = NODES) -> int:
+        reports: list[RoundReport] = []
+        asked.clear()
+        strategy = strategy_for(register_timeout_seconds=60.0)
+        with pytest.raises(RunStopped):
+            strategy.run(
+                FakeGrid(nodes, handler),
+                INITIAL,
+                num_rounds=1,
+                on_round=reports.append,
+                stopped=lambda: len(asked) >= answers,
+            )
+        assert not reports
+        return len(asked)
+
+    assert stop_after(0, {}) == 0, "while it waits for nodes"
+    assert stop_after(4) == 4
+    assert stop_after(6) == 6, "a round of three good replies and three errors would have been one"
 
 
 def test_later_rounds_go_on_with_the_clients_that_are_left(caplog: pytest.LogCaptureFixture) -> None:
@@ -479,8 +515,6 @@ def test_bytes_are_those_of_the_real_messages() -> None:
         FakeGrid(NODES, train),
         big,
         num_rounds=1,
-        train_config={},
-        evaluate_config={},
         on_round=reports.append,
     )
     [report] = reports
@@ -497,7 +531,7 @@ def aggregate_peak_bytes(replies: int, adapter_bytes: int) -> int:
 
     def generated() -> Iterator[Message]:
         for number in range(replies):
-            content = to_records(rng.standard_normal(index.size, np.float32), index)
+            content = to_records(PackedAdapter(index, rng.standard_normal(index.size, np.float32)))
             content[METRICS] = MetricRecord({WEIGHT: 1 + number})
             yield Message(content, 1, "train")
 
@@ -521,7 +555,7 @@ def test_the_round_loop_holds_one_reply_at_a_time() -> None:
     index = AdapterIndex(("lora",), ((size,),), WireDtype.float32)
 
     def handler(message: Message, partition: int) -> RecordDict:
-        content = to_records(np.full(size, partition, np.float32), index)
+        content = to_records(PackedAdapter(index, np.full(size, partition, np.float32)))
         content[METRICS] = MetricRecord({WEIGHT: 1})
         content[EVALUATE] = MetricRecord({WEIGHT: 1, "eval_loss": 0.0})
         return content
@@ -534,8 +568,6 @@ def test_the_round_loop_holds_one_reply_at_a_time() -> None:
                 grid,
                 {"lora": torch.zeros(size)},
                 num_rounds=1,
-                train_config={},
-                evaluate_config={},
                 on_round=lambda report: None,
             )
             return tracemalloc.get_traced_memory()[1]

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lab.drawing import DPI
 from lab.settings import UserError
 from matrix import plots
 from matrix.fitting import told_apart
@@ -67,13 +68,13 @@ def table(
 def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """The figures of a drawing, by file name, not closed."""
     figures: dict[str, Figure] = {}
-    save = plots._save
+    save = plots.save
 
     def keep(figure: Figure, path: Path) -> None:
         figures[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     return figures
 
 
@@ -125,7 +126,7 @@ def test_a_heatmap_has_every_figure_names_units_and_says_what_is_better(
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["128", "512", "1,024"]
     assert [text.get_text() for text in axes.texts][:2] == ["11.3", "11.3"]
     assert figure.axes[1].get_ylabel() == "token time (ms)"
-    assert figure.get_figwidth() * plots.DPI <= 1200
+    assert figure.get_figwidth() * DPI <= 1200
 
 
 def test_yellow_is_good_whichever_way(drawn: dict[str, Figure], tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_what_is_hard_to_draw_can_be_read(drawn: dict[str, Figure], tmp_path: Pa
         assert not texts_beyond_their_cell(figure)
     texts = [text.get_text() for text in figure.findobj(mpl.text.Text) if text.get_visible()]
     assert any(said in text for text in texts), texts
-    assert max(figure.get_size_inches() * plots.DPI) <= 1400
+    assert max(figure.get_size_inches() * DPI) <= 1400
 
 
 def test_lines_can_be_told_apart(drawn: dict[str, Figure], tmp_path: Path) -> None:

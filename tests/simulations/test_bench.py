@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,14 @@ ROWS = [
     {"part": "speed", "tokens_per_second": {"median": 12.34, "low": 11.0, "high": 15.0, "n": 3}, "holds": True},
     {"part": "cells", "context": 128, "failure": None, "bytes": 1234567},
     {"part": "cells", "context": 512, "failure": "out of memory"},
-    {"part": "delay", "mode": "sync", "rtt_seconds": 0.1, "target": "speedup at least 2", "holds": False},
+    {
+        "part": "delay",
+        "mode": "sync",
+        "rtt_seconds": 0.1,
+        "speedup": 1.5,
+        "target": "speedup at least 2",
+        "holds": False,
+    },
 ]
 
 
@@ -46,12 +54,13 @@ def test_everything_found_is_in_both_files(modules: Path) -> None:
     page = figures["results"].read_text().splitlines()
     assert "| tokens_per_second | 12.3 (11.0 – 15.0, n = 3) |" in page
     assert "| holds | yes |" in page
-    assert "| cells | context | failure | bytes |" in page
-    assert "| 0 | 128 | – | 1,234,567 |" in page
-    assert "| 1 | 512 | out of memory | – |" in page
+    assert "| context | failure | bytes |" in page
+    assert "| 128 | – | 1,234,567 |" in page
+    assert "| 512 | out of memory | – |" in page
     assert "`python -m good_bench seed=1`" in page
     assert "1 of 2 rows with a target hold; these do not:" in page
-    assert "- good_bench: delay, sync, 0.1: speedup at least 2" in page
+    assert "| [good_bench: delay, sync, 0.1](#good_bench-delay) | speedup at least 2 | speedup 1.50 |" in page
+    assert "### good_bench: delay" in page
 
 
 def test_figures_of_benchmarks_that_are_not_asked_for_stay(modules: Path) -> None:
@@ -89,7 +98,7 @@ def test_a_benchmark_that_fails_is_named_and_the_others_run(modules: Path) -> No
 
 def test_what_make_bench_runs_are_commands_with_these_settings() -> None:
     """Each one's words compose, so that an hour does not end in a typo."""
-    import importlib
-
     for benchmark in compose_settings("bench", "", BenchSettings).project.benchmarks:
-        assert callable(importlib.import_module(benchmark.command).main)
+        module = importlib.import_module(benchmark.command)
+        entry = importlib.import_module(f"{benchmark.command}.__main__") if hasattr(module, "__path__") else module
+        assert callable(entry.main)

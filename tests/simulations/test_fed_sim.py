@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import pytest
 from flwr.app import Message
+from flwr.serverapp import Grid
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fl.checkpoint import AdapterFolders, latest_adapter
-from fl.server import base_model
+from fl.server import base_model, serve
 from fl.settings import FederatedSettings
 from lab.command.entry import Run
 from lab.models.lora import fresh_adapter, lora_config
@@ -143,11 +144,11 @@ from tests.federated import serialised, spoil
 wire = Path(sys.argv.pop(1))
 wire.mkdir()
 
-class Capturing(simulation.StoppableGrid):
-    def push_messages(self, messages):
-        return super().push_messages([keep(message) for message in messages])
-    def pull_messages(self, message_ids):
-        return [keep(message) for message in super().pull_messages(message_ids)]
+def serve_and_capture(grid, *rest, serve=simulation.serve):
+    push, pull = grid.push_messages, grid.pull_messages
+    grid.push_messages = lambda messages: push([keep(message) for message in messages])
+    grid.pull_messages = lambda message_ids: [keep(message) for message in pull(message_ids)]
+    return serve(grid, *rest)
 
 def keep(message):
     for name, content in serialised(message).items():
@@ -158,7 +159,7 @@ def check_and_spoil(settings, check=simulation.check):
     check(settings)
     spoil(Path(settings.project.data.path))
 
-simulation.StoppableGrid = Capturing
+simulation.serve = serve_and_capture
 simulation.check = check_and_spoil
 main()
 """
@@ -168,20 +169,25 @@ def unchecked(settings: FederatedSettings) -> None:
     """A check that finds nothing: what the clients find comes later."""
 
 
-class KillingGrid(simulation.StoppableGrid):
+killed: list[psutil.Process] = []
+
+
+def serve_and_kill(grid: Grid, *rest: Any) -> dict[str, Any]:
     """Kills the only worker after the first reply."""
+    pull = grid.pull_messages
 
-    killed: ClassVar[list[psutil.Process]] = []
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        replies = list(super().pull_messages(message_ids))
-        if replies and not self.killed:
+    def pull_messages(message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(pull(message_ids))
+        if replies and not killed:
             started = psutil.Process().children(recursive=True)
             workers = [process for process in started if "ClientAppActor" in "".join(process.cmdline()[:1])]
             assert len(workers) == 1, workers
             workers[0].kill()
-            self.killed.append(workers[0])
+            killed.append(workers[0])
         return replies
+
+    grid.pull_messages = pull_messages  # type: ignore[method-assign]
+    return serve(grid, *rest)
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +292,10 @@ def test_one_worker_that_is_killed_and_no_wandb_change_nothing(
     (absent / "wandb" / "__init__.py").write_text("raise ModuleNotFoundError('No module named wandb')\n")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.syspath_prepend(absent)
-    monkeypatch.setattr(simulation, "StoppableGrid", KillingGrid)
+    monkeypatch.setattr(simulation, "serve", serve_and_kill)
     monkeypatch.setattr(simulation, "check", unchecked)
     alone = run_here("alone", on_jsonl(data, 4, "tracking=offline", "project.workers=1"))
-    assert KillingGrid.killed
+    assert killed
     assert "Weights & Biases is off" in alone.err
     assert not list(alone.folder.rglob("*.wandb"))
     exact = ["eval_loss_before", "eval_loss_by_round", "train_loss_by_round", "adapter_bytes", "rounds_completed"]

@@ -16,7 +16,7 @@ from split.inference.open import free_port
 from tests.split.inference.kills import LAYERS, settings_of
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lab.command.entry", "split.inference.hosting", "tests.split.inference.kills"])
+_CONTEXT.set_forkserver_preload(["lab.command.entry", "split.inference.open", "tests.split.inference.kills"])
 START_SECONDS = 60.0
 
 
@@ -65,7 +65,7 @@ def _serve(cache: str, place: int, port: int) -> None:
     import sys
     from dataclasses import replace
 
-    from split.inference.hosting import host
+    from split.inference.open import host
 
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (as long as the process)
     settings = settings_of(cache)

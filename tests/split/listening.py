@@ -10,11 +10,12 @@ from typing import Generic, Self, TypeVar
 
 from lab.wire import Deadlines, Endpoint, Limits, MessageTable
 from split.chain.address import Address
-from split.chain.process import Server, serve
+from split.chain.process import serve
+from split.chain.server import ChainServer
 
 MAX_BYTES = 2**22
 """Of a frame."""
-Served = TypeVar("Served", bound=Server)
+Served = TypeVar("Served", bound=ChainServer)
 
 
 class Listening(Generic[Served]):

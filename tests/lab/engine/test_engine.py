@@ -580,9 +580,9 @@ def test_engines_are_opened_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         exact_rows=None,
     )
     assert isinstance(local, LocalEngine)
-    fake: Any = types.ModuleType("split.inference.joining")
+    fake: Any = types.ModuleType("split.inference.open")
     fake.join_shards = dict
-    monkeypatch.setitem(sys.modules, "split.inference.joining", fake)
+    monkeypatch.setitem(sys.modules, "split.inference.open", fake)
     split: Any = open_engine(EngineKind.split, shards=3)
     assert split == {"shards": 3}
     assert [kind.name for kind in EngineKind] == ["local", "split", "synthetic"]

@@ -18,12 +18,11 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every figure that was saved, still open."""
     drawn: list[Any] = []
 
-    def keep(figure: Any, path: Path) -> Path:
+    def keep(figure: Any, path: Path) -> None:
         figure.savefig(path, dpi=40)
         drawn.append(figure)
-        return path
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr("lab.drawing.save", keep)
     return drawn
 
 

@@ -18,8 +18,7 @@ from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier.scheduler import Verifier
 from speculative.verifier.sequence import Ended, TextRequest, Verdict
 from split.chain.boundary import Boundary
-from split.inference.joining import make_side
-from split.inference.open import load_stage
+from split.inference.open import load_stage, make_side
 from split.settings import SplitSettings
 from tests.speculative.in_process import TERMS
 from tests.split.processes import Process

@@ -19,20 +19,8 @@ from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.wire import Endpoint, FrameSocket, pack_tokens
 from split.chain.address import Address
-from split.inference.messages import (
-    Attach,
-    Close,
-    Fault,
-    FaultCode,
-    Open,
-    Opened,
-    Pass,
-    Piece,
-    Steps,
-    Welcome,
-    message_type,
-    unpack_steps,
-)
+from split.chain.messages import Attach, Fault, FaultCode, Welcome, send
+from split.inference.messages import Close, Open, Opened, Pass, Piece, Steps, unpack_steps
 from split.inference.shard import Shard
 from split.inference.sharded_model import ShardedModel
 from split.transport.base import Message, ShardLost
@@ -166,7 +154,7 @@ class Wrongdoer:
             said: list[Any] = []
             attach = Attach(client=random.getrandbits(62), next=[], next_instance=0)
             for session, head, own in ((0, attach, b""), (1, _open(4), b""), (2, run, body)):
-                peer.send(message_type(head), session, head, own)
+                send(peer, session, head, own)
                 frame = peer.poll(30)
                 assert frame is not None
                 said.append(frame.head)

@@ -19,8 +19,7 @@ from lab.command.entry import compose_settings
 from lab.network import client_side_tls
 from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
-from split.inference.joining import join_shards, make_side
-from split.inference.open import load_stage
+from split.inference.open import join_shards, load_stage, make_side
 from split.inference.sharded_model import ShardedModel
 from split.settings import SplitSettings
 from split.transport.tcp import TcpChain

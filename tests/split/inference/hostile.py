@@ -13,7 +13,8 @@ from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
 from lab.wire import Endpoint, FrameSocket, Head, WireError
 from lab.wire.frames import HEADER, MAGIC
-from split.inference.messages import Ask, Attach, Close, Join, Open, Pass, Piece, message_type
+from split.chain.messages import Ask, Attach, Join, send
+from split.inference.messages import Close, Open, Pass, Piece
 from split.inference.sharded_model import ShardedModel
 
 KEY = b"k" * 32
@@ -105,7 +106,7 @@ def _with_the_key(port: int, ours: Endpoint, generator: random.Random) -> int:
             first = _random_head(generator)
         for head in [first, *(_random_head(generator) for _ in range(generator.randrange(1, 60)))]:
             body = generator.randbytes(generator.choice([0, 8, 256])) if isinstance(head, Pass) else b""
-            peer.send(message_type(head), generator.randrange(4), head, body)
+            send(peer, generator.randrange(4), head, body)
             sent += 1
         peer.poll(0.002)
     return sent

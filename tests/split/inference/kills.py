@@ -15,8 +15,7 @@ import torch
 from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
 from split.chain.address import Address
-from split.inference.joining import join_shards
-from split.inference.open import load_stage
+from split.inference.open import join_shards, load_stage
 from split.inference.sharded_model import ShardedModel
 from split.settings import SplitSettings
 from split.transport.inproc import InProcess

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lab.models.sources import byte_tokenizer, load_model
 from lab.settings import ModelSettings, Quantization
 from split.chain.boundary import Boundary
-from split.inference.joining import weights_fingerprints
+from split.inference.open import weights_fingerprints
 from split.inference.shard import Shard, load_shard
 from split.inference.stage import Stage
 from split.transport.inproc import InProcess

@@ -23,7 +23,8 @@ from lab.settings import ModelSettings, UserError
 from lab.wire import FrameSocket, PeerRefused, pack_tokens
 from lab.wire.frames import encode
 from split.chain.boundary import Boundary
-from split.inference.messages import MAX_PIECES, Attach, Join, Pass, Piece, message_type, table
+from split.chain.messages import Attach, Join, send
+from split.inference.messages import MAX_PIECES, Pass, Piece, table
 from split.inference.open import load_stage
 from split.inference.shard import Shard
 from split.inference.sharded_model import ShardedModel
@@ -166,7 +167,8 @@ def test_hundreds_of_texts_that_stop_in_one_pass_fit_its_head(
     assert answer is not None
     assert isinstance(answer.head, Pass)
     assert len(answer.head.stopped) == MAX_PIECES
-    assert encode(table(2**26), message_type(answer.head), 1, answer.head, answer.body)
+    frames = table(2**26)
+    assert encode(frames, frames.number(answer.head), 1, answer.head, answer.body)
 
 
 def test_a_result_that_no_frame_holds_is_told_to_its_client_only(settings: ModelSettings) -> None:
@@ -332,12 +334,12 @@ def test_a_client_whose_next_shard_never_answers_is_not_waited_for(settings: Mod
         where = f"127.0.0.1:{silent.getsockname()[1]}"
         with FrameSocket.connect("127.0.0.1", both[0].address.port, endpoint("client"), tls=None) as peer:
             head = Attach(client=7, next=[where], next_instance=1)
-            peer.send(message_type(head), 0, head)
+            send(peer, 0, head)
             eventually(lambda: bool(both[0].server._clients))
         eventually(lambda: not both[0].server._clients, 4.0)  # less than the silent one may take for its handshake
         with FrameSocket.connect("127.0.0.1", both[0].address.port, endpoint("client"), tls=None) as peer:
             head = Attach(client=8, next=["nowhere"], next_instance=1)
-            peer.send(message_type(head), 0, head)
+            send(peer, 0, head)
             with pytest.raises(PeerRefused, match="an address that must be host:port, got 'nowhere'"):
                 peer.recv()
 
@@ -364,7 +366,7 @@ def test_a_second_chain_for_the_same_client_is_refused(settings: ModelSettings) 
         text = engine.open([1, 2], GREEDY)
         [key] = both[1].server._clients
         with FrameSocket.connect("127.0.0.1", both[1].address.port, endpoint("client"), tls=None) as peer:
-            peer.send(message_type(Join(client=key)), 0, Join(client=key))
+            send(peer, 0, Join(client=key))
             with pytest.raises(PeerRefused, match="joined already"):
                 peer.recv()
         assert engine.extend([(text, [1])], "last")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lab.wire import FrameSocket, PeerRefused, WrongKey
-from split.inference.messages import Ask, Attach, Close, message_type
+from split.chain.messages import Ask, Attach, send
+from split.inference.messages import Close
 from split.inference.stage import Stage
 from tests.split.chains import as_engine, inprocess, saved_model, shards
 from tests.split.inference.hostile import KEY, attack
@@ -61,7 +62,7 @@ def test_a_peer_without_the_key_reaches_no_shard(two: list[Process], monkeypatch
     assert not two[1].server._clients
     with FrameSocket.connect("127.0.0.1", port, endpoint("client", KEY), tls=None) as peer:
         for head in (Attach(client=1, next=[], next_instance=0), Close(), Ask()):
-            peer.send(message_type(head), 0, head)
+            send(peer, 0, head)
         assert peer.poll(5) is not None
         assert peer.poll(5) is not None
         deadline = time.monotonic() + 5

@@ -21,8 +21,7 @@ import torch
 from lab.command.entry import compose_settings
 from split import infer, plan, serve
 from split.chain.boundary import Boundary
-from split.inference.joining import make_side
-from split.inference.open import load_stage
+from split.inference.open import load_stage, make_side
 from split.settings import SplitSettings
 from tests.split.processes import Process
 from tests.wandb_files import held, wandb_text

@@ -19,9 +19,10 @@ from lab.engine.sampling_head import sampling_fields
 from lab.settings import ModelSettings, UserError
 from split import infer
 from split.chain.boundary import Boundary
+from split.chain.messages import FaultCode
 from split.inference import generate as generating
 from split.inference.coding import encode
-from split.inference.messages import FaultCode, Open, Pass, Piece, Steps, Stopped
+from split.inference.messages import Open, Pass, Piece, Steps, Stopped
 from split.inference.sharded_model import ShardedModel
 from split.inference.stage import Stage
 from split.settings import SplitSettings

@@ -16,8 +16,9 @@ from lab.engine.sampling_head import sampling_fields
 from lab.text.words import Words
 from lab.wire import pack_tokens
 from split.chain.boundary import Boundary
+from split.chain.messages import Fault, FaultCode
 from split.inference.coding import decode, encode
-from split.inference.messages import Fault, FaultCode, Open, Pass, Piece, Steps, pack_steps, unpack_steps
+from split.inference.messages import Open, Pass, Piece, Steps, pack_steps, unpack_steps
 from split.inference.stage import Stage
 from split.transport.base import Message
 from tests.split.chains import CONTEXT, VOCABULARY, saved_model, shards, some_ids

@@ -10,7 +10,7 @@ from pathlib import Path
 from lab.settings import ModelSettings
 from lab.wire import Endpoint
 from split.chain.address import Address
-from split.training.messages import PROTOCOL, training_table
+from split.training.messages import PROTOCOL, table
 from split.training.server import TrainingServer
 from split.transport.training_tcp import TcpTraining
 from tests.split.listening import MAX_BYTES, Listening, endpoint_for_tests
@@ -21,7 +21,7 @@ FINGERPRINTS = {"model": "tests:1", "dtype": "float32"}
 
 def endpoint(role: str, key: bytes = b"", fingerprints: Mapping[str, str] = FINGERPRINTS) -> Endpoint:
     return endpoint_for_tests(
-        role, {"learner"} if role == "trainer" else {"trainer", "learner"}, training_table(MAX_BYTES), PROTOCOL,
+        role, {"learner"} if role == "trainer" else {"trainer", "learner"}, table(MAX_BYTES), PROTOCOL,
         key=key, fingerprints=fingerprints, ping_seconds=0.3, dead_seconds=3.0,
     )  # fmt: skip
 

@@ -13,9 +13,10 @@ import torch
 
 from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings, OneWay
-from lab.wire import PeerMismatch, PeerRefused, WrongKey
+from lab.wire import FrameSocket, PeerMismatch, PeerRefused, WrongKey
 from split.chain.address import Address
 from split.chain.boundary import Boundary
+from split.chain.messages import Attach, Fault, FaultCode, send
 from split.inference import server as serving
 from split.inference.coding import encode
 from split.inference.sharded_model import ShardedModel
@@ -168,6 +169,28 @@ def test_wrong_keys_models_and_layers_are_refused(tmp_path: Path) -> None:
             chain([one.address, early.address])
         with pytest.raises(ShardLost, match="could not be reached"):
             chain([one.address, Address("127.0.0.1", 1)], start_seconds=0.3)
+
+
+def test_a_next_shard_that_hangs_up_on_join_is_passed_over_and_its_reason_told(tmp_path: Path) -> None:
+    """A stale `project.next`: a shard to which the client is not attached."""
+    settings = saved_model("llama", tmp_path)
+    expected = _greedy(inprocess(settings, (0, 4)), 6)
+    first, last = shards(settings, (0, 2, 4))
+    with Process(shards(settings, (0, 2, 4))[1]) as stale, Process(last) as second, Process(
+        first, next_addresses=[stale.address]
+    ) as one:  # fmt: skip
+        with _engine([one.address, second.address]) as engine:
+            assert _greedy(engine, 6) == expected
+        with FrameSocket.connect(one.address.host, one.address.port, endpoint("client"), tls=None) as peer:
+            send(peer, 0, Attach(client=1, next=["127.0.0.1:1"], next_instance=1))
+            frame = peer.poll(5)
+    assert frame is not None
+    assert isinstance(frame.head, Fault)
+    assert frame.head.code is FaultCode.link
+    assert "the next shard is not there: " in frame.head.text
+    assert f"{stale.address}" in frame.head.text
+    assert "joined for a client that is not attached" in frame.head.text
+    assert "127.0.0.1:1" in frame.head.text
 
 
 def test_bytes_and_times_of_a_token(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 from lab.settings import Dtype
 from lab.wire import FrameSocket, WrongKey
 from lab.wire.tensors import TensorSpec, WireDtype
-from split.inference.messages import Attach, Fault
-from split.training.messages import Batch, Hidden, Step, training_type
+from split.chain.messages import Attach, Fault, send
+from split.training.messages import Batch, Hidden, Step
 from split.training.schedule import Schedule
 from split.transport.base import Message, ShardLost
 from tests.split.training.processes import Learner, connect, connected, endpoint, learners_of, over_tcp
@@ -154,12 +154,24 @@ def test_a_trainer_that_leaves_in_the_middle_leaves_nothing_behind(tmp_path: Pat
             ours = endpoint("trainer")
             with FrameSocket.connect(first.address.host, first.address.port, ours, tls=None) as peer:
                 head = Attach(client=1, next=[where], next_instance=1)
-                peer.send(training_type(head), 0, head)
+                send(peer, 0, head)
                 _eventually(lambda: first.server._run is not None and first.server._run.trainer == 1)
             _eventually(lambda: first.server._run is None)
         other = connect(addresses)
         assert trainer(other, tmp_path).train_step().step == 0
         other.shutdown()
+
+
+def test_a_next_shard_that_hangs_up_on_join_is_passed_over_and_its_reason_told(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    with Learner(settings, range(0, 2), tmp_path) as first, Learner(settings, range(2, 4), tmp_path) as stale:
+        where = [str(stale.address), "127.0.0.1:1"]
+        with FrameSocket.connect(first.address.host, first.address.port, endpoint("trainer"), tls=None) as peer:
+            send(peer, 0, Attach(client=1, next=where, next_instance=1))
+            frame = peer.poll(5)
+    assert frame is not None
+    assert isinstance(frame.head, Fault)
+    assert all(text in frame.head.text for text in (*where, "joined for a trainer that is not attached"))
 
 
 def _eventually(what: Callable[[], bool]) -> None:

@@ -1,0 +1,121 @@
+"""Messages of a federated round: the records they hold, and an adapter in them.
+
+One message a client a round. The server sends the adapter (records ARRAYS and INDEX) and CONFIG (SERVER_ROUND, and what
+the caller of Flower's `start()` adds). A client answers
+    a train message with the adapter it trained (ARRAYS, INDEX), METRICS (WEIGHT = its training examples or their answer
+        tokens, PARTITION, figures of the training) and, if it has a held-out part, EVALUATE (WEIGHT = the same of that
+        part, figures of the adapter it *received*);
+    an evaluate message with EVALUATE if it has a held-out part, and METRICS (PARTITION) if it likes;
+    a query message (sent only when `fraction` < 1) with METRICS (PARTITION);
+    the first two with DATA if it likes: `lab.learning.counts.Counts` of its lines, in whole numbers.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
+
+from fl.adapters import AdapterIndex, FlatArray, PackedAdapter
+
+ARRAYS = "arrays"
+"""ArrayRecord with the packed adapter as its one array ADAPTER."""
+ADAPTER = "adapter"
+INDEX = "index"
+"""ConfigRecord with the encoded `AdapterIndex` of that array as its one value INDEX."""
+CONFIG = "config"
+SERVER_ROUND = "server-round"
+METRICS = "metrics"
+PARTITION = "partition-id"
+EVALUATE = "evaluate"
+WEIGHT = "weight"
+DATA = "data"
+
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([^']{1,8})', 'fortran_order': False, 'shape': \(([0-9]{1,18}),\), \} *\n",
+    re.DOTALL,
+)
+"""Start of a version 1.0 .npy file of one dimension, as numpy.save writes it (numpy.lib.format)."""
+
+
+def to_array_record(packed: PackedAdapter) -> ArrayRecord:
+    """The one-array record in which a packed adapter travels."""
+    return ArrayRecord({ADAPTER: Array(packed.array)})
+
+
+def to_index_record(index: AdapterIndex) -> ConfigRecord:
+    """The record that says how to read it."""
+    return ConfigRecord({INDEX: index.encode()})
+
+
+def to_records(packed: PackedAdapter) -> RecordDict:
+    """A message's content with the adapter (ARRAYS) and its index (INDEX); add metrics or a config to it."""
+    return RecordDict({ARRAYS: to_array_record(packed), INDEX: to_index_record(packed.index)})
+
+
+def from_records(content: RecordDict, expected: AdapterIndex | None = None) -> PackedAdapter:
+    """The packed adapter a message carries, read-only and not copied.
+
+    ValueError when a record is missing, when the index does not decode or is not the expected one, or when the array's
+    type, size or serialisation is not as the index says.
+    """
+    # Not content.array_records: that view refers to itself, and keeps the whole reply until the garbage collector runs.
+    record, arrays = content.get(INDEX), content.get(ARRAYS)
+    data = record.get(INDEX) if isinstance(record, ConfigRecord) else None
+    if not isinstance(data, bytes):
+        raise ValueError(f"{INDEX} must be a ConfigRecord with bytes under {INDEX!r}, got {_names(content)}")
+    index = AdapterIndex.decode(data)
+    if expected and (difference := expected.difference(index)) is not None:
+        raise ValueError(difference)
+    if not isinstance(arrays, ArrayRecord) or list(arrays) != [ADAPTER]:
+        raise ValueError(f"{ARRAYS} must be an ArrayRecord with the one array {ADAPTER!r}, got {_names(content)}")
+    return PackedAdapter(index, _read_npy(arrays[ADAPTER], index))
+
+
+def metrics_of(content: RecordDict, name: str) -> dict[str, object]:
+    """A copy of one MetricRecord; empty when there is none."""
+    record = content.get(name)  # not content.metric_records: see from_records
+    return {**record} if isinstance(record, MetricRecord) else {}
+
+
+def partition_of(value: object) -> int | None:
+    """`value` of PARTITION, if it is a partition's number or None; ValueError otherwise."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(f"{METRICS}.{PARTITION} must be a whole number from 0 on, got {value!r}")
+    return value
+
+
+def message_bytes(message: Message) -> int:
+    """Bytes of the message as Flower serialises it: every nested object with its header, metadata included.
+
+    Flower sends an array in chunks of 5 MiB, each with about 90 bytes of names around it (the environment variable
+    FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, read when flwr is imported, makes them larger).
+    """
+    return _object_bytes(message)
+
+
+def _object_bytes(item: InflatableObject) -> int:
+    children = item.children or {}
+    return len(item.deflate()) + sum(_object_bytes(child) for child in children.values())
+
+
+def _read_npy(array: Array, index: AdapterIndex) -> FlatArray:
+    """Flower's Array (one .npy file) as numpy: no copy and, unlike numpy's own reader, no evaluation of its header."""
+    where = f"{ARRAYS}.{ADAPTER}"
+    header = NPY_HEADER.match(array.data)
+    if array.stype != "numpy.ndarray" or header is None:
+        raise ValueError(f"{where} must be a flat numpy array, got {array.dtype} {array.shape} {array.stype}")
+    expected = (index.dtype.numpy.str, str(index.size))
+    found = (header[1].decode("latin-1"), header[2].decode("latin-1"))
+    if found != expected:
+        raise ValueError(f"{where} must be {' x '.join(expected)}, got {' x '.join(found)}")
+    if (data_bytes := len(array.data) - header.end()) != index.tensor_bytes:
+        raise ValueError(f"{where} must hold {index.tensor_bytes} bytes, got {data_bytes}")
+    packed: FlatArray = np.frombuffer(array.data, index.dtype.numpy, offset=header.end())
+    return packed
+
+
+def _names(content: RecordDict) -> str:
+    return ", ".join(f"{key}: {type(record).__name__}({', '.join(record)})" for key, record in content.items())

@@ -1,0 +1,227 @@
+"""Reports of rounds and runs, and the fold that turns the replies of a round into one.
+
+A reply is checked and folded in when it arrives, and not kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Message, RecordDict
+
+from fl.adapters import AdapterIndex, PackedAdapter
+from fl.aggregation import ExactMean, MetricMean, check_weight
+from fl.messages import DATA, EVALUATE, METRICS, PARTITION, WEIGHT, from_records, metrics_of, partition_of
+from lab.learning.counts import Counts
+
+ERRORS = {  # flwr.common.constant.ErrorCode
+    0: "failed in the backend",
+    1: "could not load the client app",
+    2: "raised an error",
+    3: "gave no reply within the message's time to live",
+    4: "gave a reply that got lost",
+    5: "is gone",
+    6: "failed a precondition of a mod",
+    7: "got a broken app bundle",
+    8: "crashed",
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A client asked in a round whose reply was not folded in, and why."""
+
+    node_id: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRow:
+    """One client's part in one round; its figures are in `train` and `evaluate` under the names it gave them."""
+
+    node_id: int
+    partition_id: int | None
+    train_weight: int
+    """Weight of its adapter; 0 in an evaluation-only row."""
+    evaluate_weight: int
+    """Weight of its held-out figures; 0 when it reported none."""
+    train: dict[str, float]
+    evaluate: dict[str, float]
+    uplink_bytes: int
+    """Its reply as Flower serialises it; 0 under Flower's own `start()`, which does not look."""
+    counts: Counts | None = None
+    """Its lines by what became of them; None when it does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """One finished round."""
+
+    round: int
+    adapter: dict[str, torch.Tensor]
+    """The new global adapter, in the wire's type."""
+    train: dict[str, float]
+    """Weighted means of the clients' training figures."""
+    evaluate: dict[str, float]
+    """Weighted means of the clients' held-out figures, of the adapter they *received*: that of the round before."""
+    clients: list[ClientRow]
+    """By partition; only those folded in."""
+    refused: list[Refusal]
+    downlink_bytes: int
+    """All messages sent in the round, as Flower serialises them."""
+    uplink_bytes: int
+    """All replies folded in."""
+    round_seconds: float
+    """From the first message sent to the new adapter."""
+    aggregate_seconds: float
+    """Of these: checking and folding replies, and taking the mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """A finished run: the last adapter and how it does on the clients' held-out parts."""
+
+    adapter: dict[str, torch.Tensor]
+    rounds_completed: int
+    evaluate: dict[str, float]
+    """Weighted means of the clients' held-out figures of the last adapter."""
+    clients: list[ClientRow]
+    refused: list[Refusal]
+
+
+class RoundFailed(RuntimeError):
+    """No client gave a good reply, which ends the run. `adapter` is the last good one; `refused` has the reasons."""
+
+    def __init__(self, phase: str, server_round: int, adapter: dict[str, torch.Tensor], refused: list[Refusal]) -> None:
+        self.server_round = server_round
+        self.adapter = adapter
+        self.refused = refused
+        reasons = "; ".join(f"node {refusal.node_id} {refusal.reason}" for refusal in refused)
+        super().__init__(f"{phase} round {server_round} ended without one good reply: {reasons or 'no node was asked'}")
+
+
+class RunStopped(RuntimeError):
+    """The server was asked to stop."""
+
+
+class NodesMissing(RuntimeError):
+    """Fewer clients registered than the run needs before the deadline."""
+
+
+class RoundFold:
+    """One round's replies, folded into exact sums one at a time: the same replies in any order give the same result.
+
+    trains: whether the replies carry adapters, or held-out figures only.
+    """
+
+    def __init__(self, index: AdapterIndex, *, trains: bool) -> None:
+        self._index = index
+        self._mean = ExactMean(index.size) if trains else None
+        self._train = MetricMean()
+        self._evaluate = MetricMean()
+        self._rows: list[ClientRow] = []
+        self.refused: list[Refusal] = []
+        self.seconds = 0.0
+        self.last_line = ""
+
+    def add(self, node_id: int, reply: Message, uplink_bytes: int) -> None:
+        """Check a reply and fold it in, or refuse it as a whole, saying so once."""
+        started = time.perf_counter()
+        if reply.has_error():
+            self.refuse(node_id, describe_error(reply))
+        else:
+            try:
+                self._rows.append(row := self._fold(node_id, reply.content, uplink_bytes))
+                self.last_line = _describe_row(row)
+            except ValueError as error:
+                self.refuse(node_id, f"was refused: {error}")
+        self.seconds += time.perf_counter() - started
+
+    def refuse(self, node_id: int, reason: str) -> None:
+        """Count a client out of this round."""
+        self.refused.append(Refusal(node_id=node_id, reason=reason))
+        self.last_line = f"node {node_id} {reason}"
+        log.warning("node %d %s; the round goes on without it", node_id, reason)
+
+    @property
+    def rows(self) -> list[ClientRow]:
+        """Rows of the clients that were folded in, by partition."""
+        return sorted(self._rows, key=lambda row: (row.partition_id is None, row.partition_id, row.node_id))
+
+    def packed(self) -> PackedAdapter:
+        """The mean adapter, packed for the wire."""
+        assert self._mean is not None, "an evaluation has no adapter"
+        started = time.perf_counter()
+        packed = PackedAdapter.from_float32(self._mean.mean(), self._index)
+        self.seconds += time.perf_counter() - started
+        return packed
+
+    def train_means(self) -> dict[str, float]:
+        """Weighted means of the training figures."""
+        return self._train.means()
+
+    def evaluate_means(self) -> dict[str, float]:
+        """Weighted means of the held-out figures."""
+        return self._evaluate.means()
+
+    def _fold(self, node_id: int, content: RecordDict, uplink_bytes: int) -> ClientRow:
+        """Everything is checked before anything is added, so that a refused reply leaves no trace."""
+        train, evaluate = metrics_of(content, METRICS), metrics_of(content, EVALUATE)
+        row = ClientRow(
+            node_id=node_id,
+            partition_id=partition_of(train.pop(PARTITION, None)),
+            train_weight=_take_weight(METRICS, train) if self._mean else 0,
+            evaluate_weight=_take_weight(EVALUATE, evaluate) if evaluate else 0,
+            train=_finite(METRICS, train),
+            evaluate=_finite(EVALUATE, evaluate),
+            uplink_bytes=uplink_bytes,
+            counts=_counts(metrics_of(content, DATA)),
+        )
+        if self._mean:
+            self._mean.fold(from_records(content, self._index).to_float32(), row.train_weight)
+            self._train.fold(row.train, row.train_weight)
+        if row.evaluate_weight:
+            self._evaluate.fold(row.evaluate, row.evaluate_weight)
+        return row
+
+
+def _describe_row(row: ClientRow) -> str:
+    """`client 2: train_loss 2.1301, eval_loss 2.2010`: the losses among a client's figures."""
+    losses = [f"{name} {value:.4f}" for name, value in (row.train | row.evaluate).items() if name.endswith("loss")]
+    return f"client {row.node_id if row.partition_id is None else row.partition_id}: {', '.join(losses)}"
+
+
+def describe_error(reply: Message) -> str:
+    """One line for an error reply; the simulation's reasons are whole tracebacks, whose last line says it."""
+    code, reason = reply.error.code, reply.error.reason or ""
+    last_line = (reason.strip().splitlines() or ["no reason given"])[-1]
+    return f"{ERRORS.get(code, 'failed')} (Flower code {code}: {last_line[-300:]})"
+
+
+def _counts(numbers: dict[str, object]) -> Counts | None:
+    try:
+        return Counts.checked(numbers) if numbers else None
+    except ValueError as error:
+        raise ValueError(f"{DATA}.{error}") from error
+
+
+def _take_weight(record: str, metrics: dict[str, object]) -> int:
+    """The record's weight, taken out of its figures."""
+    if WEIGHT not in metrics:
+        raise ValueError(f"{record}.{WEIGHT} is missing")
+    try:
+        return check_weight(metrics.pop(WEIGHT))
+    except ValueError as error:
+        raise ValueError(f"{record}.{WEIGHT}: {error}") from error
+
+
+def _finite(record: str, metrics: dict[str, object]) -> dict[str, float]:
+    try:
+        return MetricMean.check(metrics)
+    except ValueError as error:
+        raise ValueError(f"{record}.{error}") from error

@@ -1,0 +1,108 @@
+"""Messages of every chain of shards, whatever the shards do; over tcp they are frames of `lab.wire`.
+
+    client                       shard 1                    shard 2 (last)
+    ATTACH         ---------------------------------->      last to first: each is told where the next one is
+                   <----------------------------------      WELCOME layers
+    ATTACH next    ---------->   JOIN            ---->
+                                                 <----      WELCOME
+                   <----------   WELCOME layers, or FAULT where it cannot reach the next shard
+    ASK            ---------->
+                   <----------   REPORT (inference), FIGURES (training)
+
+Each pillar adds its own: `split.inference.messages`, `split.training.messages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum, IntEnum
+from typing import Annotated
+
+import msgspec
+
+from lab.wire import FIRST_APPLICATION_TYPE, FrameConnection, FrameSocket, Head, MessageKind, MessageTable
+from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
+
+Count = Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+
+MAX_ADDRESSES = 16
+
+
+class Attach(Head):
+    """The client's first frame to each shard: who it is, and which shard comes next."""
+
+    client: Uint63
+    """A random number of this attempt; JOIN names it to the next shard."""
+    next: Annotated[list[ShortText], msgspec.Meta(max_length=MAX_ADDRESSES)]
+    """Where the next shard may be found, `host:port`; a shard's own `project.next` goes first. Empty: the last one."""
+    next_instance: Uint32
+    """Which process it must be: the one that the client is attached to."""
+
+
+class Welcome(Head):
+    """A shard's answer to ATTACH and JOIN: what it holds. It comes once the shards behind it have been joined."""
+
+    instance: Uint32
+    """A random number of this process."""
+    first: Uint31
+    last: Uint31
+    """Layers first..last - 1."""
+    model_layers: Uint31
+    context: Uint31
+    sessions: Uint31
+
+
+class Join(Head):
+    """A shard's first frame to the next one."""
+
+    client: Uint63
+
+
+class Ask(Head):
+    """A client asks a shard for its sizes and its clock."""
+
+
+class FaultCode(Enum):
+    """Why a text cannot go on, or a message came to nothing."""
+
+    unfit = "unfit"
+    """NaN or infinity in its hidden states or logits."""
+    full = "full"
+    """No slot, or no memory for keys and values."""
+    lost = "lost"
+    """The shard does not hold the text up to there (it was evicted, or the shard is new): to be rebuilt."""
+    refused = "refused"
+    """It makes no sense here."""
+    link = "link"
+    """The shard has lost a neighbour, or cannot reach the next one."""
+    failed = "failed"
+    """The shard failed."""
+
+
+class Fault(Head):
+    """A message came to nothing, and changed nothing."""
+
+    code: FaultCode
+    text: LongText
+
+
+def frame_table(heads: Mapping[type[Head], int], bodies: Mapping[type[Head], int]) -> MessageTable:
+    """The frames of a pillar, numbered in the order of `heads`.
+
+    Args:
+        heads: Most bytes of each head.
+        bodies: Most bytes of a body, for the frames that have one.
+    """
+    names = [head.__name__.lower() for head in heads]
+    types = IntEnum("MessageType", names, start=FIRST_APPLICATION_TYPE)  # type: ignore[misc]  # mypy wants literals
+    return MessageTable(
+        {
+            number: MessageKind(head=head, max_bytes=most + bodies.get(head, 0), has_body=head in bodies)
+            for number, (head, most) in zip(types, heads.items(), strict=True)
+        }
+    )
+
+
+def send(connection: FrameConnection | FrameSocket, number: int, head: Head, body: bytes | memoryview = b"") -> None:
+    """Send a frame of the type that carries `head`."""
+    connection.send(connection.endpoint.table.number(head), number, head, body)
