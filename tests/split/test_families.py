@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lab.learning.examples import Example
 from lab.models.shape import ModelShape
 from lab.models.twin import VOCABULARY, twin_model
-from split.merging import merge
+from split.merger import merge
 from split.training.checkpoint import Manifest
 from split.training.open import identity_of
 from tests.architectures import config_of

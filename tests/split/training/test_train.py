@@ -16,7 +16,7 @@ import pytest
 
 from lab.command.entry import Run, compose_settings
 from lab.settings import UserError
-from split.merging import merge
+from split.merger import merge
 from split.training.run import run_training
 from split.training.schedule import even_bubble
 from split.training.settings import SplitTrainSettings
