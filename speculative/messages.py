@@ -60,6 +60,8 @@ from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
 PROTOCOL = range(4, 5)
+TOKENIZER = "tokenizer"
+"""Name of the fingerprint that both roles show in the handshake."""
 MAX_PROMPT_TOKENS = 2**18
 MAX_VOCABULARY_BYTES = 2**24
 MAX_END_IDS = 16

@@ -14,6 +14,9 @@ from speculative.bench.settings import BenchSettings
 MAX_DRAFT_LENGTH = 64
 """Guesses that one DRAFT can carry, part of the protocol; a verifier's own limit is `project.max_draft_length`."""
 
+SYNTHETIC_CONTEXT = 2**17
+"""Tokens of a text in a synthetic engine where `project.context` is 0; it has no model to ask."""
+
 AUTO = "auto"
 MAX_WINDOW = 1024
 """Most guesses of a text that are under way or wait: a verifier's own limit is `project.draft.window`."""

@@ -102,3 +102,12 @@ def stored_names(
         if not ((found := number.search(name)) and int(found[1]) not in layers)
         and not (left_out and name.endswith(left_out))
     }
+
+
+def with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
+    """The same model, behind the adapter of its settings if they name one."""
+    if settings.adapter is not None:
+        from lab.models.adapter import add_adapter  # loads PEFT and bitsandbytes, which plain models can do without
+
+        add_adapter(model, settings)
+    return model

@@ -30,13 +30,12 @@ from lab.text.asking import asked_sampling
 from lab.text.prompts import prompt_ids
 from lab.wire import encode, pack_tokens
 from speculative.bench.settings import BenchEngine
-from speculative.drafter.joining import join
 from speculative.drafter.loop import Round, speculate
 from speculative.drafter.session import make_request
-from speculative.drafter.sources import Drafts, NoDrafts
+from speculative.drafter.sources import open_drafts
 from speculative.drafter.tally import Tally
-from speculative.drafter.target import RemoteTarget
-from speculative.engines import open_drafts
+from speculative.drafter.target import RemoteTarget, join
+from speculative.drafts import Drafts, NoDrafts
 from speculative.messages import TABLE, Draft, MessageType, Verdict
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.theory import Guess, Speeds

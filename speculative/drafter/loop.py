@@ -11,21 +11,25 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from speculative.drafter.sources import Drafts, NoDrafts
+from lab.faults import Fault
+from speculative.acceptance import common_length, prefix_hash
+from speculative.drafts import Drafts
 from speculative.messages import Reason
 from speculative.policy import DraftLength
+from speculative.request import Ended, Outcome, TextRequest, Verdict, Waiting
 from speculative.settings import Mode
-from speculative.verifier.sequence import Ended, Outcome, TextRequest, Verdict, Waiting, common_length, prefix_hash
 
 SYNC_LENGTH = 5
 """Guesses of a round of mode sync where no length was asked for."""
 
 
-class TextRefused(ValueError):
+class TextRefused(Fault):
     """The target does not serve this text; says why."""
 
+    exit_code = 2
 
-class TextFailed(RuntimeError):
+
+class TextFailed(Fault):
     """The target could not go on with the text; says why."""
 
 
@@ -352,40 +356,3 @@ def _fault(ended: Ended) -> Exception:
     if ended.reason is Reason.refused:
         return TextRefused(ended.text)
     return TextFailed(f"the text was closed by the verifier ({ended.reason.name}): {ended.text}")
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A token of the text where the target alone, given the same tokens before it, says another one."""
-
-    index: int
-    """Of the new token, from 0."""
-    token: int
-    alone: int
-    """What the target alone says."""
-    margin: float
-    """The lead of that over the second best; a batch of another shape moves logits by about 1e-6 in float32."""
-
-
-def find_flips(target: Target, request: TextRequest, new_ids: Sequence[int], end_ids: Collection[int]) -> list[Flip]:
-    """Let the target decode the text token by token, alone, and note where it differs; then go on behind that place.
-
-    None found: the text is the target's own, token by token. Margins need a target that reports them.
-    """
-    flips: list[Flip] = []
-    start = 0
-    while start < len(new_ids):
-        alone = replace(
-            request,
-            prompt_ids=[*request.prompt_ids, *new_ids[:start]],
-            max_new_tokens=len(new_ids) - start,
-            mode=Mode.target_only,
-            threshold=None,
-        )
-        for done in speculate(target, NoDrafts(), alone, end_ids):
-            start += 1
-            if done.ids[0] != new_ids[start - 1]:
-                margin = done.margins[0] if done.margins else float("nan")
-                flips.append(Flip(start - 1, new_ids[start - 1], done.ids[0], margin))
-                break
-    return flips

@@ -23,6 +23,7 @@ from lab.text.settings import FILL
 from lab.wire import BadFrame, Frame, FrameConnection, Peer, PeerGone, PeerSilent, WireError, pack_tokens, unpack_tokens
 from lab.wire.frames import Error, WireType
 from speculative.messages import (
+    TOKENIZER,
     AskVocabulary,
     Close,
     Draft,
@@ -37,15 +38,13 @@ from speculative.messages import (
 from speculative.messages import Verdict as VerdictHead
 from speculative.messages import Waiting as WaitingHead
 from speculative.protocol import MAX_TOKENS, LeftBetweenMessages, read_msg, write_tokens
+from speculative.request import Ended, Outcome, TextRequest, Verdict, Waiting
 from speculative.settings import Mode
 from speculative.verifier.forward_thread import Call, ForwardThread
 from speculative.verifier.scheduler import Verifier
-from speculative.verifier.sequence import Ended, Outcome, TextRequest, Verdict, Waiting
 
 log = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer"
-"""Name of the fingerprint that both roles show in the handshake."""
 LONGEST_REQUEST_BYTES = 2**18
 """Of the first protocol: no text is longer than this in a context of a few thousand tokens."""
 

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
+from speculative.request import Outcome
 from speculative.verifier.scheduler import Verifier
-from speculative.verifier.sequence import Outcome
 
 Call = Callable[[Verifier], list[Outcome]]
 Deliver = Callable[[list[Outcome]], None]

@@ -27,10 +27,12 @@ from lab.engine.base import Engine, TargetStep, check_ids, check_words
 from lab.engine.kv import CacheFull
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
+from lab.faults import Fault
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
+from speculative.request import Ended, Outcome, TextRequest, Waiting
 from speculative.verifier.lookup import Lookup
-from speculative.verifier.sequence import Ended, Outcome, Text, TextRequest, Waiting
+from speculative.verifier.sequence import Text
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ PLACE_SECONDS = 1.0
 """Texts in line are told their places no more often."""
 
 
-class EngineFailed(RuntimeError):
+class EngineFailed(Fault):
     """The engine does not do what any request needs: no text can be served."""
 
 

@@ -15,12 +15,13 @@ from lab.settings import UserError
 from lab.text.prompts import prompt_ids
 from lab.tracking import Tracker
 from lab.wire import FrameServer
-from speculative.engines import OpenTarget
-from speculative.messages import PROTOCOL, TABLE, Reason, Welcome
+from speculative.messages import PROTOCOL, TABLE, TOKENIZER, Reason, Welcome
+from speculative.request import Ended
 from speculative.settings import SpeculativeProjectSettings, SpeculativeSettings
-from speculative.verifier.connections import TOKENIZER, FirstProtocolAnswers, Front
+from speculative.verifier.connections import FirstProtocolAnswers, Front
 from speculative.verifier.scheduler import EngineFailed, Terms, Verifier
-from speculative.verifier.sequence import Ended, Text
+from speculative.verifier.sequence import Text
+from speculative.verifier.target import OpenTarget
 from speculative.vocabulary import fingerprint, token_texts
 
 BACKLOG_BYTES = 2**20

@@ -31,11 +31,9 @@ from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 from lab.wire.tensors import TensorSpec
 from split.chain.messages import Ask, Attach, Count, Fault, Join, Welcome, frame_table
 from split.training.schedule import Operation, Phase, Schedule, Span
-from split.training.settings import Train
+from split.training.settings import MAX_EXAMPLES, MAX_MICRO_BATCHES, Train
 
 PROTOCOL = range(2, 3)
-MAX_MICRO_BATCHES = 4096
-MAX_EXAMPLES = 4096
 
 Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]

@@ -17,6 +17,11 @@ from lab.settings import (
 from split.settings import ChainSettings, TransportKind
 from split.training.schedule import Schedule
 
+MAX_MICRO_BATCHES = 4096
+"""Micro-batches of a step, at most: part of the protocol."""
+MAX_EXAMPLES = 4096
+"""Examples of a micro-batch, at most: part of the protocol."""
+
 
 class Train(Enum):
     """`lora`: an adapter on a frozen base. `everything`: every weight of the model."""
@@ -74,11 +79,20 @@ class SplitTrainProjectSettings(ChainSettings):
         super().__post_init__()
         require_at_least(1, self, "steps", "micro_batches")
         require_at_least(0, self, "checkpoint_every")
+        rule = f"micro_batches must be at most {MAX_MICRO_BATCHES}"
+        require(self.micro_batches <= MAX_MICRO_BATCHES, rule, self.micro_batches)
         require(
             self.optimization.batch_size % self.micro_batches == 0,
             f"optimization.batch_size must be divisible into micro_batches={self.micro_batches}",
             self.optimization.batch_size,
         )
+        for name, most in (
+            ("accumulation", MAX_MICRO_BATCHES // self.micro_batches),
+            ("batch_size", MAX_EXAMPLES * self.micro_batches),
+        ):
+            value = getattr(self.optimization, name)
+            rule = f"optimization.{name} must be at most {most} with micro_batches={self.micro_batches}"
+            require(value <= most, rule, value)
         if self.backward is BackwardKind.autograd:
             require(
                 self.transport is TransportKind.rpc,

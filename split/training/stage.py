@@ -24,7 +24,6 @@ from lab.wire.tensors import TensorSpec, read_tensor, tensor_bytes, tensor_spec
 from split.chain.messages import Ask, Fault, FaultCode
 from split.training.checkpoint import Part, Parts, part_of
 from split.training.messages import (
-    MAX_MICRO_BATCHES,
     Apply,
     Batch,
     Done,
@@ -40,6 +39,7 @@ from split.training.messages import (
     pack_spans,
 )
 from split.training.schedule import Operation, Phase, Span, most_held, operations
+from split.training.settings import MAX_MICRO_BATCHES
 from split.training.shard import Entering, TrainingShard
 from split.transport.base import Message
 
@@ -203,6 +203,10 @@ class TrainingStage:
     def _plan(self, number: int, step: Step) -> None:
         """The operations of a step: the schedule, once for each turn."""
         assert self._start is not None
+        if step.micro_batches * step.turns > MAX_MICRO_BATCHES:
+            raise ValueError(
+                f"micro-batches of a step must be at most {MAX_MICRO_BATCHES}, got {step.turns} x {step.micro_batches}"
+            )
         place = {"shards": self._start.shards, "shard": self._start.shard, "micro_batches": step.micro_batches}
         self._number, self._step = number, step
         self._order = deque(

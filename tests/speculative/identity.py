@@ -27,13 +27,14 @@ from lab.engine.sampling import Sampling
 from lab.models.shape import ModelShape
 from lab.models.sources import load_model, load_tokenizer_only
 from lab.text.prompts import prompt_ids
-from speculative.drafter.loop import Flip, OwnText
-from speculative.drafter.sources import Drafts, RecordedDrafts
-from speculative.engines import open_drafts
+from speculative.drafter.check import Flip
+from speculative.drafter.loop import OwnText
+from speculative.drafter.sources import open_drafts
+from speculative.drafts import Drafts, RecordedDrafts
 from speculative.messages import Reason
+from speculative.request import Ended, TextRequest, Verdict
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.verifier.scheduler import Verifier
-from speculative.verifier.sequence import Ended, TextRequest, Verdict
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import (
     TERMS,

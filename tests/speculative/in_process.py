@@ -13,12 +13,14 @@ import torch
 
 from lab.engine.base import Engine, LocalEngine
 from lab.engine.sampling import Sampling
-from speculative.drafter.loop import Flip, Round, speculate
-from speculative.drafter.sources import Drafts
+from speculative.drafter.check import Flip
+from speculative.drafter.loop import Round, speculate
+from speculative.drafts import Drafts
+from speculative.request import Ended, Outcome, TextRequest
 from speculative.settings import Mode
 from speculative.verifier.forward_thread import Call, ForwardThread
 from speculative.verifier.scheduler import Terms, Verifier
-from speculative.verifier.sequence import Ended, Outcome, Text, TextRequest
+from speculative.verifier.sequence import Text
 
 DEADLINE_SECONDS = 60.0
 TERMS = Terms(

@@ -22,12 +22,12 @@ from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings, OneWay
 from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
 from lab.text.prompts import prompt_ids
-from speculative.drafter.joining import join
+from speculative.acceptance import until_end
 from speculative.drafter.loop import Target, speculate
-from speculative.drafter.target import RemoteTarget
-from speculative.engines import open_drafts
+from speculative.drafter.sources import open_drafts
+from speculative.drafter.target import RemoteTarget, join
+from speculative.request import TextRequest
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.sequence import TextRequest, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.processes import RANDOM, Role, drafted, drafter_process, verifier

@@ -17,11 +17,10 @@ from lab.models.sources import load_tokenizer_only
 from lab.network import make_endpoint
 from lab.tracking import Tracker
 from lab.wire import Endpoint, FrameSocket
-from speculative.engines import open_target
-from speculative.messages import PROTOCOL, TABLE
+from speculative.messages import PROTOCOL, TABLE, TOKENIZER
 from speculative.settings import SpeculativeSettings
-from speculative.verifier.connections import TOKENIZER
 from speculative.verifier.server import Served, serve
+from speculative.verifier.target import open_target
 from speculative.vocabulary import fingerprint, token_texts
 
 Wrap = Callable[[Engine, asyncio.AbstractEventLoop], Engine]

@@ -16,10 +16,11 @@ from lab.settings import UserError
 from lab.wire import encode, pack_tokens
 from speculative.bench import __main__ as bench
 from speculative.bench.rig import Reading, text_bytes
-from speculative.drafter.joining import join
 from speculative.drafter.loop import Round, speculate
-from speculative.drafter.sources import EngineDrafts, RandomDrafts
+from speculative.drafter.sources import EngineDrafts
 from speculative.drafter.tally import Tally
+from speculative.drafter.target import join
+from speculative.drafts import RandomDrafts
 from speculative.messages import TABLE, Close, MessageType, Open, Reason
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.vocabulary import token_texts

@@ -13,11 +13,13 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from lab.engine.base import SyntheticEngine
 from lab.engine.sampling import Sampling
-from speculative.drafter.loop import Round, TextRefused, find_flips, speculate
-from speculative.drafter.sources import EngineDrafts, NoDrafts, RandomDrafts, add_noise_to_head
+from speculative.drafter.check import find_flips
+from speculative.drafter.loop import Round, TextRefused, speculate
+from speculative.drafter.sources import EngineDrafts, add_noise_to_head
+from speculative.drafts import NoDrafts, RandomDrafts
 from speculative.messages import Reason
+from speculative.request import Verdict, Waiting
 from speculative.settings import Mode
-from speculative.verifier.sequence import Verdict, Waiting
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import InProcess, bench, local_engine, request, speculated, tokens
 

@@ -13,11 +13,12 @@ from lab.device import open_device
 from lab.engine.base import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
-from speculative.drafter.joining import join
+from speculative.acceptance import until_end
 from speculative.drafter.loop import TextRefused, speculate
-from speculative.drafter.sources import NoDrafts
+from speculative.drafter.target import join
+from speculative.drafts import NoDrafts
+from speculative.request import TextRequest
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.sequence import TextRequest, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.serving_here import Here, serving_here

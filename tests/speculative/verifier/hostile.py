@@ -24,12 +24,11 @@ from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
 from lab.wire import WireError
-from speculative.drafter.joining import join
 from speculative.drafter.loop import Round, TargetLost, speculate
-from speculative.drafter.target import RemoteTarget
-from speculative.engines import open_drafts
+from speculative.drafter.sources import open_drafts
+from speculative.drafter.target import RemoteTarget, join
+from speculative.request import TextRequest, Verdict
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.sequence import TextRequest, Verdict
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import request
 from tests.speculative.processes import verifier

@@ -22,9 +22,10 @@ from lab.engine.base import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
 from lab.wire import MAGIC, Endpoint, FrameSocket, Head, WireError, pack_tokens
-from speculative.drafter.joining import join
+from speculative.acceptance import until_end
 from speculative.drafter.loop import speculate
-from speculative.drafter.sources import NgramDrafts
+from speculative.drafter.target import join
+from speculative.drafts import NgramDrafts
 from speculative.messages import (
     AskVocabulary,
     Close,
@@ -39,8 +40,8 @@ from speculative.messages import (
     Waiting,
     Welcome,
 )
+from speculative.request import TextRequest
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.sequence import TextRequest, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.serving_here import client_endpoint, connected, first_protocol

@@ -19,6 +19,7 @@ from lab.wire import FrameSocket, PeerRefused, pack_tokens
 from speculative.messages import (
     PROTOCOL,
     TABLE,
+    TOKENIZER,
     AskVocabulary,
     Close,
     Draft,
@@ -30,7 +31,6 @@ from speculative.messages import (
     Welcome,
 )
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.connections import TOKENIZER
 from speculative.verifier.server import _answers
 from speculative.vocabulary import fingerprint, token_texts
 from tests.speculative.processes import RANDOM, Role, drafted

@@ -20,7 +20,8 @@ from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.wire import BadFrame, Peer
 from speculative.drafter.loop import TextFailed, speculate
-from speculative.drafter.sources import Drafts, EngineDrafts, NoDrafts, RecordedDrafts
+from speculative.drafter.sources import EngineDrafts
+from speculative.drafts import Drafts, NoDrafts, RecordedDrafts
 from speculative.messages import Welcome
 from speculative.settings import Mode
 from speculative.verifier.connections import FirstProtocolAnswers, Front

@@ -13,12 +13,13 @@ from lab.engine.base import Engine, Request, Session, SyntheticEngine, TargetSte
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.text.words import Words
+from speculative.acceptance import prefix_hash
 from speculative.drafter.loop import Desync, OwnText
-from speculative.drafter.sources import RandomDrafts
+from speculative.drafts import RandomDrafts
 from speculative.messages import Reason
+from speculative.request import Ended, Outcome, TextRequest, Verdict, Waiting
 from speculative.settings import Mode
 from speculative.verifier.scheduler import EngineFailed, Terms, Verifier
-from speculative.verifier.sequence import Ended, Outcome, TextRequest, Verdict, Waiting, prefix_hash
 from tests.random_models import random_model
 from tests.speculative.in_process import TERMS, local_engine, request
 

@@ -13,10 +13,10 @@ import torch
 from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
 from lab.settings import UserError
-from speculative.engines import open_target
+from speculative.request import Ended, TextRequest, Verdict
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier.scheduler import Verifier
-from speculative.verifier.sequence import Ended, TextRequest, Verdict
+from speculative.verifier.target import open_target
 from split.chain.boundary import Boundary
 from split.inference.open import load_stage, make_side
 from split.settings import SplitSettings
