@@ -16,7 +16,7 @@ from speculative.acceptance import common_length, prefix_hash
 from speculative.drafts import Drafts
 from speculative.messages import Reason
 from speculative.policy import DraftLength
-from speculative.request import Ended, Outcome, GenerationRequest, Verdict, Waiting
+from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.settings import Mode
 
 SYNC_LENGTH = 5
@@ -128,7 +128,9 @@ class Round:
 class DraftedSequence:
     """The drafter's copy of a text: what is verified, and what is guessed beyond."""
 
-    def __init__(self, request: GenerationRequest, drafts: Drafts, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, request: GenerationRequest, drafts: Drafts, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.request = request
         self.draft_seconds = 0.0
         """Time that guesses took since the last round."""

@@ -24,7 +24,7 @@ from lab.text.prompts import asked_ids
 from lab.text.running_text import Said, said
 from lab.tracking import Tracker
 from speculative.drafter.check import find_flips
-from speculative.drafter.loop import SYNC_LENGTH, Round, RequestRefused, speculate
+from speculative.drafter.loop import SYNC_LENGTH, RequestRefused, Round, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.tally import Tally
 from speculative.drafter.target import RemoteTarget, Ticket, join
