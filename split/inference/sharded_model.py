@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from lab import faults
 from lab.engine.base import (
     NOTHING,
     SWEEP_ROWS,
+    Engine,
     Request,
     Session,
     TargetStep,
@@ -43,7 +45,7 @@ KEPT_SECONDS = 5.0
 """For so long a place in line is kept for who asks again."""
 
 
-class ShardFault(RuntimeError):
+class ShardFault(faults.Fault):
     """A shard could not do what it was asked, and asking again would not help."""
 
 
@@ -151,7 +153,7 @@ class _UnderWay:
     submitted: float
 
 
-class ShardedModel:
+class ShardedModel(Engine):
     """An `Engine` over shards.
 
     Args:
