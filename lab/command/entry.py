@@ -38,6 +38,7 @@ from lab.command.ending import (
     disk_full,
     end_children,
     end_of,
+    is_ending,
     leave_at_once,
 )
 from lab.command.explain import explain
@@ -331,7 +332,9 @@ def finish(figures: dict[str, Any], settings: LabSettings, place: Run, out: Text
     streams.print_last_line(text, out or sys.stdout)
 
 
-def _device(settings: LabSettings) -> str:
+def _device(settings: LabSettings) -> str | None:
+    if is_ending() and "lab.device" not in sys.modules:  # an end is not the time to load torch
+        return None
     from lab.device import open_device  # imports torch, which `--help` can do without
 
     return open_device(settings.device).type
