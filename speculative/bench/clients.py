@@ -19,11 +19,10 @@ from lab.engine.sampling import Sampling
 from lab.wire import WireError
 from speculative.bench.rig import DRAFTER_CORE, Case, Rig
 from speculative.bench.rows import ASYNC, Row, plain_row, row_name, synthetic_case
-from speculative.drafter.joining import join
 from speculative.drafter.loop import TargetLost
 from speculative.drafter.session import make_request
 from speculative.drafter.tally import Tally
-from speculative.drafter.target import RemoteTarget
+from speculative.drafter.target import RemoteTarget, join
 from speculative.settings import DraftSource, SpeculativeSettings
 
 LEAST_OVER_ONE = 2.5

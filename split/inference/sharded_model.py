@@ -19,6 +19,7 @@ from lab import faults
 from lab.engine.base import (
     NOTHING,
     SWEEP_ROWS,
+    Engine,
     Request,
     Session,
     TargetStep,
@@ -152,7 +153,7 @@ class _UnderWay:
     submitted: float
 
 
-class ShardedModel:
+class ShardedModel(Engine):
     """An `Engine` over shards.
 
     Args:

@@ -6,15 +6,15 @@ import io
 
 import pytest
 
-from lab.command.terminal import PLAIN
-from speculative.drafter.colours import ACCEPTED, CORRECTED, TextStream
+from lab.command.terminal import PLAIN, TextStream
+from speculative.drafter.session import ACCEPTED, CORRECTED, show
 from tests.lab.command.test_terminal import Terminal, decode_bytes
 from tests.speculative.in_process import sync_round
 
 
 def _shown(stream: io.StringIO, text: bytes, accepted: int) -> str:
     shown = TextStream(decode_bytes, stream)
-    shown.show(sync_round(list(text[:accepted]), accepted, list(text[accepted:]), [], []))
+    show(shown, sync_round(list(text[:accepted]), accepted, list(text[accepted:]), [], []))
     shown.finish(CORRECTED)
     return stream.getvalue()
 
