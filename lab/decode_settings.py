@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lab.engine.settings import CacheSettings
-from lab.settings import LabSettings, register_project, require, require_at_least
+from lab.settings import LabSettings, register, require, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -29,4 +29,4 @@ class DecodeSettings(LabSettings):
     project: DecodeProjectSettings
 
 
-register_project("decode", DecodeProjectSettings)
+register("decode", DecodeSettings)

@@ -11,7 +11,7 @@ from speculative.settings import Mode
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRequest:
+class GenerationRequest:
     """What is asked of the target."""
 
     prompt_ids: Sequence[int]

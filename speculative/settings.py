@@ -7,7 +7,7 @@ from enum import Enum
 
 from lab.engine.kinds import EngineKind
 from lab.engine.settings import CacheSettings
-from lab.settings import Dtype, LabSettings, register_project, require, require_above, require_at_least
+from lab.settings import Dtype, LabSettings, register, require, require_above, require_at_least
 from lab.text.settings import TextSettings
 from speculative.bench.settings import BenchSettings
 
@@ -242,4 +242,4 @@ class SpeculativeSettings(LabSettings):
         return True
 
 
-register_project("spec_decoding", SpeculativeProjectSettings)
+register("spec_decoding", SpeculativeSettings)

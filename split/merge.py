@@ -10,7 +10,7 @@ from typing import Any
 
 from lab.command import entry
 from lab.files import path_of
-from lab.settings import LabSettings, UserError, register_project
+from lab.settings import LabSettings, UserError, register
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,7 @@ class MergeSettings(LabSettings):
     project: MergeProjectSettings
 
 
-register_project("split_merge", MergeProjectSettings)
+register("split_merge", MergeSettings)
 
 
 def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:

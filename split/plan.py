@@ -17,7 +17,7 @@ from lab.settings import (
     ModelSettings,
     Quantization,
     UserError,
-    register_project,
+    register,
     require,
     require_above,
     require_at_least,
@@ -84,7 +84,7 @@ class PlanSettings(LabSettings):
     project: PlanProjectSettings
 
 
-register_project("split_plan", PlanProjectSettings)
+register("split_plan", PlanSettings)
 
 
 def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from enum import Enum
 from typing_extensions import override
 
 from lab.engine.settings import CacheSettings
-from lab.settings import LabSettings, register_project, require, require_above, require_at_least
+from lab.settings import LabSettings, register, require, require_above, require_at_least
 from lab.text.settings import TextSettings
 from split.chain.address import Address
 from split.chain.boundary import Boundary
@@ -123,4 +123,4 @@ class SplitSettings(LabSettings):
         return True
 
 
-register_project("split_inf", SplitProjectSettings)
+register("split_inf", SplitSettings)

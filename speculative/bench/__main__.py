@@ -43,9 +43,7 @@ from lab.command import entry
 from lab.environment import commit
 from lab.settings import UserError
 from lab.tracking import Tracker
-from speculative.bench import clients as bench_clients
-from speculative.bench import loops as benching
-from speculative.bench import plots
+from speculative.bench import clients, loops, plots
 from speculative.bench.rig import Rig, for_engine
 from speculative.bench.rows import Row
 from speculative.bench.settings import BenchEngine, BenchPart
@@ -53,18 +51,18 @@ from speculative.settings import SpeculativeSettings
 
 PARTS: dict[BenchEngine, dict[BenchPart, Callable[[Rig], list[Row]]]] = {
     BenchEngine.synthetic: {
-        BenchPart.loops: benching.loops,
-        BenchPart.lengths: benching.lengths,
-        BenchPart.near: benching.near,
-        BenchPart.useless: benching.useless,
-        BenchPart.neighbours: bench_clients.neighbours,
-        BenchPart.frame: benching.frame,
-        BenchPart.busy: benching.busy,
+        BenchPart.loops: loops.loops,
+        BenchPart.lengths: loops.lengths,
+        BenchPart.near: loops.near,
+        BenchPart.useless: loops.useless,
+        BenchPart.neighbours: clients.neighbours,
+        BenchPart.frame: loops.frame,
+        BenchPart.busy: loops.busy,
     },
     BenchEngine.real: {
-        BenchPart.sources: benching.sources,
-        BenchPart.texts: benching.texts,
-        BenchPart.crowd: bench_clients.crowd,
+        BenchPart.sources: loops.sources,
+        BenchPart.texts: loops.texts,
+        BenchPart.crowd: clients.crowd,
     },
 }
 
@@ -100,8 +98,8 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 def draw(folder: Path, rows: list[Row]) -> list[Path]:
     """The pictures that the rows have figures for."""
     pictures = [folder / "busy.png"] if (folder / "busy.png").exists() else []
-    if loops := [row for row in rows if row["part"] == "loops"]:
-        pictures.append(plots.draw_speedups(folder / "speedup.png", loops, "measured (points), predicted (dashed)"))
+    if measured := [row for row in rows if row["part"] == "loops"]:
+        pictures.append(plots.draw_speedups(folder / "speedup.png", measured, "measured (points), predicted (dashed)"))
     if texts := [row for row in rows if row["part"] == "texts"]:
         pictures.append(plots.draw_texts(folder / "texts.png", texts))
     return pictures

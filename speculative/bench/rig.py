@@ -36,7 +36,7 @@ from speculative.drafter.sources import open_drafts
 from speculative.drafter.tally import Tally
 from speculative.drafter.target import RemoteTarget, join
 from speculative.drafts import Drafts, NoDrafts
-from speculative.messages import TABLE, Draft, MessageType, Verdict
+from speculative.messages import TABLE, DraftFrame, MessageType, VerdictFrame
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.theory import Guess, Speeds
 from speculative.vocabulary import token_texts
@@ -218,10 +218,10 @@ def text_bytes(prompt_length: int, rounds: Sequence[Round]) -> int:
     """Bytes of every DRAFT and VERDICT of a text of the synchronous loop, headers included."""
     total, epoch, position = 0, 0, prompt_length
     for done in rounds:
-        draft = Draft(epoch=epoch, position=position)
+        draft = DraftFrame(epoch=epoch, position=position)
         total += len(encode(TABLE, MessageType.draft, 1, draft, pack_tokens(done.guesses)))
         epoch += done.accepted < len(done.guesses)
-        verdict = Verdict(epoch=epoch, position=position, accepted=done.accepted, prefix=None)
+        verdict = VerdictFrame(epoch=epoch, position=position, accepted=done.accepted, prefix=None)
         total += len(encode(TABLE, MessageType.verdict, 1, verdict, pack_tokens(done.ids)))
         position += len(done.tokens)
     return total

@@ -27,7 +27,7 @@ from speculative.bench.rig import DRAFTER_CORE, VERIFIER_CORE, WARM_UP_TOKENS, C
 from speculative.drafter.loop import Round
 from speculative.drafts import Drafts
 from speculative.settings import Mode
-from speculative.verifier.server import Served, serve
+from speculative.verifier.server import ServerStats, serve
 from speculative.verifier.target import open_target
 
 Span = tuple[float, float]
@@ -138,7 +138,7 @@ def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
 
     def work(tracker: Tracker) -> None:
         with suppress(asyncio.CancelledError):
-            asyncio.run(serve(settings, watched, rig.tokenizer, None, tracker, Served(), announce))
+            asyncio.run(serve(settings, watched, rig.tokenizer, None, tracker, ServerStats(), announce))
 
     with Tracker(settings, "timeline", rig.folder / "timeline") as tracker, pinned(VERIFIER_CORE):
         thread = threading.Thread(target=work, args=(tracker,), name="watched-verifier", daemon=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from speculative.drafter.loop import Target, speculate
 from speculative.drafts import NoDrafts
-from speculative.request import TextRequest
+from speculative.request import GenerationRequest
 from speculative.settings import Mode
 
 
@@ -24,7 +24,9 @@ class Flip:
     """The lead of that over the second best; a batch of another shape moves logits by about 1e-6 in float32."""
 
 
-def find_flips(target: Target, request: TextRequest, new_ids: Sequence[int], end_ids: Collection[int]) -> list[Flip]:
+def find_flips(
+    target: Target, request: GenerationRequest, new_ids: Sequence[int], end_ids: Collection[int]
+) -> list[Flip]:
     """Let the target decode the text token by token, alone, and note where it differs; then go on behind that place.
 
     None found: the text is the target's own, token by token. Margins need a target that reports them.

@@ -24,13 +24,13 @@ from lab.text.prompts import asked_ids
 from lab.text.running_text import Said, said
 from lab.tracking import Tracker
 from speculative.drafter.check import find_flips
-from speculative.drafter.loop import SYNC_LENGTH, Round, TextRefused, speculate
+from speculative.drafter.loop import SYNC_LENGTH, RequestRefused, Round, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.tally import Tally
 from speculative.drafter.target import RemoteTarget, Ticket, join
 from speculative.drafts import Drafts, NoDrafts
-from speculative.messages import MAX_PROMPT_TOKENS, Welcome
-from speculative.request import TextRequest
+from speculative.messages import MAX_PROMPT_TOKENS, WelcomeFrame
+from speculative.request import GenerationRequest
 from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
 from speculative.vocabulary import token_texts
@@ -47,8 +47,8 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     Raises:
         UserError: a prompt or settings that this target does not take.
         WireError: the verifier cannot be joined.
-        TextRefused: the verifier does not take the text.
-        TextFailed, WireError: the text could not go on; `place.so_far` has what there is of it.
+        RequestRefused: the verifier does not take the text.
+        RequestFailed, WireError: the text could not go on; `place.so_far` has what there is of it.
     """
     project = settings.project
     device = open_device(settings.device)
@@ -67,7 +67,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         try:
             name_text(settings.project.resume, target, place.folder / "text.json")
             speak(target, drafts, request, tokenizer, tally, tracker, project.stops)
-        except TextRefused:
+        except RequestRefused:
             if not tally.token_ids:
                 place.so_far = dict  # it has not begun
             raise
@@ -81,7 +81,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     return result
 
 
-def _check_request(request: TextRequest, texts: Sequence[str], welcome: Welcome) -> None:
+def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
     """UserError for a prompt that this target has no place for, and for words about tokens that it does not have."""
     if request.sampling.words is not None:
         try:
@@ -101,7 +101,7 @@ def _check_request(request: TextRequest, texts: Sequence[str], welcome: Welcome)
 def speak(
     target: RemoteTarget,
     drafts: Drafts,
-    request: TextRequest,
+    request: GenerationRequest,
     tokenizer: PreTrainedTokenizerBase,
     tally: Tally,
     tracker: Tracker,
@@ -146,10 +146,10 @@ def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
 
 def make_request(
     settings: SpeculativeSettings, ids: Sequence[int], sampling: Sampling, max_new_tokens: int
-) -> TextRequest:
+) -> GenerationRequest:
     """What is asked of the target."""
     project = settings.project
-    return TextRequest(
+    return GenerationRequest(
         prompt_ids=ids,
         sampling=sampling,
         max_new_tokens=max_new_tokens,

@@ -29,12 +29,12 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from lab.device import open_device
     from lab.models.sources import load_tokenizer_only
-    from speculative.verifier.server import Served, figures_of, serve
+    from speculative.verifier.server import ServerStats, figures_of, serve
     from speculative.verifier.target import open_target
 
     target = open_target(settings, open_device(settings.device))
     tokenizer = load_tokenizer_only(settings.model)
-    served = Served()
+    served = ServerStats()
 
     def listening(host: str, port: int) -> None:
         announce(settings.network, target, port)

@@ -19,13 +19,13 @@ from lab.engine.base import Session, TargetStep
 from speculative.acceptance import accepted_length, common_length, prefix_hash, until_end
 from speculative.messages import Reason
 from speculative.policy import Pacing
-from speculative.request import Ended, TextRequest, Verdict
+from speculative.request import Ended, GenerationRequest, Verdict
 from speculative.settings import Mode
 from speculative.verifier.lookup import Lookup
 
 
 @dataclass
-class TextFigures:
+class SequenceFigures:
     """What happened to one text so far."""
 
     passes: int = 0
@@ -48,7 +48,7 @@ class TextFigures:
     least_margin: float = float("inf")
 
 
-class Text:
+class VerifiedSequence:
     """One text, from its OPEN to its end.
 
     Args:
@@ -60,7 +60,7 @@ class Text:
     """
 
     def __init__(
-        self, key: Hashable, request: TextRequest, *, window: int, pacing: Pacing, lookup: Lookup | None
+        self, key: Hashable, request: GenerationRequest, *, window: int, pacing: Pacing, lookup: Lookup | None
     ) -> None:
         self.key = key
         self.request = request
@@ -69,7 +69,7 @@ class Text:
         self.ids = [*request.prompt_ids, *request.new_ids]
         self._prefix = prefix_hash(self.ids)
         self.epoch = 0
-        self.figures = TextFigures()
+        self.figures = SequenceFigures()
         self._window = window
         self._pacing = pacing
         self._lookup = lookup

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require, require_at_least
+from lab.settings import LabSettings, register, require, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -107,5 +107,5 @@ class SplitTrainBenchSettings(LabSettings):
     project: SplitTrainBenchProjectSettings
 
 
-register_project("split_bench", SplitBenchProjectSettings)
-register_project("split_train_bench", SplitTrainBenchProjectSettings)
+register("split_bench", SplitBenchSettings)
+register("split_train_bench", SplitTrainBenchSettings)

@@ -10,7 +10,7 @@ from lab.settings import (
     LabSettings,
     LoraSettings,
     OptimizationSettings,
-    register_project,
+    register,
     require,
     require_at_least,
 )
@@ -114,4 +114,4 @@ class SplitTrainSettings(LabSettings):
     project: SplitTrainProjectSettings
 
 
-register_project("split_train", SplitTrainProjectSettings)
+register("split_train", SplitTrainSettings)

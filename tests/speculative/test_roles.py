@@ -30,10 +30,10 @@ from lab.text.words import Words
 from lab.wire import PeerGone, PeerMismatch
 from speculative.acceptance import until_end
 from speculative.drafter.connection import VerifierConnection
-from speculative.drafter.loop import TextFailed, speculate
+from speculative.drafter.loop import RequestFailed, speculate
 from speculative.drafter.target import RemoteTarget, join
 from speculative.drafts import NgramDrafts, RandomDrafts
-from speculative.messages import Welcome
+from speculative.messages import WelcomeFrame
 from speculative.request import Outcome, Verdict
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier import __main__ as verifier_role
@@ -358,7 +358,7 @@ def test_a_verifier_that_comes_back_with_other_weights_ends_the_text_and_what_th
             target.connection.frames.close()
         return listen(target)
 
-    def other(connection: VerifierConnection, welcome: Welcome) -> VerifierConnection:
+    def other(connection: VerifierConnection, welcome: WelcomeFrame) -> VerifierConnection:
         changed = welcome.target | {"model": "random:another", "adapter": "one"}
         connection.welcome = msgspec.structs.replace(welcome, target=changed)
         return connection
@@ -419,7 +419,7 @@ def test_a_drafter_that_misheard_asks_for_the_text_again_once(
             ids = [token for done in rounds for token in done.tokens]
             assert ids == _own_text(PROMPT, sampling, 40)
         else:
-            with pytest.raises(TextFailed, match="hold different texts up to position"):
+            with pytest.raises(RequestFailed, match="hold different texts up to position"):
                 list(rounds)
         assert target.resumes == 1
 

@@ -13,9 +13,9 @@ import torch
 from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
 from lab.settings import UserError
-from speculative.request import Ended, TextRequest, Verdict
+from speculative.request import Ended, GenerationRequest, Verdict
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.scheduler import Verifier
+from speculative.verifier.scheduler import Scheduler
 from speculative.verifier.target import open_target
 from split.chain.boundary import Boundary
 from split.inference.open import load_stage, make_side
@@ -27,9 +27,9 @@ from tests.split.processes import Process
 def _text(settings: SpeculativeSettings) -> list[int]:
     """What a verifier writes, with guesses that are right, wrong and late offered to it."""
     target = open_target(settings, torch.device("cpu"))
-    verifier = Verifier(target.engine, end_ids=[], terms=replace(TERMS, prefill_chunk=16), closed=lambda *_: None)
+    verifier = Scheduler(target.engine, end_ids=[], terms=replace(TERMS, prefill_chunk=16), closed=lambda *_: None)
     sampling = Sampling(seed=3, temperature=0.8, top_k=50, top_p=0.95)
-    request = TextRequest(
+    request = GenerationRequest(
         prompt_ids=list(b"def main():"), sampling=sampling, max_new_tokens=40, mode=Mode["async"], threshold=None
     )
     assert verifier.open("text", request, client="client") == []
