@@ -22,8 +22,7 @@ from simulations.bench_settings import BenchSettings
 from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
-from split.bench.settings import SplitBenchSettings
-from split.bench.training_settings import SplitTrainBenchSettings
+from split.bench.settings import SplitBenchSettings, SplitTrainBenchSettings
 from split.merge import MergeSettings
 from split.plan import PlanSettings
 from split.settings import SplitSettings
