@@ -13,7 +13,7 @@ import conf
 from fl.bench.settings import FederatedBenchSettings
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
-from lab.decode_settings import DecodeSettings
+from lab.decode import DecodeSettings
 from lab.doctor import DoctorSettings
 from lab.models.sources import random_config
 from lab.settings import LabSettings, ModelSource

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lab.bench import Row, Sample, interleaved, judged, missed, ratio, run_parts, write_report
 from lab.command.entry import Run, compose_settings
-from lab.decode_settings import DecodeSettings
+from lab.decode import DecodeSettings
 from lab.settings import UserError
 
 
