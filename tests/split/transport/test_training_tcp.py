@@ -157,8 +157,8 @@ def test_a_trainer_that_leaves_in_the_middle_leaves_nothing_behind(tmp_path: Pat
             with FrameSocket.connect(first.address.host, first.address.port, ours, tls=None) as peer:
                 head = Attach(client=1, next=[where], next_instance=1)
                 send(peer, 0, head)
-                _eventually(lambda: first.server._run is not None and first.server._run.trainer == 1)
-            _eventually(lambda: first.server._run is None)
+                _eventually(lambda: list(first.server.clients) == [1])
+            _eventually(lambda: not first.server.clients)
         other = connect(addresses)
         assert trainer(other, tmp_path).train_step().step == 0
         other.shutdown()
@@ -173,7 +173,7 @@ def test_a_next_shard_that_hangs_up_on_join_is_passed_over_and_its_reason_told(t
             frame = peer.poll(5)
     assert frame is not None
     assert isinstance(frame.head, Fault)
-    assert all(text in frame.head.text for text in (*where, "joined for a trainer that is not attached"))
+    assert all(text in frame.head.text for text in (*where, "joined for a client that is not attached"))
 
 
 def _eventually(what: Callable[[], bool]) -> None:
