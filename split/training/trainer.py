@@ -222,7 +222,7 @@ class DistributedTrainer:
         self._lost_since_step = 0
         self.weights_delta_norms: list[float] = []
         """Of each shard, at the last checkpoint."""
-        self._begin()
+        self._surely(self._begin, again=False)
 
     @property
     def losses(self) -> list[float]:
