@@ -120,9 +120,10 @@ class TcpChain(Transport):
                 if isinstance(error, PeerFull) and not is_told:
                     is_told = True
                     log.warning("%s; waiting for one to end, %.3g s at most", error, deadline - time.monotonic())
-                if time.monotonic() + RETRY_SECONDS >= deadline:
+                left = deadline - time.monotonic()
+                if left <= 0:
                     raise ShardLost(str(error)) from None
-                time.sleep(RETRY_SECONDS)
+                time.sleep(min(RETRY_SECONDS, left))
 
     @override
     def reports(self) -> list[ShardReport[ShardFigures]]:
