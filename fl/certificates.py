@@ -27,6 +27,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from lab.command import streams
+from lab.command.terminal import one_line
+from lab.files import cannot_use, path_of
 from lab.settings import UserError
 
 FOLDER = Path("~/.config/distributed-llm-lab/certificates")
@@ -193,7 +196,7 @@ def connection_file(server: str, authority: Path) -> str:
 
 def outside_checkout(folder: Path) -> Path:
     """`folder`, absolute; UserError when it lies where it could be committed."""
-    folder = folder.expanduser().absolute()
+    folder = path_of(str(folder), "--folder")
     if folder.resolve().is_relative_to(CHECKOUT):
         raise UserError(f"folder must lie outside {CHECKOUT}, got {str(folder)!r}")
     return folder
@@ -275,6 +278,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Make the files; next steps on stderr, paths as JSON on stdout. Exit code 2 for a bad request."""
+    streams.in_utf8_mode()
+    out = streams.open_streams()
     asked = parse(arguments)
     try:
         if asked.role == "server":
@@ -283,11 +288,14 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             site = make_site(asked.folder, asked.name)
             files, steps = vars(site), site_steps(site)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        line = error if isinstance(error, UserError) else cannot_use("--folder", asked.folder, error)
+        print(f"error: {one_line(str(line))}", file=sys.stderr)
         raise SystemExit(2) from None
     print(steps, file=sys.stderr)
-    print(json.dumps({"status": "ok", **{name: str(path) for name, path in files.items()}}))
+    streams.print_last_line(json.dumps({"status": "ok", **{name: str(path) for name, path in files.items()}}), out)
+    if streams.lost(out) and not streams.is_left(out):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

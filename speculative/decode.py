@@ -23,7 +23,7 @@ from lab.command.processes import listening, own_words
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.tracking import Tracker
-from speculative.drafter.loop import TextRefused
+from speculative.drafter.loop import RequestRefused
 from speculative.drafter.session import draft
 from speculative.settings import SpeculativeSettings
 
@@ -82,7 +82,7 @@ def figures_of(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _speak(settings: SpeculativeSettings, prompt: str, place: entry.Run) -> dict[str, Any]:
     try:
         return draft(replace(settings, prompt=prompt), place)
-    except TextRefused as error:
+    except RequestRefused as error:
         raise UserError(str(error)) from None
 
 

@@ -60,6 +60,8 @@ from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
 PROTOCOL = range(4, 5)
+TOKENIZER = "tokenizer"
+"""Name of the fingerprint that both roles show in the handshake."""
 MAX_PROMPT_TOKENS = 2**18
 MAX_VOCABULARY_BYTES = 2**24
 MAX_END_IDS = 16
@@ -105,7 +107,7 @@ class Reason(Enum):
     """The two sides do not agree on what the text is, or the target failed."""
 
 
-class Welcome(Head):
+class WelcomeFrame(Head):
     """What the target is and takes; the verifier's first frame."""
 
     model: ShortText
@@ -124,7 +126,7 @@ class Welcome(Head):
     """A text that was begun at one target is not resumed at another, whatever its name."""
 
 
-class Open(SamplingHead):
+class OpenFrame(SamplingHead):
     """A new text, and how its tokens are drawn; the body is its prompt."""
 
     name: Uint64
@@ -141,7 +143,7 @@ class Open(SamplingHead):
     """Whether SCORES are wanted."""
 
 
-class Resume(Open):
+class ResumeFrame(OpenFrame):
     """A text that was opened before; the body is its prompt and its new tokens as far as the drafter knows them."""
 
     new_tokens: Uint32
@@ -150,14 +152,14 @@ class Resume(Open):
     """At which the text was begun: WELCOME's word then."""
 
 
-class Draft(Head):
+class DraftFrame(Head):
     """Guesses in the body, for the places from `position` on."""
 
     epoch: Uint32
     position: Uint32
 
 
-class Verdict(Head):
+class VerdictFrame(Head):
     """How the text goes on from `position`: `accepted` guesses, then the ids in the body."""
 
     epoch: Uint32
@@ -168,7 +170,7 @@ class Verdict(Head):
     """`prefix_hash` of the text, these tokens included; None in mode sync."""
 
 
-class Scores(Head):
+class ScoresFrame(Head):
     """float32 numbers in the body, little-endian: the cross-entropy of each guess that was looked at (nats), then the
     margin of each new token (`Choice.margins`)."""
 
@@ -177,14 +179,14 @@ class Scores(Head):
     """How many of the numbers are cross-entropies."""
 
 
-class Waiting(Head):
+class WaitingFrame(Head):
     """A text stands in line for room in the target."""
 
     place: Uint32
     """1: it is the next."""
 
 
-class Close(Head):
+class CloseFrame(Head):
     """The last frame of a text."""
 
     reason: Reason
@@ -195,11 +197,11 @@ class Close(Head):
     """And each further row."""
 
 
-class AskVocabulary(Head):
+class AskVocabularyFrame(Head):
     """Asks for all token texts."""
 
 
-class Vocabulary(Head):
+class VocabularyFrame(Head):
     """The body is a msgpack list: the text of each id, in order."""
 
 
@@ -210,19 +212,19 @@ def _ids(count: int) -> int:
 TABLE = MessageTable(
     {
         MessageType.open: MessageKind(
-            head=Open, max_bytes=128 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
+            head=OpenFrame, max_bytes=128 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
         ),
-        MessageType.draft: MessageKind(head=Draft, max_bytes=16 + _ids(MAX_DRAFT_LENGTH), has_body=True),
+        MessageType.draft: MessageKind(head=DraftFrame, max_bytes=16 + _ids(MAX_DRAFT_LENGTH), has_body=True),
         MessageType.resume: MessageKind(
-            head=Resume, max_bytes=4096 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
+            head=ResumeFrame, max_bytes=4096 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
         ),
         # Of one pass these are few; the answer to a RESUME holds whatever came since.
-        MessageType.verdict: MessageKind(head=Verdict, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
-        MessageType.scores: MessageKind(head=Scores, max_bytes=32 + 4 * (2 * MAX_DRAFT_LENGTH + 1), has_body=True),
-        MessageType.waiting: MessageKind(head=Waiting, max_bytes=16),
-        MessageType.close: MessageKind(head=Close, max_bytes=4 * 1024 + 64),
-        MessageType.welcome: MessageKind(head=Welcome, max_bytes=8192),
-        MessageType.ask_vocabulary: MessageKind(head=AskVocabulary, max_bytes=16),
-        MessageType.vocabulary: MessageKind(head=Vocabulary, max_bytes=MAX_VOCABULARY_BYTES, has_body=True),
+        MessageType.verdict: MessageKind(head=VerdictFrame, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
+        MessageType.scores: MessageKind(head=ScoresFrame, max_bytes=32 + 4 * (2 * MAX_DRAFT_LENGTH + 1), has_body=True),
+        MessageType.waiting: MessageKind(head=WaitingFrame, max_bytes=16),
+        MessageType.close: MessageKind(head=CloseFrame, max_bytes=4 * 1024 + 64),
+        MessageType.welcome: MessageKind(head=WelcomeFrame, max_bytes=8192),
+        MessageType.ask_vocabulary: MessageKind(head=AskVocabularyFrame, max_bytes=16),
+        MessageType.vocabulary: MessageKind(head=VocabularyFrame, max_bytes=MAX_VOCABULARY_BYTES, has_body=True),
     }
 )

@@ -9,16 +9,13 @@ from split.settings import SplitSettings
 
 
 def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
-    """Generates one text; the figures of the last line."""
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    """Generate one text; return the figures of the last line."""
     from lab.device import open_device
     from lab.engine.kv import CacheFull
     from lab.settings import UserError
     from lab.tracking import Tracker
     from split.inference.generate import generate
     from split.inference.open import sharded_model
-    from split.inference.sharded_model import ShardFault
-    from split.transport.base import ShardLost
 
     device = open_device(settings.device)
     try:
@@ -33,13 +30,10 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
         raise UserError(
             f"project.cache_limit_bytes and sessions of the shards must have room for this text: {full}"
         ) from None
-    except (ShardLost, ShardFault) as error:
-        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
-        raise entry.Unfinished(str(error), 1, ended_by) from None
 
 
 def main() -> None:
-    """Composes `conf/split_inf.yaml` and runs."""
+    """Run with `conf/split_inf.yaml`."""
     entry.main("split_inf", SplitSettings, run)
 
 

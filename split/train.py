@@ -9,21 +9,14 @@ from split.training.settings import SplitTrainSettings
 
 
 def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
-    """Trains; the figures of the last line."""
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    """Train; return the figures of the last line."""
     from split.training.run import run_training
-    from split.training.trainer import TrainingFault
-    from split.transport.base import ShardLost
 
-    try:
-        return run_training(settings, place)
-    except (ShardLost, TrainingFault) as error:
-        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
-        raise entry.Unfinished(str(error), 1, ended_by) from None
+    return run_training(settings, place)
 
 
 def main() -> None:
-    """Composes `conf/split_train.yaml` and runs."""
+    """Run with `conf/split_train.yaml`."""
     entry.main("split_train", SplitTrainSettings, run)
 
 

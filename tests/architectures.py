@@ -28,12 +28,13 @@ from lab.engine.context import longest_text
 from lab.engine.sampling import Sampling
 from lab.models.folder import ModelFolder
 from lab.models.proof import Proof, prove, try_out, try_packed
+from lab.models.shape import ModelShape
 from lab.models.slices import read_slice, run_slice
 from lab.models.twin import VOCABULARY, twin_model
 from split.chain.boundary import Boundary
 from split.inference.shard import ShardLimits, shard_class
 from split.inference.sharded_model import ShardedModel
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.transport.inproc import InProcess
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -124,8 +125,7 @@ def _chain(
     config: PreTrainedConfig, folder: Path, proof: Proof, cuts: Sequence[int] = (), **placement: Any
 ) -> list[Any]:
     assert proof.structure is not None
-    text: Any = config.get_text_config(decoder=True)
-    count = int(text.num_hidden_layers)
+    count = ModelShape.of(config).layers
     stored = ModelFolder(folder)
     with stored.lazy(stored.files) as tensors:
         return [
@@ -186,8 +186,7 @@ def _try_text(name: str, proof: Proof) -> None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         model = model.eval()
-        text: Any = config.get_text_config(decoder=True)
-        count, most = int(text.num_hidden_layers), min(longest_text(config) or 60, 60)
+        count, most = ModelShape.of(config).layers, min(longest_text(config) or 60, 60)
         prompts = [torch.randint(1, VOCABULARY, (length,)).tolist() for length in (most - 24, 5)]
         given = torch.tensor([prompts[0]])
         greedy = model.generate(
@@ -199,7 +198,9 @@ def _try_text(name: str, proof: Proof) -> None:
         engines: list[Any] = [LocalEngine(model, sessions=2, prefill_chunk=chunk, **options) for chunk in (16, 128)]
         for cuts, chunk in ((sorted({0, 1, count}), 16), (sorted({0, 1, count - 1, count}), 128)):
             stages = [
-                Stage(shard_class(part.cut.embedding, part.cut.head)(part, part.cut.layers, limits), Boundary.float32)
+                InferenceStage(
+                    shard_class(part.cut.embedding, part.cut.head)(part, part.cut.layers, limits), Boundary.float32
+                )
                 for part in _chain(config, Path(folder), proof, cuts=cuts, dtype=torch.float32)
             ]
             engines.append(

@@ -11,7 +11,6 @@ Shapes: B sessions, T positions in this call, V vocabulary, K rows of logits kep
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,11 +25,11 @@ from transformers.cache_utils import Cache
 from lab.engine.context import longest_text
 from lab.engine.first_fault import first_faults
 from lab.engine.history import History
-from lab.engine.kinds import EngineKind
 from lab.engine.kv import CacheFull, ExactShape, SlotCache, check_attention, layer_shapes
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling, choose, mix64, nll, widened
 from lab.engine.wide_products import pack_products
+from lab.models.shape import ModelShape
 
 Want = Literal["last", "all"]
 """`all`: a step for every id given; `last`: only for the last one, so that a long prompt costs the head once."""
@@ -155,6 +154,8 @@ class Engine(Protocol):
     """The most tokens that a text may have."""
     longest: int
     """The most tokens that a session can be promised: the context, or fewer where not even one such text fits."""
+    has_logits: bool = True
+    """Whether it can apply min_p, penalties and word lists, which change logits."""
 
     def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """Start a text and run its prompt; ``session.step.next_ids[-1]`` is the first new token.
@@ -235,7 +236,7 @@ def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, mo
 
 def check_words(engine: Engine, sampling: Sampling) -> None:
     """Refuse words that an engine cannot mind, as a ValueError."""
-    if isinstance(engine, SyntheticEngine) and (sampling.words is not None or sampling.min_p):
+    if not engine.has_logits and (sampling.words is not None or sampling.min_p):
         raise ValueError(
             "min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits"
         )
@@ -357,7 +358,7 @@ def together(pieces: Sequence[PieceT], most_padding: float) -> list[list[PieceT]
     return groups
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """A whole decoder-only transformers model in this process.
 
     Args:
@@ -392,15 +393,14 @@ class LocalEngine:
     ) -> None:
         pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
-        config = self._model.config.get_text_config(decoder=True)
-        longest = longest_text(config) or context
+        longest = longest_text(self._model.config) or context
         if not 1 <= context <= longest:
             raise ValueError(f"context must be in [1, {longest}], got {context}")
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         if exact_rows is not None and exact_rows < 1:
             raise ValueError(f"exact_rows must be at least 1, got {exact_rows}")
-        self.vocabulary_size = int(config.vocab_size)
+        self.vocabulary_size = ModelShape.of(self._model.config).vocabulary
         self.context = context
         self._device: torch.device = self._model.device
         self._exact_rows = exact_rows and -(-exact_rows // _BLOCK_ROWS) * _BLOCK_ROWS
@@ -555,7 +555,7 @@ class LocalEngine:
             self.cache.release(slot)
 
 
-class SyntheticEngine:
+class SyntheticEngine(Engine):
     """An engine without a model: text from a hash, and passes that take the time they are told to.
 
     The token at a position is a hash of the seed, the position and all tokens before it, so that a wrong token changes
@@ -571,6 +571,8 @@ class SyntheticEngine:
         agreement: Probability to say what the target says; 1 is the target itself.
         sleep: Waits so many seconds; a test passes its own.
     """
+
+    has_logits = False
 
     def __init__(
         self,
@@ -646,15 +648,3 @@ class SyntheticEngine:
         if mix64(prefix + 2) < self._agreement * 2**64:
             return target
         return (target + 1 + mix64(prefix + 3) % (self.vocabulary_size - 1)) % self.vocabulary_size
-
-
-def open_engine(kind: EngineKind, *arguments: Any, **options: Any) -> Engine:
-    """Make an engine. The table is closed; modules are imported when they are asked for, since `lab` knows no pillar.
-
-    Args:
-        kind: Which one.
-        arguments: What its class takes.
-        options: What its class takes.
-    """
-    module, name = kind.value.split(":")
-    return cast(Engine, getattr(importlib.import_module(module), name)(*arguments, **options))

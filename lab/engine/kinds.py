@@ -1,13 +1,49 @@
-"""Which engines there are, for settings: loads none of them, and no torch."""
+"""Kinds of engines, for settings, and the seam to the one that another pillar builds. Loads no torch."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from enum import Enum
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from lab.engine.base import Engine
+    from lab.settings import ModelSettings, NetworkSettings
 
 
 class EngineKind(Enum):
     """Which engine stands behind a role; names are what people type."""
 
-    local = "lab.engine.base:LocalEngine"
-    split = "split.inference.open:join_shards"
-    synthetic = "lab.engine.base:SyntheticEngine"
+    local = "local"
+    split = "split"
+    synthetic = "synthetic"
+
+
+def open_split_engine(
+    model: ModelSettings,
+    network: NetworkSettings,
+    *,
+    shards: Sequence[str],
+    spares: Sequence[str],
+    boundary: str,
+    context: int,
+    prefill_chunk: int,
+    start_seconds: float,
+    recovery_seconds: float,
+) -> Engine:
+    """Open `split.inference.open.join_shards`. Imported by name, when it is asked for: `lab` knows no pillar, and no
+    pillar another one."""
+    module = importlib.import_module("split.inference.open")
+    engine = module.join_shards(
+        model,
+        network,
+        shards=shards,
+        spares=spares,
+        boundary=boundary,
+        context=context,
+        prefill_chunk=prefill_chunk,
+        start_seconds=start_seconds,
+        recovery_seconds=recovery_seconds,
+    )
+    return cast("Engine", engine)

@@ -33,11 +33,6 @@ from lab.engine import row_attention
 class CacheFull(RuntimeError):
     """No slot is free, or what would be promised does not fit into the limit in bytes. Nothing was changed."""
 
-    def __init__(self, what: str, *, fits: int = 0) -> None:
-        super().__init__(what)
-        self.fits = fits
-        """Positions that would fit now."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
@@ -258,8 +253,7 @@ class SlotCache(Cache):
             fits = 0 if max(self._promised) > fits else fits
             raise CacheFull(
                 f"the KV cache is full: {self._needs(slots, self._rounded(longest))}; room for a text of {fits} "
-                f"positions is left, got {most}",
-                fits=fits,
+                f"positions is left, got {most}"
             )
         self._promised[slot] = most
         return slot

@@ -38,77 +38,62 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lab.bench import missed, write_report
+from lab.bench import Row, run_parts
 from lab.command import entry
 from lab.environment import commit
-from lab.settings import UserError
-from lab.tracking import Tracker
-from speculative.bench import clients as bench_clients
-from speculative.bench import loops as benching
-from speculative.bench import plots
+from speculative.bench import clients, loops, plots
 from speculative.bench.rig import Rig, for_engine
-from speculative.bench.rows import Row
-from speculative.bench.settings import BenchEngine, BenchPart
+from speculative.bench.settings import BenchEngine
 from speculative.settings import SpeculativeSettings
 
-PARTS: dict[BenchEngine, dict[BenchPart, Callable[[Rig], list[Row]]]] = {
+PARTS: dict[BenchEngine, dict[str, Callable[[Rig], list[Row]]]] = {
     BenchEngine.synthetic: {
-        BenchPart.loops: benching.loops,
-        BenchPart.lengths: benching.lengths,
-        BenchPart.near: benching.near,
-        BenchPart.useless: benching.useless,
-        BenchPart.neighbours: bench_clients.neighbours,
-        BenchPart.frame: benching.frame,
-        BenchPart.busy: benching.busy,
+        "loops": loops.loops,
+        "lengths": loops.lengths,
+        "near": loops.near,
+        "useless": loops.useless,
+        "neighbours": clients.neighbours,
+        "frame": loops.frame,
+        "busy": loops.busy,
     },
     BenchEngine.real: {
-        BenchPart.sources: benching.sources,
-        BenchPart.texts: benching.texts,
-        BenchPart.crowd: bench_clients.crowd,
+        "sources": loops.sources,
+        "texts": loops.texts,
+        "crowd": clients.crowd,
     },
 }
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Measures every part; the rows are the result."""
+    """Measure the chosen parts; return the figures of the last line."""
     settings = for_engine(settings)
     bench = settings.project.bench
-    known = PARTS[bench.engine]
-    if unknown := [part.name for part in bench.parts if part not in known]:
-        names = ", ".join(part.name for part in known)
-        raise UserError(f"project.bench.parts must be of {names} for engine={bench.engine.name}, got {unknown}")
-    rows: list[Row] = []
-    place.so_far = lambda: {"rows": rows}
-    with Tracker(settings, "speculative-bench", place.folder) as tracker, Rig(settings, place.folder) as rig:
-        for part in bench.parts or known:
-            for row in known[part](rig):
-                tracker.log(len(rows), **row)
-                rows.append(row)
-        path = place.folder / f"speculative-{bench.engine.name}-{commit() or 'unknown'}.json"
-        document = write_report(path, "speculative", rows)
-        pictures = draw(place.folder, document["rows"])
-        tracker.result({"rows": len(rows)})
-    return {
-        "benchmark": "speculative",
-        "report": path,
-        "pictures": pictures,
-        "missed": missed(rows),
-        "rows": document["rows"],
-    }
+    parts = PARTS[bench.engine]
+    figures = run_parts(
+        "speculative",
+        parts,
+        bench.parts or list(parts),
+        Rig(settings, place.folder),
+        settings=settings,
+        place=place,
+        report=place.folder / f"speculative-{bench.engine.name}-{commit() or 'unknown'}.json",
+        rule=f"project.bench.parts must be of {{}} for engine={bench.engine.name}",
+    )
+    return figures | {"pictures": draw(place.folder, figures["rows"])}
 
 
 def draw(folder: Path, rows: list[Row]) -> list[Path]:
     """The pictures that the rows have figures for."""
     pictures = [folder / "busy.png"] if (folder / "busy.png").exists() else []
-    if loops := [row for row in rows if row["part"] == "loops"]:
-        pictures.append(plots.draw_speedups(folder / "speedup.png", loops, "measured (points), predicted (dashed)"))
+    if measured := [row for row in rows if row["part"] == "loops"]:
+        pictures.append(plots.draw_speedups(folder / "speedup.png", measured, "measured (points), predicted (dashed)"))
     if texts := [row for row in rows if row["part"] == "texts"]:
         pictures.append(plots.draw_texts(folder / "texts.png", texts))
     return pictures
 
 
 def main() -> None:
-    """Composes `conf/spec_decoding.yaml` and measures."""
+    """Run with `conf/spec_decoding.yaml`."""
     entry.main("spec_decoding", SpeculativeSettings, run)
 
 

@@ -13,17 +13,16 @@ from dataclasses import replace
 from multiprocessing.synchronize import Event
 from typing import Any
 
-from lab.bench import Sample, judged, pinned, ratio
+from lab.bench import Row, Sample, judged, pinned, ratio
 from lab.command.processes import start
 from lab.engine.sampling import Sampling
 from lab.wire import WireError
 from speculative.bench.rig import DRAFTER_CORE, Case, Rig
-from speculative.bench.rows import ASYNC, Row, plain_row, row_name, synthetic_case
-from speculative.drafter.joining import join
+from speculative.bench.rows import ASYNC, plain_row, row_name, synthetic_case
 from speculative.drafter.loop import TargetLost
 from speculative.drafter.session import make_request
 from speculative.drafter.tally import Tally
-from speculative.drafter.target import RemoteTarget
+from speculative.drafter.target import RemoteTarget, join
 from speculative.settings import DraftSource, SpeculativeSettings
 
 LEAST_OVER_ONE = 2.5

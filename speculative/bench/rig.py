@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import conf
-from lab.bench import pinned
+from lab.bench import link_process, pinned
 from lab.command.entry import compose_settings
 from lab.command.overrides import override
 from lab.command.processes import listening
@@ -30,14 +30,13 @@ from lab.text.asking import asked_sampling
 from lab.text.prompts import prompt_ids
 from lab.wire import encode, pack_tokens
 from speculative.bench.settings import BenchEngine
-from speculative.drafter.joining import join
 from speculative.drafter.loop import Round, speculate
 from speculative.drafter.session import make_request
-from speculative.drafter.sources import Drafts, NoDrafts
+from speculative.drafter.sources import open_drafts
 from speculative.drafter.tally import Tally
-from speculative.drafter.target import RemoteTarget
-from speculative.engines import open_drafts
-from speculative.messages import TABLE, Draft, MessageType, Verdict
+from speculative.drafter.target import RemoteTarget, join
+from speculative.drafts import Drafts, NoDrafts
+from speculative.messages import TABLE, DraftFrame, MessageType, VerdictFrame
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.theory import Guess, Speeds
 from speculative.vocabulary import token_texts
@@ -129,7 +128,9 @@ class Rig:
         """The port of a link to the verifier with this round-trip time, half each way."""
         if rtt_seconds not in self._links:
             folder = self.folder / f"link-{rtt_seconds:g}"
-            self._links[rtt_seconds] = self._stack.enter_context(link_process(self.port, rtt_seconds, folder))
+            self._links[rtt_seconds] = self._stack.enter_context(
+                link_process(self.port, rtt_seconds, folder, START_SECONDS)
+            )
         return self._links[rtt_seconds]
 
     def join(self, rtt_seconds: float) -> RemoteTarget:
@@ -219,10 +220,10 @@ def text_bytes(prompt_length: int, rounds: Sequence[Round]) -> int:
     """Bytes of every DRAFT and VERDICT of a text of the synchronous loop, headers included."""
     total, epoch, position = 0, 0, prompt_length
     for done in rounds:
-        draft = Draft(epoch=epoch, position=position)
+        draft = DraftFrame(epoch=epoch, position=position)
         total += len(encode(TABLE, MessageType.draft, 1, draft, pack_tokens(done.guesses)))
         epoch += done.accepted < len(done.guesses)
-        verdict = Verdict(epoch=epoch, position=position, accepted=done.accepted, prefix=None)
+        verdict = VerdictFrame(epoch=epoch, position=position, accepted=done.accepted, prefix=None)
         total += len(encode(TABLE, MessageType.verdict, 1, verdict, pack_tokens(done.ids)))
         position += len(done.tokens)
     return total
@@ -276,17 +277,3 @@ def model_words(settings: SpeculativeSettings) -> list[str]:
         )
     cache = path_of(model.cache_dir, "model.cache_dir")
     return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", override("model.cache_dir", cache)]
-
-
-@contextmanager
-def link_process(port: int, rtt_seconds: float, folder: Path) -> Iterator[int]:
-    """A link to `port` with this round-trip time, half each way; yields its own port."""
-    words = [
-        "network.port=0",
-        "tracking=none",
-        f"project.target_port={port}",
-        f"project.up.delay_seconds={rtt_seconds / 2}",
-        f"project.down.delay_seconds={rtt_seconds / 2}",
-    ]
-    with listening("simulations.link", words, folder, START_SECONDS) as own:
-        yield own

@@ -17,21 +17,6 @@ class BenchEngine(Enum):
     """`model`, and the drafts of `project.draft`."""
 
 
-class BenchPart(Enum):
-    """One table of rows; see `speculative.bench`."""
-
-    loops = "loops"
-    lengths = "lengths"
-    near = "near"
-    useless = "useless"
-    neighbours = "neighbours"
-    frame = "frame"
-    busy = "busy"
-    texts = "texts"
-    sources = "sources"
-    crowd = "crowd"
-
-
 @dataclass(kw_only=True)
 class BenchText:
     """One prompt."""
@@ -47,8 +32,8 @@ class BenchSettings:
     """Sizes of the benchmark. Values of one engine's parts do not change the other's."""
 
     engine: BenchEngine
-    parts: list[BenchPart]
-    """Which to run, in order; none: all of the engine."""
+    parts: list[str]
+    """Names of the tables to measure, in order, from `PARTS` of the engine; none: all."""
     rtt_seconds: list[float]
     """Round-trip times that the link adds, half each way."""
     draft_lengths: list[int]

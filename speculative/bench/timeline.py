@@ -15,18 +15,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lab.bench import pinned
+from typing_extensions import override
+
+from lab.bench import link_process, pinned
 from lab.device import open_device
 from lab.engine.base import Engine, Request, Session, TargetStep, Want
 from lab.engine.sampling import Sampling
 from lab.settings import WandbMode
 from lab.tracking import Tracker
-from speculative.bench.rig import DRAFTER_CORE, VERIFIER_CORE, WARM_UP_TOKENS, Case, Rig, link_process
+from speculative.bench.rig import DRAFTER_CORE, START_SECONDS, VERIFIER_CORE, WARM_UP_TOKENS, Case, Rig
 from speculative.drafter.loop import Round
-from speculative.drafter.sources import Drafts
-from speculative.engines import open_target
+from speculative.drafts import Drafts
 from speculative.settings import Mode
-from speculative.verifier.server import Served, serve
+from speculative.verifier.server import ServerStats, serve
+from speculative.verifier.target import open_target
 
 Span = tuple[float, float]
 END_SECONDS = 30.0
@@ -64,58 +66,58 @@ class Timeline:
         self.verdicts.append((time.monotonic(), len(done.tokens), done.right < done.checked))
 
 
-class WatchedEngine:
+class WatchedEngine(Engine):
     """Another engine, with a note of when it was busy."""
 
     def __init__(self, engine: Engine, timeline: Timeline) -> None:
         self._engine, self._timeline = engine, timeline
         self.vocabulary_size, self.context = engine.vocabulary_size, engine.context
-        self.longest = engine.longest
+        self.longest, self.has_logits = engine.longest, engine.has_logits
 
+    @override
     def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
-        """See `Engine.open`."""
         return self._engine.open(prompt_ids, sampling, most_tokens)
 
+    @override
     def extend(self, requests: Sequence[Request], want: Want) -> list[TargetStep]:
-        """See `Engine.extend`."""
         began = time.monotonic()
         steps = self._engine.extend(requests, want)
         self._timeline.passes.append((began, time.monotonic()))
         self._timeline.rows.append(sum(len(ids) for _, ids in requests))
         return steps
 
+    @override
     def close(self, session: Session) -> None:
-        """See `Engine.close`."""
         self._engine.close(session)
 
+    @override
     def shutdown(self) -> None:
-        """See `Engine.shutdown`."""
         self._engine.shutdown()
 
 
-class WatchedDrafts:
+class WatchedDrafts(Drafts):
     """Other drafts, with a note of when they were busy."""
 
     def __init__(self, drafts: Drafts, timeline: Timeline) -> None:
         self._drafts, self._timeline = drafts, timeline
 
+    @override
     def begin(self, prompt_ids: Sequence[int]) -> None:
-        """See `Drafts.begin`."""
         self._drafts.begin(prompt_ids)
 
+    @override
     def propose(self, count: int) -> list[int]:
-        """See `Drafts.propose`."""
         began = time.monotonic()
         found = self._drafts.propose(count)
         self._timeline.steps.append((began, time.monotonic()))
         return found
 
+    @override
     def correct(self, position: int, ids: Sequence[int]) -> None:
-        """See `Drafts.correct`."""
         self._drafts.correct(position, ids)
 
+    @override
     def close(self) -> None:
-        """See `Drafts.close`."""
         self._drafts.close()
 
 
@@ -136,7 +138,7 @@ def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
 
     def work(tracker: Tracker) -> None:
         with suppress(asyncio.CancelledError):
-            asyncio.run(serve(settings, watched, rig.tokenizer, None, tracker, Served(), announce))
+            asyncio.run(serve(settings, watched, rig.tokenizer, None, tracker, ServerStats(), announce))
 
     with Tracker(settings, "timeline", rig.folder / "timeline") as tracker, pinned(VERIFIER_CORE):
         thread = threading.Thread(target=work, args=(tracker,), name="watched-verifier", daemon=True)
@@ -156,7 +158,7 @@ def watch(rig: Rig, case: Case) -> Timeline:
     with ExitStack() as stack:
         verifier = stack.enter_context(watched_verifier(rig, timeline))
         folder = rig.folder / f"link-watched-{case.mode.name}"
-        link = stack.enter_context(link_process(verifier, case.rtt_seconds, folder))
+        link = stack.enter_context(link_process(verifier, case.rtt_seconds, folder, START_SECONDS))
         target = stack.enter_context(rig.join_at(link))
         list(rig.rounds(replace(case, mode=Mode.target_only, new_tokens=WARM_UP_TOKENS), target))
         timeline.clear()

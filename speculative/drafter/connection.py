@@ -15,7 +15,7 @@ import msgspec
 
 from lab.wire import BadFrame, Endpoint, Frame, FrameSocket, Head, PeerSilent, WireError, unpack_tokens
 from lab.wire.frames import Buffer
-from speculative.messages import AskVocabulary, MessageType, Vocabulary, Welcome
+from speculative.messages import AskVocabularyFrame, MessageType, VocabularyFrame, WelcomeFrame
 
 LOOK_SECONDS = 0.5
 """A wait is cut into pieces of this length, so that Ctrl+C comes through on every system."""
@@ -44,7 +44,7 @@ class VerifierConnection:
         self._reader = threading.Thread(target=self._read, name="drafter-reader", daemon=True)
         self._reader.start()
         try:
-            self.welcome: Welcome = self.expect(MessageType.welcome, "WELCOME").head
+            self.welcome: WelcomeFrame = self.expect(MessageType.welcome, "WELCOME").head
         except BaseException:
             self.close()
             raise
@@ -56,9 +56,9 @@ class VerifierConnection:
 
     def vocabulary(self) -> list[str]:
         """The text of every id of the verifier's tokenizer."""
-        self.frames.send(MessageType.ask_vocabulary, 0, AskVocabulary())
+        self.frames.send(MessageType.ask_vocabulary, 0, AskVocabularyFrame())
         frame = self.expect(MessageType.vocabulary, "VOCABULARY")
-        assert isinstance(frame.head, Vocabulary)
+        assert isinstance(frame.head, VocabularyFrame)
         try:
             texts = msgspec.msgpack.decode(frame.body, type=list[bytes])
             return [text.decode(errors="surrogatepass") for text in texts]

@@ -11,25 +11,29 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from speculative.drafter.sources import Drafts, NoDrafts
+from lab.faults import Fault
+from speculative.acceptance import common_length, prefix_hash
+from speculative.drafts import Drafts
 from speculative.messages import Reason
 from speculative.policy import DraftLength
+from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.settings import Mode
-from speculative.verifier.sequence import Ended, Outcome, TextRequest, Verdict, Waiting, common_length, prefix_hash
 
 SYNC_LENGTH = 5
 """Guesses of a round of mode sync where no length was asked for."""
 
 
-class TextRefused(ValueError):
+class RequestRefused(Fault):
     """The target does not serve this text; says why."""
 
+    exit_code = 2
 
-class TextFailed(RuntimeError):
+
+class RequestFailed(Fault):
     """The target could not go on with the text; says why."""
 
 
-class Desync(TextFailed):
+class Desync(RequestFailed):
     """The two sides do not hold the same text; a target that is asked for it again may mend that."""
 
 
@@ -55,11 +59,11 @@ class Target(Protocol):
         """How long word takes there and back; None: not known yet."""
         ...
 
-    def open(self, request: TextRequest) -> None:
+    def open(self, request: GenerationRequest) -> None:
         """Begin a text, the only one until `leave`."""
         ...
 
-    def resume(self, request: TextRequest) -> None:
+    def resume(self, request: GenerationRequest) -> None:
         """Take it up again after `TargetLost`, if that is possible, or after `Desync`. A verdict of what came since
         follows."""
         ...
@@ -121,10 +125,12 @@ class Round:
         return min(len(self.guesses), self.right + (self.right < len(self.tokens)))
 
 
-class OwnText:
+class DraftedSequence:
     """The drafter's copy of a text: what is verified, and what is guessed beyond."""
 
-    def __init__(self, request: TextRequest, drafts: Drafts, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, request: GenerationRequest, drafts: Drafts, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.request = request
         self.draft_seconds = 0.0
         """Time that guesses took since the last round."""
@@ -231,7 +237,7 @@ class OwnText:
 
 
 def speculate(
-    target: Target, drafts: Drafts, request: TextRequest, end_ids: Collection[int]
+    target: Target, drafts: Drafts, request: GenerationRequest, end_ids: Collection[int]
 ) -> Generator[Round, None, None]:
     """One text: yields each round as it is verified.
 
@@ -240,12 +246,12 @@ def speculate(
     follow the prompt, while the target still reads it.
 
     Raises:
-        TextRefused: the target does not take the request.
-        TextFailed: it could not go on, or holds another text although it was asked for it again.
+        RequestRefused: the target does not take the request.
+        RequestFailed: it could not go on, or holds another text although it was asked for it again.
     """
     target.open(request)
     try:
-        text = OwnText(request, drafts)
+        text = DraftedSequence(request, drafts)
         draft = _DraftRound(text) if request.mode is Mode.sync else _DraftAhead(text, target.window)
         mended_at = -1
         while True:
@@ -280,7 +286,7 @@ def speculate(
 class _DraftRound:
     """Mode sync: one DRAFT for each VERDICT, the empty one included."""
 
-    def __init__(self, text: OwnText) -> None:
+    def __init__(self, text: DraftedSequence) -> None:
         self._text = text
         self._waits = False
         """Whether a VERDICT is due."""
@@ -306,7 +312,7 @@ class _DraftRound:
 class _DraftAhead:
     """Mode async: guess until there is news, or no credit left. News are looked for between two guesses."""
 
-    def __init__(self, text: OwnText, window: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, text: DraftedSequence, window: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._text = text
         self._window = window
         self._clock = clock
@@ -350,42 +356,5 @@ class _DraftAhead:
 
 def _fault(ended: Ended) -> Exception:
     if ended.reason is Reason.refused:
-        return TextRefused(ended.text)
-    return TextFailed(f"the text was closed by the verifier ({ended.reason.name}): {ended.text}")
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A token of the text where the target alone, given the same tokens before it, says another one."""
-
-    index: int
-    """Of the new token, from 0."""
-    token: int
-    alone: int
-    """What the target alone says."""
-    margin: float
-    """The lead of that over the second best; a batch of another shape moves logits by about 1e-6 in float32."""
-
-
-def find_flips(target: Target, request: TextRequest, new_ids: Sequence[int], end_ids: Collection[int]) -> list[Flip]:
-    """Let the target decode the text token by token, alone, and note where it differs; then go on behind that place.
-
-    None found: the text is the target's own, token by token. Margins need a target that reports them.
-    """
-    flips: list[Flip] = []
-    start = 0
-    while start < len(new_ids):
-        alone = replace(
-            request,
-            prompt_ids=[*request.prompt_ids, *new_ids[:start]],
-            max_new_tokens=len(new_ids) - start,
-            mode=Mode.target_only,
-            threshold=None,
-        )
-        for done in speculate(target, NoDrafts(), alone, end_ids):
-            start += 1
-            if done.ids[0] != new_ids[start - 1]:
-                margin = done.margins[0] if done.margins else float("nan")
-                flips.append(Flip(start - 1, new_ids[start - 1], done.ids[0], margin))
-                break
-    return flips
+        return RequestRefused(ended.text)
+    return RequestFailed(f"the text was closed by the verifier ({ended.reason.name}): {ended.text}")

@@ -13,31 +13,32 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.command import entry
+from lab.command.terminal import TextStream
 from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
-from lab.network import is_users_to_mend
 from lab.settings import UserError
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import Said, said
 from lab.tracking import Tracker
-from lab.wire import WireError
-from speculative.drafter.colours import CORRECTED, TextStream
-from speculative.drafter.joining import join
-from speculative.drafter.loop import SYNC_LENGTH, TextFailed, TextRefused, find_flips, speculate
-from speculative.drafter.sources import Drafts, NoDrafts
+from speculative.drafter.check import find_flips
+from speculative.drafter.loop import SYNC_LENGTH, RequestRefused, Round, speculate
+from speculative.drafter.sources import open_drafts
 from speculative.drafter.tally import Tally
-from speculative.drafter.target import RemoteTarget, Ticket
-from speculative.engines import open_drafts
-from speculative.messages import MAX_PROMPT_TOKENS, Welcome
+from speculative.drafter.target import RemoteTarget, Ticket, join
+from speculative.drafts import Drafts, NoDrafts
+from speculative.messages import MAX_PROMPT_TOKENS, WelcomeFrame
+from speculative.request import GenerationRequest
 from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
-from speculative.verifier.sequence import TextRequest
 from speculative.vocabulary import token_texts
 
 log = logging.getLogger(__name__)
+
+ACCEPTED, CORRECTED = "\x1b[32m", "\x1b[33m"
+"""Colours of a terminal."""
 
 
 def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
@@ -46,8 +47,8 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     Raises:
         UserError: a prompt or settings that this target does not take.
         WireError: the verifier cannot be joined.
-        TextRefused: the verifier does not take the text.
-        Unfinished: the text could not go on; `place.so_far` has what there is of it.
+        RequestRefused: the verifier does not take the text.
+        RequestFailed, WireError: the text could not go on; `place.so_far` has what there is of it.
     """
     project = settings.project
     device = open_device(settings.device)
@@ -66,12 +67,10 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         try:
             name_text(settings.project.resume, target, place.folder / "text.json")
             speak(target, drafts, request, tokenizer, tally, tracker, project.stops)
-        except (WireError, TextFailed, TextRefused) as error:
-            if isinstance(error, TextRefused) and not tally.token_ids:
+        except RequestRefused:
+            if not tally.token_ids:
                 place.so_far = dict  # it has not begun
-                raise
-            ended_by = entry.EndedBy.lost if isinstance(error, WireError) else entry.EndedBy.failed
-            raise entry.Unfinished(str(error), _exit_code(error), ended_by) from None
+            raise
         finally:
             drafts.close()
         result = _figures(settings, target, tokenizer, tally)
@@ -82,12 +81,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     return result
 
 
-def _exit_code(error: Exception) -> int:
-    is_users = isinstance(error, TextRefused) or (isinstance(error, WireError) and is_users_to_mend(error))
-    return 2 if is_users else 1
-
-
-def _check_request(request: TextRequest, texts: Sequence[str], welcome: Welcome) -> None:
+def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
     """UserError for a prompt that this target has no place for, and for words about tokens that it does not have."""
     if request.sampling.words is not None:
         try:
@@ -107,7 +101,7 @@ def _check_request(request: TextRequest, texts: Sequence[str], welcome: Welcome)
 def speak(
     target: RemoteTarget,
     drafts: Drafts,
-    request: TextRequest,
+    request: GenerationRequest,
     tokenizer: PreTrainedTokenizerBase,
     tally: Tally,
     tracker: Tracker,
@@ -123,12 +117,18 @@ def speak(
             for done in rounds:
                 tally.add(done)
                 tracker.log(len(tally.rounds) - 1, **tally.row(len(tally.rounds) - 1))
-                stream.show(done)
+                show(stream, done)
                 if stream.text.stopped:
                     return
     finally:
         if tally.token_ids:
             stream.finish(CORRECTED)
+
+
+def show(stream: TextStream, done: Round) -> None:
+    """Accepted guesses in one colour, what the target put in the other. Raises StreamLeft."""
+    stream.add(done.tokens[: done.accepted], ACCEPTED)
+    stream.add(done.tokens[done.accepted :], CORRECTED)
 
 
 def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
@@ -146,10 +146,10 @@ def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
 
 def make_request(
     settings: SpeculativeSettings, ids: Sequence[int], sampling: Sampling, max_new_tokens: int
-) -> TextRequest:
+) -> GenerationRequest:
     """What is asked of the target."""
     project = settings.project
-    return TextRequest(
+    return GenerationRequest(
         prompt_ids=ids,
         sampling=sampling,
         max_new_tokens=max_new_tokens,

@@ -8,57 +8,30 @@ Shapes: V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import json
 import logging
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.engine.base import Engine
+from lab.engine.base import Engine, SyntheticEngine
 from lab.engine.not_finite import NotFinite
-from lab.engine.sampling import Sampling, mix64
+from lab.engine.sampling import Sampling
+from lab.models.layers import load_layers, load_proved, with_adapter
+from lab.models.sources import load_tokenizer_only
+from lab.settings import UserError
+from speculative.drafter.draft_model import draft_model
+from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts
+from speculative.local_engine import local_engine
+from speculative.settings import SYNTHETIC_CONTEXT, DraftSource, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.vocabulary import first_difference, token_texts
 
 log = logging.getLogger(__name__)
-
-
-class Drafts(Protocol):
-    """A source of guesses for one text."""
-
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        """Take a new text."""
-        ...
-
-    def propose(self, count: int) -> list[int]:
-        """Guess up to `count` tokens behind what is held; they are held now, too. Fewer when there is no guess."""
-        ...
-
-    def correct(self, position: int, ids: Sequence[int]) -> None:
-        """From `position` on the text is `ids`: what was held there is forgotten."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back."""
-        ...
-
-
-class NoDrafts:
-    """Nobody guesses."""
-
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        """See `Drafts.begin`."""
-
-    def propose(self, count: int) -> list[int]:
-        """See `Drafts.propose`."""
-        return []
-
-    def correct(self, position: int, ids: Sequence[int]) -> None:
-        """See `Drafts.correct`."""
-
-    def close(self) -> None:
-        """See `Drafts.close`."""
 
 
 class EngineDrafts:
@@ -123,117 +96,6 @@ class EngineDrafts:
         return step.next_ids[-1]
 
 
-class NgramDrafts:
-    """Prompt lookup (Saxena, https://github.com/apoorvumang/prompt-lookup-decoding): what followed the last time.
-
-    The longest n-gram at the end of the text that stood in it before is looked up, and what followed it is the guess.
-    An index of places is kept by n-gram; adding and taking back a token costs the same at any length of the text.
-    """
-
-    def __init__(self, longest: int, shortest: int) -> None:
-        self._sizes = range(longest, shortest - 1, -1)
-        self._text: list[int] = []
-        self._places: dict[tuple[int, ...], list[int]] = {}
-        """Where what follows each n-gram stands, in order."""
-
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        """See `Drafts.begin`."""
-        self._text, self._places = [], {}
-        self._append(prompt_ids)
-
-    def propose(self, count: int) -> list[int]:
-        """See `Drafts.propose`."""
-        guesses: list[int] = []
-        while len(guesses) < count and (place := self._look_up()) is not None:
-            found = self._text[place : place + count - len(guesses)]
-            self._append(found)
-            guesses += found
-        return guesses
-
-    def correct(self, position: int, ids: Sequence[int]) -> None:
-        """See `Drafts.correct`."""
-        while len(self._text) > position:
-            for gram in self._last_grams():
-                self._places[gram].pop()
-            self._text.pop()
-        self._append(ids)
-
-    def close(self) -> None:
-        """See `Drafts.close`."""
-
-    def _look_up(self) -> int | None:
-        for gram in self._last_grams():
-            places = self._places[gram]
-            if len(places) > 1:  # the last one is the end of the text itself
-                return places[-2]
-        return None
-
-    def _append(self, ids: Sequence[int]) -> None:
-        for token in ids:
-            self._text.append(token)
-            for gram in self._last_grams():
-                self._places.setdefault(gram, []).append(len(self._text))
-
-    def _last_grams(self) -> list[tuple[int, ...]]:
-        return [tuple(self._text[-size:]) for size in self._sizes if size <= len(self._text)]
-
-
-class RandomDrafts:
-    """Ids from a hash of seed and position: hardly ever right."""
-
-    def __init__(self, seed: int, vocabulary_size: int) -> None:
-        self._seed, self._vocabulary_size = mix64(seed), vocabulary_size
-        self._length = 0
-
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        """See `Drafts.begin`."""
-        self._length = len(prompt_ids)
-
-    def propose(self, count: int) -> list[int]:
-        """See `Drafts.propose`."""
-        places = range(self._length, self._length + count)
-        self._length += count
-        return [mix64(self._seed ^ place) % self._vocabulary_size for place in places]
-
-    def correct(self, position: int, ids: Sequence[int]) -> None:
-        """See `Drafts.correct`."""
-        self._length = position + len(ids)
-
-    def close(self) -> None:
-        """See `Drafts.close`."""
-
-
-class RecordedDrafts:
-    """A text that is known beforehand; each guess is right with probability `agreement`, independently."""
-
-    def __init__(self, ids: Sequence[int], agreement: float, seed: int, vocabulary_size: int) -> None:
-        self._ids, self._agreement, self._vocabulary_size = list(ids), agreement, vocabulary_size
-        self._generator = random.Random(seed)
-        self._begin = self._length = 0
-
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        """See `Drafts.begin`."""
-        self._begin = self._length = len(prompt_ids)
-
-    def propose(self, count: int) -> list[int]:
-        """See `Drafts.propose`. None behind the end of what is known."""
-        known = self._ids[self._length - self._begin :][:count]
-        self._length += len(known)
-        return [self._guess(token) for token in known]
-
-    def correct(self, position: int, ids: Sequence[int]) -> None:
-        """See `Drafts.correct`."""
-        self._length = position + len(ids)
-
-    def close(self) -> None:
-        """See `Drafts.close`."""
-
-    def _guess(self, token: int) -> int:
-        if self._generator.random() < self._agreement:
-            return token
-        return (token + self._generator.randrange(1, self._vocabulary_size)) % self._vocabulary_size
-
-
 def add_noise_to_head(model: PreTrainedModel, noise: float, seed: int) -> None:
     """Give the model a head of its own with normal noise of `noise` times the head's standard deviation."""
     head = cast(Any, model.get_output_embeddings())
@@ -242,3 +104,98 @@ def add_noise_to_head(model: PreTrainedModel, noise: float, seed: int) -> None:
     random_VH = torch.randn(weight_VH.shape, generator=generator).to(weight_VH.device)
     noisy_VH = weight_VH + noise * weight_VH.std() * random_VH
     head.weight = torch.nn.Parameter(noisy_VH.to(head.weight.dtype), requires_grad=False)
+
+
+def open_drafts(
+    settings: SpeculativeSettings,
+    device: torch.device,
+    sampling: Sampling,
+    target_texts: list[str],
+    vocabulary_size: int,
+) -> Drafts:
+    """Who guesses, as `settings` name it.
+
+    Args:
+        settings: Of the drafter.
+        device: What its model runs on.
+        sampling: The text's own: guesses are drawn with the target's noise.
+        target_texts: The text of each id of the target's tokenizer.
+        vocabulary_size: Ids the target takes.
+
+    Raises:
+        UserError: a draft model with another vocabulary, layers that the target does not have, ...
+    """
+    project = settings.project
+    shared = min(vocabulary_size, len(target_texts))
+    makers: dict[DraftSource, Callable[[], Drafts]] = {
+        DraftSource.none: NoDrafts,
+        DraftSource.ngram: lambda: NgramDrafts(project.draft.longest_ngram, project.draft.shortest_ngram),
+        DraftSource.random: lambda: RandomDrafts(settings.seed, shared),
+        DraftSource.recorded: lambda: RecordedDrafts(
+            _recorded_ids(str(project.draft.file)), project.synthetic.agreement, settings.seed, shared
+        ),
+        # It has no logits for words to change: it only guesses more often wrong.
+        DraftSource.synthetic: lambda: EngineDrafts(
+            _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, words=None), shared
+        ),
+        DraftSource.model: lambda: _from_model(_draft_model(settings, device, target_texts), project, sampling, shared),
+        DraftSource.layers: lambda: _from_model(_first_layers(settings, device), project, sampling, shared),
+        DraftSource.noisy: lambda: _from_model(_noisy_target(settings, device), project, sampling, shared),
+    }
+    return makers[project.draft.source]()
+
+
+def _recorded_ids(file: str) -> list[int]:
+    try:
+        return [int(token) for token in json.loads(Path(file).read_text(encoding="utf-8"))["token_ids"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"project.draft.file must be a run's result.json with token_ids, got {file!r}") from None
+
+
+def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
+    synthetic = project.synthetic
+    return SyntheticEngine(
+        vocabulary_size=vocabulary_size,
+        context=project.context or SYNTHETIC_CONTEXT,
+        sessions=1,
+        step_seconds=synthetic.draft_step_seconds,
+        row_seconds=0.0,
+        agreement=synthetic.agreement,
+    )
+
+
+def _from_model(
+    model: torch.nn.Module, project: SpeculativeProjectSettings, sampling: Sampling, vocabulary_size: int
+) -> EngineDrafts:
+    return EngineDrafts(local_engine(model, project, sessions=1, exact_rows=None), sampling, vocabulary_size)
+
+
+def _draft_model(settings: SpeculativeSettings, device: torch.device, target_texts: list[str]) -> PreTrainedModel:
+    model = draft_model(settings, device)
+    whose = f"project.draft.model {settings.project.draft.model}"
+    try:
+        tokenizer = load_tokenizer_only(model)
+    except UserError as error:
+        raise UserError(f"{whose}: {error}") from None
+    check_same_vocabulary(tokenizer, target_texts, whose)
+    return load_proved(model, device).model
+
+
+def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list[str], whose: str) -> None:
+    """UserError that names the first id which is not the target's."""
+    if difference := first_difference(token_texts(tokenizer), target_texts):
+        raise UserError(f"{whose} must have the target's tokenizer: {difference}")
+
+
+def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:
+    try:
+        model = load_layers(settings.model, device, range(settings.project.draft.layers), embedding=True, head=True)
+    except UserError as error:
+        raise UserError(f"project.draft.layers: {error}") from None
+    return with_adapter(model, settings.model)
+
+
+def _noisy_target(settings: SpeculativeSettings, device: torch.device) -> torch.nn.Module:
+    loaded = load_proved(settings.model, device)
+    add_noise_to_head(loaded.model, settings.project.draft.noise, settings.seed)
+    return with_adapter(loaded.model, settings.model)

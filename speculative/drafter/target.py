@@ -20,13 +20,30 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from lab.engine.sampling_head import sampling_fields
 from lab.models.fingerprints import changes
+from lab.network import client_side_tls, make_endpoint
+from lab.settings import UserError
 from lab.wire import Frame, PeerFull, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
 from speculative.drafter.connection import VerifierConnection
 from speculative.drafter.loop import TargetLost
-from speculative.messages import OWNER_BYTES, Close, Draft, MessageType, Open, Reason, Resume, Scores, Welcome
-from speculative.messages import Verdict as VerdictHead
-from speculative.messages import Waiting as WaitingHead
-from speculative.verifier.sequence import Ended, Outcome, TextRequest, Verdict, Waiting
+from speculative.messages import (
+    OWNER_BYTES,
+    PROTOCOL,
+    TABLE,
+    TOKENIZER,
+    CloseFrame,
+    DraftFrame,
+    MessageType,
+    OpenFrame,
+    Reason,
+    ResumeFrame,
+    ScoresFrame,
+    VerdictFrame,
+    WaitingFrame,
+    WelcomeFrame,
+)
+from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
+from speculative.settings import DraftSettings, SpeculativeSettings
+from speculative.vocabulary import fingerprint, first_difference
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +130,7 @@ class RemoteTarget:
         return self._connection
 
     @property
-    def welcome(self) -> Welcome:
+    def welcome(self) -> WelcomeFrame:
         """What the verifier is and takes."""
         return self._connection.welcome
 
@@ -148,7 +165,7 @@ class RemoteTarget:
         """All bytes so far, headers, handshakes and heartbeats included."""
         return self._bytes_received + self._connection.frames.bytes_received
 
-    def open(self, request: TextRequest) -> None:
+    def open(self, request: GenerationRequest) -> None:
         """See `Target.open`."""
         assert self._ticket is None, "one text at a time"
         self._ticket, again = self._next_ticket or (Ticket.new(self.welcome.target), False)
@@ -160,7 +177,7 @@ class RemoteTarget:
         """Give the next text this name; `again`: it was opened by another process."""
         self._next_ticket = ticket, again
 
-    def resume(self, request: TextRequest) -> None:
+    def resume(self, request: GenerationRequest) -> None:
         """See `Target.resume`. Raises the `WireError` that it was lost by when no connection can be had again."""
         assert self._ticket is not None, "no text is open"
         lost, self._lost = self._lost, None
@@ -173,7 +190,7 @@ class RemoteTarget:
     def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
         """See `Target.draft`."""
         state = f"epoch {epoch}, position {position}"
-        self._send(MessageType.draft, Draft(epoch=epoch, position=position), guesses, state)
+        self._send(MessageType.draft, DraftFrame(epoch=epoch, position=position), guesses, state)
 
     def has_news(self) -> bool:
         """See `Target.has_news`."""
@@ -194,7 +211,7 @@ class RemoteTarget:
             return
         self._ticket = self._lost = None
         try:
-            self._connection.send(MessageType.close, self._number, Close(reason=Reason.left, text=""))
+            self._connection.send(MessageType.close, self._number, CloseFrame(reason=Reason.left, text=""))
         except WireError:  # there is nobody to tell
             return
 
@@ -210,16 +227,16 @@ class RemoteTarget:
     ) -> None:
         self.close()
 
-    def _begin(self, request: TextRequest, ticket: Ticket, *, again: bool) -> None:
+    def _begin(self, request: GenerationRequest, ticket: Ticket, *, again: bool) -> None:
         self._number += 1
         fields = self._open_fields(request, ticket)
         if again:
-            head = Resume(**fields, new_tokens=len(request.new_ids), target=ticket.target)
+            head = ResumeFrame(**fields, new_tokens=len(request.new_ids), target=ticket.target)
             self._send(MessageType.resume, head, [*request.prompt_ids, *request.new_ids])
         else:
-            self._send(MessageType.open, Open(**fields), request.prompt_ids)
+            self._send(MessageType.open, OpenFrame(**fields), request.prompt_ids)
 
-    def _open_fields(self, request: TextRequest, ticket: Ticket) -> dict[str, Any]:
+    def _open_fields(self, request: GenerationRequest, ticket: Ticket) -> dict[str, Any]:
         return {
             **sampling_fields(request.sampling),
             "name": ticket.name,
@@ -231,7 +248,7 @@ class RemoteTarget:
             "report": self._report,
         }
 
-    def _send(self, number: MessageType, head: Open | Draft, ids: Sequence[int], state: str = "") -> None:
+    def _send(self, number: MessageType, head: OpenFrame | DraftFrame, ids: Sequence[int], state: str = "") -> None:
         try:
             self._connection.send(number, self._number, head, pack_tokens(ids), state=state)
         except (PeerGone, PeerSilent) as error:
@@ -265,16 +282,16 @@ class RemoteTarget:
 
     def _read(self) -> Outcome:
         frame = self._next_frame()
-        if isinstance(frame.head, WaitingHead):
+        if isinstance(frame.head, WaitingFrame):
             return self._stand_in_line(frame.head.place)
         self._leave_line()
-        if isinstance(frame.head, Close):
+        if isinstance(frame.head, CloseFrame):
             head = frame.head
             self.ended = Ended(self._number, head.reason, head.text, head.step_seconds, head.row_seconds)
             return self.ended
         head = frame.head
-        if not isinstance(head, VerdictHead):
-            raise self._connection.bad(f"sent {type(head).__name__.upper()} where VERDICT was due")
+        if not isinstance(head, VerdictFrame):
+            raise self._connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was due")
         nll, margins = self._scores() if self._report else ([], [])
         ids = self._connection.ids(frame)
         return Verdict(self._number, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
@@ -301,10 +318,67 @@ class RemoteTarget:
 
     def _scores(self) -> tuple[list[float], list[float]]:
         frame = self._next_frame()
-        if not isinstance(frame.head, Scores) or len(frame.body) % 4 or frame.head.guesses > len(frame.body) // 4:
+        if not isinstance(frame.head, ScoresFrame) or len(frame.body) % 4 or frame.head.guesses > len(frame.body) // 4:
             raise self._connection.bad("sent no SCORES where they were due")
         numbers = list(struct.unpack(f"<{len(frame.body) // 4}f", frame.body))
         return numbers[: frame.head.guesses], numbers[frame.head.guesses :]
+
+
+def join(settings: SpeculativeSettings, token_texts: Sequence[str]) -> RemoteTarget:
+    """A connection to the verifier at `network.host` and `network.port`.
+
+    Args:
+        settings: Of the drafter.
+        token_texts: The text of each id of its tokenizer.
+
+    Raises:
+        WireError: nobody there, another key, ...
+        UserError: another tokenizer, with the first id that differs; a draft length that this verifier does not take.
+    """
+    ours = fingerprint(token_texts)
+    network = settings.network
+    endpoint = make_endpoint(
+        network,
+        role="drafter",
+        peer_roles=frozenset({"verifier"}),
+        table=TABLE,
+        protocol=PROTOCOL,
+        fingerprints={TOKENIZER: ours},
+        difference=lambda ours, theirs: None,  # compared below, where the id that differs can be named
+    )
+    tls = client_side_tls(network)
+
+    def connect() -> VerifierConnection:
+        seconds = network.request_timeout_seconds
+        return VerifierConnection(network.host, network.port, endpoint, tls, request_seconds=seconds)
+
+    target = RemoteTarget(
+        connect,
+        connect_seconds=network.connect_timeout_seconds,
+        resume_seconds=settings.project.resume_seconds,
+        window=settings.project.draft.window,
+        report=settings.project.report or settings.project.check,
+    )
+    try:
+        if target.connection.fingerprints.get(TOKENIZER) != ours:
+            difference = first_difference(token_texts, target.connection.vocabulary())
+            raise UserError(f"model {settings.model.name} must have the verifier's tokenizer: {difference}")
+        _check_credit(settings.project.draft, target.welcome)
+    except BaseException:
+        target.close()
+        raise
+    return target
+
+
+def _check_credit(draft: DraftSettings, welcome: WelcomeFrame) -> None:
+    for name, wanted, most, theirs in (
+        ("length", draft.fixed_length, welcome.max_draft_length, "project.max_draft_length"),
+        ("window", draft.window, welcome.window, "project.draft.window"),
+    ):
+        if wanted > most:
+            raise UserError(
+                f"project.draft.{name} must be in [1, {most}] for this verifier (its {theirs}), got {wanted}"
+            )
 
 
 def persistently(connect: Connect, seconds: float, faults: tuple[type[WireError], ...]) -> VerifierConnection:

@@ -18,7 +18,7 @@ from lab.tracking import Tracker
 from speculative.settings import SpeculativeSettings
 
 if TYPE_CHECKING:
-    from speculative.engines import OpenTarget
+    from speculative.verifier.target import OpenTarget
 
 log = logging.getLogger(__name__)
 
@@ -26,16 +26,14 @@ log = logging.getLogger(__name__)
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     """Serves until Ctrl+C; the figures of the last line."""
     tls = listener_tls(settings.network)  # before a model is loaded for nothing
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from lab.device import open_device
     from lab.models.sources import load_tokenizer_only
-    from speculative.engines import open_target
-    from speculative.verifier.scheduler import EngineFailed
-    from speculative.verifier.server import Served, figures_of, serve
+    from speculative.verifier.server import ServerStats, figures_of, serve
+    from speculative.verifier.target import open_target
 
     target = open_target(settings, open_device(settings.device))
     tokenizer = load_tokenizer_only(settings.model)
-    served = Served()
+    served = ServerStats()
 
     def listening(host: str, port: int) -> None:
         announce(settings.network, target, port)
@@ -49,8 +47,6 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             run_async(serve(settings, target, tokenizer, tls, tracker, served, listening))
         except KeyboardInterrupt:
             log.info("stopped")
-        except EngineFailed as error:
-            raise entry.Unfinished(str(error)) from None
         result = figures()
         tracker.result(result)
     return result

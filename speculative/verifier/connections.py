@@ -23,29 +23,29 @@ from lab.text.settings import FILL
 from lab.wire import BadFrame, Frame, FrameConnection, Peer, PeerGone, PeerSilent, WireError, pack_tokens, unpack_tokens
 from lab.wire.frames import Error, WireType
 from speculative.messages import (
-    AskVocabulary,
-    Close,
-    Draft,
+    TABLE,
+    TOKENIZER,
+    AskVocabularyFrame,
+    CloseFrame,
+    DraftFrame,
     MessageType,
-    Open,
+    OpenFrame,
     Reason,
-    Resume,
-    Scores,
-    Vocabulary,
-    Welcome,
+    ResumeFrame,
+    ScoresFrame,
+    VerdictFrame,
+    VocabularyFrame,
+    WaitingFrame,
+    WelcomeFrame,
 )
-from speculative.messages import Verdict as VerdictHead
-from speculative.messages import Waiting as WaitingHead
 from speculative.protocol import MAX_TOKENS, LeftBetweenMessages, read_msg, write_tokens
+from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.settings import Mode
 from speculative.verifier.forward_thread import Call, ForwardThread
-from speculative.verifier.scheduler import Verifier
-from speculative.verifier.sequence import Ended, Outcome, TextRequest, Verdict, Waiting
+from speculative.verifier.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer"
-"""Name of the fingerprint that both roles show in the handshake."""
 LONGEST_REQUEST_BYTES = 2**18
 """Of the first protocol: no text is longer than this in a context of a few thousand tokens."""
 
@@ -65,8 +65,8 @@ class Front:
 
     def __init__(
         self,
-        verifier: Verifier,
-        welcome: Welcome,
+        verifier: Scheduler,
+        welcome: WelcomeFrame,
         token_texts: Sequence[str],
         tokenizer_fingerprint: str,
         answers: FirstProtocolAnswers,
@@ -98,7 +98,7 @@ class Front:
                 if connection.fault is None:
                     texts.take(frame)
                     await connection.pause(pace.spend(self._loop.time()))
-                elif isinstance(frame.head, Close):  # it has left: of what it said before only its goodbyes count
+                elif isinstance(frame.head, CloseFrame):  # it has left: of what it said before only its goodbyes count
                     texts.take(frame)
         except BadFrame as bad:
             texts.refuse(bad)
@@ -134,7 +134,7 @@ class Front:
         self._receivers[key] = receiver
         self._submit(key, call)
 
-    def offer(self, key: Hashable, draft: Draft, guesses: Sequence[int]) -> None:
+    def offer(self, key: Hashable, draft: DraftFrame, guesses: Sequence[int]) -> None:
         """Hand in guesses."""
         now = time.monotonic()
         self._submit(key, lambda verifier: verifier.offer(key, draft.epoch, draft.position, guesses, now))
@@ -152,7 +152,7 @@ class Front:
     def _submit(self, key: Hashable, call: Call) -> None:
         """Have something done for a text, in the forward thread. If it fails, that text ends, and nothing else."""
 
-        def do(verifier: Verifier) -> list[Outcome]:
+        def do(verifier: Scheduler) -> list[Outcome]:
             try:
                 return call(verifier)
             except Exception as error:  # what one text does must not end the thread that serves all
@@ -195,7 +195,7 @@ class Front:
                 done.set_result(outcome)
 
         prompt_ids = self._answers.to_ids(text)
-        request = TextRequest(
+        request = GenerationRequest(
             prompt_ids=prompt_ids,
             sampling=Sampling.greedy(),
             max_new_tokens=self._most_new_tokens(len(prompt_ids)),
@@ -249,13 +249,13 @@ class Front:
         return connection.agreed.fingerprints.get(TOKENIZER) == self._fingerprint
 
     @property
-    def limits(self) -> Welcome:
+    def limits(self) -> WelcomeFrame:
         """What the target takes."""
         return self._welcome
 
 
-def _close(ended: Ended) -> Close:
-    return Close(
+def _close(ended: Ended) -> CloseFrame:
+    return CloseFrame(
         reason=ended.reason,
         text=ended.text[:1024],
         step_seconds=ended.step_seconds,
@@ -285,7 +285,7 @@ class _Texts:
         self._front = front
         self._connection = connection
         self._client = front.new_key()
-        self._open: dict[int, Open] = {}
+        self._open: dict[int, OpenFrame] = {}
         """By number; those that have ended are not in it."""
         self._keys: dict[int, Hashable] = {}
         """By number, for as long as the peer may still say something of the text."""
@@ -301,19 +301,19 @@ class _Texts:
     def take(self, frame: Frame) -> None:
         """Do what a frame asks for. Raises `BadFrame` for what no drafter of ours would send."""
         head = frame.head
-        if isinstance(head, Open):
+        if isinstance(head, OpenFrame):
             self.begun += 1
             self._begin(frame, head)
-        elif isinstance(head, Draft):
+        elif isinstance(head, DraftFrame):
             self._offer(frame, head)
-        elif isinstance(head, Close):
+        elif isinstance(head, CloseFrame):
             self._open.pop(frame.session, None)
             self._front.close(self._keys.pop(frame.session, None))
-        elif isinstance(head, AskVocabulary) and not self._asked:
+        elif isinstance(head, AskVocabularyFrame) and not self._asked:
             self._asked = True
-            self._connection.send(MessageType.vocabulary, 0, Vocabulary(), self._front.vocabulary())
+            self._connection.send(MessageType.vocabulary, 0, VocabularyFrame(), self._front.vocabulary())
         else:
-            raise BadFrame(self._connection.peer, f"sent {type(head).__name__.upper()}, which a verifier does not take")
+            raise BadFrame(self._connection.peer, f"sent {TABLE.name(frame.type)}, which a verifier does not take")
 
     def refuse(self, bad: BadFrame) -> None:
         """Tell the peer why the connection ends, if it still listens."""
@@ -325,9 +325,9 @@ class _Texts:
         for number in self._open:
             self._front.leave(self._keys[number])
 
-    def _begin(self, frame: Frame, head: Open) -> None:
+    def _begin(self, frame: Frame, head: OpenFrame) -> None:
         peer = self._connection.peer
-        peer.phase = "RESUME" if isinstance(head, Resume) else "OPEN"
+        peer.phase = "RESUME" if isinstance(head, ResumeFrame) else "OPEN"
         if frame.session in self._open:
             raise BadFrame(peer, f"opened text {frame.session} twice")
         if not self._front.knows(self._connection):
@@ -337,30 +337,30 @@ class _Texts:
         ids = unpack_tokens(frame.body, vocabulary_size=2**31, peer=peer)  # the verifier refuses those without a row
         request = self._request(head, ids)
         key = self._front.new_key()
-        if isinstance(head, Resume) and (changed := changes(head.target, self._front.limits.target)):
+        if isinstance(head, ResumeFrame) and (changed := changes(head.target, self._front.limits.target)):
             self._open[frame.session] = head
             self._tell(
                 frame.session, Ended(key, Reason.refused, f"a text must be resumed at its own target: {changed}")
             )
             return
 
-        def begin(verifier: Verifier) -> list[Outcome]:
-            do = verifier.resume if isinstance(head, Resume) else verifier.open
+        def begin(verifier: Scheduler) -> list[Outcome]:
+            do = verifier.resume if isinstance(head, ResumeFrame) else verifier.open
             return do(key, request, client=self._client, name=head.name, owner=head.owner)
 
         self._open[frame.session], self._keys[frame.session] = head, key
         self._front.open(key, lambda outcome: self._tell(frame.session, outcome), begin)
 
-    def _request(self, head: Open, ids: list[int]) -> TextRequest:
+    def _request(self, head: OpenFrame, ids: list[int]) -> GenerationRequest:
         peer = self._connection.peer
         try:
             sampling = head.sampling
         except ValueError as error:
             raise BadFrame(peer, f"asked for sampling that makes no sense: {error}") from None
-        new = head.new_tokens if isinstance(head, Resume) else 0
+        new = head.new_tokens if isinstance(head, ResumeFrame) else 0
         if new > len(ids):
             raise BadFrame(peer, f"sent {len(ids)} ids and called {new} of them new")
-        return TextRequest(
+        return GenerationRequest(
             prompt_ids=ids[: len(ids) - new],
             new_ids=ids[len(ids) - new :],
             sampling=sampling,
@@ -370,7 +370,7 @@ class _Texts:
             draft_length=head.draft_length,
         )
 
-    def _offer(self, frame: Frame, head: Draft) -> None:
+    def _offer(self, frame: Frame, head: DraftFrame) -> None:
         peer = self._connection.peer
         peer.phase, peer.state = "DRAFT", f"epoch {head.epoch}, position {head.position}"
         if frame.session not in self._open:  # it has ended while these were under way
@@ -386,18 +386,18 @@ class _Texts:
             if isinstance(outcome, Verdict):
                 self._send_verdict(number, outcome)
             elif isinstance(outcome, Waiting):
-                self._connection.send(MessageType.waiting, number, WaitingHead(place=outcome.place))
+                self._connection.send(MessageType.waiting, number, WaitingFrame(place=outcome.place))
             elif self._open.pop(number, None) is not None:
                 self._connection.send(MessageType.close, number, _close(outcome))
         except WireError as error:  # `serve_frames` sees it, too, and ends
             log.debug("%s", error)
 
     def _send_verdict(self, number: int, verdict: Verdict) -> None:
-        head = VerdictHead(
+        head = VerdictFrame(
             epoch=verdict.epoch, position=verdict.position, accepted=verdict.accepted, prefix=verdict.prefix
         )
         self._connection.send(MessageType.verdict, number, head, pack_tokens(verdict.ids))
         if self._open[number].report:
             numbers = [*verdict.guess_nll, *verdict.margins]
-            scores = Scores(position=verdict.position, guesses=len(verdict.guess_nll))
+            scores = ScoresFrame(position=verdict.position, guesses=len(verdict.guess_nll))
             self._connection.send(MessageType.scores, number, scores, struct.pack(f"<{len(numbers)}f", *numbers))

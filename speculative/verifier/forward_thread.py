@@ -15,10 +15,10 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
-from speculative.verifier.scheduler import Verifier
-from speculative.verifier.sequence import Outcome
+from speculative.request import Outcome
+from speculative.verifier.scheduler import Scheduler
 
-Call = Callable[[Verifier], list[Outcome]]
+Call = Callable[[Scheduler], list[Outcome]]
 Deliver = Callable[[list[Outcome]], None]
 
 
@@ -28,7 +28,7 @@ class ForwardThread:
     `deliver` is called in the thread, with outcomes in the order of the text; it must not wait.
     """
 
-    def __init__(self, verifier: Verifier, deliver: Deliver) -> None:
+    def __init__(self, verifier: Scheduler, deliver: Deliver) -> None:
         self.finished: Future[None] = Future()
         """Done when the thread has ended; holds the exception that ended it, if one did."""
         self._verifier = verifier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from speculative.drafter.sources import NgramDrafts
+from speculative.drafts import NgramDrafts
 from speculative.policy import AcceptanceByPlace, PassCosts
 
 

@@ -8,7 +8,7 @@ to the first that waits for some.
 A fault has one owner. What goes wrong in a pass over several texts is tried again with each of them alone, and ends
 those that it belongs to; the engine itself is at fault when it fails on a text of its own (`prove`).
 
-Knows nothing about tokenizers, networks or threads: whoever holds a `Verifier` calls it from one thread, and sleeps for
+Knows nothing about tokenizers, networks or threads: a `Scheduler` is called from one thread, which sleeps for
 `patience()` between two ticks unless there is something to tell it.
 """
 
@@ -27,10 +27,12 @@ from lab.engine.base import Engine, TargetStep, check_ids, check_words
 from lab.engine.kv import CacheFull
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
+from lab.faults import Fault
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
+from speculative.request import Ended, GenerationRequest, Outcome, Waiting
 from speculative.verifier.lookup import Lookup
-from speculative.verifier.sequence import Ended, Outcome, Text, TextRequest, Waiting
+from speculative.verifier.sequence import VerifiedSequence
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +42,12 @@ PLACE_SECONDS = 1.0
 """Texts in line are told their places no more often."""
 
 
-class EngineFailed(RuntimeError):
+class EngineFailed(Fault):
     """The engine does not do what any request needs: no text can be served."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class SchedulerLimits:
     """How much a verifier gives."""
 
     prefill_chunk: int
@@ -74,7 +76,7 @@ class Terms:
 class _Owned:
     """A text and whose it is."""
 
-    text: Text
+    text: VerifiedSequence
     client: Hashable
     name: int | None
     owner: bytes
@@ -93,7 +95,7 @@ class _Owned:
         return self.is_left or self.ended is not None
 
 
-class Verifier:
+class Scheduler:
     """All texts on one engine.
 
     Args:
@@ -109,8 +111,8 @@ class Verifier:
         engine: Engine,
         *,
         end_ids: Sequence[int],
-        terms: Terms,
-        closed: Callable[[Text, Ended], None],
+        terms: SchedulerLimits,
+        closed: Callable[[VerifiedSequence, Ended], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
@@ -124,10 +126,10 @@ class Verifier:
         """By key: those that somebody is connected to, and the others that are not kept in vain."""
         self._keys: dict[int, Hashable] = {}
         """By name."""
-        self._running: dict[Hashable, Text] = {}
-        self._resting: dict[Hashable, Text] = {}
+        self._running: dict[Hashable, VerifiedSequence] = {}
+        self._resting: dict[Hashable, VerifiedSequence] = {}
         """Those that were left and have room as long as nobody else wants it, in the order in which they were left."""
-        self._line: dict[Hashable, Text] = {}
+        self._line: dict[Hashable, VerifiedSequence] = {}
         """Those that wait for room, in the order in which they came."""
         self._next_places_at = -math.inf
         """When those in line may be told their places again."""
@@ -145,7 +147,13 @@ class Verifier:
             raise EngineFailed(f"the target cannot run a text of two tokens: {_one_line(error)}") from error
 
     def open(
-        self, key: Hashable, request: TextRequest, *, client: Hashable, name: int | None = None, owner: bytes = b""
+        self,
+        key: Hashable,
+        request: GenerationRequest,
+        *,
+        client: Hashable,
+        name: int | None = None,
+        owner: bytes = b"",
     ) -> list[Outcome]:
         """Begin a text; returns why not when it cannot be served. `key` names it in every outcome.
 
@@ -177,7 +185,7 @@ class Verifier:
         return [*outcomes, *self._tell_place(key)]
 
     def resume(
-        self, key: Hashable, request: TextRequest, *, client: Hashable, name: int, owner: bytes
+        self, key: Hashable, request: GenerationRequest, *, client: Hashable, name: int, owner: bytes
     ) -> list[Outcome]:
         """Take up a text again: whoever was connected to it is told that it left. One that is not here is begun where
         it stood."""
@@ -298,15 +306,15 @@ class Verifier:
             self.close(key)
         self.engine.shutdown()
 
-    def _new_text(self, key: Hashable, request: TextRequest) -> Text:
+    def _new_text(self, key: Hashable, request: GenerationRequest) -> VerifiedSequence:
         terms = self._terms
         lookup = Lookup(*terms.lookup, self.costs) if terms.lookup and request.threshold is None else None
         pacing = Pacing(self.costs, request.draft_length or None, terms.longest_check)
-        return Text(key, request, window=terms.window, pacing=pacing, lookup=lookup)
+        return VerifiedSequence(key, request, window=terms.window, pacing=pacing, lookup=lookup)
 
     # Passes
 
-    def _check(self, ready: Sequence[tuple[Text, list[int]]]) -> list[Outcome]:
+    def _check(self, ready: Sequence[tuple[VerifiedSequence, list[int]]]) -> list[Outcome]:
         """One forward pass over the last token of each text and its guesses."""
         asked = [(text, [text.ids[-1], *guesses]) for text, guesses in ready]
         rows = sum(len(ids) for _, ids in asked)
@@ -319,7 +327,7 @@ class Verifier:
             outcomes += self._judge(text, guesses, step)
         return outcomes
 
-    def _feed(self, prompts: Sequence[tuple[Text, list[int]]]) -> list[Outcome]:
+    def _feed(self, prompts: Sequence[tuple[VerifiedSequence, list[int]]]) -> list[Outcome]:
         """One forward pass over a piece of each prompt; the last piece gives the first new token."""
         outcomes: list[Outcome] = []
         for (text, _), step in zip(prompts, self._extend(prompts, want_all=False)):
@@ -327,7 +335,9 @@ class Verifier:
                 outcomes += self._judge(text, [], step)
         return outcomes
 
-    def _extend(self, asked: Sequence[tuple[Text, list[int]]], *, want_all: bool) -> list[TargetStep | Exception]:
+    def _extend(
+        self, asked: Sequence[tuple[VerifiedSequence, list[int]]], *, want_all: bool
+    ) -> list[TargetStep | Exception]:
         """All texts in one pass; where that goes wrong each alone, so that only whose fault it is fails.
 
         A step with a fault is one of a text that met NaN or infinity; the others have theirs."""
@@ -345,7 +355,7 @@ class Verifier:
             text.session.position = min(text.session.position, position)
         return [step for one in asked for step in self._extend([one], want_all=want_all)]
 
-    def _judge(self, text: Text, guesses: Sequence[int], step: TargetStep | Exception) -> list[Outcome]:
+    def _judge(self, text: VerifiedSequence, guesses: Sequence[int], step: TargetStep | Exception) -> list[Outcome]:
         if isinstance(step, Exception):
             log.warning("a text ends by a fault of its own: %s", _one_line(step))
             return [self._fail(text, f"the target failed on it: {_one_line(step)}")]
@@ -364,12 +374,12 @@ class Verifier:
         ended = replace(ended, step_seconds=costs.step_seconds, row_seconds=costs.row_seconds)
         return [verdict, self._end(text, ended, forget=False)]
 
-    def _touch(self, text: Text) -> None:
+    def _touch(self, text: VerifiedSequence) -> None:
         owned = self._texts[text.key]
         if not owned.is_left:
             owned.since = self._clock()
 
-    def _distrust(self, text: Text, guesses: Sequence[int], fault: str) -> list[Outcome]:
+    def _distrust(self, text: VerifiedSequence, guesses: Sequence[int], fault: str) -> list[Outcome]:
         """A pass met NaN or infinity. With guesses in it that says nothing of the text: what the engine holds is
         forgotten, and the next token is made without any."""
         if not guesses:
@@ -383,12 +393,12 @@ class Verifier:
             self._enter(text)
         return []
 
-    def _fail(self, text: Text, why: str) -> Ended:
+    def _fail(self, text: VerifiedSequence, why: str) -> Ended:
         return self._end(text, Ended(text.key, Reason.failed, why), forget=True)
 
     # Room
 
-    def _queue(self, text: Text) -> list[Outcome]:
+    def _queue(self, text: VerifiedSequence) -> list[Outcome]:
         """A text that has no room stands in line, if there is none for it now."""
         self._line[text.key] = text
         self._texts[text.key].queued_at = self._clock()
@@ -410,20 +420,20 @@ class Verifier:
                 outcomes.append(self._fail(text, f"the target did not take it: {_one_line(error)}"))
         return outcomes
 
-    def _enter(self, text: Text) -> None:
+    def _enter(self, text: VerifiedSequence) -> None:
         """The text gets the room that it may come to need. Raises `CacheFull` when there is none."""
         text.enter(self.engine.open([], text.request.sampling, text.longest))
         self._leave_line(text)
         self._running[text.key] = text
         self._touch(text)
 
-    def _leave_line(self, text: Text) -> None:
+    def _leave_line(self, text: VerifiedSequence) -> None:
         owned = self._texts[text.key]
         if self._line.pop(text.key, None) is not None and owned.place:
             text.figures.waited_seconds += self._clock() - owned.queued_at
         owned.place = 0
 
-    def _order(self) -> list[Text]:
+    def _order(self) -> list[VerifiedSequence]:
         """Those in line as they will get room: first those of clients that have the fewest running."""
         ahead = Counter(self._texts[key].client for key in self._running)
         turns = []
@@ -462,7 +472,7 @@ class Verifier:
                 told.append(Waiting(text.key, place))
         return told
 
-    def _stop(self, text: Text) -> None:
+    def _stop(self, text: VerifiedSequence) -> None:
         self._leave_line(text)
         self._running.pop(text.key, None)
         self._resting.pop(text.key, None)
@@ -491,7 +501,7 @@ class Verifier:
         waits = owned.text.key in self._running and not owned.text.is_ready
         return owned.since + self._terms.idle_seconds if waits else math.inf
 
-    def _end(self, text: Text, ended: Ended, *, forget: bool) -> Ended:
+    def _end(self, text: VerifiedSequence, ended: Ended, *, forget: bool) -> Ended:
         """Nothing follows. Unless it is to be forgotten, a text with a name is kept: its last VERDICT may be lost."""
         owned = self._texts[text.key]
         owned.ended = ended
@@ -519,7 +529,7 @@ class Verifier:
         assert owned.name is not None
         self._keys[owned.name] = key
 
-    def _refusal(self, key: Hashable, request: TextRequest, client: Hashable) -> str | None:
+    def _refusal(self, key: Hashable, request: GenerationRequest, client: Hashable) -> str | None:
         length = len(request.prompt_ids)
         if key in self._texts:
             return "text must have a number of its own, got one that is open"
@@ -542,7 +552,7 @@ class Verifier:
         why = f"a text at this verifier has room for {longest} tokens, {why}"
         return _does_not_fit(request, longest, why) or self._over_limits(request, client)
 
-    def _over_limits(self, request: TextRequest, client: Hashable, besides: _Owned | None = None) -> str | None:
+    def _over_limits(self, request: GenerationRequest, client: Hashable, besides: _Owned | None = None) -> str | None:
         terms = self._terms
         others = [
             owned.text.request
@@ -561,7 +571,7 @@ class Verifier:
         )  # fmt: skip
 
 
-def _does_not_fit(request: TextRequest, most: int, why: str) -> str | None:
+def _does_not_fit(request: GenerationRequest, most: int, why: str) -> str | None:
     """What to say to a text for which there will never be room: how much would fit."""
     length = len(request.prompt_ids)
     if length + request.max_new_tokens <= most:
@@ -579,7 +589,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _same(left: TextRequest, right: TextRequest) -> bool:
+def _same(left: GenerationRequest, right: GenerationRequest) -> bool:
     """Whether both ask for the same text."""
     settings = all(getattr(left, name) == getattr(right, name) for name in ("sampling", "max_new_tokens", "threshold"))
     return settings and list(left.prompt_ids) == list(right.prompt_ids)

@@ -16,80 +16,16 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from lab.engine.base import Session, TargetStep
-from lab.engine.sampling import Sampling, mix64
+from speculative.acceptance import accepted_length, common_length, prefix_hash, until_end
 from speculative.messages import Reason
 from speculative.policy import Pacing
+from speculative.request import Ended, GenerationRequest, Verdict
 from speculative.settings import Mode
 from speculative.verifier.lookup import Lookup
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextRequest:
-    """What is asked of the target."""
-
-    prompt_ids: Sequence[int]
-    sampling: Sampling
-    max_new_tokens: int
-    """Of the whole text, `new_ids` included."""
-    mode: Mode
-    threshold: float | None
-    """None: only exact guesses are accepted. Else also those that cost at most so many nats: lossy."""
-    draft_length: int = 0
-    """Guesses a round; 0: as many as pay."""
-    new_ids: Sequence[int] = ()
-    """New tokens that the text has already: it was begun elsewhere."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How a text goes on."""
-
-    key: Hashable
-    """The text's."""
-    epoch: int
-    """From now on."""
-    position: int
-    """Where the first new token stands."""
-    accepted: int
-    """Guesses that are in the text now: its first new tokens."""
-    ids: list[int]
-    """The new tokens behind them."""
-    prefix: int | None
-    """`prefix_hash` of the text, the new tokens included; None in mode sync."""
-    guess_nll: list[float]
-    """Cross-entropy under the target, in nats, of each guess a pass looked at, up to the first it did not accept."""
-    margins: list[float]
-    """Of each new token: `Choice.margins`. None of a VERDICT that answers RESUME."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A text is closed: nothing follows."""
-
-    key: Hashable
-    reason: Reason
-    text: str
-    """For people, when it was refused or failed."""
-    step_seconds: float = 0.0
-    """What a pass over one row takes, as measured; 0: not known."""
-    row_seconds: float = 0.0
-    """And each further row."""
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A text waits in line for room in the engine."""
-
-    key: Hashable
-    place: int
-    """1: it is the next."""
-
-
-Outcome = Verdict | Ended | Waiting
-
-
 @dataclass
-class TextFigures:
+class SequenceFigures:
     """What happened to one text so far."""
 
     passes: int = 0
@@ -112,7 +48,7 @@ class TextFigures:
     least_margin: float = float("inf")
 
 
-class Text:
+class VerifiedSequence:
     """One text, from its OPEN to its end.
 
     Args:
@@ -124,7 +60,7 @@ class Text:
     """
 
     def __init__(
-        self, key: Hashable, request: TextRequest, *, window: int, pacing: Pacing, lookup: Lookup | None
+        self, key: Hashable, request: GenerationRequest, *, window: int, pacing: Pacing, lookup: Lookup | None
     ) -> None:
         self.key = key
         self.request = request
@@ -133,7 +69,7 @@ class Text:
         self.ids = [*request.prompt_ids, *request.new_ids]
         self._prefix = prefix_hash(self.ids)
         self.epoch = 0
-        self.figures = TextFigures()
+        self.figures = SequenceFigures()
         self._window = window
         self._pacing = pacing
         self._lookup = lookup
@@ -329,40 +265,3 @@ class Text:
         self.epoch += 1
         self._guesses = []
         self._expected = expected
-
-
-def prefix_hash(ids: Sequence[int], before: int = 0) -> int:
-    """64 bits over all ids of a text, in order; `before` is the hash of those that stand before them."""
-    for token in ids:
-        before = mix64(before ^ token)
-    return before
-
-
-def common_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many ids at the beginning are the same."""
-    for count, (a, b) in enumerate(zip(left, right)):
-        if a != b:
-            return count
-    return min(len(left), len(right))
-
-
-def accepted_length(
-    guesses: Sequence[int], chosen: Sequence[int], nll: Sequence[float], threshold: float | None
-) -> int:
-    """How many of the guesses are accepted: the longest prefix that equals what the target chose.
-
-    With a threshold also guesses that cost at most so much under the target are let through: then the text is no longer
-    the target's.
-    """
-    for count, (guess, choice, cost) in enumerate(zip(guesses, chosen, nll)):
-        if guess != choice and (threshold is None or not cost <= threshold):
-            return count
-    return len(guesses)
-
-
-def until_end(ids: Sequence[int], end_ids: frozenset[int]) -> list[int]:
-    """The ids up to the first that ends a text, that one included."""
-    for index, token in enumerate(ids):
-        if token in end_ids:
-            return list(ids[: index + 1])
-    return list(ids)

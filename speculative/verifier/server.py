@@ -15,12 +15,13 @@ from lab.settings import UserError
 from lab.text.prompts import prompt_ids
 from lab.tracking import Tracker
 from lab.wire import FrameServer
-from speculative.engines import OpenTarget
-from speculative.messages import PROTOCOL, TABLE, Reason, Welcome
+from speculative.messages import PROTOCOL, TABLE, TOKENIZER, Reason, WelcomeFrame
+from speculative.request import Ended
 from speculative.settings import SpeculativeProjectSettings, SpeculativeSettings
-from speculative.verifier.connections import TOKENIZER, FirstProtocolAnswers, Front
-from speculative.verifier.scheduler import EngineFailed, Terms, Verifier
-from speculative.verifier.sequence import Ended, Text
+from speculative.verifier.connections import FirstProtocolAnswers, Front
+from speculative.verifier.scheduler import EngineFailed, Scheduler, SchedulerLimits
+from speculative.verifier.sequence import VerifiedSequence
+from speculative.verifier.target import OpenTarget
 from speculative.vocabulary import fingerprint, token_texts
 
 BACKLOG_BYTES = 2**20
@@ -28,7 +29,7 @@ BACKLOG_BYTES = 2**20
 
 
 @dataclass
-class Served:
+class ServerStats:
     """What a verifier has done so far."""
 
     texts: int = 0
@@ -55,7 +56,7 @@ class Served:
     lookups_accepted: int = 0
     resumes: int = 0
 
-    def add(self, text: Text, ended: Ended) -> None:
+    def add(self, text: VerifiedSequence, ended: Ended) -> None:
         """A text that has ended."""
         figures = text.figures
         self.texts += 1
@@ -80,7 +81,7 @@ async def serve(
     tokenizer: PreTrainedTokenizerBase,
     tls: ssl.SSLContext | None,
     tracker: Tracker,
-    served: Served,
+    served: ServerStats,
     announce: Callable[[str, int], None],
 ) -> None:
     """Serve until cancelled; `announce(host, port)` is called when it listens.
@@ -93,12 +94,12 @@ async def serve(
     project, network = settings.project, settings.network
     loop = asyncio.get_running_loop()
 
-    def closed(text: Text, ended: Ended) -> None:  # in the forward thread
+    def closed(text: VerifiedSequence, ended: Ended) -> None:  # in the forward thread
         loop.call_soon_threadsafe(_record, served, tracker, text, ended)
 
     texts = token_texts(tokenizer)
     digest = fingerprint(texts)
-    verifier = Verifier(target.engine, end_ids=target.end_ids, terms=_terms(target, project), closed=closed)
+    verifier = Scheduler(target.engine, end_ids=target.end_ids, terms=_terms(target, project), closed=closed)
     try:
         verifier.prove()
     except EngineFailed as error:
@@ -145,7 +146,7 @@ async def serve(
     await asyncio.sleep(0)  # the texts that the thread closed at its end are recorded now
 
 
-def _record(served: Served, tracker: Tracker, text: Text, ended: Ended) -> None:
+def _record(served: ServerStats, tracker: Tracker, text: VerifiedSequence, ended: Ended) -> None:
     figures = text.figures
     served.add(text, ended)
     tracker.log(
@@ -169,9 +170,9 @@ def _record(served: Served, tracker: Tracker, text: Text, ended: Ended) -> None:
     )
 
 
-def _terms(target: OpenTarget, project: SpeculativeProjectSettings) -> Terms:
+def _terms(target: OpenTarget, project: SpeculativeProjectSettings) -> SchedulerLimits:
     draft, client = project.draft, project.client
-    return Terms(
+    return SchedulerLimits(
         prefill_chunk=project.prefill_chunk,
         longest_check=project.max_draft_length,
         window=draft.window,
@@ -185,8 +186,8 @@ def _terms(target: OpenTarget, project: SpeculativeProjectSettings) -> Terms:
     )
 
 
-def _welcome(target: OpenTarget, project: SpeculativeProjectSettings) -> Welcome:
-    return Welcome(
+def _welcome(target: OpenTarget, project: SpeculativeProjectSettings) -> WelcomeFrame:
+    return WelcomeFrame(
         model=target.model,
         dtype=target.dtype,
         vocabulary_size=target.engine.vocabulary_size,
@@ -209,7 +210,7 @@ def _answers(settings: SpeculativeSettings, tokenizer: PreTrainedTokenizerBase) 
     )
 
 
-def figures_of(served: Served) -> dict[str, Any]:
+def figures_of(served: ServerStats) -> dict[str, Any]:
     """The figures of a verifier's last line."""
     return vars(served) | {
         "alpha": served.drafts_right / served.drafts_checked if served.drafts_checked else None,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -16,7 +17,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab.command import entry
 from lab.command.terminal import TextStream
 from lab.engine.base import Session, check_words
-from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import UserError
@@ -24,11 +24,12 @@ from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import said
 from lab.tracking import Tracker, picture
+from split.inference.messages import Report
 from split.inference.picture import draw
-from split.inference.sharded_model import ShardedModel, ShardFault
+from split.inference.sharded_model import ShardedModel
 from split.inference.times import PassParts, as_row, take_apart
 from split.settings import SplitSettings
-from split.transport.base import ShardLost, ShardReport
+from split.transport.base import ShardReport
 
 
 @dataclass
@@ -48,7 +49,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
 
     Raises:
         UserError: a prompt without tokens, with one that the model has no row for, or one beyond the context.
-        Unfinished: shards that failed or were lost, NaN or infinity; `place.so_far` has the text so far.
+        Fault: shards that failed or were lost, NaN or infinity; `place.so_far` has the text so far.
     """
     project = settings.project
     tokenizer = load_tokenizer_only(settings.model)
@@ -73,11 +74,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
     stream = TextStream(decoder(tokenizer, ends), sys.stdout, project.stops)
     text = Text()
     place.so_far = lambda: _said(settings, tokenizer, text, ends)
-    try:
-        write(engine, prompt, sampling, most, ends, stream, text, tracker)
-    except (NotFinite, ShardFault, ShardLost) as error:
-        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
-        raise entry.Unfinished(str(error), 1, ended_by) from None
+    write(engine, prompt, sampling, most, ends, stream, text, tracker)
     reports = engine.reports()
     apart = take_apart(list(engine.passes), reports)
     for index, parts in enumerate(apart, start=len(text.ids)):
@@ -137,7 +134,7 @@ def _figures(
     tokenizer: PreTrainedTokenizerBase,
     text: Text,
     engine: ShardedModel,
-    reports: Sequence[ShardReport],
+    reports: Sequence[ShardReport[Report]],
     apart: Sequence[PassParts],
 ) -> dict[str, Any]:
     seconds = sum(text.token_seconds)
@@ -172,18 +169,14 @@ def _said(
     }
 
 
-def _shard(report: ShardReport, place: int, single: Sequence[PassParts]) -> dict[str, Any]:
+def _shard(report: ShardReport[Report], place: int, single: Sequence[PassParts]) -> dict[str, Any]:
     hops = [parts.hops[place] for parts in single]
+    sizes = msgspec.structs.asdict(report.figures)
+    del sizes["clock_seconds"]
     return {
-        "name": report.name,
+        "name": sizes.pop("name"),
         "layers": f"{report.layers.start}:{report.layers.stop}",
-        "device": report.device,
-        "weights_bytes": report.weights_bytes,
-        "kv_bytes": report.kv_bytes,
-        "rss_bytes": report.rss_bytes,
-        "peak_rss_bytes": report.peak_rss_bytes,
-        "device_memory_used_bytes": report.device_memory_used_bytes,
-        "device_memory_total_bytes": report.device_memory_total_bytes,
+        **sizes,
         **{
             f"{part}_seconds_p50": statistics.median(getattr(hop, part) for hop in hops)
             for part in ("compute", "serialise", "wire", "queue", "wait")

@@ -13,11 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from lab import faults
 from lab.engine.base import (
     NOTHING,
     SWEEP_ROWS,
+    Engine,
     Request,
     Session,
     TargetStep,
@@ -32,8 +34,8 @@ from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
 from lab.wire import pack_tokens
 from split.chain.messages import Fault, FaultCode
-from split.inference.messages import MAX_PIECES, REPORTED_PASSES, Close, Open, Opened, Pass, Piece, Steps, unpack_steps
-from split.transport.base import ChainLost, Message, ShardLost, ShardReport, Transport
+from split.inference.messages import MAX_PIECES, Close, Open, Opened, Pass, Piece, Report, Steps, unpack_steps
+from split.transport.base import REPORTED_PASSES, ChainLost, Message, ShardLost, ShardReport, Transport
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ KEPT_SECONDS = 5.0
 """For so long a place in line is kept for who asks again."""
 
 
-class ShardFault(RuntimeError):
+class ShardFault(faults.Fault):
     """A shard could not do what it was asked, and asking again would not help."""
 
 
@@ -151,7 +153,7 @@ class _UnderWay:
     submitted: float
 
 
-class ShardedModel:
+class ShardedModel(Engine):
     """An `Engine` over shards.
 
     Args:
@@ -234,9 +236,10 @@ class ShardedModel:
         """Leave the shards; the engine is of no use afterwards."""
         self._transport.shutdown()
 
-    def reports(self) -> list[ShardReport]:
+    def reports(self) -> list[ShardReport[Report]]:
         """The figures of every shard, first to last."""
-        return self._transport.reports()
+        reports: list[ShardReport[Any]] = self._transport.reports()
+        return reports
 
     # Room
 
@@ -259,7 +262,7 @@ class ShardedModel:
     def _ask(self, asked: _Asked) -> _Asked:
         head = Open(tokens=asked.tokens, **sampling_fields(asked.sampling))
         self._asked[asked.number] = asked
-        self._transport.submit(Message(asked.number, head))
+        self._transport.send(0, Message(asked.number, head))
         return asked
 
     def _await_room(self, asked: _Asked, seconds: float) -> None:
@@ -292,7 +295,7 @@ class ShardedModel:
 
     def _close(self, number: int) -> None:
         try:
-            self._transport.submit(Message(number, Close()))
+            self._transport.send(0, Message(number, Close()))
         except ShardLost as lost:
             log.info("text %d was closed without its shards: %s", number, lost)
 
@@ -342,7 +345,7 @@ class ShardedModel:
         has_words = any(self._journals[part.run.number].session.sampling.words for part in parts)
         head = Pass(read_all=want == "all", for_words=has_words, pieces=[part.piece() for part in parts])
         submitted = time.monotonic()
-        self._transport.submit(Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
+        self._transport.send(0, Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
         return _UnderWay(number, head, parts, submitted)
 
     @staticmethod

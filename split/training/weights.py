@@ -1,4 +1,4 @@
-"""The weights that split training starts from: a slice of a model made ready to learn."""
+"""Weights at the start of split training: a slice of a model, made trainable."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from transformers.modeling_utils import PreTrainedModel
 from lab.models.layers import load_layers
 from lab.models.proof import Use
 from lab.models.quantized import Stored
+from lab.models.shape import ModelShape
 from lab.models.slices import cut_of
 from lab.models.sources import fetch, load_config, stored_as
-from lab.models.structure import count_layers
 from lab.settings import ModelSettings, Quantization, UserError
-from split.training.messages import Recipe, Train
+from split.training.messages import Recipe
+from split.training.settings import Train
 from split.training.shard import TrainingShard
 
 
 def load_training_shard(settings: ModelSettings, device: torch.device, layers: range, recipe: Recipe) -> TrainingShard:
-    """The shard of these layers as it is before the first step; only its own tensors are read.
+    """The shard of these layers before the first step; only its own tensors are read.
 
     Raises:
-        UserError: what `load_layers` and `first_adapter` refuse, everything trained where that cannot be.
+        UserError: refused by `load_layers` or `first_adapter`, or all weights where not all can be trained.
     """
     model = _load_slice(settings, device, layers)
     if recipe.train is Train.lora:
@@ -42,12 +43,12 @@ def load_training_shard(settings: ModelSettings, device: torch.device, layers: r
 
 
 def _load_slice(settings: ModelSettings, device: torch.device, layers: range) -> PreTrainedModel:
-    first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
+    first, last = layers.start == 0, layers.stop == ModelShape.of(load_config(settings)).layers
     return load_layers(settings, device, layers, embedding=first, head=last, use=Use.training)
 
 
 def check_can_train_everything(settings: ModelSettings) -> None:
-    """UserError for weights that have no gradient, and for an adapter that nobody would train."""
+    """UserError for weights that have no gradient, and for an adapter, which would not be trained."""
     stored = stored_as(fetch(settings, ()), load_config(settings), settings)
     if stored in (Stored.nf4, Stored.fp4):
         raise UserError(f"project.train must be lora for a model that is stored as {stored.name}, got everything")
@@ -65,7 +66,7 @@ def check_can_train_everything(settings: ModelSettings) -> None:
 def initial_weight(settings: ModelSettings, recipe: Recipe, layers: range) -> Callable[[str], Tensor]:
     """A trainable weight before the first step, by its name in the whole model; read again, not kept.
 
-    Where the checkpoint has the tensor under another name, or as a part of it, the slice is loaded again, and kept.
+    Where the checkpoint has the tensor under another name, or within another one, the slice is loaded again and kept.
     """
     if recipe.train is Train.lora:
         from split.training.first_adapter import first_adapter  # loads PEFT

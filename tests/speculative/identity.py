@@ -24,15 +24,17 @@ import torch
 from lab.command.entry import compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
+from lab.models.shape import ModelShape
 from lab.models.sources import load_model, load_tokenizer_only
 from lab.text.prompts import prompt_ids
-from speculative.drafter.loop import Flip, OwnText
-from speculative.drafter.sources import Drafts, RecordedDrafts
-from speculative.engines import open_drafts
+from speculative.drafter.check import Flip
+from speculative.drafter.loop import DraftedSequence
+from speculative.drafter.sources import open_drafts
+from speculative.drafts import Drafts, RecordedDrafts
 from speculative.messages import Reason
+from speculative.request import Ended, GenerationRequest, Verdict
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
-from speculative.verifier.scheduler import Verifier
-from speculative.verifier.sequence import Ended, TextRequest, Verdict
+from speculative.verifier.scheduler import Scheduler
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import (
     TERMS,
@@ -190,13 +192,13 @@ def speculated_equals_alone(model: torch.nn.Module, *, seed: int, texts: int = 4
         new_tokens: Of each.
     """
     numbers = random.Random(seed)
-    vocabulary_size = int(cast(Any, model).config.get_text_config(decoder=True).vocab_size)
+    vocabulary_size = ModelShape.of(cast(Any, model).config).vocabulary
     drawn = [_drawn_text(numbers, vocabulary_size, new_tokens) for _ in range(texts)]
     engine = local_engine(model, sessions=max(2, texts - 1), context=120)
     alone = local_engine(model, sessions=1, context=120)
     own = [decoded_alone(alone, asked.prompt_ids, asked.sampling, new_tokens) for asked in drawn]
     terms = replace(TERMS, prefill_chunk=numbers.choice([1, 3, 7, 64]), lookup=numbers.choice([None, (3, 1)]))
-    verifier = Verifier(engine, end_ids=[], terms=terms, closed=lambda text, ended: None)
+    verifier = Scheduler(engine, end_ids=[], terms=terms, closed=lambda text, ended: None)
     sources: list[Drafts] = [
         RecordedDrafts(text, numbers.choice([0.0, 0.6, 0.9]), numbers.randrange(2**31), vocabulary_size) for text in own
     ]
@@ -209,7 +211,7 @@ def speculated_equals_alone(model: torch.nn.Module, *, seed: int, texts: int = 4
     return compared
 
 
-def _drawn_text(numbers: random.Random, vocabulary_size: int, new_tokens: int) -> TextRequest:
+def _drawn_text(numbers: random.Random, vocabulary_size: int, new_tokens: int) -> GenerationRequest:
     sampled = Sampling(
         seed=numbers.randrange(2**63),
         temperature=numbers.choice([0.5, 1.0, 1.5]),
@@ -222,10 +224,10 @@ def _drawn_text(numbers: random.Random, vocabulary_size: int, new_tokens: int) -
 
 
 def _written(
-    verifier: Verifier, drawn: Sequence[TextRequest], sources: Sequence[Drafts], numbers: random.Random
+    verifier: Scheduler, drawn: Sequence[GenerationRequest], sources: Sequence[Drafts], numbers: random.Random
 ) -> tuple[list[list[int]], Compared]:
     """The texts as a verifier writes them that is told a draft, or ticks, whichever is drawn next."""
-    held = [OwnText(asked, drafts) for asked, drafts in zip(drawn, sources, strict=True)]
+    held = [DraftedSequence(asked, drafts) for asked, drafts in zip(drawn, sources, strict=True)]
     desk = _Desk(verifier)
     compared, waiting, open_ = Compared(), list(range(len(held))), set[int]()
     for _ in range(400 * len(held)):
@@ -254,11 +256,11 @@ def _written(
 
 
 class _Desk:
-    """A `Target` as far as `OwnText.send` needs one: what is handed in is at the verifier at once."""
+    """A `Target` as far as `DraftedSequence.send` needs one: what is handed in is at the verifier at once."""
 
     longest_draft = TERMS.longest_check
 
-    def __init__(self, verifier: Verifier) -> None:
+    def __init__(self, verifier: Scheduler) -> None:
         self._verifier = verifier
         self.number = 0
 

@@ -13,15 +13,17 @@ import torch
 
 from lab.engine.base import Engine, LocalEngine
 from lab.engine.sampling import Sampling
-from speculative.drafter.loop import Flip, Round, speculate
-from speculative.drafter.sources import Drafts
+from speculative.drafter.check import Flip
+from speculative.drafter.loop import Round, speculate
+from speculative.drafts import Drafts
+from speculative.request import Ended, GenerationRequest, Outcome
 from speculative.settings import Mode
 from speculative.verifier.forward_thread import Call, ForwardThread
-from speculative.verifier.scheduler import Terms, Verifier
-from speculative.verifier.sequence import Ended, Outcome, Text, TextRequest
+from speculative.verifier.scheduler import Scheduler, SchedulerLimits
+from speculative.verifier.sequence import VerifiedSequence
 
 DEADLINE_SECONDS = 60.0
-TERMS = Terms(
+TERMS = SchedulerLimits(
     prefill_chunk=64,
     longest_check=16,
     window=64,
@@ -38,9 +40,9 @@ TERMS = Terms(
 class Bench:
     """One verifier, its forward thread, and a queue of outcomes for each text."""
 
-    def __init__(self, engine: Engine, end_ids: Sequence[int] = (), terms: Terms = TERMS) -> None:
-        self.ended: list[tuple[Text, Ended]] = []
-        self.verifier = Verifier(
+    def __init__(self, engine: Engine, end_ids: Sequence[int] = (), terms: SchedulerLimits = TERMS) -> None:
+        self.ended: list[tuple[VerifiedSequence, Ended]] = []
+        self.verifier = Scheduler(
             engine,
             end_ids=end_ids,
             terms=terms,
@@ -59,7 +61,7 @@ class Bench:
 
 
 @contextmanager
-def bench(engine: Engine, end_ids: Sequence[int] = (), terms: Terms = TERMS) -> Iterator[Bench]:
+def bench(engine: Engine, end_ids: Sequence[int] = (), terms: SchedulerLimits = TERMS) -> Iterator[Bench]:
     """A running `Bench`; its thread must end without a fault."""
     running = Bench(engine, end_ids, terms)
     with running.thread:
@@ -102,7 +104,7 @@ class InProcess:
         self._down = Wire(delay_seconds, seed + 1) if delay_seconds else None
         self._arrived: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
 
-    def open(self, request: TextRequest) -> None:
+    def open(self, request: GenerationRequest) -> None:
         self._count += 1
         self._key = key = (self._name, self._count)
         self._arrived = arrived = queue.SimpleQueue()
@@ -110,7 +112,7 @@ class InProcess:
         self._bench.receivers[key] = lambda outcome: later(lambda: arrived.put(outcome))
         self._submit(lambda verifier: verifier.open(key, request, client=self._name))
 
-    def resume(self, request: TextRequest) -> None:
+    def resume(self, request: GenerationRequest) -> None:
         raise AssertionError("nothing is lost in one process")
 
     def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
@@ -141,8 +143,8 @@ def request(
     mode: Mode = Mode.sync,
     threshold: float | None = None,
     length: int = 5,
-) -> TextRequest:
-    return TextRequest(
+) -> GenerationRequest:
+    return GenerationRequest(
         prompt_ids=prompt,
         sampling=sampling,
         max_new_tokens=count,
@@ -152,7 +154,7 @@ def request(
     )
 
 
-def speculated(target: InProcess, drafts: Drafts, asked: TextRequest, end_ids: Sequence[int] = ()) -> list[Round]:
+def speculated(target: InProcess, drafts: Drafts, asked: GenerationRequest, end_ids: Sequence[int] = ()) -> list[Round]:
     """All rounds of one text."""
     return list(speculate(target, drafts, asked, frozenset(end_ids)))
 

@@ -22,12 +22,12 @@ from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings, OneWay
 from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
 from lab.text.prompts import prompt_ids
-from speculative.drafter.joining import join
+from speculative.acceptance import until_end
 from speculative.drafter.loop import Target, speculate
-from speculative.drafter.target import RemoteTarget
-from speculative.engines import open_drafts
+from speculative.drafter.sources import open_drafts
+from speculative.drafter.target import RemoteTarget, join
+from speculative.request import GenerationRequest
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.sequence import TextRequest, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.processes import RANDOM, Role, drafted, drafter_process, verifier
@@ -140,7 +140,7 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)
 
-    def resume(self, request: TextRequest) -> None:
+    def resume(self, request: GenerationRequest) -> None:
         self.lost_at = time.monotonic()
         self._target.resume(request)
 
@@ -169,7 +169,7 @@ def _one_text(scene: _Scene, generator: random.Random, kinds: Sequence[str], cam
     points = list(zip(sorted(generator.sample(range(1, count - LAST_TOKENS), len(kinds))), kinds, strict=True))
     settings = replace(scene.settings, network=replace(scene.settings.network, port=scene.link.port))
     prompt = [generator.randrange(256) for _ in range(30)]
-    request = TextRequest(
+    request = GenerationRequest(
         prompt_ids=prompt, sampling=SAMPLING, max_new_tokens=count, mode=Mode["async"], threshold=None
     )
     texts = token_texts(load_tokenizer_only(settings.model))

@@ -17,11 +17,10 @@ from lab.models.sources import load_tokenizer_only
 from lab.network import make_endpoint
 from lab.tracking import Tracker
 from lab.wire import Endpoint, FrameSocket
-from speculative.engines import open_target
-from speculative.messages import PROTOCOL, TABLE
+from speculative.messages import PROTOCOL, TABLE, TOKENIZER
 from speculative.settings import SpeculativeSettings
-from speculative.verifier.connections import TOKENIZER
-from speculative.verifier.server import Served, serve
+from speculative.verifier.server import ServerStats, serve
+from speculative.verifier.target import open_target
 from speculative.vocabulary import fingerprint, token_texts
 
 Wrap = Callable[[Engine, asyncio.AbstractEventLoop], Engine]
@@ -36,7 +35,7 @@ class Here:
     settings: SpeculativeSettings
     engine: Engine
     """As it is without what was wrapped around it."""
-    served: Served
+    served: ServerStats
     """Whole after the end of the block."""
 
 
@@ -48,7 +47,7 @@ def serving_here(*words: str, wrap: Wrap = lambda engine, loop: engine) -> Itera
     )
     target = open_target(settings, open_device(settings.device))
     tokenizer = load_tokenizer_only(settings.model)
-    here = Here(0, settings, target.engine, Served())
+    here = Here(0, settings, target.engine, ServerStats())
     is_ready = threading.Event()
     faults: list[BaseException] = []
     loop = asyncio.new_event_loop()

@@ -12,10 +12,11 @@ from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.text.prompts import prompt_ids
-from speculative.drafter.loop import Flip
-from speculative.drafter.sources import EngineDrafts, RandomDrafts
-from speculative.engines import open_target
+from speculative.drafter.check import Flip
+from speculative.drafter.sources import EngineDrafts
+from speculative.drafts import RandomDrafts
 from speculative.settings import SpeculativeSettings
+from speculative.verifier.target import open_target
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.identity import Subject
 from tests.speculative.in_process import (

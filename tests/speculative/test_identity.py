@@ -14,8 +14,7 @@ from lab.engine.base import Request, Session, TargetStep
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from speculative.settings import Mode
-from speculative.verifier import scheduler as verifying
-from speculative.verifier import sequence as text
+from speculative.verifier import scheduler, sequence
 from tests.random_models import ARCHITECTURES, random_model
 from tests.speculative.identity import (
     SAMPLINGS,
@@ -79,7 +78,7 @@ def test_drawn_texts_are_the_targets_own(seed: int, architecture: str) -> None:
 def test_a_wrong_rule_is_seen_in_drawn_texts(
     monkeypatch: pytest.MonkeyPatch, place: str, wrong: Callable[..., object]
 ) -> None:
-    monkeypatch.setattr(text, place, wrong)
+    monkeypatch.setattr(sequence, place, wrong)
     model, differing = random_model("llama", torch.float64), 0
     for seed in range(3):
         try:
@@ -113,25 +112,25 @@ def test_the_whole_comparison_has_every_source_sampling_and_length_alone_and_amo
 def test_a_verifier_that_accepts_one_guess_too_many_is_seen(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
 ) -> None:
-    right = text.accepted_length
+    right = sequence.accepted_length
 
     def one_more(guesses: Sequence[int], chosen: Sequence[int], nll: Sequence[float], threshold: float | None) -> int:
         return min(len(guesses), right(guesses, chosen, nll, threshold) + 1)
 
-    monkeypatch.setattr(text, "accepted_length", one_more)
+    monkeypatch.setattr(sequence, "accepted_length", one_more)
     assert compare(subject, "noisy", sampling, [6], 40).differing > 0
 
 
 def test_a_verifier_that_mixes_up_the_texts_of_a_batch_is_seen(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extend = verifying.Verifier._extend
+    extend = scheduler.Scheduler._extend
 
     def mixed_up(
-        verifier: verifying.Verifier, requests: Sequence[Request], *, want_all: bool
+        verifier: scheduler.Scheduler, requests: Sequence[Request], *, want_all: bool
     ) -> list[TargetStep | CacheFull]:
         steps = extend(verifier, requests, want_all=want_all)
         return steps[::-1] if want_all and len({len(ids) for _, ids in requests}) == 1 else steps
 
-    monkeypatch.setattr(verifying.Verifier, "_extend", mixed_up)
+    monkeypatch.setattr(scheduler.Scheduler, "_extend", mixed_up)
     assert compare(subject, "none", SAMPLINGS[1], [1, 1, 1, 1], 30).differing > 0

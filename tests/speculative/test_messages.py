@@ -10,7 +10,7 @@ from lab.engine.sampling import Sampling
 from lab.wire import encode, pack_tokens
 from speculative.bench.rig import text_bytes
 from speculative.drafter.sources import EngineDrafts
-from speculative.messages import TABLE, Close, Draft, MessageType, Open, Reason, Verdict
+from speculative.messages import TABLE, CloseFrame, DraftFrame, MessageType, OpenFrame, Reason, VerdictFrame
 from speculative.settings import Mode
 from tests.speculative.in_process import InProcess, bench, request, speculated
 
@@ -39,12 +39,12 @@ def test_bytes_of_a_text_at_length_8_and_acceptance_080() -> None:
 
 def test_ids_only() -> None:
     """Of a round nothing travels but three small numbers, one small number, and raw ids."""
-    draft = encode(TABLE, MessageType.draft, 1, Draft(epoch=70000, position=70000), pack_tokens([1] * 8))
+    draft = encode(TABLE, MessageType.draft, 1, DraftFrame(epoch=70000, position=70000), pack_tokens([1] * 8))
     verdict = encode(
         TABLE,
         MessageType.verdict,
         1,
-        Verdict(epoch=70000, position=70000, accepted=8, prefix=2**64 - 1),
+        VerdictFrame(epoch=70000, position=70000, accepted=8, prefix=2**64 - 1),
         pack_tokens([1]),
     )
     assert len(draft) == 16 + (1 + 5 + 5) + 32
@@ -54,7 +54,7 @@ def test_ids_only() -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        Open(
+        OpenFrame(
             seed=2**63 - 1,
             temperature=0.5,
             top_k=3,
@@ -69,14 +69,14 @@ def test_ids_only() -> None:
             threshold=None,
             report=False,
         ),
-        Close(reason=Reason.refused, text="why"),
+        CloseFrame(reason=Reason.refused, text="why"),
     ],
 )
-def test_heads_are_read_as_they_were_written(head: Open | Close) -> None:
+def test_heads_are_read_as_they_were_written(head: OpenFrame | CloseFrame) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(head), type=type(head)) == head
 
 
 @pytest.mark.parametrize("bad", [[-1, 0], [0, 2**32], [0], [0, 0, 0], ["a", 0], None])
 def test_other_heads_are_refused(bad: object) -> None:
     with pytest.raises(msgspec.ValidationError):
-        msgspec.msgpack.decode(msgspec.msgpack.encode(bad), type=Draft)
+        msgspec.msgpack.decode(msgspec.msgpack.encode(bad), type=DraftFrame)

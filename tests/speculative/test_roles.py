@@ -21,22 +21,22 @@ import psutil
 import pytest
 import torch
 
-from lab.command.entry import EndedBy, Run, Unfinished, compose_settings
+from lab.command.entry import EndedBy, Run, compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.models.sources import BYTE_EOS, LoadedModel, load_model
 from lab.settings import UserError
 from lab.text.words import Words
-from lab.wire import PeerGone
+from lab.wire import PeerGone, PeerMismatch
+from speculative.acceptance import until_end
 from speculative.drafter.connection import VerifierConnection
-from speculative.drafter.joining import join
-from speculative.drafter.loop import TextFailed, speculate
-from speculative.drafter.sources import NgramDrafts, RandomDrafts
-from speculative.drafter.target import RemoteTarget
-from speculative.messages import Welcome
+from speculative.drafter.loop import RequestFailed, speculate
+from speculative.drafter.target import RemoteTarget, join
+from speculative.drafts import NgramDrafts, RandomDrafts
+from speculative.messages import WelcomeFrame
+from speculative.request import Outcome, Verdict
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier import __main__ as verifier_role
-from speculative.verifier.sequence import Outcome, Verdict, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine, request
 from tests.speculative.processes import END_SECONDS, RANDOM, Role, drafted, drafter_process, verifier, wait_until
@@ -358,7 +358,7 @@ def test_a_verifier_that_comes_back_with_other_weights_ends_the_text_and_what_th
             target.connection.frames.close()
         return listen(target)
 
-    def other(connection: VerifierConnection, welcome: Welcome) -> VerifierConnection:
+    def other(connection: VerifierConnection, welcome: WelcomeFrame) -> VerifierConnection:
         changed = welcome.target | {"model": "random:another", "adapter": "one"}
         connection.welcome = msgspec.structs.replace(welcome, target=changed)
         return connection
@@ -370,10 +370,10 @@ def test_a_verifier_that_comes_back_with_other_weights_ends_the_text_and_what_th
     monkeypatch.setattr(RemoteTarget, "next", lose)
     words = (*RANDOM, *SAMPLED, "project.mode=target_only")
     place = Run(tmp_path)
-    with pytest.raises(Unfinished) as ended:
+    with pytest.raises(PeerMismatch) as ended:
         drafted(random_verifier.port, words, place)
     was = _joined_target(random_verifier.port)["model"]
-    assert ended.value.code == 2
+    assert ended.value.exit_code == 2
     assert str(ended.value).endswith(
         f"is another target than before: its model was {was} and is random:another, its adapter was none and is one "
         "during WELCOME"
@@ -419,7 +419,7 @@ def test_a_drafter_that_misheard_asks_for_the_text_again_once(
             ids = [token for done in rounds for token in done.tokens]
             assert ids == _own_text(PROMPT, sampling, 40)
         else:
-            with pytest.raises(TextFailed, match="hold different texts up to position"):
+            with pytest.raises(RequestFailed, match="hold different texts up to position"):
                 list(rounds)
         assert target.resumes == 1
 

@@ -29,6 +29,7 @@ from lab.command import entry
 from lab.doctor import DoctorSettings
 from lab.engine.base import TargetStep
 from lab.engine.not_finite import NotFinite
+from lab.faults import Lost
 from lab.settings import Dtype, UserError, digest, to_settings
 
 Work = Callable[[DoctorSettings, entry.Run], dict[str, Any]]
@@ -142,6 +143,8 @@ def test_result_appears_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         ("project=fed_learn", "project must be "),
         ("-m", "a command must run once (run_matrix.py runs one for each value of key=a,b), got -m"),
         ("hydra.mode=MULTIRUN", "a command must run once (run_matrix.py runs one "),
+        ("--nope", "arguments must be key=value or options that --hydra-help lists: unrecognized arguments: --nope"),
+        ("--cfg=x", "arguments must be key=value or options that --hydra-help lists: argument --cfg/-c: invalid"),
         ("--config-name=nope", "Cannot find primary config 'nope'"),
     ],
 )
@@ -231,7 +234,9 @@ def test_what_a_run_has_before_it_fails_is_kept(
 ) -> None:
     def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
         place.so_far = lambda: {"token_ids": [1, 2], "ended_by": "length", "status": "ok"}
-        raise entry.Unfinished("the verifier is gone", code, entry.EndedBy.lost)
+        fault = Lost("the verifier is gone")
+        fault.exit_code = code
+        raise fault
 
     assert command(monkeypatch, work) == code
     output = capsys.readouterr()
@@ -302,10 +307,10 @@ def test_fault_and_interrupt_of_real_processes(tmp_path: Path) -> None:
             process.wait(DEADLINE)
 
 
-def test_project_of_another_command_in_a_real_process(tmp_path: Path) -> None:
-    """Here the other project's schema is not even registered."""
+def test_the_file_of_another_command_in_a_real_process(tmp_path: Path) -> None:
+    """Here the other command's settings are not even registered."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "simulations" / "fed_sim.py"), "project=doctor"],
+        [sys.executable, str(ROOT / "simulations" / "fed_sim.py"), "--config-name=doctor"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -314,7 +319,7 @@ def test_project_of_another_command_in_a_real_process(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: project must be fed_learn for this command, got 'doctor'\n"
+    assert done.stderr == "error: --config-name must name this command's file, got 'doctor'\n"
 
 
 def prompt_of(arguments: list[str]) -> str:

@@ -6,11 +6,10 @@ Shapes: T positions, V vocabulary.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 import random
-import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,11 +31,11 @@ from lab.engine.base import (
     SyntheticEngine,
     TargetStep,
     Want,
-    open_engine,
 )
-from lab.engine.kinds import EngineKind
+from lab.engine.kinds import open_split_engine
 from lab.engine.kv import CacheFull, SlotCache
 from lab.engine.sampling import Sampling
+from split.inference.open import join_shards
 from tests.random_models import ARCHITECTURES, VOCABULARY, WINDOW, random_model
 
 SAMPLED = Sampling(seed=21, temperature=0.8, top_k=40, top_p=0.95)
@@ -555,34 +554,13 @@ def test_synthetic_options_that_make_no_sense_are_refused(option: dict[str, floa
         _synthetic(**option)
 
 
-# open_engine
+# open_split_engine
 
 
-def test_engines_are_opened_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    synthetic = open_engine(
-        EngineKind.synthetic,
-        vocabulary_size=9,
-        context=9,
-        sessions=1,
-        step_seconds=0.0,
-        row_seconds=0.0,
-        agreement=1.0,
-    )
-    assert isinstance(synthetic, SyntheticEngine)
-    local = open_engine(
-        EngineKind.local,
-        random_model("llama", torch.float32),
-        sessions=1,
-        context=9,
-        bucket=8,
-        kv_limit_bytes=10**7,
-        prefill_chunk=4,
-        exact_rows=None,
-    )
-    assert isinstance(local, LocalEngine)
-    fake: Any = types.ModuleType("split.inference.open")
-    fake.join_shards = dict
-    monkeypatch.setitem(sys.modules, "split.inference.open", fake)
-    split: Any = open_engine(EngineKind.split, shards=3)
-    assert split == {"shards": 3}
-    assert [kind.name for kind in EngineKind] == ["local", "split", "synthetic"]
+def test_a_split_engine_is_found_by_name_and_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, given = inspect.signature(join_shards).parameters, inspect.signature(open_split_engine).parameters
+    assert [name for name in asked if name in given] == list(given)
+    assert [parameter for name, parameter in asked.items() if name in given] == list(given.values())
+    monkeypatch.setattr(join_shards.__module__ + ".join_shards", lambda *models, **options: (models, options))
+    options: Any = {name: object() for name in list(given)[2:]}
+    assert open_split_engine("model", "network", **options) == (("model", "network"), options)  # type: ignore[arg-type, comparison-overlap]

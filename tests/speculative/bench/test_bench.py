@@ -16,11 +16,12 @@ from lab.settings import UserError
 from lab.wire import encode, pack_tokens
 from speculative.bench import __main__ as bench
 from speculative.bench.rig import Reading, text_bytes
-from speculative.drafter.joining import join
 from speculative.drafter.loop import Round, speculate
-from speculative.drafter.sources import EngineDrafts, RandomDrafts
+from speculative.drafter.sources import EngineDrafts
 from speculative.drafter.tally import Tally
-from speculative.messages import TABLE, Close, MessageType, Open, Reason
+from speculative.drafter.target import join
+from speculative.drafts import RandomDrafts
+from speculative.messages import TABLE, CloseFrame, MessageType, OpenFrame, Reason
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.vocabulary import token_texts
 from tests.shared import made_once
@@ -180,7 +181,7 @@ def test_an_accepted_token_costs_at_most_25_bytes_both_ways() -> None:
 def test_these_bytes_are_the_ones_that_cross_the_socket(random_verifier: Role) -> None:
     settings = _settings("model=random", "model.dtype=float64", f"network.port={random_verifier.port}")
     asked = request([1, 2, 3], 40, Sampling.greedy(), length=8)
-    opened = Open(
+    opened = OpenFrame(
         name=2**64 - 1,
         owner=bytes(16),
         seed=0,
@@ -197,7 +198,7 @@ def test_these_bytes_are_the_ones_that_cross_the_socket(random_verifier: Role) -
     )
     expected = len(encode(TABLE, MessageType.open, 1, opened, pack_tokens(asked.prompt_ids)))
     for reason in (Reason.length, Reason.left):  # the verifier's word and ours cross on the way
-        expected += len(encode(TABLE, MessageType.close, 1, Close(reason=reason, text="")))
+        expected += len(encode(TABLE, MessageType.close, 1, CloseFrame(reason=reason, text="")))
     with join(settings, token_texts(load_tokenizer_only(settings.model))) as target:
         before = target.bytes_sent + target.bytes_received
         rounds = list(speculate(target, RandomDrafts(1, 256), asked, []))

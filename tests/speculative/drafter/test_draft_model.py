@@ -16,7 +16,7 @@ from lab.models.sources import load_tokenizer_only, prepare_checkpoint
 from lab.settings import Dtype, ModelSource, UserError
 from speculative.drafter import draft_model
 from speculative.drafter.draft_model import draft_model as meant
-from speculative.engines import open_drafts
+from speculative.drafter.sources import open_drafts
 from speculative.settings import SpeculativeSettings
 from speculative.vocabulary import token_texts
 

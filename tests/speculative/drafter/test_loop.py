@@ -13,11 +13,13 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from lab.engine.base import SyntheticEngine
 from lab.engine.sampling import Sampling
-from speculative.drafter.loop import Round, TextRefused, find_flips, speculate
-from speculative.drafter.sources import EngineDrafts, NoDrafts, RandomDrafts, add_noise_to_head
+from speculative.drafter.check import find_flips
+from speculative.drafter.loop import RequestRefused, Round, speculate
+from speculative.drafter.sources import EngineDrafts, add_noise_to_head
+from speculative.drafts import NoDrafts, RandomDrafts
 from speculative.messages import Reason
+from speculative.request import Verdict, Waiting
 from speculative.settings import Mode
-from speculative.verifier.sequence import Verdict, Waiting
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import InProcess, bench, local_engine, request, speculated, tokens
 
@@ -117,10 +119,10 @@ def test_a_text_has_the_length_that_was_asked_for() -> None:
 def test_what_cannot_be_served_is_refused_in_one_line() -> None:
     with bench(_synthetic(sessions=1)) as verifiers:
         with pytest.raises(
-            TextRefused, match=r"must be at most 5 here for a prompt of 395 tokens \(.*, its context\), got 6$"
+            RequestRefused, match=r"must be at most 5 here for a prompt of 395 tokens \(.*, its context\), got 6$"
         ):
             speculated(InProcess(verifiers), NoDrafts(), request([1] * 395, 6, GREEDY))
-        with pytest.raises(TextRefused, match="prompt must hold at least one token"):
+        with pytest.raises(RequestRefused, match="prompt must hold at least one token"):
             speculated(InProcess(verifiers), NoDrafts(), request([], 6, GREEDY))
 
 
@@ -171,10 +173,12 @@ def test_a_text_that_will_never_fit_is_told_at_once_what_would() -> None:
         rounds = speculate(short, NoDrafts(), replace(request([1], 31, GREEDY), mode=Mode.sync), [])
         first = next(rounds)
         with pytest.raises(
-            TextRefused, match=r"max_new_tokens must be at most 63 here for a prompt of 1 tokens .*got 64"
+            RequestRefused, match=r"max_new_tokens must be at most 63 here for a prompt of 1 tokens .*got 64"
         ):
             speculated(InProcess(verifiers, "long"), NoDrafts(), request([1], 64, GREEDY))
-        with pytest.raises(TextRefused, match=r"prompt must be at most 63 tokens here .*cache_limit_bytes.*, got 64"):
+        with pytest.raises(
+            RequestRefused, match=r"prompt must be at most 63 tokens here .*cache_limit_bytes.*, got 64"
+        ):
             speculated(InProcess(verifiers, "longer"), NoDrafts(), request([1] * 64, 1, GREEDY))
         assert len(tokens([first, *rounds])) == 31
 

@@ -14,16 +14,8 @@ from lab.engine.base import LocalEngine, SyntheticEngine
 from lab.engine.sampling import Sampling, mix64
 from lab.models.sources import load_tokenizer_only
 from lab.settings import Dtype
-from speculative.drafter.sources import (
-    Drafts,
-    EngineDrafts,
-    NgramDrafts,
-    NoDrafts,
-    RandomDrafts,
-    RecordedDrafts,
-    add_noise_to_head,
-)
-from speculative.engines import open_drafts
+from speculative.drafter.sources import EngineDrafts, add_noise_to_head, open_drafts
+from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts
 from speculative.settings import SpeculativeSettings
 from speculative.vocabulary import token_texts
 from tests.random_models import VOCABULARY, random_model
@@ -206,7 +198,7 @@ def test_a_draft_model_has_the_dtype_that_was_asked_for(
 ) -> None:
     monkeypatch.setattr("speculative.drafter.draft_model.best_dtype", lambda device: Dtype.bfloat16)
     seen: list[torch.dtype] = []
-    monkeypatch.setattr("speculative.engines._from_model", lambda model, *rest: seen.append(model.dtype))
+    monkeypatch.setattr("speculative.drafter.sources._from_model", lambda model, *rest: seen.append(model.dtype))
     words = f"model=random project.draft.source=model project.draft.model=random project.draft.dtype={asked}"
     settings = compose_settings("spec_decoding", words, SpeculativeSettings)
     texts = token_texts(load_tokenizer_only(settings.model))

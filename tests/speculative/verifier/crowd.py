@@ -13,11 +13,12 @@ from lab.device import open_device
 from lab.engine.base import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
-from speculative.drafter.joining import join
-from speculative.drafter.loop import TextRefused, speculate
-from speculative.drafter.sources import NoDrafts
+from speculative.acceptance import until_end
+from speculative.drafter.loop import RequestRefused, speculate
+from speculative.drafter.target import join
+from speculative.drafts import NoDrafts
+from speculative.request import GenerationRequest
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.sequence import TextRequest, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.serving_here import Here, serving_here
@@ -76,9 +77,9 @@ def crowd(texts: int, most_new_tokens: int, seed: int, *, never: int = 2) -> Cro
     return came
 
 
-def _request(length: int, most_new_tokens: int, draws: random.Random) -> TextRequest:
+def _request(length: int, most_new_tokens: int, draws: random.Random) -> GenerationRequest:
     new = draws.randint(1, min(most_new_tokens, length - 1))
-    return TextRequest(
+    return GenerationRequest(
         prompt_ids=[draws.randrange(256) for _ in range(length - new)],
         sampling=Sampling(seed=draws.randrange(2**31), temperature=1.0, top_k=40, top_p=0.95),
         max_new_tokens=new,
@@ -87,7 +88,7 @@ def _request(length: int, most_new_tokens: int, draws: random.Random) -> TextReq
     )
 
 
-def _text(here: Here, names: list[str], request: TextRequest, came: Crowd) -> list[int] | None:
+def _text(here: Here, names: list[str], request: GenerationRequest, came: Crowd) -> list[int] | None:
     settings = replace(here.settings, network=replace(here.settings.network, port=here.port))
     never = len(request.prompt_ids) + request.max_new_tokens > CACHE_POSITIONS // 64 * 64
     ids: list[int] = []
@@ -95,7 +96,7 @@ def _text(here: Here, names: list[str], request: TextRequest, came: Crowd) -> li
         with join(settings, names) as target:
             for done in speculate(target, NoDrafts(), request, [BYTE_EOS]):
                 ids += done.tokens
-    except TextRefused as refused:
+    except RequestRefused as refused:
         if never and "must be at most" in str(refused) and not ids:
             came.told_at_once += 1
         else:
@@ -109,7 +110,7 @@ def _text(here: Here, names: list[str], request: TextRequest, came: Crowd) -> li
     return ids
 
 
-def _are_own(texts: Sequence[list[int] | None], requests: Sequence[TextRequest]) -> bool:
+def _are_own(texts: Sequence[list[int] | None], requests: Sequence[GenerationRequest]) -> bool:
     """Whether each text is the one that the target makes alone."""
     settings = compose_settings("spec_decoding", " ".join(("tracking=none", *WORDS)), SpeculativeSettings)
     engine = local_engine(load_model(settings.model, open_device(settings.device)).model, 1, context=1024)

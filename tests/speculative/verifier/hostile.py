@@ -24,12 +24,11 @@ from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
 from lab.wire import WireError
-from speculative.drafter.joining import join
 from speculative.drafter.loop import Round, TargetLost, speculate
-from speculative.drafter.target import RemoteTarget
-from speculative.engines import open_drafts
+from speculative.drafter.sources import open_drafts
+from speculative.drafter.target import RemoteTarget, join
+from speculative.request import GenerationRequest, Verdict
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.sequence import TextRequest, Verdict
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import request
 from tests.speculative.processes import verifier
@@ -129,7 +128,7 @@ def compare(new_tokens: int, kinds: list[str], turns: int, *words: str) -> dict[
     return report
 
 
-def _asked(count: int, seed: int, mode: Mode = Mode["async"], length: int = 0) -> TextRequest:
+def _asked(count: int, seed: int, mode: Mode = Mode["async"], length: int = 0) -> GenerationRequest:
     return request([1], count, Sampling(seed=seed, temperature=0.0, top_k=0, top_p=1.0), mode, length=length)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from lab.engine.base import Engine, Request, Session, SyntheticEngine, TargetStep, Want
 from lab.engine.sampling import Sampling
 from lab.wire import Endpoint, pack_tokens
-from speculative.messages import Close, MessageType, Open, Reason
+from speculative.messages import CloseFrame, MessageType, OpenFrame, Reason
 from speculative.settings import Mode
 from tests.speculative.in_process import decoded_alone
 from tests.speculative.serving_here import Here, client_endpoint, connected, first_protocol, serving_here
@@ -156,7 +156,7 @@ def _stay_and_leave(
     frames.send(MessageType.open, 1, _open(number, draws), pack_tokens(list(prompt.encode())))
     time.sleep(stay)
     if way == "goodbye":
-        frames.send(MessageType.close, 1, Close(reason=Reason.left, text=""))
+        frames.send(MessageType.close, 1, CloseFrame(reason=Reason.left, text=""))
         frames.close()
         return way
     return _leave(frames._socket, way, frames.close, halves)
@@ -175,8 +175,8 @@ def _leave(client: socket.socket, way: str, close: Callable[[], None], halves: l
     return "closed"
 
 
-def _open(number: int, draws: random.Random) -> Open:
-    return Open(
+def _open(number: int, draws: random.Random) -> OpenFrame:
+    return OpenFrame(
         name=number,
         owner=bytes(16),
         seed=0,

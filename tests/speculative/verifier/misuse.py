@@ -22,25 +22,26 @@ from lab.engine.base import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
 from lab.wire import MAGIC, Endpoint, FrameSocket, Head, WireError, pack_tokens
-from speculative.drafter.joining import join
+from speculative.acceptance import until_end
 from speculative.drafter.loop import speculate
-from speculative.drafter.sources import NgramDrafts
+from speculative.drafter.target import join
+from speculative.drafts import NgramDrafts
 from speculative.messages import (
-    AskVocabulary,
-    Close,
-    Draft,
+    AskVocabularyFrame,
+    CloseFrame,
+    DraftFrame,
     MessageType,
-    Open,
+    OpenFrame,
     Reason,
-    Resume,
-    Scores,
-    Verdict,
-    Vocabulary,
-    Waiting,
-    Welcome,
+    ResumeFrame,
+    ScoresFrame,
+    VerdictFrame,
+    VocabularyFrame,
+    WaitingFrame,
+    WelcomeFrame,
 )
+from speculative.request import GenerationRequest
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.sequence import TextRequest, until_end
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.serving_here import client_endpoint, connected, first_protocol
@@ -75,7 +76,7 @@ class Ground:
     endpoint: Endpoint
     draws: random.Random
 
-    def open(self, **changes: Any) -> Open:
+    def open(self, **changes: Any) -> OpenFrame:
         """A request that is right but for the changes."""
         values: dict[str, Any] = {
             "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "words": None,
@@ -83,7 +84,7 @@ class Ground:
             "name": self.draws.getrandbits(64), "owner": bytes(16), "mode": Mode.target_only, "draft_length": 5,
             "report": False,
         }  # fmt: skip
-        return Open(**values | changes)
+        return OpenFrame(**values | changes)
 
     def raw(self, data: bytes) -> None:
         """Bytes that are no frame; waits for the end of the connection."""
@@ -109,7 +110,7 @@ class Ground:
 
     def drafted(self, guesses: Sequence[int], epoch: int = 0, position: int = 2) -> None:
         """Guesses that are wrong."""
-        draft = (MessageType.draft, 1, Draft(epoch=epoch, position=position), pack_tokens(guesses))
+        draft = (MessageType.draft, 1, DraftFrame(epoch=epoch, position=position), pack_tokens(guesses))
         self.opened((1, 2), draft, mode=Mode.sync)
 
 
@@ -117,12 +118,12 @@ def _is_end(client: FrameSocket) -> bool:
     frame = client.poll(ANSWER_SECONDS)
     if frame is None:
         raise TimeoutError
-    return isinstance(frame.head, Close | Vocabulary)
+    return isinstance(frame.head, CloseFrame | VocabularyFrame)
 
 
 def _resumed(ground: Ground, ids: Sequence[int], new_tokens: int, **changes: Any) -> None:
     target = changes.pop("target", {})
-    head = Resume(**msgspec.structs.asdict(ground.open(**changes)), new_tokens=new_tokens, target=target)
+    head = ResumeFrame(**msgspec.structs.asdict(ground.open(**changes)), new_tokens=new_tokens, target=target)
     ground.frames((MessageType.resume, 1, head, pack_tokens(ids)))
 
 
@@ -169,7 +170,7 @@ def _leaves_in_a_first_protocol_text(ground: Ground) -> None:
 
 
 def _asks_twice(ground: Ground) -> None:
-    ask = (MessageType.ask_vocabulary, 0, AskVocabulary(), b"")
+    ask = (MessageType.ask_vocabulary, 0, AskVocabularyFrame(), b"")
     ground.frames(ask, ask)
 
 
@@ -183,8 +184,10 @@ def _another(**changes: Any) -> Callable[[Ground], None]:
     return shake
 
 
-VERDICT = Verdict(epoch=0, position=0, accepted=0, prefix=0)
-WELCOME = Welcome(model="", dtype="", vocabulary_size=1, context=1, max_draft_length=1, window=1, end_ids=[], target={})
+VERDICT = VerdictFrame(epoch=0, position=0, accepted=0, prefix=0)
+WELCOME = WelcomeFrame(
+    model="", dtype="", vocabulary_size=1, context=1, max_draft_length=1, window=1, end_ids=[], target={}
+)
 KINDS: dict[str, Callable[[Ground], None]] = {
     "v0: longer than may be": lambda ground: ground.raw(struct.pack("!I", 2**31)),
     "v0: no UTF-8": lambda ground: ground.raw(struct.pack("!I", 2) + b"\xff\xff"),
@@ -238,14 +241,14 @@ KINDS: dict[str, Callable[[Ground], None]] = {
     "draft: negative id": lambda ground: ground.drafted([-5]),
     "draft: too long": lambda ground: ground.drafted([1] * 64),
     "draft: of no text": lambda ground: ground.frames(
-        (MessageType.draft, 9, Draft(epoch=0, position=0), pack_tokens([1])),
-        (MessageType.close, 9, Close(reason=Reason.left, text="x" * 1000), b""),
+        (MessageType.draft, 9, DraftFrame(epoch=0, position=0), pack_tokens([1])),
+        (MessageType.close, 9, CloseFrame(reason=Reason.left, text="x" * 1000), b""),
         (MessageType.open, 1, ground.open(max_new_tokens=1), pack_tokens([1])),
     ),
     "sent VERDICT": _of_a_verifier(VERDICT, MessageType.verdict),
-    "sent SCORES": _of_a_verifier(Scores(position=0, guesses=0), MessageType.scores),
+    "sent SCORES": _of_a_verifier(ScoresFrame(position=0, guesses=0), MessageType.scores),
     "sent WELCOME": _of_a_verifier(WELCOME, MessageType.welcome),
-    "sent WAITING": _of_a_verifier(Waiting(place=1), MessageType.waiting),
+    "sent WAITING": _of_a_verifier(WaitingFrame(place=1), MessageType.waiting),
     "asked for the vocabulary twice": _asks_twice,
 }
 
@@ -296,9 +299,9 @@ def misuse(port: int, pid: int, words: Sequence[str], wrong: int, seed: int) -> 
     return came
 
 
-def _request(number: int) -> TextRequest:
+def _request(number: int) -> GenerationRequest:
     draws = random.Random(number)
-    return TextRequest(
+    return GenerationRequest(
         prompt_ids=[draws.randrange(256) for _ in range(20)],
         sampling=Sampling(seed=number, temperature=1.0, top_k=50, top_p=0.95),
         max_new_tokens=GOOD_TOKENS,

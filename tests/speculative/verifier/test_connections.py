@@ -19,24 +19,24 @@ from lab.wire import FrameSocket, PeerRefused, pack_tokens
 from speculative.messages import (
     PROTOCOL,
     TABLE,
-    AskVocabulary,
-    Close,
-    Draft,
+    TOKENIZER,
+    AskVocabularyFrame,
+    CloseFrame,
+    DraftFrame,
     MessageType,
-    Open,
+    OpenFrame,
     Reason,
-    Resume,
-    Verdict,
-    Welcome,
+    ResumeFrame,
+    VerdictFrame,
+    WelcomeFrame,
 )
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.connections import TOKENIZER
 from speculative.verifier.server import _answers
 from speculative.vocabulary import fingerprint, token_texts
 from tests.speculative.processes import RANDOM, Role, drafted
 
 NAMES = itertools.count()
-WELCOMES: dict[FrameSocket, Welcome] = {}
+WELCOMES: dict[FrameSocket, WelcomeFrame] = {}
 """What each connection was told first."""
 OURS = fingerprint(token_texts(byte_tokenizer()))
 
@@ -53,7 +53,7 @@ def _words(**changes: Any) -> WordsHead:
     return WordsHead(**values | changes)
 
 
-def _open(**changes: Any) -> Open:
+def _open(**changes: Any) -> OpenFrame:
     values: dict[str, Any] = {
         "seed": 0,
         "temperature": 0.0,
@@ -69,7 +69,7 @@ def _open(**changes: Any) -> Open:
         "threshold": None,
         "report": False,
     }
-    return Open(**values | changes)
+    return OpenFrame(**values | changes)
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def _connected(port: int, tokenizer: str = OURS) -> Iterator[FrameSocket]:
     )
     with FrameSocket.connect("127.0.0.1", port, endpoint, tls=None) as frames:
         welcome = frames.recv().head
-        assert isinstance(welcome, Welcome)
+        assert isinstance(welcome, WelcomeFrame)
         WELCOMES[frames] = welcome
         yield frames
 
@@ -107,7 +107,7 @@ def _receive_until_the_end(frames: FrameSocket) -> None:
 def _opened_then(*ids: int) -> Send:
     def send(frames: FrameSocket) -> None:
         frames.send(MessageType.open, 1, _open(), pack_tokens([1, 2]))
-        frames.send(MessageType.draft, 1, Draft(epoch=0, position=2), pack_tokens(ids))
+        frames.send(MessageType.draft, 1, DraftFrame(epoch=0, position=2), pack_tokens(ids))
 
     return send
 
@@ -135,12 +135,12 @@ def _opened_then(*ids: int) -> Send:
         (lambda frames: frames.send(MessageType.open, 1, _open(), b"abc"), "sent 3 bytes of token ids"),
         (lambda frames: frames.send(MessageType.open, 1, _open(), pack_tokens([-1])), "sent token id -1"),
         (
-            lambda frames: frames.send(MessageType.verdict, 1, Verdict(epoch=0, position=0, accepted=0, prefix=0)),
+            lambda frames: frames.send(MessageType.verdict, 1, VerdictFrame(epoch=0, position=0, accepted=0, prefix=0)),
             "sent VERDICT, which a verifier does not take",
         ),
         (
-            lambda frames: [frames.send(MessageType.ask_vocabulary, 0, AskVocabulary()) for _ in range(2)],
-            "sent ASKVOCABULARY",
+            lambda frames: [frames.send(MessageType.ask_vocabulary, 0, AskVocabularyFrame()) for _ in range(2)],
+            "sent ASK_VOCABULARY",
         ),
     ],
 )
@@ -157,7 +157,7 @@ def test_nonsense_ends_the_connection_with_a_reason(
 
 def test_another_tokenizer_may_ask_for_the_vocabulary_and_open_nothing(random_verifier: Role) -> None:
     with _connected(random_verifier.port, "another") as frames:
-        frames.send(MessageType.ask_vocabulary, 0, AskVocabulary())
+        frames.send(MessageType.ask_vocabulary, 0, AskVocabularyFrame())
         assert frames.recv().type == MessageType.vocabulary
         frames.send(MessageType.open, 1, _open(), pack_tokens([1]))
         with pytest.raises(PeerRefused, match="another tokenizer"):
@@ -171,7 +171,7 @@ def test_a_text_is_not_resumed_at_another_target(random_verifier: Role, name: st
         here = WELCOMES[frames]
         assert here.target.keys() == {"model", "adapter", "dtype", "quantization"}
         target = here.target | {name: "another"}
-        head = Resume(**msgspec.structs.asdict(_open()), new_tokens=1, target=target)
+        head = ResumeFrame(**msgspec.structs.asdict(_open()), new_tokens=1, target=target)
         frames.send(MessageType.resume, 1, head, pack_tokens([1, 2]))
         closed = frames.recv().head
         assert closed.reason is Reason.refused
@@ -179,7 +179,7 @@ def test_a_text_is_not_resumed_at_another_target(random_verifier: Role, name: st
             f"a text must be resumed at its own target: its {name} was another and is {here.target.get(name)}"
         )
         frames.send(MessageType.resume, 1, msgspec.structs.replace(head, target=here.target), pack_tokens([1, 2]))
-        assert isinstance(frames.recv().head, Verdict)
+        assert isinstance(frames.recv().head, VerdictFrame)
 
 
 def test_ids_without_a_row_refuse_their_text_only(random_verifier: Role) -> None:
@@ -191,13 +191,13 @@ def test_ids_without_a_row_refuse_their_text_only(random_verifier: Role) -> None
             "prompt must hold tokens that the target has rows for: ids must be in [0, 259), got 259",
         )
         frames.send(MessageType.open, 2, _open(mode=Mode.target_only), pack_tokens([1, 258]))
-        assert isinstance(frames.recv().head, Verdict)
+        assert isinstance(frames.recv().head, VerdictFrame)
 
 
 def test_guesses_for_a_text_that_is_not_there_are_dropped(random_verifier: Role) -> None:
     with _connected(random_verifier.port) as frames:
-        frames.send(MessageType.draft, 7, Draft(epoch=0, position=2), pack_tokens([1]))
-        frames.send(MessageType.close, 7, Close(reason=Reason.left, text=""))
+        frames.send(MessageType.draft, 7, DraftFrame(epoch=0, position=2), pack_tokens([1]))
+        frames.send(MessageType.close, 7, CloseFrame(reason=Reason.left, text=""))
         frames.send(MessageType.open, 7, _open(mode=Mode.target_only, max_new_tokens=1), pack_tokens([1]))
         assert frames.recv().head.accepted == 0
         assert frames.recv().head.reason is Reason.length
@@ -213,7 +213,7 @@ def test_several_texts_on_one_connection(random_verifier: Role) -> None:
         closed = 0
         while closed < 3:
             frame = frames.recv()
-            if isinstance(frame.head, Close):
+            if isinstance(frame.head, CloseFrame):
                 closed += 1
             else:
                 texts[frame.session] += list(memoryview(frame.body).cast("i"))

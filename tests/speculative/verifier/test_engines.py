@@ -12,8 +12,8 @@ import torch
 from lab.command.entry import compose_settings
 from lab.models.sources import prepare_checkpoint
 from lab.settings import UserError
-from speculative.engines import open_target
 from speculative.settings import SpeculativeSettings
+from speculative.verifier.target import open_target
 
 CPU = torch.device("cpu")
 

@@ -19,10 +19,9 @@ from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.wire import PeerFull
-from speculative.drafter.joining import join
 from speculative.drafter.loop import speculate
-from speculative.drafter.sources import NoDrafts
-from speculative.drafter.target import RemoteTarget
+from speculative.drafter.target import RemoteTarget, join
+from speculative.drafts import NoDrafts
 from speculative.settings import Mode
 from speculative.verifier.scheduler import EngineFailed
 from speculative.vocabulary import token_texts

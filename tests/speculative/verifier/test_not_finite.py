@@ -19,12 +19,13 @@ from lab.engine.base import LocalEngine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.wire import BadFrame, Peer
-from speculative.drafter.loop import TextFailed, speculate
-from speculative.drafter.sources import Drafts, EngineDrafts, NoDrafts, RecordedDrafts
-from speculative.messages import Welcome
+from speculative.drafter.loop import RequestFailed, speculate
+from speculative.drafter.sources import EngineDrafts
+from speculative.drafts import Drafts, NoDrafts, RecordedDrafts
+from speculative.messages import WelcomeFrame
 from speculative.settings import Mode
 from speculative.verifier.connections import FirstProtocolAnswers, Front
-from speculative.verifier.scheduler import Verifier
+from speculative.verifier.scheduler import Scheduler
 from tests.poison import mark, poison
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import (
@@ -39,7 +40,7 @@ from tests.speculative.in_process import (
 )
 
 SAMPLING = Sampling(seed=5, temperature=0.8, top_k=40, top_p=0.95)
-WELCOME = Welcome(
+WELCOME = WelcomeFrame(
     model="", dtype="", vocabulary_size=97, context=240, max_draft_length=16, window=64, end_ids=[], target={}
 )
 PROMPT, NEIGHBOUR, COUNT = [1, 2, 3, 4, 5], [9, 8, 7], 24
@@ -117,7 +118,7 @@ def test_the_targets_own_fault_ends_its_text_and_no_other(mode: Mode) -> None:
             other = pool.submit(neighbours)
             place = len(PROMPT) + len(expected) - 1
             rounds = speculate(InProcess(verifiers, 0), NoDrafts(), request(PROMPT, COUNT, SAMPLING, mode), [])
-            with pytest.raises(TextFailed, match=rf"the hidden states of position {place} hold NaN or infinity"):
+            with pytest.raises(RequestFailed, match=rf"the hidden states of position {place} hold NaN or infinity"):
                 text += itertools.chain.from_iterable(done.tokens for done in rounds)
             assert text == expected, "everything before, and nothing made up"
             assert other.result() == neighbour
@@ -158,7 +159,7 @@ def test_a_request_of_the_first_protocol_gets_no_token_that_was_made_up() -> Non
 
     async def ask() -> list[int]:
         answers = FirstProtocolAnswers(to_ids=lambda text: [*PROMPT, marked], max_new_tokens=5, timeout_seconds=5.0)
-        verifier = Verifier(_engine(marked, 2), end_ids=[], terms=TERMS, closed=lambda text, ended: None)
+        verifier = Scheduler(_engine(marked, 2), end_ids=[], terms=TERMS, closed=lambda text, ended: None)
         front = Front(verifier, WELCOME, [], "", answers, frames_per_second=100.0, idle_seconds=5.0)
         with front.thread:
             return await front._continuation("x", Peer(role="client", address="here", phase="request"), asyncio.Event())

@@ -13,12 +13,13 @@ from lab.engine.base import Engine, Request, Session, SyntheticEngine, TargetSte
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.text.words import Words
-from speculative.drafter.loop import Desync, OwnText
-from speculative.drafter.sources import RandomDrafts
+from speculative.acceptance import prefix_hash
+from speculative.drafter.loop import Desync, DraftedSequence
+from speculative.drafts import RandomDrafts
 from speculative.messages import Reason
+from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.settings import Mode
-from speculative.verifier.scheduler import EngineFailed, Terms, Verifier
-from speculative.verifier.sequence import Ended, Outcome, TextRequest, Verdict, Waiting, prefix_hash
+from speculative.verifier.scheduler import EngineFailed, Scheduler, SchedulerLimits
 from tests.random_models import random_model
 from tests.speculative.in_process import TERMS, local_engine, request
 
@@ -42,11 +43,11 @@ class Core:
     ) -> None:
         self.clock = Clock()
         self.ended: list[Ended] = []
-        changed: Terms = replace(TERMS, **terms)
+        changed: SchedulerLimits = replace(TERMS, **terms)
         engine = SyntheticEngine(
             vocabulary_size=50, context=400, sessions=sessions, step_seconds=0, row_seconds=0, agreement=1.0
         )
-        self.verifier = Verifier(
+        self.verifier = Scheduler(
             wrap(engine),
             end_ids=[],
             terms=changed,
@@ -67,7 +68,7 @@ class Core:
         return outcome
 
 
-def asked(count: int = 40, mode: Mode = ASYNC) -> TextRequest:
+def asked(count: int = 40, mode: Mode = ASYNC) -> GenerationRequest:
     return request(PROMPT, count, Sampling.greedy(), mode, length=8)
 
 
@@ -238,7 +239,7 @@ def test_a_text_is_resumed_by_its_owner_only_and_as_it_is() -> None:
     core.open(1, name=7, owner=OWNER)
     core.verdict()
 
-    def refusal(owner: bytes, changed: TextRequest) -> str:
+    def refusal(owner: bytes, changed: GenerationRequest) -> str:
         [ended] = core.verifier.resume(2, changed, client="other", name=7, owner=owner)
         assert isinstance(ended, Ended)
         assert ended.reason is Reason.refused
@@ -316,14 +317,14 @@ def test_a_text_of_mode_sync_that_gets_no_draft_is_evicted() -> None:
 
 
 def test_a_drafter_that_holds_another_text_notices() -> None:
-    text = OwnText(asked(), RandomDrafts(0, 50))
+    text = DraftedSequence(asked(), RandomDrafts(0, 50))
     right = Verdict(1, 0, 3, 0, TEXT[:1], prefix_hash([*PROMPT, TEXT[0]]), [], [])
     text.take(right)
     with pytest.raises(Desync, match="position 5"):
         text.take(replace(right, position=4, ids=TEXT[1:2], prefix=right.prefix))
     assert text.new_ids == TEXT[:1], "it took none of what it does not believe"
     with pytest.raises(Desync, match="for position 3"):
-        OwnText(replace(asked(), new_ids=TEXT[:1]), RandomDrafts(0, 50)).take(right)
+        DraftedSequence(replace(asked(), new_ids=TEXT[:1]), RandomDrafts(0, 50)).take(right)
 
 
 def test_own_guesses_fill_in_and_change_nothing() -> None:
@@ -334,7 +335,7 @@ def test_own_guesses_fill_in_and_change_nothing() -> None:
     alone = Core()
     assert alone.verifier.open(1, replace(asked(), prompt_ids=prompt), client="client") == []
 
-    def whole(verifier: Verifier) -> list[int]:
+    def whole(verifier: Scheduler) -> list[int]:
         ids: list[int] = []
         while len(ids) < 40:
             ids += [token for outcome in verifier.tick() if isinstance(outcome, Verdict) for token in outcome.ids]

@@ -13,12 +13,12 @@ import torch
 from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
 from lab.settings import UserError
-from speculative.engines import open_target
+from speculative.request import Ended, GenerationRequest, Verdict
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.scheduler import Verifier
-from speculative.verifier.sequence import Ended, TextRequest, Verdict
+from speculative.verifier.scheduler import Scheduler
+from speculative.verifier.target import open_target
 from split.chain.boundary import Boundary
-from split.inference.open import load_stage, make_side
+from split.inference.open import INFERENCE, fingerprints, load_stage
 from split.settings import SplitSettings
 from tests.speculative.in_process import TERMS
 from tests.split.processes import Process
@@ -27,9 +27,9 @@ from tests.split.processes import Process
 def _text(settings: SpeculativeSettings) -> list[int]:
     """What a verifier writes, with guesses that are right, wrong and late offered to it."""
     target = open_target(settings, torch.device("cpu"))
-    verifier = Verifier(target.engine, end_ids=[], terms=replace(TERMS, prefill_chunk=16), closed=lambda *_: None)
+    verifier = Scheduler(target.engine, end_ids=[], terms=replace(TERMS, prefill_chunk=16), closed=lambda *_: None)
     sampling = Sampling(seed=3, temperature=0.8, top_k=50, top_p=0.95)
-    request = TextRequest(
+    request = GenerationRequest(
         prompt_ids=list(b"def main():"), sampling=sampling, max_new_tokens=40, mode=Mode["async"], threshold=None
     )
     assert verifier.open("text", request, client="client") == []
@@ -53,7 +53,7 @@ def test_a_split_target_writes_the_text_of_a_whole_one(tmp_path: Path) -> None:
     words = f"model=random model.cache_dir={tmp_path} project.context=256"
     shards: Any = compose_settings("split_inf", words, SplitSettings)
     with contextlib.ExitStack() as stack:
-        side = make_side(shards.model, shards.network, Boundary.float32, "shard")
+        side = INFERENCE.endpoint(shards.network, fingerprints(shards.model, Boundary.float32), "shard")
         addresses = [
             stack.enter_context(Process(load_stage(shards, torch.device("cpu"), layers).shard, ours=side)).address
             for layers in (range(0, 1), range(1, 4))

@@ -16,7 +16,7 @@ import pytest
 
 from lab.command.entry import Run, compose_settings
 from lab.settings import UserError
-from split.merging import merge
+from split.merger import merge
 from split.training.run import run_training
 from split.training.schedule import even_bubble
 from split.training.settings import SplitTrainSettings
@@ -155,6 +155,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
             "project.train=everything model.quantization=nf4",
             r"project\.train must be lora where the weights are quantised",
         ),
+        (
+            "project.shards=[a:1] project.spares=[a:1]",
+            r"project\.shards and spares must be different from each other, got \['a:1', 'a:1'\]",
+        ),
+        ("project.micro_batches=4097", r"project\.micro_batches must be at most 4096, got 4097"),
+        ("project.optimization.accumulation=1025", r"project\.optimization\.accumulation must be at most 1024 with"),
+        ("project.optimization.batch_size=16388", r"project\.optimization\.batch_size must be at most 16384 with"),
+        ("project.lora.rank=2000000", r"project\.lora\.rank must be at most \d+, the rank of the model's targets"),
         ("project.local_shards=9", r"project\.local_shards must be in \[1, 4\] for this model, got 9"),
         ("network.max_frame_bytes=4096", r"network\.max_frame_bytes must be at least \d+ for the hidden states"),
         ("project.local_shards=0", r"project\.shards must name at least one shard"),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -15,11 +16,12 @@ from lab.settings import Dtype
 from lab.wire import FrameSocket, WrongKey
 from lab.wire.tensors import TensorSpec, WireDtype
 from split.chain.messages import Attach, Fault, send
-from split.training.messages import Batch, Hidden, Step
+from split.training.messages import Batch, Hidden, Start, Step
 from split.training.schedule import Schedule
 from split.transport.base import Message, ShardLost
 from tests.split.training.processes import Learner, connect, connected, endpoint, learners_of, over_tcp
 from tests.split.training.unsplit import (
+    ADAPTER,
     BANDS,
     Unsplit,
     gradients_of,
@@ -112,6 +114,19 @@ def test_a_shard_that_is_lost_comes_back_and_nothing_is_counted_twice(tmp_path: 
         replacements[0].stop()
 
 
+def test_a_shard_that_is_lost_before_it_has_begun_comes_back(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    with Learner(settings, range(0, 2), tmp_path) as first:
+        lost = Learner(settings, range(2, 4), tmp_path).__enter__()
+        transport = connect([first.address, lost.address])
+        lost.stop()
+        with Learner(settings, range(2, 4), tmp_path, port=lost.address.port):
+            made = trainer(transport, tmp_path)
+            assert made.recoveries == 1
+            assert made.train_step().loss == Unsplit(settings).train(1, 1)[0].loss
+            transport.shutdown()
+
+
 def test_a_shard_that_does_not_come_back_ends_the_run(tmp_path: Path) -> None:
     settings = model_settings(tmp_path)
     with Learner(settings, range(0, 2), tmp_path) as first, Learner(settings, range(2, 4), tmp_path) as second:
@@ -155,8 +170,8 @@ def test_a_trainer_that_leaves_in_the_middle_leaves_nothing_behind(tmp_path: Pat
             with FrameSocket.connect(first.address.host, first.address.port, ours, tls=None) as peer:
                 head = Attach(client=1, next=[where], next_instance=1)
                 send(peer, 0, head)
-                _eventually(lambda: first.server._run is not None and first.server._run.trainer == 1)
-            _eventually(lambda: first.server._run is None)
+                _eventually(lambda: list(first.server.clients) == [1])
+            _eventually(lambda: not first.server.clients)
         other = connect(addresses)
         assert trainer(other, tmp_path).train_step().step == 0
         other.shutdown()
@@ -171,7 +186,7 @@ def test_a_next_shard_that_hangs_up_on_join_is_passed_over_and_its_reason_told(t
             frame = peer.poll(5)
     assert frame is not None
     assert isinstance(frame.head, Fault)
-    assert all(text in frame.head.text for text in (*where, "joined for a trainer that is not attached"))
+    assert all(text in frame.head.text for text in (*where, "joined for a client that is not attached"))
 
 
 def _eventually(what: Callable[[], bool]) -> None:
@@ -187,7 +202,13 @@ def test_what_makes_no_sense_is_refused_and_said(tmp_path: Path) -> None:
         step = Step(schedule=Schedule.gpipe, micro_batches=1, turns=1, tokens=3)
         transport.send(0, Message(0, step))
         assert "START must come first" in _refusal(transport)
+        recipe = msgspec.structs.replace(ADAPTER, lora_rank=2**20 - 1)
+        transport.send(0, Message(0, Start(shard=0, shards=1, run="0" * 16, digest="", recipe=recipe)))
+        assert "project.lora.rank must be at most 32" in _refusal(transport)
         made = trainer(transport, tmp_path)
+        endless = Step(schedule=Schedule.gpipe, micro_batches=4096, turns=4096, tokens=3)
+        transport.send(0, Message(0, endless))
+        assert "micro-batches of a step must be at most 4096" in _refusal(transport)
         transport.send(0, Message(0, step))
         transport.send(0, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\0" * 8))
         assert "a batch must hold 1 x 1 x 3 ids" in _refusal(transport)

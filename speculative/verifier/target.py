@@ -1,0 +1,99 @@
+"""The target of a verifier, from settings: a model here, a split one, or a synthetic one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from lab.engine.base import Engine, SyntheticEngine
+from lab.engine.kinds import EngineKind, open_split_engine
+from lab.models.fingerprints import weights_fingerprints
+from lab.models.layers import load_proved, with_adapter
+from lab.models.sources import end_ids_of, load_tokenizer_only
+from lab.settings import ModelSettings, UserError
+from speculative.local_engine import local_engine
+from speculative.messages import MAX_END_IDS
+from speculative.settings import SYNTHETIC_CONTEXT, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.vocabulary import token_texts
+
+
+@dataclass(frozen=True)
+class OpenTarget:
+    """The target, ready to be asked."""
+
+    engine: Engine
+    end_ids: list[int]
+    model: str
+    """Name for people."""
+    dtype: str
+    bytes_per_token: int
+    """Of keys and values; 0 where they are not here."""
+    fingerprints: dict[str, str]
+    """What its text depends on, by name: a text is resumed only where these are the same."""
+
+
+def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarget:
+    """The engine that `settings` name for the verifier. UserError for what it cannot do."""
+    project, model = settings.project, settings.model
+    if project.engine is EngineKind.synthetic:
+        size = _synthetic_vocabulary(settings)
+        known = {"model": "synthetic", "vocabulary": str(size)}
+        return OpenTarget(_synthetic_target(project, size), [], "synthetic", "none", 0, known)
+    ends = _ends(model)
+    fingerprints = weights_fingerprints(model)
+    if project.engine is EngineKind.split:
+        fingerprints["boundary"] = project.split.boundary
+        return OpenTarget(_split_target(settings), ends, model.name, model.dtype.name, 0, fingerprints)
+    loaded = load_proved(model, device)
+    rows = project.max_draft_length + 1 if project.exact_shapes else None
+    engine = local_engine(with_adapter(loaded.model, model), project, project.sessions, rows)
+    if project.exact_shapes:
+        fingerprints["shapes"] = "exact"
+    return OpenTarget(engine, ends, model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)
+
+
+def _ends(model: ModelSettings) -> list[int]:
+    """The ids that end a text. UserError for more than a drafter can be told."""
+    ends = end_ids_of(model)
+    if len(ends) > MAX_END_IDS:
+        raise UserError(
+            f"model {model.name} must end texts with at most {MAX_END_IDS} ids (eos_token_id of its generation "
+            f"config), got {len(ends)}"
+        )
+    return ends
+
+
+def _synthetic_vocabulary(settings: SpeculativeSettings) -> int:
+    """Ids of a synthetic target: at least those that prompts are made of. UserError for fewer."""
+    known = len(token_texts(load_tokenizer_only(settings.model)))
+    asked = settings.project.synthetic.vocabulary_size
+    if 0 < asked < known:
+        raise UserError(
+            f"project.synthetic.vocabulary_size must be 0 or at least {known}, the ids of the tokenizer of model "
+            f"{settings.model.name}, got {asked}"
+        )
+    return asked or known
+
+
+def _split_target(settings: SpeculativeSettings) -> Engine:
+    project = settings.project
+    return open_split_engine(
+        settings.model,
+        settings.network,
+        **asdict(project.split),
+        context=project.context,
+        prefill_chunk=project.prefill_chunk,
+    )
+
+
+def _synthetic_target(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
+    synthetic = project.synthetic
+    return SyntheticEngine(
+        vocabulary_size=vocabulary_size,
+        context=project.context or SYNTHETIC_CONTEXT,
+        sessions=project.sessions,
+        step_seconds=synthetic.step_seconds,
+        row_seconds=synthetic.row_seconds,
+        agreement=1.0,
+    )
