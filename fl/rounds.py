@@ -15,6 +15,7 @@ from flwr.app import Message, RecordDict
 from fl.adapters import AdapterIndex, PackedAdapter
 from fl.aggregation import ExactMean, MetricMean, check_weight
 from fl.messages import DATA, EVALUATE, METRICS, PARTITION, WEIGHT, from_records, metrics_of, partition_of
+from lab.faults import Fault, Lost
 from lab.learning.counts import Counts
 
 ERRORS = {  # flwr.common.constant.ErrorCode
@@ -94,7 +95,7 @@ class RunReport:
     refused: list[Refusal]
 
 
-class RoundFailed(RuntimeError):
+class RoundFailed(Fault):
     """No client gave a good reply, which ends the run. `adapter` is the last good one; `refused` has the reasons."""
 
     def __init__(self, phase: str, server_round: int, adapter: dict[str, torch.Tensor], refused: list[Refusal]) -> None:
@@ -109,7 +110,7 @@ class RunStopped(RuntimeError):
     """The server was asked to stop."""
 
 
-class NodesMissing(RuntimeError):
+class NodesMissing(Lost):
     """Fewer clients registered than the run needs before the deadline."""
 
 

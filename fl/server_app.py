@@ -15,7 +15,8 @@ from fl.checkpoint import latest_adapter
 from fl.client_app import log_beside_flower, settings_from_run
 from fl.rounds import NodesMissing, RoundFailed
 from fl.server import serve
-from lab.command.entry import EndedBy, Run, Unfinished, finish
+from lab.command.entry import Run, finish
+from lab.faults import Fault, Lost
 from lab.settings import UserError
 
 log = logging.getLogger(__name__)
@@ -56,20 +57,20 @@ def deployed(grid: Grid, context: Context) -> None:
             finish(place.so_far() | about | code, settings, place)
             raise
         finish(figures | code, settings, place)
-    except (UserError, RoundFailed, NodesMissing) as error:
+    except (UserError, Fault) as error:
         log.error("the run failed: %s", error)  # before Flower prints a traceback of it
         raise
 
 
-def unfinished(error: RoundFailed | NodesMissing, folder: Path) -> Unfinished:
+def unfinished(error: RoundFailed | NodesMissing, folder: Path) -> Fault:
     """The end of a run in one line: each reason once, and the adapter that is left in its folder."""
     left = f"the last good adapter is {latest_adapter(folder / 'adapters')}"
     if isinstance(error, NodesMissing):
-        return Unfinished(f"{error}; {left}", 1, EndedBy.lost)
+        return Lost(f"{error}; {left}")
     reasons = Counter(refusal.reason for refusal in error.refused).most_common()
     told = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
     more = [f"{len(reasons) - MAX_REASONS} more reasons"] if len(reasons) > MAX_REASONS else []
-    return Unfinished(f"round {error.server_round} had no good reply: {'; '.join(told + more)}; {left}")
+    return Fault(f"round {error.server_round} had no good reply: {'; '.join(told + more)}; {left}")
 
 
 app = make_server_app(deployed)

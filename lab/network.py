@@ -16,13 +16,6 @@ from lab.wire import (
     Fingerprints,
     Limits,
     MessageTable,
-    PeerMismatch,
-    PeerRefused,
-    TlsRefused,
-    Unreachable,
-    VersionMismatch,
-    WireError,
-    WrongKey,
     check_listener,
     client_tls,
     common_names_differ,
@@ -135,15 +128,6 @@ def client_side_tls(network: NetworkSettings) -> ssl.SSLContext | None:
         return client_tls(authority, _path(network.tls_certificate), _path(network.tls_private_key))
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-_MENDED_BY_THE_USER = (PeerMismatch, TlsRefused, Unreachable, VersionMismatch, WrongKey)
-
-
-def is_users_to_mend(error: WireError) -> bool:
-    """Whether settings are to blame and not the network: another address, key, certificate, version or model."""
-    codes = {kind.__name__ for kind in _MENDED_BY_THE_USER}
-    return isinstance(error, _MENDED_BY_THE_USER) or (isinstance(error, PeerRefused) and error.code in codes)
 
 
 def address_for_peers(host: str) -> str:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     """Runs the federation here and returns the figures of the last line.
 
-    Raises what the server raises, Unfinished when the clients cannot go on, and what a signal raises when every worker
+    Raises what the server raises, Fault when the clients cannot go on, and what a signal raises when every worker
     has ended.
     """
     require_writable(place.folder, "hydra.run.dir")

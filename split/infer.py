@@ -17,8 +17,6 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     from lab.tracking import Tracker
     from split.inference.generate import generate
     from split.inference.open import sharded_model
-    from split.inference.sharded_model import ShardFault
-    from split.transport.base import ShardLost
 
     device = open_device(settings.device)
     try:
@@ -33,9 +31,6 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
         raise UserError(
             f"project.cache_limit_bytes and sessions of the shards must have room for this text: {full}"
         ) from None
-    except (ShardLost, ShardFault) as error:
-        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
-        raise entry.Unfinished(str(error), 1, ended_by) from None
 
 
 def main() -> None:

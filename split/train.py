@@ -12,14 +12,8 @@ def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
     """Trains; the figures of the last line."""
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from split.training.run import run_training
-    from split.training.trainer import TrainingFault
-    from split.transport.base import ShardLost
 
-    try:
-        return run_training(settings, place)
-    except (ShardLost, TrainingFault) as error:
-        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
-        raise entry.Unfinished(str(error), 1, ended_by) from None
+    return run_training(settings, place)
 
 
 def main() -> None:

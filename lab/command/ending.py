@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 import psutil
 
 from lab.command.streams import StreamLeft
-from lab.engine.not_finite import NotFinite
+from lab.faults import EndedBy, Fault
 from lab.settings import UserError
 
 Returned = TypeVar("Returned")
@@ -32,34 +31,6 @@ Returned = TypeVar("Returned")
 UNWIND_SECONDS = 7.0
 """Between a signal and the end; containers give ten before they kill."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})
-
-
-class EndedBy(Enum):
-    """Why there is no more of a run. Texts say `end_token`, `length` or `stop` where they are whole."""
-
-    done = "done"
-    """All that was asked for is there."""
-    interrupted = "interrupted"
-    """Ctrl+C (SIGINT)."""
-    terminated = "terminated"
-    """SIGTERM, SIGHUP."""
-    closed = "closed"
-    """Nobody reads the text on standard output any more."""
-    lost = "lost"
-    """A peer that is needed is gone."""
-    disk_full = "disk_full"
-    refused = "refused"
-    """What the user asked for cannot be: exit code 2."""
-    failed = "failed"
-    """Everything else; the message says what."""
-
-
-class Unfinished(Exception):
-    """A run that ends before its end, in one line; the last line has what its `Run.so_far` gives."""
-
-    def __init__(self, why: str, code: int = 1, ended_by: EndedBy = EndedBy.failed) -> None:
-        super().__init__(why)
-        self.code, self.ended_by = code, ended_by
 
 
 class Stopped(KeyboardInterrupt):
@@ -93,14 +64,12 @@ def end_of(error: BaseException) -> End:
         return End(128 + error.number, error.ended_by, str(error))
     if isinstance(error, KeyboardInterrupt):
         return End(130, EndedBy.interrupted, "interrupted")
-    if isinstance(error, Unfinished):
-        return End(error.code, EndedBy.refused if error.code == 2 else error.ended_by, str(error))
+    if isinstance(error, Fault):
+        return End(error.exit_code, EndedBy.refused if error.exit_code == 2 else error.ended_by, str(error))
     if isinstance(error, UserError):
         return End(2, EndedBy.refused, str(error))
     if isinstance(error, StreamLeft):
         return End(141, EndedBy.closed, "")  # as of a process that SIGPIPE ended
-    if isinstance(error, NotFinite):
-        return End(1, EndedBy.failed, str(error))
     if full := disk_full(error):
         return End(1, EndedBy.disk_full, f"the disk is full: {full}")
     if isinstance(error, SystemExit):

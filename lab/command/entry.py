@@ -33,10 +33,8 @@ from rich.logging import RichHandler
 from lab.command import streams
 from lab.command.ending import (
     End,
-    EndedBy,
     Signals,
     Stopped,
-    Unfinished,
     disk_full,
     end_children,
     end_of,
@@ -46,12 +44,13 @@ from lab.command.explain import explain
 from lab.command.overrides import override, with_texts_as_typed
 from lab.command.terminal import has_room, one_line
 from lab.environment import describe_environment, version
+from lab.faults import EndedBy
 from lab.files import whose_place, write_whole
 from lab.models.architecture import as_described
 from lab.settings import Dtype, LabSettings, UserError, digest, texts_by_key, to_plain, to_settings
 from lab.tracking import finite
 
-__all__ = ["EndedBy", "Run", "Unfinished", "compose_config", "compose_settings", "finish", "leave", "main", "settle"]
+__all__ = ["EndedBy", "Run", "compose_config", "compose_settings", "finish", "leave", "main", "settle"]
 
 
 log = logging.getLogger(__name__)

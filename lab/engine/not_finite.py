@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lab.faults import Fault
+
 if TYPE_CHECKING:
     from lab.engine.base import TargetStep
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(Fault):
     """Some texts of an `extend` met NaN or infinity. Their sessions are of no use any more, the others have advanced.
 
     Its text names the first of them: which part of the model, and which position.

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from lab.faults import Fault
 from lab.learning.examples import IGNORED, Batch, Example, collate
 from lab.settings import OptimizationSettings
 
@@ -28,7 +29,7 @@ ROWS_AT_ONCE = 512
 """Rows of logits whose cross-entropy is taken in one piece: a float32 copy of 512 x 49152 logits is 100 MB."""
 
 
-class Diverged(ArithmeticError):
+class Diverged(Fault):
     """Loss or gradient is no longer a finite number; the text says at which step."""
 
 

@@ -26,12 +26,16 @@ def lora_config(targets: list[str], lora: LoraSettings) -> LoraConfig:
 
 
 def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraSettings) -> PeftModel:
-    """An adapter on `model`, to be filled by the caller; UserError when the model lacks a target."""
-    present = linear_names(model)
+    """An adapter on `model`, to be filled by the caller; UserError when the model lacks a target, or none of them can
+    have the adapter's rank."""
+    ranks = highest_ranks(model)
     for target in targets:
-        if target not in present:
-            known = ", ".join(present)
+        if target not in ranks:
+            known = ", ".join(ranks)
             raise UserError(f"model.lora_targets must be linear modules of the model ({known}), got {target!r}")
+    most = max((ranks[target] for target in targets), default=lora.rank)
+    if lora.rank > most:
+        raise UserError(f"project.lora.rank must be at most {most}, the rank of the model's targets, got {lora.rank}")
     with quiet_peft():
         return get_peft_model(model, lora_config(targets, lora))
 
@@ -56,7 +60,11 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> t
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def linear_names(model: torch.nn.Module) -> list[str]:
-    """Last names of all linear modules except the head, sorted."""
-    names = {path.rsplit(".", 1)[-1] for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return sorted(names - {"lm_head"})
+def highest_ranks(model: torch.nn.Module) -> dict[str, int]:
+    """The highest rank of each linear module except the head, by its last name, sorted."""
+    most: dict[str, int] = {}
+    for path, module in model.named_modules():
+        name = path.rsplit(".", 1)[-1]
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            most[name] = max(most.get(name, 0), min(module.in_features, module.out_features))
+    return dict(sorted(most.items()))

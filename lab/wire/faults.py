@@ -3,6 +3,8 @@
 import socket
 from dataclasses import dataclass
 
+from lab.faults import Lost
+
 
 @dataclass
 class Peer:
@@ -21,7 +23,7 @@ class Peer:
         return f"{self.role} {self.address}"
 
 
-class WireError(Exception):
+class WireError(Lost):
     """A fault between us and one peer; ends that connection and nothing else."""
 
     def __init__(self, peer: Peer, what: str) -> None:
@@ -31,7 +33,13 @@ class WireError(Exception):
         super().__init__(f"{peer} {what} during {peer.phase}{state}")
 
 
-class Unreachable(WireError):
+class _Mendable(WireError):
+    """Settings are to blame and not the network: another address, key, certificate, version or model."""
+
+    exit_code = 2
+
+
+class Unreachable(_Mendable):
     """Nobody answered at that address in time."""
 
 
@@ -57,6 +65,7 @@ class PeerRefused(WireError):
 
     def __init__(self, peer: Peer, code: str, text: str) -> None:
         self.code = code
+        self.exit_code = 2 if code in {kind.__name__ for kind in _Mendable.__subclasses__()} else 1
         super().__init__(peer, f"refused ({printable(code)}): {printable(text)}")
 
 
@@ -68,19 +77,19 @@ class BadFrame(WireError):
     """The peer sent bytes that are not a frame we accept; nothing was allocated for them."""
 
 
-class WrongKey(WireError):
+class WrongKey(_Mendable):
     """The peer does not hold our key."""
 
 
-class VersionMismatch(WireError):
+class VersionMismatch(_Mendable):
     """The two ends have no protocol version in common."""
 
 
-class TlsRefused(WireError):
+class TlsRefused(_Mendable):
     """TLS could not be agreed on: another certificate, another name, no TLS at the other end."""
 
 
-class PeerMismatch(WireError):
+class PeerMismatch(_Mendable):
     """The peer has a role we do not talk to, or another model, tokenizer or revision."""
 
 

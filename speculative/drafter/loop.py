@@ -11,22 +11,25 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from lab.faults import Fault
 from speculative.acceptance import common_length, prefix_hash
 from speculative.drafts import Drafts
 from speculative.messages import Reason
 from speculative.policy import DraftLength
-from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
+from speculative.request import Ended, Outcome, GenerationRequest, Verdict, Waiting
 from speculative.settings import Mode
 
 SYNC_LENGTH = 5
 """Guesses of a round of mode sync where no length was asked for."""
 
 
-class RequestRefused(ValueError):
+class RequestRefused(Fault):
     """The target does not serve this text; says why."""
 
+    exit_code = 2
 
-class RequestFailed(RuntimeError):
+
+class RequestFailed(Fault):
     """The target could not go on with the text; says why."""
 
 
@@ -125,9 +128,7 @@ class Round:
 class DraftedSequence:
     """The drafter's copy of a text: what is verified, and what is guessed beyond."""
 
-    def __init__(
-        self, request: GenerationRequest, drafts: Drafts, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, request: GenerationRequest, drafts: Drafts, clock: Callable[[], float] = time.perf_counter) -> None:
         self.request = request
         self.draft_seconds = 0.0
         """Time that guesses took since the last round."""

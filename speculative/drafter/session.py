@@ -18,15 +18,13 @@ from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
-from lab.network import is_users_to_mend
 from lab.settings import UserError
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import Said, said
 from lab.tracking import Tracker
-from lab.wire import WireError
 from speculative.drafter.check import find_flips
-from speculative.drafter.loop import SYNC_LENGTH, RequestFailed, RequestRefused, Round, speculate
+from speculative.drafter.loop import SYNC_LENGTH, Round, RequestRefused, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.tally import Tally
 from speculative.drafter.target import RemoteTarget, Ticket, join
@@ -50,7 +48,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         UserError: a prompt or settings that this target does not take.
         WireError: the verifier cannot be joined.
         RequestRefused: the verifier does not take the text.
-        Unfinished: the text could not go on; `place.so_far` has what there is of it.
+        RequestFailed, WireError: the text could not go on; `place.so_far` has what there is of it.
     """
     project = settings.project
     device = open_device(settings.device)
@@ -69,12 +67,10 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         try:
             name_text(settings.project.resume, target, place.folder / "text.json")
             speak(target, drafts, request, tokenizer, tally, tracker, project.stops)
-        except (WireError, RequestFailed, RequestRefused) as error:
-            if isinstance(error, RequestRefused) and not tally.token_ids:
+        except RequestRefused:
+            if not tally.token_ids:
                 place.so_far = dict  # it has not begun
-                raise
-            ended_by = entry.EndedBy.lost if isinstance(error, WireError) else entry.EndedBy.failed
-            raise entry.Unfinished(str(error), _exit_code(error), ended_by) from None
+            raise
         finally:
             drafts.close()
         result = _figures(settings, target, tokenizer, tally)
@@ -83,11 +79,6 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             result["flips"] = [asdict(flip) for flip in flips]
         tracker.result(result)
     return result
-
-
-def _exit_code(error: Exception) -> int:
-    is_users = isinstance(error, RequestRefused) or (isinstance(error, WireError) and is_users_to_mend(error))
-    return 2 if is_users else 1
 
 
 def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:

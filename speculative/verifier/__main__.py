@@ -29,7 +29,6 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from lab.device import open_device
     from lab.models.sources import load_tokenizer_only
-    from speculative.verifier.scheduler import EngineFailed
     from speculative.verifier.server import ServerStats, figures_of, serve
     from speculative.verifier.target import open_target
 
@@ -49,8 +48,6 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             run_async(serve(settings, target, tokenizer, tls, tracker, served, listening))
         except KeyboardInterrupt:
             log.info("stopped")
-        except EngineFailed as error:
-            raise entry.Unfinished(str(error)) from None
         result = figures()
         tracker.result(result)
     return result

@@ -27,6 +27,7 @@ from lab.engine.base import Engine, TargetStep
 from lab.engine.kv import CacheFull
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
+from lab.faults import Fault
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
 from speculative.request import Ended, GenerationRequest, Outcome, Waiting
@@ -45,7 +46,7 @@ Asked = Sequence[tuple[VerifiedSequence, list[int]]]
 """Sequences of a pass, and the ids that each of them is fed."""
 
 
-class EngineFailed(RuntimeError):
+class EngineFailed(Fault):
     """The engine does not do what any request needs: none can be served."""
 
 

@@ -16,7 +16,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab.command import entry
 from lab.command.terminal import TextStream
 from lab.engine.base import Session, check_words
-from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import UserError
@@ -25,10 +24,10 @@ from lab.text.prompts import asked_ids
 from lab.text.running_text import said
 from lab.tracking import Tracker, picture
 from split.inference.picture import draw
-from split.inference.sharded_model import ShardedModel, ShardFault
+from split.inference.sharded_model import ShardedModel
 from split.inference.times import PassParts, as_row, take_apart
 from split.settings import SplitSettings
-from split.transport.base import ShardLost, ShardReport
+from split.transport.base import ShardReport
 
 
 @dataclass
@@ -48,7 +47,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
 
     Raises:
         UserError: a prompt without tokens, with one that the model has no row for, or one beyond the context.
-        Unfinished: shards that failed or were lost, NaN or infinity; `place.so_far` has the text so far.
+        Fault: shards that failed or were lost, NaN or infinity; `place.so_far` has the text so far.
     """
     project = settings.project
     tokenizer = load_tokenizer_only(settings.model)
@@ -73,11 +72,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
     stream = TextStream(decoder(tokenizer, ends), sys.stdout, project.stops)
     text = Text()
     place.so_far = lambda: _said(settings, tokenizer, text, ends)
-    try:
-        write(engine, prompt, sampling, most, ends, stream, text, tracker)
-    except (NotFinite, ShardFault, ShardLost) as error:
-        ended_by = entry.EndedBy.lost if isinstance(error, ShardLost) else entry.EndedBy.failed
-        raise entry.Unfinished(str(error), 1, ended_by) from None
+    write(engine, prompt, sampling, most, ends, stream, text, tracker)
     reports = engine.reports()
     apart = take_apart(list(engine.passes), reports)
     for index, parts in enumerate(apart, start=len(text.ids)):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from lab import faults
 from lab.engine.base import (
     NOTHING,
     SWEEP_ROWS,
@@ -44,7 +45,7 @@ KEPT_SECONDS = 5.0
 """For so long a place in line is kept for who asks again."""
 
 
-class ShardFault(RuntimeError):
+class ShardFault(faults.Fault):
     """A shard could not do what it was asked, and asking again would not help."""
 
 

@@ -14,7 +14,7 @@ from lab.settings import (
     require,
 )
 from split.settings import TransportKind, check_address, parse_layers
-from split.training.messages import Train
+from split.training.messages import MAX_EXAMPLES, MAX_MICRO_BATCHES, Train
 from split.training.schedule import Schedule
 
 
@@ -91,6 +91,8 @@ class SplitTrainProjectSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batches", "max_connections"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        most = MAX_MICRO_BATCHES
+        require(self.micro_batches <= most, f"micro_batches must be at most {most}", self.micro_batches)
         for name in ("local_shards", "recovery_seconds", "rank", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
         require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)
@@ -109,6 +111,13 @@ class SplitTrainProjectSettings:
             f"optimization.batch_size must be divisible into micro_batches={self.micro_batches}",
             self.optimization.batch_size,
         )
+        for name, most in (
+            ("accumulation", MAX_MICRO_BATCHES // self.micro_batches),
+            ("batch_size", MAX_EXAMPLES * self.micro_batches),
+        ):
+            value = getattr(self.optimization, name)
+            rule = f"optimization.{name} must be at most {most} with micro_batches={self.micro_batches}"
+            require(value <= most, rule, value)
         if self.backward is BackwardKind.autograd:
             require(
                 self.transport is TransportKind.rpc,

@@ -203,6 +203,10 @@ class TrainingStage:
     def _plan(self, number: int, step: Step) -> None:
         """The operations of a step: the schedule, once for each turn."""
         assert self._start is not None
+        if step.micro_batches * step.turns > MAX_MICRO_BATCHES:
+            raise ValueError(
+                f"micro-batches of a step must be at most {MAX_MICRO_BATCHES}, got {step.turns} x {step.micro_batches}"
+            )
         place = {"shards": self._start.shards, "shard": self._start.shard, "micro_batches": step.micro_batches}
         self._number, self._step = number, step
         self._order = deque(

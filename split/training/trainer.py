@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from lab import faults
 from lab.learning.examples import Batch as Examples
 from lab.learning.training import learning_rate_at
 from lab.settings import OptimizationSettings, UserError
@@ -38,7 +39,7 @@ MOST_LOSSES_A_STEP = 5
 Answer = TypeVar("Answer", bound=Head)
 
 
-class TrainingFault(RuntimeError):
+class TrainingFault(faults.Fault):
     """A shard could not do what it was asked."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from lab.faults import Lost
 from lab.wire import Head
 
 
@@ -17,7 +18,7 @@ class Message(NamedTuple):
     body: bytes | memoryview = b""
 
 
-class ShardLost(RuntimeError):
+class ShardLost(Lost):
     """A shard, or the link to it, is gone; what was under way is lost. `Transport.restore` may bring the chain back."""
 
 

@@ -17,7 +17,6 @@ from lab.network import (
     address_for_peers,
     cannot_listen,
     client_side_tls,
-    is_users_to_mend,
     listener_tls,
     make_endpoint,
     shared_key,
@@ -130,12 +129,12 @@ def test_no_certificates_no_tls(network: NetworkSettings) -> None:
 
 
 def test_which_faults_are_the_users_to_mend() -> None:
-    assert is_users_to_mend(Unreachable(PEER, "x"))
-    assert is_users_to_mend(WrongKey(PEER, "x"))
-    assert is_users_to_mend(PeerRefused(PEER, "WrongKey", "x"))
-    assert not is_users_to_mend(PeerRefused(PEER, "BadFrame", "x"))
-    assert not is_users_to_mend(PeerGone(PEER, "x"))
-    assert not is_users_to_mend(PeerSilent(PEER, "x"))
+    assert Unreachable(PEER, "x").exit_code == 2
+    assert WrongKey(PEER, "x").exit_code == 2
+    assert PeerRefused(PEER, "WrongKey", "x").exit_code == 2
+    assert PeerRefused(PEER, "BadFrame", "x").exit_code == 1
+    assert PeerGone(PEER, "x").exit_code == 1
+    assert PeerSilent(PEER, "x").exit_code == 1
 
 
 def test_the_address_that_peers_type() -> None:

@@ -21,13 +21,13 @@ import psutil
 import pytest
 import torch
 
-from lab.command.entry import EndedBy, Run, Unfinished, compose_settings
+from lab.command.entry import EndedBy, Run, compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.models.sources import BYTE_EOS, LoadedModel, load_model
 from lab.settings import UserError
 from lab.text.words import Words
-from lab.wire import PeerGone
+from lab.wire import PeerGone, PeerMismatch
 from speculative.acceptance import until_end
 from speculative.drafter.connection import VerifierConnection
 from speculative.drafter.loop import RequestFailed, speculate
@@ -370,10 +370,10 @@ def test_a_verifier_that_comes_back_with_other_weights_ends_the_text_and_what_th
     monkeypatch.setattr(RemoteTarget, "next", lose)
     words = (*RANDOM, *SAMPLED, "project.mode=target_only")
     place = Run(tmp_path)
-    with pytest.raises(Unfinished) as ended:
+    with pytest.raises(PeerMismatch) as ended:
         drafted(random_verifier.port, words, place)
     was = _joined_target(random_verifier.port)["model"]
-    assert ended.value.code == 2
+    assert ended.value.exit_code == 2
     assert str(ended.value).endswith(
         f"is another target than before: its model was {was} and is random:another, its adapter was none and is one "
         "during WELCOME"

@@ -29,6 +29,7 @@ from lab.command import entry
 from lab.doctor import DoctorSettings
 from lab.engine.base import TargetStep
 from lab.engine.not_finite import NotFinite
+from lab.faults import Lost
 from lab.settings import Dtype, UserError, digest, to_settings
 
 Work = Callable[[DoctorSettings, entry.Run], dict[str, Any]]
@@ -231,7 +232,9 @@ def test_what_a_run_has_before_it_fails_is_kept(
 ) -> None:
     def work(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
         place.so_far = lambda: {"token_ids": [1, 2], "ended_by": "length", "status": "ok"}
-        raise entry.Unfinished("the verifier is gone", code, entry.EndedBy.lost)
+        fault = Lost("the verifier is gone")
+        fault.exit_code = code
+        raise fault
 
     assert command(monkeypatch, work) == code
     output = capsys.readouterr()

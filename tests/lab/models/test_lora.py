@@ -12,7 +12,7 @@ from peft import get_peft_model_state_dict
 
 from lab.command.entry import compose_settings
 from lab.doctor import DoctorSettings
-from lab.models.lora import add_lora, fresh_adapter, linear_names
+from lab.models.lora import add_lora, fresh_adapter, highest_ranks
 from lab.models.sources import LoadedModel, load_model
 from lab.settings import LoraSettings, ModelSettings, UserError
 
@@ -37,8 +37,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return torch.as_tensor(model(torch.tensor([list(b"hello")])).logits)
 
 
-def test_linear_names(base: LoadedModel) -> None:
-    assert linear_names(base.model) == sorted(
+def test_highest_ranks(base: LoadedModel) -> None:
+    assert list(highest_ranks(base.model)) == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 
@@ -75,3 +75,13 @@ def test_target_that_the_model_lacks(settings: ModelSettings, base: LoadedModel)
         add_lora(base.model, ["q_proj", "c_attn"], LORA)
     with pytest.raises(UserError, match=rule):
         fresh_adapter(dataclasses.replace(settings, lora_targets=["c_attn"]), LORA, seed=0)
+
+
+def test_rank_that_no_target_can_have(settings: ModelSettings, base: LoadedModel) -> None:
+    """It would cost memory without end."""
+    high = dataclasses.replace(LORA, rank=2**40)
+    rule = r"^project.lora.rank must be at most 64, the rank of the model's targets, got 1099511627776$"
+    with pytest.raises(UserError, match=rule):
+        add_lora(base.model, ["q_proj", "down_proj"], high)
+    with pytest.raises(UserError, match=rule):
+        fresh_adapter(dataclasses.replace(settings, lora_targets=["gate_proj"]), high, seed=0)

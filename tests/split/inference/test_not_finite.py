@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lab.command.entry import Run, Unfinished, compose_settings
+from lab.command.entry import Run, compose_settings
 from lab.engine.base import TargetStep, check_finite
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
@@ -149,10 +149,10 @@ def test_what_was_generated_before_the_fault_is_kept(tmp_path: Path, monkeypatch
         return check_finite([replace(step, fault=fault) for step in steps])
 
     monkeypatch.setattr(ShardedModel, "extend", fail)
-    with pytest.raises(Unfinished, match="the hidden states of position 7") as ended:
+    with pytest.raises(NotFinite, match="the hidden states of position 7") as ended:
         infer.run(settings, place := Run(tmp_path))
     figures = place.so_far()
-    assert (ended.value.code, figures["token_ids"]) == (1, expected[: len(figures["token_ids"])])
+    assert (ended.value.exit_code, figures["token_ids"]) == (1, expected[: len(figures["token_ids"])])
     assert len(figures["token_ids"]) == 4
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -15,11 +16,12 @@ from lab.settings import Dtype
 from lab.wire import FrameSocket, WrongKey
 from lab.wire.tensors import TensorSpec, WireDtype
 from split.chain.messages import Attach, Fault, send
-from split.training.messages import Batch, Hidden, Step
+from split.training.messages import Batch, Hidden, Start, Step
 from split.training.schedule import Schedule
 from split.transport.base import Message, ShardLost
 from tests.split.training.processes import Learner, connect, connected, endpoint, learners_of, over_tcp
 from tests.split.training.unsplit import (
+    ADAPTER,
     BANDS,
     Unsplit,
     gradients_of,
@@ -187,7 +189,13 @@ def test_what_makes_no_sense_is_refused_and_said(tmp_path: Path) -> None:
         step = Step(schedule=Schedule.gpipe, micro_batches=1, turns=1, tokens=3)
         transport.send(0, Message(0, step))
         assert "START must come first" in _refusal(transport)
+        recipe = msgspec.structs.replace(ADAPTER, lora_rank=2**20 - 1)
+        transport.send(0, Message(0, Start(shard=0, shards=1, run="0" * 16, digest="", recipe=recipe)))
+        assert "project.lora.rank must be at most 32" in _refusal(transport)
         made = trainer(transport, tmp_path)
+        endless = Step(schedule=Schedule.gpipe, micro_batches=4096, turns=4096, tokens=3)
+        transport.send(0, Message(0, endless))
+        assert "micro-batches of a step must be at most 4096" in _refusal(transport)
         transport.send(0, Message(0, step))
         transport.send(0, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\0" * 8))
         assert "a batch must hold 1 x 1 x 3 ids" in _refusal(transport)
