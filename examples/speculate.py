@@ -2,12 +2,13 @@
 
 import sys
 
+from speculative.engines import open_target
+
 from lab.command.entry import compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
 from speculative.drafter.sources import NgramDrafts
-from speculative.engines import open_target
 from speculative.settings import SpeculativeSettings
 from speculative.verifier.sequence import common_length
 

@@ -63,7 +63,7 @@ class PassCosts:
     """Seconds of the target's passes for each of the sequences that share them: of a step, and of each draft token.
 
     A pass over a single row may be another matter than one over several (a vector times a matrix needs no tiles), so
-    that the first draft token can cost far more than the next ones: a mean is kept of the one, a line through the others.
+    that the first draft token can cost far more than the next ones: passes of one row have a mean, the others a line.
 
     A row that one sequence adds holds up all the others, and they do the same: so a draft token costs its row once for
     each sequence.
@@ -124,7 +124,7 @@ class PassCosts:
 
     @property
     def _slope(self) -> float:
-        """Seconds of each further row: least squares, pulled towards `ROW_SHARE` of a step where all passes were alike."""
+        """Seconds of each further row: least squares, near `ROW_SHARE` of a step where all passes were alike."""
         if not self._weight:
             return ROW_SHARE * (self._single.value or 0.0)
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
@@ -163,8 +163,8 @@ class AcceptanceByPlace:
         return [(r + BELIEF * overall) / (s + BELIEF) for r, s in zip(self._right_at, self._seen_at)]
 
     def worth(self, most: int, costs: PassCosts) -> int:
-        """Number of draft tokens, of `most` that there are, that a pass should take: the n-th saves a step when all up to
-        it are right, and costs a row when it is not."""
+        """Number of draft tokens, of `most` that there are, that a pass should take: the n-th saves a step when all up
+        to it are right, and costs a row when it is not."""
         step, row, rates = costs.step_seconds, costs.row_seconds, self.rates
         chance, gain, best, count = 1.0, -costs.first_seconds, 0.0, 0
         for number in range(most):
@@ -319,7 +319,7 @@ class DraftLength:
             self._judge()
 
     def next(self, ahead: int) -> int:
-        """Draft tokens of the next DRAFT when `ahead` were sent beyond the last verdict; 0: wait for the next verdict."""
+        """Draft tokens of the next DRAFT when `ahead` were sent beyond the last verdict; 0: wait for the next."""
         if self._silent_for:
             return 0
         group = self._group if ahead else max(1, self._group // 3)

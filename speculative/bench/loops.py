@@ -1,6 +1,6 @@
-"""The parts of the benchmark that go over one text at a time: each measures one table and gives its rows.
+"""Parts of the benchmark with one text at a time: each measures the rows of one table.
 
-`speculative.bench` says what they are.
+`speculative.bench` describes them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ MOST_ADDED = 60e-6
 
 
 def measure(rig: Rig, cases: Sequence[Case], repeats: int, after_each: Callable[[], None] | None = None) -> Readings:
-    """All cases in turn, then again with another seed: the same text for all cases of a turn."""
+    """Measure all cases in turn, then again with another seed: all cases of a turn generate the same text."""
     readings: Readings = {case: [] for case in cases}
     for turn in range(repeats):
         for case in cases:
-            readings[case].append(rig.speak(replace(case, seed=turn)))
+            readings[case].append(rig.generate(replace(case, seed=turn)))
         if after_each is not None:
             after_each()
     return readings
@@ -64,7 +64,7 @@ def loops(rig: Rig) -> list[Row]:
 
 
 def lengths(rig: Rig) -> list[Row]:
-    """The automatic draft length beside fixed ones."""
+    """The automatic draft length against fixed ones."""
     bench = rig.settings.project.bench
     rows = []
     for rtt in bench.rtt_seconds:
@@ -138,7 +138,7 @@ def frame(rig: Rig) -> list[Row]:
 
 
 def busy(rig: Rig) -> list[Row]:
-    """Who was busy when, in a short text of either loop; a picture, and how much of the time."""
+    """Busy times of both sides in a short text of either loop, and a picture of them."""
     bench = rig.settings.project.bench
     rtt = bench.busy_rtt_seconds
     rows, timelines = [], {}
@@ -164,7 +164,7 @@ def busy(rig: Rig) -> list[Row]:
 
 
 def texts(rig: Rig) -> list[Row]:
-    """Every text at every delay, with the drafts of `project.draft`; transformers' own speculation beside them."""
+    """Every text at every delay, with the source of `project.draft`, and transformers' own speculation."""
     bench = rig.settings.project.bench
     source = rig.settings.project.draft.source
     rows = []
@@ -200,7 +200,7 @@ def texts(rig: Rig) -> list[Row]:
 
 
 def sources(rig: Rig) -> list[Row]:
-    """Who guesses best: prompt lookup, and the first layers of the target, on every text without a delay."""
+    """Draft sources compared: prompt lookup, and the first layers of the target, on every text without a delay."""
     bench = rig.settings.project.bench
     rtt = min(bench.rtt_seconds)
     rows = []

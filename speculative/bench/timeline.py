@@ -1,7 +1,7 @@
-"""Who was busy when: the target's passes, the drafter's steps and the frames between them, of one text on one clock.
+"""Busy times of one text on one clock: the target's passes, the drafter's steps and the frames between them.
 
-For a picture, not for a figure: the verifier is a thread of this process here, so that one clock sees both sides. It is
-the shipped one, behind a real socket and a link in a process of its own.
+For a picture, not for a figure: the verifier is a thread of this process, so that one clock sees both sides. It is the
+shipped one, behind a real socket and a link process.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ END_SECONDS = 30.0
 
 @dataclass
 class Timeline:
-    """Seconds since the text was asked for."""
+    """Events of one text, in seconds since its request."""
 
     passes: list[Span] = field(default_factory=list)
-    """Of the target."""
+    """The target's."""
     rows: list[int] = field(default_factory=list)
-    """Tokens in each of them."""
+    """Number of tokens in each pass."""
     steps: list[Span] = field(default_factory=list)
-    """Of the drafter."""
+    """The drafter's."""
     verdicts: list[tuple[float, int, bool]] = field(default_factory=list)
-    """When the drafter heard, how many tokens, and whether a guess was wrong."""
+    """Arrival at the drafter, number of tokens, and whether a draft token was wrong."""
 
     def since(self, began: float) -> Timeline:
-        """The same, counted from another moment."""
+        """The same events, counted from another moment."""
         return Timeline(
             [(a - began, b - began) for a, b in self.passes],
             self.rows,
@@ -57,17 +57,17 @@ class Timeline:
         )
 
     def clear(self) -> None:
-        """What was so far does not count."""
-        for of in (self.passes, self.rows, self.steps, self.verdicts):
-            of.clear()
+        """Forget all events so far."""
+        for events in (self.passes, self.rows, self.steps, self.verdicts):
+            events.clear()
 
-    def heard(self, done: Round) -> None:
-        """A verdict has come."""
+    def on_verdict(self, done: Round) -> None:
+        """Note a verdict that has just come."""
         self.verdicts.append((time.monotonic(), len(done.tokens), done.right < done.checked))
 
 
 class WatchedEngine(Engine):
-    """Another engine, with a note of when it was busy."""
+    """An engine whose passes are noted in a timeline."""
 
     def __init__(self, engine: Engine, timeline: Timeline) -> None:
         self._engine, self._timeline = engine, timeline
@@ -96,7 +96,7 @@ class WatchedEngine(Engine):
 
 
 class WatchedDrafts(Drafts):
-    """Other drafts, with a note of when they were busy."""
+    """A draft source whose steps are noted in a timeline."""
 
     def __init__(self, drafts: Drafts, timeline: Timeline) -> None:
         self._drafts, self._timeline = drafts, timeline
@@ -123,7 +123,7 @@ class WatchedDrafts(Drafts):
 
 @contextmanager
 def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
-    """A verifier in a thread of this process, watched; yields its port."""
+    """Run a watched verifier in a thread of this process; yields its port."""
     network = replace(rig.settings.network, host="127.0.0.1", port=0)
     tracking = replace(rig.settings.tracking, wandb=WandbMode.disabled)  # the benchmark's own run is open
     settings = replace(rig.settings, network=network, tracking=tracking)
@@ -153,7 +153,7 @@ def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
 
 
 def watch(rig: Rig, case: Case) -> Timeline:
-    """One text, from the moment it is asked for."""
+    """The timeline of one text, from its request on."""
     timeline = Timeline()
     with ExitStack() as stack:
         verifier = stack.enter_context(watched_verifier(rig, timeline))
@@ -164,5 +164,5 @@ def watch(rig: Rig, case: Case) -> Timeline:
         timeline.clear()
         began = time.monotonic()
         for done in rig.rounds(case, target, lambda drafts: WatchedDrafts(drafts, timeline)):
-            timeline.heard(done)
+            timeline.on_verdict(done)
     return timeline.since(began)

@@ -1,4 +1,4 @@
-"""Connections of drafters: frames of `speculative.messages` in, calls of the forward thread; its outcomes out, as frames.
+"""Connections of drafters: their frames become calls of the forward thread, its outcomes become frames.
 
 A connection that sends more frames than it may is not cut off: it is read more slowly, and no other is.
 """

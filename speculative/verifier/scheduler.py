@@ -228,9 +228,7 @@ class Scheduler:
         prompts = [(one, piece) for one in self._running if (piece := one.prompt_piece(limits.prefill_chunk))]
         fed = {one.key for one, _ in prompts}
         ready = [
-            (one, one.next_draft(limits.longest_check))
-            for one in self._running
-            if one.key not in fed and one.is_ready
+            (one, one.next_draft(limits.longest_check)) for one in self._running if one.key not in fed and one.is_ready
         ]
         outcomes += self._check(ready) if ready else []
         outcomes += self._feed(prompts) if prompts else []
@@ -328,9 +326,7 @@ class Scheduler:
         if not sequence.is_left:
             sequence.heard_at = self._clock()
 
-    def _retry_without_draft(
-        self, sequence: VerifiedSequence, draft_ids: Sequence[int], fault: str
-    ) -> list[Outcome]:
+    def _retry_without_draft(self, sequence: VerifiedSequence, draft_ids: Sequence[int], fault: str) -> list[Outcome]:
         """Forget what the engine holds of a sequence that met NaN or infinity, and make the next token without draft
         tokens: with some in the pass, the fault says nothing of the sequence. Without, it fails."""
         if not draft_ids:

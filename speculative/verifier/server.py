@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -105,6 +106,13 @@ async def serve(
         frames_per_second=project.client.frames_per_second,
         idle_seconds=project.idle_seconds,
     )
+    first_protocol = FirstProtocol(
+        thread=thread,
+        to_ids=_to_ids(settings, tokenizer),
+        max_new_tokens=project.max_new_tokens,
+        context=target.engine.longest,
+        timeout_seconds=network.request_timeout_seconds,
+    )
     endpoint = make_endpoint(
         network,
         role="verifier",
@@ -122,7 +130,7 @@ async def serve(
         max_connections=project.max_connections,
         tls=tls,
         # The first protocol has no key: where one is required, it would be a way around it.
-        handle_first_protocol=None if endpoint.key else _first_protocol(settings, thread, tokenizer, target).serve,
+        handle_first_protocol=None if endpoint.key else first_protocol.serve,
     )
     with thread:
         try:
@@ -191,16 +199,5 @@ def _welcome(target: OpenTarget, project: SpeculativeProjectSettings) -> Welcome
     )
 
 
-def _first_protocol(
-    settings: SpeculativeSettings, thread: ForwardThread, tokenizer: PreTrainedTokenizerBase, target: OpenTarget
-) -> FirstProtocol:
-    def to_ids(text: str) -> Sequence[int]:
-        return prompt_ids(tokenizer, text, chat=False, special_tokens=settings.project.special_tokens)
-
-    return FirstProtocol(
-        thread=thread,
-        to_ids=to_ids,
-        max_new_tokens=settings.project.max_new_tokens,
-        context=target.engine.longest,
-        timeout_seconds=settings.network.request_timeout_seconds,
-    )
+def _to_ids(settings: SpeculativeSettings, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Sequence[int]]:
+    return partial(prompt_ids, tokenizer, chat=False, special_tokens=settings.project.special_tokens)

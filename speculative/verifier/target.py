@@ -1,4 +1,4 @@
-"""The target of a verifier, from settings: a model here, a split one, or a synthetic one."""
+"""The verifier's target, from settings: a whole model, a split one or a synthetic one."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class OpenTarget:
     """Name for people."""
     dtype: str
     bytes_per_token: int
-    """Of keys and values; 0 where they are not here."""
+    """Keys and values of one token; 0 where another machine holds them."""
     fingerprints: dict[str, str]
-    """What its text depends on, by name: a text is resumed only where these are the same."""
+    """Weights, precision and more that a text depends on, by name: it is resumed only where these are the same."""
 
 
 def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarget:
-    """The engine that `settings` name for the verifier. UserError for what it cannot do."""
+    """Open the engine that `settings` name. UserError for settings that it cannot serve."""
     project, model = settings.project, settings.model
     if project.engine is EngineKind.synthetic:
         size = _synthetic_vocabulary(settings)

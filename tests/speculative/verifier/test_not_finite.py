@@ -29,7 +29,7 @@ from speculative.verifier.scheduler import Scheduler
 from tests.poison import mark, poison
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import (
-    TERMS,
+    LIMITS,
     InProcess,
     bench,
     decoded_alone,
@@ -109,7 +109,7 @@ def test_the_targets_own_fault_ends_its_text_and_no_other(mode: Mode) -> None:
     marked, expected = _said()
     neighbour = _texts()[1]
     text: list[int] = []
-    with bench(_engine(marked, 1), terms=replace(TERMS, lookup=(3, 1))) as verifiers:
+    with bench(_engine(marked, 1), limits=replace(LIMITS, lookup=(3, 1))) as verifiers:
 
         def neighbours() -> list[int]:
             return tokens(speculated(InProcess(verifiers, 1), NoDrafts(), request(NEIGHBOUR, COUNT, SAMPLING, mode)))
@@ -159,7 +159,7 @@ def test_a_request_of_the_first_protocol_gets_no_token_that_was_made_up() -> Non
 
     async def ask() -> list[int]:
         answers = FirstProtocolAnswers(to_ids=lambda text: [*PROMPT, marked], max_new_tokens=5, timeout_seconds=5.0)
-        verifier = Scheduler(_engine(marked, 2), end_ids=[], terms=TERMS, closed=lambda text, ended: None)
+        verifier = Scheduler(_engine(marked, 2), end_ids=[], limits=LIMITS, closed=lambda text, ended: None)
         front = Front(verifier, WELCOME, [], "", answers, frames_per_second=100.0, idle_seconds=5.0)
         with front.thread:
             return await front._continuation("x", Peer(role="client", address="here", phase="request"), asyncio.Event())

@@ -21,7 +21,7 @@ from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Wait
 from speculative.settings import Mode
 from speculative.verifier.scheduler import EngineFailed, Scheduler, SchedulerLimits
 from tests.random_models import random_model
-from tests.speculative.in_process import TERMS, local_engine, request
+from tests.speculative.in_process import LIMITS, local_engine, request
 
 ASYNC = Mode["async"]
 PROMPT = [1, 2, 3]
@@ -39,18 +39,18 @@ class Core:
     """A verifier on a synthetic target, and what its texts alone would be."""
 
     def __init__(
-        self, sessions: int = 4, wrap: Callable[[Engine], Engine] = lambda engine: engine, **terms: Any
+        self, sessions: int = 4, wrap: Callable[[Engine], Engine] = lambda engine: engine, **limits: Any
     ) -> None:
         self.clock = Clock()
         self.ended: list[Ended] = []
-        changed: SchedulerLimits = replace(TERMS, **terms)
+        changed: SchedulerLimits = replace(LIMITS, **limits)
         engine = SyntheticEngine(
             vocabulary_size=50, context=400, sessions=sessions, step_seconds=0, row_seconds=0, agreement=1.0
         )
         self.verifier = Scheduler(
             wrap(engine),
             end_ids=[],
-            terms=changed,
+            limits=changed,
             closed=lambda text, ended: self.ended.append(ended),
             clock=self.clock,
         )
@@ -319,12 +319,12 @@ def test_a_text_of_mode_sync_that_gets_no_draft_is_evicted() -> None:
 def test_a_drafter_that_holds_another_text_notices() -> None:
     text = DraftedSequence(asked(), RandomDrafts(0, 50))
     right = Verdict(1, 0, 3, 0, TEXT[:1], prefix_hash([*PROMPT, TEXT[0]]), [], [])
-    text.take(right)
+    text.extend(right)
     with pytest.raises(Desync, match="position 5"):
-        text.take(replace(right, position=4, ids=TEXT[1:2], prefix=right.prefix))
+        text.extend(replace(right, position=4, ids=TEXT[1:2], prefix=right.prefix))
     assert text.new_ids == TEXT[:1], "it took none of what it does not believe"
     with pytest.raises(Desync, match="for position 3"):
-        DraftedSequence(replace(asked(), new_ids=TEXT[:1]), RandomDrafts(0, 50)).take(right)
+        DraftedSequence(replace(asked(), new_ids=TEXT[:1]), RandomDrafts(0, 50)).extend(right)
 
 
 def test_own_guesses_fill_in_and_change_nothing() -> None:
