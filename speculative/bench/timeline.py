@@ -9,18 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from typing_extensions import override
-
 from lab.bench import pinned
 from lab.device import open_device
-from lab.engine.base import Engine, Request, Session, TargetStep, Want
-from lab.engine.sampling import Sampling
+from lab.engine.base import Request, Want
 from lab.settings import WandbMode
 from lab.tracking import Tracker
 from speculative.bench.rig import DRAFTER_CORE, VERIFIER_CORE, WARM_UP_TOKENS, Case, Rig, link_process
@@ -61,64 +58,31 @@ class Timeline:
         for events in (self.passes, self.rows, self.steps, self.verdicts):
             events.clear()
 
+    def on_pass(self, began: float, ended: float, requests: Sequence[Request], want: Want) -> None:
+        """Note a pass of the target."""
+        self.passes.append((began, ended))
+        self.rows.append(sum(len(ids) for _, ids in requests))
+
+    def on_step(self, began: float, ended: float, count: int) -> None:
+        """Note a step of the drafter."""
+        self.steps.append((began, ended))
+
     def on_verdict(self, done: Round) -> None:
         """Note a verdict that has just come."""
         self.verdicts.append((time.monotonic(), len(done.tokens), done.right < done.checked))
 
 
-class WatchedEngine(Engine):
-    """An engine whose passes are noted in a timeline."""
+def watch_calls(owner: object, method: str, note: Callable[..., None]) -> None:
+    """Have `note(began, ended, *arguments)` called after each call of a method."""
+    call = getattr(owner, method)
 
-    def __init__(self, engine: Engine, timeline: Timeline) -> None:
-        self._engine, self._timeline = engine, timeline
-        self.vocabulary_size, self.context = engine.vocabulary_size, engine.context
-        self.longest, self.has_logits = engine.longest, engine.has_logits
-
-    @override
-    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
-        return self._engine.open(prompt_ids, sampling, most_tokens)
-
-    @override
-    def extend(self, requests: Sequence[Request], want: Want) -> list[TargetStep]:
+    def watched(*arguments: Any, **options: Any) -> Any:
         began = time.monotonic()
-        steps = self._engine.extend(requests, want)
-        self._timeline.passes.append((began, time.monotonic()))
-        self._timeline.rows.append(sum(len(ids) for _, ids in requests))
-        return steps
+        result = call(*arguments, **options)
+        note(began, time.monotonic(), *arguments, **options)
+        return result
 
-    @override
-    def close(self, session: Session) -> None:
-        self._engine.close(session)
-
-    @override
-    def shutdown(self) -> None:
-        self._engine.shutdown()
-
-
-class WatchedDrafts(Drafts):
-    """A draft source whose steps are noted in a timeline."""
-
-    def __init__(self, drafts: Drafts, timeline: Timeline) -> None:
-        self._drafts, self._timeline = drafts, timeline
-
-    @override
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        self._drafts.begin(prompt_ids)
-
-    @override
-    def propose(self, count: int) -> list[int]:
-        began = time.monotonic()
-        found = self._drafts.propose(count)
-        self._timeline.steps.append((began, time.monotonic()))
-        return found
-
-    @override
-    def correct(self, position: int, ids: Sequence[int]) -> None:
-        self._drafts.correct(position, ids)
-
-    @override
-    def close(self) -> None:
-        self._drafts.close()
+    setattr(owner, method, watched)
 
 
 @contextmanager
@@ -128,7 +92,7 @@ def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
     tracking = replace(rig.settings.tracking, wandb=WandbMode.disabled)  # the benchmark's own run is open
     settings = replace(rig.settings, network=network, tracking=tracking)
     target = open_target(settings, open_device(settings.device))
-    watched = replace(target, engine=WatchedEngine(target.engine, timeline))
+    watch_calls(target.engine, "extend", timeline.on_pass)
     listens: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
 
     def announce(host: str, port: int) -> None:
@@ -138,7 +102,7 @@ def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
 
     def work(tracker: Tracker) -> None:
         with suppress(asyncio.CancelledError):
-            asyncio.run(serve(settings, watched, rig.tokenizer, None, tracker, ServerStats(), announce))
+            asyncio.run(serve(settings, target, rig.tokenizer, None, tracker, ServerStats(), announce))
 
     with Tracker(settings, "timeline", rig.folder / "timeline") as tracker, pinned(VERIFIER_CORE):
         thread = threading.Thread(target=work, args=(tracker,), name="watched-verifier", daemon=True)
@@ -155,6 +119,11 @@ def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
 def watch(rig: Rig, case: Case) -> Timeline:
     """The timeline of one text, from its request on."""
     timeline = Timeline()
+
+    def watched(drafts: Drafts) -> Drafts:
+        watch_calls(drafts, "propose", timeline.on_step)
+        return drafts
+
     with ExitStack() as stack:
         verifier = stack.enter_context(watched_verifier(rig, timeline))
         folder = rig.folder / f"link-watched-{case.mode.name}"
@@ -163,6 +132,6 @@ def watch(rig: Rig, case: Case) -> Timeline:
         list(rig.rounds(replace(case, mode=Mode.target_only, new_tokens=WARM_UP_TOKENS), target))
         timeline.clear()
         began = time.monotonic()
-        for done in rig.rounds(case, target, lambda drafts: WatchedDrafts(drafts, timeline)):
+        for done in rig.rounds(case, target, watched):
             timeline.on_verdict(done)
     return timeline.since(began)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
@@ -53,45 +51,32 @@ _LOST = (Unreachable, PeerFull, PeerGone, PeerSilent)
 """Faults after which connecting is tried again, to resume a request."""
 
 
-class _Written(msgspec.Struct, forbid_unknown_fields=True):
-    """A ticket in its file."""
+class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Name of a request, the secret that proves its owner, and the target where it was begun; the first two in hex."""
 
-    name: str
-    owner: str
-    target: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """Name of a request, the secret that proves its owner, and the target where it was begun."""
-
-    name: int
-    owner: bytes
+    name: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+    owner: Annotated[str, msgspec.Meta(pattern=rf"^[0-9a-f]{{{2 * OWNER_BYTES}}}\Z")]
     target: dict[str, str]
 
     @classmethod
     def new(cls, target: dict[str, str]) -> Ticket:
         """Draw a new ticket."""
-        return cls(secrets.randbits(64), secrets.token_bytes(OWNER_BYTES), target)
+        return cls(secrets.token_hex(8), secrets.token_hex(OWNER_BYTES), target)
 
     @classmethod
     def read(cls, path: Path) -> Ticket:
         """Read a ticket that was written. Raises `ValueError` for a file that is none."""
         try:
-            kept = msgspec.json.decode(path.read_bytes(), type=_Written)
-            ticket = cls(int(kept.name, 16), bytes.fromhex(kept.owner), kept.target)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, ValueError) as error:
             raise ValueError(f"must be the text.json of a drafter's run folder, got {path} ({error})") from None
-        if not 0 <= ticket.name < 2**64 or len(ticket.owner) != OWNER_BYTES:
-            raise ValueError(f"must be the text.json of a drafter's run folder, got {path}")
-        return ticket
 
     def write(self, path: Path) -> None:
         """Write it, for a later process that resumes the request; readable by this user only."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump({"name": f"{self.name:016x}", "owner": self.owner.hex(), "target": self.target}, file)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(self))
 
 
 class RemoteTarget(Target):
@@ -240,8 +225,8 @@ class RemoteTarget(Target):
     def _open_fields(self, request: GenerationRequest, ticket: Ticket) -> dict[str, Any]:
         return {
             **sampling_fields(request.sampling),
-            "name": ticket.name,
-            "owner": ticket.owner,
+            "name": int(ticket.name, 16),
+            "owner": bytes.fromhex(ticket.owner),
             "max_new_tokens": request.max_new_tokens,
             "mode": request.mode,
             "draft_length": request.draft_length,

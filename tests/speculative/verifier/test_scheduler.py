@@ -333,15 +333,15 @@ def test_own_guesses_fill_in_and_change_nothing() -> None:
     prompt = [*engine_text, *TEXT, *engine_text]  # what follows stands in the prompt only by chance
     assert core.scheduler.open(1, replace(asked(), prompt_ids=prompt), client="client") == []
     alone = Core()
-    assert alone.verifier.open(1, replace(asked(), prompt_ids=prompt), client="client") == []
+    assert alone.scheduler.open(1, replace(asked(), prompt_ids=prompt), client="client") == []
 
-    def whole(verifier: Scheduler) -> list[int]:
+    def whole(scheduler: Scheduler) -> list[int]:
         ids: list[int] = []
         while len(ids) < 40:
-            ids += [token for outcome in verifier.tick() if isinstance(outcome, Verdict) for token in outcome.ids]
+            ids += [token for outcome in scheduler.tick() if isinstance(outcome, Verdict) for token in outcome.ids]
         return ids
 
-    assert whole(core.scheduler) == whole(alone.verifier)
+    assert whole(core.scheduler) == whole(alone.scheduler)
 
 
 # A fault has one owner
