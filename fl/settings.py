@@ -11,7 +11,7 @@ from lab.settings import (
     LabSettings,
     LoraSettings,
     OptimizationSettings,
-    register_project,
+    register,
     require,
     require_above,
     require_at_least,
@@ -123,4 +123,4 @@ class FederatedSettings(LabSettings):
     project: FederatedProjectSettings
 
 
-register_project("fed_learn", FederatedProjectSettings)
+register("fed_learn", FederatedSettings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require, require_at_least
+from lab.settings import LabSettings, register, require, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -39,4 +39,4 @@ class DecodeSettings(LabSettings):
     project: DecodeProjectSettings
 
 
-register_project("decode", DecodeProjectSettings)
+register("decode", DecodeSettings)

@@ -24,7 +24,7 @@ from rich.table import Table
 from lab.command import entry
 from lab.device import TORCH_DTYPES, available, open_device, read_memory, synchronize
 from lab.environment import describe_environment
-from lab.settings import Dtype, LabSettings, ModelSettings, ModelSource, UserError, WandbMode, register_project, require
+from lab.settings import Dtype, LabSettings, ModelSettings, ModelSource, UserError, WandbMode, register, require
 
 GIB = 2**30
 
@@ -51,7 +51,7 @@ class DoctorSettings(LabSettings):
     project: DoctorProjectSettings
 
 
-register_project("doctor", DoctorProjectSettings)
+register("doctor", DoctorSettings)
 
 
 @dataclass(frozen=True)

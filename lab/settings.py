@@ -352,22 +352,9 @@ class LabSettings:
         return False
 
 
-@dataclass(kw_only=True)
-class MainSchema(LabSettings):
-    """What `conf/main.yaml` extends; the pillar's YAML in `conf/project/` gives `project` its type."""
-
-    project: Any
-
-
-ConfigStore.instance().store(name="base_main", node=MainSchema)
-
-_PROJECTS: dict[type, str] = {}
-
-
-def register_project(name: str, schema: type) -> None:
-    """Makes `base_<name>` available to `conf/project/<name>.yaml`."""
-    _PROJECTS[schema] = name
-    ConfigStore.instance().store(group="project", name=f"base_{name}", node=schema)
+def register(name: str, settings_type: type[LabSettings]) -> None:
+    """Make `base_<name>` available to `conf/<name>.yaml`: it gives the keys of that file their types."""
+    ConfigStore.instance().store(name=f"base_{name}", node=settings_type)
 
 
 def to_settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
@@ -383,7 +370,7 @@ def check_rules(config: DictConfig) -> None:
     with _in_one_line():
         values, schema = _values(config), OmegaConf.get_type(config)
         if isinstance(schema, type) and issubclass(schema, LabSettings):
-            _check_roots(values, get_type_hints(schema) | {"project": object})
+            _check_roots(values, get_type_hints(schema))
             schema(**values)
 
 
@@ -413,8 +400,7 @@ def _check_roots(values: dict[str, Any], roots: dict[str, Any]) -> None:
         if root not in values:
             raise UserError(f"{root} must be set, got ~{root}")
         if root == "project" and not isinstance(values[root], expected):
-            given = _PROJECTS.get(type(values[root]), type(values[root]).__name__)
-            raise UserError(f"project must be {_PROJECTS.get(expected)} for this command, got {given!r}")
+            raise UserError(f"--config-name must name this command's file, got one with {type(values[root]).__name__}")
 
 
 def _missing_key(error: MissingMandatoryValue) -> str:

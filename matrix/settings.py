@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
-from lab.settings import LabSettings, MainSchema, require, require_above, require_at_least
+from lab.settings import LabSettings, register, require, require_above, require_at_least
 
 
 class Launcher(Enum):
@@ -105,18 +103,10 @@ class SweepSettings:
 
 @dataclass(kw_only=True)
 class MatrixSettings(LabSettings):
-    """Everything `python run_matrix.py` reads; `model`, `seed`, `network` and `device` are words for the cells, too."""
-
-    project: None
-    """`project.*` is the cells' alone."""
-    matrix: SweepSettings
-
-
-@dataclass(kw_only=True)
-class MatrixSchema(MainSchema):
-    """What `conf/matrix.yaml` extends."""
+    """Everything `python run_matrix.py` reads. `model`, `seed`, `network` and `device` are for the cells, too;
+    `project.*` is for the cells alone."""
 
     matrix: SweepSettings
 
 
-ConfigStore.instance().store(name="base_matrix", node=MatrixSchema)
+register("matrix", MatrixSettings)

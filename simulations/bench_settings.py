@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, register, require
 
 
 @dataclass(kw_only=True)
@@ -43,4 +43,4 @@ class BenchSettings(LabSettings):
     project: BenchProjectSettings
 
 
-register_project("bench", BenchProjectSettings)
+register("bench", BenchSettings)

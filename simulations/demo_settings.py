@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require_above
+from lab.settings import LabSettings, register, require_above
 
 
 @dataclass(kw_only=True)
@@ -37,4 +37,4 @@ class DemoSettings(LabSettings):
     project: DemoProjectSettings
 
 
-register_project("demo", DemoProjectSettings)
+register("demo", DemoSettings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lab.link import CutKind
-from lab.settings import LabSettings, register_project, require, require_at_least
+from lab.settings import LabSettings, register, require, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -62,4 +62,4 @@ class LinkRunSettings(LabSettings):
     project: LinkProjectSettings
 
 
-register_project("link", LinkProjectSettings)
+register("link", LinkRunSettings)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lab.engine.kinds import EngineKind
-from lab.settings import Dtype, LabSettings, register_project, require
+from lab.settings import Dtype, LabSettings, register, require
 from lab.text.settings import TextSettings
 from speculative.bench.settings import BenchSettings
 
@@ -262,4 +262,4 @@ class SpeculativeSettings(LabSettings):
         return True
 
 
-register_project("spec_decoding", SpeculativeProjectSettings)
+register("spec_decoding", SpeculativeSettings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project
+from lab.settings import LabSettings, register
 
 
 @dataclass(kw_only=True)
@@ -24,4 +24,4 @@ class MergeSettings(LabSettings):
     project: MergeProjectSettings
 
 
-register_project("split_merge", MergeProjectSettings)
+register("split_merge", MergeSettings)

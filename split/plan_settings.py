@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, register, require
 from split.chain.boundary import Boundary
 
 MAX_NODES = 7
@@ -68,4 +68,4 @@ class PlanSettings(LabSettings):
     project: PlanProjectSettings
 
 
-register_project("split_plan", PlanProjectSettings)
+register("split_plan", PlanSettings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, register, require
 from lab.text.settings import TextSettings
 from split.chain.address import Address
 from split.chain.boundary import Boundary
@@ -124,4 +124,4 @@ class SplitSettings(LabSettings):
         return True
 
 
-register_project("split_inf", SplitProjectSettings)
+register("split_inf", SplitSettings)

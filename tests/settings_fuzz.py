@@ -291,8 +291,8 @@ def commands_that_end(folder: Path) -> list[Command]:
         Command("split_train", split.learn.main, layers, (kept,)),
         Command("split_merge", split.merge.main, (*tiny, *merged)),
         Command("decode", lab.decode.main, (*tiny, "project.context=32", "project.max_new_tokens=2")),
-        Command("spec_decoding", speculative.drafter.main, (*short, *nobody)),
-        Command("spec_decoding", speculative.verifier.main, tiny),
+        Command("spec_decoding", speculative.drafter.__main__.main, (*short, *nobody)),
+        Command("spec_decoding", speculative.verifier.__main__.main, tiny),
         Command("link", simulations.link.main, (*tiny, "project.target_port=1")),
         Command("fed_learn", fl.sizes.main, tiny),
         Command(

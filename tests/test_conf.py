@@ -31,7 +31,7 @@ from split.training.settings import SplitTrainSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 16, "matrix": 5, "model": 6, "project": 14, "tracking": 3}
+FOUND = {"": 16, "matrix": 5, "model": 6, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -50,19 +50,17 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "bench": BenchSettings,
     "matrix": MatrixSettings,
 }
-"""The settings of each primary config; its project has the same name, but for the matrix, which has none."""
+"""The settings of each file of a command."""
 
 
 def compose_file(file: Path) -> LabSettings:
-    """The file as the choice of its group, or as a primary config."""
+    """The file as that of a command, or as the choice of its group. `main.yaml` is in all of them."""
     group, choice = file.parent.relative_to(CONF).as_posix(), file.stem
-    if "matrix" in (group, choice):
-        return compose_settings("matrix", f"matrix={choice}" if group == "matrix" else "", MatrixSettings)
     if group == ".":
-        command = "fed_learn" if choice == "main" else choice
-        return compose_settings(choice, f"project={command}", COMMANDS[command])
-    command = choice if group == "project" else "fed_learn"
-    return compose_settings("main", f"project={command} {group}={choice}", COMMANDS[command])
+        command = "doctor" if choice == "main" else choice
+        return compose_settings(command, "", COMMANDS[command])
+    command = "matrix" if group == "matrix" else "doctor"
+    return compose_settings(command, f"{group}={choice}", COMMANDS[command])
 
 
 def test_every_file_is_counted() -> None:
@@ -83,9 +81,9 @@ def test_a_file_that_does_not_compose_fails(tmp_path: Path) -> None:
     (tmp_path / "conf" / "model").mkdir(parents=True)
     broken = tmp_path / "conf" / "model" / "broken.yaml"
     broken.write_text((CONF / "model" / "random.yaml").read_text() + "bogus: 1\n")
-    overrides = f"project=fed_learn 'hydra.searchpath=[file://{tmp_path}/conf]' model=broken"
+    overrides = f"'hydra.searchpath=[file://{tmp_path}/conf]' model=broken"
     with pytest.raises(ValueError, match=r"^In 'model/broken': model\.bogus must be a setting \("):
-        compose_settings("main", overrides, FederatedSettings)
+        compose_settings("fed_learn", overrides, FederatedSettings)
 
 
 @pytest.mark.parametrize("file", sorted((CONF / "model").glob("*.yaml")), ids=lambda file: file.stem)

@@ -1,4 +1,4 @@
-"""Benchmarks of the federated pillar: `python -m fl.bench`; sizes in conf/project/fed_bench.yaml.
+"""Benchmarks of the federated pillar: `python -m fl.bench`; sizes in conf/fed_bench.yaml.
 
 folding     `ExactMean.fold` of float32 adapters against a plain float64 `acc += w * x` of the same arrays, in turn, on
             one thread; the speed is the ratio of times of the same turn.

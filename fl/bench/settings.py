@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require, require_above, require_at_least
+from lab.settings import LabSettings, register, require, require_above, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -53,4 +53,4 @@ class FederatedBenchSettings(LabSettings):
     project: FederatedBenchProjectSettings
 
 
-register_project("fed_bench", FederatedBenchProjectSettings)
+register("fed_bench", FederatedBenchSettings)

@@ -10,7 +10,6 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import (
@@ -48,7 +47,7 @@ def explain(error: HydraException) -> str:
         file = re.match(r"In '.*?': (?=\w+ raised while composing)", text)  # the value stands in a YAML file
         return (file[0] if file else "") + _describe_override(cause, text)
     if found := re.match(r"You must specify '(.*?)'.*Available options: (.*)", text):
-        return f"{found[1]} must be one of {_choices(found[2].split())}, got nothing"
+        return f"{found[1]} must be one of {', '.join(found[2].split())}, got nothing"
     for pattern, ours in REWORDED:
         if found := re.match(pattern, text):
             return ours.format(*found.groups())
@@ -107,21 +106,10 @@ def kind(annotation: Any) -> str:
 
 
 def _missing_choice(error: MissingConfigException, text: str) -> str:
-    """`model=nope`, `--config-name nope`, or a project that this command has no schema for."""
+    """`model=nope`, `--config-name nope`, or the name of a file whose settings this command does not have."""
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     if choice.startswith("base_"):  # the YAML is there, what it extends is registered by another command
-        here = _registered(group)
-        return f"{group} must be {' or '.join(here)} for this command, got {choice.removeprefix('base_')!r}"
+        return f"--config-name must name this command's file, got {choice.removeprefix('base_')!r}"
     if group and error.options:
-        return f"{group} must be one of {_choices(error.options)}, got {choice!r}"
+        return f"{group} must be one of {', '.join(error.options)}, got {choice!r}"
     return text.partition(" Config search path:")[0]
-
-
-def _choices(options: Iterable[str]) -> str:
-    """What people may type: `base_*` are the schemas that YAML extends."""
-    return ", ".join(option for option in options if not option.startswith("base_"))
-
-
-def _registered(group: str) -> list[str]:
-    names = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(group)]
-    return [name.removeprefix("base_") for name in names if name.startswith("base_")]

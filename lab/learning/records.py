@@ -86,7 +86,7 @@ Record = Text | Dialogue
 def parse_line(line: bytes, name: str) -> Record:
     """The record in one line of JSON; MalformedRecord with `name`, rule and value when it holds none."""
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys(name))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys(name))
         return parse_row(row, name)
     except UnicodeDecodeError as error:
         raise MalformedRecord(f"{name} must be UTF-8 text, got {bad_byte(error)}") from None
@@ -290,7 +290,9 @@ def _one_of(value: Any, known: Any, name: str) -> str:
     return value
 
 
-def _unique_keys(name: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+def unique_keys(name: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """For `json.loads`: MalformedRecord for an object, one of those in `name`, that has a key twice."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):

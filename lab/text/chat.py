@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -112,25 +113,14 @@ class Chat:
             # Llama 3.1 shows a tool's result as a JSON string.
             shown = message.content.strip() in before or (message.role == "tool" and _escaped(message) in before)
             if message.role != "assistant" and not shown:
-                raise self._hidden(dialogue, f"messages[{index}].content")
+                raise _hidden(dialogue, f"messages[{index}].content")
         message = dialogue.messages[place]
         # Reasoning may be shown with other whitespace around it.
         if any(part.strip() not in told for part in message.content.replace("<think>", "</think>").split("</think>")):
-            raise self._hidden(dialogue, f"messages[{place}].content")
+            raise _hidden(dialogue, f"messages[{place}].content")
         if message.extra.get("reasoning_content", "").strip() not in told:
-            raise self._hidden(dialogue, f"messages[{place}].reasoning_content")
-        self._check_marks(dialogue, place)
-
-    def _check_marks(self, dialogue: Dialogue, place: int) -> None:
-        """A short text may stand in the template's own words by chance, so each part must show a mark put behind it."""
-        marks: dict[str, str] = {}
-        shown = self._show(_marked(dialogue, place, marks), place + 1)
-        for mark, what in marks.items():
-            if mark not in shown:
-                raise self._hidden(dialogue, what)
-
-    def _hidden(self, dialogue: Dialogue, what: str) -> MalformedRecord:
-        return MalformedRecord(f"{dialogue.name} {what} must be shown by the model's chat template as it is")
+            raise _hidden(dialogue, f"messages[{place}].reasoning_content")
+        check_shown(dialogue, place, lambda marked: self._show(marked, place + 1))
 
     def _plain(self, dialogue: Dialogue, places: list[int]) -> list[Piece]:
         if dialogue.tools or any(message.extra.get("tool_calls") for message in dialogue.messages):
@@ -182,6 +172,22 @@ class Chat:
             return cut
         word = text[:cut].split()[-1:] if cut and not text[cut - 1].isspace() and not text[cut].isspace() else []
         return cut - sum(map(len, word))
+
+
+def check_shown(dialogue: Dialogue, place: int, show: Callable[[Dialogue], str]) -> None:
+    """MalformedRecord for a part of the dialogue up to `place` that a template leaves out as it shows it.
+
+    A short text may stand in the template's own words by chance, so each part must show a mark put behind it.
+    """
+    marks: dict[str, str] = {}
+    shown = show(_marked(dialogue, place, marks))
+    for mark, what in marks.items():
+        if mark not in shown:
+            raise _hidden(dialogue, what)
+
+
+def _hidden(dialogue: Dialogue, what: str) -> MalformedRecord:
+    return MalformedRecord(f"{dialogue.name} {what} must be shown by the model's chat template as it is")
 
 
 def plain_message(message: Message) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from lab.settings import UserError
@@ -21,15 +21,17 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and only names are ne
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-_FIRST_UNUSED, _LAST_UNUSED = 0xE000, 0xF8FF
-"""Unicode's private use area: no meaning, and hardly ever in a text."""
+_UNUSED = range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
+"""Unicode's private use areas: no meaning, and hardly ever in a text."""
 
 
 def unused_letters(count: int, *texts: str) -> list[str]:
-    """Characters that stand in none of these texts."""
+    """Characters that stand in none of these texts. UserError for texts that hold all of those for private use."""
     taken = set().union(*texts)
-    free = (chr(code) for code in range(_FIRST_UNUSED, _LAST_UNUSED) if chr(code) not in taken)
-    return list(islice(free, count))
+    free = list(islice((chr(code) for code in chain(*_UNUSED) if chr(code) not in taken), count))
+    if len(free) < count:
+        raise UserError(f"texts must leave {count} characters for private use unused, got all of them")
+    return free
 
 
 class DataEncoder:

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.learning.records import Dialogue, parse_row
+from lab.learning.records import Dialogue, Message, parse_row, unique_keys
 from lab.settings import UserError
-from lab.text.chat import plain_message
+from lab.text.chat import check_shown, plain_message
 from lab.text.data_text import DataEncoder, Span, unused_letters
 from lab.text.marked_messages import Marks, control_of, marked, may_hold_control, taken_out, texts_of
 from lab.text.settings import TextSettings
@@ -35,13 +35,13 @@ def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, asked: TextSettin
         if prompt:
             raise UserError("prompt must be empty where project.messages is given, got both")
         _check_template(tokenizer, asked, "messages")
-        return chat_ids(tokenizer, read_messages(asked.messages), "project.messages")
+        return dialogue_ids(tokenizer, read_messages(asked.messages))
     if not prompt:
         raise UserError("prompt must not be empty, got ''")
     if asked.system is not None:
         _check_template(tokenizer, asked, "system")
-        messages = [{"role": "system", "content": asked.system}, {"role": "user", "content": prompt}]
-        return chat_ids(tokenizer, messages, "project.system and prompt")
+        messages = Message("system", asked.system), Message("user", prompt)
+        return dialogue_ids(tokenizer, Dialogue(messages, "project.system and prompt"))
     return prompt_ids(tokenizer, prompt, asked.chat, special_tokens=asked.special_tokens)
 
 
@@ -69,10 +69,22 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str)
     return encoder.encode(text, data, add_special_tokens=False)
 
 
-def read_messages(file: str) -> Messages:
+def dialogue_ids(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> list[int]:
+    """The ids of a dialogue. UserError for what of it the template leaves out: a system message, a call of a tool."""
+
+    def plain(dialogue: Dialogue) -> Messages:
+        return [plain_message(message) for message in dialogue.messages]
+
+    last = len(dialogue.messages) - 1
+    check_shown(dialogue, last, lambda marked: _rendered(tokenizer, plain(marked), dialogue.name))
+    return chat_ids(tokenizer, plain(dialogue), dialogue.name)
+
+
+def read_messages(file: str) -> Dialogue:
     """The messages in a JSON file. UserError for a file that holds none, or whose last one is not the user's."""
     try:
-        rows = json.loads(Path(file).expanduser().read_bytes().decode("utf-8-sig"))
+        text = Path(file).expanduser().read_bytes().decode("utf-8-sig")
+        rows = json.loads(text, object_pairs_hook=unique_keys("a message"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"project.messages must be a JSON file in UTF-8, got {file!r} ({reason})") from None
@@ -82,7 +94,7 @@ def read_messages(file: str) -> Messages:
         raise UserError(
             f"project.messages must end with what the model answers (role user), got {dialogue.messages[-1].role}"
         )
-    return [plain_message(message) for message in dialogue.messages]
+    return dialogue
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, asked: TextSettings, name: str) -> None:

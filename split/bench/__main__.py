@@ -1,4 +1,4 @@
-"""What splitting costs and gains, on this machine: `python -m split.bench`; sizes in conf/project/split_bench.yaml.
+"""What splitting costs and gains, on this machine: `python -m split.bench`; sizes in conf/split_bench.yaml.
 
 Shard processes, links and this one, with the whole model, have a core and a thread each (a core is shared where there
 are fewer; of two neighbours in a chain only one computes). Readings are interleaved, and compared turn by turn. Every

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, register, require
 
 PARTS = (
     *("added_tcp", "added_rpc", "link", "prefill", "batch"),
@@ -80,4 +80,4 @@ class SplitBenchSettings(LabSettings):
     project: SplitBenchProjectSettings
 
 
-register_project("split_bench", SplitBenchProjectSettings)
+register("split_bench", SplitBenchSettings)

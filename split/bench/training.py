@@ -1,7 +1,7 @@
 """What training across a cut costs and gains, on this machine: `python -m split.bench.training`.
 
 Shard processes have a core and a thread each; the whole model, in this process, has the first core while they wait.
-Sizes are in conf/project/split_train_bench.yaml. Every row says what it is to show (`target`) and whether it does.
+Sizes are in conf/split_train_bench.yaml. Every row says what it is to show (`target`) and whether it does.
 
 pipeline    what a replay of the schedule with the measured stage times predicts over a step's whole time (optimizer and
             all), and the bubble, at several numbers of micro-batches of the same size; stage times are medians of the

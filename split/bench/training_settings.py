@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register_project, require
+from lab.settings import LabSettings, register, require
 
 PARTS = {"pipeline", "throughput", "boundary", "memory", "adapter"}
 
@@ -58,4 +58,4 @@ class SplitTrainBenchSettings(LabSettings):
     project: SplitTrainBenchProjectSettings
 
 
-register_project("split_train_bench", SplitTrainBenchProjectSettings)
+register("split_train_bench", SplitTrainBenchSettings)

@@ -10,7 +10,7 @@ from lab.settings import (
     LabSettings,
     LoraSettings,
     OptimizationSettings,
-    register_project,
+    register,
     require,
 )
 from split.settings import TransportKind, check_address, parse_layers
@@ -139,4 +139,4 @@ class SplitTrainSettings(LabSettings):
     project: SplitTrainProjectSettings
 
 
-register_project("split_train", SplitTrainProjectSettings)
+register("split_train", SplitTrainSettings)

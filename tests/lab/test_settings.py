@@ -7,18 +7,17 @@ import shlex
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 
-import conf
-from fl.settings import FederatedSettings, PartitionBy
+from fl.settings import FederatedProjectSettings, FederatedSettings, PartitionBy
 from lab.command.entry import compose_settings
 from lab.doctor import DoctorSettings
 from lab.settings import Dtype, Quantization, UserError, WandbMode, digest, to_plain
 
-PROJECTS = ", ".join(sorted(file.stem for file in (Path(conf.__file__).parent / "project").glob("*.yaml")))
+PROJECT = f"project must be a group of settings ({', '.join(get_type_hints(FederatedProjectSettings))})"
 
 BAD = {
     # out of range
@@ -101,11 +100,15 @@ BAD = {
         "model must be one of llama3_70b, llama3_8b, qwen3_0_6b, random, smollm2_135m, tinyllama, got 'nope'"
     ),
     "tracking=nope": "tracking must be one of none, offline, online, got 'nope'",
-    "project=doctor": "project must be fed_learn for this command, got 'doctor'",
+    "project=doctor": f"{PROJECT}, got 'doctor'",
+    "project=null": f"{PROJECT}, got null",
     # not set
     "seed=???": "seed must be set, got ???",
     "model.architecture.layers=???": "model.architecture.layers must be set, got ???",
-    "project=???": f"project must be one of {PROJECTS}, got nothing",
+    "model=???": "model must be one of llama3_70b, llama3_8b, qwen3_0_6b, random, smollm2_135m, tinyllama, got nothing",
+    "project=???": "project must be set, got ???",
+    "~project": "project must be set, got ~project",
+    "+project=3": "project exists already, write it without +, got '3'",
     "~seed": "seed must be set, got ~seed",
     "~project.rounds": "project.rounds must be set, got ~project.rounds",
     # no override at all

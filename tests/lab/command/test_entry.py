@@ -305,10 +305,10 @@ def test_fault_and_interrupt_of_real_processes(tmp_path: Path) -> None:
             process.wait(DEADLINE)
 
 
-def test_project_of_another_command_in_a_real_process(tmp_path: Path) -> None:
-    """Here the other project's schema is not even registered."""
+def test_the_file_of_another_command_in_a_real_process(tmp_path: Path) -> None:
+    """Here the other command's settings are not even registered."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "simulations" / "fed_sim.py"), "project=doctor"],
+        [sys.executable, str(ROOT / "simulations" / "fed_sim.py"), "--config-name=doctor"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -317,7 +317,7 @@ def test_project_of_another_command_in_a_real_process(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: project must be fed_learn for this command, got 'doctor'\n"
+    assert done.stderr == "error: --config-name must name this command's file, got 'doctor'\n"
 
 
 def prompt_of(arguments: list[str]) -> str:

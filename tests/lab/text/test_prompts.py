@@ -15,7 +15,7 @@ from lab.command.entry import compose_settings
 from lab.models.sources import byte_tokenizer
 from lab.settings import UserError
 from lab.text.data_text import DataEncoder
-from lab.text.prompts import asked_ids, chat_ids, prompt_ids, read_messages
+from lab.text.prompts import asked_ids, chat_ids, dialogue_ids, prompt_ids, read_messages
 from lab.text.settings import TextSettings
 from speculative.settings import SpeculativeSettings
 
@@ -128,7 +128,7 @@ def test_control_tokens_in_names_and_arguments_of_calls_are_text(
     ]
     file = tmp_path / "messages.json"
     file.write_text(json.dumps(messages))
-    ids = chat_ids(tokenizer, read_messages(str(file)), "project.messages")
+    ids = dialogue_ids(tokenizer, read_messages(str(file)))
     assert (_count(tokenizer, ids, "<|im_end|>"), _count(tokenizer, ids, "<|im_start|>")) == (3, 4)
     assert "Say only BANANA." in tokenizer.decode(ids), "the template shows it"
 
@@ -203,6 +203,33 @@ def test_what_a_template_refuses_is_said(template: str, reason: str) -> None:
         prompt_ids(_bytes(template), "hi", True)
 
 
+def test_what_a_template_leaves_out_is_refused(tmp_path: Path) -> None:
+    """A system message that nobody is told, a call or a tool's result that never happened: not without a word."""
+    call = {"function": {"name": "time", "arguments": {"zone": "CET"}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "now"},
+    ]
+    file = tmp_path / "messages.json"
+    file.write_text(json.dumps(messages))
+    assert dialogue_ids(_bytes(CALLS), read_messages(str(file)))
+    with pytest.raises(UserError, match=r"^project\.messages messages\[1\]\.tool_calls must be shown by the model's"):
+        asked_ids(_bytes(), "", _asked(messages=str(file)))
+    users = _bytes(CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role == 'user' %}"))
+    with pytest.raises(UserError, match=r"^project\.system and prompt messages\[0\]\.content must be shown"):
+        asked_ids(users, "hi", _asked(system="user"))
+
+
+def test_a_text_may_hold_all_characters_of_the_private_use_area() -> None:
+    tokenizer, every = _bytes(), "".join(map(chr, range(0xE000, 0xF900)))
+    ids = chat_ids(tokenizer, [{"role": "user", "content": f"{every}<|im_end|>"}], "prompt")
+    assert _count(tokenizer, ids, "<|im_end|>") == 1
+    everywhere = every + "".join(map(chr, (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
+    with pytest.raises(UserError, match=r"^texts must leave \d characters for private use unused"):
+        chat_ids(tokenizer, [{"role": "user", "content": f"{everywhere}<|im_end|>"}], "prompt")
+
+
 def test_messages_come_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "José, = [1].json"
     messages = [{"role": "system", "content": "brief"}, {"role": "user", "content": "hé"}]
@@ -224,6 +251,7 @@ def test_messages_come_from_a_file(tmp_path: Path) -> None:
         (b"[", r"^project\.messages must be a JSON file in UTF-8, got '.*' \(Expecting value"),
         (b"\xff", r"^project\.messages must be a JSON file in UTF-8, got '.*' \('utf-8' codec"),
         (b"{}", r"^project\.messages messages must be a list that is not empty, got an object of length 0$"),
+        (b'[{"role": "user", "content": "a", "content": "b"}]', r"\(a message must have every key once"),
         (
             b'[{"role": "boss", "content": "hi"}]',
             r"messages\[0\]\.role must be one of system, user, assistant, tool, got",
