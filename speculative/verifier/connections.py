@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Connections:
-    """What all connections of one verifier share."""
+    """All connections of one verifier."""
 
     thread: ForwardThread
     welcome: WelcomeFrame
