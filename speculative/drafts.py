@@ -21,7 +21,7 @@ class Drafts(Protocol):
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
         """Take a new text."""
-        ...
+        return
 
     def propose(self, count: int) -> list[int]:
         """Draft up to `count` tokens behind the text that is held, and hold them, too. Fewer when there are no more."""
@@ -29,7 +29,7 @@ class Drafts(Protocol):
 
     def correct(self, position: int, ids: Sequence[int]) -> None:
         """Replace the text from `position` on by `ids`."""
-        ...
+        return
 
     def close(self) -> None:
         """Release everything that is held."""
@@ -40,16 +40,8 @@ class NoDrafts(Drafts):
     """No draft tokens."""
 
     @override
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        pass
-
-    @override
     def propose(self, count: int) -> list[int]:
         return []
-
-    @override
-    def correct(self, position: int, ids: Sequence[int]) -> None:
-        pass
 
 
 class NgramDrafts(Drafts):

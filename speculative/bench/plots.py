@@ -41,7 +41,9 @@ def draw_speedups(path: Path, rows: Sequence[Row], title: str) -> Path:
         for rates, delays in curves.items():
             axes[1].plot(range(1, len(rates) + 1), rates, marker="o", label=f"{', '.join(delays)} ms")
         if by_place:
-            axes[1].set(xlabel="place of the guess in its run", ylabel="right, when all before it were", ylim=(0, 1.02))
+            axes[1].set(
+                xlabel="place of the draft token in its run", ylabel="right, when all before it were", ylim=(0, 1.02)
+            )
             axes[1].set_title("acceptance by place")
             axes[1].legend(title="round trip", fontsize="small")
     return path

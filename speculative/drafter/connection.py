@@ -44,7 +44,7 @@ class VerifierConnection:
         self._reader = threading.Thread(target=self._read, name="drafter-reader", daemon=True)
         self._reader.start()
         try:
-            self.welcome: WelcomeFrame = self.expect(MessageType.welcome, "WELCOME").head
+            self.welcome: WelcomeFrame = self.expect(MessageType.welcome).head
         except BaseException:
             self.close()
             raise
@@ -57,7 +57,7 @@ class VerifierConnection:
     def vocabulary(self) -> list[str]:
         """Ask for the text of every id of the verifier's tokenizer."""
         self.frames.send(MessageType.ask_vocabulary, 0, AskVocabularyFrame())
-        frame = self.expect(MessageType.vocabulary, "VOCABULARY")
+        frame = self.expect(MessageType.vocabulary)
         assert isinstance(frame.head, VocabularyFrame)
         try:
             texts = msgspec.msgpack.decode(frame.body, type=list[bytes])
@@ -91,9 +91,9 @@ class VerifierConnection:
                 raise arrived
             return arrived
 
-    def expect(self, number: MessageType, name: str) -> Frame:
+    def expect(self, number: MessageType) -> Frame:
         """Wait for the next frame, which must be of type `number`."""
-        self.frames.peer.phase = name
+        self.frames.peer.phase = name = number.name.upper()
         frame = self.wait()
         if frame.type != number:
             raise self.bad(f"sent a frame of type {frame.type} where {name} was due")

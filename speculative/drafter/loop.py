@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -128,16 +128,13 @@ class Round:
 class DraftedSequence:
     """The drafter's copy of a sequence: the verified tokens, and draft tokens behind them."""
 
-    def __init__(
-        self, request: GenerationRequest, drafts: Drafts, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, request: GenerationRequest, drafts: Drafts) -> None:
         self.request = request
         self.draft_seconds = 0.0
         """Time of drafting since the last round."""
         self.new_ids = list(request.new_ids)
         self.epoch = 0
         """The connection's own count; a new connection begins at 0."""
-        self._clock = clock
         self._drafts = drafts
         self._prefix = prefix_hash(request.ids)
         self._draft_ids: list[int] = []
@@ -169,9 +166,9 @@ class DraftedSequence:
 
     def draft(self, count: int) -> int:
         """Make up to `count` more draft tokens; returns how many there were."""
-        began = self._clock()
+        began = time.perf_counter()
         found = self._drafts.propose(count)
-        self.draft_seconds += self._clock() - began
+        self.draft_seconds += time.perf_counter() - began
         self._draft_ids += found
         self._made += len(found)
         return len(found)
@@ -311,10 +308,9 @@ class _SyncLoop:
 class _AsyncLoop:
     """Mode async: draft until there is news or no credit left; looks for news between two draft tokens."""
 
-    def __init__(self, sequence: DraftedSequence, window: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, sequence: DraftedSequence, window: int) -> None:
         self._sequence = sequence
         self._window = window
-        self._clock = clock
         self._length = DraftLength(sequence.request.draft_length or None, window)
         self._is_silent = True
         """Whether nothing was sent since the last verdict."""
@@ -337,7 +333,7 @@ class _AsyncLoop:
                 return
 
     def on_verdict(self, done: Round) -> None:
-        self._length.on_verdict(self._clock(), done.right, done.checked - done.right, len(done.tokens))
+        self._length.on_verdict(time.perf_counter(), done.right, done.checked - done.right, len(done.tokens))
         self._is_silent = True
 
     def restart(self) -> None:

@@ -64,7 +64,7 @@ class EngineDrafts(Drafts):
             try:
                 token = self._next_id()
             except NotFinite as fault:
-                log.warning("the drafter guesses no more of this text: %s", fault)
+                log.warning("the drafter drafts no more of this text: %s", fault)
                 break
             if token >= self._vocabulary_size:
                 break

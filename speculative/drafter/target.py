@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Annotated, Any, Self
 
 import msgspec
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 from typing_extensions import override
 
 from lab.engine.sampling_head import sampling_fields
@@ -97,7 +96,8 @@ class RemoteTarget(Target):
         self._resume_seconds = resume_seconds
         self._window = window
         self._report = report
-        self._connection = persistently(connect, connect_seconds, (Unreachable, PeerFull))
+        self.connection = persistently(connect, connect_seconds, (Unreachable, PeerFull))
+        """Replaced when it was lost."""
         self._session = 0
         self._ticket: Ticket | None = None
         self._next_ticket: tuple[Ticket, bool] | None = None
@@ -111,14 +111,9 @@ class RemoteTarget(Target):
         self._waits_since: float | None = None
 
     @property
-    def connection(self) -> VerifierConnection:
-        """The connection, which may be lost."""
-        return self._connection
-
-    @property
     def welcome(self) -> WelcomeFrame:
         """The verifier's first frame."""
-        return self._connection.welcome
+        return self.connection.welcome
 
     @property
     @override
@@ -133,7 +128,7 @@ class RemoteTarget(Target):
     @property
     @override
     def rtt_seconds(self) -> float | None:
-        return self._connection.frames.rtt_seconds
+        return self.connection.frames.rtt_seconds
 
     @property
     def waited_seconds(self) -> float:
@@ -144,12 +139,12 @@ class RemoteTarget(Target):
     @property
     def bytes_sent(self) -> int:
         """All bytes so far, headers, handshakes and heartbeats included."""
-        return self._bytes_sent + self._connection.frames.bytes_sent
+        return self._bytes_sent + self.connection.frames.bytes_sent
 
     @property
     def bytes_received(self) -> int:
         """All bytes so far, as in `bytes_sent`."""
-        return self._bytes_received + self._connection.frames.bytes_received
+        return self._bytes_received + self.connection.frames.bytes_received
 
     @override
     def open(self, request: GenerationRequest) -> None:
@@ -180,7 +175,7 @@ class RemoteTarget(Target):
 
     @override
     def has_news(self) -> bool:
-        return self._lost is not None or self._connection.has_news()
+        return self._lost is not None or self.connection.has_news()
 
     @override
     def next(self) -> Outcome:
@@ -197,13 +192,13 @@ class RemoteTarget(Target):
             return
         self._ticket = self._lost = None
         try:
-            self._connection.send(MessageType.close, self._session, CloseFrame(reason=Reason.left, text=""))
+            self.connection.send(MessageType.close, self._session, CloseFrame(reason=Reason.left, text=""))
         except WireError:  # the verifier knows without being told
             return
 
     def close(self) -> None:
         """End the connection."""
-        self._connection.close()
+        self.connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -215,15 +210,7 @@ class RemoteTarget(Target):
 
     def _begin(self, request: GenerationRequest, ticket: Ticket, *, again: bool) -> None:
         self._session += 1
-        fields = self._open_fields(request, ticket)
-        if again:
-            head = ResumeFrame(**fields, new_tokens=len(request.new_ids), target=ticket.target)
-            self._send(MessageType.resume, head, [*request.prompt_ids, *request.new_ids])
-        else:
-            self._send(MessageType.open, OpenFrame(**fields), request.prompt_ids)
-
-    def _open_fields(self, request: GenerationRequest, ticket: Ticket) -> dict[str, Any]:
-        return {
+        fields: dict[str, Any] = {
             **sampling_fields(request.sampling),
             "name": int(ticket.name, 16),
             "owner": bytes.fromhex(ticket.owner),
@@ -233,10 +220,15 @@ class RemoteTarget(Target):
             "threshold": request.threshold,
             "report": self._report,
         }
+        if again:
+            head = ResumeFrame(**fields, new_tokens=len(request.new_ids), target=ticket.target)
+            self._send(MessageType.resume, head, request.ids)
+        else:
+            self._send(MessageType.open, OpenFrame(**fields), request.prompt_ids)
 
     def _send(self, number: MessageType, head: OpenFrame | DraftFrame, ids: Sequence[int], state: str = "") -> None:
         try:
-            self._connection.send(number, self._session, head, pack_tokens(ids), state=state)
+            self.connection.send(number, self._session, head, pack_tokens(ids), state=state)
         except (PeerGone, PeerSilent) as error:
             raise self._lose(error) from None
 
@@ -253,10 +245,10 @@ class RemoteTarget(Target):
         log.warning("connected again after %.1f s", time.monotonic() - began)
 
     def _replace_connection(self, lost: WireError) -> None:
-        old = self._connection
+        old = self.connection
         old.close()
         try:
-            self._connection = persistently(self._connect, self._resume_seconds, _LOST)
+            self.connection = persistently(self._connect, self._resume_seconds, _LOST)
         except _LOST as error:
             what = f"{lost.what}, and was not there again within {self._resume_seconds:g} s: it {error.what}"
             raise PeerGone(old.frames.peer, what) from None
@@ -264,7 +256,7 @@ class RemoteTarget(Target):
         self._bytes_received += old.frames.bytes_received
         if self.welcome != old.welcome:
             changed = changes(old.welcome.target, self.welcome.target) or "what it takes of a text has changed"
-            raise PeerMismatch(self._connection.frames.peer, f"is another target than before: {changed}")
+            raise PeerMismatch(self.connection.frames.peer, f"is another target than before: {changed}")
 
     def _read(self) -> Outcome:
         frame = self._next_frame()
@@ -277,9 +269,9 @@ class RemoteTarget(Target):
             return self.ended
         head = frame.head
         if not isinstance(head, VerdictFrame):
-            raise self._connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was due")
+            raise self.connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was due")
         nll, margins = self._scores() if self._report else ([], [])
-        ids = self._connection.ids(frame)
+        ids = self.connection.ids(frame)
         return Verdict(self._session, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
 
     def _stand_in_line(self, place: int) -> Waiting:
@@ -298,7 +290,7 @@ class RemoteTarget(Target):
         """The next frame of this request; those of earlier ones are dropped. A request in line waits as long as the
         connection lives: its verifier has answered."""
         while True:
-            frame = self._connection.wait(patiently=self._waits_since is not None)
+            frame = self.connection.wait(patiently=self._waits_since is not None)
             if frame.session == self._session:
                 return frame
 
@@ -309,7 +301,7 @@ class RemoteTarget(Target):
             or len(frame.body) % 4
             or frame.head.draft_tokens > len(frame.body) // 4
         ):
-            raise self._connection.bad("sent no SCORES where they were due")
+            raise self.connection.bad("sent no SCORES where they were due")
         numbers = list(struct.unpack(f"<{len(frame.body) // 4}f", frame.body))
         return numbers[: frame.head.draft_tokens], numbers[frame.head.draft_tokens :]
 
@@ -377,30 +369,18 @@ def persistently(connect: Connect, seconds: float, faults: tuple[type[WireError]
     Raises:
         WireError: the last of them, with the time and the number of attempts; any other fault at once.
     """
-    began = time.monotonic()
-    is_told = False
-
-    def tell(state: RetryCallState) -> None:
-        nonlocal is_told
-        error = state.outcome.exception() if state.outcome is not None else None
-        if isinstance(error, PeerFull) and not is_told:
-            is_told = True
-            log.warning("%s; waiting for one to end, %g s at most", error, seconds)
-
-    def give_up(state: RetryCallState) -> None:
-        assert state.outcome is not None
-        error = state.outcome.exception()
-        assert isinstance(error, WireError)
-        waited = time.monotonic() - began
-        error.what += f"; gave up after {waited:.1f} s, attempt {state.attempt_number}"
-        error.args = (f"{error.role} {error.address} {error.what}",)
-        raise error
-
-    retrying = Retrying(
-        retry=retry_if_exception_type(faults),
-        stop=stop_after_delay(seconds),
-        wait=wait_exponential(multiplier=0.05, max=0.25),
-        before_sleep=tell,
-        retry_error_callback=give_up,
-    )
-    return retrying(connect)
+    began, attempts, is_told = time.monotonic(), 0, False
+    while True:
+        attempts += 1
+        try:
+            return connect()
+        except faults as error:
+            waited = time.monotonic() - began
+            if waited >= seconds:
+                error.what += f"; gave up after {waited:.1f} s, attempt {attempts}"
+                error.args = (f"{error.role} {error.address} {error.what}",)
+                raise
+            if isinstance(error, PeerFull) and not is_told:
+                is_told = True
+                log.warning("%s; waiting for one to end, %g s at most", error, seconds)
+        time.sleep(min(0.05 * attempts, 0.25))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lab.engine.base import Session, TargetStep
 from speculative.acceptance import accepted_length, common_length, prefix_hash, until_end
@@ -40,17 +41,28 @@ class DraftCounts:
     lookups_accepted: int = 0
     resumes: int = 0
 
+    @property
+    def alpha(self) -> float | None:
+        """Acceptance; None before the first draft token was checked."""
+        return self.drafts_right / self.drafts_checked if self.drafts_checked else None
+
 
 @dataclass
 class SequenceFigures(DraftCounts):
     """Figures of one sequence so far."""
 
-    stale_drafts: int = 0
+    drafts_stale: int = 0
     """DRAFT frames of an epoch that was over."""
     waited_seconds: float = 0.0
     """Time in line for room in the engine."""
     draft_nll: list[float] = field(default_factory=list)
-    least_margin: float = float("inf")
+    least_margin: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """All of them, by their names in metrics."""
+        row = vars(self).copy()
+        row["guess_cross_entropy"] = [round(value, 4) for value in row.pop("draft_nll")]
+        return row
 
 
 class VerifiedSequence:
@@ -174,7 +186,7 @@ class VerifiedSequence:
             ValueError: the sequence has no place for them; the two sides differ on what it is.
         """
         if epoch < self.epoch:
-            self.figures.stale_drafts += 1
+            self.figures.drafts_stale += 1
             return
         latest = max(self._expected, self.position)
         if epoch > self.epoch or not (position == self._expected or self._expected < position <= latest):
@@ -282,7 +294,8 @@ class VerifiedSequence:
         figures.passes += 1
         figures.drafts_accepted += right
         figures.draft_nll += draft_nll
-        figures.least_margin = min([figures.least_margin, *margins])
+        known = [] if figures.least_margin is None else [figures.least_margin]
+        figures.least_margin = min([*known, *margins])
         return Verdict(self.key, self.epoch, position, right, new[right:], self._prefix_to_send, draft_nll, margins)
 
     @property

@@ -65,7 +65,7 @@ class ServerStats(DraftCounts):
 
     def figures(self) -> dict[str, Any]:
         """The figures of a verifier's last line."""
-        return vars(self) | {"alpha": self.drafts_right / self.drafts_checked if self.drafts_checked else None}
+        return vars(self) | {"alpha": self.alpha}
 
 
 async def serve(
@@ -154,19 +154,10 @@ def _record(stats: ServerStats, tracker: Tracker, sequence: VerifiedSequence, en
         ended_by=ended.reason,
         prompt_tokens=len(sequence.request.prompt_ids),
         new_tokens=sequence.new_tokens,
-        passes=figures.passes,
-        drafts_checked=figures.drafts_checked,
-        drafts_accepted=figures.drafts_accepted,
-        alpha=figures.drafts_right / figures.drafts_checked if figures.drafts_checked else None,
-        lookups_checked=figures.lookups_checked,
-        lookups_accepted=figures.lookups_accepted,
+        alpha=figures.alpha,
         epochs=sequence.epoch,
-        resumes=figures.resumes,
-        waited_seconds=figures.waited_seconds,
-        drafts_stale=figures.stale_drafts,
-        least_margin=figures.least_margin if figures.passes else None,
-        guess_cross_entropy=[round(value, 4) for value in figures.draft_nll],
         lossless=sequence.request.threshold is None,
+        **figures.row(),
     )
 
 

@@ -161,7 +161,7 @@ def test_guesses_of_an_older_epoch_are_dropped() -> None:
         target.draft(1, 2, [])
         assert target.next().position == 2  # type: ignore[union-attr]
         target.leave()
-    assert next(text for text, _ in verifiers.ended if text.key[0] == "text").figures.stale_drafts == 1  # type: ignore[index]
+    assert next(text for text, _ in verifiers.ended if text.key[0] == "text").figures.drafts_stale == 1  # type: ignore[index]
 
 
 def test_a_text_that_will_never_fit_is_told_at_once_what_would() -> None:
