@@ -11,6 +11,7 @@ from lab.models.sources import load_tokenizer_only
 from speculative.drafter.sources import NgramDrafts
 from speculative.settings import SpeculativeSettings
 from speculative.verifier.sequence import common_length
+from speculative.verifier.target import open_target
 
 settings = compose_settings("spec_decoding", sys.argv[1:], SpeculativeSettings)
 engine, tokenizer = open_target(settings, open_device(settings.device)).engine, load_tokenizer_only(settings.model)

@@ -16,12 +16,12 @@ def write(shards: int, tokens: int = 24) -> list[int]:
     words = ["project.transport=inproc", f"project.local_shards={shards}", *sys.argv[1:]]
     settings = compose_settings("split_inf", words, SplitSettings)
     prompt = load_tokenizer_only(settings.model)("The sky is blue because")["input_ids"]
-    with sharded_model(settings, open_device(settings.device), Path()) as engine:
-        with engine.open(prompt, Sampling.greedy()) as session:
-            text = [session.step.next_ids[-1]]
-            while len(text) < tokens:
-                [step] = engine.extend([(session, text[-1:])], "last")  # ids in, hidden states across, a token out
-                text.append(step.next_ids[-1])
+    shards_here = sharded_model(settings, open_device(settings.device), Path())
+    with shards_here as engine, engine.open(prompt, Sampling.greedy()) as session:
+        text = [session.step.next_ids[-1]]
+        while len(text) < tokens:
+            [step] = engine.extend([(session, text[-1:])], "last")  # ids in, hidden states across, a token out
+            text.append(step.next_ids[-1])
     print(f"{shards} shard(s): {load_tokenizer_only(settings.model).decode(text)!r}")
     return text
 

@@ -8,7 +8,8 @@ from enum import Enum
 from typing_extensions import override
 
 from lab.engine.kinds import EngineKind
-from lab.settings import Dtype, LabSettings, register, require
+from lab.engine.settings import CacheSettings
+from lab.settings import Dtype, LabSettings, register, require, require_above, require_at_least
 from lab.text.settings import TextSettings
 from speculative.bench.settings import BenchSettings
 
@@ -95,9 +96,8 @@ class DraftSettings:
         require(
             self.source is not DraftSource.recorded or bool(self.file), "file must be set for source=recorded", None
         )
-        require(self.layers >= 1, "layers must be at least 1", self.layers)
-        require(self.noise >= 0, "noise must be at least 0", self.noise)
-        require(self.shortest_ngram >= 1, "shortest_ngram must be at least 1", self.shortest_ngram)
+        require_at_least(1, self, "layers", "shortest_ngram")
+        require_at_least(0, self, "noise")
         require(
             self.longest_ngram >= self.shortest_ngram,
             f"longest_ngram must be at least shortest_ngram={self.shortest_ngram}",
@@ -128,8 +128,7 @@ class SyntheticSettings:
     def __post_init__(self) -> None:
         is_known = self.vocabulary_size == 0 or self.vocabulary_size >= 2
         require(is_known, "vocabulary_size must be 0 or at least 2", self.vocabulary_size)
-        for name in ("step_seconds", "row_seconds", "draft_step_seconds"):
-            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
+        require_at_least(0, self, "step_seconds", "row_seconds", "draft_step_seconds")
         require(0 <= self.agreement <= 1, "agreement must be in [0, 1]", self.agreement)
 
 
@@ -145,9 +144,8 @@ class ClientSettings:
     """Frames it may send; one that sends more is read more slowly."""
 
     def __post_init__(self) -> None:
-        require(self.texts >= 1, "texts must be at least 1", self.texts)
+        require_at_least(1, self, "texts", "frames_per_second")
         require(self.cache_bytes >= 2**20, "cache_bytes must be at least 1 MiB", self.cache_bytes)
-        require(self.frames_per_second >= 1, "frames_per_second must be at least 1", self.frames_per_second)
 
 
 @dataclass(kw_only=True)
@@ -166,12 +164,12 @@ class SplitTargetSettings:
     """How long to try to bring back one that was lost."""
 
     def __post_init__(self) -> None:
-        require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)
-        require(self.recovery_seconds >= 0, "recovery_seconds must be at least 0", self.recovery_seconds)
+        require_above(0, self, "start_seconds")
+        require_at_least(0, self, "recovery_seconds")
 
 
 @dataclass(kw_only=True)
-class SpeculativeProjectSettings(TextSettings):
+class SpeculativeProjectSettings(TextSettings, CacheSettings):
     """Both roles read one config; each value says whose it is where only one of them uses it.
 
     What is asked of a text is the drafter's; the verifier reads `max_new_tokens` for the first protocol's requests.
@@ -205,43 +203,25 @@ class SpeculativeProjectSettings(TextSettings):
     synthetic: SyntheticSettings
     split: SplitTargetSettings
     """Verifier."""
-    sessions: int
-    """Verifier: texts at once."""
     max_waiting: int
     """Verifier: requests that may wait in line for room; one more is refused at once."""
     max_connections: int
     """Verifier: connections at once."""
-    context: int
-    """Most tokens of one text, prompt included; 0: what the model was made for."""
     max_draft_length: int
     """Verifier: most draft tokens of a request checked in one pass."""
-    cache_bucket: int
-    """The KV cache grows in multiples of this many positions."""
-    cache_limit_bytes: int
-    """Most that keys and values of all texts of one model may take."""
-    prefill_chunk: int
-    """Most tokens of a prompt in one pass, so that a long one does not hold up other texts."""
     exact_shapes: bool
     """Verifier: every pass has the same shape, so that every dtype gives the text that the target alone gives in this
     mode; refuses to start where the device does not keep that promise."""
     bench: BenchSettings
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("sessions", "max_connections", "cache_bucket", "prefill_chunk"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        require(
-            self.cross_entropy_threshold >= 0,
-            "cross_entropy_threshold must be at least 0",
-            self.cross_entropy_threshold,
-        )
-        require(self.max_waiting >= 0, "max_waiting must be at least 0", self.max_waiting)
-        require(self.resume_seconds >= 0, "resume_seconds must be at least 0", self.resume_seconds)
-        require(self.idle_seconds > 0, "idle_seconds must be greater than 0", self.idle_seconds)
-        require(self.context >= 0, "context must be at least 0", self.context)
+        TextSettings.__post_init__(self)
+        CacheSettings.__post_init__(self)
+        require_at_least(1, self, "max_connections")
+        require_at_least(0, self, "cross_entropy_threshold", "max_waiting", "resume_seconds")
+        require_above(0, self, "idle_seconds")
         longest = self.max_draft_length
         require(1 <= longest <= MAX_DRAFT_LENGTH, f"max_draft_length must be in [1, {MAX_DRAFT_LENGTH}]", longest)
-        require(self.cache_limit_bytes >= 2**20, "cache_limit_bytes must be at least 1 MiB", self.cache_limit_bytes)
         if self.engine is EngineKind.split:
             require(bool(self.split.shards), "split.shards must name at least one shard for engine=split", [])
             require(not self.exact_shapes, "exact_shapes must be false for engine=split", self.exact_shapes)

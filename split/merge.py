@@ -1,22 +1,41 @@
-"""A checkpoint of split training as an ordinary folder.
+"""A checkpoint as an ordinary folder: `python -m split.merge project.checkpoint=... project.output=...`.
 
-Everything trained becomes a transformers model, an adapter a PEFT folder; both load without this lab:
-`python -m split.merge project.checkpoint=... project.output=...`.
+Everything trained becomes a transformers model, an adapter a PEFT folder; both load without this lab.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from lab.command import entry
 from lab.files import path_of
-from lab.settings import UserError
-from split.merge_settings import MergeSettings
+from lab.settings import LabSettings, UserError, register
+
+
+@dataclass(kw_only=True)
+class MergeProjectSettings:
+    """Source and destination."""
+
+    checkpoint: str | None
+    """A run's checkpoints (the newest valid step), or one step's folder, with the parts of all shards in it."""
+    output: str | None
+    """The folder to write; it must not be there yet."""
+
+
+@dataclass(kw_only=True)
+class MergeSettings(LabSettings):
+    """Settings of the merge; `model` is the one that the run began with."""
+
+    project: MergeProjectSettings
+
+
+register("split_merge", MergeSettings)
 
 
 def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:
-    """Merges; the figures of the last line."""
-    from split.merging import merge  # loads torch, which reads what `entry.main` puts into the environment
+    """Merge; return the figures of the last line."""
+    from split.merger import merge  # loads torch
 
     project = settings.project
     if project.checkpoint is None or project.output is None:
@@ -27,7 +46,7 @@ def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Composes `conf/split_merge.yaml` and runs."""
+    """Run with `conf/split_merge.yaml`."""
     entry.main("split_merge", MergeSettings, run)
 
 

@@ -3,24 +3,92 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lab.command import entry
-from lab.models.architecture import architecture_of as numbers_of
-from lab.models.architecture import is_of_preset, layer_weights_of
-from lab.settings import Dtype, ModelSettings, Quantization, UserError
-from split.plan_settings import NodeSettings, PlanSettings
+from lab.models.architecture import architecture_of, is_of_preset, layer_weights_of
+from lab.settings import (
+    Dtype,
+    LabSettings,
+    ModelSettings,
+    Quantization,
+    UserError,
+    register,
+    require,
+    require_above,
+    require_at_least,
+)
+from split.chain.boundary import Boundary
 from split.planner import NF4_BYTES, Architecture, FitsNowhere, Node, Plan, Work, make_plan
+
+MAX_NODES = 7
+"""All orders of the nodes are tried."""
 
 _VALUE_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 
 
+@dataclass(kw_only=True)
+class NodeSettings:
+    """A machine that could take layers."""
+
+    name: str
+    memory_gb: float
+    """Memory that the model may take, in units of 10^9 bytes."""
+    gb_per_second: float
+    """Speed of reading weights: about the bandwidth of its memory."""
+    delay_ms: float
+    """One-way delay to the middle of the network."""
+    megabit_per_second: float
+    """Speed of its link."""
+    layer_ms: float
+    """Measured time of a layer for one token (`split.bench`); 0: from `gb_per_second`."""
+    head_ms: float
+    """Measured time of the head for one token; 0: from `gb_per_second`."""
+
+    def __post_init__(self) -> None:
+        require_above(0, self, "memory_gb", "gb_per_second", "megabit_per_second")
+        require_at_least(0, self, "delay_ms", "layer_ms", "head_ms")
+
+
+@dataclass(kw_only=True)
+class PlanProjectSettings:
+    """Machines, and the load that they must carry."""
+
+    nodes: list[NodeSettings]
+    boundary: Boundary
+    context: int
+    """Tokens of each text that must fit."""
+    sessions: int
+    prefill_chunk: int
+    overhead_gb: float
+    """Memory of each process before any weight."""
+    hop_ms: float
+    """Time of each frame besides its link."""
+
+    def __post_init__(self) -> None:
+        require(1 <= len(self.nodes) <= MAX_NODES, f"nodes must name 1 to {MAX_NODES} machines", len(self.nodes))
+        names = [node.name for node in self.nodes]
+        require(len(set(names)) == len(names), "nodes must have different names", names)
+        require_at_least(1, self, "context", "sessions", "prefill_chunk")
+        require_at_least(0, self, "overhead_gb", "hop_ms")
+
+
+@dataclass(kw_only=True)
+class PlanSettings(LabSettings):
+    """Settings of the planner."""
+
+    project: PlanProjectSettings
+
+
+register("split_plan", PlanSettings)
+
+
 def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:
-    """The plan; the figures of the last line. UserError, with the missing GB, when it fits nowhere."""
+    """Make the plan; return the figures of the last line. UserError, with the missing GB, when it fits nowhere."""
     project, model = settings.project, settings.model
     architecture = own_architecture(model)
     work = Work(
@@ -42,14 +110,14 @@ def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:
 def own_architecture(model: ModelSettings) -> Architecture:
     """The model's numbers in its precision: a preset's, or its own config's where no preset describes it.
 
-    UserError for a config that cannot be read. Of a hub model without a preset the config is downloaded.
+    UserError for a config that cannot be read. The config of a hub model without a preset is downloaded.
     """
     if is_of_preset(model):
-        return architecture_of(model)
+        return sized_architecture(model)
     from lab.models.sources import load_config  # loads transformers
 
     config = load_config(model)
-    own = architecture_of(replace(model, architecture=numbers_of(config)))
+    own = sized_architecture(replace(model, architecture=architecture_of(config)))
     layers = [
         replace(own, layer_weights=layer.packable + layer.others, unpacked_weights=layer.others)
         for layer in layer_weights_of(config)
@@ -57,24 +125,15 @@ def own_architecture(model: ModelSettings) -> Architecture:
     return max(layers, key=lambda layer: layer.layer_bytes)
 
 
-def architecture_of(model: ModelSettings) -> Architecture:
-    """`model.architecture` in the model's precision."""
-    numbers, value_bytes = model.architecture, _VALUE_BYTES[model.dtype]
-    return Architecture(
-        layers=numbers.layers,
-        hidden_size=numbers.hidden_size,
-        intermediate_size=numbers.intermediate_size,
-        heads=numbers.heads,
-        kv_heads=numbers.kv_heads,
-        head_dim=numbers.head_dim,
-        vocabulary=numbers.vocabulary,
-        value_bytes=value_bytes,
-        weight_bytes=NF4_BYTES if model.quantization is Quantization.nf4 else value_bytes,
-    )
+def sized_architecture(model: ModelSettings) -> Architecture:
+    """`model.architecture` with the size of its numbers in the model's precision."""
+    value_bytes = _VALUE_BYTES[model.dtype]
+    weight_bytes = NF4_BYTES if model.quantization is Quantization.nf4 else value_bytes
+    return Architecture(**asdict(model.architecture), value_bytes=value_bytes, weight_bytes=weight_bytes)
 
 
 def node_of(node: NodeSettings) -> Node:
-    """The same in bytes and seconds."""
+    """A node in bytes and seconds."""
     return Node(
         name=node.name,
         memory_bytes=round(node.memory_gb * 1e9),
@@ -88,35 +147,31 @@ def node_of(node: NodeSettings) -> Node:
 
 def figures_of(plan: Plan) -> dict[str, Any]:
     """The figures of the last line."""
+    shards = []
+    for placed in plan.placements:
+        figures = asdict(placed) | {
+            "node": placed.node.name,
+            "layers": f"{placed.layers.start}:{placed.layers.stop}",
+            "memory_bytes": placed.node.memory_bytes,
+        }
+        shards.append(figures)
     return {
         "token_seconds": plan.token_seconds,
         "tokens_per_second": 1 / plan.token_seconds,
-        "cuts": [stay.layers.start for stay in plan.stays][1:],
-        "shards": [
-            {
-                "node": stay.node.name,
-                "layers": f"{stay.layers.start}:{stay.layers.stop}",
-                "weights_bytes": stay.weights_bytes,
-                "kv_bytes": stay.kv_bytes,
-                "workspace_bytes": stay.workspace_bytes,
-                "memory_bytes": stay.node.memory_bytes,
-                "compute_seconds": stay.compute_seconds,
-                "hop_seconds": stay.hop_seconds,
-            }
-            for stay in plan.stays
-        ],
+        "cuts": [placed.layers.start for placed in plan.placements][1:],
+        "shards": shards,
         "left_out": {node.name: why for node, why in plan.left_out},
     }
 
 
 def print_plan(plan: Plan, title: str) -> None:
-    """The table, on stderr."""
+    """Print the plan as a table, on stderr."""
     table = Table("node", "layers", "weights GB", "KV GB", "work GB", "of GB", "compute ms", "hop ms", title=title)
-    for stay in plan.stays:
-        sizes = (stay.weights_bytes, stay.kv_bytes, stay.workspace_bytes, stay.node.memory_bytes)
-        times = (stay.compute_seconds, stay.hop_seconds)
+    for placed in plan.placements:
+        sizes = (placed.weights_bytes, placed.kv_bytes, placed.workspace_bytes, placed.node.memory_bytes)
+        times = (placed.compute_seconds, placed.hop_seconds)
         cells = [f"{size / 1e9:.2f}" for size in sizes] + [f"{1000 * seconds:.2f}" for seconds in times]
-        table.add_row(stay.node.name, f"{stay.layers.start}:{stay.layers.stop}", *cells)
+        table.add_row(placed.node.name, f"{placed.layers.start}:{placed.layers.stop}", *cells)
     for node, why in plan.left_out:
         table.add_row(node.name, "-", "left out:", why)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
@@ -125,7 +180,7 @@ def print_plan(plan: Plan, title: str) -> None:
 
 
 def main() -> None:
-    """Composes `conf/split_plan.yaml` and runs."""
+    """Run with `conf/split_plan.yaml`."""
     entry.main("split_plan", PlanSettings, run)
 
 

@@ -1,8 +1,8 @@
-"""Which machine takes which layers: pure arithmetic over an architecture's numbers and the nodes'. Loads no torch.
+"""Assignment of layers to machines, by arithmetic over the numbers of a model and of the machines. Loads no torch.
 
-A token passes all nodes in turn, so its time is the sum of what each node computes and of what each hop takes; every
-node has to hold its layers, their keys and values, and room to work. Nodes are joined as a star: from one to another it
-is the delay of both, through the narrower of their two links.
+A token passes all nodes in order, so its time is the sum of all compute times and of all hops. Each node must hold its
+layers, their keys and values, and a workspace. The nodes form a star: a hop between two of them takes the delay of
+both, at the speed of the slower of their two links.
 """
 
 from __future__ import annotations
@@ -12,36 +12,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lab.settings import ArchitectureSettings
+
 FRAME_BYTES = 40
-"""A frame's header and head, about."""
+"""Size of a frame's header and head, about."""
 ANSWER_BYTES = 48
 NF4_BYTES = 0.5 + 4 / 64
-"""Of one weight: four bits, and a float32 scale for each block of 64 (arXiv 2305.14314; no double quantisation)."""
+"""Size of a weight: four bits, and a float32 scale for each block of 64 (arXiv 2305.14314; no double quantisation)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """A model in numbers."""
+@dataclass(kw_only=True)
+class Architecture(ArchitectureSettings):
+    """A model in numbers, in the precision that it computes in."""
 
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
     value_bytes: int
-    """Of one number in the precision it computes in."""
+    """Size of one number."""
     weight_bytes: float
-    """Of one weight in a layer's matrices: `value_bytes`, or fewer when they are quantised."""
+    """Size of one weight in a layer's matrices: `value_bytes`, or less when they are quantised."""
     layer_weights: int | None = None
-    """Of the largest layer, all of its matrices; None: gated MLP and attention of the sizes above, nothing else."""
+    """Weights in all matrices of the largest layer; None: those of a gated MLP and attention of the sizes above."""
     unpacked_weights: int = 0
-    """How many of these take `value_bytes` each whatever `weight_bytes` is, since nf4 does not pack them."""
+    """Number of these that take `value_bytes` each whatever `weight_bytes` is, since nf4 does not pack them."""
 
     @property
     def layer_bytes(self) -> int:
-        """Attention, MLP and norms of one layer."""
+        """Size of one layer: attention, MLP and norms."""
         attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         mlp = 3 * self.hidden_size * self.intermediate_size
         weights = attention + mlp if self.layer_weights is None else self.layer_weights
@@ -50,12 +45,12 @@ class Architecture:
 
     @property
     def table_bytes(self) -> int:
-        """The embedding, and as many bytes again for the head (a tied one is copied to the last shard)."""
+        """Size of the embedding; the head has the same (a tied one is copied to the last shard)."""
         return self.vocabulary * self.hidden_size * self.value_bytes
 
     @property
     def weights_bytes(self) -> int:
-        """Everything, embedding and head both counted."""
+        """Size of the whole model, embedding and head both counted."""
         return self.layers * self.layer_bytes + 2 * self.table_bytes + self.hidden_size * self.value_bytes
 
 
@@ -65,36 +60,36 @@ class Node:
 
     name: str
     memory_bytes: int
-    """What the model may take there."""
+    """Memory that the model may take."""
     weights_bytes_per_second: float
-    """How fast it reads weights; a token reads all of a node's once."""
+    """Speed of reading weights; each token reads all weights of a node once."""
     layer_seconds: float
-    """Measured time of one layer for one token; 0: from the line above."""
+    """Measured time of one layer for one token; 0: estimated from `weights_bytes_per_second`."""
     head_seconds: float
-    """Measured time of the head for one token; 0: likewise."""
+    """Measured time of the head for one token; 0: estimated likewise."""
     delay_seconds: float
-    """One way, from it to the middle of the star."""
+    """One-way delay to the middle of the star."""
     link_bytes_per_second: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What the nodes are to do."""
+    """Load that the nodes must carry."""
 
     context: int
     sessions: int
     prefill_chunk: int
     boundary_row_bytes: int
-    """Of one position between two nodes."""
+    """Size of one position's hidden states between two nodes."""
     overhead_bytes: int
-    """Of each process, before any weight: libraries, a device's own context."""
+    """Memory of each process before any weight: libraries, a device's own context."""
     hop_seconds: float
-    """Of each frame besides its link: serialising, waking up."""
+    """Time of each frame besides its link: serialising, waking up."""
 
 
 @dataclass(frozen=True)
-class Stay:
-    """One node in a plan."""
+class Placement:
+    """Layers on one node, and their cost."""
 
     node: Node
     layers: range
@@ -103,32 +98,27 @@ class Stay:
     workspace_bytes: int
     compute_seconds: float
     hop_seconds: float
-    """From it to the next node, or back to the client."""
-
-    @property
-    def needed_bytes(self) -> int:
-        """All of it."""
-        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
+    """Time to the next node, or back to the client."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Cuts, and what they cost."""
+    """All layers on nodes, and the time of a token through them."""
 
-    stays: Sequence[Stay]
+    placements: Sequence[Placement]
     first_hop_seconds: float
-    """From the client to the first node."""
+    """Time from the client to the first node."""
     left_out: Sequence[tuple[Node, str]]
-    """Nodes that take no layers, and why."""
+    """Nodes that take no layers, with the reason."""
 
     @property
     def token_seconds(self) -> float:
-        """Of one text, one token after the other."""
-        return self.first_hop_seconds + sum(stay.compute_seconds + stay.hop_seconds for stay in self.stays)
+        """Time of each token of a single text."""
+        return self.first_hop_seconds + sum(placed.compute_seconds + placed.hop_seconds for placed in self.placements)
 
 
 class FitsNowhere(ValueError):
-    """No cut fits; the text says what is missing."""
+    """No cut fits; the message says how much memory is missing."""
 
 
 def make_plan(architecture: Architecture, nodes: Sequence[Node], work: Work) -> Plan:
@@ -136,13 +126,13 @@ def make_plan(architecture: Architecture, nodes: Sequence[Node], work: Work) -> 
     best = _best(architecture, nodes, work)
     if best is None:
         raise FitsNowhere(_missing(architecture, nodes, work))
-    used = {stay.node.name for stay in best.stays}
+    used = {placed.node.name for placed in best.placements}
     left_out = [(node, _why(architecture, nodes, work, node, best)) for node in nodes if node.name not in used]
-    return Plan(best.stays, best.first_hop_seconds, left_out)
+    return Plan(best.placements, best.first_hop_seconds, left_out)
 
 
 def make_plan_with_cuts(architecture: Architecture, nodes: Sequence[Node], cuts: Sequence[int], work: Work) -> Plan:
-    """What given cuts cost, whether they fit or not: node i takes layers cuts[i] to cuts[i + 1] - 1."""
+    """The plan with given cuts, whether they fit or not: node i takes layers cuts[i] to cuts[i + 1] - 1."""
     return _plan(architecture, nodes, [b - a for a, b in itertools.pairwise(cuts)], work)
 
 
@@ -153,11 +143,11 @@ def _best(architecture: Architecture, nodes: Sequence[Node], work: Work) -> Plan
         for order in itertools.permutations(nodes, size)
         if (counts := _fill(architecture, order, work)) is not None
     ]
-    return min(plans, key=lambda plan: (plan.token_seconds, len(plan.stays)), default=None)
+    return min(plans, key=lambda plan: (plan.token_seconds, len(plan.placements)), default=None)
 
 
 def _fill(architecture: Architecture, order: Sequence[Node], work: Work) -> list[int] | None:
-    """Layers of each node: one at least, then as many as fit, fastest node first; None when they do not all fit."""
+    """Number of layers of each node: one, then as many as fit, fastest node first; None when not all of them fit."""
     room = [_room(architecture, node, index, len(order), work) for index, node in enumerate(order)]
     if min(room) < 1 or sum(room) < architecture.layers:
         return None
@@ -171,13 +161,13 @@ def _fill(architecture: Architecture, order: Sequence[Node], work: Work) -> list
 
 
 def _room(architecture: Architecture, node: Node, index: int, count: int, work: Work) -> int:
-    """How many layers fit."""
+    """Number of layers that fit."""
     fixed = _fixed_bytes(architecture, index == 0, index == count - 1, work)
     return int((node.memory_bytes - fixed) // (architecture.layer_bytes + kv_bytes_of_layer(architecture, work)))
 
 
 def kv_bytes_of_layer(architecture: Architecture, work: Work) -> int:
-    """Keys and values of the whole context of all sessions."""
+    """Size of a layer's keys and values for the whole context of all sessions."""
     return 2 * architecture.kv_heads * architecture.head_dim * architecture.value_bytes * work.context * work.sessions
 
 
@@ -191,7 +181,7 @@ def _ends_bytes(architecture: Architecture, first: bool, last: bool) -> int:
 
 
 def _workspace_bytes(architecture: Architecture, last: bool, work: Work) -> int:
-    """A chunk of hidden states, its MLP's and its attention's scores, the head's logits, and the process itself."""
+    """Size of a chunk's hidden states, MLP values and attention scores, of the head's logits, and of the process."""
     widest = 4 * architecture.hidden_size + 3 * architecture.intermediate_size + architecture.heads * work.context
     logits = 2 * work.sessions * architecture.vocabulary * 4 if last else 0
     return work.overhead_bytes + work.prefill_chunk * widest * architecture.value_bytes + logits
@@ -206,13 +196,13 @@ def _head_seconds(architecture: Architecture, node: Node) -> float:
 
 
 def _plan(architecture: Architecture, order: Sequence[Node], counts: Sequence[int], work: Work) -> Plan:
-    stays, first = [], 0
+    placements, first = [], 0
     row_bytes = work.boundary_row_bytes + FRAME_BYTES
     for index, (node, count) in enumerate(zip(order, counts, strict=True)):
         last = index == len(order) - 1
         hop = _hop(node, None if last else order[index + 1], ANSWER_BYTES if last else row_bytes, work)
-        stays.append(
-            Stay(
+        placements.append(
+            Placement(
                 node,
                 range(first, first := first + count),
                 count * architecture.layer_bytes + _ends_bytes(architecture, index == 0, last),
@@ -222,7 +212,7 @@ def _plan(architecture: Architecture, order: Sequence[Node], counts: Sequence[in
                 hop,
             )
         )
-    return Plan(stays, _hop(order[0], None, FRAME_BYTES, work), [])
+    return Plan(placements, _hop(order[0], None, FRAME_BYTES, work), [])
 
 
 def _hop(one: Node, other: Node | None, size_bytes: int, work: Work) -> float:
@@ -233,15 +223,12 @@ def _hop(one: Node, other: Node | None, size_bytes: int, work: Work) -> float:
 
 
 def _why(architecture: Architecture, nodes: Sequence[Node], work: Work, left: Node, best: Plan) -> str:
-    """What the best plan with this node would cost more."""
+    """Reason to leave a node out: its lack of memory, or the time that the best plan with it would add."""
     if _room(architecture, left, 1, 3, work) < 1:
-        need = (
-            architecture.layer_bytes
-            + kv_bytes_of_layer(architecture, work)
-            + _workspace_bytes(architecture, False, work)
-        )
+        workspace = _workspace_bytes(architecture, False, work)
+        need = architecture.layer_bytes + kv_bytes_of_layer(architecture, work) + workspace
         return f"one layer needs {need / 1e9:.2f} GB there, it has {left.memory_bytes / 1e9:.2f} GB"
-    names = {stay.node.name for stay in best.stays} | {left.name}
+    names = {placed.node.name for placed in best.placements} | {left.name}
     with_it = [
         plan
         for order in itertools.permutations([node for node in nodes if node.name in names])

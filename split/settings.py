@@ -1,11 +1,14 @@
-"""Settings of split inference: which layers where, what travels, what a shard gives, how it is found again."""
+"""Settings of a chain of shards, and of inference over one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from lab.settings import LabSettings, register, require
+from typing_extensions import override
+
+from lab.engine.settings import CacheSettings
+from lab.settings import LabSettings, register, require, require_above, require_at_least
 from lab.text.settings import TextSettings
 from split.chain.address import Address
 from split.chain.boundary import Boundary
@@ -13,7 +16,7 @@ from split.chain.boundary import Boundary
 
 class TransportKind(Enum):
     """What carries hidden states. `tcp`: our frames, every system; `rpc`: torch.distributed.rpc, trusted links only;
-    `inproc`: all shards in the client's process."""
+    `inproc`: all shards in the process of the client or trainer."""
 
     tcp = "tcp"
     rpc = "rpc"
@@ -21,68 +24,43 @@ class TransportKind(Enum):
 
 
 @dataclass(kw_only=True)
-class SplitProjectSettings(TextSettings):
-    """Both roles read one config; each value says whose it is where only one of them uses it.
+class ChainSettings:
+    """Shards, and how their client finds them. Where a chain trains, its client is the trainer.
 
-    What is asked of a text is the client's.
+    Both roles read one config; a field that only one of them uses begins with its name.
     """
 
     transport: TransportKind
-    boundary: Boundary
-    """How hidden states travel; the same at every shard and client."""
     layers: str | None
     """Shard: its layers, `first:last`, counted from 0, without the last."""
     next: str | None
-    """Shard: where the next one listens, `host:port`, as seen from here; null: the client says it."""
+    """Shard: address of the next one, `host:port`, as seen from here; null: the client names it."""
     rank: int
-    """Shard over rpc: its place in the group, 1 for the first one; the client is 0."""
+    """Shard over rpc: its place in the group, from 1; the client is 0."""
     world_size: int
     """Over rpc: processes of the group, client included; `network.host` and `port` are where the client opens it."""
     follow_stdin: bool
     """Shard: end when standard input ends, so that it does not outlive the process that started it."""
-    shards: list[str]
-    """Client: where the shards listen, `host:port` each, first to last."""
-    spares: list[str]
-    """Client: shards that may take the place of one with the same layers."""
-    local_shards: int
-    """Client: start so many shards here and end them afterwards; 0: none."""
-    cuts: list[int]
-    """Client: where the shards that it starts begin, without the first's 0; []: even."""
-    prefill_chunk: int
-    """Client: most tokens of a prompt in one pass; chunks overlap on the shards."""
-    recovery_seconds: float
-    """Client: how long to try to bring back a lost shard; 0: its loss ends the text."""
-    start_seconds: float
-    """Client: how long the shards may take to be there at first."""
-    line_seconds: float
-    """Client: how long to wait in line for room at the shards; 0: not at all."""
-    sessions: int
-    """Shard: texts at once."""
     max_connections: int
     """Shard: connections at once; each client takes two at most."""
-    max_waiting: int
-    """Shard: texts that may wait in line for room; more are refused at once. 0: nobody waits."""
-    context: int
-    """Most tokens of one text, prompt included; 0: what the model was made for."""
-    cache_bucket: int
-    """Shard: the KV cache grows in multiples of this many positions."""
-    cache_limit_bytes: int
-    """Shard: most that keys and values of all texts may take."""
-    idle_seconds: float
-    """Shard: a text unused for so long gives its place to one that needs it; its client rebuilds it when it goes on."""
-    awake_seconds: float
-    """Shard: for so long after a pass it looks for the next one without sleeping; 0: it sleeps at once."""
+    shards: list[str]
+    """Client: addresses of the shards, `host:port` each, first to last."""
+    spares: list[str]
+    """Client: shards that may replace a lost one with the same layers; in training they need its checkpoint part."""
+    local_shards: int
+    """Client: number of shards to start on this machine and to end afterwards; 0: none."""
+    cuts: list[int]
+    """Client: first layers of the local shards, without the first shard's 0; []: even."""
+    recovery_seconds: float
+    """Client: how long to try to bring back a lost shard; 0: its loss ends the run."""
+    start_seconds: float
+    """Client: how long the shards may take to be reachable at first."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("prefill_chunk", "sessions", "max_connections", "cache_bucket"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        seconds = ("recovery_seconds", "line_seconds", "idle_seconds", "awake_seconds")
-        for name in ("local_shards", "context", "rank", "max_waiting", *seconds):
-            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
+        require_at_least(1, self, "max_connections")
+        require_at_least(0, self, "local_shards", "rank", "recovery_seconds")
+        require_above(0, self, "start_seconds")
         require(self.world_size == 0 or self.world_size >= 2, "world_size must be 0 or at least 2", self.world_size)
-        require(self.start_seconds > 0, "start_seconds must be greater than 0", self.start_seconds)
-        require(self.cache_limit_bytes >= 2**16, "cache_limit_bytes must be at least 64 KiB", self.cache_limit_bytes)
         ascending = all(a < b for a, b in zip([0, *self.cuts], self.cuts))
         require(ascending, "cuts must ascend from above 0", self.cuts)
         if self.layers is not None:
@@ -90,22 +68,43 @@ class SplitProjectSettings(TextSettings):
         addresses = [*self.shards, *self.spares]
         require(len(set(addresses)) == len(addresses), "shards and spares must be different from each other", addresses)
         for name in ("shards", "spares"):
-            for text in getattr(self, name):
-                check_address(f"{name} must hold host:port", text)
+            for address in getattr(self, name):
+                _check_address(f"{name} must hold host:port", address)
         if self.next is not None:
-            check_address("next must be host:port", self.next)
+            _check_address("next must be host:port", self.next)
+
+
+@dataclass(kw_only=True)
+class SplitProjectSettings(TextSettings, CacheSettings, ChainSettings):
+    """Inference over a chain. Prompt, sampling and `prefill_chunk` are the client's; the cache is each shard's."""
+
+    boundary: Boundary
+    """How hidden states travel; the same at every shard and client."""
+    line_seconds: float
+    """Client: how long to wait in line for room at the shards; 0: not at all."""
+    max_waiting: int
+    """Shard: texts that may wait in line for room; more are refused at once. 0: nobody waits."""
+    idle_seconds: float
+    """Shard: a text unused for this long makes room for one that needs it; its client rebuilds it to go on."""
+    awake_seconds: float
+    """Shard: after a pass it polls for the next one this long before it sleeps; 0: it sleeps at once."""
+
+    def __post_init__(self) -> None:
+        TextSettings.__post_init__(self)
+        CacheSettings.__post_init__(self)
+        ChainSettings.__post_init__(self)
+        require_at_least(0, self, "line_seconds", "max_waiting", "idle_seconds", "awake_seconds")
 
 
 def parse_layers(text: str) -> range:
-    """Layers from `first:last`. ValueError for anything else, and for none."""
+    """Layers from `first:last`. ValueError for anything else, and for an empty range."""
     first, colon, last = text.partition(":")
     good = bool(colon) and first.isdecimal() and last.isdecimal() and int(first) < int(last)
     require(good, "layers must be first:last with first < last", text)
     return range(int(first), int(last))
 
 
-def check_address(rule: str, text: str) -> None:
-    """ValueError with `rule` unless the text is host:port."""
+def _check_address(rule: str, text: str) -> None:
     try:
         Address.parse(text)
     except ValueError:
@@ -114,13 +113,13 @@ def check_address(rule: str, text: str) -> None:
 
 @dataclass(kw_only=True)
 class SplitSettings(LabSettings):
-    """Everything a shard and a client read."""
+    """Settings of a shard and of a client."""
 
     project: SplitProjectSettings
 
     @classmethod
+    @override
     def draws_seed(cls) -> bool:
-        """See `LabSettings.draws_seed`."""
         return True
 
 

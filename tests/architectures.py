@@ -28,6 +28,7 @@ from lab.engine.context import longest_text
 from lab.engine.sampling import Sampling
 from lab.models.folder import ModelFolder
 from lab.models.proof import Proof, prove, try_out, try_packed
+from lab.models.shape import ModelShape
 from lab.models.slices import read_slice, run_slice
 from lab.models.twin import VOCABULARY, twin_model
 from split.chain.boundary import Boundary
@@ -124,8 +125,7 @@ def _chain(
     config: PreTrainedConfig, folder: Path, proof: Proof, cuts: Sequence[int] = (), **placement: Any
 ) -> list[Any]:
     assert proof.structure is not None
-    text: Any = config.get_text_config(decoder=True)
-    count = int(text.num_hidden_layers)
+    count = ModelShape.of(config).layers
     stored = ModelFolder(folder)
     with stored.lazy(stored.files) as tensors:
         return [
@@ -186,8 +186,7 @@ def _try_text(name: str, proof: Proof) -> None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         model = model.eval()
-        text: Any = config.get_text_config(decoder=True)
-        count, most = int(text.num_hidden_layers), min(longest_text(config) or 60, 60)
+        count, most = ModelShape.of(config).layers, min(longest_text(config) or 60, 60)
         prompts = [torch.randint(1, VOCABULARY, (length,)).tolist() for length in (most - 24, 5)]
         given = torch.tensor([prompts[0]])
         greedy = model.generate(

@@ -24,8 +24,8 @@ from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
 from split.bench.settings import SplitBenchSettings
 from split.bench.training_settings import SplitTrainBenchSettings
-from split.merge_settings import MergeSettings
-from split.plan_settings import PlanSettings
+from split.merge import MergeSettings
+from split.plan import PlanSettings
 from split.settings import SplitSettings
 from split.training.settings import SplitTrainSettings
 

@@ -19,7 +19,7 @@ from simulations import fed_sim
 from simulations.bench_settings import BenchSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
-from split.merge_settings import MergeSettings
+from split.merge import MergeSettings
 from split.settings import SplitSettings
 from split.training.settings import SplitTrainSettings
 from tests.in_process import exit_code

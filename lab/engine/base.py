@@ -29,6 +29,7 @@ from lab.engine.kv import CacheFull, ExactShape, SlotCache, check_attention, lay
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling, choose, mix64, nll, widened
 from lab.engine.wide_products import pack_products
+from lab.models.shape import ModelShape
 
 Want = Literal["last", "all"]
 """`all`: a step for every id given; `last`: only for the last one, so that a long prompt costs the head once."""
@@ -392,15 +393,14 @@ class LocalEngine(Engine):
     ) -> None:
         pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
-        config = self._model.config.get_text_config(decoder=True)
-        longest = longest_text(config) or context
+        longest = longest_text(self._model.config) or context
         if not 1 <= context <= longest:
             raise ValueError(f"context must be in [1, {longest}], got {context}")
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         if exact_rows is not None and exact_rows < 1:
             raise ValueError(f"exact_rows must be at least 1, got {exact_rows}")
-        self.vocabulary_size = int(config.vocab_size)
+        self.vocabulary_size = ModelShape.of(self._model.config).vocabulary
         self.context = context
         self._device: torch.device = self._model.device
         self._exact_rows = exact_rows and -(-exact_rows // _BLOCK_ROWS) * _BLOCK_ROWS

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 import conf
 from lab.files import path_of
+from lab.models.shape import ModelShape
 from lab.settings import ArchitectureSettings, ModelSettings, ModelSource, UserError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def layer_weights_of(config: PreTrainedConfig) -> list[LayerWeights]:
     except Exception as error:  # numbers that make no model
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"model must have a config that makes a model, got {config.model_type} ({reason})") from None
-    count = config.get_text_config(decoder=True).num_hidden_layers
+    count = ModelShape.of(config).layers
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
     layers = []
     for layer in (layer for found in lists for layer in found):

@@ -15,9 +15,10 @@ from lab.engine.row_attention import attend_by_row
 from lab.engine.wide_products import widen_products
 from lab.models.proof import Use, require
 from lab.models.quantized import Stored, check_packed, load_options
+from lab.models.shape import ModelShape
 from lab.models.slices import read_slice
 from lab.models.sources import LoadedModel, fetch, load_config, load_model, quantization_config, stored_as
-from lab.models.structure import Structure, count_layers
+from lab.models.structure import Structure
 from lab.settings import ModelSettings, UserError
 
 
@@ -60,7 +61,8 @@ def load_layers(
     packed = quantization is not None or stored_as(described, config, settings) in (Stored.nf4, Stored.fp4)
     structure = require(config, use, settings.cache_dir, packed=packed).structure
     assert structure is not None, "what is proved to be cut is known in its parts"
-    names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=_ties(config))
+    ties = ModelShape.of(config).is_tied
+    names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=ties)
     folder = fetch(settings, names)
     placement = load_options(stored_as(folder, config, settings), quantization, device, dtype)
     with folder.lazy(names) as tensors:
@@ -77,7 +79,7 @@ def load_layers(
 
 def check_layers(config: PreTrainedConfig, layers: range) -> None:
     """UserError for layers that the model does not have."""
-    count = count_layers(config)
+    count = ModelShape.of(config).layers
     if not 0 <= layers.start < layers.stop <= count:
         raise UserError(
             f"layers must be a range within the model's {count} layers, got {layers.start} to {layers.stop}"
@@ -100,11 +102,6 @@ def stored_names(
         if not ((found := number.search(name)) and int(found[1]) not in layers)
         and not (left_out and name.endswith(left_out))
     }
-
-
-def _ties(config: PreTrainedConfig) -> bool:
-    parts = (config, config.get_text_config(decoder=True))
-    return any(getattr(part, "tie_word_embeddings", False) for part in parts)
 
 
 def with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:

@@ -44,8 +44,9 @@ from lab.engine.sampling import Sampling, nll
 from lab.files import path_of, write_whole
 from lab.learning.training import keep_differentiable
 from lab.models import slices, structure, twin
+from lab.models.shape import ModelShape
 from lab.models.slices import cut_of, read_slice, run_slice
-from lab.models.structure import Structure, Unsliceable, count_layers, find_structure
+from lab.models.structure import Structure, Unsliceable, find_structure
 from lab.models.twin import VOCABULARY, NoTwin, twin_config, twin_model
 from lab.settings import UserError
 
@@ -167,7 +168,7 @@ def try_out(config: PreTrainedConfig) -> Proof:
         found = Proof(name, _failure(lambda: _try_engine(twin_model(config).double())), None, None, None)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                outline = find_structure(model, count_layers(model.config))
+                outline = find_structure(model)
                 made = _Trial(model, outline, Path(folder))
             except OSError:
                 raise
@@ -186,7 +187,7 @@ def try_packed(config: PreTrainedConfig) -> Proof:
         )
         model = twin_model(config)
         with tempfile.TemporaryDirectory() as folder:
-            outline = find_structure(model, count_layers(model.config))
+            outline = find_structure(model)
             trial = _Trial(
                 model, outline, Path(folder), quantization_config=quantization, device_map={"": torch.device("cpu")}
             )
@@ -350,7 +351,7 @@ class _Trial:
         self._placement = {"dtype": torch.float32, **placement}
         self._folder, self._outline = folder, outline
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self._count = count_layers(self._config)
+        self._count = ModelShape.of(self._config).layers
         self._most = _longest(self._config)
 
     def whole(self) -> PreTrainedModel:
@@ -467,7 +468,7 @@ class _Cached:
     def __init__(self, model: PreTrainedModel, run: Callable[..., Tensor]) -> None:
         self._run = run
         is_later = hasattr(model, "cut") and cut_of(model).layers.start > 0
-        hidden = int(model.config.get_text_config(decoder=True).hidden_size)
+        hidden = ModelShape.of(model.config).hidden_size
         one = torch.zeros(1, 1, hidden) if is_later else torch.ones(1, 1, dtype=torch.long)
         at = torch.zeros(1, 1, dtype=torch.long)
         shapes = layer_shapes(lambda cache: run(one, position_ids=at, past_key_values=cache, use_cache=True))

@@ -44,6 +44,7 @@ from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
 from lab.files import path_of, require_writable, share_like_parent
 from lab.models.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from lab.models.quantized import Stored, can_become, check_packed, load_options
+from lab.models.shape import ModelShape
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
 
 log = logging.getLogger(__name__)
@@ -340,7 +341,7 @@ def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> No
     del model.config.quantization_config
     _write_model(folder, model, dtype)
     tokenizer.save_pretrained(folder)
-    _drop_ids_from(folder / "tokenizer.json", model.config.get_text_config(decoder=True).vocab_size)
+    _drop_ids_from(folder / "tokenizer.json", ModelShape.of(model.config).vocabulary)
 
 
 def _drop_ids_from(file: Path, rows: int) -> None:

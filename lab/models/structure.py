@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+
+from lab.models.shape import ModelShape
 
 
 class Unsliceable(ValueError):
@@ -42,12 +43,6 @@ class Structure:
         return int(name[len(self.blocks) + 1 :].partition(".")[0])
 
 
-def count_layers(config: PreTrainedConfig) -> int:
-    """Layers of the whole model."""
-    text: Any = config.get_text_config(decoder=True)
-    return int(text.num_hidden_layers)
-
-
 @dataclass
 class _Call:
     at: int
@@ -58,21 +53,21 @@ class _Call:
 
 
 @torch.inference_mode()
-def find_structure(model: PreTrainedModel, layers: int) -> Structure:
+def find_structure(model: PreTrainedModel) -> Structure:
     """Run a model over a few tokens and see what it does.
 
     Args:
         model: A small one, with weights.
-        layers: How many layers its config says it has.
 
     Raises:
-        Unsliceable: no list of that many modules is passed through one after the other, with hidden states in and out.
+        Unsliceable: no list of as many modules as it has layers is passed through in order, with hidden states in and
+            out.
     """
     embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
     if embedding is None or head is None:
         raise Unsliceable("the model does not say which modules are its embedding and its head")
     calls, called = _watch(model)
-    hidden_size = int(model.config.get_text_config(decoder=True).hidden_size)
+    layers, hidden_size, *_ = ModelShape.of(model.config)
     for blocks in _lists(model, layers):
         passed = [call for call in calls if call.name.rpartition(".")[0] == blocks]
         if [call.name.rpartition(".")[2] for call in passed] != [str(number) for number in range(layers)]:

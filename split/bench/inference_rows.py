@@ -27,7 +27,7 @@ from split.chain.local_shards import LocalShards
 from split.inference.open import ranges
 from split.inference.stage import Stage
 from split.inference.times import take_apart
-from split.plan import architecture_of
+from split.plan import sized_architecture
 from split.planner import Node, Work, make_plan_with_cuts
 from split.settings import SplitSettings
 from split.transport.base import ShardReport
@@ -145,7 +145,7 @@ def batch(rig: Rig) -> Row:
 def plan(rig: Rig) -> Row:
     """The planner's time of a token, from the two slices of `project.cut` timed alone in this process, over the
     measured one, at every cut of `project.placements`; timed in turn with each other."""
-    project, architecture = rig.project, architecture_of(rig.model)
+    project, architecture = rig.project, sized_architecture(rig.model)
     stages = rig.stages()
     slices = rig.ranges(project.cut)
     with ExitStack() as stack:

@@ -20,6 +20,7 @@ from lab.command.processes import own_words, run_to_end
 from lab.device import open_device
 from lab.learning.examples import Batch, Example, collate
 from lab.learning.training import train_steps
+from lab.models.shape import ModelShape
 from lab.models.sources import load_config, load_tokenizer_only, prepare_checkpoint
 from split.bench.training_settings import SplitTrainBenchSettings
 from split.settings import TransportKind
@@ -67,7 +68,7 @@ class TrainBench:
                 start_seconds=self._project.start_seconds,
             ),
         )
-        vocabulary = int(load_config(settings.model).get_text_config(decoder=True).vocab_size)
+        vocabulary = ModelShape.of(load_config(settings.model)).vocabulary
         generator = np.random.default_rng(0)
         shape = (64, self._project.sequence_length)
         ids_BT = generator.integers(0, vocabulary, shape).astype(np.int32)
@@ -132,7 +133,7 @@ class TrainBench:
     def boundary(self) -> Row:
         """Bytes of a step."""
         count = self._project.throughput_micro_batches
-        hidden = int(load_config(self._settings.model).get_text_config(decoder=True).hidden_size)
+        hidden = ModelShape.of(load_config(self._settings.model)).hidden_size
         rows = count * self._project.examples_per_micro_batch
         payload = 2 * rows * self._project.sequence_length * hidden * 4  # hidden states and gradients in float32
         sent = self._trainer(count).train_step().boundary_bytes

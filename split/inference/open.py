@@ -14,8 +14,8 @@ import torch
 from lab.device import open_device
 from lab.engine.context import model_context
 from lab.models.fingerprints import weights_fingerprints
+from lab.models.shape import ModelShape
 from lab.models.sources import load_config
-from lab.models.structure import count_layers
 from lab.network import client_side_tls, listener_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, WireError
@@ -36,7 +36,7 @@ from split.transport.tcp import ChainMismatch, TcpChain
 
 def model_layers(settings: SplitSettings) -> int:
     """Layers of the whole model."""
-    return count_layers(load_config(settings.model))
+    return ModelShape.of(load_config(settings.model)).layers
 
 
 def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> Stage:
@@ -69,7 +69,7 @@ def ranges(settings: SplitSettings, count: int) -> list[range]:
 
 def cut_layers(model: ModelSettings, cuts: Sequence[int], count: int) -> list[range]:
     """The layers of `count` shards: between `cuts`, or even without any. UserError for cuts that do not fit."""
-    total = count_layers(load_config(model))
+    total = ModelShape.of(load_config(model)).layers
     if not 1 <= count <= total:
         raise UserError(f"project.local_shards must be in [1, {total}] for this model, got {count}")
     if not cuts:
@@ -126,7 +126,7 @@ def _open_group(settings: SplitSettings, folder: Path, stack: ExitStack) -> Shar
 def _engine(settings: SplitSettings, transport: Transport, context: int) -> ShardedModel:
     return ShardedModel(
         transport,
-        vocabulary_size=int(load_config(settings.model).get_text_config(decoder=True).vocab_size),
+        vocabulary_size=ModelShape.of(load_config(settings.model)).vocabulary,
         context=context,
         prefill_chunk=settings.project.prefill_chunk,
         recovery_seconds=settings.project.recovery_seconds,
@@ -204,7 +204,7 @@ def join_shards(
         raise UserError(f"project.shards must be reachable and hold this model: {error}") from None
     return ShardedModel(
         chain,
-        vocabulary_size=int(load_config(model).get_text_config(decoder=True).vocab_size),
+        vocabulary_size=ModelShape.of(load_config(model)).vocabulary,
         context=min(chain.context, model_context(load_config(model), context)),
         prefill_chunk=prefill_chunk,
         recovery_seconds=recovery_seconds,

@@ -27,9 +27,9 @@ from lab.engine.kv import CacheFull, Pass, SlotCache, UnknownState, check_attent
 from lab.engine.sampling import Sampling
 from lab.engine.wide_products import pack_products
 from lab.models.layers import load_layers
+from lab.models.shape import ModelShape
 from lab.models.slices import run_slice
 from lab.models.sources import load_config
-from lab.models.structure import count_layers
 from lab.settings import ModelSettings, UserError
 from split.inference.messages import Piece
 
@@ -124,12 +124,12 @@ class Shard:
     ) -> None:
         pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
-        config: Any = self._model.config.get_text_config(decoder=True)
+        config, shape = model.config, ModelShape.of(model.config)
         longest = longest_text(config) or limits.context
         if not 1 <= limits.context <= longest:
             raise UserError(f"project.context must be in [1, {longest}], got {limits.context}")
         self.layers, self.limits = layers, limits
-        self.hidden_size, self.vocabulary_size = int(config.hidden_size), int(config.vocab_size)
+        self.hidden_size, self.vocabulary_size = shape.hidden_size, shape.vocabulary
         self.dtype: torch.dtype = self._model.dtype
         self.device: torch.device = self._model.device
         check_attention(config)
@@ -356,7 +356,7 @@ def load_shard(settings: ModelSettings, device: torch.device, layers: range, lim
     Raises:
         UserError: layers that the model does not have, or what `load_layers` and `add_adapter` refuse.
     """
-    first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
+    first, last = layers.start == 0, layers.stop == ModelShape.of(load_config(settings)).layers
     model = load_layers(settings, device, layers, embedding=first, head=last)
     if settings.adapter is not None:
         from lab.models.adapter import add_adapter  # loads PEFT, which plain models can do without

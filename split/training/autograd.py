@@ -17,8 +17,9 @@ from torch.distributed.optim import DistributedOptimizer
 
 from lab.learning.examples import Batch
 from lab.settings import UserError
-from split.training.messages import Apply, Recipe, Step, Train
+from split.training.messages import Apply, Recipe, Step
 from split.training.optimizer import MasterAdamW
+from split.training.settings import Train
 from split.training.trainer import Gradients, Shards, TrainingFault
 from split.transport.training_rpc import WORKER_THREADS, RpcTraining
 

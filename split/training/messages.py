@@ -22,7 +22,6 @@ Shapes: B examples, T positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import struct
-from enum import Enum
 from typing import Annotated
 
 import msgspec
@@ -32,23 +31,15 @@ from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 from lab.wire.tensors import TensorSpec
 from split.chain.messages import Ask, Attach, Count, Fault, Join, Welcome, frame_table
 from split.training.schedule import Operation, Phase, Schedule, Span
+from split.training.settings import MAX_EXAMPLES, MAX_MICRO_BATCHES, Train
 
 PROTOCOL = range(2, 3)
-MAX_MICRO_BATCHES = 4096
-MAX_EXAMPLES = 4096
 
 Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Examples = Annotated[list[Count], msgspec.Meta(min_length=1, max_length=MAX_EXAMPLES)]
 MicroBatch = Annotated[int, msgspec.Meta(ge=0, lt=MAX_MICRO_BATCHES)]
-
-
-class Train(Enum):
-    """`lora`: an adapter on a frozen base. `everything`: every weight of the model."""
-
-    lora = "lora"
-    everything = "everything"
 
 
 class Recipe(Head):

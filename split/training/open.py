@@ -14,6 +14,7 @@ from lab.command.processes import own_words
 from lab.device import give_back_freed_memory, open_device
 from lab.files import path_of
 from lab.models.fingerprints import weights_fingerprints
+from lab.models.shape import ModelShape
 from lab.models.sources import load_config, model_identity
 from lab.network import client_side_tls, listener_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
@@ -217,7 +218,7 @@ def _serve_rank(settings: SplitTrainSettings, text: str, checkpoints: Path) -> N
 def _range(settings: SplitTrainSettings, text: str) -> tuple[range, int]:
     """The layers of this shard, and how many the whole model has. UserError for layers that it does not have."""
     layers = parse_layers(text)
-    count = int(load_config(settings.model).get_text_config(decoder=True).num_hidden_layers)
+    count = ModelShape.of(load_config(settings.model)).layers
     if layers.stop > count:
         raise UserError(f"project.layers must be within the model's {count} layers, got {text}")
     return layers, count

@@ -14,15 +14,16 @@ from lab.device import open_device
 from lab.files import path_of, require_writable
 from lab.learning.examples import Example
 from lab.learning.training import derive_seed
+from lab.models.shape import ModelShape
 from lab.models.sources import load_config, load_tokenizer_only
 from lab.settings import UserError, to_plain
 from lab.tracking import Tracker, picture, progress
 from split.training.checkpoint import Manifest, latest_step, read_manifest
 from split.training.data import examples_digest, ordered, training_examples
-from split.training.messages import Figures, Recipe, Train
+from split.training.messages import Figures, Recipe
 from split.training.open import checkpoints_of, identity_of, open_shards
 from split.training.schedule import even_bubble
-from split.training.settings import Baseline, SplitTrainSettings
+from split.training.settings import Baseline, SplitTrainSettings, Train
 from split.training.trainer import DistributedTrainer, Shards, StepFigures
 from split.training.unsplit import train_unsplit
 from split.training.weights import check_can_train_everything
@@ -104,10 +105,10 @@ def make_recipe(settings: SplitTrainSettings) -> Recipe:
 def check_frame(settings: SplitTrainSettings, examples: list[Example]) -> None:
     """UserError when the hidden states of a micro-batch would not fit in a frame."""
     project = settings.project
-    text: Any = load_config(settings.model).get_text_config(decoder=True)
+    hidden_size = ModelShape.of(load_config(settings.model)).hidden_size
     columns = max(len(example.ids_T) for example in examples)
     rows = project.optimization.batch_size // project.micro_batches
-    needed = rows * columns * int(text.hidden_size) * {"float64": 8, "float32": 4}.get(settings.model.dtype.name, 2)
+    needed = rows * columns * hidden_size * {"float64": 8, "float32": 4}.get(settings.model.dtype.name, 2)
     if needed > settings.network.max_frame_bytes:
         raise UserError(
             f"network.max_frame_bytes must be at least {needed} for the hidden states of {rows} x {columns} tokens "

@@ -20,7 +20,7 @@ from lab.wire import BadFrame, Endpoint, Frame, FrameConnection, WireError
 from split.chain.address import Address
 from split.chain.messages import Attach, Join, send
 from split.chain.server import ChainServer, tell_lost
-from split.training.messages import MAX_MICRO_BATCHES
+from split.training.settings import MAX_MICRO_BATCHES
 from split.training.stage import To, TrainingStage
 from split.transport.base import Message
 

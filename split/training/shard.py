@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from lab.learning.training import autocast, derive_seed, keep_differentiable, token_cross_entropy
+from lab.models.shape import ModelShape
 from lab.models.slices import cut_of, run_slice
-from split.training.messages import Recipe, Train
+from split.training.messages import Recipe
 from split.training.optimizer import MasterAdamW
+from split.training.settings import Train
 
 
 class Entering(NamedTuple):
@@ -61,8 +63,8 @@ class TrainingShard:
         self.layers, self.recipe = cut.layers, recipe
         self.is_first, self.is_last = cut.embedding, cut.head
         self.device: torch.device = model.device
-        config: Any = model.config.get_text_config(decoder=True)
-        self.hidden_size, self.vocabulary_size = int(config.hidden_size), int(config.vocab_size)
+        shape = ModelShape.of(model.config)
+        self.hidden_size, self.vocabulary_size = shape.hidden_size, shape.vocabulary
         self.weights = weights
         self.optimizer = self._new_optimizer() if self.weights else None
         is_copy = cut.is_tied and not (self.is_first and self.is_last) and recipe.train is Train.everything

@@ -24,7 +24,6 @@ from lab.wire.tensors import TensorSpec, read_tensor, tensor_bytes, tensor_spec
 from split.chain.messages import Ask, Fault, FaultCode
 from split.training.checkpoint import Part, Parts, part_of
 from split.training.messages import (
-    MAX_MICRO_BATCHES,
     Apply,
     Batch,
     Done,
@@ -40,6 +39,7 @@ from split.training.messages import (
     pack_spans,
 )
 from split.training.schedule import Operation, Phase, Span, most_held, operations
+from split.training.settings import MAX_MICRO_BATCHES
 from split.training.shard import Entering, TrainingShard
 from split.transport.base import Message
 

@@ -12,9 +12,9 @@ from lab.learning.training import StepFigures, train_steps
 from lab.models.sources import load_model
 from lab.tracking import progress
 from split.training.data import ordered
-from split.training.messages import Recipe, Train
+from split.training.messages import Recipe
 from split.training.optimizer import MasterAdamW
-from split.training.settings import SplitTrainSettings
+from split.training.settings import SplitTrainSettings, Train
 from split.training.trainer import split_batch
 
 

@@ -12,11 +12,12 @@ from transformers.modeling_utils import PreTrainedModel
 from lab.models.layers import load_layers
 from lab.models.proof import Use
 from lab.models.quantized import Stored
+from lab.models.shape import ModelShape
 from lab.models.slices import cut_of
 from lab.models.sources import fetch, load_config, stored_as
-from lab.models.structure import count_layers
 from lab.settings import ModelSettings, Quantization, UserError
-from split.training.messages import Recipe, Train
+from split.training.messages import Recipe
+from split.training.settings import Train
 from split.training.shard import TrainingShard
 
 
@@ -42,7 +43,7 @@ def load_training_shard(settings: ModelSettings, device: torch.device, layers: r
 
 
 def _load_slice(settings: ModelSettings, device: torch.device, layers: range) -> PreTrainedModel:
-    first, last = layers.start == 0, layers.stop == count_layers(load_config(settings))
+    first, last = layers.start == 0, layers.stop == ModelShape.of(load_config(settings)).layers
     return load_layers(settings, device, layers, embedding=first, head=last, use=Use.training)
 
 

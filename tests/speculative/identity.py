@@ -24,6 +24,7 @@ import torch
 from lab.command.entry import compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
+from lab.models.shape import ModelShape
 from lab.models.sources import load_model, load_tokenizer_only
 from lab.text.prompts import prompt_ids
 from speculative.drafter.check import Flip
@@ -191,7 +192,7 @@ def speculated_equals_alone(model: torch.nn.Module, *, seed: int, texts: int = 4
         new_tokens: Of each.
     """
     numbers = random.Random(seed)
-    vocabulary_size = int(cast(Any, model).config.get_text_config(decoder=True).vocab_size)
+    vocabulary_size = ModelShape.of(cast(Any, model).config).vocabulary
     drawn = [_drawn_text(numbers, vocabulary_size, new_tokens) for _ in range(texts)]
     engine = local_engine(model, sessions=max(2, texts - 1), context=120)
     alone = local_engine(model, sessions=1, context=120)

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lab.learning.examples import Example
-from lab.models.structure import count_layers
+from lab.models.shape import ModelShape
 from lab.models.twin import VOCABULARY, twin_model
-from split.merging import merge
+from split.merger import merge
 from split.training.checkpoint import Manifest
 from split.training.open import identity_of
 from tests.architectures import config_of
@@ -55,7 +55,7 @@ def test_a_merged_checkpoint_is_what_unsplit_training_makes(family: str, tmp_pat
             buffer.normal_()
     model.save_pretrained(folder)
     settings = replace(settings, name=family, path=str(folder))
-    count = count_layers(model.config)
+    count = ModelShape.of(model.config).layers
     manifest = Manifest(
         run=RUN, step=0, model=identity_of(settings), dtype="float32", cuts=[0, 1, count - 1, count], digests=[],
         recipe=EVERYTHING, optimization={}, data={}, total_steps=8, micro_batches=1, seed=11, loss_by_step=[],

@@ -6,13 +6,13 @@ import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lab.command.entry import compose_settings
-from split.plan import architecture_of, figures_of, node_of
-from split.plan_settings import PlanSettings
+from split.plan import PlanSettings, figures_of, node_of, sized_architecture
 from split.planner import (
     Architecture,
     FitsNowhere,
@@ -25,9 +25,10 @@ from split.planner import (
 )
 from tests.split.chains import VOCABULARY, saved_model, shards
 
+OTHERS: dict[str, Any] = {"family": "llama", "tied_embeddings": False, "context": 128}
 SMALL = Architecture(
     layers=6, hidden_size=64, intermediate_size=256, heads=4, kv_heads=2, head_dim=16, vocabulary=1000,
-    value_bytes=4, weight_bytes=4,
+    value_bytes=4, weight_bytes=4, **OTHERS,
 )  # fmt: skip
 WORK = Work(context=128, sessions=1, prefill_chunk=16, boundary_row_bytes=256, overhead_bytes=0, hop_seconds=0.001)
 
@@ -40,7 +41,10 @@ def _node(name: str, memory_bytes: int, speed: float = 1e9, delay: float = 0.0) 
 
 
 def _fits(plan: Plan) -> bool:
-    return all(stay.needed_bytes <= stay.node.memory_bytes for stay in plan.stays)
+    return all(
+        placed.weights_bytes + placed.kv_bytes + placed.workspace_bytes <= placed.node.memory_bytes
+        for placed in plan.placements
+    )
 
 
 def _brute_force(nodes: list[Node]) -> float | None:
@@ -74,14 +78,18 @@ def test_the_plan_is_the_best_of_all_cuts() -> None:
         plan = make_plan(SMALL, nodes, WORK)
         assert _fits(plan)
         assert plan.token_seconds == pytest.approx(expected)
-        assert {stay.node.name for stay in plan.stays} | {node.name for node, _ in plan.left_out} == {"n0", "n1", "n2"}
+        assert {placed.node.name for placed in plan.placements} | {node.name for node, _ in plan.left_out} == {
+            "n0",
+            "n1",
+            "n2",
+        }
     assert planned > 10
     assert refused > 3
 
 
 def test_a_slow_far_node_is_left_out_and_the_plan_says_why() -> None:
     plan = make_plan(SMALL, [_node("near", 10**8), _node("far", 10**8, delay=0.05)], WORK)
-    assert [stay.node.name for stay in plan.stays] == ["near"]
+    assert [placed.node.name for placed in plan.placements] == ["near"]
     assert plan.left_out[0][1].startswith("with it a token would take 10")
 
 
@@ -95,12 +103,14 @@ def test_weights_are_counted_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     model = saved_model("llama", tmp_path)
     sizes = Architecture(
         layers=4, hidden_size=32, intermediate_size=64, heads=4, kv_heads=2, head_dim=8, vocabulary=VOCABULARY,
-        value_bytes=4, weight_bytes=4,
+        value_bytes=4, weight_bytes=4, **OTHERS,
     )  # fmt: skip
     plan = make_plan_with_cuts(sizes, [_node("a", 1), _node("b", 1)], [0, 1, 4], WORK)
     rotary_bytes = 8 // 2 * 4 * 2  # inverse frequencies, twice, in every shard
     made = shards(model, (0, 1, 4))
-    assert [shard.weights_bytes - rotary_bytes for shard in made] == [stay.weights_bytes for stay in plan.stays]
+    assert [shard.weights_bytes - rotary_bytes for shard in made] == [
+        placed.weights_bytes for placed in plan.placements
+    ]
     assert kv_bytes_of_layer(sizes, WORK) * 3 == made[1].cache.bytes_per_position * WORK.context
     assert torch.float32.itemsize == sizes.value_bytes
 
@@ -111,14 +121,14 @@ def test_llama_70b_on_two_machines_with_24_gb(quantization: str, nodes: int) -> 
     settings = compose_settings("split_plan", f"model=llama3_70b model.quantization={quantization}", PlanSettings)
     machines = [node_of(node) for node in settings.project.nodes]
     work = replace(WORK, context=settings.project.context, boundary_row_bytes=2 * 8192, overhead_bytes=800_000_000)
-    architecture = architecture_of(settings.model)
+    architecture = sized_architecture(settings.model)
     if not nodes:
         assert architecture.weights_bytes == pytest.approx(141.1e9, rel=0.01)
         with pytest.raises(FitsNowhere, match="GB are missing"):
             make_plan(architecture, machines, work)
         return
     plan = make_plan(architecture, machines, work)
-    assert len(plan.stays) == nodes
+    assert len(plan.placements) == nodes
     with pytest.raises(FitsNowhere):
         make_plan(architecture, machines[:1], work)
-    assert figures_of(plan)["cuts"] == [plan.stays[0].layers.stop]
+    assert figures_of(plan)["cuts"] == [plan.placements[0].layers.stop]

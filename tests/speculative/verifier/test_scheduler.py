@@ -198,10 +198,10 @@ def test_a_text_that_is_resumed_before_anybody_wants_its_room_still_has_it() -> 
     core = Core(sessions=1)
     core.open(1, name=7, owner=OWNER)
     core.verdict()
-    session = core.scheduler._running[1].session
+    session = core.scheduler._sequences[1].session
     core.scheduler.leave(1)
     core.scheduler.resume(2, asked(), client="client", name=7, owner=OWNER)
-    assert core.scheduler._running[2].session is session
+    assert core.scheduler._sequences[2].session is session
     assert core.verdict().ids == [TEXT[1]]
 
 

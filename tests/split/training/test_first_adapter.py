@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lab.settings import ModelSettings, UserError
-from split.merging import merge
+from split.merger import merge
 from split.training.first_adapter import first_adapter
 from split.training.messages import Recipe
 from tests.lab.models.adapters import make_adapter, peft_says

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lab.settings import Dtype, ModelSettings, UserError
-from split.merging import merge
+from split.merger import merge
 from split.training.checkpoint import Manifest, latest_step, read_manifest
 from split.training.messages import Recipe
 from split.training.open import identity_of

@@ -16,7 +16,7 @@ import pytest
 
 from lab.command.entry import Run, compose_settings
 from lab.settings import UserError
-from split.merging import merge
+from split.merger import merge
 from split.training.run import run_training
 from split.training.schedule import even_bubble
 from split.training.settings import SplitTrainSettings
@@ -154,6 +154,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         (
             "project.train=everything model.quantization=nf4",
             r"project\.train must be lora where the weights are quantised",
+        ),
+        (
+            "project.shards=[a:1] project.spares=[a:1]",
+            r"project\.shards and spares must be different from each other, got \['a:1', 'a:1'\]",
         ),
         ("project.micro_batches=4097", r"project\.micro_batches must be at most 4096, got 4097"),
         ("project.optimization.accumulation=1025", r"project\.optimization\.accumulation must be at most 1024 with"),

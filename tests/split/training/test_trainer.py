@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lab.settings import Dtype, ModelSettings, Quantization, UserError
-from split.training.messages import Recipe, Train
+from split.training.messages import Recipe
 from split.training.schedule import Schedule, even_bubble, replay
+from split.training.settings import Train
 from split.training.shard import Entering, TrainingShard
 from split.training.trainer import clip_scale
 from split.training.weights import load_training_shard

@@ -22,8 +22,9 @@ from lab.models.lora import add_lora, fresh_adapter
 from lab.models.sources import quantization_config
 from lab.settings import Dtype, LoraSettings, ModelSettings, OptimizationSettings
 from split.training.checkpoint import Manifest
-from split.training.messages import Apply, Recipe, Start, Train
+from split.training.messages import Apply, Recipe, Start
 from split.training.schedule import Schedule
+from split.training.settings import Train
 from split.training.shard import TrainingShard
 from split.training.stage import InitialWeight, TrainingStage
 from split.training.trainer import Backward, DistributedTrainer, Explicit, Shards, split_batch

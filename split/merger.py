@@ -1,4 +1,4 @@
-"""Parts of a checkpoint put together: names are those of the whole model already, so nothing is renamed."""
+"""The parts of a checkpoint as one folder. Their tensors have the names of the whole model already."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from lab.files import whole_folder
 from lab.models.folder import GENERATION, ModelFolder
 from lab.models.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE
 from lab.models.proof import Use, require
+from lab.models.shape import ModelShape
 from lab.models.sources import fetch, model_identity
 from lab.models.structure import Structure
 from lab.settings import ModelSettings, UserError
 from split.training.checkpoint import Manifest, Parts, latest_step, part_of, read_manifest
-from split.training.messages import Train
 from split.training.open import identity_of
+from split.training.settings import Train
 
 log = logging.getLogger(__name__)
 
 
 def merge(model: ModelSettings, checkpoint: Path, output: Path) -> dict[str, Any]:
-    """Write the folder; the figures of the last line.
+    """Write the folder; return the figures of the last line.
 
     Args:
-        model: What the run began with.
+        model: The model that the run began with.
         checkpoint: A run's folder, or one step's.
-        output: Must not be there yet.
+        output: A folder that is not there yet.
 
     Raises:
-        UserError: parts that are missing or not whole, another model, a folder that is there.
+        UserError: parts are missing or damaged, the model is another one, or `output` exists.
     """
     folder = latest_step(checkpoint.absolute())
     manifest = read_manifest(folder)
@@ -75,10 +76,10 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
-    """A transformers folder: config, weights, tokenizer."""
+    """Write a transformers folder: config, weights, tokenizer."""
     base = fetch(model, ())
     config: Any = base.config()
-    if getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False):
+    if ModelShape.of(config).is_tied:
         _drop_tied_head(weights, require(config, Use.training, model.cache_dir).structure)
     config.dtype = next(iter(weights.values())).dtype
     buffers = _buffers(base, config)
@@ -92,7 +93,7 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
 
 
 def _buffers(base: ModelFolder, config: Any) -> dict[str, Tensor]:
-    """What a model keeps besides weights, such as a router's corrections: nothing trains it, so it is the base's."""
+    """Tensors of the base model that are no weights, such as a router's corrections: nothing trains them."""
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     weights = {name for name, _ in whole.named_parameters(remove_duplicate=False)}
@@ -104,7 +105,7 @@ def _buffers(base: ModelFolder, config: Any) -> dict[str, Tensor]:
 
 
 def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> None:
-    """Both copies of a tied embedding learned the same; a head of its own stays."""
+    """Remove the head where it is the embedding; one of its own stays."""
     assert structure is not None, "what was trained in slices is known in its parts"
     head, embedding = f"{structure.head}.weight", f"{structure.embedding}.weight"
     if head in weights and embedding in weights and torch.equal(weights[head], weights[embedding]):
@@ -112,7 +113,7 @@ def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> 
 
 
 def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
-    """A PEFT folder, with the record of its base model."""
+    """Write a PEFT folder, with the record of its base model."""
     from lab.models.base_model import base_name
     from split.training.first_adapter import first_adapter  # loads PEFT
 
@@ -126,7 +127,7 @@ def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, T
 
 
 def write_card(model: ModelSettings, manifest: Manifest, folder: Path, output: Path) -> None:
-    """Into the adapter's folder, which will be `output`: how to load it on its base."""
+    """Write how to load the adapter on its base into its folder, which will be `output`."""
     from lab.models.base_model import base_name, base_origin, loading_code
 
     code = loading_code(base_name(model), str(output))

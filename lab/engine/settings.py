@@ -1,0 +1,28 @@
+"""How much room a target's sessions have: settings that every process with a KV cache shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lab.settings import require, require_at_least
+
+
+@dataclass(kw_only=True)
+class CacheSettings:
+    """Sizes of a KV cache and of what is written into it."""
+
+    sessions: int
+    """Texts held at once: the batch size."""
+    context: int
+    """Most tokens of one text, prompt included; 0: what the model was made for."""
+    prefill_chunk: int
+    """Most tokens of a prompt in one pass; the chunks of a split model overlap on its shards."""
+    cache_bucket: int
+    """The KV cache grows in multiples of this many positions."""
+    cache_limit_bytes: int
+    """Most bytes of the keys and values of all texts."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "sessions", "prefill_chunk", "cache_bucket")
+        require_at_least(0, self, "context")
+        require(self.cache_limit_bytes >= 2**16, "cache_limit_bytes must be at least 64 KiB", self.cache_limit_bytes)
