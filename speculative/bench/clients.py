@@ -18,7 +18,7 @@ from lab.command.processes import start
 from lab.engine.sampling import Sampling
 from lab.wire import WireError
 from speculative.bench.rig import DRAFTER_CORE, Case, Rig
-from speculative.bench.rows import ASYNC, Row, plain_row, row_name, synthetic_case
+from speculative.bench.rows import ASYNC, Row, at_least, plain_row, synthetic_case
 from speculative.drafter.loop import TargetLost
 from speculative.drafter.session import make_request
 from speculative.drafter.tally import Tally
@@ -58,12 +58,8 @@ def neighbours(rig: Rig) -> list[Row]:
         }
         if fourths[name] is not _calm:
             ok = row["median_over_calm"] <= MOST_MEDIAN and row["p99_over_calm"] <= MOST_P99
-            row = judged(
-                f"fourth client {name}",
-                row,
-                f"median_over_calm at most {MOST_MEDIAN}, p99_over_calm at most {MOST_P99}",
-                ok,
-            )
+            target = f"median_over_calm at most {MOST_MEDIAN}, p99_over_calm at most {MOST_P99}"
+            row = judged(f"fourth client {name}", row, target, ok)
         rows.append(row)
     return rows
 
@@ -93,8 +89,7 @@ def crowd(rig: Rig) -> list[Row]:
                 "n": bench.repeats,
             }
             if count > 1:
-                ok = row["over_one"].median >= LEAST_OVER_ONE
-                row = judged(row_name(row), row, f"over_one at least {LEAST_OVER_ONE}", ok)
+                row = at_least(LEAST_OVER_ONE, "over_one", row)
             rows.append(row)
     return rows
 

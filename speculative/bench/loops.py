@@ -19,11 +19,11 @@ from speculative.bench.rows import (
     Readings,
     Row,
     alone_case,
+    at_least,
     loop_row,
     median_speed,
     plain_row,
     real_row,
-    row_name,
     speed_ratio,
     synthetic_case,
 )
@@ -77,10 +77,7 @@ def lengths(rig: Rig) -> list[Row]:
             "best_fixed": best.draft_length,
             "over_best_fixed": speed_ratio(readings[automatic], readings[best]),
         }
-        over = row["over_best_fixed"].median
-        rows.append(
-            judged(row_name(row), row, f"over_best_fixed at least {LEAST_OVER_FIXED}", over >= LEAST_OVER_FIXED)
-        )
+        rows.append(at_least(LEAST_OVER_FIXED, "over_best_fixed", row))
     return rows
 
 
@@ -100,8 +97,7 @@ def near(rig: Rig) -> list[Row]:
         rows.append(loop_row(rig, synchronous, readings, part="near"))
         row = loop_row(rig, asynchronous, readings, part="near")
         row["over_sync"] = speed_ratio(readings[asynchronous], readings[synchronous])
-        over = row["over_sync"].median
-        rows.append(judged(row_name(row), row, f"over_sync at least {LEAST_OVER_SYNC}", over >= LEAST_OVER_SYNC))
+        rows.append(at_least(LEAST_OVER_SYNC, "over_sync", row))
     return rows
 
 
@@ -113,12 +109,7 @@ def useless(rig: Rig) -> list[Row]:
         alone = alone_case(rig, rtt)
         random = replace(alone, mode=ASYNC, source=DraftSource.random)
         readings = measure(rig, [alone, random], bench.repeats)
-        row = loop_row(rig, random, readings, part="useless")
-        rows.append(
-            judged(
-                row_name(row), row, f"speedup at least {LEAST_OVER_ALONE}", row["speedup"].median >= LEAST_OVER_ALONE
-            )
-        )
+        rows.append(at_least(LEAST_OVER_ALONE, "speedup", loop_row(rig, random, readings, part="useless")))
     return rows
 
 
@@ -194,7 +185,7 @@ def texts(rig: Rig) -> list[Row]:
             row = real_row(rig, case, readings) | {"text": text.name}
             if case.mode is ASYNC:
                 least = 1.5 if text.repeats and case.rtt_seconds <= 0.02 else LEAST_OVER_ALONE
-                row = judged(row_name(row), row, f"speedup at least {least}", row["speedup"].median >= least)
+                row = at_least(least, "speedup", row)
             rows.append(row)
     return rows
 

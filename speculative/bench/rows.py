@@ -72,6 +72,11 @@ def row_name(row: Row) -> str:
     return ", ".join(str(word) for word in words if word is not None)
 
 
+def at_least(least: float, figure: str, row: Row) -> Row:
+    """The row, judged by the median of one of its figures."""
+    return judged(row_name(row), row, f"{figure} at least {least}", row[figure].median >= least)
+
+
 def loop_row(rig: Rig, case: Case, readings: Readings, part: str = "loops") -> Row:
     """A case of the synthetic engines next to the target alone at the same delay, and to its formula."""
     own, alone = readings[case], readings[alone_case(rig, case.rtt_seconds)]
@@ -89,10 +94,7 @@ def loop_row(rig: Rig, case: Case, readings: Readings, part: str = "loops") -> R
         row["bytes_per_accepted_guess"] = (
             sum(text_bytes(1, r.tally.rounds) for r in own) / accepted if accepted else None
         )
-        over = row["formula_over_measured"].median
-        return judged(
-            row_name(row), row, f"formula_over_measured at least {LEAST_OVER_FORMULA}", over >= LEAST_OVER_FORMULA
-        )
+        return at_least(LEAST_OVER_FORMULA, "formula_over_measured", row)
     longest = rig.settings.project.max_draft_length
     fixed = case.draft_length if isinstance(case.draft_length, int) else None
     predicted = predicted_async_tokens_per_second(

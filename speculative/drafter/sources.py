@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lab.engine.base import Engine, SyntheticEngine
+from lab.engine.base import Engine, SyntheticEngine, open_local_engine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.models.layers import load_layers, load_proved, with_adapter
@@ -25,7 +25,6 @@ from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from speculative.drafter.draft_model import draft_model
 from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts
-from speculative.local_engine import local_engine
 from speculative.settings import SYNTHETIC_CONTEXT, DraftSource, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.vocabulary import first_difference, token_texts
 
@@ -164,7 +163,7 @@ def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int
 def _from_model(
     model: torch.nn.Module, project: SpeculativeProjectSettings, sampling: Sampling, vocabulary_size: int
 ) -> EngineDrafts:
-    return EngineDrafts(local_engine(model, project, sessions=1, exact_rows=None), sampling, vocabulary_size)
+    return EngineDrafts(open_local_engine(model, project, sessions=1), sampling, vocabulary_size)
 
 
 def _draft_model(settings: SpeculativeSettings, device: torch.device, target_texts: list[str]) -> PreTrainedModel:

@@ -77,14 +77,11 @@ class VerifiedSequence:
         owner     everywhere      128 random bits of OPEN, secret: proves that RESUME comes from the one who sent OPEN
 
     Args:
-        key: Names it in every outcome.
-        request: What was asked for.
+        request: Its request.
         window: Most draft tokens that may wait.
         pacing: When a pass begins and how many draft tokens it takes (mode async).
         lookup: Draft tokens of the verifier's own, for when there are no others or too few; None: none.
-        client: Whose limits it counts against.
-        name: How RESUME finds it; None: it ends with its connection.
-        owner: The secret that RESUME must show.
+        key, client, name, owner: As above; without a name it ends with its connection.
     """
 
     def __init__(

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lab.engine.base import Engine, SyntheticEngine
+from lab.engine.base import Engine, SyntheticEngine, open_local_engine
 from lab.engine.kinds import EngineKind, open_split_engine
 from lab.models.fingerprints import weights_fingerprints
 from lab.models.layers import load_proved, with_adapter
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import ModelSettings, UserError
-from speculative.local_engine import local_engine
 from speculative.messages import MAX_END_IDS
 from speculative.settings import SYNTHETIC_CONTEXT, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.vocabulary import token_texts
@@ -47,7 +46,8 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
         return OpenTarget(_split_target(settings), ends, model.name, model.dtype.name, 0, fingerprints)
     loaded = load_proved(model, device)
     rows = project.max_draft_length + 1 if project.exact_shapes else None
-    engine = local_engine(with_adapter(loaded.model, model), project, project.sessions, rows)
+    model_behind_adapter = with_adapter(loaded.model, model)
+    engine = open_local_engine(model_behind_adapter, project, sessions=project.sessions, exact_rows=rows)
     if project.exact_shapes:
         fingerprints["shapes"] = "exact"
     return OpenTarget(engine, ends, model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)
