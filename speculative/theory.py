@@ -30,7 +30,6 @@ slower than the target, delays that differ) is in `simulate`, which plays every 
 from __future__ import annotations
 
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -183,13 +182,6 @@ def predicted_async_tokens_per_second(
 
 IsRight = Callable[[int, int], bool]
 """Whether a draft token is right when all before it in its epoch were: by its place in the text and in the epoch."""
-
-
-def drawn(acceptance: Acceptance, seed: int) -> IsRight:
-    """Draft tokens that are right with this probability, independently."""
-    rates = [acceptance] if isinstance(acceptance, (int, float)) else list(acceptance)
-    draws = random.Random(seed)
-    return lambda place, in_epoch: draws.random() < rates[min(in_epoch, len(rates) - 1)]
 
 
 @dataclass(frozen=True)

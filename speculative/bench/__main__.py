@@ -46,23 +46,23 @@ from lab.tracking import Tracker
 from speculative.bench import clients, loops, plots
 from speculative.bench.rig import Rig, for_engine
 from speculative.bench.rows import Row
-from speculative.bench.settings import BenchEngine, BenchPart
+from speculative.bench.settings import BenchEngine
 from speculative.settings import SpeculativeSettings
 
-PARTS: dict[BenchEngine, dict[BenchPart, Callable[[Rig], list[Row]]]] = {
+PARTS: dict[BenchEngine, dict[str, Callable[[Rig], list[Row]]]] = {
     BenchEngine.synthetic: {
-        BenchPart.loops: loops.loops,
-        BenchPart.lengths: loops.lengths,
-        BenchPart.near: loops.near,
-        BenchPart.useless: loops.useless,
-        BenchPart.neighbours: clients.neighbours,
-        BenchPart.frame: loops.frame,
-        BenchPart.busy: loops.busy,
+        "loops": loops.loops,
+        "lengths": loops.lengths,
+        "near": loops.near,
+        "useless": loops.useless,
+        "neighbours": clients.neighbours,
+        "frame": loops.frame,
+        "busy": loops.busy,
     },
     BenchEngine.real: {
-        BenchPart.sources: loops.sources,
-        BenchPart.texts: loops.texts,
-        BenchPart.crowd: clients.crowd,
+        "sources": loops.sources,
+        "texts": loops.texts,
+        "crowd": clients.crowd,
     },
 }
 
@@ -72,9 +72,10 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     settings = for_engine(settings)
     bench = settings.project.bench
     known = PARTS[bench.engine]
-    if unknown := [part.name for part in bench.parts if part not in known]:
-        names = ", ".join(part.name for part in known)
-        raise UserError(f"project.bench.parts must be of {names} for engine={bench.engine.name}, got {unknown}")
+    if unknown := [part for part in bench.parts if part not in known]:
+        raise UserError(
+            f"project.bench.parts must be of {', '.join(known)} for engine={bench.engine.name}, got {unknown}"
+        )
     rows: list[Row] = []
     place.so_far = lambda: {"rows": rows}
     with Tracker(settings, "speculative-bench", place.folder) as tracker, Rig(settings, place.folder) as rig:

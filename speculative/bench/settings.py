@@ -17,21 +17,6 @@ class BenchEngine(Enum):
     """`model`, and the source of `project.draft`."""
 
 
-class BenchPart(Enum):
-    """One table of rows; see `speculative.bench`."""
-
-    loops = "loops"
-    lengths = "lengths"
-    near = "near"
-    useless = "useless"
-    neighbours = "neighbours"
-    frame = "frame"
-    busy = "busy"
-    texts = "texts"
-    sources = "sources"
-    crowd = "crowd"
-
-
 @dataclass(kw_only=True)
 class BenchText:
     """One prompt."""
@@ -47,7 +32,7 @@ class BenchSettings:
     """Sizes of the benchmark. Values of one engine's parts do not change the other's."""
 
     engine: BenchEngine
-    parts: list[BenchPart]
+    parts: list[str]
     """Parts to run, in order; none: all of the engine."""
     rtt_seconds: list[float]
     """Round-trip times that the link adds, half each way."""

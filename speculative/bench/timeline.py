@@ -43,33 +43,26 @@ class Timeline:
     """The drafter's."""
     verdicts: list[tuple[float, int, bool]] = field(default_factory=list)
     """Arrival at the drafter, number of tokens, and whether a draft token was wrong."""
+    began: float = 0.0
 
-    def since(self, began: float) -> Timeline:
-        """The same events, counted from another moment."""
-        return Timeline(
-            [(a - began, b - began) for a, b in self.passes],
-            self.rows,
-            [(a - began, b - began) for a, b in self.steps],
-            [(at - began, tokens, wrong) for at, tokens, wrong in self.verdicts],
-        )
-
-    def clear(self) -> None:
-        """Forget all events so far."""
+    def restart(self) -> None:
+        """Forget all events so far, and count from now on."""
         for events in (self.passes, self.rows, self.steps, self.verdicts):
             events.clear()
+        self.began = time.monotonic()
 
     def on_pass(self, began: float, ended: float, requests: Sequence[Request], want: Want) -> None:
         """Note a pass of the target."""
-        self.passes.append((began, ended))
+        self.passes.append((began - self.began, ended - self.began))
         self.rows.append(sum(len(ids) for _, ids in requests))
 
     def on_step(self, began: float, ended: float, count: int) -> None:
         """Note a step of the drafter."""
-        self.steps.append((began, ended))
+        self.steps.append((began - self.began, ended - self.began))
 
     def on_verdict(self, done: Round) -> None:
         """Note a verdict that has just come."""
-        self.verdicts.append((time.monotonic(), len(done.tokens), done.right < done.checked))
+        self.verdicts.append((time.monotonic() - self.began, len(done.tokens), done.right < done.checked))
 
 
 def watch_calls(owner: object, method: str, note: Callable[..., None]) -> None:
@@ -130,8 +123,7 @@ def watch(rig: Rig, case: Case) -> Timeline:
         link = stack.enter_context(link_process(verifier, case.rtt_seconds, folder))
         target = stack.enter_context(rig.join_at(link))
         list(rig.rounds(replace(case, mode=Mode.target_only, new_tokens=WARM_UP_TOKENS), target))
-        timeline.clear()
-        began = time.monotonic()
+        timeline.restart()
         for done in rig.rounds(case, target, watched):
             timeline.on_verdict(done)
-    return timeline.since(began)
+    return timeline

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from speculative.policy import AcceptanceByPlace, DraftLength, Pacing, PassCosts
-from speculative.theory import Speeds, best_plan, drawn, simulate, survival
-from tests.speculative.virtual import Virtual
+from speculative.theory import Speeds, best_plan, simulate, survival
+from tests.speculative.virtual import Virtual, drawn
 
 SPEEDS = Speeds(step_seconds=0.04, row_seconds=0.0008, draft_step_seconds=0.004, rtt_seconds=0.0)
 ALONE = 1 / SPEEDS.step_seconds

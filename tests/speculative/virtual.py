@@ -13,7 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from speculative.policy import DraftLength, Pacing, PassCosts
-from speculative.theory import Speeds
+from speculative.theory import Acceptance, IsRight, Speeds
+
+
+def drawn(acceptance: Acceptance, seed: int) -> IsRight:
+    """Draft tokens that are right with this probability, independently."""
+    rates = [acceptance] if isinstance(acceptance, (int, float)) else list(acceptance)
+    draws = random.Random(seed)
+    return lambda place, in_epoch: draws.random() < rates[min(in_epoch, len(rates) - 1)]
 
 
 @dataclass
