@@ -154,7 +154,8 @@ def make_cells(settings: SweepSettings, words: Words) -> list[Cell]:
     UserError for a key or value that the command does not take.
     """
     try:
-        importlib.import_module(settings.command)  # registers its settings
+        if hasattr(importlib.import_module(settings.command), "__path__"):  # either of the two registers its settings
+            importlib.import_module(f"{settings.command}.__main__")
     except ModuleNotFoundError as error:
         raise UserError(f"matrix.command must be a module, got {settings.command!r} ({error})") from None
     axes, cells, refused = axes_of(settings, words), dict[str, Cell](), dict[str, UserError | None]()

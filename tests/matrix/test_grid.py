@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,23 @@ def test_words_go_to_whoever_reads_them() -> None:
         "project.context": ["project.context=64", "project.context=128"],
         "device.threads": ["device.threads=1", "device.threads=2"],
     }
+
+
+PACKAGE = """
+from dataclasses import replace
+from lab.command.entry import compose_settings
+from matrix.grid import make_cells, sort_words
+from matrix.settings import MatrixSettings
+words = sort_words(["matrix.command=fl.bench", "matrix.config=fed_bench", "model=random"])
+settings = compose_settings("matrix", " ".join(words.sweep), MatrixSettings).matrix
+print(len(make_cells(replace(settings, axes={"seed": [1, 2]}), words)))
+"""
+
+
+def test_a_command_that_is_a_package_is_composed_too() -> None:
+    words = [sys.executable, "-c", PACKAGE]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "2\n", done.stderr
 
 
 def test_the_default_axes_are_context_and_batch() -> None:
