@@ -47,7 +47,7 @@ demo: setup ## every pillar once, on this machine, with a real model
 bench: setup ## every pillar's benchmarks, into benchmarks/
 	$(BIN)/python -m simulations.bench
 
-certificates: setup ## a server's certificate and two sites' keys, outside the checkout (see README)
+certificates: setup ## a server's certificate and two sites' keys, outside the checkout (docs/federated.md)
 	$(BIN)/python -m fl.certificates server $(NAMES)
 	$(BIN)/python -m fl.certificates site alice
 	$(BIN)/python -m fl.certificates site bob

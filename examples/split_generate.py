@@ -11,19 +11,21 @@ from split.inference.open import sharded_model
 from split.settings import SplitSettings
 
 
-def write(shards: int, tokens: int = 24) -> list[int]:
-    """Greedy tokens of a model that is cut into so many shards, all of them in this process."""
-    words = ["project.transport=inproc", f"project.local_shards={shards}", *sys.argv[1:]]
-    settings = compose_settings("split_inf", words, SplitSettings)
+def write(shards: int, tokens: int = 24) -> str:
+    """Greedy text of a model cut into `shards`, all of them in this process."""
+    words = ["project.transport=inproc", f"project.local_shards={shards}"]
+    settings = compose_settings("split_inf", [*words, *sys.argv[1:]], SplitSettings)
     prompt = load_tokenizer_only(settings.model)("The sky is blue because")["input_ids"]
-    shards_here = sharded_model(settings, open_device(settings.device), Path())
-    with shards_here as engine, engine.open(prompt, Sampling.greedy()) as session:
+    with (
+        sharded_model(settings, open_device(settings.device), Path()) as engine,
+        engine.open(prompt, Sampling.greedy()) as session,
+    ):
         text = [session.step.next_ids[-1]]
         while len(text) < tokens:
             [step] = engine.extend([(session, text[-1:])], "last")  # ids in, hidden states across, a token out
             text.append(step.next_ids[-1])
-    print(f"{shards} shard(s): {load_tokenizer_only(settings.model).decode(text)!r}")
-    return text
+    return load_tokenizer_only(settings.model).decode(text)
 
 
-assert write(1) == write(2)
+print(whole := write(1))
+assert write(2) == whole

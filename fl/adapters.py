@@ -24,7 +24,7 @@ from fl.settings import WireDtype
 
 MAX_TENSORS = 1 << 16
 MAX_INDEX_BYTES = 8 << 20
-"""Of an inflated index; SmolLM2's 420 tensors take 30 kB, a mixture of experts' 37,000 take 3 MB."""
+"""Largest index, inflated: SmolLM2's 420 tensors take 30 kB, the 37,000 of a mixture of experts 3 MB."""
 
 Adapter = Mapping[str, torch.Tensor]
 FlatArray = npt.NDArray[Any]

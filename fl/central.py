@@ -14,7 +14,7 @@ from fl.aggregation import MetricMean
 from fl.checkpoint import latest_adapter
 from fl.client import Base, open_base, read_all, weight_of
 from fl.report import RoundFigures
-from fl.server import SiteLog, adapter_folders, finish, first_adapter
+from fl.server import SiteLog, adapter_folders, first_adapter, run_result
 from fl.settings import FederatedProjectSettings, FederatedSettings
 from lab.command.entry import Run
 from lab.files import require_writable
@@ -68,7 +68,7 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
                 tracker.log(number, **losses, **({"sites": new} if new else {}))
                 counter.advance(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
         index = AdapterIndex.of(initial, project.wire_dtype)
-        result = finish(settings, place, states, index, written, sites.counts)
+        result = run_result(settings, place, states, index, written, sites.counts)
         result |= {"wall_seconds": time.perf_counter() - begin}
         tracker.result(result)
     return result

@@ -27,12 +27,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from lab.command import streams
+from lab.command.terminal import one_line
+from lab.files import cannot_use, path_of
 from lab.settings import UserError
 
 FOLDER = Path("~/.config/distributed-llm-lab/certificates")
 CHECKOUT = Path(__file__).resolve().parent.parent
 CONNECTION = "lab"
-"""What the server is called in Flower's config.toml."""
+"""The server's name in Flower's config.toml."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 """The SuperLink's own server app reaches it under these."""
 VALID = timedelta(days=365)
@@ -41,7 +44,7 @@ CLOCKS_DIFFER = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class ServerFiles:
-    """What `make_server` wrote."""
+    """Files of a server."""
 
     authority: Path
     """Certificate of the authority: public, every site needs it."""
@@ -54,7 +57,7 @@ class ServerFiles:
 
 @dataclass(frozen=True)
 class SiteFiles:
-    """What `make_site` wrote."""
+    """The two halves of a site's key."""
 
     key: Path
     """Private, OpenSSH format, mode 0600; it stays on the site's machine."""
@@ -130,7 +133,7 @@ def server_certificate(
 def _unsigned(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, issuer_key: ec.EllipticCurvePublicKey
 ) -> x509.CertificateBuilder:
-    """What both certificates have; the key identifiers are there because Python 3.13 verifies strictly (RFC 5280)."""
+    """The common part of both certificates; Python 3.13 verifies strictly and wants the key identifiers (RFC 5280)."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -151,7 +154,7 @@ def common_name(text: str) -> x509.Name:
 
 
 def key_usage(*, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False) -> x509.KeyUsage:
-    """A KeyUsage extension that allows what is named and nothing else."""
+    """A KeyUsage extension that allows the named uses and nothing else."""
     return x509.KeyUsage(
         digital_signature=digital_signature,
         key_cert_sign=key_cert_sign,
@@ -166,7 +169,7 @@ def key_usage(*, digital_signature: bool = False, key_cert_sign: bool = False, c
 
 
 def alternative_name(name: str) -> x509.GeneralName:
-    """`name` as a certificate holds it: an IP address or a host name. UserError when it is neither."""
+    """`name` as an IP address or a host name in a certificate. UserError when it is neither."""
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
@@ -193,7 +196,7 @@ def connection_file(server: str, authority: Path) -> str:
 
 def outside_checkout(folder: Path) -> Path:
     """`folder`, absolute; UserError when it lies where it could be committed."""
-    folder = folder.expanduser().absolute()
+    folder = path_of(str(folder), "--folder")
     if folder.resolve().is_relative_to(CHECKOUT):
         raise UserError(f"folder must lie outside {CHECKOUT}, got {str(folder)!r}")
     return folder
@@ -220,7 +223,7 @@ def write_new(file: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def server_steps(files: ServerFiles, name: str, port: int) -> str:
-    """What to type next, on which machine."""
+    """The commands to type next, and on which machine."""
     return f"""
 Here, in the folder that shall hold the results:
   flower-superlink --ssl-ca-certfile {quoted(files.authority)} --ssl-certfile {quoted(files.certificate)} \
@@ -237,7 +240,7 @@ project.data.source=jsonl'"
 
 
 def site_steps(files: SiteFiles) -> str:
-    """What to type next, on which machine."""
+    """The commands to type next, and on which machine."""
     return f"""
 Send {quoted(files.public_key)} to the server (no secret), and get its ca.crt and its address HOST:PORT.
 Once the key is registered, here:
@@ -274,7 +277,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Makes what is asked for; next steps on stderr, the files as JSON on stdout. Exit code 2 for a bad request."""
+    """Make the files; next steps on stderr, paths as JSON on stdout. Exit code 2 for a bad request."""
+    streams.in_utf8_mode()
+    out = streams.open_streams()
     asked = parse(arguments)
     try:
         if asked.role == "server":
@@ -283,11 +288,14 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             site = make_site(asked.folder, asked.name)
             files, steps = vars(site), site_steps(site)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        line = error if isinstance(error, UserError) else cannot_use("--folder", asked.folder, error)
+        print(f"error: {one_line(str(line))}", file=sys.stderr)
         raise SystemExit(2) from None
     print(steps, file=sys.stderr)
-    print(json.dumps({"status": "ok", **{name: str(path) for name, path in files.items()}}))
+    streams.print_last_line(json.dumps({"status": "ok", **{name: str(path) for name, path in files.items()}}), out)
+    if streams.lost(out) and not streams.is_left(out):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -34,49 +34,45 @@ class BaseModel:
     """The model an adapter belongs to."""
 
     name: str
-    """What `from_pretrained` is given: a hub id or a folder."""
+    """Hub id or folder, as `from_pretrained` takes it."""
     digest: str
-    """Of its tensors; equal digests mean equal models, whatever their names."""
+    """Digest of its tensors; equal digests mean equal models, whatever their names."""
     origin: str = ""
-    """How to have it elsewhere, as a sentence for the model card."""
+    """How to get it elsewhere, as a sentence for the model card."""
 
 
+@dataclass
 class AdapterFolders:
     """`root/round-0000`, `root/round-0001`, ...: one PEFT folder a round, the highest the latest.
 
     Whatever happens (Ctrl+C, a crash, a full disk), every `round-*` folder can be loaded.
-
-    lora: the adapter's own configuration. commit: of the program that writes. data_source, num_clients, weighting (what
-    a client weighs in the mean): for the model card.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        lora: LoraConfig,
-        base: BaseModel,
-        data_source: str,
-        num_clients: int,
-        weighting: str,
-        commit: str,
-    ) -> None:
-        self.root = root.absolute()
-        self.base = base
-        self.data_source = data_source
-        self.num_clients = num_clients
-        self.weighting = weighting
-        self.commit = commit
-        self._lora = copy.deepcopy(lora)
-        self._lora.base_model_name_or_path = base.name
-        self._lora.inference_mode = True
-        if isinstance(lora.target_modules, set):  # a set has another order in every process
-            self._lora.target_modules = sorted(lora.target_modules)
+    root: Path
+    _: KW_ONLY
+    lora: LoraConfig
+    """The adapter's own configuration."""
+    base: BaseModel
+    data_source: str
+    """For the model card, as is all below."""
+    num_clients: int
+    weighting: str
+    """Unit of a client's weight in the mean, in words."""
+    commit: str
+    """Commit of the program that writes."""
+
+    def __post_init__(self) -> None:
+        self.root = self.root.absolute()
+        self.lora = copy.deepcopy(self.lora)
+        self.lora.base_model_name_or_path = self.base.name
+        self.lora.inference_mode = True
+        if isinstance(self.lora.target_modules, set):  # a set has another order in every process
+            self.lora.target_modules = sorted(self.lora.target_modules)
 
     def write(self, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> Path:
         """Write one round's folder and return its absolute path; round 0 is the adapter that the run starts from.
 
-        metrics: figures for the model card. FileExistsError when the round is there already.
+        `metrics` go into the model card. FileExistsError when the round is there already.
         """
         folder = self._folder(server_round)
         if folder.exists():
@@ -91,7 +87,7 @@ class AdapterFolders:
     def _fill(self, folder: Path, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
         save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
-        self._lora.save_pretrained(str(folder))
+        self.lora.save_pretrained(str(folder))
         record = {IDENTITY_KEY: self.base.digest, "name": self.base.name, "round": server_round, "commit": self.commit}
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / CARD_FILE).write_text(self._card(server_round, metrics), encoding="utf-8")
@@ -106,7 +102,7 @@ tags: [lora, federated-learning]
 
 # Adapter after {server_round} federated rounds
 
-A LoRA adapter (rank {self._lora.r}) for `{self.base.name}`, trained by {self.num_clients} clients on their own data,
+A LoRA adapter (rank {self.lora.r}) for `{self.base.name}`, trained by {self.num_clients} clients on their own data,
 which stayed with them; only adapters were exchanged and averaged, weighted by the clients' numbers of {self.weighting}.
 
 {self.base.origin}
@@ -134,12 +130,12 @@ def latest_adapter(root: Path) -> Path | None:
 def load_adapter(folder: Path, base: BaseModel, lora: LoraConfig, whole: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """The tensors of a PEFT folder, to start from on `base` (a model of config `whole`) with `lora`.
 
-    Clients make their adapter from the run's settings and never see the folder: it must compute what they compute.
+    Clients make their adapter from the run's settings and never see the folder, so it must fit those settings.
 
     Raises:
-        UserError: a folder that is broken, of a kind that is not supported, or that does not fit the model.
-        ValueError: naming both sides, one of another model (by digest; by name in a folder that we did not write), or
-            of other modules, ranks, scales or trained weights than the run's.
+        UserError: The folder is broken, of a kind that is not supported, or does not fit the model.
+        ValueError: It is for another model (by digest; by name in a folder that we did not write), or has other
+            modules, ranks, scales or trained weights than the run's. Names both sides.
     """
     adapter = read_adapter(folder, "project.warm_start")
     _check_base(adapter.place, adapter.config(), base)

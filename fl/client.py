@@ -30,12 +30,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Site:
-    """Whose examples a client reads."""
+    """The place whose examples a client reads."""
 
     index: int
     """Number of the client; with the seed and the round it fixes the order of its examples."""
     data_path: str | None = None
-    """The site's own file or folder, all of it (deployment); None: its part of the shared source (simulation)."""
+    """The site's own file or folder (deployment); None: its part of the shared source (simulation)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LoRAClient:
         return read_from(self.base.model), figures
 
     def weight(self, part: Sequence[Example]) -> int:
-        """What the training or held-out part weighs in the mean over all sites."""
+        """Weight of the training or held-out part in the mean over all sites."""
         return weight_of(part, self.project.weighting)
 
     def peak_rss_bytes(self) -> int:
@@ -96,13 +96,13 @@ class LoRAClient:
         return read_memory(self.base.device).peak_rss_bytes
 
 
-# A worker process serves many clients and rounds: it keeps one base model, and the examples of every site it has seen.
+# A worker process serves many clients and rounds: it keeps one base model, and the examples of every site it served.
 _bases: dict[str, Base] = {}
 _splits: dict[str, Split] = {}
 
 
 def open_client(settings: FederatedSettings, site: Site) -> LoRAClient:
-    """The client of `site`; the base model is loaded once per process. UserError for absent data or model."""
+    """Client of `site`; the base model is loaded once per process. UserError for absent data or model."""
     base = open_base(settings)
     key = digest([settings.model, settings.project, settings.seed, {"index": site.index, "path": site.data_path}])
     if key not in _splits:
@@ -113,7 +113,7 @@ def open_client(settings: FederatedSettings, site: Site) -> LoRAClient:
 
 
 def open_base(settings: FederatedSettings) -> Base:
-    """The base model with an adapter on it, out of this process's memory when it is there."""
+    """The base model with an adapter on it, kept in memory for the next call with the same settings."""
     device = open_device(settings.device)  # also sets this process's threads
     key = digest([settings.model, settings.project.lora, settings.device])
     if key not in _bases:
@@ -126,7 +126,7 @@ def open_base(settings: FederatedSettings) -> Base:
 
 
 def read_split(settings: FederatedSettings, site: Site, tokenizer: PreTrainedTokenizerBase) -> Split:
-    """Training and held-out examples of `site`, which opens nobody else's documents, and what became of all its lines.
+    """Training and held-out examples of `site`, with counts of its lines; opens no other site's documents.
 
     UserError when there is nothing to train on; MalformedData when a line cannot be learnt from.
     """
@@ -143,9 +143,9 @@ def read_split(settings: FederatedSettings, site: Site, tokenizer: PreTrainedTok
 
 
 def read_all(settings: FederatedSettings, tokenizer: PreTrainedTokenizerBase) -> list[Split]:
-    """`read_split` of every site of a shared source, in their order.
+    """`read_split` of every site of a shared source, in order of their indices.
 
-    MalformedData names lines of all sites. UserError too when no site holds anything out.
+    MalformedData names lines of all sites. UserError also when no site holds anything out.
     """
     project = settings.project
     source = open_source(project.data)
@@ -173,7 +173,7 @@ def read_all(settings: FederatedSettings, tokenizer: PreTrainedTokenizerBase) ->
 def split_documents(
     settings: FederatedSettings, source: Source, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
 ) -> Split:
-    """Both parts of some documents, with the counts of all of them."""
+    """Training and held-out part of some documents, with counts of their lines."""
     data = settings.project.data
     reader = ExampleReader(tokenizer, data.sequence_length)
     split = split_examples(reader.read(source, documents), data.held_out_fraction, settings.seed, *data.caps)
@@ -181,5 +181,5 @@ def split_documents(
 
 
 def weight_of(part: Sequence[Example], weighting: Weighting) -> int:
-    """Examples, or tokens that the loss counts."""
+    """Number of examples, or of the tokens that the loss counts."""
     return len(part) if weighting is Weighting.examples else sum(example.targets for example in part)

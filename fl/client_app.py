@@ -3,7 +3,7 @@
 In a simulation the settings come with the app (`make_client_app`); in a deployment `app` composes them from the run's
 configuration (`config-name`, `overrides`), and the node's own `--node-config` names its data.
 
-An error leaves a site as one line that holds none of its text; Flower itself would send whatever an exception says.
+An error leaves a site as one line without any of its text; Flower itself would send the whole text of an exception.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode
 
 
 def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> ClientApp:
-    """A ClientApp that answers train, evaluate and query messages with the settings that `settings_of` gives."""
+    """A ClientApp that answers train, evaluate and query messages with settings from `settings_of`."""
     client_app = ClientApp()
 
     @client_app.train()
@@ -55,10 +55,10 @@ def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> Clie
 
 
 def guarded(message: Message, answer: Callable[[], Message]) -> Message:
-    """What `answer` gives, or an error reply: the text of our own errors, of any other one its type and place only.
+    """The reply of `answer`; if it raises, an error reply that holds none of the site's text.
 
-    Our own errors name files, rules and figures; what stands in the text of a stranger's nobody knows. Which lines are
-    malformed stays in the site's own log, too.
+    The text of our own errors travels: it names files, rules and figures. Any other error could quote the data, so only
+    its type and place do. The malformed lines are named in the site's own log alone.
     """
     try:
         return answer()
@@ -76,7 +76,7 @@ def guarded(message: Message, answer: Callable[[], Message]) -> Message:
 
 
 def answer_train(message: Message, client: LoRAClient) -> Message:
-    """Evaluates the adapter received, trains it, and answers with both."""
+    """Evaluate the received adapter, train it, and answer with both."""
     received = from_records(message.content)
     client.load(received.unpack())
     about = site_records(client)
@@ -98,14 +98,14 @@ def answer_train(message: Message, client: LoRAClient) -> Message:
 
 
 def answer_evaluate(message: Message, client: LoRAClient) -> Message:
-    """Evaluates the adapter received."""
+    """Evaluate the received adapter."""
     client.load(from_records(message.content).unpack())
     metrics = MetricRecord({PARTITION: client.site.index})
     return Message(RecordDict({METRICS: metrics, **site_records(client)}), reply_to=message)
 
 
 def answer_query(message: Message, site: Site) -> Message:
-    """Says which site it is."""
+    """Answer with the site's number."""
     return Message(RecordDict({METRICS: MetricRecord({PARTITION: site.index})}), reply_to=message)
 
 
@@ -120,7 +120,7 @@ def site_records(client: LoRAClient) -> dict[str, MetricRecord]:
 
 
 def site_of(context: Context) -> Site:
-    """Which site a node is: `partition-id`, and `data-path` when the node has a file of its own."""
+    """A node's site: `partition-id`, and `data-path` when the node has a file of its own."""
     index, path = context.node_config.get("partition-id"), context.node_config.get("data-path")
     if not isinstance(index, int) or index < 0:
         raise UserError(f"partition-id of --node-config must be a whole number from 0 on, got {index!r}")
@@ -128,19 +128,19 @@ def site_of(context: Context) -> Site:
 
 
 def settings_from_run(context: Context) -> FederatedSettings:
-    """Settings out of `flwr run --run-config`: a config name and a string of Hydra overrides."""
+    """Settings from `flwr run --run-config`: a config name and a string of Hydra overrides."""
     overrides = str(context.run_config.get("overrides", ""))
     return compose_settings(str(context.run_config["config-name"]), overrides, FederatedSettings)
 
 
 def log_beside_flower() -> None:
-    """Our logs to stderr, in a process that Flower started: its own logger has printed its records already."""
+    """Log to stderr in a process that Flower started; Flower's own logger prints its records itself."""
     log_to_stderr()
     logging.getLogger("flwr").propagate = False
 
 
 def deployed(context: Context) -> FederatedSettings:
-    """Settings of a process that a SuperNode started for one message."""
+    """Settings in a process that a SuperNode started for one message."""
     log_beside_flower()
     return settings_from_run(context)
 

@@ -1,4 +1,4 @@
-"""What a run was: its history round by round, the figures of the last line, the picture of both."""
+"""The report of a run: its history round by round, and the figures of its last line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RoundFigures:
     client_losses: dict[int, float]
     """Held-out loss per client that was asked and holds something out."""
     eval_sites: list[int]
-    """Whose mean `eval_loss` is. The first and the last state have the same, so that they can be compared."""
+    """The sites in that mean. The first and the last state have the same, so that they can be compared."""
     train_loss: float | None = None
     train_seconds: dict[int, float] = field(default_factory=dict)
     """Seconds that each client trained."""
@@ -32,14 +32,14 @@ class RoundFigures:
     messages: int = 0
     """Clients that were sent something."""
     replies: int = 0
-    """Of these: clients whose answer was folded in; `uplink_bytes` are theirs."""
+    """Clients whose answer was folded in; `uplink_bytes` are theirs."""
     round_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     refused: list[str] = field(default_factory=list)
 
 
 def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures]:
-    """States 0..R. Clients evaluate the adapter they receive, so a report speaks of the state before its round."""
+    """States 0..R. Clients evaluate the adapter they receive, so a report has the loss from before its round."""
     rows = [*(report.clients for report in reports), run.clients]
     both = {_name(row) for row in _measured(rows[0])} & {_name(row) for row in _measured(rows[-1])}
     sites = [{_name(row) for row in _measured(asked)} for asked in rows]
@@ -73,7 +73,7 @@ def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures
 def summary(
     states: Sequence[RoundFigures], adapter_bytes: int, adapter_path: Path, plots: list[Path]
 ) -> dict[str, Any]:
-    """The figures of the last line that come out of a history; bytes per client and round are means over messages."""
+    """Figures of the last line from a history; bytes per client and round are means over messages."""
     rounds = states[1:]
     sent = max(1, sum(state.messages for state in rounds))  # central training sends nothing
     folded = max(1, sum(state.replies for state in rounds))
@@ -97,7 +97,7 @@ def summary(
 
 
 def mean_loss(rows: Sequence[ClientRow], sites: set[int]) -> float | None:
-    """Weighted mean of the held-out loss over those of `rows` that are of `sites`; None when there are none."""
+    """Weighted mean of the held-out loss over the `rows` of `sites`; None when there are none."""
     mean = MetricMean()
     for row in rows:
         if _name(row) in sites:
@@ -106,7 +106,7 @@ def mean_loss(rows: Sequence[ClientRow], sites: set[int]) -> float | None:
 
 
 def counts_of(rows: Sequence[ClientRow]) -> dict[str, Counts]:
-    """What became of the lines of each site that says so."""
+    """Counts of the lines of each site that sent them."""
     return {str(_name(row)): row.counts for row in rows if row.counts is not None}
 
 

@@ -80,7 +80,7 @@ class RoundReport:
     round_seconds: float
     """From the first message sent to the new adapter."""
     aggregate_seconds: float
-    """Of these: checking and folding replies, and taking the mean."""
+    """Part of `round_seconds`: checking and folding replies, and taking the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)

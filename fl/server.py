@@ -37,7 +37,8 @@ from lab.tracking import Tracker, picture, progress
 log = logging.getLogger(__name__)
 
 MEASURED_PER_TRAINED = 8
-"""From here on, measuring costs a client more than training: an evaluated example takes about a third of the time."""
+"""Held-out examples per training example above which measuring costs a client more than training: an evaluated
+example takes about a third of the time."""
 
 
 def serve(
@@ -81,18 +82,18 @@ def serve(
                 stopped=stopped,
             )
         sites.add(counts_of(run.clients))
-        figures = finish(settings, place, history(reports, run), index, written[-1], sites.counts)
+        figures = run_result(settings, place, history(reports, run), index, written[-1], sites.counts)
         figures |= {"wall_seconds": time.perf_counter() - begin}
         tracker.result(figures)
     return figures
 
 
 def so_far(reports: Sequence[RoundReport], adapter: Path, sites: Mapping[str, Counts]) -> dict[str, Any]:
-    """What the last line says of a run that has not come to its end."""
+    """Figures of the last line when the run is cut short."""
     return {
         "rounds_completed": len(reports),
         "train_loss_by_round": [report.train["train_loss"] for report in reports],
-        # Each round measures the adapter that it began with.
+        # Each round measures the adapter from before it.
         "eval_loss_by_round": [report.evaluate["eval_loss"] for report in reports[1:] if report.evaluate],
         "adapter_path": adapter,
         "sites": sites,
@@ -100,14 +101,14 @@ def so_far(reports: Sequence[RoundReport], adapter: Path, sites: Mapping[str, Co
 
 
 class SiteLog:
-    """What became of the lines of each site, said once to whoever started the run; the numbers of all in `counts`."""
+    """Logs the counts of each site's lines once; `counts` has those of all sites."""
 
     def __init__(self, settings: FederatedSettings) -> None:
         self.counts: dict[str, Counts] = {}
         self._settings = settings
 
     def add(self, found: Mapping[str, Counts]) -> dict[str, Counts]:
-        """Those of the counts, by site, that are new or others than before; the log has them now."""
+        """Log the counts that are new or have changed, and return them by site."""
         new = {name: counts for name, counts in found.items() if self.counts.get(name) != counts}
         data = self._settings.project.data
         for name, counts in new.items():
@@ -130,7 +131,7 @@ class SiteLog:
 
 
 def describe_loss(report: RoundReport) -> str:
-    """The held-out loss that a round began with, and over how many of its clients."""
+    """The held-out loss before a round, and the number of clients that measured it."""
     measured = sum(row.evaluate_weight > 0 for row in report.clients)
     if not measured:
         return "no client that was asked holds anything out"
@@ -138,12 +139,12 @@ def describe_loss(report: RoundReport) -> str:
 
 
 def replies_expected(settings: FederatedSettings) -> int:
-    """Messages of a whole run: one a client a round, and the evaluation after the last."""
+    """Number of messages in a whole run: one a client a round, and the evaluation after the last."""
     return (settings.project.rounds + 1) * max(1, round(settings.project.fraction * settings.project.num_clients))
 
 
 def row(report: RoundReport) -> dict[str, Any]:
-    """One round's figures for metrics.jsonl; held-out figures are those of the adapter the round began with."""
+    """One round's figures for metrics.jsonl; held-out figures are of the adapter from before the round."""
     return {
         **report.train,
         **{f"{key}_before": value for key, value in report.evaluate.items()},
@@ -156,7 +157,7 @@ def row(report: RoundReport) -> dict[str, Any]:
     }
 
 
-def finish(
+def run_result(
     settings: FederatedSettings,
     place: Run,
     states: Sequence[RoundFigures],
@@ -164,7 +165,7 @@ def finish(
     adapter: Path,
     sites: Mapping[str, Counts],
 ) -> dict[str, Any]:
-    """Draws the picture and returns what `states` and the counts of the sites say for the last line."""
+    """Draw the picture, and return the figures of the last line."""
     project = settings.project
     how = "central" if project.baseline.name == "central" else f"{project.num_clients} clients"
     title = (
@@ -214,7 +215,7 @@ def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
 
 
 def adapter_folders(settings: FederatedSettings, place: Run) -> AdapterFolders:
-    """Where the run's adapters go: one PEFT folder a round. UserError where another run has left its own."""
+    """One PEFT folder a round for the run's adapters. UserError where another run has left its own."""
     project, root = settings.project, place.folder / "adapters"
     if next(root.glob("round-*"), None) is not None:
         raise UserError(f"hydra.run.dir must be a folder without another run's adapters, got {str(place.folder)!r}")
@@ -230,7 +231,7 @@ def adapter_folders(settings: FederatedSettings, place: Run) -> AdapterFolders:
 
 
 def base_model(settings: FederatedSettings) -> BaseModel:
-    """What an adapter of this run belongs to."""
+    """The base model of this run's adapters."""
     return BaseModel(
         name=base_name(settings.model), digest=model_identity(settings.model), origin=base_origin(settings.model)
     )

@@ -56,16 +56,16 @@ class WireDtype(Enum):
 
 
 class Weighting(Enum):
-    """What a client's adapter and its held-out loss weigh in the mean."""
+    """Weight of a client's adapter and of its held-out loss in the mean."""
 
     examples = "examples"
-    """Its examples: each dialogue counts the same, however long its answers are (FedAvg as published)."""
+    """Number of its examples: each dialogue counts the same, however long its answers are (FedAvg as published)."""
     answer_tokens = "answer_tokens"
-    """The tokens that its loss counts: the mean loss is that of all tokens together."""
+    """Number of tokens that its loss counts: the mean loss is that of all tokens together."""
 
     @property
     def words(self) -> str:
-        """As a sentence has it."""
+        """The unit, for a sentence."""
         return self.value.replace("_", " ")
 
 
@@ -104,7 +104,7 @@ class FederatedProjectSettings:
     workers: int
     """Ray workers in a simulation, each with its own copy of the base model; 0: one per core."""
     worker_retries: int
-    """How often a message of a simulation is tried again when the worker that had it died; then it has failed."""
+    """How often a message of a simulation is tried again when its worker died; then it has failed."""
     lora: LoraSettings
     optimization: OptimizationSettings
     data: DataSettings

@@ -1,4 +1,4 @@
-"""What travels against what does not, from `conf/model` alone: `python -m fl.sizes model=llama3_8b`."""
+"""Bytes of an adapter next to those of its base model, from `conf/model` alone: `python -m fl.sizes model=random`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def linear_shapes(numbers: ArchitectureSettings) -> dict[str, tuple[int, int]]:
 
 
 def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
-    """Adapter bytes beside base bytes."""
+    """Adapter bytes next to base bytes."""
     adapter = travelling_bytes(settings.model, settings.project.lora.rank, settings.project.wire_dtype)
     base = base_bytes(settings.model)
     return {
@@ -71,7 +71,7 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the table of one model as a JSON line."""
+    """Print both for one model as a JSON line."""
     entry.main("fed_learn", FederatedSettings, run)
 
 

@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -41,48 +42,40 @@ WAITING_LOG_SECONDS = 10.0
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class WeightedFedAvg(Strategy):
     """The mean of the clients' LoRA tensors, weighted by what they say (FedAvg, arXiv:1602.05629), exact.
 
     `run` is its own round loop. The `configure_*` and `aggregate_*` methods use the same fold, so that Flower's
     `start()` and its wrappers work too and give the same bytes. (The wrappers for differential privacy want a float32
     wire: they compute on the array they find in the message.)
-
-    index: tensors of every adapter of the run, and their type on the wire.
-    num_clients: nodes that must be registered before round 1; later rounds go on with those that are there.
-    fraction: part of the registered nodes asked in a round, in (0, 1]; drawn from (seed, round) over partitions.
-    message_ttl_seconds: how long a client may take for one message; then it counts as failed.
-    register_timeout_seconds: how long to wait for `num_clients` nodes.
-    poll_seconds: pause between two looks for replies.
     """
 
-    def __init__(
-        self,
-        index: AdapterIndex,
-        *,
-        num_clients: int,
-        fraction: float,
-        seed: int,
-        message_ttl_seconds: float,
-        register_timeout_seconds: float,
-        poll_seconds: float,
-    ) -> None:
-        if not 1 <= num_clients <= MAX_REPLIES:
-            raise ValueError(f"num_clients must be in [1, {MAX_REPLIES}], got {num_clients}")
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-        self.index = index
-        self.num_clients = num_clients
-        self.fraction = fraction
-        self.seed = seed
-        self.message_ttl_seconds = message_ttl_seconds
-        self.register_timeout_seconds = register_timeout_seconds
-        self.poll_seconds = poll_seconds
-        self._partitions: dict[int, int] = {}
-        self._asked: list[Message] = []
-        self._first_asked: list[int] = []
-        self._on_reply: Callable[[str], None] = lambda line: None
-        self._stopped: Callable[[], bool] = lambda: False
+    index: AdapterIndex
+    """Tensors of every adapter of the run, and their type on the wire."""
+    _: KW_ONLY
+    num_clients: int
+    """Nodes that must be registered before round 1; later rounds go on with those that are there."""
+    fraction: float
+    """Part of the registered nodes asked in a round, in (0, 1]; drawn from (seed, round) over partitions."""
+    seed: int
+    message_ttl_seconds: float
+    """Time a client may take for one message; then it counts as failed."""
+    register_timeout_seconds: float
+    """Longest wait for `num_clients` nodes."""
+    poll_seconds: float
+    """Pause between two looks for replies."""
+    _partitions: dict[int, int] = field(default_factory=dict, init=False)
+    _asked: list[Message] = field(default_factory=list, init=False)
+    _first_asked: list[int] = field(default_factory=list, init=False)
+    _on_reply: Callable[[str], None] = field(default=lambda line: None, init=False)
+    _stopped: Callable[[], bool] = field(default=lambda: False, init=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_clients <= MAX_REPLIES:
+            raise ValueError(f"num_clients must be in [1, {MAX_REPLIES}], got {self.num_clients}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
 
     def run(
         self,

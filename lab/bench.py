@@ -13,16 +13,24 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lab.command.processes import listening
 from lab.environment import describe_environment
-from lab.settings import to_plain
-from lab.tracking import finite
+from lab.settings import LabSettings, UserError, to_plain
+from lab.tracking import Tracker, finite
+
+if TYPE_CHECKING:
+    from lab.command.entry import Run
 
 log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+Rig = TypeVar("Rig")
+"""Processes and models that the parts of a benchmark measure with."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,63 @@ def pinned(core: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def run_parts(
+    name: str,
+    parts: Mapping[str, Callable[[Rig], Row | list[Row]]],
+    chosen: Sequence[str],
+    rig: AbstractContextManager[Rig],
+    *,
+    settings: LabSettings,
+    place: Run,
+    report: Path,
+    setting: str = "project.parts",
+) -> dict[str, Any]:
+    """Measure some parts of a benchmark, in order; return the figures of the last line.
+
+    Args:
+        name: Name of the benchmark.
+        parts: Each part's measurement, which gives a row or several.
+        chosen: Names of the parts to measure.
+        rig: Opened once, for all parts.
+        settings: Settings of the run, for tracking.
+        place: Folder of the run.
+        report: File of the report. Rows of other parts that it holds stay.
+        setting: Key of `chosen`.
+
+    Raises:
+        UserError: the benchmark has no part of a chosen name.
+    """
+    if unknown := [part for part in chosen if part not in parts]:
+        raise UserError(f"{setting} must be of {', '.join(parts)}, got {unknown}")
+    rows: list[Row] = []
+    place.so_far = lambda: {"rows": rows}
+    before = json.loads(report.read_text(encoding="utf-8"))["rows"] if report.exists() else []
+    kept = [row for row in before if row["row"] not in chosen]
+    with rig as opened, Tracker(settings, f"{name}-bench", place.folder) as tracker:
+        for part in chosen:
+            log.info("measuring %s", part)
+            measured = parts[part](opened)
+            for row in measured if isinstance(measured, list) else [measured]:
+                rows.append({"row": part, **row, "load_average": load_average()})
+                tracker.log(len(rows), **rows[-1])
+            write_report(report, name, [*kept, *rows])  # now: the next part may fail
+    return {"benchmark": name, "report": report, "missed": missed(rows), "rows": rows}
+
+
+@contextmanager
+def link_process(port: int, rtt_seconds: float, folder: Path, start_seconds: float, *words: str) -> Iterator[int]:
+    """A link to a port of this machine, half of the round-trip time each way, as a process; yields its own port."""
+    delays = [f"project.{way}.delay_seconds={rtt_seconds / 2}" for way in ("up", "down")]
+    told = ["network.port=0", "tracking=none", f"project.target_port={port}", *delays, *words]
+    with listening("simulations.link", told, folder, start_seconds) as own:
+        yield own
+
+
+def load_average() -> float | None:
+    """Processes that wanted a core in the last minute, on average; None on systems that do not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def judged(name: str, row: Mapping[str, Any], target: str, holds: bool) -> dict[str, Any]:

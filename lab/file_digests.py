@@ -1,4 +1,4 @@
-"""SHA-256 of large files, computed once: a record keeps them by the file's name, size and times."""
+"""SHA-256 of files. Those of large files are computed once: a record keeps them by the file's name, size and times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,20 @@ RECORD_FILE = ".lab_digests.json"
 """Beside the files that it is about."""
 LARGE_BYTES = 2**30
 """From here on the first reading takes seconds, and is announced."""
+
+
+def sha256_of(file: Path) -> bytes:
+    """32 bytes over the bytes of `file`."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def content_digest(files: Mapping[str, Path]) -> str:
+    """Sixteen hex digits over the names, sizes and bytes of `files`, in the order of their names."""
+    sha = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        sha.update(f"{name}\0{file.stat().st_size}\0".encode() + sha256_of(file))
+    return sha.hexdigest()[:16]
 
 
 def file_digests(folder: Path, names: Sequence[str], records: Sequence[Path]) -> dict[str, str]:
@@ -60,8 +74,7 @@ def _entry(file: Path, known: Any) -> dict[str, Any]:
         return known
     if status.st_size >= LARGE_BYTES:
         log.info("reading all %.1f GB of %s once, for its fingerprint", status.st_size / 1e9, file.name)
-    with file.open("rb") as stream:
-        return {**stamp, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {**stamp, "sha256": sha256_of(file).hex()}
 
 
 def _keep(places: Sequence[Path], found: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
-"""What stands in the files that a cell's settings name: a figure depends on it, whatever the path."""
+"""What a figure depends on beside its settings: the files that these name, and the code that runs."""
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.file_digests import content_digest
+from lab.settings import UserError
 from matrix.grid import look_up
 
 
@@ -18,22 +20,36 @@ class Contents:
         self._known: dict[Path, str] = {}
 
     def of(self, settings: Mapping[str, Any]) -> dict[str, str]:
-        """By dotted key, for those of the keys that name something which is there."""
+        """Digests by dotted key, for those of the keys whose file or folder exists."""
         named = {key: look_up(settings, key) for key in self._keys}
         paths = {key: Path(value).expanduser().absolute() for key, value in named.items() if isinstance(value, str)}
         return {key: self._digest(path) for key, path in paths.items() if path.exists()}
 
     def _digest(self, path: Path) -> str:
         if path not in self._known:
-            self._known[path] = content_digest(path)
+            files = [found for found in path.rglob("*") if found.is_file()] if path.is_dir() else [path]
+            self._known[path] = content_digest({file.relative_to(path).as_posix(): file for file in files})
         return self._known[path]
 
 
-def content_digest(path: Path) -> str:
-    """Sixteen hex digits over the bytes of a file, or over names and bytes of all files below a folder."""
-    sha = hashlib.sha256()
-    for file in sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]:
-        with file.open("rb") as stream:
-            sha.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
-            sha.update(hashlib.file_digest(stream, "sha256").digest())
-    return sha.hexdigest()[:16]
+def sources_digest(packages: Sequence[str]) -> str:
+    """Sixteen hex digits over every .py file below the packages, which are found, not imported, whatever the commit.
+
+    Values in conf/ are no sources: a cell's own settings are signed one by one. UserError for a name that is no
+    package.
+    """
+    return content_digest(
+        {
+            f"{package}/{file.relative_to(folder).as_posix()}": file
+            for package in packages
+            for folder in [_folder(package)]
+            for file in folder.rglob("*.py")
+        }
+    )
+
+
+def _folder(package: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"matrix.sources must name packages, got {package!r}")
+    return Path(found.submodule_search_locations[0])

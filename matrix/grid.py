@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lab.command.entry import compose_config, literal_prompt
 from lab.command.explain import explain
-from lab.command.overrides import override, quoted
+from lab.command.overrides import override, parse_options, quoted
 from lab.settings import UserError, check_rules, digest
 from matrix.settings import SweepSettings
 
@@ -66,9 +67,12 @@ class Cell:
 def sort_words(arguments: Sequence[str]) -> Words:
     """Whose is which word. UserError for one that Hydra cannot read, and for an axis that is given twice."""
     parser, words = OverridesParser.create(), Words(list(arguments), [], [], {})
+    options = parse_options(arguments)
+    if options.config_dir is not None:  # of Hydra's options the one that changes what a cell is made of
+        words.cells.append(override("hydra.searchpath", [f"file://{Path(options.config_dir).absolute()}"]))
     for argument in arguments:
         root = re.split(r"[=.@]", argument.lstrip("+~"), maxsplit=1)[0]
-        if argument.startswith("-") or root in SWEEPS_OWN:
+        if argument not in options.overrides or root in SWEEPS_OWN:
             words.sweep.append(argument)
             continue
         if root not in ("prompt", "prompt_file"):

@@ -14,8 +14,9 @@ from dataclasses import asdict
 from typing import Protocol
 
 import psutil
+from typing_extensions import override
 
-from matrix.settings import Launcher, SweepSettings
+from matrix.settings import SweepSettings
 from matrix.supervisor import Job, Outcome
 
 
@@ -69,7 +70,7 @@ class CellLauncher(Protocol):
         ...
 
 
-class LocalLauncher:
+class LocalLauncher(CellLauncher):
     """Cells on this machine."""
 
     def __init__(self, at_once: int) -> None:
@@ -80,8 +81,8 @@ class LocalLauncher:
         self._lock = threading.Lock()
         self._stopped = False
 
+    @override
     def run(self, jobs: Sequence[Job]) -> Generator[tuple[int, Outcome]]:
-        """See `CellLauncher.run`."""
         with ThreadPoolExecutor(self.at_once) as pool:
             futures = {pool.submit(self._run_one, job): index for index, job in enumerate(jobs)}
             try:
@@ -117,12 +118,3 @@ def places(settings: SweepSettings) -> int:
     by_memory = int(psutil.virtual_memory().available / (settings.memory_limit_gib * 2**30))
     room = max(1, min(by_cores, by_memory))
     return min(settings.at_once, room) if settings.at_once else room
-
-
-def open_launcher(settings: SweepSettings) -> CellLauncher:
-    """The launcher that `settings` name. UserError where a Ray cluster does not answer."""
-    if settings.launcher is Launcher.local:
-        return LocalLauncher(places(settings))
-    from matrix.on_ray import RayLauncher
-
-    return RayLauncher(settings)

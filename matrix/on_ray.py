@@ -11,9 +11,11 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from lab.command.ray_signals import ray_leaves_signals_alone
 from lab.settings import UserError
-from matrix.launching import run_job
+from matrix.launching import CellLauncher, run_job
 from matrix.settings import SweepSettings
 from matrix.supervisor import Job, Outcome
 
@@ -25,7 +27,7 @@ LOST_RETRIES = 3
 NEW_CLUSTER = "local"
 
 
-class RayLauncher:
+class RayLauncher(CellLauncher):
     """Cells spread over the nodes of a cluster, as many at once as their demands leave room for.
 
     UserError when the cluster does not answer in time.
@@ -51,8 +53,8 @@ class RayLauncher:
             raise UserError(f"matrix.{key} must be at most what the cluster has ({has}), got {value:g} {name}")
         self.at_once = max(1, int(min(total[name] / value for name, value in wanted.items() if value)))
 
+    @override
     def run(self, jobs: Sequence[Job]) -> Generator[tuple[int, Outcome]]:
-        """See `CellLauncher.run`."""
         import ray
 
         task = ray.remote(run_job).options(

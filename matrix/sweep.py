@@ -24,12 +24,12 @@ from lab.files import require_writable
 from lab.settings import DeviceName, DeviceSettings, TrackingSettings, UserError, to_plain
 from lab.tracking import Tracker, progress
 from matrix.claims import Claims
-from matrix.contents import Contents
+from matrix.contents import Contents, sources_digest
 from matrix.grid import QUIET, Cell, Words, make_cells
-from matrix.launching import open_launcher
+from matrix.launching import CellLauncher, LocalLauncher, places
+from matrix.on_ray import RayLauncher
 from matrix.results import CellRun, Record, Result, outgrown
-from matrix.settings import MatrixSettings, SweepSettings
-from matrix.sources import sources_digest
+from matrix.settings import Launcher, MatrixSettings, SweepSettings
 from matrix.supervisor import Job, Outcome
 
 log = logging.getLogger(__name__)
@@ -190,6 +190,11 @@ class _Missing:
                 _track(run, record, self._settings.tracking, group=f"matrix-{sweep.name}-{self._folder.name}")
                 left = seconds_left(self._seconds, len(runs), launcher.at_once)
                 self._counter.advance(f"{_title(run)}: {_ending(outcome)}; about {left:.0f} s left")
+
+
+def open_launcher(settings: SweepSettings) -> CellLauncher:
+    """The launcher that `settings` name. UserError where a Ray cluster does not answer."""
+    return RayLauncher(settings) if settings.launcher is Launcher.ray else LocalLauncher(places(settings))
 
 
 def seconds_left(done: Sequence[float], runs: int, at_once: int) -> float:

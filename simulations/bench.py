@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import subprocess
 import time
@@ -20,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lab.bench import missed
+from lab.bench import load_average, missed
 from lab.command import entry
 from lab.command.processes import run_to_end
 from lab.environment import commit, describe_environment
@@ -64,8 +63,7 @@ def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) 
         done["failure"] = f"not done after {timeout_seconds:g} s"
     except subprocess.CalledProcessError as error:
         done |= {"failure": f"ended with code {error.returncode}", "rows": _rows(error.stdout)}
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return done | {"seconds": time.monotonic() - began, "load_average": load}
+    return done | {"seconds": time.monotonic() - began, "load_average": load_average()}
 
 
 def _rows(out: str) -> list[Row]:

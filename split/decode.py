@@ -14,7 +14,7 @@ from split.settings import SplitSettings
 def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     """Times `project.sessions` texts of `project.context` tokens each; the figures of the last line."""
     # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
-    from lab.decoding import decode
+    from lab.decode import time_tokens
     from lab.device import open_device, read_memory
     from lab.engine.kv import CacheFull
     from lab.models.sources import load_tokenizer_only
@@ -30,7 +30,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     ):
         try:
             tokenizer, prompt_tokens = load_tokenizer_only(settings.model), engine.context - project.max_new_tokens
-            figures = decode(
+            figures = time_tokens(
                 engine,
                 context=engine.context,
                 sessions=project.sessions,

@@ -13,7 +13,7 @@ import conf
 from fl.bench.settings import FederatedBenchSettings
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
-from lab.decode_settings import DecodeSettings
+from lab.decode import DecodeSettings
 from lab.doctor import DoctorSettings
 from lab.models.sources import random_config
 from lab.settings import LabSettings, ModelSource
@@ -22,8 +22,7 @@ from simulations.bench_settings import BenchSettings
 from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings
 from speculative.settings import SpeculativeSettings
-from split.bench.settings import SplitBenchSettings
-from split.bench.training_settings import SplitTrainBenchSettings
+from split.bench.settings import SplitBenchSettings, SplitTrainBenchSettings
 from split.merge import MergeSettings
 from split.plan import PlanSettings
 from split.settings import SplitSettings

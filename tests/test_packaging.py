@@ -8,16 +8,29 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("lab", "fl", "speculative", "split", "matrix", "conf", "simulations")
+from lab import environment
+from tests.test_safety import PACKAGES, ROOT
+
 DEADLINE = 180.0
 INSTALLED = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 """Where the dependencies are."""
+
+
+def test_every_list_of_our_packages_is_the_same() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    found = sorted(place.parent.name for place in ROOT.glob("*/__init__.py"))
+    assert sorted(PACKAGES) == found
+    assert sorted(tools["hatch"]["build"]["targets"]["wheel"]["packages"]) == found
+    assert sorted(tools["mypy"]["packages"]) == found
+    matrix = yaml.safe_load((ROOT / "conf" / "matrix.yaml").read_text(encoding="utf-8"))["matrix"]
+    assert sorted(matrix["sources"]) == sorted(environment.PACKAGES), "all code, and no values"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
-"""The README's commands are run: each line of its ```sh blocks is known here, or the test fails."""
+"""Commands of the pages are run: each line of their ```sh blocks is known here, or the test fails."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 import shlex
@@ -12,20 +14,12 @@ from typing import Any
 
 import pytest
 
-from lab.command.entry import compose_settings, literal_prompt
+from lab.command.entry import compose_settings
 from matrix.grid import make_cells, sort_words
 from matrix.settings import MatrixSettings
 from simulations import fed_sim
-from simulations.bench_settings import BenchSettings
-from simulations.link_settings import LinkRunSettings
-from speculative.settings import SpeculativeSettings
-from split.merge import MergeSettings
-from split.settings import SplitSettings
-from split.training.settings import SplitTrainSettings
 from tests.in_process import exit_code
-
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from tests.pages import PAGES, ROOT, commands_of, named
 
 SMALL = (
     "project.rounds=1 project.local_steps=2 project.optimization.warmup_steps=0 project.data.sequence_length=64 "
@@ -37,7 +31,7 @@ TINY = [*SMALL, "model=random", "model.quantization=none"]
 ONE_FILE = ["project.data.source=jsonl", "project.data.path=my.jsonl", "project.baseline=central"]
 """For those that are not the first: a process, Ray and the default data were seen to work by then."""
 
-RUN_AS_THEY_STAND = ("python -m fl.sizes", "python -m lab.doctor")
+RUN_AS_THEY_STAND = ("python -m fl.sizes", "python -m lab.doctor", "python -m split.plan")
 SHRUNK = ("python simulations/fed_sim.py",)
 PROVED_ELSEWHERE = {
     "flower-superlink": "tests/fl/test_deployment.py",
@@ -45,29 +39,34 @@ PROVED_ELSEWHERE = {
     "flwr supernode register": "tests/fl/test_deployment.py",
     "flwr run": "tests/fl/test_deployment.py",
     "flwr list": "tests/fl/test_deployment.py",
+    "flwr log": "tests/fl/test_deployment.py",
     "python -m fl.certificates": "tests/fl/test_certificates.py",
+    "python -m simulations.results": "tests/simulations/test_results.py",
+    "python -m tests.architectures": "tests/lab/models/test_proof.py",
 }
-COMPOSED = {
-    "python -m speculative.": ("spec_decoding", SpeculativeSettings),
-    "python simulations/link.py": ("link", LinkRunSettings),
-    "python -m simulations.bench": ("bench", BenchSettings),
-    "python -m split.train": ("split_train", SplitTrainSettings),
-    "python -m split.learn": ("split_train", SplitTrainSettings),
-    "python -m split.merge": ("split_merge", MergeSettings),
-    "python -m split.": ("split_inf", SplitSettings),
-}
-"""Roles that wait for a peer: their own tests run them, here their words compose."""
+EXAMPLE = "python examples/"
+"""`tests/test_examples.py` runs them."""
+SOAK = "python -m tests.soak"
+"""Each run in small is a test of its own; here its name is known."""
 MATRIX = "python run_matrix.py"
 """Its own tests run it; here every cell of the grid composes."""
+COMPOSED = (
+    "python -m speculative.",
+    "python -m split.",
+    "python -m fl.bench",
+    "python -m lab.decode",
+    "python -m simulations.bench",
+    "python simulations/link.py",
+)
+"""Roles that wait for a peer, on this or another machine, and what takes long: their own tests run them, here their
+words compose to the settings that the command itself reads."""
 SHELL = ("openssl ", ". .venv/bin/activate", "export ", "mkdir ", "C=", "cd ")
 BY_HAND = ("python3 -m venv", ".venv/bin/python")
 
 
 def commands() -> list[str]:
-    """Every command of the README's ```sh blocks, continued lines joined, comments cut."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split(" #")[0].split()) for line in lines if line.strip() and not line.startswith("#")]
+    """Those of all pages, each once."""
+    return list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 
 
 def starting_with(*prefixes: str) -> list[str]:
@@ -83,11 +82,26 @@ def run(command: list[str], folder: Path) -> dict[str, Any]:
     return document
 
 
-def test_every_command_is_known() -> None:
-    assert len(commands()) >= 20
-    known = (*RUN_AS_THEY_STAND, *SHRUNK, *PROVED_ELSEWHERE, *COMPOSED, MATRIX, *SHELL, *BY_HAND, "make ")
-    unknown = [command for command in commands() if not command.startswith(known)]
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_command_is_known(page: Path) -> None:
+    known = (
+        *RUN_AS_THEY_STAND,
+        *SHRUNK,
+        *PROVED_ELSEWHERE,
+        *COMPOSED,
+        MATRIX,
+        *SHELL,
+        *BY_HAND,
+        "make ",
+        EXAMPLE,
+        SOAK,
+    )
+    unknown = [command for command in commands_of(page) if not command.startswith(known)]
     assert not unknown, f"say in this test how these are proved: {unknown}"
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(commands()) >= 60
 
 
 @pytest.mark.parametrize("command", starting_with(*RUN_AS_THEY_STAND))
@@ -95,7 +109,7 @@ def test_a_command_as_it_stands(command: str, tmp_path: Path) -> None:
     assert run(shlex.split(command), tmp_path)["status"] == "ok"
 
 
-FIRST, *OTHERS = starting_with(*SHRUNK)
+FIRST, *OTHERS = sorted(starting_with(*SHRUNK), key=len)
 
 
 @pytest.mark.real
@@ -120,12 +134,32 @@ def test_another_federation_in_small(
     assert (line["status"], line["rounds_completed"]) == ("ok", 1)
 
 
+def door(command: str) -> tuple[str, Any]:
+    """The configuration and the type of settings that a command's own module names."""
+    words = shlex.split(command)
+    name = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
+    module = importlib.import_module(name)
+    module = importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
+    [(config, settings_type)] = re.findall(r'entry\.main\("(\w+)", (\w+), ', inspect.getsource(module))
+    return config, getattr(module, settings_type)
+
+
 @pytest.mark.parametrize("command", starting_with(*COMPOSED))
 def test_the_words_of_a_role_compose(command: str) -> None:
-    config, settings_type = next(value for prefix, value in COMPOSED.items() if command.startswith(prefix))
-    words = [word for word in shlex.split(command.replace("<the verifier>", "10.0.0.2")) if "=" in word]
-    overrides = " ".join(shlex.quote(word) for word in literal_prompt(words))
-    assert compose_settings(config, overrides, settings_type).seed >= 0
+    words = [word for word in shlex.split(re.sub(r"<.*?>", "10.0.0.2", command)) if "=" in word]
+    assert compose_settings(door(command)[0], words, door(command)[1]).seed >= 0
+
+
+@pytest.mark.parametrize("command", starting_with(SOAK))
+def test_the_names_of_soak_runs_are_known(command: str) -> None:
+    text = (ROOT / "tests/soak.py").read_text(encoding="utf-8")
+    names = [name for name in command.removeprefix(SOAK).split() if name != "NAME"]
+    assert [name for name in names if f"def {name}(" not in text] == []
+
+
+@pytest.mark.parametrize("command", starting_with(EXAMPLE))
+def test_examples_exist(command: str) -> None:
+    assert (ROOT / command.split()[1]).exists()
 
 
 @pytest.mark.parametrize("command", starting_with(MATRIX))
@@ -138,13 +172,13 @@ def test_the_cells_of_a_sweep_compose(command: str) -> None:
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {command.split()[1] for command in starting_with("make ")} | set(re.findall(r"`make ([a-z]+)`", README))
-    assert {"demo", "test"} <= named <= targets
+    named_targets = {command.split()[1] for command in starting_with("make ")}
+    assert {"demo", "test"} <= named_targets <= targets
 
 
 @pytest.mark.parametrize("program", PROVED_ELSEWHERE)
 def test_commands_across_machines_are_those_of_their_tests(program: str) -> None:
-    """The deployment tests run what `fl.certificates` prints, so that text must hold every option the README names."""
+    """The deployment tests run what `fl.certificates` prints, so that text must hold every option that a page names."""
     proved = (ROOT / PROVED_ELSEWHERE[program]).read_text() + (ROOT / "fl/certificates.py").read_text()
     options = {word for command in starting_with(program) for word in command.split() if word.startswith("--")}
     assert options or starting_with(program)

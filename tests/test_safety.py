@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lab import environment
+
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("lab", "fl", "speculative", "split", "matrix", "conf", "simulations")
+PACKAGES = (*environment.PACKAGES, "conf")
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 CALLS = {"torch.load", "torch.save", "eval", "exec", "numpy.load", "np.load", "yaml.load", "pandas.read_pickle"}
 RPC = "torch.distributed."

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from lab.command import entry, streams
 from lab.command.terminal import TextStream
-from lab.decode_settings import DecodeSettings
+from lab.decode import DecodeSettings
 from lab.settings import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -145,6 +145,11 @@ class Signals:
 _current: Signals | None = None
 
 
+def is_ending() -> bool:
+    """Whether a signal has come that ends this process."""
+    return _current is not None and _current.number is not None
+
+
 @contextmanager
 def told(call: Callable[[], object]) -> Iterator[None]:
     """A signal within the block is told by `call`, which must neither wait nor raise; Stopped is raised at its end,

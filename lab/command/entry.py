@@ -38,12 +38,13 @@ from lab.command.ending import (
     disk_full,
     end_children,
     end_of,
+    is_ending,
     leave_at_once,
 )
 from lab.command.explain import explain
-from lab.command.overrides import override, with_texts_as_typed
+from lab.command.overrides import override, parse_options, with_texts_as_typed
 from lab.command.terminal import has_room, one_line
-from lab.environment import describe_environment, version
+from lab.environment import PACKAGES, describe_environment, version
 from lab.faults import EndedBy
 from lab.files import whose_place, write_whole
 from lab.models.architecture import as_described
@@ -149,8 +150,10 @@ class _Command:
                 raised.append(_as_users(error, config, self.place))
 
         streams.check_arguments(sys.argv[1:])
-        check_runs_once(sys.argv[1:])
-        sys.argv[1:] = with_texts_as_typed(literal_prompt(sys.argv[1:]), settings_type)
+        words = parse_options(sys.argv[1:]).overrides
+        options = [argument for argument in sys.argv[1:] if argument not in words]
+        # Words first: Hydra takes none that stands behind an option.
+        sys.argv[1:] = [*with_texts_as_typed(literal_prompt(words), settings_type), *options]
         hydra.main(version_base="1.3", config_path="../../conf", config_name=config_name)(task)()
         if raised:
             raise raised[0]
@@ -208,13 +211,6 @@ class _Command:
             streams.print_last_line(_as_json(figures), self._out)
         else:
             finish(figures, self._settings, self.place, self._out)
-
-
-def check_runs_once(arguments: list[str]) -> None:
-    """UserError where Hydra would run the command several times: each run has a process and a last line of its own."""
-    for word in arguments:
-        if word in ("-m", "--multirun", "hydra.mode=MULTIRUN"):
-            raise UserError(f"a command must run once (run_matrix.py runs one for each value of key=a,b), got {word}")
 
 
 def _as_users(error: Exception, config: DictConfig, place: Run) -> Exception:
@@ -331,7 +327,9 @@ def finish(figures: dict[str, Any], settings: LabSettings, place: Run, out: Text
     streams.print_last_line(text, out or sys.stdout)
 
 
-def _device(settings: LabSettings) -> str:
+def _device(settings: LabSettings) -> str | None:
+    if is_ending() and "lab.device" not in sys.modules:  # an end is not the time to load torch
+        return None
     from lab.device import open_device  # imports torch, which `--help` can do without
 
     return open_device(settings.device).type
@@ -354,7 +352,7 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU path works; that a faster one exists is no news
-    for package in ("lab", "fl", "speculative", "split", "matrix", "simulations", "__main__"):
+    for package in (*PACKAGES, "__main__"):
         logging.getLogger(package).setLevel(level)
 
 

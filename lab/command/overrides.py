@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
+from lab.settings import UserError
+
 _WORD = re.compile(r"\+{0,2}(?P<key>[\w.]+)=(?P<value>.*)", re.DOTALL)
 _TEXTS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir")
+
+
+def parse_options(arguments: Sequence[str]) -> Namespace:
+    """A command line as Hydra parses it: its own options, and `overrides`, the words. UserError for an option that
+    Hydra does not have, or that would run the command several times."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"arguments must be key=value or options that --hydra-help lists: {message}")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints a page
+    options = parser.parse_intermixed_args(arguments)
+    for word in arguments:
+        if word in ("-m", "--multirun", "hydra.mode=MULTIRUN"):  # each run has a process and a last line of its own
+            raise UserError(f"a command must run once (run_matrix.py runs one for each value of key=a,b), got {word}")
+    return options
 
 
 def override(key: str, value: object) -> str:

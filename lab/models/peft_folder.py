@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lab.file_digests import sha256_of
 from lab.files import path_of
 from lab.settings import UserError
 
@@ -53,8 +54,7 @@ def folder_digest(folder: str | Path) -> str:
     described = {name: value for name, value in read_fields(place).items() if name not in RECORDS}
     sha = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     try:
-        with (place / TENSORS_FILE).open("rb") as stream:
-            sha.update(hashlib.file_digest(stream, "sha256").digest())
+        sha.update(sha256_of(place / TENSORS_FILE))
     except OSError as error:
         raise UserError(f"model.adapter must be readable, got {str(place)!r} ({error.strerror})") from None
     return sha.hexdigest()[:16]

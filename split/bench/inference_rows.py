@@ -1,4 +1,4 @@
-"""The measurements of `split.bench`, a function each: from the processes of a `Rig` to a row of figures."""
+"""The parts of `split.bench`: each measures with the processes of a `Rig` and gives a row of figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lab.bench import Sample, interleaved, judged, ratio
+from lab.bench import Row, Sample, interleaved, judged, ratio
 from lab.command.entry import compose_settings
 from lab.command.overrides import override
 from lab.command.processes import listening, run_to_end
@@ -31,8 +31,6 @@ from split.plan import sized_architecture
 from split.planner import Node, Work, make_plan_with_cuts
 from split.settings import SplitSettings
 from split.transport.base import ShardReport
-
-Row = dict[str, Any]
 
 WARM_UP = 2
 TEXTS = 4
@@ -401,3 +399,17 @@ def _perplexity(engine: Engine, ids: Sequence[int]) -> float:
     with engine.open([], Sampling.greedy()) as session:
         [step] = engine.extend([(session, ids)], "all")
     return math.exp(statistics.fmean(step.nll[1:]))
+
+
+PARTS: dict[str, Callable[[Rig], Row]] = {
+    "added_tcp": added_tcp,
+    "added_rpc": added_rpc,
+    "link": link,
+    "prefill": prefill,
+    "batch": batch,
+    "plan": plan,
+    "boundary": boundary,
+    "times": times,
+    "speculation": speculation,
+    "memory": memory,
+}

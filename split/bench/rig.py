@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lab.bench import pinned
+from lab.bench import link_process, pinned
 from lab.command.entry import compose_settings
-from lab.command.processes import listening, own_words
+from lab.command.processes import own_words
 from lab.device import open_device
 from lab.engine.base import LocalEngine
 from lab.models.layers import load_proved
@@ -123,18 +123,10 @@ class Rig:
         a token crosses it once each way. The link is a process of its own, on the second shard's core: that of a shard
         which stays awake would not be free when the delay is over."""
         one, two = self.addresses(self.project.cut, awake=False)
-        delay = rtt_seconds / 2
-        words = [
-            "network.port=0",
-            "tracking=none",
-            f"project.target_port={two.rpartition(':')[2]}",
-            f"project.up.delay_seconds={delay}",
-            f"project.down.delay_seconds={delay}",
-            f"project.buffer_bytes={LINK_BUFFER_BYTES}",
-        ]
-        folder = self.folder / f"link-{rtt_seconds:g}"
-        with pinned(1), listening("simulations.link", words, folder, self.project.start_seconds) as port, pinned(0):
-            yield [one, f"127.0.0.1:{port}"]
+        port, folder = int(two.rpartition(":")[2]), self.folder / f"link-{rtt_seconds:g}"
+        buffer = f"project.buffer_bytes={LINK_BUFFER_BYTES}"
+        with pinned(1), link_process(port, rtt_seconds, folder, self.project.start_seconds, buffer) as own, pinned(0):
+            yield [one, f"127.0.0.1:{own}"]
 
     @contextmanager
     def rpc(self) -> Iterator[ShardedModel]:

@@ -1,4 +1,4 @@
-"""The measurements of `split.bench.training`: pinned shard processes, and the whole model in this one."""
+"""The parts of `split.bench.training`: pinned shard processes, and the whole model in this one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle, islice, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lab.bench import Sample, interleaved, pinned, ratio
+from lab.bench import Row, Sample, interleaved, judged, pinned, ratio
 from lab.command.entry import compose_settings
 from lab.command.processes import own_words, run_to_end
 from lab.device import open_device
@@ -22,12 +21,12 @@ from lab.learning.examples import Batch, Example, collate
 from lab.learning.training import train_steps
 from lab.models.shape import ModelShape
 from lab.models.sources import load_config, load_tokenizer_only, prepare_checkpoint
-from split.bench.training_settings import SplitTrainBenchSettings
+from split.bench.settings import SplitTrainBenchSettings
 from split.settings import TransportKind
 from split.training.checkpoint import Manifest
 from split.training.data import ordered, training_examples
-from split.training.open import identity_of, open_shards
-from split.training.run import make_recipe
+from split.training.open import open_shards
+from split.training.run import make_recipe, new_manifest
 from split.training.schedule import Phase, Schedule, Timeline, even_bubble, least_seconds, operations, replay
 from split.training.settings import SplitTrainSettings
 from split.training.trainer import Backward, DistributedTrainer, Shards, StepFigures, split_batch
@@ -36,17 +35,16 @@ from split.training.unsplit import train_unsplit, whole_model
 log = logging.getLogger(__name__)
 
 MOST_OFF = 0.10
-"""A replay may differ from what it predicts by so much."""
+"""Largest difference of a replay from the measured step, as a share of it."""
 BUBBLE_SLACK = 0.05
 LEAST_SPEEDUP = 1.5
 MOST_OVERHEAD = 1.01
 MOST_MEMORY = 1.1
 ADAPTER_BAND = 1e-4
-Row = dict[str, Any]
 
 
-class TrainBench:
-    """Everything that several measurements share. Close it: it ends the processes."""
+class TrainingRig:
+    """Shards and models that the parts share; a method for each part. Close it: it ends the processes."""
 
     def __init__(self, settings: SplitTrainBenchSettings, folder: Path) -> None:
         self._project, self._folder = settings.project, folder
@@ -79,7 +77,7 @@ class TrainBench:
         self._stack.close()
 
     def pipeline(self) -> Row:
-        """Both schedules at every number of micro-batches."""
+        """Measure both schedules at every number of micro-batches."""
         rows: list[Row] = []
         for schedule, count in product(Schedule, self._project.micro_batches):
             trainer = self._trainer(count, schedule)
@@ -91,11 +89,15 @@ class TrainBench:
             abs(row["predicted_over_measured"] - 1) <= MOST_OFF and row["bubble_fraction"] <= row["bubble_bound"]
             for row in rows
         )
-        target = "replay within 10 % of the step, bubble at most (p-1)/(m+p-1) + 0.05"
-        return {"cases": rows, "target": target, "holds": ok}
+        return judged(
+            "pipeline",
+            {"cases": rows},
+            "replay within 10 % of the step, bubble at most (p-1)/(m+p-1) + 0.05",
+            ok,
+        )
 
     def throughput(self) -> Row:
-        """Tokens a second of both, a step each in turn."""
+        """Measure tokens a second of the split and of the whole model, a step each in turn."""
         project, count = self._project, self._project.throughput_micro_batches
         optimization = self._settings.project.optimization
         trainer = self._trainer(count)
@@ -122,46 +124,48 @@ class TrainBench:
 
             found = interleaved({"split": split, "unsplit": unsplit}, 1, project.repeats)
         gain = ratio(found["split"], found["unsplit"])
-        return {
-            "micro_batches": count,
-            "tokens_per_second": {name: Sample.of(readings) for name, readings in found.items()},
-            "split_over_unsplit": gain,
-            "target": f"at least {LEAST_SPEEDUP} x the whole model on one core",
-            "holds": gain.median >= LEAST_SPEEDUP,
-        }
+        return judged(
+            "throughput",
+            {
+                "micro_batches": count,
+                "tokens_per_second": {name: Sample.of(readings) for name, readings in found.items()},
+                "split_over_unsplit": gain,
+            },
+            f"at least {LEAST_SPEEDUP} x the whole model on one core",
+            gain.median >= LEAST_SPEEDUP,
+        )
 
     def boundary(self) -> Row:
-        """Bytes of a step."""
+        """Count the bytes between the shards in a step."""
         count = self._project.throughput_micro_batches
         hidden = ModelShape.of(load_config(self._settings.model)).hidden_size
         rows = count * self._project.examples_per_micro_batch
         payload = 2 * rows * self._project.sequence_length * hidden * 4  # hidden states and gradients in float32
         sent = self._trainer(count).train_step().boundary_bytes
-        return {
-            "payload_bytes": payload,
-            "boundary_bytes": sent,
-            "sent_over_payload": sent / payload,
-            "target": "at most 1 % more than hidden states and gradients",
-            "holds": payload <= sent <= MOST_OVERHEAD * payload,
-        }
+        return judged(
+            "boundary",
+            {"payload_bytes": payload, "boundary_bytes": sent, "sent_over_payload": sent / payload},
+            "at most 1 % more than hidden states and gradients",
+            payload <= sent <= MOST_OVERHEAD * payload,
+        )
 
     def memory(self) -> Row:
-        """Each shard of two layers of a large random model, everything trained, in a process of its own."""
+        """Train each shard of two layers of a large random model, all weights, in a process of its own."""
         words = [*self._project.memory_overrides, "project.train=everything"]
         model = compose_settings("split_train", words, SplitTrainSettings).model
         prepare_checkpoint(model)  # here: making the weights takes more memory than a shard of them
         layers = model.architecture.layers
         rows = [memory_of(words, range(first, first + 2)) for first in range(0, layers, 2)]
         worst = max(row["peak_over_own"] for row in rows)
-        return {
-            "shards": rows,
-            "peak_over_own": worst,
-            "target": f"at most {MOST_MEMORY} x weights + gradients + optimizer + activations",
-            "holds": worst <= MOST_MEMORY,
-        }
+        return judged(
+            "memory",
+            {"shards": rows, "peak_over_own": worst},
+            f"at most {MOST_MEMORY} x weights + gradients + optimizer + activations",
+            worst <= MOST_MEMORY,
+        )
 
     def adapter(self) -> Row:
-        """Losses of a run on real text beside those of the unsplit run."""
+        """Compare the losses of a run on real text with those of the unsplit run."""
         project, seed = self._settings.project, self._settings.seed
         examples = training_examples(project.data, load_tokenizer_only(self._settings.model), seed)
         size = project.optimization.batch_size
@@ -170,18 +174,21 @@ class TrainBench:
         losses = [trainer.train_step().loss for _ in range(project.steps)]
         unsplit = train_unsplit(self._settings, make_recipe(self._settings), examples, self._device)
         apart = max(abs(a - b) for a, b in zip(losses, unsplit, strict=True))
-        return {
-            "steps": project.steps,
-            "micro_batches": project.micro_batches,
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
-            "largest_difference": apart,
-            "target": f"losses within {ADAPTER_BAND:g} at every step",
-            "holds": apart <= ADAPTER_BAND,
-        }
+        return judged(
+            "adapter",
+            {
+                "steps": project.steps,
+                "micro_batches": project.micro_batches,
+                "first_loss": losses[0],
+                "last_loss": losses[-1],
+                "largest_difference": apart,
+            },
+            f"losses within {ADAPTER_BAND:g} at every step",
+            apart <= ADAPTER_BAND,
+        )
 
     def _batches(self, micro_batches: int) -> Iterator[Batch]:
-        """The same examples again and again, in order."""
+        """Batches of the same examples, in order, without end."""
         rows = cycle(self._examples)
         while True:
             yield collate(list(islice(rows, micro_batches * self._project.examples_per_micro_batch)))
@@ -196,14 +203,14 @@ class TrainBench:
         return self._stack.enter_context(open_shards(settings, recipe, self._device, self._folder, checkpoints, words))
 
     def _trainer(self, micro_batches: int, schedule: Schedule = Schedule.one_f_one_b) -> DistributedTrainer:
-        """A run from its first step; the shards begin anew."""
+        """A trainer at the first step of a run; the shards start again."""
         manifest = self._manifest(micro_batches, 10**6)
         return self._run(lambda: self._batches(micro_batches), micro_batches, schedule, manifest)
 
     def _run(
         self, batches: Callable[[], Iterator[Batch]], batch_size: int, schedule: Schedule, manifest: Manifest
     ) -> DistributedTrainer:
-        """Over the shards that every part has."""
+        """A trainer over the shards of all parts."""
         return DistributedTrainer(
             *self._chain,
             batches=batches,
@@ -215,32 +222,28 @@ class TrainBench:
         )
 
     def _manifest(self, micro_batches: int, steps: int) -> Manifest:
-        """Of a run that has taken no step."""
-        settings = self._settings
-        return Manifest(
-            run="0" * 16,
-            step=0,
-            model=identity_of(settings.model),
-            dtype=settings.model.dtype.name,
-            cuts=[0, *(part.stop for part in self._chain[0].transport.layers)],
-            digests=[],
-            recipe=make_recipe(settings),
-            optimization={},
-            data={},
-            total_steps=steps,
-            micro_batches=micro_batches,
-            seed=settings.seed,
-            loss_by_step=[],
-        )
+        """The manifest of a run that has taken no step."""
+        manifest = new_manifest(self._settings, self._chain[0], make_recipe(self._settings), data_digest="")
+        manifest.micro_batches, manifest.total_steps = micro_batches, steps
+        return manifest
+
+
+PARTS: dict[str, Callable[[TrainingRig], Row]] = {
+    "pipeline": TrainingRig.pipeline,
+    "throughput": TrainingRig.throughput,
+    "boundary": TrainingRig.boundary,
+    "memory": TrainingRig.memory,
+    "adapter": TrainingRig.adapter,
+}
 
 
 def memory_of(words: Sequence[str], layers: range) -> Row:
-    """What `split.bench.memory_probe` says of some layers."""
+    """The figures of `split.bench.memory_probe` for some layers."""
     return run_to_end("split.bench.memory_probe", [str(layers.start), str(layers.stop), *words], None, 300)[1]
 
 
 def pipeline_row(figures: list[StepFigures], schedule: Schedule, micro_batches: int) -> Row:
-    """What was measured at one schedule beside what its replay says."""
+    """The measured times of one schedule next to those of its replay."""
     timelines = [one.timeline for one in figures if one.timeline is not None]
     shards = len(timelines[0].shards)
     seconds = {phase: [stage_seconds(timelines, place, phase) for place in range(shards)] for phase in Phase}
@@ -265,6 +268,6 @@ def pipeline_row(figures: list[StepFigures], schedule: Schedule, micro_batches: 
 
 
 def stage_seconds(timelines: list[Timeline], place: int, phase: Phase) -> float:
-    """The median time of one micro-batch at one shard."""
+    """Median time of one micro-batch at one shard."""
     spans = [span for timeline in timelines for span in timeline.shards[place] if span.operation.phase is phase]
     return statistics.median(span.end - span.begin for span in spans)

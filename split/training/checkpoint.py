@@ -24,6 +24,7 @@ import msgspec
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lab.file_digests import sha256_of
 from lab.files import whole_folder, write_whole
 from lab.settings import UserError
 from split.training.messages import Recipe
@@ -182,8 +183,4 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _digest(folder: Path) -> str:
-    sha = hashlib.sha256()
-    for name in (WEIGHTS, OPTIMIZER, PART):
-        with (folder / name).open("rb") as stream:
-            sha.update(hashlib.file_digest(stream, "sha256").digest())
-    return sha.hexdigest()
+    return hashlib.sha256(b"".join(sha256_of(folder / name) for name in (WEIGHTS, OPTIMIZER, PART))).hexdigest()

@@ -116,18 +116,15 @@ def check_frame(settings: SplitTrainSettings, examples: list[Example]) -> None:
         )
 
 
-def first_manifest(
-    settings: SplitTrainSettings, shards: Shards, recipe: Recipe, checkpoints: Path, data_digest: str
-) -> tuple[Manifest, Path]:
-    """Where the run begins, and the root of its checkpoints. UserError for a checkpoint that does not fit."""
+def new_manifest(settings: SplitTrainSettings, shards: Shards, recipe: Recipe, data_digest: str) -> Manifest:
+    """The manifest of a run that has taken no step."""
     project = settings.project
-    layers = shards.transport.layers
-    begin = Manifest(
+    return Manifest(
         run=secrets.token_hex(8),
         step=0,
         model=identity_of(settings.model),
         dtype=settings.model.dtype.name,
-        cuts=[0, *(part.stop for part in layers)],
+        cuts=[0, *(part.stop for part in shards.transport.layers)],
         digests=[],
         recipe=recipe,
         optimization=to_plain(asdict(project.optimization)),
@@ -138,6 +135,14 @@ def first_manifest(
         loss_by_step=[],
         data_digest=data_digest,
     )
+
+
+def first_manifest(
+    settings: SplitTrainSettings, shards: Shards, recipe: Recipe, checkpoints: Path, data_digest: str
+) -> tuple[Manifest, Path]:
+    """The step that the run begins at, and the root of its checkpoints. UserError for an unfit checkpoint."""
+    project = settings.project
+    begin = new_manifest(settings, shards, recipe, data_digest)
     if project.resume is None:
         return begin, checkpoints
     folder = latest_step(path_of(project.resume, "project.resume"))

@@ -178,3 +178,22 @@ def test_the_command_says_what_to_type_next(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert again.stderr.startswith("error: ca.crt must not be there yet")
     assert again.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-", "<&- >&- 2>&-", "| head -c 0", "> /dev/full"])
+@pytest.mark.skipif(os.name == "nt", reason="a shell of its own")
+def test_a_key_is_made_whoever_reads_what_is_said(closed: str, tmp_path: Path) -> None:
+    words = f"{sys.executable} -m fl.certificates site alice --folder {tmp_path} {closed}"
+    done = subprocess.run(words, shell=True, cwd=certificates.CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, (tmp_path / "alice.pub").exists()) == (int("full" in closed), True)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, why in ((tmp_path / "file" / "José", "Not a directory"), (Path("~nobody-here/x"), "a path without ~")):
+        done = call("site", "alice", "--folder", str(folder))
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith("error: --folder must be ")
+        assert why in done.stderr

@@ -6,6 +6,8 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.bench import Sample, interleaved, judged, missed, ratio, write_report
+from lab.bench import Row, Sample, interleaved, judged, missed, ratio, run_parts, write_report
+from lab.command.entry import Run, compose_settings
+from lab.decode import DecodeSettings
+from lab.settings import UserError
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1))
@@ -83,3 +88,29 @@ def test_what_a_row_was_to_show_stands_in_it_and_is_said(caplog: pytest.LogCaptu
 def test_rows_that_miss_their_target_are_counted() -> None:
     rows = [judged("a", {}, "n", holds) for holds in (True, False, False)]
     assert missed([*rows, {"part": "not judged"}]) == 2
+
+
+def test_parts_are_measured_in_order_and_the_report_has_those_before_one_that_fails(tmp_path: Path) -> None:
+    settings, place, report = compose_settings("decode", "tracking=none", DecodeSettings), Run(tmp_path), tmp_path / "a"
+    report.write_text(json.dumps({"rows": [{"row": "one", "n": 1}, {"row": "old", "n": 2}]}))
+
+    def run(*chosen: str) -> Row:
+        parts: dict[str, Callable[[int], Row | list[Row]]] = {
+            "one": lambda n: judged("one", {"n": n}, "n at least 9", n >= 9),
+            "two": lambda n: [{"n": n}, {"n": n + 1}],
+            "bad": lambda n: [{"n": n / 0}],
+        }
+        return run_parts("toy", parts, chosen, nullcontext(5), settings=settings, place=place, report=report)
+
+    def rows() -> list[tuple[str, int]]:
+        return [(row["row"], row["n"]) for row in json.loads(report.read_text())["rows"]]
+
+    assert run("two", "one")["missed"] == 1
+    assert rows() == [("old", 2), ("two", 5), ("two", 6), ("one", 5)]
+    with pytest.raises(ZeroDivisionError):
+        run("one", "bad", "two")
+    assert place.so_far is not None
+    assert [row["row"] for row in place.so_far()["rows"]] == ["one"]
+    assert rows() == [("old", 2), ("one", 5)]
+    with pytest.raises(UserError, match=r"^project.parts must be of one, two, bad, got \['none'\]$"):
+        run("one", "none")

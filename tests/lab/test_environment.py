@@ -82,7 +82,7 @@ def test_environment_is_json_and_true() -> None:
 
 
 def test_absent_package_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "PACKAGES", ("no-such-package-anywhere",))
+    monkeypatch.setattr(environment, "LIBRARIES", ("no-such-package-anywhere",))
     assert environment.describe_environment()["versions"]["no-such-package-anywhere"] is None
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from lab.command.entry import compose_settings
 from lab.settings import UserError
+from matrix.contents import sources_digest
 from matrix.grid import Cell, as_word, look_up, make_cells, sort_words
 from matrix.settings import MatrixSettings, SweepSettings
-from matrix.sources import sources_digest
 from matrix.sweep import plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +38,29 @@ def points(*words: str) -> list[list[Any]]:
     return [list(cell.point.values()) for cell in cells(*words)]
 
 
+@pytest.mark.parametrize("option", [("--config-dir",), ("-cd",), ("--config-dir=",)])
+def test_cells_find_what_stands_in_a_config_folder_of_ones_own(tmp_path: Path, option: tuple[str]) -> None:
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    ours = (ROOT / "conf" / "model" / "random.yaml").read_text().replace("name: random-1M", "name: mine")
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text(ours)
+    place = str(tmp_path / "conf")
+    told = [f"{option[0]}{place}"] if option[0].endswith("=") else [*option, place]
+    axes = ("model=mine", "project.context=64", "project.sessions=1")
+    (cell,) = make_cells(sweep_settings("matrix=decode"), words := sort_words(["matrix=decode", *told, *axes]))
+    assert cell.settings["model"]["name"] == "mine"
+    assert cell.words[0] == f'hydra.searchpath=["file://{place}"]', "its command finds it, too"
+    assert words.sweep == ["matrix=decode", *told, "model=mine"]
+    with pytest.raises(UserError, match=r"^model must be one of .*, got 'mine'"):
+        cells("matrix=decode", *axes)
+
+
 def test_words_go_to_whoever_reads_them() -> None:
     words = sort_words(
         ["matrix=decode", "model=random", "seed=3", "project.context=64,128", "project.cache_bucket=8", "tracking=none",
-         "device.threads=1,2", "--cfg", "+project.x=1", "prompt=one, two", "hydra.run.dir=x"]
+         "device.threads=1,2", "--cfg", "job", "+project.x=1", "prompt=one, two", "hydra.run.dir=x"]
     )  # fmt: skip
-    assert words.sweep == ["matrix=decode", "model=random", "seed=3", "tracking=none", "--cfg", "hydra.run.dir=x"]
+    own = ["matrix=decode", "model=random", "seed=3", "tracking=none", "--cfg", "job", "hydra.run.dir=x"]
+    assert words.sweep == own
     assert words.cells == ["model=random", "seed=3", "project.cache_bucket=8", "+project.x=1", "prompt=one, two"]
     assert words.axes == {
         "project.context": ["project.context=64", "project.context=128"],

@@ -143,6 +143,8 @@ def test_result_appears_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         ("project=fed_learn", "project must be "),
         ("-m", "a command must run once (run_matrix.py runs one for each value of key=a,b), got -m"),
         ("hydra.mode=MULTIRUN", "a command must run once (run_matrix.py runs one "),
+        ("--nope", "arguments must be key=value or options that --hydra-help lists: unrecognized arguments: --nope"),
+        ("--cfg=x", "arguments must be key=value or options that --hydra-help lists: argument --cfg/-c: invalid"),
         ("--config-name=nope", "Cannot find primary config 'nope'"),
     ],
 )

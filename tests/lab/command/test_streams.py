@@ -22,7 +22,7 @@ SECONDS = 120.0
 SCRIPT = """
 import sys
 from lab.command import entry
-from lab.decode_settings import DecodeSettings
+from lab.decode import DecodeSettings
 from lab.command.terminal import TextStream
 
 def run(settings, place):

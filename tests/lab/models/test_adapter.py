@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTra
 
 from lab import decode
 from lab.command.entry import Run, compose_settings
-from lab.decode_settings import DecodeSettings
+from lab.decode import DecodeSettings
 from lab.models.adapter import add_adapter, fit_adapter, read_adapter
 from lab.models.peft_folder import IDENTITY_KEY, folder_digest
 from lab.models.sources import byte_tokenizer, load_config, load_model, model_identity

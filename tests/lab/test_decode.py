@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import decode as decode_command
+from lab import decode
 from lab.command.entry import Run, compose_settings
-from lab.decode_settings import DecodeSettings
-from lab.decoding import decode
+from lab.decode import DecodeSettings, time_tokens
 from lab.engine.base import SyntheticEngine
 from lab.settings import UserError
 
@@ -29,7 +28,7 @@ def synthetic(context: int = 64, sessions: int = 3, row_seconds: float = 0.0) ->
 
 def test_times_are_those_of_the_engine() -> None:
     """10 ms a pass and 1 ms a further row: 3 texts in step, prompts of 56 tokens."""
-    figures = decode(synthetic(row_seconds=0.001), context=64, sessions=3, new_tokens=8)
+    figures = time_tokens(synthetic(row_seconds=0.001), context=64, sessions=3, new_tokens=8)
     assert figures["token_seconds_p50"] >= 0.012
     assert figures["time_to_first_token_seconds"] >= 0.01 + 0.001 * (3 * 56 - 1)
     assert 0 < figures["tokens_per_second"] <= 3 / 0.012
@@ -47,19 +46,19 @@ def test_windows_are_full_and_sessions_closed() -> None:
     engine = Watched(
         vocabulary_size=50, context=32, sessions=2, step_seconds=0.0, row_seconds=0.0, agreement=1.0, sleep=time.sleep
     )
-    decode(engine, context=32, sessions=2, new_tokens=5)
+    time_tokens(engine, context=32, sessions=2, new_tokens=5)
     assert lengths == [31, 31], "the last token is said, not read"
 
 
 def test_no_room_for_a_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match=r"new_tokens must be at least 2 and below context=8, got 8"):
-        decode(synthetic(), context=8, sessions=1, new_tokens=8)
+        time_tokens(synthetic(), context=8, sessions=1, new_tokens=8)
 
 
 def test_the_command_times_a_whole_model(tmp_path: Path) -> None:
     words = "model=random tracking=none project.context=48 project.sessions=2 project.max_new_tokens=4 device.threads=1"
     settings = compose_settings("decode", words, DecodeSettings)
-    figures = decode_command.run(settings, Run(tmp_path))
+    figures = decode.run(settings, Run(tmp_path))
     assert (figures["context"], figures["sessions"], figures["prompt_tokens"]) == (48, 2, 44)
     assert figures["tokens_per_second"] > 0
     assert figures["peak_rss_bytes"] > 2**20
@@ -76,6 +75,4 @@ def test_the_command_times_a_whole_model(tmp_path: Path) -> None:
 )
 def test_what_does_not_fit_is_named(words: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        decode_command.run(
-            compose_settings("decode", f"model=random tracking=none {words}", DecodeSettings), Run(tmp_path)
-        )
+        decode.run(compose_settings("decode", f"model=random tracking=none {words}", DecodeSettings), Run(tmp_path))
