@@ -34,15 +34,14 @@ Bytes are all that went over the connection while the text was made, both direct
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lab.bench import missed, write_report
+from lab.bench import run_parts
 from lab.command import entry
 from lab.environment import commit
-from lab.settings import UserError
-from lab.tracking import Tracker
 from speculative.bench import clients, loops, plots
 from speculative.bench.rig import Rig, for_engine
 from speculative.bench.rows import Row
@@ -71,29 +70,20 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     """Measure every part; the rows are the result."""
     settings = for_engine(settings)
     bench = settings.project.bench
-    known = PARTS[bench.engine]
-    if unknown := [part for part in bench.parts if part not in known]:
-        raise UserError(
-            f"project.bench.parts must be of {', '.join(known)} for engine={bench.engine.name}, got {unknown}"
-        )
-    rows: list[Row] = []
-    place.so_far = lambda: {"rows": rows}
-    with Tracker(settings, "speculative-bench", place.folder) as tracker, Rig(settings, place.folder) as rig:
-        for part in bench.parts or known:
-            for row in known[part](rig):
-                tracker.log(len(rows), **row)
-                rows.append(row)
-        path = place.folder / f"speculative-{bench.engine.name}-{commit() or 'unknown'}.json"
-        document = write_report(path, "speculative", rows)
-        pictures = draw(place.folder, document["rows"])
-        tracker.result({"rows": len(rows)})
-    return {
-        "benchmark": "speculative",
-        "report": path,
-        "pictures": pictures,
-        "missed": missed(rows),
-        "rows": document["rows"],
-    }
+    parts, engine = PARTS[bench.engine], bench.engine.name
+    report = place.folder / f"speculative-{engine}-{commit() or 'unknown'}.json"
+    figures = run_parts(
+        "speculative",
+        parts,
+        bench.parts or list(parts),
+        Rig(settings, place.folder),
+        settings=settings,
+        place=place,
+        report=report,
+        setting=f"project.bench.parts of engine={engine}",
+    )
+    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+    return figures | {"pictures": draw(place.folder, rows), "rows": rows}
 
 
 def draw(folder: Path, rows: list[Row]) -> list[Path]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import conf
-from lab.bench import pinned
+from lab.bench import link_process, pinned
 from lab.command.entry import compose_settings
 from lab.command.overrides import override
 from lab.command.processes import listening
@@ -128,7 +128,9 @@ class Rig:
         """Port of a link to the verifier with this round-trip time, half each way."""
         if rtt_seconds not in self._links:
             folder = self.folder / f"link-{rtt_seconds:g}"
-            self._links[rtt_seconds] = self._stack.enter_context(link_process(self.port, rtt_seconds, folder))
+            self._links[rtt_seconds] = self._stack.enter_context(
+                link_process(self.port, rtt_seconds, folder, START_SECONDS)
+            )
         return self._links[rtt_seconds]
 
     def join(self, rtt_seconds: float) -> RemoteTarget:
@@ -275,17 +277,3 @@ def model_words(settings: SpeculativeSettings) -> list[str]:
         )
     cache = path_of(model.cache_dir, "model.cache_dir")
     return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", override("model.cache_dir", cache)]
-
-
-@contextmanager
-def link_process(port: int, rtt_seconds: float, folder: Path) -> Iterator[int]:
-    """Start a link to `port` with this round-trip time, half each way; yields its own port."""
-    words = [
-        "network.port=0",
-        "tracking=none",
-        f"project.target_port={port}",
-        f"project.up.delay_seconds={rtt_seconds / 2}",
-        f"project.down.delay_seconds={rtt_seconds / 2}",
-    ]
-    with listening("simulations.link", words, folder, START_SECONDS) as own:
-        yield own

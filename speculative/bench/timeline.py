@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lab.bench import pinned
+from lab.bench import link_process, pinned
 from lab.device import open_device
 from lab.engine.base import Request, Want
 from lab.settings import WandbMode
 from lab.tracking import Tracker
-from speculative.bench.rig import DRAFTER_CORE, VERIFIER_CORE, WARM_UP_TOKENS, Case, Rig, link_process
+from speculative.bench.rig import DRAFTER_CORE, START_SECONDS, VERIFIER_CORE, WARM_UP_TOKENS, Case, Rig
 from speculative.drafter.loop import Round
 from speculative.drafts import Drafts
 from speculative.settings import Mode
@@ -120,7 +120,7 @@ def watch(rig: Rig, case: Case) -> Timeline:
     with ExitStack() as stack:
         verifier = stack.enter_context(watched_verifier(rig, timeline))
         folder = rig.folder / f"link-watched-{case.mode.name}"
-        link = stack.enter_context(link_process(verifier, case.rtt_seconds, folder))
+        link = stack.enter_context(link_process(verifier, case.rtt_seconds, folder, START_SECONDS))
         target = stack.enter_context(rig.join_at(link))
         list(rig.rounds(replace(case, mode=Mode.target_only, new_tokens=WARM_UP_TOKENS), target))
         timeline.restart()
