@@ -55,7 +55,9 @@ from typing import Annotated
 import msgspec
 
 from lab.engine.sampling_head import SAMPLING_BYTES, SamplingHead
-from lab.wire import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
+from lab.network import make_endpoint
+from lab.settings import NetworkSettings
+from lab.wire import FIRST_APPLICATION_TYPE, Endpoint, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint32
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
@@ -76,19 +78,12 @@ Target = Annotated[dict[ShortText, ShortText], msgspec.Meta(max_length=16)]
 EndIds = Annotated[list[Uint32], msgspec.Meta(max_length=MAX_END_IDS)]
 
 
-class MessageType(IntEnum):
-    """The frames of the application."""
-
-    open = FIRST_APPLICATION_TYPE
-    draft = FIRST_APPLICATION_TYPE + 1
-    verdict = FIRST_APPLICATION_TYPE + 2
-    scores = FIRST_APPLICATION_TYPE + 3
-    close = FIRST_APPLICATION_TYPE + 4
-    welcome = FIRST_APPLICATION_TYPE + 5
-    ask_vocabulary = FIRST_APPLICATION_TYPE + 6
-    vocabulary = FIRST_APPLICATION_TYPE + 7
-    resume = FIRST_APPLICATION_TYPE + 8
-    waiting = FIRST_APPLICATION_TYPE + 9
+MessageType = IntEnum(
+    "MessageType",
+    "open draft verdict scores close welcome ask_vocabulary vocabulary resume waiting",
+    start=FIRST_APPLICATION_TYPE,
+)
+"""Types of the frames."""
 
 
 class Reason(Enum):
@@ -229,3 +224,19 @@ TABLE = MessageTable(
         MessageType.vocabulary: MessageKind(head=VocabularyFrame, max_bytes=MAX_VOCABULARY_BYTES, has_body=True),
     }
 )
+
+
+def make_side(network: NetworkSettings, role: str, tokenizer: str) -> Endpoint:
+    """One side of the wire, the `drafter` or the `verifier`; `tokenizer` is the fingerprint of its tokenizer.
+
+    Tokenizers that differ do not end the handshake: the drafter asks for the vocabulary, and names the id that differs.
+    """
+    return make_endpoint(
+        network,
+        role=role,
+        peer_roles=frozenset({"drafter", "verifier"} - {role}),
+        table=TABLE,
+        protocol=PROTOCOL,
+        fingerprints={TOKENIZER: tokenizer},
+        difference=lambda ours, theirs: None,
+    )

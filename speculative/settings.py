@@ -93,16 +93,12 @@ class DraftSettings:
         least = self.fixed_length or 1
         require(least <= self.window <= MAX_WINDOW, f"window must be in [{least}, {MAX_WINDOW}]", self.window)
         require(self.source is not DraftSource.model or bool(self.model), "model must be set for source=model", None)
-        require(
-            self.source is not DraftSource.recorded or bool(self.file), "file must be set for source=recorded", None
-        )
+        is_known = self.source is not DraftSource.recorded or bool(self.file)
+        require(is_known, "file must be set for source=recorded", None)
         require_at_least(1, self, "layers", "shortest_ngram")
         require_at_least(0, self, "noise")
-        require(
-            self.longest_ngram >= self.shortest_ngram,
-            f"longest_ngram must be at least shortest_ngram={self.shortest_ngram}",
-            self.longest_ngram,
-        )
+        rule = f"longest_ngram must be at least shortest_ngram={self.shortest_ngram}"
+        require(self.longest_ngram >= self.shortest_ngram, rule, self.longest_ngram)
 
     @property
     def fixed_length(self) -> int:

@@ -18,14 +18,13 @@ from typing_extensions import override
 
 from lab.engine.sampling_head import sampling_fields
 from lab.models.fingerprints import changes
-from lab.network import client_side_tls, make_endpoint
+from lab.network import client_side_tls
 from lab.settings import UserError
 from lab.wire import Frame, PeerFull, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
 from speculative.drafter.connection import VerifierConnection
 from speculative.drafter.loop import Target, TargetLost
 from speculative.messages import (
     OWNER_BYTES,
-    PROTOCOL,
     TABLE,
     TOKENIZER,
     CloseFrame,
@@ -38,6 +37,7 @@ from speculative.messages import (
     VerdictFrame,
     WaitingFrame,
     WelcomeFrame,
+    make_side,
 )
 from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.settings import DraftSettings, SpeculativeSettings
@@ -317,17 +317,8 @@ def join(settings: SpeculativeSettings, token_texts: Sequence[str]) -> RemoteTar
         WireError: nothing listens there, another key, ...
         UserError: another tokenizer, with the first id that differs; a draft length that this verifier does not take.
     """
-    ours = fingerprint(token_texts)
-    network = settings.network
-    endpoint = make_endpoint(
-        network,
-        role="drafter",
-        peer_roles=frozenset({"verifier"}),
-        table=TABLE,
-        protocol=PROTOCOL,
-        fingerprints={TOKENIZER: ours},
-        difference=lambda ours, theirs: None,  # compared below, where the id that differs can be named
-    )
+    network, ours = settings.network, fingerprint(token_texts)
+    endpoint = make_side(network, "drafter", ours)
     tls = client_side_tls(network)
 
     def connect() -> VerifierConnection:

@@ -11,12 +11,12 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.network import cannot_listen, make_endpoint
+from lab.network import cannot_listen
 from lab.settings import UserError
 from lab.text.prompts import prompt_ids
 from lab.tracking import Tracker
 from lab.wire import FrameServer
-from speculative.messages import PROTOCOL, TABLE, TOKENIZER, Reason, WelcomeFrame
+from speculative.messages import Reason, WelcomeFrame, make_side
 from speculative.request import Ended
 from speculative.settings import SpeculativeProjectSettings, SpeculativeSettings
 from speculative.verifier.connections import Connections
@@ -113,15 +113,7 @@ async def serve(
         context=target.engine.longest,
         timeout_seconds=network.request_timeout_seconds,
     )
-    endpoint = make_endpoint(
-        network,
-        role="verifier",
-        peer_roles=frozenset({"drafter"}),
-        table=TABLE,
-        protocol=PROTOCOL,
-        fingerprints={TOKENIZER: digest},
-        difference=lambda ours, theirs: None,  # the drafter asks which id differs; no text is opened for it
-    )
+    endpoint = make_side(network, "verifier", digest)
     server = FrameServer(
         replace(endpoint, limits=replace(endpoint.limits, backlog_bytes=BACKLOG_BYTES)),
         connections.serve,

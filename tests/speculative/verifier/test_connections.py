@@ -14,12 +14,8 @@ import pytest
 from lab.command.entry import compose_settings
 from lab.engine.sampling_head import WordsHead
 from lab.models.sources import BYTE_EOS, byte_tokenizer
-from lab.network import make_endpoint
 from lab.wire import FrameSocket, PeerRefused, pack_tokens
 from speculative.messages import (
-    PROTOCOL,
-    TABLE,
-    TOKENIZER,
     AskVocabularyFrame,
     CloseFrame,
     DraftFrame,
@@ -29,6 +25,7 @@ from speculative.messages import (
     ResumeFrame,
     VerdictFrame,
     WelcomeFrame,
+    make_side,
 )
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier.server import _to_ids
@@ -75,15 +72,7 @@ def _open(**changes: Any) -> OpenFrame:
 @contextmanager
 def _connected(port: int, tokenizer: str = OURS) -> Iterator[FrameSocket]:
     settings = compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings)
-    endpoint = make_endpoint(
-        settings.network,
-        role="drafter",
-        peer_roles=frozenset({"verifier"}),
-        table=TABLE,
-        protocol=PROTOCOL,
-        fingerprints={TOKENIZER: tokenizer},
-        difference=lambda ours, theirs: None,
-    )
+    endpoint = make_side(settings.network, "drafter", tokenizer)
     with FrameSocket.connect("127.0.0.1", port, endpoint, tls=None) as frames:
         welcome = frames.recv().head
         assert isinstance(welcome, WelcomeFrame)
