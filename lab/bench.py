@@ -103,7 +103,7 @@ def run_parts(
     settings: LabSettings,
     place: Run,
     report: Path,
-    setting: str = "project.parts",
+    rule: str = "project.parts must be of {}",
 ) -> dict[str, Any]:
     """Measure some parts of a benchmark, in order; return the figures of the last line.
 
@@ -115,13 +115,13 @@ def run_parts(
         settings: Settings of the run, for tracking.
         place: Folder of the run.
         report: File of the report. Rows of other parts that it holds stay.
-        setting: Key of `chosen`.
+        rule: Refusal of a name that is no part, with {} for all names.
 
     Raises:
         UserError: the benchmark has no part of a chosen name.
     """
     if unknown := [part for part in chosen if part not in parts]:
-        raise UserError(f"{setting} must be of {', '.join(parts)}, got {unknown}")
+        raise UserError(f"{rule.format(', '.join(parts))}, got {unknown}")
     rows: list[Row] = []
     place.so_far = lambda: {"rows": rows}
     before = json.loads(report.read_text(encoding="utf-8"))["rows"] if report.exists() else []
@@ -131,7 +131,7 @@ def run_parts(
             log.info("measuring %s", part)
             measured = parts[part](opened)
             for row in measured if isinstance(measured, list) else [measured]:
-                rows.append({"row": part, **row, "load_average": load_average()})
+                rows.append(finite(to_plain({"row": part, **row, "load_average": load_average()})))
                 tracker.log(len(rows), **rows[-1])
             write_report(report, name, [*kept, *rows])  # now: the next part may fail
     return {"benchmark": name, "report": report, "missed": missed(rows), "rows": rows}

@@ -49,7 +49,6 @@ register("decode", DecodeSettings)
 
 def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
     """Times full windows; the figures of the last line."""
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from lab.device import open_device, read_memory
     from lab.engine.base import LocalEngine
     from lab.engine.kv import CacheFull

@@ -33,7 +33,6 @@ def main() -> None:
 
 def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> dict[str, Any]:
     """The figures of the last line."""
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from matrix.drawing import draw, load_sweep, write_report
     from matrix.sweep import run_sweep
 

@@ -1,4 +1,4 @@
-"""What a token costs in a model that is split over shards, at the end of full windows.
+"""Time of a token in a model that is split over shards, at the end of full windows.
 
 `python -m split.decode project.local_shards=2 project.context=1024 project.sessions=4`
 """
@@ -12,8 +12,7 @@ from split.settings import SplitSettings
 
 
 def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
-    """Times `project.sessions` texts of `project.context` tokens each; the figures of the last line."""
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    """Time `project.sessions` texts of `project.context` tokens; return the figures of the last line."""
     from lab.decode import time_tokens
     from lab.device import open_device, read_memory
     from lab.engine.kv import CacheFull
@@ -50,7 +49,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Composes `conf/split_inf.yaml` and runs."""
+    """Run with `conf/split_inf.yaml`."""
     entry.main("split_inf", SplitSettings, run)
 
 

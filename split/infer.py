@@ -9,8 +9,7 @@ from split.settings import SplitSettings
 
 
 def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
-    """Generates one text; the figures of the last line."""
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    """Generate one text; return the figures of the last line."""
     from lab.device import open_device
     from lab.engine.kv import CacheFull
     from lab.settings import UserError
@@ -34,7 +33,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Composes `conf/split_inf.yaml` and runs."""
+    """Run with `conf/split_inf.yaml`."""
     entry.main("split_inf", SplitSettings, run)
 
 

@@ -1,4 +1,4 @@
-"""One shard of a model that learns, behind a port. `python -m split.learn project.layers=15:30`."""
+"""One shard of a model in training, behind a port. `python -m split.learn project.layers=15:30`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from split.training.settings import SplitTrainSettings
 
 
 def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
-    """Serves until Ctrl+C; the figures of the last line."""
-    from split.training.open import host  # loads torch, which reads what `entry.main` puts into the environment
+    """Serve until Ctrl+C; return the figures of the last line."""
+    from split.training.open import host
 
     return host(settings, place.folder)
 
 
 def main() -> None:
-    """Composes `conf/split_train.yaml` and serves."""
+    """Run with `conf/split_train.yaml`."""
     entry.main("split_train", SplitTrainSettings, run)
 
 

@@ -35,7 +35,7 @@ register("split_merge", MergeSettings)
 
 def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:
     """Merge; return the figures of the last line."""
-    from split.merger import merge  # loads torch
+    from split.merger import merge
 
     project = settings.project
     if project.checkpoint is None or project.output is None:

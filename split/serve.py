@@ -9,14 +9,14 @@ from split.settings import SplitSettings
 
 
 def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
-    """Serves until Ctrl+C; the figures of the last line."""
-    from split.inference.open import host  # loads torch, which reads what `entry.main` puts into the environment
+    """Serve until Ctrl+C; return the figures of the last line."""
+    from split.inference.open import host
 
     return host(settings)
 
 
 def main() -> None:
-    """Composes `conf/split_inf.yaml` and serves."""
+    """Run with `conf/split_inf.yaml`."""
     entry.main("split_inf", SplitSettings, run)
 
 

@@ -9,15 +9,14 @@ from split.training.settings import SplitTrainSettings
 
 
 def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
-    """Trains; the figures of the last line."""
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
+    """Train; return the figures of the last line."""
     from split.training.run import run_training
 
     return run_training(settings, place)
 
 
 def main() -> None:
-    """Composes `conf/split_train.yaml` and runs."""
+    """Run with `conf/split_train.yaml`."""
     entry.main("split_train", SplitTrainSettings, run)
 
 

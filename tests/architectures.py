@@ -34,7 +34,7 @@ from lab.models.twin import VOCABULARY, twin_model
 from split.chain.boundary import Boundary
 from split.inference.shard import ShardLimits, shard_class
 from split.inference.sharded_model import ShardedModel
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.transport.inproc import InProcess
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -198,7 +198,9 @@ def _try_text(name: str, proof: Proof) -> None:
         engines: list[Any] = [LocalEngine(model, sessions=2, prefill_chunk=chunk, **options) for chunk in (16, 128)]
         for cuts, chunk in ((sorted({0, 1, count}), 16), (sorted({0, 1, count - 1, count}), 128)):
             stages = [
-                Stage(shard_class(part.cut.embedding, part.cut.head)(part, part.cut.layers, limits), Boundary.float32)
+                InferenceStage(
+                    shard_class(part.cut.embedding, part.cut.head)(part, part.cut.layers, limits), Boundary.float32
+                )
                 for part in _chain(config, Path(folder), proof, cuts=cuts, dtype=torch.float32)
             ]
             engines.append(

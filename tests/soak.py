@@ -33,7 +33,7 @@ from lab.tracking import finite
 from speculative.settings import Mode
 from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
-from split.inference.open import join_shards, make_side
+from split.inference.open import INFERENCE, fingerprints, join_shards
 from split.settings import SplitSettings
 from tests import architectures
 from tests.folder_fuzz import fuzz_folders
@@ -156,7 +156,7 @@ def shards_attacked() -> dict[str, Any]:
             first = [process.pid for process in shards.processes]
             came = hostile.attack(
                 [address.port for address in shards.addresses],
-                make_side(settings.model, settings.network, Boundary.float32, "client"),
+                INFERENCE.endpoint(settings.network, fingerprints(settings.model, Boundary.float32), "client"),
                 engine,
                 lambda count: texts.greedy(texts.inprocess(settings, (0, 4)), [1, 2, 3], count),
                 frames=ATTACKING_FRAMES,

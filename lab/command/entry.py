@@ -91,7 +91,11 @@ Work = Callable[[Settings, Run], dict[str, Any]]
 
 
 def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
-    """Runs a whole command: `run` gets typed settings and returns the figures of the last line."""
+    """Run a whole command: `run` gets typed settings and returns the figures of the last line.
+
+    A command imports torch, and what loads it, within `run`: torch reads the environment that is set here, and `--help`
+    need not wait for it.
+    """
     streams.in_utf8_mode()
     if "--version" in sys.argv[1:]:
         print(version())

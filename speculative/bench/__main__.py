@@ -34,17 +34,15 @@ Bytes are all that went over the connection while the text was made, both direct
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lab.bench import run_parts
+from lab.bench import Row, run_parts
 from lab.command import entry
 from lab.environment import commit
 from speculative.bench import clients, loops, plots
 from speculative.bench.rig import Rig, for_engine
-from speculative.bench.rows import Row
 from speculative.bench.settings import BenchEngine
 from speculative.settings import SpeculativeSettings
 
@@ -67,11 +65,10 @@ PARTS: dict[BenchEngine, dict[str, Callable[[Rig], list[Row]]]] = {
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Measure every part; the rows are the result."""
+    """Measure the chosen parts; return the figures of the last line."""
     settings = for_engine(settings)
     bench = settings.project.bench
-    parts, engine = PARTS[bench.engine], bench.engine.name
-    report = place.folder / f"speculative-{engine}-{commit() or 'unknown'}.json"
+    parts = PARTS[bench.engine]
     figures = run_parts(
         "speculative",
         parts,
@@ -79,11 +76,10 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         Rig(settings, place.folder),
         settings=settings,
         place=place,
-        report=report,
-        setting=f"project.bench.parts of engine={engine}",
+        report=place.folder / f"speculative-{bench.engine.name}-{commit() or 'unknown'}.json",
+        rule=f"project.bench.parts must be of {{}} for engine={bench.engine.name}",
     )
-    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
-    return figures | {"pictures": draw(place.folder, rows), "rows": rows}
+    return figures | {"pictures": draw(place.folder, figures["rows"])}
 
 
 def draw(folder: Path, rows: list[Row]) -> list[Path]:
@@ -97,7 +93,7 @@ def draw(folder: Path, rows: list[Row]) -> list[Path]:
 
 
 def main() -> None:
-    """Composes `conf/spec_decoding.yaml` and measures."""
+    """Run with `conf/spec_decoding.yaml`."""
     entry.main("spec_decoding", SpeculativeSettings, run)
 
 

@@ -13,12 +13,12 @@ from dataclasses import replace
 from multiprocessing.synchronize import Event
 from typing import Any
 
-from lab.bench import Sample, judged, pinned, ratio
+from lab.bench import Row, Sample, judged, pinned, ratio
 from lab.command.processes import start
 from lab.engine.sampling import Sampling
 from lab.wire import WireError
 from speculative.bench.rig import DRAFTER_CORE, Case, Rig
-from speculative.bench.rows import ASYNC, Row, at_least, plain_row, synthetic_case
+from speculative.bench.rows import ASYNC, at_least, plain_row, synthetic_case
 from speculative.drafter.loop import TargetLost
 from speculative.drafter.session import make_request
 from speculative.drafter.tally import Tally

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lab.bench import Sample, judged, ratio
+from lab.bench import Row, Sample, judged, ratio
 from lab.wire.ping_pong import measure as measure_frames
 from speculative.bench.assisted import Assisted
 from speculative.bench.plots import draw_timelines
@@ -17,7 +17,6 @@ from speculative.bench.rig import Case, Rig
 from speculative.bench.rows import (
     ASYNC,
     Readings,
-    Row,
     alone_case,
     at_least,
     loop_row,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
-from lab.bench import Sample, judged, ratio
+from lab.bench import Row, Sample, judged, ratio
 from speculative.bench.rig import Case, Reading, Rig, text_bytes
 from speculative.drafter.tally import Tally
 from speculative.settings import DraftSource, Mode
@@ -17,7 +16,6 @@ from speculative.theory import (
     sync_tokens_per_second,
 )
 
-Row = dict[str, Any]
 Readings = dict[Case, list[Reading]]
 
 ASYNC = Mode["async"]

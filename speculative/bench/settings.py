@@ -33,7 +33,7 @@ class BenchSettings:
 
     engine: BenchEngine
     parts: list[str]
-    """Parts to run, in order; none: all of the engine."""
+    """Names of the tables to measure, in order, from `PARTS` of the engine; none: all."""
     rtt_seconds: list[float]
     """Round-trip times that the link adds, half each way."""
     draft_lengths: list[int]

@@ -10,7 +10,6 @@ from speculative.settings import SpeculativeSettings
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     """Serve one request; returns the figures of the last line."""
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from speculative.drafter.session import draft
 
     return draft(settings, place)

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     """Serve until Ctrl+C; returns the figures of the last line."""
     tls = listener_tls(settings.network)  # before a model is loaded for nothing
-    # Here, because torch reads some of what `entry.main` puts into the environment when it is loaded.
     from lab.device import open_device
     from lab.models.sources import load_tokenizer_only
     from speculative.verifier.server import ServerStats, serve

@@ -24,8 +24,9 @@ from lab.wire.ping_pong import measure
 from split.bench.rig import OnCore, Rig
 from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
-from split.inference.open import ranges
-from split.inference.stage import Stage
+from split.chain.open import cut_layers
+from split.inference.messages import Report
+from split.inference.stage import InferenceStage
 from split.inference.times import take_apart
 from split.plan import sized_architecture
 from split.planner import Node, Work, make_plan_with_cuts
@@ -214,7 +215,7 @@ def boundary(rig: Rig) -> Row:
     ids = list(load_tokenizer_only(rig.model)(Path(argparse.__file__).read_text())["input_ids"])
     encodings = {}
     for kind in Boundary:
-        engine = rig.inproc([Stage(shard, kind) for shard in shards])
+        engine = rig.inproc([InferenceStage(shard, kind) for shard in shards])
         perplexity = _perplexity(engine, ids[: rig.project.perplexity_tokens])
         with engine.open([1], Sampling.greedy()) as session:
             engine.extend([(session, [1])], "last")
@@ -272,27 +273,27 @@ def memory(rig: Rig) -> Row:
     shards: list[Row] = [
         {
             "layers": f"{report.layers.start}:{report.layers.stop}",
-            "weights_bytes": report.weights_bytes,
-            "peak_rss_bytes": report.peak_rss_bytes,
-            "over_imports_bytes": report.peak_rss_bytes - tiny.peak_rss_bytes,
-            "limit_bytes": round(1.25 * report.weights_bytes) + ADDED_MEMORY_BYTES,
+            "weights_bytes": report.figures.weights_bytes,
+            "peak_rss_bytes": report.figures.peak_rss_bytes,
+            "over_imports_bytes": report.figures.peak_rss_bytes - tiny.figures.peak_rss_bytes,
+            "limit_bytes": round(1.25 * report.figures.weights_bytes) + ADDED_MEMORY_BYTES,
         }
         for report in large
     ]
     return judged(
         "memory",
-        {"model_bytes": stored_bytes, "imports_peak_rss_bytes": tiny.peak_rss_bytes, "shards": shards},
+        {"model_bytes": stored_bytes, "imports_peak_rss_bytes": tiny.figures.peak_rss_bytes, "shards": shards},
         "over_imports_bytes at most 1.25 x weights_bytes + 64 MiB at each shard",
         all(shard["over_imports_bytes"] <= shard["limit_bytes"] for shard in shards),
     )
 
 
-def _peaks(rig: Rig, name: str, count: int, words: Sequence[str]) -> tuple[list[ShardReport], int]:
+def _peaks(rig: Rig, name: str, count: int, words: Sequence[str]) -> tuple[list[ShardReport[Report]], int]:
     """So many shards of a random model after some tokens; and the model's bytes on disk."""
     words = ["model=random", "project.context=64", "tracking=none", "device.threads=1", *words]
     settings = compose_settings("split_inf", words, SplitSettings)
     folder = prepare_checkpoint(settings.model).folder
-    layers = ranges(settings, count)
+    layers = cut_layers(settings.model, [], count)
     with (
         LocalShards(layers, rig.folder / f"memory-{name}", rig.project.start_seconds, words) as shards,
         rig.tcp([str(address) for address in shards.addresses], model=settings.model) as engine,

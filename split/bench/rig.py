@@ -11,38 +11,43 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from typing_extensions import override
+
 from lab.bench import link_process, pinned
 from lab.command.entry import compose_settings
 from lab.command.processes import own_words
 from lab.device import open_device
 from lab.engine.base import LocalEngine
 from lab.models.layers import load_proved
+from lab.models.shape import ModelShape
+from lab.models.sources import load_config
 from lab.settings import ModelSettings
 from split.bench.settings import SplitBenchSettings
 from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
-from split.inference.open import fingerprints, free_port, join_shards, load_stage, model_layers, ranges
+from split.chain.open import cut_layers, free_port
+from split.inference.open import fingerprints, join_shards, load_stage
 from split.inference.sharded_model import ShardedModel
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.settings import SplitSettings
-from split.transport.base import Message, Transport
+from split.transport.base import Message, Sent, Transport
 from split.transport.inproc import InProcess
 
 LINK_BUFFER_BYTES = 2**24
 MAX_CONNECTIONS = 64
 
 
-class OnCore(Stage):
+class OnCore(InferenceStage):
     """A stage that works on a core of its own, as a shard's process does: one thread goes from core to core."""
 
-    def __init__(self, stage: Stage, core: int) -> None:
+    def __init__(self, stage: InferenceStage, core: int) -> None:
         super().__init__(stage.shard, stage.boundary)
         self._core = core
 
-    def take(self, client: Hashable, message: Message) -> Message | None:
-        """See `Stage.take`."""
+    @override
+    def take(self, message: Message, client: Hashable = 0) -> Iterator[Sent]:
         with pinned(self._core):
-            return super().take(client, message)
+            yield from super().take(message, client)
 
 
 class Rig:
@@ -66,7 +71,7 @@ class Rig:
                 recovery_seconds=0.0,
             ),
         )
-        self.layers = model_layers(self.settings)
+        self.layers = ModelShape.of(load_config(self.model)).layers
         self.model_words = [word for word in own_words() if word.startswith(("--config-dir", "model", "device."))]
         self._words = [
             *self.model_words,
@@ -92,7 +97,7 @@ class Rig:
 
     def ranges(self, cut: int) -> list[range]:
         """The layers of two shards."""
-        return ranges(replace(self.settings, project=replace(self.settings.project, cuts=[cut])), 2)
+        return cut_layers(self.model, [cut], 2)
 
     @contextmanager
     def tcp(
@@ -141,12 +146,12 @@ class Rig:
             with _leaving(engine):
                 yield engine
 
-    def stages(self, boundary: Boundary = Boundary.float32) -> list[Stage]:
+    def stages(self, boundary: Boundary = Boundary.float32) -> list[InferenceStage]:
         """The same two shards in this process."""
         settings = replace(self.settings, project=replace(self.settings.project, boundary=boundary))
         return [load_stage(settings, self.device, layers) for layers in self.ranges(self.project.cut)]
 
-    def inproc(self, stages: Sequence[Stage]) -> ShardedModel:
+    def inproc(self, stages: Sequence[InferenceStage]) -> ShardedModel:
         """An engine over shards in this process."""
         return self.engine(InProcess(stages))
 

@@ -1,4 +1,4 @@
-"""What crosses from one shard to the next, and how many bytes that is. Loads no torch."""
+"""Encodings of hidden states between two shards, and their sizes. Loads no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SCALE_BYTES = 4
 
 
 class Boundary(Enum):
-    """How hidden states travel. `int8`: each position by its own largest absolute value, H + 4 bytes."""
+    """Encoding of hidden states. `int8`: each position is scaled by its own largest absolute value, H + 4 bytes."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"

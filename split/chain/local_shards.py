@@ -13,24 +13,29 @@ from types import TracebackType
 from typing import Self
 
 from lab.bench import pinned
-from lab.command.processes import NotReady, first_line, last_words, own_words, start
+from lab.command.processes import NotReady, first_line, last_words, start
 from lab.settings import UserError
 from split.chain.address import Address
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0
-"""For a shard to leave by itself; then it is killed."""
+"""Time for a shard to end by itself; then it is killed."""
 WATCH_SECONDS = 0.1
-NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
-"""How words of a client begin that its shards do not get."""
 
 
 class LocalShards:
     """A process a range of layers: `with LocalShards(...) as shards: shards.addresses`.
 
-    Each gets the words of our own command line, and ends when we do, however we end: it follows its standard input.
-    One that dies is started again at its address. What they log is in the run folder.
+    Each ends when we do, however we end: it follows its standard input. One that dies is started again at its address.
+
+    Args:
+        layers: Layers of each.
+        folder: Where they log.
+        start_seconds: How long they may take to listen.
+        words: Their command line, but for their places.
+        pin: Whether each gets a core of its own.
+        module: What they run.
     """
 
     def __init__(
@@ -38,14 +43,12 @@ class LocalShards:
         layers: Sequence[range],
         folder: Path,
         start_seconds: float,
-        extra: Sequence[str] | None = None,
+        words: Sequence[str],
         *,
         pin: bool = False,
         module: str = "split.serve",
     ) -> None:
-        """`extra`: words for the shards; None: those of our own command line. `pin`: each on a core of its own.
-        `module`: what they run."""
-        self._extra, self._pin, self._module = extra, pin, module
+        self._words, self._pin, self._module = words, pin, module
         self._layers, self._folder, self._start_seconds = layers, folder, start_seconds
         self._group_port: int | None = None
         self.processes: list[subprocess.Popen[str]] = []
@@ -59,13 +62,13 @@ class LocalShards:
         layers: Sequence[range],
         folder: Path,
         port: int,
-        extra: Sequence[str] | None = None,
+        words: Sequence[str],
         *,
         pin: bool = False,
         module: str = "split.serve",
     ) -> Self:
         """Members of a torch RPC group that meets at `port`: they do not listen, and are not started again."""
-        shards = cls(layers, folder, start_seconds=0.0, extra=extra, pin=pin, module=module)
+        shards = cls(layers, folder, start_seconds=0.0, words=words, pin=pin, module=module)
         shards._group_port = port
         return shards
 
@@ -121,14 +124,14 @@ class LocalShards:
     def _start(self, index: int, port: int) -> subprocess.Popen[str]:
         layers = self._layers[index]
         words = [
-            *(own_words(NOT_FOR_SHARDS) if self._extra is None else self._extra),
+            *self._words,
             f"project.layers={layers.start}:{layers.stop}",
             "project.follow_stdin=true",
             f"network.port={port}",
             *([f"project.rank={index + 1}", f"project.world_size={len(self._layers) + 1}"] if self._group_port else []),
         ]
         with pinned(index) if self._pin else nullcontext():
-            # Ctrl+C is for us: we end them when we have said goodbye.
+            # Ctrl+C is for us: we end them once we have left them.
             return start(self._module, words, self._shard_folder(index), follows_stdin=True, own_session=True)
 
     def _shard_folder(self, index: int) -> Path:

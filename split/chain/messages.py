@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum, IntEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
+import torch
 
+from lab.device import read_memory
 from lab.wire import FIRST_APPLICATION_TYPE, FrameConnection, FrameSocket, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 
@@ -29,7 +31,7 @@ MAX_ADDRESSES = 16
 
 
 class Attach(Head):
-    """The client's first frame to each shard: who it is, and which shard comes next."""
+    """The client's first frame to each shard: its number, and the shard that comes next."""
 
     client: Uint63
     """A random number of this attempt; JOIN names it to the next shard."""
@@ -37,6 +39,10 @@ class Attach(Head):
     """Where the next shard may be found, `host:port`; a shard's own `project.next` goes first. Empty: the last one."""
     next_instance: Uint32
     """Which process it must be: the one that the client is attached to."""
+
+
+class Answer(Head):
+    """A message of a shard to its client, on the client's own connection."""
 
 
 class Welcome(Head):
@@ -59,28 +65,49 @@ class Join(Head):
 
 
 class Ask(Head):
-    """A client asks a shard for its sizes and its clock."""
+    """A client asks a shard for its `ShardFigures`."""
+
+
+class ShardFigures(Answer):
+    """The sizes of a shard, now, in answer to ASK; each pillar has its own fields."""
+
+    @property
+    def clock_seconds(self) -> float:
+        """The monotonic clock of the shard's machine when it answered."""
+        raise NotImplementedError
 
 
 class FaultCode(Enum):
-    """Why a text cannot go on, or a message came to nothing."""
+    """Why a request cannot go on, or a message had no effect."""
 
     unfit = "unfit"
     """NaN or infinity in its hidden states or logits."""
     full = "full"
     """No slot, or no memory for keys and values."""
     lost = "lost"
-    """The shard does not hold the text up to there (it was evicted, or the shard is new): to be rebuilt."""
+    """The shard does not hold the request up to that position (it was evicted, or the shard is new): to be rebuilt."""
     refused = "refused"
-    """It makes no sense here."""
+    """The message makes no sense at this shard."""
     link = "link"
     """The shard has lost a neighbour, or cannot reach the next one."""
     failed = "failed"
     """The shard failed."""
 
 
-class Fault(Head):
-    """A message came to nothing, and changed nothing."""
+def memory_fields(device: torch.device) -> dict[str, Any]:
+    """Memory of this process and its device, now: fields that all `ShardFigures` have."""
+    memory = read_memory(device)
+    return {
+        "device": str(device),
+        "rss_bytes": memory.rss_bytes,
+        "peak_rss_bytes": memory.peak_rss_bytes,
+        "device_memory_used_bytes": memory.device_used_bytes,
+        "device_memory_total_bytes": memory.device_total_bytes,
+    }
+
+
+class Fault(Answer):
+    """A message that had no effect, and why."""
 
     code: FaultCode
     text: LongText

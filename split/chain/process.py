@@ -12,32 +12,23 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lab.command.ending import run_async
 from lab.network import address_for_peers, cannot_listen
 from lab.settings import NetworkSettings, UserError
 from lab.wire import FrameServer
 from split.chain.server import ChainServer
+from split.settings import ChainSettings
 
 if TYPE_CHECKING:
-    from split.transport.rpc import Member  # some systems lack it
+    from split.transport.rpc import Seat  # some systems lack it
 
 log = logging.getLogger(__name__)
 
 
-class ShardProject(Protocol):
-    """What a shard's process reads of its project."""
-
-    layers: str | None
-    follow_stdin: bool
-    max_connections: int
-    rank: int
-    world_size: int
-
-
-def layers_to_serve(project: ShardProject) -> str:
-    """As they were set. UserError when they were not."""
+def layers_to_serve(project: ChainSettings) -> str:
+    """`project.layers`. UserError where it is not set."""
     if project.layers is None:
         raise UserError("project.layers must be set for a shard, as first:last, got null")
     return project.layers
@@ -45,14 +36,14 @@ def layers_to_serve(project: ShardProject) -> str:
 
 def serve_port(
     server: ChainServer,
-    project: ShardProject,
+    project: ChainSettings,
     network: NetworkSettings,
     tls: ssl.SSLContext | None,
     *,
     role: str,
     peer_role: str,
 ) -> None:
-    """Serve over tcp until Ctrl+C; `peer_role` is whose settings are to name us. UserError for a taken address."""
+    """Serve over tcp until Ctrl+C; the settings of `peer_role` name this shard. UserError for a taken address."""
 
     def announce(port: int) -> None:
         ready = {"status": "listening", "role": role, "host": network.host, "port": port, "layers": project.layers}
@@ -100,13 +91,13 @@ async def serve(
             await asyncio.get_running_loop().create_future()
 
 
-def check_rank(project: ShardProject) -> None:
+def check_rank(project: ChainSettings) -> None:
     """UserError for a place that the group does not have."""
     if not 1 <= project.rank < project.world_size:
         raise UserError(f"project.rank must be in [1, world_size={project.world_size}), got {project.rank}")
 
 
-def serve_rank(seat: Member, project: ShardProject, network: NetworkSettings) -> None:
+def serve_rank(seat: Seat, project: ChainSettings, network: NetworkSettings) -> None:
     """Be a member of a group of torch's RPC until rank 0 leaves, or Ctrl+C."""
     from split.transport.rpc import serve_seat
 
@@ -115,7 +106,7 @@ def serve_rank(seat: Member, project: ShardProject, network: NetworkSettings) ->
 
 
 @contextmanager
-def _until_told(project: ShardProject) -> Iterator[None]:
+def _until_told(project: ChainSettings) -> Iterator[None]:
     """A signal, or the end of standard input where that is followed, ends what is inside, and well."""
     if project.follow_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()

@@ -1,93 +1,256 @@
-"""A shard's process at its place in the chain: who comes, and the way to the next shard."""
+"""A shard's process at its place in the chain: clients attach, the shard before hands on to it, it to the next one.
+
+Each client has a chain of its own through the shards: a connection to each of them, and one between each two. When one
+of these ends here, on whichever side, the client's others end with it, and what the shard holds for the client; and so
+along the chain. Nothing else does.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import logging
+import queue
 import secrets
 import ssl
+import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, NoReturn
 
-from lab.wire import BadFrame, Endpoint, FrameConnection, PeerSilent, WireError, connect
+from lab.wire import BadFrame, Endpoint, FrameConnection, Head, PeerSilent, WireError, connect
+from lab.wire.frames import encode_start
 from split.chain.address import Address
-from split.chain.messages import Attach, Fault, FaultCode, Join, Welcome, send
+from split.chain.messages import Ask, Attach, Fault, FaultCode, Join, Welcome, send
+from split.transport.base import REPORTED_PASSES, Hop, Message, Stage, To, welcome_of
+
+log = logging.getLogger(__name__)
+
+GONE_SECONDS = 0.5
+"""Between two looks for a client's end while its results wait to be sent."""
+
+
+class Outgoing(NamedTuple):
+    """A result that leaves the shard."""
+
+    to: To
+    message: Message
+    hop: Hop | None
+    """Times of the pass that gave it, but for `sent` and `sent_bytes`; None for other messages."""
+
+
+@dataclass(eq=False)
+class Client:
+    """One client at this shard."""
+
+    key: int
+    """The number that it attached with."""
+    connections: dict[To, FrameConnection]
+    """To it and to the neighbours that it has in its chain."""
+    hops: deque[bytes] = field(default_factory=lambda: deque(maxlen=REPORTED_PASSES))
+    telling: threading.Lock = field(default_factory=threading.Lock)
+    """Held while an answer leaves: a client that has it and asks for a report finds its pass there."""
+    waiting: int = 0
+    """Messages that were taken and are not computed."""
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when one of them was computed, or handed on."""
+    leaving: deque[Outgoing] = field(default_factory=deque)
+    """Results that could not leave at once, and all later ones: the event loop hands them on."""
+    all_left: threading.Event = field(default_factory=threading.Event)
+    """Set while there are none of these."""
+    leaver: asyncio.Task[None] | None = None
+
+    @property
+    def is_gone(self) -> bool:
+        """From any thread: whether one of its connections has ended, be it only just now and unread."""
+        return any(one.has_left for one in tuple(self.connections.values()))
+
+    def wait_until_left(self) -> bool:
+        """From the thread: wait until no result waits to be sent; False where the client has gone."""
+        while not self.all_left.wait(GONE_SECONDS):
+            if self.is_gone:
+                return False
+        return not self.is_gone
+
+    def end(self) -> None:
+        """Close all of them; on the event loop."""
+        for one in self.connections.values():
+            one.close()
+        self.room.set()
+        self.all_left.set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a shard stands in its chain, and how it reaches the others."""
+
+    name: str
+    """Name of the shard, for people."""
+    model_layers: int
+    """Layers of the whole model."""
+    endpoint: Endpoint
+    """Our side of the wire, talking to clients and shards."""
+    next_addresses: Sequence[Address]
+    """Where the next shard may be found from here; tried before those that a client sends."""
+    client_tls: ssl.SSLContext | None
+    """TLS of the connection to the next shard."""
 
 
 class ChainServer(ABC):
-    """Serves one shard over tcp. Belongs to its event loop.
-
-    A client has a connection to every shard; for each client there is one between every two neighbours.
-
-    Args:
-        layers: Layers of this shard.
-        model_layers: Layers of the whole model.
-        endpoint: Our side of the wire, talking to clients and shards.
-        next_addresses: Where the next shard may be found from here; tried before those that a client sends.
-        client_tls: For the connection to the next shard.
+    """Serves one stage over tcp. Belongs to its event loop; the stage works on a thread of its own, which also hands on
+    the results: between the arrival of hidden states and the departure of the next ones the loop is woken once.
     """
 
-    def __init__(
-        self,
-        *,
-        layers: range,
-        model_layers: int,
-        endpoint: Endpoint,
-        next_addresses: Sequence[Address],
-        client_tls: ssl.SSLContext | None,
-    ) -> None:
-        self.layers, self.endpoint = layers, endpoint
-        self._model_layers = model_layers
-        self._to_next = replace(endpoint, peer_roles=frozenset({endpoint.role}))
-        self._next_addresses, self._client_tls = list(next_addresses), client_tls
+    phase: str
+    """Name of the time after ATTACH or JOIN, in errors."""
+    most_waiting_messages: int
+    """Messages of one client, taken from the socket and not yet handed on; beyond it the socket is not read."""
+    timed: tuple[type[Head], ...] = ()
+    """Messages whose times a client can ask for."""
+
+    def __init__(self, stage: Stage, place: Place) -> None:
+        self.stage, self.place, self.endpoint = stage, place, place.endpoint
+        self._to_next = replace(self.endpoint, peer_roles=frozenset({self.endpoint.role}))
         self._instance = secrets.randbits(32)
+        self.attached = 0
+        """Clients that have attached so far."""
+        self.clients: dict[int, Client] = {}
+        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """Work of the thread, in this order; None ends it."""
+        self._gone: deque[int] = deque()
+        """Clients that have left and are not forgotten yet."""
+        self.under_way = 0
+        """Messages of all clients that are not computed."""
+        self.loop: asyncio.AbstractEventLoop
 
     @abstractmethod
-    def working(self) -> AbstractContextManager[None]:
-        """The thread of the shard works as long as the block lasts, within a running event loop."""
+    def takes(self, head: Head, origin: To) -> bool:
+        """Whether a message from there has a place here."""
 
-    @abstractmethod
-    async def serve_client(self, connection: FrameConnection, attach: Attach) -> None:
-        """A client's own connection, until it ends."""
+    def check_attaching(self, connection: FrameConnection, attach: Attach) -> None:
+        """Raises a `WireError` for a client that cannot be served now."""
+        if attach.client in self.clients:
+            raise BadFrame(connection.peer, "attached twice")
 
-    @abstractmethod
-    async def serve_previous(self, connection: FrameConnection, join: Join) -> None:
-        """The connection of the shard before this one for a client, until it ends."""
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """The thread works as long as the block lasts, within a running event loop."""
+        self.loop = asyncio.get_running_loop()
+        threading.Thread(target=self._work, name="stage").start()
+        try:
+            yield
+        finally:
+            self.jobs.put(None)
 
     async def handle(self, connection: FrameConnection) -> None:
         """One connection, until it ends."""
-        head = await self._first_head(connection)
+        head = await _first_head(connection)
         if isinstance(head, Attach):
-            connection.peer.phase = "ATTACH"
-            await self.serve_client(connection, head)
+            await self._serve_client(connection, head)
         elif isinstance(head, Join):
-            await self.serve_previous(connection, head)
+            await self._serve_previous(connection, head)
         else:
             raise BadFrame(connection.peer, f"began with {type(head).__name__.upper()}, not with ATTACH or JOIN")
 
-    def welcome(self, connection: FrameConnection, phase: str, *, context: int, sessions: int) -> None:
-        """Answer ATTACH or JOIN."""
-        head = Welcome(
-            instance=self._instance,
-            first=self.layers.start,
-            last=self.layers.stop,
-            model_layers=self._model_layers,
-            context=context,
-            sessions=sessions,
-        )
-        send(connection, 0, head)
-        connection.peer.phase = phase
+    # Connections
 
-    async def join_next(self, client: FrameConnection, attach: Attach) -> FrameConnection:
-        """Connect to the process that a client means. The client is told when that cannot be; when it leaves meanwhile,
-        nobody goes on trying.
+    async def _serve_client(self, connection: FrameConnection, attach: Attach) -> None:
+        connection.peer.phase = "ATTACH"
+        self.check_attaching(connection, attach)
+        client = self.clients[attach.client] = Client(attach.client, {To.client: connection})
+        client.all_left.set()
+        self.attached += 1
+        self._end_with(client, connection)
+        try:
+            if self.stage.layers.stop < self.place.model_layers:
+                link = client.connections[To.next] = await self._join_next(connection, attach)
+                _start(self._serve_neighbour(client, link, To.next))
+            self._welcome(connection)
+            await self._take_all(client, connection, To.client)
+        except WireError as error:
+            connection.refuse(error)  # before it is closed with the others
+            raise
+        finally:
+            del self.clients[attach.client]
+            client.end()
+            self._gone.append(attach.client)
+            self.jobs.put(self._forget_gone)
+
+    async def _serve_previous(self, connection: FrameConnection, join: Join) -> None:
+        client = self.clients.get(join.client)
+        if client is None or To.previous in client.connections:
+            raise BadFrame(connection.peer, "joined for a client that is not attached, or is joined already")
+        client.connections[To.previous] = connection
+        self._end_with(client, connection)
+        self._welcome(connection)
+        raise await self._serve_neighbour(client, connection, To.previous)
+
+    async def _serve_neighbour(self, client: Client, connection: FrameConnection, origin: To) -> WireError:
+        """Returns why it ended; the client has been told, and all that it has here has ended."""
+        try:
+            await self._take_all(client, connection, origin)
+        except WireError as error:
+            own = client.connections[To.client]
+            if not own.has_left:
+                log.warning("%s", error)
+                with contextlib.suppress(WireError):
+                    tell_lost(own, str(error))
+            client.end()
+            return error
+
+    @staticmethod
+    def _end_with(client: Client, connection: FrameConnection) -> None:
+        """End the client when this connection ends, whatever its other tasks wait for."""
+
+        async def wait() -> None:
+            await connection.wait_ended()
+            client.end()
+
+        _start(wait())
+
+    async def _take_all(self, client: Client, connection: FrameConnection, origin: To) -> NoReturn:
+        """Read while the thread computes: the time of a message that waits counts as queueing, not as the wire's."""
+        own = client.connections[To.client]
+        while True:
+            frame = await connection.recv()
+            if own.fault is not None:  # its earlier messages have no reader
+                raise own.fault
+            if isinstance(frame.head, Ask):
+                self._report(client)
+            elif self.takes(frame.head, origin):
+                message = Message(frame.session, frame.head, frame.body)
+                client.waiting += 1
+                self.under_way += 1
+                self.jobs.put(functools.partial(self._compute, client, message, time.monotonic()))
+                while own.fault is None and client.waiting + len(client.leaving) >= self.most_waiting_messages:
+                    client.room.clear()
+                    await client.room.wait()
+            else:
+                raise BadFrame(connection.peer, f"sent {type(frame.head).__name__.upper()} after its first frame")
+
+    def _welcome(self, connection: FrameConnection) -> None:
+        send(connection, 0, welcome_of(self.stage, self.place.model_layers, self._instance))
+        connection.peer.phase = self.phase
+
+    def _report(self, client: Client) -> None:
+        figures = self.stage.figures(self.place.name)
+        with client.telling:
+            hops = b"".join(client.hops)
+        send(client.connections[To.client], 0, figures, hops)
+
+    # The next shard
+
+    async def _join_next(self, client: FrameConnection, attach: Attach) -> FrameConnection:
+        """Connect to the next shard that a client means. It is told when that fails; trying ends when it leaves.
 
         Raises:
             WireError: the client left, or the next shard is not there.
         """
-        joining = asyncio.ensure_future(self._join_next(client, attach))
+        joining = asyncio.ensure_future(self._try_next(client, attach))
         leaving = asyncio.ensure_future(client.wait_ended())
         try:
             await asyncio.wait((joining, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -98,16 +261,16 @@ class ChainServer(ABC):
             for task in (joining, leaving):
                 task.cancel()
 
-    async def _join_next(self, client: FrameConnection, attach: Attach) -> FrameConnection:
+    async def _try_next(self, client: FrameConnection, attach: Attach) -> FrameConnection:
         reasons = []
-        for address in [*self._next_addresses, *_addresses(client, attach)]:
+        for address in [*self.place.next_addresses, *_addresses(client, attach)]:
             try:
-                link = await connect(address.host, address.port, self._to_next, tls=self._client_tls)
+                link = await connect(address.host, address.port, self._to_next, tls=self.place.client_tls)
             except WireError as error:
                 reasons.append(str(error))
                 continue
             try:
-                if await self._is_meant(link, attach):
+                if await _is_meant(link, attach):
                     return link
                 reasons.append(f"{address} is another shard than the next one that is meant")
             except (WireError, TimeoutError) as error:
@@ -116,30 +279,153 @@ class ChainServer(ABC):
                 link.close()
                 raise
             link.close()
-        last = f"layers must end at the model's {self._model_layers}, got {self.layers.stop}; project.next is not set"
-        text = "the next shard is not there: " + ("; ".join(reasons) or last)
+        ends = f"layers must end at the model's {self.place.model_layers}, got {self.stage.layers.stop}"
+        text = "the next shard is not there: " + ("; ".join(reasons) or f"{ends}; project.next is not set")
         tell_lost(client, text)
         raise BadFrame(client.peer, text)
 
-    @staticmethod
-    async def _is_meant(link: FrameConnection, attach: Attach) -> bool:
-        send(link, 0, Join(client=attach.client))
-        async with asyncio.timeout(link.endpoint.deadlines.handshake_seconds):
-            welcome = (await link.recv()).head
-        if not isinstance(welcome, Welcome) or welcome.instance != attach.next_instance:
-            return False
-        link.peer.phase = f"layers {welcome.first}:{welcome.last}"
-        return True
+    # On the thread
 
-    @staticmethod
-    async def _first_head(connection: FrameConnection) -> Any:
-        """Raises `PeerSilent` for a peer that connects and sends nothing."""
-        seconds = connection.endpoint.deadlines.handshake_seconds
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            try:
+                self._forget_gone()
+                job()
+            except Exception:
+                log.exception("shard %s goes on after a fault of ours", self.place.name)
+
+    def _forget_gone(self) -> None:
+        """Clients that have left go before all messages, their own included: their room is another client's now."""
+        while self._gone:
+            self.forget(self._gone.popleft())
+
+    def forget(self, key: int) -> None:
+        """Drop what is held for a client."""
+        self.stage.forget(key)
+
+    def _compute(self, client: Client, message: Message, arrived: float) -> None:
         try:
-            async with asyncio.timeout(seconds):
-                return (await connection.recv()).head
-        except TimeoutError:
-            raise PeerSilent(connection.peer, f"did not say what it wants within {seconds:g} s") from None
+            if client.is_gone:  # its results have no reader
+                self.stage.forget(client.key)
+                self.tell_loop(client.end)
+            else:
+                self.do(client, message, arrived)
+        except Exception:
+            self.tell_loop(client.end)
+            raise
+        finally:
+            self.tell_loop(self.after, client)
+
+    def do(self, client: Client, message: Message, arrived: float) -> None:
+        """Compute a message and hand on its results; the next one is computed while the one before travels."""
+        for place, result in enumerate(self.results(client, message, arrived)):
+            if place and not client.wait_until_left():
+                return
+            self.hand_out(client, result)
+
+    def results(self, client: Client, message: Message, arrived: float) -> Iterator[Outgoing]:
+        """Results of the stage for a message."""
+        began = time.monotonic()
+        for to, result in self.stage.take(message, client.key):
+            computed = time.monotonic()
+            hop = Hop(arrived, began, computed, computed, self.stage.coding_seconds, 0)
+            yield Outgoing(to, result, hop if isinstance(message.head, self.timed) else None)
+
+    def hand_out(self, client: Client, result: Outgoing) -> None:
+        """Send a result; from the thread where that is possible, which saves waking the event loop."""
+        to, (number, head, body), hop = result
+        connection = client.connections[to]
+        kind = self.endpoint.table.number(head)
+        try:
+            with client.telling:
+                sent_bytes = 0 if client.leaving else connection.send_at_once(kind, number, head, body)
+                waits = not sent_bytes
+                if waits:
+                    sent_bytes = len(encode_start(self.endpoint.table, kind, number, head, len(body))) + len(body)
+                if to is not To.client:
+                    self.stage.boundary_bytes += sent_bytes
+                hop = hop and hop._replace(sent_bytes=sent_bytes)
+                if waits:
+                    client.all_left.clear()
+                    client.leaving.append(result._replace(hop=hop))
+                    self.tell_loop(self._let_leave, client)
+                else:
+                    _note(client, number, hop)
+        except WireError as error:
+            log.info("%s", error)
+            self.tell_loop(client.end)
+
+    def tell_loop(self, call: Callable[..., None], *arguments: object) -> None:
+        """Have the event loop call something."""
+        with contextlib.suppress(RuntimeError):  # it is closed: the server has ended
+            self.loop.call_soon_threadsafe(call, *arguments)
+
+    # On the loop again
+
+    def after(self, client: Client) -> None:
+        """A message of this client has been computed."""
+        self.under_way -= 1
+        client.waiting -= 1
+        client.room.set()
+
+    def _let_leave(self, client: Client) -> None:
+        if client.leaving and (client.leaver is None or client.leaver.done()):
+            client.leaver = self.loop.create_task(self._hand_on(client))
+
+    async def _hand_on(self, client: Client) -> None:
+        """Send what could not leave at once, while the thread goes on."""
+        try:
+            while client.leaving:
+                to, message, hop = client.leaving[0]
+                connection = client.connections[to]
+                await connection.drain()  # before, not after: the next pass is computed while this one travels
+                # When it began: the receiver may have it before we look at the clock again.
+                sent = time.monotonic()
+                send(connection, *message)
+                _note(client, message.number, hop and hop._replace(sent=sent))
+                with client.telling:
+                    client.leaving.popleft()
+                    if not client.leaving:
+                        client.all_left.set()
+                client.room.set()
+        except WireError as error:
+            log.info("%s", error)
+            client.end()
+
+
+_TASKS: set[asyncio.Task[Any]] = set()
+"""An event loop keeps no strong reference to its tasks."""
+
+
+def _start(work: Coroutine[None, None, Any]) -> None:
+    task = asyncio.get_running_loop().create_task(work)
+    _TASKS.add(task)
+    task.add_done_callback(_TASKS.discard)
+
+
+def _note(client: Client, number: int, hop: Hop | None) -> None:
+    if hop is not None:
+        client.hops.append(hop.pack(number))
+
+
+async def _first_head(connection: FrameConnection) -> Any:
+    """Raises `PeerSilent` for a peer that connects and sends nothing."""
+    seconds = connection.endpoint.deadlines.handshake_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            return (await connection.recv()).head
+    except TimeoutError:
+        raise PeerSilent(connection.peer, f"did not say what it wants within {seconds:g} s") from None
+
+
+async def _is_meant(link: FrameConnection, attach: Attach) -> bool:
+    send(link, 0, Join(client=attach.client))
+    async with asyncio.timeout(link.endpoint.deadlines.handshake_seconds):
+        welcome = (await link.recv()).head
+    if not isinstance(welcome, Welcome) or welcome.instance != attach.next_instance:
+        return False
+    link.peer.phase = f"layers {welcome.first}:{welcome.last}"
+    return True
 
 
 def _addresses(client: FrameConnection, attach: Attach) -> list[Address]:

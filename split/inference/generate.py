@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import said
 from lab.tracking import Tracker, picture
+from split.inference.messages import Report
 from split.inference.picture import draw
 from split.inference.sharded_model import ShardedModel
 from split.inference.times import PassParts, as_row, take_apart
@@ -132,7 +134,7 @@ def _figures(
     tokenizer: PreTrainedTokenizerBase,
     text: Text,
     engine: ShardedModel,
-    reports: Sequence[ShardReport],
+    reports: Sequence[ShardReport[Report]],
     apart: Sequence[PassParts],
 ) -> dict[str, Any]:
     seconds = sum(text.token_seconds)
@@ -167,18 +169,14 @@ def _said(
     }
 
 
-def _shard(report: ShardReport, place: int, single: Sequence[PassParts]) -> dict[str, Any]:
+def _shard(report: ShardReport[Report], place: int, single: Sequence[PassParts]) -> dict[str, Any]:
     hops = [parts.hops[place] for parts in single]
+    sizes = msgspec.structs.asdict(report.figures)
+    del sizes["clock_seconds"]
     return {
-        "name": report.name,
+        "name": sizes.pop("name"),
         "layers": f"{report.layers.start}:{report.layers.stop}",
-        "device": report.device,
-        "weights_bytes": report.weights_bytes,
-        "kv_bytes": report.kv_bytes,
-        "rss_bytes": report.rss_bytes,
-        "peak_rss_bytes": report.peak_rss_bytes,
-        "device_memory_used_bytes": report.device_memory_used_bytes,
-        "device_memory_total_bytes": report.device_memory_total_bytes,
+        **sizes,
         **{
             f"{part}_seconds_p50": statistics.median(getattr(hop, part) for hop in hops)
             for part in ("compute", "serialise", "wire", "queue", "wait")

@@ -1,7 +1,7 @@
-"""What a client and shards say to each other. The transports carry these; over tcp they are frames of `lab.wire`.
+"""Messages of split inference. The transports carry them; over tcp they are frames of `lab.wire`.
 
     client                     shard 1                  shard 2 (last)
-    OPEN(tokens)         ->    OPEN               ->    keeps room                   a text, by its number
+    OPEN(tokens)         ->    OPEN               ->    keeps room                   a request, by its number
                          <---------------------------   OPENED
     PASS(pieces) ids     ->    PASS hidden states ->    computes, samples            chunks follow without waiting
                          <---------------------------   STEPS tokens, or FAULT
@@ -9,13 +9,13 @@
 
 A PASS gets exactly one answer, in order: where one makes no sense, a FAULT takes its place, and the shards behind
 hand that on. So does an OPEN; over tcp one for which a shard has no room now waits there in line, is told its place,
-and is overtaken by what its client sends later. Shards are asked in the order of their layers, and whoever waits at
-one holds room only at those before it: no two texts can wait for each other.
+and is overtaken by what its client sends later. Shards are asked in the order of their layers, and a request that
+waits at one holds room only at those before it: no two requests can wait for each other.
 
-Whatever one text of a PASS does (ids without a row, positions that are not held, NaN, an exception of the model)
-stops that text alone: the PASS goes on with the text's name in `stopped`, and so do the STEPS.
+A fault of one request in a PASS (ids without a row, positions that are not held, NaN, an exception of the model)
+stops that request alone: the PASS goes on with its number in `stopped`, and so do the STEPS.
 
-The frame's session number is the text's for OPEN and CLOSE, the pass's for PASS, and the same in the answer; no two
+The frame's session number is the request's for OPEN and CLOSE, the pass's for PASS, and the same in the answer; no two
 messages of a client that await an answer have the same. A PASS says where each of its pieces stands, so that a rewind
 costs no message.
 
@@ -36,36 +36,48 @@ from lab.engine.base import TargetStep, Want
 from lab.engine.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.wire import Head, MessageTable
 from lab.wire.fields import ShortText, Uint31, Uint32
-from split.chain.messages import Ask, Attach, Count, Fault, FaultCode, Join, Welcome, frame_table
+from split.chain.messages import (
+    Answer,
+    Ask,
+    Attach,
+    Count,
+    Fault,
+    FaultCode,
+    Join,
+    ShardFigures,
+    Welcome,
+    frame_table,
+)
+from split.transport.base import HOP_BYTES, REPORTED_PASSES
 
 PROTOCOL = range(3, 4)
 
 MAX_PIECES = 512
-"""Of a pass; beside each of them a head has room for why it stopped."""
+"""Most pieces of a pass; the head has room for the reason of each that stopped."""
 STOPPED_BYTES = 2**15
-"""What the reasons of all stopped texts of a pass take together, at most."""
+"""Most bytes of the reasons of all stopped requests of a pass together."""
 
 
 class Open(SamplingHead):
-    """A new text, and how its tokens are drawn. Only the last shard draws; the others keep room for it."""
+    """A new request, and its sampling. Only the last shard samples; the others keep room for it."""
 
     tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
     """The most that it will ever hold, prompt included: every shard keeps room for them until CLOSE."""
 
 
-class Opened(Head):
-    """In answer to OPEN: every shard keeps room for the text, or it waits in line at one of them."""
+class Opened(Answer):
+    """In answer to OPEN: every shard keeps room for the request, or it waits in line at one of them."""
 
     place: Uint31
     """0: it may begin. 1: it is the first in line; another answer follows each time that this changes."""
 
 
 class Close(Head):
-    """A text is over, or no longer waits."""
+    """A request has ended, or no longer waits."""
 
 
 class Piece(Head):
-    """One text's part of a pass."""
+    """The part of a pass that is one request's."""
 
     session: Uint32
     position: Uint31
@@ -78,7 +90,7 @@ class Piece(Head):
 
 
 class Stopped(Head):
-    """A text that cannot go on in this pass. The other texts of the pass do."""
+    """A request that cannot go on in this pass. The others do."""
 
     session: Uint32
     code: FaultCode
@@ -90,17 +102,17 @@ AllStopped = Annotated[list[Stopped], msgspec.Meta(max_length=MAX_PIECES)]
 
 
 class Pass(Head):
-    """Several texts advance together. The body holds their ids (4 bytes each) where a shard needs them, then their
+    """Several requests advance together. The body holds their ids (4 bytes each) where a shard needs them, then their
     hidden states, both piece by piece."""
 
     read_all: bool
     """want=all: the last shard gives a step for every id, and needs the ids for that."""
     pieces: Annotated[list[Piece], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
     stopped: AllStopped = msgspec.field(default_factory=list)
-    """The texts that stopped at the shards before: zeros go on in place of their hidden states, and nobody computes
-    them."""
+    """Requests that stopped at the shards before: zeros go on in place of their hidden states, and they are not
+    computed."""
     for_words: bool = False
-    """Whether one of the texts has words (`lab.text.words`): then the last shard needs the ids for that."""
+    """Whether one of the requests has words (`lab.text.words`): then the last shard needs the ids for that."""
 
     @property
     def rows(self) -> int:
@@ -118,18 +130,17 @@ class Pass(Head):
         return "all" if self.read_all else "last"
 
 
-class Steps(Head):
-    """What the target says in one pass: the body has the steps of the pieces that are read, in their order."""
+class Steps(Answer):
+    """Results of one pass: the body has the steps of the pieces that are read, in their order."""
 
     stopped: AllStopped = msgspec.field(default_factory=list)
-    """The texts that stopped at any shard; their steps mean nothing."""
+    """Requests that stopped at any shard; their steps mean nothing."""
 
 
-class Report(Head):
-    """A shard's figures, now. The body holds its last passes: `HOP` each."""
+class Report(ShardFigures):
+    """A shard's figures, now. The body holds its last passes, a packed `split.transport.base.Hop` each."""
 
     clock_seconds: float
-    """Its monotonic clock when it answered."""
     name: ShortText
     device: ShortText
     weights_bytes: int
@@ -140,11 +151,6 @@ class Report(Head):
     device_memory_total_bytes: int | None
 
 
-HOP = struct.Struct("<IdddddI")
-"""One pass at one shard: its number; when (monotonic seconds of that machine) it arrived, was begun, was computed, was
-handed on; how many of the seconds between the second and the third went into coding; the bytes handed on."""
-REPORTED_PASSES = 4096
-
 _PASS_HEAD_BYTES = 2**16
 
 
@@ -154,7 +160,7 @@ def table(body_bytes: int) -> MessageTable:
         Open: 64 + SAMPLING_BYTES, Close: 8, Pass: _PASS_HEAD_BYTES, Steps: _PASS_HEAD_BYTES, Fault: 4096 + 64,
         Attach: 8192, Welcome: 64, Join: 32, Ask: 8, Report: 1024, Opened: 8,
     }  # fmt: skip
-    return frame_table(heads, {Pass: body_bytes, Steps: body_bytes, Report: REPORTED_PASSES * HOP.size})
+    return frame_table(heads, {Pass: body_bytes, Steps: body_bytes, Report: REPORTED_PASSES * HOP_BYTES})
 
 
 # Steps as bytes

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.drawing import drawn
+from split.inference.messages import Report
 from split.inference.times import PassParts
 from split.transport.base import ShardReport
 
@@ -19,7 +20,7 @@ _LEGEND: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)
 """Below its panel, over nothing."""
 
 
-def draw(reports: Sequence[ShardReport], apart: Sequence[PassParts], path: Path, title: str) -> Path:
+def draw(reports: Sequence[ShardReport[Report]], apart: Sequence[PassParts], path: Path, title: str) -> Path:
     """Two panels as a PNG at `path`."""
     with drawn(path, size=(6.5, 5), panels=2, title=f"{title} on {len(reports)} shards") as (memory, seconds):
         _draw_memory(memory, reports)
@@ -27,23 +28,25 @@ def draw(reports: Sequence[ShardReport], apart: Sequence[PassParts], path: Path,
     return path
 
 
-def _labels(reports: Sequence[ShardReport]) -> list[str]:
-    return [f"layers {report.layers.start}:{report.layers.stop}\n{report.device}" for report in reports]
+def _labels(reports: Sequence[ShardReport[Report]]) -> list[str]:
+    return [f"layers {report.layers.start}:{report.layers.stop}\n{report.figures.device}" for report in reports]
 
 
-def _draw_memory(axes: Axes, reports: Sequence[ShardReport]) -> None:
-    weights = [report.weights_bytes / 2**20 for report in reports]
-    cache = [report.kv_bytes / 2**20 for report in reports]
+def _draw_memory(axes: Axes, reports: Sequence[ShardReport[Report]]) -> None:
+    weights = [report.figures.weights_bytes / 2**20 for report in reports]
+    cache = [report.figures.kv_bytes / 2**20 for report in reports]
     labels = _labels(reports)
     axes.bar(labels, weights, label="weights")
     axes.bar(labels, cache, bottom=weights, label="KV cache")
-    axes.scatter(labels, [report.rss_bytes / 2**20 for report in reports], color="0.2", marker="_", s=900, label="RSS")
+    axes.scatter(
+        labels, [report.figures.rss_bytes / 2**20 for report in reports], color="0.2", marker="_", s=900, label="RSS"
+    )
     axes.set_ylabel("MiB")
     axes.set_title("memory per node")
     axes.legend(**_LEGEND)
 
 
-def _draw_seconds(axes: Axes, reports: Sequence[ShardReport], apart: Sequence[PassParts]) -> None:
+def _draw_seconds(axes: Axes, reports: Sequence[ShardReport[Report]], apart: Sequence[PassParts]) -> None:
     if not apart:
         return
     labels = [*_labels(reports), "answer"]

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lab import faults
 from lab.engine.base import (
@@ -34,8 +34,8 @@ from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
 from lab.wire import pack_tokens
 from split.chain.messages import Fault, FaultCode
-from split.inference.messages import MAX_PIECES, REPORTED_PASSES, Close, Open, Opened, Pass, Piece, Steps, unpack_steps
-from split.transport.base import ChainLost, Message, ShardLost, ShardReport, Transport
+from split.inference.messages import MAX_PIECES, Close, Open, Opened, Pass, Piece, Report, Steps, unpack_steps
+from split.transport.base import REPORTED_PASSES, ChainLost, Message, ShardLost, ShardReport, Transport
 
 log = logging.getLogger(__name__)
 
@@ -236,9 +236,10 @@ class ShardedModel(Engine):
         """Leave the shards; the engine is of no use afterwards."""
         self._transport.shutdown()
 
-    def reports(self) -> list[ShardReport]:
+    def reports(self) -> list[ShardReport[Report]]:
         """The figures of every shard, first to last."""
-        return self._transport.reports()
+        reports: list[ShardReport[Any]] = self._transport.reports()
+        return reports
 
     # Room
 
@@ -261,7 +262,7 @@ class ShardedModel(Engine):
     def _ask(self, asked: _Asked) -> _Asked:
         head = Open(tokens=asked.tokens, **sampling_fields(asked.sampling))
         self._asked[asked.number] = asked
-        self._transport.submit(Message(asked.number, head))
+        self._transport.send(0, Message(asked.number, head))
         return asked
 
     def _await_room(self, asked: _Asked, seconds: float) -> None:
@@ -294,7 +295,7 @@ class ShardedModel(Engine):
 
     def _close(self, number: int) -> None:
         try:
-            self._transport.submit(Message(number, Close()))
+            self._transport.send(0, Message(number, Close()))
         except ShardLost as lost:
             log.info("text %d was closed without its shards: %s", number, lost)
 
@@ -344,7 +345,7 @@ class ShardedModel(Engine):
         has_words = any(self._journals[part.run.number].session.sampling.words for part in parts)
         head = Pass(read_all=want == "all", for_words=has_words, pieces=[part.piece() for part in parts])
         submitted = time.monotonic()
-        self._transport.submit(Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
+        self._transport.send(0, Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
         return _UnderWay(number, head, parts, submitted)
 
     @staticmethod

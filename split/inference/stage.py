@@ -1,4 +1,4 @@
-"""One shard at its place in the chain: a message in, a message out; the transports only carry.
+"""A shard that infers, at its place in the chain: a message in, at most one out.
 
 Knows the encoding of the boundaries; knows nothing about networks.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lab.engine.base import TargetStep, Want
 from lab.engine.kv import CacheFull
@@ -23,11 +24,11 @@ from lab.settings import UserError
 from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES
 from split.chain.boundary import Boundary
-from split.chain.messages import Fault, FaultCode
+from split.chain.messages import Fault, FaultCode, memory_fields
 from split.inference.coding import decode, encode, stored
-from split.inference.messages import STOPPED_BYTES, Close, Open, Opened, Pass, Piece, Steps, Stopped, pack_steps
+from split.inference.messages import STOPPED_BYTES, Close, Open, Opened, Pass, Piece, Report, Steps, Stopped, pack_steps
 from split.inference.shard import Entering, Leaving, Shard, TextLost
-from split.transport.base import Message
+from split.transport.base import Message, Sent, Stage, To
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +41,14 @@ class _UnderWay:
     keys: Sequence[tuple[Hashable, int]]
     entering: Entering
     stopped: dict[int, Stopped]
-    """By session: the texts that nobody computes any more."""
+    """Requests that have stopped, by session."""
 
     def stop(self, session: int, code: FaultCode, text: str) -> None:
-        """A text stops once, for its first reason."""
+        """Stop a request; only its first reason counts."""
         self.stopped.setdefault(session, Stopped(session=session, code=code, text=text[:256]))
 
     def all_stopped(self) -> list[Stopped]:
-        """For the head of a frame: the more there are, the shorter their reasons."""
+        """All of them, for the head of a frame: the more there are, the shorter their reasons."""
         most = STOPPED_BYTES // max(1, len(self.stopped))
         return [
             Stopped(session=one.session, code=one.code, text=one.text.encode()[:most].decode(errors="ignore"))
@@ -57,50 +58,63 @@ class _UnderWay:
 
 @dataclass
 class Counts:
-    """What a shard has done so far."""
+    """Requests and tokens of a shard so far."""
 
     texts: int = 0
-    """That got room."""
+    """Requests that got room."""
     left: int = 0
-    """Of these, those whose client left before their end."""
+    """Requests whose client left before their end."""
     refused: int = 0
-    """That got none: they would never have fitted, or too many waited in line."""
+    """Requests that got no room: they would never have fitted, or too many waited in line."""
     failed: int = 0
-    """That stopped here in a pass, lost ones included."""
+    """Requests that stopped in a pass at this shard, lost ones included."""
     tokens: int = 0
-    """Positions that were computed."""
+    """Positions computed."""
 
 
-class Stage:
-    """A shard with its boundaries encoded. One thread at a time."""
+class InferenceStage(Stage):
+    """A shard with its boundaries encoded."""
 
     def __init__(self, shard: Shard, boundary: Boundary) -> None:
         self.shard = shard
         self.boundary = boundary
+        self.layers, self.context, self.sessions = shard.layers, shard.limits.context, shard.limits.sessions
+        self.onward = To.client if shard.gives_steps else To.next
+        """Receiver of its results."""
         self.coding_seconds = 0.0
-        """What the last message spent on turning bytes into tensors and back."""
+        self.boundary_bytes = 0
         self.counts = Counts()
         self._texts: dict[Hashable, set[int]] = {}
-        """The open texts of each client."""
+        """Open requests of each client."""
 
-    def take(self, client: Hashable, message: Message) -> Message | None:
-        """Do what a client's message asks of this shard; return what the next shard, or from the last one the client,
-        is to get; None for nothing.
-
-        Never raises for what a message holds: a `Fault` takes its place, which later shards hand on. What one text of a
-        pass does wrong stops that text only.
-        """
+    @override
+    def take(self, message: Message, client: Hashable = 0) -> Iterator[Sent]:
+        # A fault takes the place of a result, which later shards hand on: the client gets its answers in order. What
+        # one text of a pass does wrong stops that text only.
         self.coding_seconds = 0.0
+        result: Message | None
         try:
-            return self._do(client, message)
+            result = self._do(client, message)
         except Exception as error:  # of torch, of a device, too: the client is to know, all others go on
             if isinstance(message.head, Open) and _code(error) is not FaultCode.full:
                 self.counts.refused += 1
-            return Message(message.number, Fault(code=_code(error), text=_one_line(error)[:1024]))
+            result = Message(message.number, Fault(code=_code(error), text=_one_line(error)[:1024]))
+        if result is not None:
+            yield self.onward, result
+
+    @override
+    def figures(self, name: str) -> Report:
+        shard = self.shard
+        return Report(
+            clock_seconds=time.monotonic(),
+            name=name,
+            weights_bytes=shard.weights_bytes,
+            kv_bytes=shard.cache.allocated_bytes,
+            **memory_fields(shard.device),
+        )
 
     def prove(self) -> None:
-        """Run two tokens of nobody's text, as they would come from a client. UserError when that fails: no text could
-        be served."""
+        """Run a request of two tokens. UserError when that fails: no request could be served."""
         most = min(2, self.shard.longest)
         piece = Piece(session=1, position=0, count=most, is_first=True, is_last=True)
         states = b"" if self.shard.takes_ids else bytes(most * self.boundary.row_bytes(self.shard.hidden_size))
@@ -108,17 +122,16 @@ class Stage:
             Message(1, Open(tokens=most, **sampling_fields(Sampling.greedy()))),
             Message(2, Pass(read_all=True, pieces=[piece]), pack_tokens([0] * most) + states),
         ):
-            result = self.take("nobody", message)
-            assert result is not None
+            [(_, result)] = self.take(message, "nobody")
             faults = [result.head] if isinstance(result.head, Fault) else getattr(result.head, "stopped", [])
             for fault in faults:
                 if fault.code is not FaultCode.unfit:  # zeros are no hidden states: they may come to anything
-                    raise UserError(f"model must run two tokens through {self._layers}: {fault.text}")
+                    raise UserError(f"model must run two tokens through {self._named}: {fault.text}")
         self.forget("nobody")
         self.counts = Counts()
 
-    def forget(self, client: Hashable) -> None:
-        """Close all texts of a client that has left."""
+    @override
+    def forget(self, client: Hashable = 0) -> None:
         for number in self._texts.pop(client, set()):
             self.counts.left += 1
             self.shard.close((client, number))
@@ -151,7 +164,7 @@ class Stage:
         return result
 
     def _advance(self, under_way: _UnderWay) -> Leaving:
-        """What leaves the shard; zeros, and steps that say nothing, for the texts that stopped."""
+        """Results of a pass; zeros, and empty steps, for the requests that stopped."""
         pieces, want = under_way.entering.pieces, under_way.entering.want
         sound = [place for place, piece in enumerate(pieces) if piece.session not in under_way.stopped]
         results = self._together(under_way, sound)
@@ -162,7 +175,7 @@ class Stage:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _together(self, under_way: _UnderWay, places: Sequence[int]) -> dict[int, Any]:
-        """What comes of these pieces in one pass; where that fails, of each of them alone: a fault has one owner."""
+        """Results of these pieces, by place, in one pass; where that fails, of each alone: a fault has one owner."""
         if not places:
             return {}
         entering = under_way.entering.only(places)
@@ -173,9 +186,9 @@ class Stage:
                 log.info("a pass of %d texts failed (%s): each is tried alone", len(places), _one_line(error))
                 return {place: result for one in places for place, result in self._together(under_way, [one]).items()}
             if _code(error) is FaultCode.failed:
-                log.exception("a text failed in %s", self._layers)
+                log.exception("a text failed in %s", self._named)
             session = under_way.entering.pieces[places[0]].session
-            under_way.stop(session, _code(error), f"{_one_line(error)} in {self._layers}")
+            under_way.stop(session, _code(error), f"{_one_line(error)} in {self._named}")
             return {}
         if isinstance(leaving, Tensor):
             return dict(zip(places, leaving.split([piece.count for piece in entering.pieces]), strict=True))
@@ -243,14 +256,14 @@ class Stage:
             if step.fault and first is not None:
                 under_way.stop(piece.session, FaultCode.unfit, self._unfit(piece, first, "hold NaN or infinity in"))
             elif step.fault:
-                under_way.stop(piece.session, FaultCode.unfit, f"{step.fault} in {self._layers}")
+                under_way.stop(piece.session, FaultCode.unfit, f"{step.fault} in {self._named}")
 
     def _unfit(self, piece: Piece, place: int, what: str) -> str:
-        return f"the hidden states of position {piece.position + place} {what} {self._layers}"
+        return f"the hidden states of position {piece.position + place} {what} {self._named}"
 
     @property
-    def _layers(self) -> str:
-        return f"the shard of layers {self.shard.layers.start}:{self.shard.layers.stop}"
+    def _named(self) -> str:
+        return f"the shard of layers {self.layers.start}:{self.layers.stop}"
 
     def _read(self, client: Hashable, run: Pass, body: memoryview) -> _UnderWay:
         """Raises ValueError for a pass that makes no sense as a whole."""
@@ -276,13 +289,13 @@ class Stage:
 
 
 def _no_step(piece: Piece, want: Want) -> TargetStep:
-    """As long as the step that a text would have had, had it not stopped."""
+    """A placeholder of the size of a stopped request's step."""
     rows = piece.count if want == "all" else 1
     return TargetStep([0] * rows, [0.0] * rows, [0.0] * rows, [0.0] * rows if want == "all" else [])
 
 
 def _code(error: Exception) -> FaultCode:
-    """The owner's word for what went wrong."""
+    """The fault code of an exception."""
     for kind, code in _CODES.items():
         if isinstance(error, kind):
             return code

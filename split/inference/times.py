@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from split.inference.messages import Report
 from split.inference.sharded_model import PassTime
 from split.transport.base import Hop, ShardReport
 
@@ -44,7 +45,7 @@ class PassParts:
         return self.answer_wire + sum(sum(vars(hop).values()) for hop in self.hops)
 
 
-def take_apart(passes: Sequence[PassTime], reports: Sequence[ShardReport]) -> list[PassParts]:
+def take_apart(passes: Sequence[PassTime], reports: Sequence[ShardReport[Report]]) -> list[PassParts]:
     """The passes that every shard still knows, oldest first."""
     return [
         _parts(timed, [report.hops[timed.number] for report in reports])

@@ -1,33 +1,159 @@
 """Gradients over the cut by torch.distributed.autograd, steps by `DistributedOptimizer`; the numbers of `Explicit`.
 
-All micro-batches of a step live in one context and go back in one joint backward: a backward for each of them hangs
-until its time-out. So the forwards are pipelined, and a shard holds all micro-batches, as under GPipe.
+The seats of the shards are called: hidden states are fetched by the next shard from the one that made them, and torch
+notes on both sides what its distributed backward will need. All micro-batches of a step live in one context and go back
+in one joint backward: a backward for each of them hangs until its time-out. So the forwards are pipelined, and a shard
+holds all micro-batches, as under GPipe.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch.distributed.autograd import backward, context  # type: ignore[attr-defined]  # public, but not in __all__
+import torch.distributed.rpc as torch_rpc
+from torch import Tensor
+from torch.distributed.autograd import (  # type: ignore[attr-defined]  # public, but not in __all__
+    backward,
+    context,
+    get_gradients,
+)
 from torch.distributed.optim import DistributedOptimizer
+from torch.distributed.rpc import PyRRef  # type: ignore[attr-defined]  # the same
+from typing_extensions import override
 
+from lab.device import read_memory
 from lab.learning.examples import Batch
 from lab.settings import UserError
-from split.training.messages import Apply, Recipe, Step
+from split.training.messages import MAX_JOINT_MICRO_BATCHES, Apply, Recipe, Step
 from split.training.optimizer import MasterAdamW
 from split.training.settings import Train
-from split.training.trainer import Gradients, Shards, TrainingFault
-from split.transport.training_rpc import WORKER_THREADS, RpcTraining
+from split.training.shard import Entering
+from split.training.stage import TrainingStage
+from split.training.trainer import Backward, Gradients, Shards, TrainingFault
+from split.transport.rpc import RpcChain, Seat
 
-MOST_MICRO_BATCHES = WORKER_THREADS // 2
-"""Each may keep a thread of a shard's agent waiting; some must be left to bring it what it waits for."""
+log = logging.getLogger(__name__)
 
 
-class Autograd:
+class Gathered(NamedTuple):
+    """Figures of a shard after a distributed backward."""
+
+    squares: float
+    is_finite: bool
+    held: int
+    boundary_bytes: int
+    busy_seconds: float
+    """Processor time since the step began."""
+    rss_bytes: int
+
+
+class LearnerSeat(Seat):
+    """A stage that learns, in a group; with backward=autograd its shard is called instead."""
+
+    stage: TrainingStage
+    worker_threads = 2 * MAX_JOINT_MICRO_BATCHES
+    gradient_seconds = 30.0
+    """Longest wait for a gradient after the backward."""
+
+    def __init__(self, stage: TrainingStage, name: str, model_layers: int, fingerprints: dict[str, str]) -> None:
+        super().__init__(stage, name, model_layers, fingerprints)
+        self._computing = threading.Lock()
+
+    def parameters(self) -> list[Any]:
+        """RRefs to the trainable weights."""
+        return [torch_rpc.RRef(weight) for weight in self.stage.shard.weights.values()]
+
+    def adopt(self, local_optimizer: Any) -> None:
+        """The optimizer that `DistributedOptimizer` made here goes on where the shard's own one stood."""
+        shard, made = self.stage.shard, local_optimizer.local_value().optim
+        assert shard.optimizer is not None
+        names = list(shard.weights)
+        made.load_tensors(names, shard.optimizer.tensors(names))
+        shard.optimizer = made
+
+    def begin_step(self) -> None:
+        """Forget what the step before left."""
+        self.stage.shard.forget_gradients()
+        self.stage.boundary_bytes = 0
+        self._is_finite = True
+        self._forwards = 0
+        self._began = time.process_time()
+
+    def forward(
+        self, step: int, micro_batch: int, states: Any, lengths: Sequence[int], labels_BT: Tensor | None, tokens: int
+    ) -> Tensor:
+        """A micro-batch's hidden states, from the last shard its share of the loss; in the caller's context."""
+        if isinstance(states, PyRRef):
+            states = states.to_here()  # from the shard before, which notes that its gradient will come from here
+        with self._computing:
+            leaving = self.stage.shard.run(Entering(step, micro_batch, states, lengths, labels_BT, tokens))
+            self._forwards += 1
+            self._is_finite = self._is_finite and bool(leaving.isfinite().all())
+            if leaving.dim():
+                self.stage.boundary_bytes += (2 if leaving.requires_grad else 1) * leaving.nbytes  # and its gradient
+        return leaving
+
+    def gather(self, context: int) -> Gathered:
+        """Take the gradients out of the context, so that all else is as after a backward of our own."""
+        self._take_gradients(context)
+        shard = self.stage.shard
+        return Gathered(
+            squares=shard.squares(),
+            is_finite=self._is_finite,
+            held=self._forwards,
+            boundary_bytes=self.stage.boundary_bytes,
+            busy_seconds=time.process_time() - self._began,
+            rss_bytes=read_memory(shard.device).rss_bytes,
+        )
+
+    def scale(self, context: int, scale: float, learning_rate: float) -> None:
+        """Clip, and say how fast to learn; `DistributedOptimizer` steps with what the context holds."""
+        shard = self.stage.shard
+        if shard.optimizer is None:
+            return
+        self._take_gradients(context)
+        shard.scale_gradients(scale)
+        shard.optimizer.set_learning_rate(learning_rate)
+
+    def tied_gradient(self, context: int) -> Tensor:
+        """Gradient of our copy of a tied embedding."""
+        tied = self.stage.shard.tied
+        assert tied is not None
+        return get_gradients(context)[tied]
+
+    def sum_tied(self, context: int, other: Any) -> None:
+        """Give both copies of a tied embedding the sum of their gradients; nothing where it is not tied."""
+        if self.stage.shard.tied is None:
+            return
+        total = self.tied_gradient(context) + other.rpc_sync().tied_gradient(context)
+        self.set_tied(context, total)
+        other.rpc_sync().set_tied(context, total)
+
+    def set_tied(self, context: int, total: Tensor) -> None:
+        """The gradient that both copies have."""
+        self.tied_gradient(context).copy_(total)
+
+    def _take_gradients(self, context: int) -> None:
+        """A weight's gradient is put into the context once, when that of every micro-batch is in it."""
+        deadline = time.monotonic() + self.gradient_seconds
+        weights = self.stage.shard.weights
+        while missing := [name for name, weight in weights.items() if weight not in get_gradients(context)]:
+            # torch's backward returned before the gradients of another process were there, once in 60 runs under load
+            if time.monotonic() >= deadline:
+                raise RuntimeError(f"no gradient of {missing[0]} came within {self.gradient_seconds:g} s")
+            log.info("%d of %d gradients are still to come", len(missing), len(weights))
+            time.sleep(0.001)
+        gradients = get_gradients(context)
+        for weight in weights.values():
+            weight.grad = gradients[weight]
+
+
+class Autograd(Backward):
     """A `Backward` over the seats of a group.
 
     Args:
@@ -36,7 +162,7 @@ class Autograd:
     """
 
     def __init__(self, shards: Shards, recipe: Recipe) -> None:
-        assert isinstance(shards.transport, RpcTraining)
+        assert isinstance(shards.transport, RpcChain)
         self._transport = shards.transport
         self._recipe = recipe
         self._sums_tied = recipe.train is Train.everything and shards.count > 1
@@ -44,8 +170,9 @@ class Autograd:
         self._context: Any = None
         self._context_id = 0
 
+    @override
     def begin(self) -> None:
-        """See `Backward.begin`: an optimizer at every shard that has something to learn."""
+        # an optimizer at every shard that has something to learn
         recipe = self._recipe
         weights = [weight for seat in self._transport.seats for weight in seat.rpc_sync().parameters()]
         logging.getLogger("torch.distributed.optim").setLevel(logging.ERROR)  # that it is plain Python is what we want
@@ -59,11 +186,11 @@ class Autograd:
             if seat.owner().name in made:
                 seat.rpc_sync().adopt(made[seat.owner().name])
 
+    @override
     def gradients(self, step: int, micro_batches: Sequence[Batch], plan: Step) -> Gradients:
-        """See `Backward.gradients`."""
-        if len(micro_batches) > MOST_MICRO_BATCHES:
+        if len(micro_batches) > MAX_JOINT_MICRO_BATCHES:
             raise UserError(
-                f"project.micro_batches x optimization.accumulation must be at most {MOST_MICRO_BATCHES} for "
+                f"project.micro_batches x optimization.accumulation must be at most {MAX_JOINT_MICRO_BATCHES} for "
                 f"backward=autograd, got {len(micro_batches)}"
             )
         self._leave_context()
@@ -74,8 +201,8 @@ class Autograd:
                 raise
             raise self._transport.lost(error) from None
 
+    @override
     def apply(self, step: int, apply: Apply) -> None:
-        """See `Backward.apply`."""
         try:
             for seat in self._transport.seats:
                 seat.rpc_sync().scale(self._context_id, apply.scale, apply.learning_rate)

@@ -34,13 +34,13 @@ _STEP = re.compile(r"^step-(\d{8})$")
 
 
 def step_folder(root: Path, run: str, step: int) -> Path:
-    """Where the checkpoint after `step` steps is."""
+    """The folder of the checkpoint after `step` steps."""
     return root / run / f"step-{step:08d}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one shard's part of a checkpoint belongs to."""
+    """Identity of one shard's part of a checkpoint."""
 
     step: int
     shard: int
@@ -53,24 +53,18 @@ class Part:
 
 def part_of(step: int, shard: int, shards: int, layers: range, recipe: Recipe) -> Part:
     """The part of one shard after `step` steps."""
-    fields = {name: getattr(recipe, name) for name in recipe.__struct_fields__} | {"train": recipe.train.name}
+    fields = msgspec.structs.asdict(recipe) | {"train": recipe.train.name}
     return Part(step=step, shard=shard, shards=shards, first=layers.start, last=layers.stop, recipe=fields)
 
 
 class Parts:
-    """One shard's parts below `root`, of one run.
-
-    Args:
-        root: Of this machine.
-        run: Sixteen hex digits.
-        place: The shard, from 0.
-    """
+    """The parts of one shard (`place`, from 0) in the checkpoints of one run, below this machine's `root`."""
 
     def __init__(self, root: Path, run: str, place: int) -> None:
         self._root, self._run, self._place = root, run, place
 
     def folder(self, step: int) -> Path:
-        """Of the part after `step` steps."""
+        """The folder of the part after `step` steps."""
         return step_folder(self._root, self._run, step) / f"shard-{self._place + 1}"
 
     def write(self, part: Part, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> str:
@@ -85,7 +79,7 @@ class Parts:
             return _digest(unfinished)
 
     def read(self, part: Part, digest: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimizer state of a part. UserError when it is not there, another one or not whole."""
+        """Weights and optimizer state of a part. UserError for one that is missing, another or damaged."""
         folder = self.folder(part.step)
         if not (folder / PART).exists():
             raise UserError(f"the checkpoint's part of shard {part.shard + 1} must be at {str(folder)!r}, and is not")
@@ -104,7 +98,7 @@ class Parts:
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """What makes the parts of one step a checkpoint."""
+    """Record that makes the parts of one step a checkpoint."""
 
     run: str
     step: int
@@ -112,9 +106,9 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     """`lab.models.sources.model_identity` of the base model."""
     dtype: str
     cuts: list[int]
-    """Where each shard begins, and the model's number of layers."""
+    """First layer of each shard, then the model's number of layers."""
     digests: list[str]
-    """Of each shard's part."""
+    """Digest of each shard's part."""
     recipe: Recipe
     optimization: dict[str, Any]
     data: dict[str, Any]
@@ -123,23 +117,23 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     seed: int
     loss_by_step: list[float]
     data_digest: str = ""
-    """`split.training.data.examples_digest` of what is learnt from; empty where an older version wrote it."""
+    """`split.training.data.examples_digest` of the examples; empty where an older version wrote the manifest."""
     altered_at: int = 0
-    """The last step after which the data or the number of steps became another; 0: never."""
+    """The last step after which the data or the number of steps changed; 0: never."""
 
     @property
     def layers(self) -> list[range]:
-        """Of each shard."""
+        """Layers of each shard."""
         return [range(first, last) for first, last in pairwise(self.cuts)]
 
     @property
     def cut(self) -> str:
-        """For people: 0:2, 2:4."""
+        """The layers as text, such as `0:2, 2:4`."""
         return ", ".join(f"{part.start}:{part.stop}" for part in self.layers)
 
 
 def write_manifest(root: Path, manifest: Manifest) -> Path:
-    """Make the step valid, and earlier ones but the last go; return its folder."""
+    """Make the step valid; return its folder."""
     folder = step_folder(root, manifest.run, manifest.step)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode() + "\n")
@@ -156,7 +150,7 @@ def forget_steps_before(root: Path, run: str, step: int) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Of a step's folder. UserError for a folder that has none, or a broken one."""
+    """The manifest of a step's folder. UserError for a folder that has none, or a broken one."""
     try:
         return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError) as error:

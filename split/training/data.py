@@ -1,4 +1,4 @@
-"""What a split run learns from: every example of the data, in an order that depends on the seed alone."""
+"""Training examples of a split run, in an order that depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def training_examples(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Example]:
-    """The training part of the data; the held-out part is left for whoever wants to know what the model has learnt.
+    """The training part of the data; the held-out part is left for an evaluation.
 
     Documents are read in an order drawn by `seed`, and no more of them than `max_examples` and `max_held_out` need.
     """

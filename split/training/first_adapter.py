@@ -29,7 +29,7 @@ from split.training.messages import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class FirstAdapter:
-    """An adapter before the first step, and how it gets on a model."""
+    """An adapter before the first step."""
 
     settings: ModelSettings
     recipe: Recipe
@@ -38,7 +38,7 @@ class FirstAdapter:
     """None: a fresh one."""
 
     def put_on(self, model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-        """Make a frozen model, or a slice of it, learn this; its weights, by their names in a PEFT file."""
+        """Add the adapter to a frozen model or slice; return its weights, by their names in a PEFT file."""
         inject_adapter(model, self.fit, trainable=True, dropout=self.recipe.lora_dropout)
         weights = trained_weights(model)
         if self.folder is not None:
@@ -51,11 +51,11 @@ class FirstAdapter:
         return weights
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What is trained, before the first step, by names in a PEFT file; read again, not kept."""
+        """Values of the trained tensors before the first step, by names in a PEFT file; read again, not kept."""
         return self._fresh() if self.folder is None else self.folder.tensors(self.fit.shapes)
 
     def described(self) -> LoraConfig:
-        """PEFT's config of what is trained: the folder's own, with the recipe's dropout."""
+        """PEFT's config of the adapter: the folder's own, with the recipe's dropout."""
         if self.folder is None:
             config = lora_config(self.recipe.lora_targets, lora_of(self.recipe))
         else:
@@ -68,7 +68,7 @@ class FirstAdapter:
         return config
 
     def untrained(self) -> dict[str, Tensor]:
-        """What the folder holds besides: base weights that PEFT saves with an adapter of the embedding."""
+        """Other tensors of the folder: base weights that PEFT saves with an adapter of the embedding."""
         return {} if self.folder is None else self.folder.tensors(self.folder.shapes.keys() - self.fit.shapes.keys())
 
     def _fresh(self) -> dict[str, Tensor]:
@@ -79,8 +79,7 @@ class FirstAdapter:
 def first_adapter(settings: ModelSettings, recipe: Recipe) -> FirstAdapter:
     """The adapter that a recipe starts from.
 
-    Patterns, scale and kind are those of the folder; rank, alpha and targets must be those of the recipe, whose dropout
-    counts.
+    Patterns, scale and kind are the folder's; rank, alpha and targets must be the recipe's, whose dropout counts.
 
     Raises:
         UserError: modules that the model does not have; an adapter of another model, rank, alpha or set of modules.
@@ -117,5 +116,5 @@ def _last_names(fit: Fit) -> list[str]:
 
 
 def lora_of(recipe: Recipe) -> LoraSettings:
-    """The recipe's adapter, as the lab's settings have it."""
+    """The recipe's adapter as settings."""
     return LoraSettings(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)

@@ -1,4 +1,4 @@
-"""What a trainer and shards that learn say to each other. The transports carry these; over tcp they are frames.
+"""Messages of split training. The transports carry them; over tcp they are frames of `lab.wire`.
 
     trainer             shard 1                      shard 2 (last)
     START(recipe)  ->   loads, STARTED               loads, STARTED             a checkpoint's step, or the base model
@@ -29,11 +29,13 @@ import msgspec
 from lab.wire import Head, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
 from lab.wire.tensors import TensorSpec
-from split.chain.messages import Ask, Attach, Count, Fault, Join, Welcome, frame_table
+from split.chain.messages import Answer, Ask, Attach, Count, Fault, Join, ShardFigures, Welcome, frame_table
 from split.training.schedule import Operation, Phase, Schedule, Span
 from split.training.settings import MAX_EXAMPLES, MAX_MICRO_BATCHES, Train
 
 PROTOCOL = range(2, 3)
+MAX_JOINT_MICRO_BATCHES = 64
+"""In a step by torch's own autograd: each may keep a thread of a shard's agent waiting, of twice as many."""
 
 Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -43,7 +45,7 @@ MicroBatch = Annotated[int, msgspec.Meta(ge=0, lt=MAX_MICRO_BATCHES)]
 
 
 class Recipe(Head):
-    """What every shard must train alike; the rest of a step comes with the step."""
+    """Settings that every shard trains by; the rest comes with each step."""
 
     train: Train
     lora_rank: Count
@@ -55,7 +57,7 @@ class Recipe(Head):
     beta2: Fraction
     activation_checkpointing: bool
     seed: Uint63
-    """Of the fresh adapter and of dropout."""
+    """Seed of the fresh adapter and of dropout."""
 
 
 class Start(Head):
@@ -65,13 +67,13 @@ class Start(Head):
     """Its place, from 0."""
     shards: Uint31
     run: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
-    """Whose checkpoints these are."""
+    """Name of the run, for its checkpoints."""
     digest: ShortText
-    """Of the shard's part of the checkpoint; empty at step 0, where there is none."""
+    """Digest of the shard's part of the checkpoint; empty at step 0, where there is none."""
     recipe: Recipe
 
 
-class Started(Head):
+class Started(Answer):
     """Loaded."""
 
     shard: Uint31
@@ -88,7 +90,7 @@ class Step(Head):
     turns: Annotated[int, msgspec.Meta(ge=1, le=MAX_MICRO_BATCHES)]
     """How often the schedule runs, one after the other, before the gradients are used (accumulation)."""
     tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**40)]
-    """That the loss counts in the whole step: each micro-batch's sum of cross-entropies is divided by it."""
+    """Tokens that the loss counts in the whole step: each micro-batch's sum of cross-entropies is divided by it."""
 
 
 class Batch(Head):
@@ -111,7 +113,7 @@ class Hidden(Head):
 
 
 class Gradient(Head):
-    """Of the loss by a micro-batch's hidden states B x T x H, to the shard that made them."""
+    """Gradient of the loss by a micro-batch's hidden states B x T x H, to the shard that made them."""
 
     micro_batch: MicroBatch
     tensor: TensorSpec
@@ -125,7 +127,7 @@ class Tied(Head):
     tensor: TensorSpec
 
 
-class Done(Head):
+class Done(Answer):
     """All forwards and backwards of a step are done here. The body holds when: `OPERATION` each."""
 
     shard: Uint31
@@ -138,7 +140,7 @@ class Done(Head):
     held: Uint31
     """The most micro-batches it held at once."""
     boundary_bytes: int
-    """That it sent to its neighbours, headers included where there are any."""
+    """Bytes that it sent to its neighbours, headers included where there are any."""
     rss_bytes: int
 
 
@@ -146,7 +148,7 @@ class Apply(Head):
     """Take the optimizer's step."""
 
     scale: Annotated[float, msgspec.Meta(gt=0, le=1)]
-    """What clipping multiplies every gradient with."""
+    """Factor of every gradient, from clipping."""
     learning_rate: NotNegative
 
 
@@ -157,7 +159,7 @@ class Save(Head):
     """Parts of earlier steps may go."""
 
 
-class Saved(Head):
+class Saved(Answer):
     """The part is on disk."""
 
     shard: Uint31
@@ -165,15 +167,14 @@ class Saved(Head):
     """SHA-256 over the part's files."""
     folder: LongText
     weights_delta_norm: float
-    """How far its trainable weights are from those that the run began with."""
+    """Norm of the change of its trainable weights since the run began."""
 
 
-class Figures(Head):
+class Figures(ShardFigures):
     """A shard's sizes, now, in answer to ASK."""
 
     shard: Uint31
     clock_seconds: float
-    """Its monotonic clock when it answered."""
     device: ShortText
     weights_bytes: int
     gradient_bytes: int

@@ -1,4 +1,4 @@
-"""The optimizer of a shard: AdamW whose steps are taken in float32, however few bits the weights have."""
+"""The optimizer of a shard: AdamW that steps in float32, whatever the precision of the weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW (arXiv 1711.05101) on float32 masters of what is kept in 16 bits (arXiv 1710.03740, section 3.1).
+    """AdamW (arXiv 1711.05101) on float32 masters of parameters in 16 bits (arXiv 1710.03740, section 3.1).
 
-    A parameter of at least 32 bits is its own master. A class of its own, so that `DistributedOptimizer` takes its
-    plain Python path, on which learning rate and state can be reached; on the other one they are in TorchScript.
+    A parameter of at least 32 bits is its own master. Being a subclass, it makes `DistributedOptimizer` take its plain
+    Python path, on which learning rate and state can be reached; on the other one they are in TorchScript.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], **options: Any) -> None:
@@ -33,19 +33,19 @@ class MasterAdamW(torch.optim.AdamW):
         return None
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Of the next step."""
+        """Set the learning rate of the next step."""
         for group in self.param_groups:
             group["lr"] = learning_rate
 
     @property
     def state_bytes(self) -> int:
-        """Moments, and masters that are not the parameters themselves."""
+        """Size of the moments, and of masters that are not the parameters themselves."""
         moments: int = sum(value.nbytes for state in self.state.values() for value in state.values())
         pairs = zip(self.parameters, self.masters, strict=True)
         return moments + sum(master.nbytes for parameter, master in pairs if master is not parameter)
 
     def tensors(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """What a checkpoint needs besides the weights; `names` are those of the parameters, in order."""
+        """The state for a checkpoint; `names` are those of the parameters, in order."""
         found: dict[str, torch.Tensor] = {}
         for name, parameter, master in zip(names, self.parameters, self.masters, strict=True):
             found |= {f"{key}.{name}": value for key, value in self.state[master].items()}
@@ -55,7 +55,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_tensors(self, names: list[str], tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from `tensors` of the same names. KeyError when one is missing."""
+        """Load the state from `tensors`, named alike. KeyError when one is missing."""
         for name, parameter, master in zip(names, self.parameters, self.masters, strict=True):
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             self.state[master] = {key: tensors[f"{key}.{name}"].clone() for key in keys}

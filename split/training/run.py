@@ -1,4 +1,4 @@
-"""A whole run of split training: opens the shards, takes the steps, keeps checkpoints, compares, reports."""
+"""A run of split training: opens the shards, takes the steps, keeps checkpoints, compares, reports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from lab.command.entry import Run
 from lab.device import open_device
@@ -22,6 +24,7 @@ from split.training.checkpoint import Manifest, latest_step, read_manifest
 from split.training.data import examples_digest, ordered, training_examples
 from split.training.messages import Figures, Recipe
 from split.training.open import checkpoints_of, identity_of, open_shards
+from split.training.picture import draw_losses, draw_timeline
 from split.training.schedule import even_bubble
 from split.training.settings import Baseline, SplitTrainSettings, Train
 from split.training.trainer import DistributedTrainer, Shards, StepFigures
@@ -32,11 +35,11 @@ log = logging.getLogger(__name__)
 
 
 def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
-    """Trains to the end; the figures of the last line.
+    """Train to the end; return the figures of the last line.
 
     Raises:
-        UserError: what cannot be trained, a checkpoint that does not fit, a loss that is not finite.
-        ShardLost, TrainingFault: a shard that was lost for good, or failed.
+        UserError: the model cannot be trained so, the checkpoint does not fit, or the loss is not finite.
+        ShardLost, TrainingFault: a shard was lost for good, or failed.
     """
     project = settings.project
     checkpoints = checkpoints_of(settings, place.folder)
@@ -79,7 +82,7 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
 
 
 def make_recipe(settings: SplitTrainSettings) -> Recipe:
-    """What every shard trains alike. UserError for what cannot be trained."""
+    """The recipe of all shards. UserError for a model that cannot be trained so."""
     project, optimization = settings.project, settings.project.optimization
     recipe = Recipe(
         train=project.train,
@@ -192,14 +195,19 @@ def check_resumable(found: Manifest, ours: Manifest, folder: Path, *, allow_chan
             f"project.data must hold the examples that {str(folder)!r} learnt from (project.allow_changed_data=true "
             f"goes on with others), got others{now}"
         )
-    for name in ("dtype", "recipe", "optimization", "micro_batches", "seed"):
-        theirs, mine = to_plain(_plain(getattr(found, name))), to_plain(_plain(getattr(ours, name)))
-        if theirs != mine:
+    for name, theirs in _kept(found).items():
+        if theirs != (mine := _kept(ours)[name]):
             raise UserError(f"project.resume must be a checkpoint of a run with {name} {mine}, got {theirs}")
 
 
+def _kept(manifest: Manifest) -> dict[str, Any]:
+    """Values that stay as they were when a run is resumed."""
+    named = msgspec.structs.asdict(manifest) | {"recipe": msgspec.structs.asdict(manifest.recipe)}
+    return {name: to_plain(named[name]) for name in ("dtype", "recipe", "optimization", "micro_batches", "seed")}
+
+
 def follow(found: Manifest, ours: Manifest) -> None:
-    """Give a checkpoint that is gone on from this run's data and number of steps; what changes is logged."""
+    """Give a checkpoint this run's data and number of steps; changes are logged."""
     if found.data_digest != ours.data_digest:
         log.warning("from step %d on the run learns from other examples than before", found.step)
     if found.total_steps != ours.total_steps:
@@ -214,14 +222,10 @@ def follow(found: Manifest, ours: Manifest) -> None:
     found.data, found.data_digest, found.total_steps = ours.data, ours.data_digest, ours.total_steps
 
 
-def _plain(value: Any) -> Any:
-    return {name: getattr(value, name) for name in value.__struct_fields__} if isinstance(value, Recipe) else value
-
-
 def take_steps(
     settings: SplitTrainSettings, trainer: DistributedTrainer, tracker: Tracker
 ) -> tuple[dict[int, StepFigures], Path]:
-    """All steps that are left; those that were taken here, and the folder of the last checkpoint."""
+    """Take all steps that are left; return them by number, and the folder of the last checkpoint."""
     project = settings.project
     taken: dict[int, StepFigures] = {}
     folder: Path | None = None
@@ -241,7 +245,7 @@ def take_steps(
 
 
 def step_row(figures: StepFigures) -> dict[str, Any]:
-    """A step's row in metrics.jsonl."""
+    """The row of a step in metrics.jsonl."""
     return {
         "loss": figures.loss,
         "learning_rate": figures.learning_rate,
@@ -254,7 +258,7 @@ def step_row(figures: StepFigures) -> dict[str, Any]:
 
 
 def describe(figures: StepFigures) -> str:
-    """A step for people."""
+    """A step in one line of text."""
     memory = " + ".join(f"{rss / 1e9:.2f}" for rss in figures.rss_bytes)
     return (
         f"loss {figures.loss:.4f}, {figures.tokens / figures.seconds:.0f} tokens/s, "
@@ -318,9 +322,7 @@ def draw(
     taken: dict[int, StepFigures],
     folder: Path,
 ) -> list[Path]:
-    """The pictures of a run; one that cannot be drawn is said once, and nothing else changes."""
-    from split.training.picture import draw_losses, draw_timeline
-
+    """Draw the pictures of a run; return those that could be drawn."""
     title = f"{settings.model.name} over {settings.project.transport.name}, {settings.project.schedule.name}"
     plots = picture(lambda: draw_losses(losses, unsplit, title, folder / "loss.png"))
     timelines = [figures for figures in taken.values() if figures.timeline is not None]

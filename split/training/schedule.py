@@ -1,4 +1,4 @@
-"""Which shard does which micro-batch when, as plain data: GPipe (arXiv 1811.06965) and 1F1B (arXiv 1806.03377,
+"""Order of the micro-batches at each shard, as plain data: GPipe (arXiv 1811.06965) and 1F1B (arXiv 1806.03377,
 non-interleaved with a flush, arXiv 2104.04473). Loads no torch.
 
     p = 2 shards, m = 4 micro-batches; F forward, B backward, of micro-batch 0..3
@@ -16,10 +16,10 @@ least
     T = max_s [ sum_{r<s} (f_r + b_r) + m (f_s + b_s) ]
 
 (a shard can begin when the first micro-batch has come through those before it, and its last backward must go through
-them), and just that when the shards are equal. What is not work is the bubble: 1 - m sum_s (f_s + b_s) / (p T), which
-is (p - 1) / (m + p - 1) for equal shards under both. Shards of unequal times wait for the slowest one in every
-micro-batch, so that more micro-batches do not take that part of the bubble away; another cut does. `least_seconds` has
-the formulas; `replay` gives the times of either schedule exactly, links included.
+them), and just that when the shards are equal. The rest is the bubble: 1 - m sum_s (f_s + b_s) / (p T), which is
+(p - 1) / (m + p - 1) for equal shards under both. Shards of unequal times wait for the slowest one in every
+micro-batch, a part of the bubble that more micro-batches do not shrink; another cut does. `least_seconds` has the
+formulas; `replay` gives the times of either schedule exactly, links included.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Schedule(Enum):
 
 
 class Phase(Enum):
-    """Half of a micro-batch's way through a shard."""
+    """Direction of a micro-batch through a shard."""
 
     forward = "forward"
     backward = "backward"
@@ -45,15 +45,15 @@ class Phase(Enum):
 
 @dataclass(frozen=True, order=True)
 class Operation:
-    """One micro-batch at one shard, one way."""
+    """Forward or backward of one micro-batch at one shard."""
 
     micro_batch: int
     phase: Phase
 
 
 def operations(schedule: Schedule, *, shards: int, shard: int, micro_batches: int) -> list[Operation]:
-    """What a shard (from 0) does in one step, in order. Backwards come in the order of the forwards, as in a model
-    that is not split, so that gradients add up in the same order."""
+    """The operations of a shard (from 0) in one step, in order. Backwards come in the order of the forwards, as in a
+    whole model, so that gradients add up in the same order."""
     assert 0 <= shard < shards, f"shard {shard} of {shards}"
     ahead = min(most_held(schedule, shards=shards, shard=shard, micro_batches=micro_batches), micro_batches)
     order = [Operation(number, Phase.forward) for number in range(ahead)]
@@ -77,7 +77,7 @@ def even_bubble(shards: int, micro_batches: int) -> float:
 def least_seconds(
     schedule: Schedule, forward_seconds: Sequence[float], backward_seconds: Sequence[float], micro_batches: int
 ) -> float:
-    """T of the formulas above: what a step takes under GPipe, and takes at least under 1F1B."""
+    """T of the formulas above: exact under GPipe, a lower bound under 1F1B."""
     if schedule is Schedule.gpipe:
         return sum(sum(seconds) + (micro_batches - 1) * max(seconds) for seconds in (forward_seconds, backward_seconds))
     both = [forward + backward for forward, backward in zip(forward_seconds, backward_seconds, strict=True)]
@@ -93,13 +93,13 @@ class Span:
     end: float
 
     def shifted(self, seconds: float) -> Span:
-        """The same by another clock."""
+        """The span by a clock that is `seconds` ahead."""
         return Span(self.operation, self.begin + seconds, self.end + seconds)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A step as it ran, or as it would run."""
+    """A step as it ran, or as a replay predicts it."""
 
     shards: list[list[Span]]
     """The operations of each shard, in order."""
@@ -112,12 +112,12 @@ class Timeline:
 
     @property
     def busy_seconds(self) -> float:
-        """Of all shards together."""
+        """Time that all shards together work."""
         return sum(span.end - span.begin for shard in self.shards for span in shard)
 
     @property
     def bubble_fraction(self) -> float:
-        """The share of the shards' time in which they wait."""
+        """Share of the shards' time in which they wait."""
         return 1 - self.busy_seconds / (len(self.shards) * self.seconds)
 
 
@@ -127,16 +127,16 @@ def replay(
     backward_seconds: Sequence[float],
     link_seconds: float = 0.0,
 ) -> Timeline:
-    """Run a schedule on paper: each shard does its operations in order, each as soon as its input is there.
+    """Simulate a schedule: each shard does its operations in order, each as soon as its input has arrived.
 
     Args:
         orders: The operations of each shard, first to last.
-        forward_seconds: Of one micro-batch, for each shard.
-        backward_seconds: The same for backwards; the last shard's begins from its own forward.
-        link_seconds: From a result's being there to its being at the neighbour.
+        forward_seconds: Time of one forward at each shard.
+        backward_seconds: Time of one backward at each shard; the last shard's follows its own forward.
+        link_seconds: Time of a result on its way to the neighbour.
 
     Raises:
-        ValueError: orders in which shards wait for each other for ever.
+        ValueError: orders in which shards wait for each other forever.
     """
     count = len(orders)
     ends: list[dict[Operation, float]] = [{} for _ in range(count)]
@@ -163,7 +163,7 @@ def replay(
 
 
 def _ready(operation: Operation, shard: int, ends: Sequence[dict[Operation, float]], link: float) -> float | None:
-    """When the input is there; None when what makes it is not done yet."""
+    """Time at which the input arrives; None while it is not computed."""
     if operation.phase is Phase.forward:
         return 0.0 if shard == 0 else _after(ends[shard - 1].get(operation), link)
     if shard == len(ends) - 1:

@@ -10,18 +10,18 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from enum import Enum
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lab.device import read_memory, synchronize
 from lab.wire import Head, Peer, WireError
 from lab.wire.tensors import TensorSpec, read_tensor, tensor_bytes, tensor_spec
-from split.chain.messages import Ask, Fault, FaultCode
+from split.chain.messages import Fault, FaultCode, memory_fields
 from split.training.checkpoint import Part, Parts, part_of
 from split.training.messages import (
     Apply,
@@ -41,44 +41,41 @@ from split.training.messages import (
 from split.training.schedule import Operation, Phase, Span, most_held, operations
 from split.training.settings import MAX_MICRO_BATCHES
 from split.training.shard import Entering, TrainingShard
-from split.transport.base import Message
+from split.transport.base import Message, Sent, Stage, To
 
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 4 * MAX_MICRO_BATCHES
 TIED_BYTES = 2**22
-"""A tied embedding's gradient travels in pieces of at most so many bytes."""
+"""Most bytes of a piece in which a tied embedding's gradient travels."""
 
 
-class To(Enum):
-    """Who is to get a message."""
-
-    trainer = "trainer"
-    previous = "previous"
-    next = "next"
-
-
-Sent = tuple[To, Message]
 InitialWeight = Callable[[str], Tensor]
 
 
-class TrainingStage:
-    """One shard of a run. One thread at a time.
+class TrainingStage(Stage):
+    """One shard of a run.
 
     Args:
+        layers: Layers that it holds.
         load: The shard as it is before the first step, and how to read its weights as they were then.
         checkpoints: Where parts of checkpoints are on this machine.
     """
 
-    def __init__(self, load: Callable[[Start], tuple[TrainingShard, InitialWeight]], checkpoints: Path) -> None:
+    context, sessions, coding_seconds = 0, 1, 0.0
+
+    def __init__(
+        self, layers: range, load: Callable[[Start], tuple[TrainingShard, InitialWeight]], checkpoints: Path
+    ) -> None:
+        self.layers = layers
         self._load, self._checkpoints = load, checkpoints
         self.shard: TrainingShard
         self._initial: InitialWeight
         self.boundary_bytes = 0
-        """Sent to neighbours in this step; whoever carries the messages counts."""
+        """In this step."""
         self._start: Start | None = None
         self._waiting: dict[tuple[int, type[Head], int], Message] = {}
-        """What came and was not used yet, by step, kind and micro-batch."""
+        """Messages not used yet, by step, kind and micro-batch."""
         self._step: Step | None = None
         self._number = 0
         self._order: deque[Operation] = deque()
@@ -88,33 +85,28 @@ class TrainingStage:
         self._tied_rows = 0
         """Rows of the other copy's gradient that came in this step."""
 
-    def forget(self) -> None:
-        """The trainer has left: what waits for its step, or was kept for a backward, is of no use."""
+    @override
+    def forget(self, client: Hashable = 0) -> None:
         self._waiting.clear()
         self._order.clear()
         self._step = None
         if self._start is not None:
             self.shard.forget_gradients()
 
-    def take(self, message: Message) -> Iterator[Sent]:
-        """Do what a message asks, and whatever it lets go on; yield what is to be sent, each as soon as it is there.
-
-        Never raises for what a message holds: a `Fault` goes to the trainer instead.
-        """
+    @override
+    def take(self, message: Message, client: Hashable = 0) -> Iterator[Sent]:
         try:
             yield from self._take(message)
         except (ValueError, WireError) as refused:
-            yield To.trainer, _fault(message, FaultCode.refused, str(refused))
+            yield To.client, _fault(message, FaultCode.refused, str(refused))
         except Exception as error:  # of torch, of a device: the trainer is to know
             log.exception("step %d failed", message.number)
-            yield To.trainer, _fault(message, FaultCode.failed, f"{type(error).__name__}: {error}")
+            yield To.client, _fault(message, FaultCode.failed, f"{type(error).__name__}: {error}")
 
     def _take(self, message: Message) -> Iterator[Sent]:
         head = message.head
         if isinstance(head, Start):
             yield self._begin(message.number, head)
-        elif isinstance(head, Ask):
-            yield To.trainer, Message(message.number, self.figures())
         elif self._start is None:
             raise ValueError(f"START must come first, got {type(head).__name__.upper()}")
         elif isinstance(head, Step):
@@ -130,7 +122,7 @@ class TrainingStage:
         elif isinstance(head, Apply):
             self.shard.apply(head.scale, head.learning_rate)
         elif isinstance(head, Save):
-            yield To.trainer, self._save(message.number, head)
+            yield To.client, self._save(message.number, head)
         else:
             raise ValueError(
                 f"a shard must get messages of a trainer or a neighbour, got {type(head).__name__.upper()}"
@@ -156,7 +148,7 @@ class TrainingStage:
             if self.shard.optimizer is not None:
                 self.shard.optimizer.load_tensors(list(self.shard.weights), optimizer)
         trainable = sum(weight.numel() for weight in self.shard.weights.values())
-        return To.trainer, Message(step, Started(shard=start.shard, trainable=trainable))
+        return To.client, Message(step, Started(shard=start.shard, trainable=trainable))
 
     def _part(self, step: int) -> Part:
         start = self._start
@@ -181,21 +173,16 @@ class TrainingStage:
         weights = self.shard.weights.items()
         return math.sqrt(sum(_squared_distance(weight.detach(), self._initial(name)) for name, weight in weights))
 
-    def figures(self) -> Figures:
-        """This shard's sizes, now; without a run only the process's."""
-        device = self.shard.device if self._start else torch.device("cpu")
-        memory = read_memory(device)
+    @override
+    def figures(self, name: str) -> Figures:
+        start, shard = self._start, getattr(self, "shard", None)  # both may change meanwhile
         return Figures(
-            shard=self._start.shard if self._start else 0,
+            shard=start.shard if start else 0,
             clock_seconds=time.monotonic(),
-            device=str(device),
-            weights_bytes=self.shard.weights_bytes if self._start else 0,
-            gradient_bytes=self.shard.gradient_bytes if self._start else 0,
-            optimizer_bytes=self.shard.optimizer_bytes if self._start else 0,
-            rss_bytes=memory.rss_bytes,
-            peak_rss_bytes=memory.peak_rss_bytes,
-            device_memory_used_bytes=memory.device_used_bytes,
-            device_memory_total_bytes=memory.device_total_bytes,
+            weights_bytes=shard.weights_bytes if shard else 0,
+            gradient_bytes=shard.gradient_bytes if shard else 0,
+            optimizer_bytes=shard.optimizer_bytes if shard else 0,
+            **memory_fields(shard.device if shard else torch.device("cpu")),
         )
 
     # A step
@@ -332,7 +319,7 @@ class TrainingStage:
             if self._tied_rows < tied.shape[0]:
                 return
         self._step = None
-        yield To.trainer, self._done()
+        yield To.client, self._done()
 
     def _done(self) -> Message:
         assert self._start is not None

@@ -24,17 +24,14 @@ from lab.learning.examples import Batch as Examples
 from lab.learning.training import learning_rate_at
 from lab.settings import OptimizationSettings, UserError
 from lab.wire import Head
-from split.chain.messages import Ask, Fault, FaultCode
+from split.chain.messages import Fault, FaultCode
 from split.training.checkpoint import Manifest, forget_steps_before, step_folder, write_manifest
 from split.training.messages import Apply, Batch, Done, Figures, Save, Saved, Start, Started, Step, unpack_spans
 from split.training.schedule import Schedule, Timeline
-from split.transport.base import ChainLost, Message, ShardLost
-from split.transport.training import TrainingTransport
+from split.transport.base import ChainLost, Message, ShardLost, ShardReport, Transport
 
 log = logging.getLogger(__name__)
 
-CLOCK_ROUNDS = 5
-"""The shortest of so many round trips tells how far a shard's clock is from ours (as NTP does, RFC 5905)."""
 MOST_LOSSES_A_STEP = 5
 Answer = TypeVar("Answer", bound=Head)
 
@@ -104,7 +101,7 @@ class Backward(Protocol):
 class Shards:
     """Orders that all shards get alike, and their answers, by place."""
 
-    def __init__(self, transport: TrainingTransport) -> None:
+    def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.count = len(transport.layers)
         self.clock_offsets = [0.0] * self.count
@@ -135,22 +132,9 @@ class Shards:
 
     def figures(self) -> list[Figures]:
         """Sizes of every shard, now; the clocks are compared on the way."""
-        shortest = [math.inf] * self.count
-        found: list[Figures] = []
-        for _ in range(CLOCK_ROUNDS):
-            found = []
-            for shard in range(self.count):
-                asked = time.monotonic()
-                self.send(shard, 0, Ask())
-                answer = self.transport.collect()
-                answered = time.monotonic()
-                if not isinstance(answer.head, Figures):
-                    raise TrainingFault(f"FIGURES were due, a shard sent {type(answer.head).__name__.upper()}")
-                found.append(answer.head)
-                if answered - asked < shortest[shard]:
-                    shortest[shard] = answered - asked
-                    self.clock_offsets[shard] = (asked + answered) / 2 - answer.head.clock_seconds
-        return found
+        reports: Sequence[ShardReport[Any]] = self.transport.reports()
+        self.clock_offsets = [report.clock_offset_seconds for report in reports]
+        return [report.figures for report in reports]
 
 
 class Explicit:
@@ -238,7 +222,7 @@ class DistributedTrainer:
         self._lost_since_step = 0
         self.weights_delta_norms: list[float] = []
         """Of each shard, at the last checkpoint."""
-        self._begin()
+        self._surely(self._begin, again=False)
 
     @property
     def losses(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""The same steps of the whole model in one process, by the lab's own trainer: what a split run is compared with."""
+"""The same steps of the whole model in one process, by the lab's own trainer, for comparison with a split run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from split.training.trainer import split_batch
 def train_unsplit(
     settings: SplitTrainSettings, recipe: Recipe, examples: list[Example], device: torch.device
 ) -> list[float]:
-    """The loss of every step."""
+    """Train the whole model; return the loss of every step."""
     project, optimization = settings.project, settings.project.optimization
     model = whole_model(settings, recipe, device)
     optimizer = MasterAdamW(
@@ -53,7 +53,7 @@ def train_unsplit(
 
 
 def whole_model(settings: SplitTrainSettings, recipe: Recipe, device: torch.device) -> Any:
-    """The whole model as it is before the first step, ready to learn what the recipe says."""
+    """The whole model before the first step, with the weights of the recipe trainable."""
     model: Any = load_model(settings.model, device).model
     if recipe.train is Train.everything:
         return model.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The weights that split training starts from: a slice of a model made ready to learn."""
+"""Weights at the start of split training: a slice of a model, made trainable."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from split.training.shard import TrainingShard
 
 
 def load_training_shard(settings: ModelSettings, device: torch.device, layers: range, recipe: Recipe) -> TrainingShard:
-    """The shard of these layers as it is before the first step; only its own tensors are read.
+    """The shard of these layers before the first step; only its own tensors are read.
 
     Raises:
-        UserError: what `load_layers` and `first_adapter` refuse, everything trained where that cannot be.
+        UserError: refused by `load_layers` or `first_adapter`, or all weights where not all can be trained.
     """
     model = _load_slice(settings, device, layers)
     if recipe.train is Train.lora:
@@ -48,7 +48,7 @@ def _load_slice(settings: ModelSettings, device: torch.device, layers: range) ->
 
 
 def check_can_train_everything(settings: ModelSettings) -> None:
-    """UserError for weights that have no gradient, and for an adapter that nobody would train."""
+    """UserError for weights that have no gradient, and for an adapter, which would not be trained."""
     stored = stored_as(fetch(settings, ()), load_config(settings), settings)
     if stored in (Stored.nf4, Stored.fp4):
         raise UserError(f"project.train must be lora for a model that is stored as {stored.name}, got everything")
@@ -66,7 +66,7 @@ def check_can_train_everything(settings: ModelSettings) -> None:
 def initial_weight(settings: ModelSettings, recipe: Recipe, layers: range) -> Callable[[str], Tensor]:
     """A trainable weight before the first step, by its name in the whole model; read again, not kept.
 
-    Where the checkpoint has the tensor under another name, or as a part of it, the slice is loaded again, and kept.
+    Where the checkpoint has the tensor under another name, or within another one, the slice is loaded again and kept.
     """
     if recipe.train is Train.lora:
         from split.training.first_adapter import first_adapter  # loads PEFT

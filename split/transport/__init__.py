@@ -1,1 +1,1 @@
-"""How activations travel from shard to shard."""
+"""Ways of messages between a client and its shards: in process, over TCP, over torch RPC."""

@@ -2,9 +2,9 @@
 
 torch's RPC is pickle: whoever reaches one of its ports runs code on the machine. So a master address off loopback is
 refused unless the settings say that strangers are kept out. The client is rank 0 and holds an RRef to the seat of every
-shard; seats hold RRefs to the next seat. A process that is lost cannot be replaced in a running group.
+shard; seats hold RRefs to their neighbours. A process that is lost cannot be replaced in a running group.
 
-RPC hands out calls to threads, so that their order is lost: every message has a serial number, and is done in its turn.
+RPC hands out calls to threads, so that their order is lost: a sender numbers its messages to each receiver.
 """
 
 from __future__ import annotations
@@ -17,20 +17,33 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed.rpc as torch_rpc
+from typing_extensions import override
 
 from lab.settings import NetworkSettings, UserError
 from lab.wire import Head, is_loopback
-from split.chain.messages import Fault, FaultCode
-from split.inference.messages import Close, Pass
-from split.inference.stage import Stage
-from split.transport.base import ChainLost, Hop, Message, ShardLost, ShardReport
-from split.transport.inproc import report_of
+from split.chain.messages import Fault, FaultCode, ShardFigures, Welcome
+from split.transport.base import (
+    REPORTED_PASSES,
+    ChainLost,
+    Hop,
+    Message,
+    ShardLost,
+    ShardReport,
+    Stage,
+    To,
+    Transport,
+    ask_figures,
+    check_layers,
+    check_link,
+    welcome_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +51,9 @@ Packed = bytes | torch.Tensor
 """A body on its way."""
 
 CLIENT = "client"
-HOPS_KEPT = 4096
 DOZE_SECONDS = 50e-6
 WORKER_THREADS = 4
-"""Of each process's agent: no call waits for another one here."""
+"""Threads of each process's agent: no call waits for another one here."""
 INLINE_BYTES = 2**16
 """Bodies up to here travel inside the pickled call: one message, where a tensor beside it takes several."""
 
@@ -89,87 +101,78 @@ def leave_group() -> None:
     torch_rpc.shutdown(graceful=False)
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a seat holds, for the client to check."""
+class InOrder:
+    """The messages of one sender, in the order in which it sent them."""
 
-    name: str
-    layers: range
-    model_layers: int
-    context: int
-    fingerprints: dict[str, str]
+    def __init__(self) -> None:
+        self._due = 1
+        self._early: dict[int, Any] = {}
+
+    def take(self, serial: int, what: Any) -> Iterator[Any]:
+        """Take message number `serial`, from 1; yield those that are next in order."""
+        self._early[serial] = what
+        while self._due in self._early:
+            yield self._early.pop(self._due)
+            self._due += 1
 
 
-class Member:
-    """What every seat of a group can be asked."""
+class Seat:
+    """A stage in a group: takes the messages of each sender in their order, on one thread of its own.
+
+    Args:
+        stage: The shard. Its thread is the seat's.
+        name: Name of the shard, for people.
+        model_layers: Layers of the whole model.
+        fingerprints: Of the model; the client must have the same.
+        awake_seconds: Time after a message in which the thread only dozes until the next one comes.
+    """
 
     worker_threads = WORKER_THREADS
-    """Of its process's agent."""
+    """Threads of its process's agent."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(
+        self, stage: Stage, name: str, model_layers: int, fingerprints: dict[str, str], awake_seconds: float = 0.0
+    ) -> None:
+        self.stage = stage
         self.left = threading.Event()
-        """Set when the client has said goodbye."""
+        """Set when the client has left."""
+        self._name, self._model_layers, self._fingerprints = name, model_layers, fingerprints
+        self._awake_seconds = awake_seconds
+        self._neighbours: dict[To, Any] = {}
+        self._sent = dict.fromkeys(To, 0)
+        self._arrived: queue.SimpleQueue[tuple[To, int, float, Message]] = queue.SimpleQueue()
+        self._hops: deque[bytes] = deque(maxlen=REPORTED_PASSES)
+        self._thread = threading.Thread(target=self._work, name="stage", daemon=True)
 
-    def describe(self) -> Place:
-        """For the client."""
-        return self.place
+    def describe(self) -> tuple[Welcome, dict[str, str]]:
+        """Layers and fingerprints, for the client to check."""
+        return welcome_of(self.stage, self._model_layers), self._fingerprints
 
     def leave(self) -> None:
         """The client has gone."""
         self.left.set()
 
-
-class Seat(Member):
-    """A stage in a group: takes messages in the order of their serial numbers, on one thread of its own.
-
-    Args:
-        stage: The shard. Its thread is the seat's.
-        place: What it holds.
-        awake_seconds: For so long after a message the thread only dozes until the next one comes.
-    """
-
-    def __init__(self, stage: Stage, place: Place, awake_seconds: float) -> None:
-        super().__init__(place)
-        self._stage = stage
-        self._awake_seconds = awake_seconds
-        self._next: Any = None
-        self._arrived: queue.SimpleQueue[tuple[int, float, Message]] = queue.SimpleQueue()
-        self._hops: dict[int, Hop] = {}
-        self._thread = threading.Thread(target=self._work, name="forward", daemon=True)
-
-    def join(self, next_seat: Any) -> None:
-        """The client has found all seats; `next_seat` is the RRef of the one behind us, None at the last."""
-        self._next = next_seat
+    def join(self, previous: Any, behind: Any) -> None:
+        """The client has found all seats: the RRefs of our neighbours, None where there is none."""
+        self._neighbours = {To.previous: previous, To.next: behind}
         self._thread.start()
 
-    def deliver(self, serial: int, number: int, head: Head, body: Packed) -> None:
+    def deliver(self, origin: To, serial: int, message: Message) -> None:
         """Take a message; it is done in its turn."""
-        self._arrived.put((serial, time.monotonic(), Message(number, head, unpack(body))))
+        self._arrived.put((origin, serial, time.monotonic(), message))
 
-    def report(self) -> tuple[float, ShardReport]:
-        """Our clock, and our figures by it."""
-        return time.monotonic(), report_of(self._stage, self.place.name, dict(self._hops))
+    def report(self) -> tuple[ShardFigures, bytes]:
+        """Our figures, and our last passes."""
+        return self.stage.figures(self._name), b"".join(tuple(self._hops))
 
     def _work(self) -> None:
-        due = 1
-        early: dict[int, tuple[float, Message]] = {}
+        senders = {origin: InOrder() for origin in To}
         while True:
-            serial, arrived, message = self._await_message()
-            early[serial] = arrived, message
-            while due in early:
-                self._surely_do(due, *early.pop(due))
-                due += 1
+            origin, serial, arrived, message = self._await_message()
+            for moment, due in senders[origin].take(serial, (arrived, message)):
+                self._do(moment, due)
 
-    def _surely_do(self, serial: int, arrived: float, message: Message) -> None:
-        try:
-            self._do(serial, arrived, message)
-        except Exception as error:  # what came of one message could not be handed on; the next one's may
-            log.exception("%s lost a message by a fault of ours", self.place.name)
-            fault = Fault(code=FaultCode.failed, text=f"{type(error).__name__}: {error}"[:1024])
-            tell_client(serial, message.number, fault, b"")
-
-    def _await_message(self) -> tuple[int, float, Message]:
+    def _await_message(self) -> tuple[To, int, float, Message]:
         """A core that sleeps until the next pass takes tenths of a millisecond to be at work again."""
         until = time.monotonic() + self._awake_seconds
         while time.monotonic() < until:
@@ -177,65 +180,69 @@ class Seat(Member):
                 return self._arrived.get(timeout=DOZE_SECONDS)
         return self._arrived.get()
 
-    def _do(self, serial: int, arrived: float, message: Message) -> None:
+    def _do(self, arrived: float, message: Message) -> None:
         began = time.monotonic()
-        result = self._stage.take(0, message)
-        computed = sent = time.monotonic()
-        if result is not None:
-            body = pack(result.body)
-            sent = time.monotonic()
-            if self._next is None:
-                tell_client(serial, result.number, result.head, body)
-            else:
-                future = deliver(self._next, serial, result.number, result.head, body)
-                future.add_done_callback(lambda done: check_delivered(done, serial, result.number))
-        if isinstance(message.head, Pass):
-            size = len(result.body) if result else 0
-            self._hops[message.number] = Hop(arrived, began, computed, sent, self._stage.coding_seconds, size)
-            self._hops.pop(message.number - HOPS_KEPT, None)
+        for to, result in self.stage.take(message):
+            computed = time.monotonic()
+            hop = Hop(arrived, began, computed, computed, self.stage.coding_seconds, len(result.body))
+            self._hops.append(hop.pack(message.number))  # before a client that has the answer can ask for it
+            try:
+                self._hand_on(to, result)
+            except Exception as error:  # one result could not be handed on; the next one may
+                log.exception("%s lost a message by a fault of ours", self._name)
+                fault = Fault(code=FaultCode.failed, text=f"{type(error).__name__}: {error}"[:1024])
+                self._hand_on(to, Message(result.number, fault))
+
+    def _hand_on(self, to: To, message: Message) -> None:
+        body = pack(message.body)
+        self._sent[to] += 1
+        if to is To.client:
+            name = torch_rpc.get_worker_info().name
+            torch_rpc.rpc_async(CLIENT, _answer, args=(name, self._sent[to], message.number, message.head, body))
+            return
+        self.stage.boundary_bytes += len(message.body)
+        origin = To.previous if to is To.next else To.next
+        future = deliver(self._neighbours[to], origin, self._sent[to], message.number, message.head, body)
+        future.add_done_callback(_tell_if_lost)
 
 
-def deliver(seat: Any, serial: int, number: int, head: Head, body: Packed) -> Any:
+def deliver(seat: Any, origin: To, serial: int, number: int, head: Head, body: Packed) -> Any:
     """Send the owner of an RRef a message for its seat; the future of its delivery. The RRef itself stays here: each
     one that travels is counted, which takes messages of its own."""
-    return torch_rpc.rpc_async(seat.owner(), _deliver, args=(serial, number, head, body))
+    return torch_rpc.rpc_async(seat.owner(), _deliver, args=(origin, serial, number, head, body))
 
 
-def check_delivered(done: Any, serial: int, number: int) -> None:
+def _tell_if_lost(done: Any) -> None:
     """Tell the client when a neighbour could not be given a message."""
     try:
         done.value()
     except RuntimeError as error:  # all of torch's RPC errors are
-        fault = Fault(code=FaultCode.link, text=f"the next shard is gone ({_first_line(error)})")
-        tell_client(serial, number, fault, b"")
+        torch_rpc.rpc_async(CLIENT, _note_lost, args=(f"a neighbour is gone ({_first_line(error)})",))
 
 
-def tell_client(serial: int, number: int, head: Head, body: Packed) -> None:
-    """Send the client an answer."""
-    torch_rpc.rpc_async(CLIENT, _answer, args=(serial, number, head, body))
-
-
-_SEATS: list[Member] = []
+_SEATS: list[Seat] = []
 """The seat of this process, for the client's RRef."""
-INBOX: queue.SimpleQueue[tuple[int, Message | ShardLost]] = queue.SimpleQueue()
+INBOX: queue.SimpleQueue[tuple[str, int, Message] | ShardLost] = queue.SimpleQueue()
 """Answers to the client of this process. Remote calls find functions by name, so that both must be global."""
 
 
-def _seat_here() -> Member:
+def _seat_here() -> Seat:
     return _SEATS[0]
 
 
-def _deliver(serial: int, number: int, head: Head, body: Packed) -> None:
-    seat = _SEATS[0]
-    assert isinstance(seat, Seat)
-    seat.deliver(serial, number, head, body)
+def _deliver(origin: To, serial: int, number: int, head: Head, body: Packed) -> None:
+    _SEATS[0].deliver(origin, serial, Message(number, head, unpack(body)))
 
 
-def _answer(serial: int, number: int, head: Head, body: Packed) -> None:
-    INBOX.put((serial, Message(number, head, unpack(body))))
+def _answer(name: str, serial: int, number: int, head: Head, body: Packed) -> None:
+    INBOX.put((name, serial, Message(number, head, unpack(body))))
 
 
-def serve_seat(seat: Member, rank: int, world_size: int, network: NetworkSettings) -> None:
+def _note_lost(text: str) -> None:
+    INBOX.put(ShardLost(text))
+
+
+def serve_seat(seat: Seat, rank: int, world_size: int, network: NetworkSettings) -> None:
     """Be one shard of a group until the client leaves or is lost. Raises UserError, KeyboardInterrupt."""
     _SEATS[:] = [seat]
     join_group(f"shard{rank}", rank, world_size, network, network.port, seat.worker_threads)
@@ -254,160 +261,145 @@ def _ping_client() -> None:
     pass
 
 
-class RpcChain:
+class RpcChain(Transport):
     """The client's end of a group: RRefs to the seats of all shards.
 
     Args:
         world_size: Processes of the group, this one included.
         network: Where the group meets, and the deadlines.
         port: The group's port; `network.port` unless that is 0.
-        fingerprints: What every shard must have alike with us.
+        fingerprints: Of the model; every shard must have the same.
+        worker_threads: Threads of this process's agent.
 
     Raises:
-        UserError: a group that is refused or not complete, other models, layers that do not make up the model.
+        UserError: a group that is refused or not complete, or holds other models.
+        ChainMismatch: their layers do not make up the model.
     """
 
-    worker_threads = WORKER_THREADS
-    """Of this process's agent."""
-
-    def __init__(self, world_size: int, network: NetworkSettings, port: int, fingerprints: dict[str, str]) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        network: NetworkSettings,
+        port: int,
+        fingerprints: dict[str, str],
+        worker_threads: int = WORKER_THREADS,
+    ) -> None:
         self._network = network
-        self._serial = 0
-        self._awaited: list[int] = []
-        self._early: dict[int, Message] = {}
+        self._answers: deque[Message] = deque()
         self._lost: ShardLost | None = None
         self._closing = threading.Event()
-        join_group(CLIENT, 0, world_size, network, port, self.worker_threads)
+        join_group(CLIENT, 0, world_size, network, port, worker_threads)
         names = [f"shard{rank}" for rank in range(1, world_size)]
-        self._seats: list[Any] = [torch_rpc.remote(name, _seat_here) for name in names]
+        self._senders = {name: InOrder() for name in names}
+        self._sent = [0 for _ in names]
+        self.seats: list[Any] = [torch_rpc.remote(name, _seat_here) for name in names]
+        """RRefs, first to last."""
         try:
-            self._places: list[Place] = [seat.rpc_sync().describe() for seat in self._seats]
-            _check_places(self._places, fingerprints)
-            self._link()
+            described: list[tuple[Welcome, dict[str, str]]] = [seat.rpc_sync().describe() for seat in self.seats]
+            for _, theirs in described:
+                _check_fingerprints(theirs, fingerprints)
+            welcomes = [welcome for welcome, _ in described]
+            check_layers(welcomes, names)
+            for previous, seat, behind in zip([None, *self.seats], self.seats, [*self.seats[1:], None]):
+                seat.rpc_sync().join(previous, behind)
         except BaseException:
             self.shutdown()
             raise
+        self.layers = [range(welcome.first, welcome.last) for welcome in welcomes]
+        self.context = min(welcome.context for welcome in welcomes)
         threading.Thread(target=self._watch, name="rpc heartbeats", daemon=True).start()
 
-    def _link(self) -> None:
-        """Tell every seat who comes behind it."""
-        for seat, behind in zip(self._seats, [*self._seats[1:], None], strict=True):
-            seat.rpc_sync().join(behind)
-
-    @property
-    def layers(self) -> list[range]:
-        """Of each shard."""
-        return [place.layers for place in self._places]
-
-    @property
-    def context(self) -> int:
-        """The most tokens of a text that every shard takes."""
-        return min(place.context for place in self._places)
-
-    def submit(self, message: Message) -> None:
-        """See `Transport.submit`."""
+    @override
+    def send(self, shard: int, message: Message) -> None:
         if self._lost is not None:
             raise self._lost
-        self._serial += 1
-        if not isinstance(message.head, Close):
-            self._awaited.append(self._serial)
-        future = deliver(self._seats[0], self._serial, message.number, message.head, pack(message.body))
-        future.add_done_callback(self._check_submitted)
+        self._sent[shard] += 1
+        body, seat = pack(message.body), self.seats[shard]
+        future = deliver(seat, To.client, self._sent[shard], message.number, message.head, body)
+        future.add_done_callback(lambda done: self._check_sent(seat, done))
 
+    @override
     def collect(self, wait_seconds: float | None = None) -> Message:
-        """See `Transport.collect`; a group has one client, whose OPENs wait for nobody."""
-        serial = self._awaited.pop(0)
-        deadline = time.monotonic() + self._network.request_timeout_seconds
-        while serial not in self._early:
+        seconds = self._network.request_timeout_seconds if wait_seconds is None else wait_seconds
+        deadline = time.monotonic() + seconds
+        while not self._answers:
             try:
-                found, answer = INBOX.get(timeout=max(0.0, deadline - time.monotonic()))
+                found = INBOX.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                seconds = self._network.request_timeout_seconds
+                if wait_seconds is not None:
+                    raise TimeoutError from None
                 raise ShardLost(f"no answer came within {seconds:g} s") from None
-            if isinstance(answer, ShardLost):
-                raise answer
-            self._early[found] = answer
-        answer = self._early.pop(serial)
-        if isinstance(answer.head, Fault) and answer.head.code is FaultCode.link:
-            raise ShardLost(answer.head.text)
-        return answer
+            if isinstance(found, ShardLost):
+                raise found
+            name, serial, answer = found
+            self._answers.extend(self._senders[name].take(serial, answer))
+        return check_link(self._answers.popleft())
 
+    @override
     def restore(self, deadline: float) -> None:
-        """See `Transport.restore`: a process that was lost cannot be replaced in a group of torch's RPC."""
+        # A process that was lost cannot be replaced in a group of torch's RPC.
         raise ChainLost(f"{self._lost or 'a shard is lost'}; transport=rpc cannot replace it, transport=tcp can")
 
-    def reports(self) -> list[ShardReport]:
-        """See `Transport.reports`."""
-        return [self._report(seat) for seat in self._seats]
+    @override
+    def reports(self) -> list[ShardReport[ShardFigures]]:
+        return [
+            ask_figures(layers, partial(self._ask, seat)) for layers, seat in zip(self.layers, self.seats, strict=True)
+        ]
 
+    @override
     def shutdown(self) -> None:
-        """See `Transport.shutdown`. Returns when every shard that lives has been told."""
         self._closing.set()
-        for seat in self._seats:
+        for seat in self.seats:
             try:
                 torch_rpc.rpc_sync(seat.owner(), _leave_here, timeout=self._network.dead_after_seconds)
             except RuntimeError as error:
                 log.info("%s did not hear that we leave (%s)", seat.owner().name, _first_line(error))
-        self._seats.clear()
+        self.seats.clear()
         leave_group()
 
-    def _report(self, seat: Any) -> ShardReport:
-        asked = time.monotonic()
+    def lost(self, error: RuntimeError) -> ShardLost:
+        """The loss that one of torch's errors reports."""
+        reason = " ".join(str(error).split())[:300]  # who, then what was raised there
+        self._lost = self._lost or ShardLost(f"a shard is gone ({reason})")
+        return self._lost
+
+    def _ask(self, seat: Any) -> tuple[ShardFigures, bytes, float]:
         try:
-            clock, report = seat.rpc_sync().report()
+            figures, hops = seat.rpc_sync().report()
         except RuntimeError as error:
             raise ShardLost(f"{seat.owner().name} is gone ({_first_line(error)})") from None
-        offset = (asked + time.monotonic()) / 2 - clock
-        hops = {
-            number: hop._replace(
-                arrived=hop.arrived + offset,
-                began=hop.began + offset,
-                computed=hop.computed + offset,
-                sent=hop.sent + offset,
-            )
-            for number, hop in report.hops.items()
-        }
-        return ShardReport(**{**vars(report), "hops": hops})
+        return figures, hops, time.monotonic()
 
-    def _check_submitted(self, done: Any) -> None:
+    def _check_sent(self, seat: Any, done: Any) -> None:
         try:
             done.value()
         except RuntimeError as error:
-            self._lose(ShardLost(f"shard1 is gone ({_first_line(error)})"))
+            self._lose(seat, error)
 
     def _watch(self) -> None:
-        """A dead shard is noticed although nobody waits for it just now."""
+        """Notice a dead shard also while no answer is due."""
         while not self._closing.wait(self._network.heartbeat_seconds):
-            for seat in list(self._seats):
+            for seat in list(self.seats):
                 try:
                     torch_rpc.rpc_sync(seat.owner(), _ping_client, timeout=self._network.dead_after_seconds)
                 except RuntimeError as error:
-                    if not self._closing.is_set():
-                        self._lose(ShardLost(f"{seat.owner().name} is gone ({_first_line(error)})"))
+                    self._lose(seat, error)
                     return
 
-    def _lose(self, lost: ShardLost) -> None:
-        self._lost = self._lost or lost
-        INBOX.put((0, lost))
+    def _lose(self, seat: Any, error: RuntimeError) -> None:
+        if not self._closing.is_set():
+            self._lost = self._lost or ShardLost(f"{seat.owner().name} is gone ({_first_line(error)})")
+            INBOX.put(self._lost)
 
 
 def _leave_here() -> None:
     _SEATS[0].leave()
 
 
-def _check_places(places: Sequence[Place], fingerprints: dict[str, str]) -> None:
-    expected = 0
-    for place in places:
-        for name, ours in fingerprints.items():
-            if place.fingerprints[name] != ours:
-                raise UserError(f"every shard must have our {name} {ours}, got {place.fingerprints[name]}")
-        if place.layers.start != expected:
-            raise UserError(
-                f"layers of the shards must go on at {expected}, got {place.layers.start}:{place.layers.stop}"
-            )
-        expected = place.layers.stop
-    if expected != places[-1].model_layers:
-        raise UserError(f"layers of the shards must end at the model's {places[-1].model_layers}, got {expected}")
+def _check_fingerprints(theirs: dict[str, str], fingerprints: dict[str, str]) -> None:
+    for name, ours in fingerprints.items():
+        if theirs[name] != ours:
+            raise UserError(f"every shard must have our {name} {ours}, got {theirs[name]}")
 
 
 def pack(body: bytes | memoryview) -> Packed:

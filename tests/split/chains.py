@@ -20,7 +20,7 @@ from lab.settings import ArchitectureSettings, Dtype, ModelSettings, ModelSource
 from split.chain.boundary import Boundary
 from split.inference.shard import Shard, ShardLimits, shard_class
 from split.inference.sharded_model import ShardedModel
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.transport.inproc import InProcess
 from tests.random_models import random_model
 
@@ -63,7 +63,7 @@ def inprocess(
     settings: ModelSettings, cuts: Sequence[int], boundary: Boundary = Boundary.float32, **limits: Any
 ) -> ShardedModel:
     """A chain in this process, as an engine."""
-    stages = [Stage(shard, boundary) for shard in shards(settings, cuts, replace(LIMITS, **limits))]
+    stages = [InferenceStage(shard, boundary) for shard in shards(settings, cuts, replace(LIMITS, **limits))]
     return as_engine(InProcess(stages))
 
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from split.chain.address import Address
-from split.inference.open import free_port
+from split.chain.open import free_port
 from tests.split.inference.kills import LAYERS, settings_of
 
 _CONTEXT = multiprocessing.get_context("forkserver")

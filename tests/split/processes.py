@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from lab.wire import Endpoint
 from split.chain.address import Address
 from split.chain.boundary import Boundary
+from split.chain.server import Place
 from split.inference.messages import PROTOCOL, table
 from split.inference.server import ShardServer
 from split.inference.shard import Shard
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.transport.tcp import TcpChain
 from tests.split.listening import MAX_BYTES, Listening, endpoint_for_tests
 
@@ -45,16 +46,15 @@ class Process(Listening[ShardServer]):
 
     def make_server(self) -> ShardServer:
         layers = self._shard.layers
-        return ShardServer(
-            Stage(self._shard, self._boundary),
+        place = Place(
             name=f"layers {layers.start}:{layers.stop}",
             model_layers=4,
             endpoint=self._endpoint,
             next_addresses=self._next_addresses,
             client_tls=None,
-            awake_seconds=self._awake_seconds,
-            most_waiting=self._most_waiting,
         )
+        stage = InferenceStage(self._shard, self._boundary)
+        return ShardServer(stage, place, awake_seconds=self._awake_seconds, most_waiting=self._most_waiting)
 
 
 def chain(

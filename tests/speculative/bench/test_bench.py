@@ -127,7 +127,7 @@ def test_a_real_pair_beside_transformers(tmp_path: Path) -> None:
 
 
 def test_parts_belong_to_engines(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"project\.bench\.parts of engine=real must be of sources, texts, crowd, got"):
+    with pytest.raises(UserError, match=r"project\.bench\.parts must be of sources, texts, crowd for engine=real"):
         _rows(tmp_path, "project.bench.engine=real", "project.bench.parts=[loops]")
 
 

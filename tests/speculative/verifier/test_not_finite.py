@@ -24,7 +24,8 @@ from speculative.drafter.sources import EngineDrafts
 from speculative.drafts import Drafts, NoDrafts, RecordedDrafts
 from speculative.messages import WelcomeFrame
 from speculative.settings import Mode
-from speculative.verifier.connections import FirstProtocolAnswers, Front
+from speculative.verifier.first_protocol import FirstProtocol
+from speculative.verifier.forward_thread import ForwardThread
 from speculative.verifier.scheduler import Scheduler
 from tests.poison import mark, poison
 from tests.random_models import VOCABULARY, random_model
@@ -158,11 +159,18 @@ def test_a_request_of_the_first_protocol_gets_no_token_that_was_made_up() -> Non
     marked = _unsaid()
 
     async def ask() -> list[int]:
-        answers = FirstProtocolAnswers(to_ids=lambda text: [*PROMPT, marked], max_new_tokens=5, timeout_seconds=5.0)
-        verifier = Scheduler(_engine(marked, 2), end_ids=[], limits=LIMITS, closed=lambda text, ended: None)
-        front = Front(verifier, WELCOME, [], "", answers, frames_per_second=100.0, idle_seconds=5.0)
-        with front.thread:
-            return await front._continuation("x", Peer(role="client", address="here", phase="request"), asyncio.Event())
+        scheduler = Scheduler(_engine(marked, 2), end_ids=[], limits=LIMITS, closed=lambda sequence, ended: None)
+        thread = ForwardThread(scheduler, asyncio.get_running_loop().call_soon_threadsafe)
+        answers = FirstProtocol(
+            thread=thread,
+            to_ids=lambda text: [],
+            max_new_tokens=5,
+            context=scheduler.engine.longest,
+            timeout_seconds=5.0,
+        )
+        peer = Peer(role="client", address="here", phase="request")
+        with thread:
+            return await answers._continuation([*PROMPT, marked], peer, asyncio.Event())
 
     with pytest.raises(BadFrame, match="cannot be continued: the hidden states of position 5 hold NaN or infinity"):
         asyncio.run(ask())

@@ -18,7 +18,7 @@ from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier.scheduler import Scheduler
 from speculative.verifier.target import open_target
 from split.chain.boundary import Boundary
-from split.inference.open import load_stage, make_side
+from split.inference.open import INFERENCE, fingerprints, load_stage
 from split.settings import SplitSettings
 from tests.speculative.in_process import LIMITS
 from tests.split.processes import Process
@@ -53,7 +53,7 @@ def test_a_split_target_writes_the_text_of_a_whole_one(tmp_path: Path) -> None:
     words = f"model=random model.cache_dir={tmp_path} project.context=256"
     shards: Any = compose_settings("split_inf", words, SplitSettings)
     with contextlib.ExitStack() as stack:
-        side = make_side(shards.model, shards.network, Boundary.float32, "shard")
+        side = INFERENCE.endpoint(shards.network, fingerprints(shards.model, Boundary.float32), "shard")
         addresses = [
             stack.enter_context(Process(load_stage(shards, torch.device("cpu"), layers).shard, ours=side)).address
             for layers in (range(0, 1), range(1, 4))

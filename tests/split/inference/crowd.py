@@ -102,7 +102,7 @@ class Wrongdoer:
         return self._numbered
 
     def _ask(self, number: int, head: Open | Pass, body: bytes = b"") -> Message:
-        self._chain.submit(Message(number, head, body))
+        self._chain.send(0, Message(number, head, body))
         return self._chain.collect()
 
     def _next_of_good(self) -> list[int]:
@@ -115,7 +115,7 @@ class Wrongdoer:
             self._ask(wrong, _open(tokens))
         run = Pass(read_all=False, pieces=[_piece(wrong, position, len(ids)), _piece(1, 0, 3)])
         answer = self._ask(self._number(), run, pack_tokens([*ids, 1, 2, 3]))
-        self._chain.submit(Message(wrong, Close()))
+        self._chain.send(0, Message(wrong, Close()))
         assert isinstance(answer.head, Steps)
         stopped = [(one.session, one.code) for one in answer.head.stopped]
         return stopped == [(wrong, code)] and unpack_steps(run, answer.body)[1].next_ids == self._first
@@ -143,7 +143,7 @@ class Wrongdoer:
         if not isinstance(answer.head, Opened):
             return False
         answer = self._ask(self._number(), Pass(read_all=True, pieces=[_piece(number, 0, 2)]), pack_tokens([1, 2]))
-        self._chain.submit(Message(number, Close()))
+        self._chain.send(0, Message(number, Close()))
         return isinstance(answer.head, Steps) and not answer.head.stopped and self._next_of_good() == self._first
 
     def _at_last(self, number: bytes, code: FaultCode | None, ids: Sequence[int] = (1,)) -> bool:
@@ -344,7 +344,7 @@ def leave_at_random(
         way = WAYS[place % len(WAYS)]
         chain = connect()
         try:
-            chain.submit(Message(1, _open(64)))
+            chain.send(0, Message(1, _open(64)))
             until = time.monotonic() + generator.uniform(0.0, 0.05)
             _flood(chain, until, generator)
             moment, places = leave(chain, way, generator)
@@ -380,6 +380,6 @@ def _flood(chain: TcpChain, until: float, generator: random.Random) -> None:
         count = generator.randint(1, 6)
         position = position if position + count <= 64 else 0
         run = Pass(read_all=False, pieces=[_piece(1, position, count)])
-        chain.submit(Message(number, run, pack_tokens([generator.randrange(200) for _ in range(count)])))
+        chain.send(0, Message(number, run, pack_tokens([generator.randrange(200) for _ in range(count)])))
         number, position = number + 1, position + count
         time.sleep(0.0005)

@@ -19,7 +19,7 @@ from lab.command.entry import compose_settings
 from lab.network import client_side_tls
 from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
-from split.inference.open import join_shards, load_stage, make_side
+from split.inference.open import INFERENCE, fingerprints, join_shards, load_stage
 from split.inference.sharded_model import ShardedModel
 from split.settings import SplitSettings
 from split.transport.tcp import TcpChain
@@ -89,7 +89,7 @@ def misused(requests: int) -> dict[str, Any]:
     with _two("project.context=256", "project.sessions=16") as two:
         expected = _whole(two.settings)
         network, model = two.settings.network, two.settings.model
-        side = make_side(model, network, Boundary.float32, "client")
+        side = INFERENCE.endpoint(network, fingerprints(model, Boundary.float32), "client")
         joined = TcpChain(
             two.shards.addresses, [], side, tls=client_side_tls(network), answer_seconds=60.0, start_seconds=60.0
         )
@@ -137,7 +137,7 @@ def left(clients: int) -> dict[str, Any]:
             lambda: chain([process.address for process in served]), made, clients=clients, at_once=4, seed=1
         )
         forgotten = _forgotten(served)
-        counts = [asdict(process.server._stage.counts) for process in served]
+        counts = [asdict(process.server.stage.counts) for process in served]
     ok = came.clients == clients and not came.later_passes_after and forgotten
     return {"ok": ok, **asdict(came), "all_forgotten": forgotten, "counts": counts}
 
@@ -145,7 +145,7 @@ def left(clients: int) -> dict[str, Any]:
 def _forgotten(served: Sequence[Process]) -> bool:
     """Whether nothing of any client is left, soon."""
     deadline = time.monotonic() + 10
-    while any(process.server._clients or process.server._stage.shard._texts for process in served):
+    while any(process.server.clients or process.server.stage.shard._texts for process in served):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lab.models.fingerprints import weights_fingerprints
 from lab.models.sources import byte_tokenizer, load_model
 from lab.settings import ModelSettings, Quantization
 from split.chain.boundary import Boundary
-from split.inference.open import weights_fingerprints
 from split.inference.shard import Shard, load_shard
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.transport.inproc import InProcess
 from tests.lab.models.adapters import make_adapter
 from tests.split.chains import LIMITS, SAMPLED, as_engine, local_engine, saved_model, some_ids
@@ -47,7 +47,7 @@ def test_shards_say_what_peft_says(quantization: Quantization, tmp_path: Path) -
     plain = step_of(local_engine(whole))
     expected = step_of(local_engine(peft.PeftModel.from_pretrained(whole, made)))
     adapted = shards_of(replace(settings, adapter=str(made)))
-    assert step_of(as_engine(InProcess([Stage(shard, Boundary.float32) for shard in adapted]))) == expected
+    assert step_of(as_engine(InProcess([InferenceStage(shard, Boundary.float32) for shard in adapted]))) == expected
     assert expected != plain, "the adapter changes nothing"
     if quantization is not Quantization.none:
         wide = shards_of(replace(base, adapter=str(made)))

@@ -28,9 +28,9 @@ from split.inference.messages import MAX_PIECES, Pass, Piece, table
 from split.inference.open import load_stage
 from split.inference.shard import Shard
 from split.inference.sharded_model import ShardedModel
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.settings import SplitSettings
-from split.transport.base import Message, ShardLost
+from split.transport.base import Message, ShardLost, To
 from tests.split.chains import CONTEXT, LIMITS, SAMPLED, VOCABULARY, inprocess, saved_model, shards, some_ids
 from tests.split.inference.crowd import GREEDY, Expected, Wrongdoer, crowd, leave_at_random, misuse, text_of
 from tests.split.processes import Process, chain, endpoint
@@ -84,8 +84,8 @@ def eventually(what: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 def is_empty(process: Process) -> bool:
-    stage = process.server._stage
-    return not (process.server._clients or stage._texts or stage.shard._texts or process.server._line)
+    stage = process.server.stage
+    return not (process.server.clients or stage._texts or stage.shard._texts or process.server._line)
 
 
 # A fault has one owner
@@ -104,7 +104,7 @@ def test_every_wrong_request_ends_itself_only(settings: ModelSettings) -> None:
         joined.shutdown()
         for process in both:
             eventually(lambda process=process: is_empty(process))  # type: ignore[misc]
-        counts = [process.server._stage.counts for process in both]
+        counts = [process.server.stage.counts for process in both]
     assert all(count.failed and count.tokens for count in counts)
     assert counts[0].refused == 2 * 3
 
@@ -157,14 +157,13 @@ def test_hundreds_of_texts_that_stop_in_one_pass_fit_its_head(
 ) -> None:
     """Their reasons get shorter; a frame that is too large would end the client."""
     monkeypatch.setattr("split.inference.stage._one_line", lambda error: "\N{SNOWMAN}" * 300)
-    stage = Stage(shards(settings, CUTS)[0], Boundary.float32)
+    stage = InferenceStage(shards(settings, CUTS)[0], Boundary.float32)
     last = 2**32 - 1
     pieces = [
         Piece(session=last - place, position=2**31 - 1, count=1, is_first=True, is_last=True)
         for place in range(MAX_PIECES)
     ]
-    answer = stage.take(0, Message(1, Pass(read_all=False, pieces=pieces), pack_tokens([1] * MAX_PIECES)))
-    assert answer is not None
+    [(_, answer)] = stage.take(Message(1, Pass(read_all=False, pieces=pieces), pack_tokens([1] * MAX_PIECES)))
     assert isinstance(answer.head, Pass)
     assert len(answer.head.stopped) == MAX_PIECES
     frames = table(2**26)
@@ -320,9 +319,9 @@ def test_nobody_computes_for_a_client_that_left(settings: ModelSettings) -> None
         )
         for process in both:
             eventually(lambda process=process: is_empty(process))  # type: ignore[misc]
-            assert process.server._stage.shard.cache.used_bytes == 0
-            assert process.server.clients == 24
-            assert process.server._stage.counts.left == process.server._stage.counts.texts
+            assert process.server.stage.shard.cache.used_bytes == 0
+            assert process.server.attached == 24
+            assert process.server.stage.counts.left == process.server.stage.counts.texts
     assert came.later_passes_after == 0
     assert came.passes > 24
     assert len(came.ways) == 6
@@ -335,8 +334,8 @@ def test_a_client_whose_next_shard_never_answers_is_not_waited_for(settings: Mod
         with FrameSocket.connect("127.0.0.1", both[0].address.port, endpoint("client"), tls=None) as peer:
             head = Attach(client=7, next=[where], next_instance=1)
             send(peer, 0, head)
-            eventually(lambda: bool(both[0].server._clients))
-        eventually(lambda: not both[0].server._clients, 4.0)  # less than the silent one may take for its handshake
+            eventually(lambda: bool(both[0].server.clients))
+        eventually(lambda: not both[0].server.clients, 4.0)  # less than the silent one may take for its handshake
         with FrameSocket.connect("127.0.0.1", both[0].address.port, endpoint("client"), tls=None) as peer:
             head = Attach(client=8, next=["nowhere"], next_instance=1)
             send(peer, 0, head)
@@ -349,10 +348,8 @@ def test_a_lost_link_ends_the_client_at_every_shard(settings: ModelSettings) -> 
     with two(settings) as both:
         engine = engine_of(both)
         text = engine.open([1, 2], GREEDY)
-        [client] = both[0].server._clients.values()
-        link = client.link
-        assert link is not None
-        both[0].server._loop.call_soon_threadsafe(link.close)
+        [client] = both[0].server.clients.values()
+        both[0].server.loop.call_soon_threadsafe(client.connections[To.next].close)
         for process in both:
             eventually(lambda process=process: is_empty(process))  # type: ignore[misc]
         with pytest.raises(ShardLost):
@@ -364,7 +361,7 @@ def test_a_second_chain_for_the_same_client_is_refused(settings: ModelSettings) 
     with two(settings) as both:
         engine = engine_of(both)
         text = engine.open([1, 2], GREEDY)
-        [key] = both[1].server._clients
+        [key] = both[1].server.clients
         with FrameSocket.connect("127.0.0.1", both[1].address.port, endpoint("client"), tls=None) as peer:
             send(peer, 0, Join(client=key))
             with pytest.raises(PeerRefused, match="joined already"):

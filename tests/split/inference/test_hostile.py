@@ -13,7 +13,7 @@ import torch
 from lab.wire import FrameSocket, PeerRefused, WrongKey
 from split.chain.messages import Ask, Attach, send
 from split.inference.messages import Close
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from tests.split.chains import as_engine, inprocess, saved_model, shards
 from tests.split.inference.hostile import KEY, attack
 from tests.split.inference.texts import greedy
@@ -43,23 +43,23 @@ def test_hostile_frames_hurt_nobody_else(two: list[Process], tmp_path: Path) -> 
     assert came.tokens > 10
     assert came.refused > 0
     deadline = time.monotonic() + 10
-    while len(two[0].server._clients) > 1 and time.monotonic() < deadline:
+    while len(two[0].server.clients) > 1 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(two[0].server._clients) == 1, "hostile clients are still there"
+    assert len(two[0].server.clients) == 1, "hostile clients are still there"
     engine.shutdown()
 
 
 def test_a_peer_without_the_key_reaches_no_shard(two: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a message nor a tensor of theirs is looked at; with the key both are."""
     taken: list[Any] = []
-    take = Stage.take
-    monkeypatch.setattr(Stage, "take", lambda *arguments: taken.append(arguments) or take(*arguments))
+    take = InferenceStage.take
+    monkeypatch.setattr(InferenceStage, "take", lambda *arguments: taken.append(arguments) or take(*arguments))
     port = two[1].address.port
     for key in (b"", b"w" * 32):
         with pytest.raises((WrongKey, PeerRefused)):
             FrameSocket.connect("127.0.0.1", port, endpoint("client", key), tls=None)
     assert not taken
-    assert not two[1].server._clients
+    assert not two[1].server.clients
     with FrameSocket.connect("127.0.0.1", port, endpoint("client", KEY), tls=None) as peer:
         for head in (Attach(client=1, next=[], next_instance=0), Close(), Ask()):
             send(peer, 0, head)

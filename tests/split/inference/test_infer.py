@@ -21,7 +21,7 @@ import torch
 from lab.command.entry import compose_settings
 from split import infer, plan, serve
 from split.chain.boundary import Boundary
-from split.inference.open import load_stage, make_side
+from split.inference.open import INFERENCE, fingerprints, load_stage
 from split.settings import SplitSettings
 from tests.split.processes import Process
 from tests.wandb_files import held, wandb_text
@@ -293,7 +293,7 @@ def test_shards_that_are_not_the_clients_model_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = compose_settings("split_inf", f"model=random {cache}", SplitSettings)
-    side = make_side(settings.model, settings.network, Boundary.float32, "shard")
+    side = INFERENCE.endpoint(settings.network, fingerprints(settings.model, Boundary.float32), "shard")
     with contextlib.ExitStack() as stack:
         shards = [load_stage(settings, torch.device("cpu"), range(*ends)).shard for ends in layers]
         addresses = [str(stack.enter_context(Process(shard, ours=side)).address) for shard in shards]

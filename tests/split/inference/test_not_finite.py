@@ -24,7 +24,7 @@ from split.inference import generate as generating
 from split.inference.coding import encode
 from split.inference.messages import Open, Pass, Piece, Steps, Stopped
 from split.inference.sharded_model import ShardedModel
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.settings import SplitSettings
 from split.transport.base import Message
 from split.transport.inproc import InProcess
@@ -49,7 +49,7 @@ def _poisoned(settings: ModelSettings, boundary: Boundary, layer: int, value: fl
     for shard in made:
         if layer in shard.layers:
             poison(shard._model.get_decoder().layers[layer], value)
-    return as_engine(InProcess([Stage(shard, boundary) for shard in made]))
+    return as_engine(InProcess([InferenceStage(shard, boundary) for shard in made]))
 
 
 def _extended(engine: Any, token: int) -> tuple[list[TargetStep], str]:
@@ -108,14 +108,14 @@ def test_what_does_not_fit_a_boundary_is_named(tmp_path: Path, boundary: Boundar
 def test_what_a_boundary_rounds_up_does_not_fit_float16(tmp_path: Path) -> None:
     """65504 is float16's largest number and 65536 in bfloat16."""
     settings = saved_model("llama", tmp_path, torch.float16)
-    stage = Stage(shards(settings, (0, 2, 4))[1], Boundary.bfloat16)
-    stage.take(0, Message(1, Open(tokens=100, **sampling_fields(Sampling.greedy()))))
-    stage.take(0, Message(2, Open(tokens=100, **sampling_fields(Sampling.greedy()))))
+    stage = InferenceStage(shards(settings, (0, 2, 4))[1], Boundary.bfloat16)
+    for number in (1, 2):
+        list(stage.take(Message(number, Open(tokens=100, **sampling_fields(Sampling.greedy())))))
     hidden_NH = torch.zeros(4, 32, dtype=torch.float16)
     hidden_NH[3, 0] = 65504
     pieces = [Piece(session=number, position=0, count=2, is_first=True, is_last=True) for number in (1, 2)]
-    answer = stage.take(0, Message(7, Pass(read_all=False, pieces=pieces), encode(hidden_NH, Boundary.bfloat16)))
-    assert answer is not None
+    run = Pass(read_all=False, pieces=pieces)
+    [(_, answer)] = stage.take(Message(7, run, encode(hidden_NH, Boundary.bfloat16)))
     text = "the hidden states of position 1 do not fit torch.float16 before the shard of layers 2:4"
     assert answer.head == Steps(stopped=[Stopped(session=2, code=FaultCode.unfit, text=text)])
 

@@ -19,7 +19,7 @@ from split.chain.boundary import Boundary
 from split.inference import shard as shard_module
 from split.inference.shard import Shard1
 from split.inference.sharded_model import ShardFault
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.transport.inproc import InProcess
 from tests.random_models import ARCHITECTURES
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
@@ -109,7 +109,7 @@ def test_layers_counted_from_the_whole_model_are_seen_by_the_same_comparison(tmp
     """Swapped middle shards: each runs, and the text is another."""
     settings = saved_model("llama", tmp_path)
     first, second, third, last = shards(settings, (0, 1, 2, 3, 4))
-    swapped = as_engine(InProcess([Stage(shard, Boundary.float32) for shard in (first, third, second, last)]))
+    swapped = as_engine(InProcess([InferenceStage(shard, Boundary.float32) for shard in (first, third, second, last)]))
     assert conversation(swapped) != conversation(local(settings))
 
 

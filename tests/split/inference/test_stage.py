@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from split.chain.boundary import Boundary
 from split.chain.messages import Fault, FaultCode
 from split.inference.coding import decode, encode
 from split.inference.messages import Open, Pass, Piece, Steps, pack_steps, unpack_steps
-from split.inference.stage import Stage
+from split.inference.stage import InferenceStage
 from split.transport.base import Message
 from tests.split.chains import CONTEXT, VOCABULARY, saved_model, shards, some_ids
 
@@ -33,8 +34,13 @@ def _pass(*pieces: tuple[int, int, int], read_all: bool = False) -> Pass:
     )
 
 
-def _stages(tmp_path: Path) -> list[Stage]:
-    return [Stage(shard, Boundary.float32) for shard in shards(saved_model("llama", tmp_path), (0, 2, 4))]
+def _stages(tmp_path: Path) -> list[InferenceStage]:
+    return [InferenceStage(shard, Boundary.float32) for shard in shards(saved_model("llama", tmp_path), (0, 2, 4))]
+
+
+def _taken(stage: InferenceStage, message: Message, client: Hashable = 0) -> Message | None:
+    """What came of a message."""
+    return next((result for _, result in stage.take(message, client)), None)
 
 
 def _code(answer: Message | None) -> FaultCode:
@@ -50,11 +56,11 @@ def _code(answer: Message | None) -> FaultCode:
 def test_each_wrong_message_has_its_fault(tmp_path: Path) -> None:
     first, last = _stages(tmp_path)
     ids = pack_tokens([1, 2, 3])
-    assert _code(first.take(0, Message(1, _pass((7, 0, 3)), ids))) is FaultCode.lost
-    first.take(0, Message(7, OPEN))
-    assert _code(first.take(0, Message(7, OPEN))) is FaultCode.refused
-    assert _code(first.take(0, Message(1, _pass((7, 5, 3)), ids))) is FaultCode.lost
-    assert _code(first.take(1, Message(1, _pass((7, 0, 3)), ids))) is FaultCode.lost, "another client's text"
+    assert _code(_taken(first, Message(1, _pass((7, 0, 3)), ids))) is FaultCode.lost
+    _taken(first, Message(7, OPEN))
+    assert _code(_taken(first, Message(7, OPEN))) is FaultCode.refused
+    assert _code(_taken(first, Message(1, _pass((7, 5, 3)), ids))) is FaultCode.lost
+    assert _code(_taken(first, Message(1, _pass((7, 0, 3)), ids), 1)) is FaultCode.lost, "another client's text"
     for head, body in (
         (_pass((7, 0, 3)), ids[:-1]),
         (_pass((7, 0, 3)), ids + b"1234"),
@@ -63,14 +69,14 @@ def test_each_wrong_message_has_its_fault(tmp_path: Path) -> None:
         (_pass((7, 0, 3)), pack_tokens([1, 2, VOCABULARY])),
         (_pass((7, 0, 3)), pack_tokens([1, 2, -1])),
     ):
-        assert _code(first.take(0, Message(1, head, body))) is FaultCode.refused
-    last.take(0, Message(7, OPEN))
-    assert _code(last.take(0, Message(1, _pass((7, 0, 3)), bytes(3 * 32 * 4 - 1)))) is FaultCode.refused
+        assert _code(_taken(first, Message(1, head, body))) is FaultCode.refused
+    _taken(last, Message(7, OPEN))
+    assert _code(_taken(last, Message(1, _pass((7, 0, 3)), bytes(3 * 32 * 4 - 1)))) is FaultCode.refused
     fault = Message(1, Fault(code=FaultCode.failed, text="of an earlier shard"))
-    assert last.take(0, fault) == fault
-    good = first.take(0, Message(2, _pass((7, 0, 3)), ids))
+    assert _taken(last, fault) == fault
+    good = _taken(first, Message(2, _pass((7, 0, 3)), ids))
     assert good is not None
-    answer = last.take(0, good)
+    answer = _taken(last, good)
     assert answer is not None
     assert isinstance(answer.head, Steps)
 
@@ -84,8 +90,8 @@ def test_random_messages_never_raise(tmp_path: Path) -> None:
         head: Any = generator.choice([OPEN, _random_pass(generator), _random_pass(generator)])
         body = generator.randbytes(generator.choice([0, 4, 12, 128, 384])) if isinstance(head, Pass) else b""
         for stage in stages:
-            answer = stage.take("hostile", Message(number % 3, head, body))
-            assert answer is None or isinstance(answer, Message)
+            answers = list(stage.take(Message(number % 3, head, body), "hostile"))
+            assert [type(answer) for _, answer in answers] in ([], [Message])
     for stage in stages:
         stage.forget("hostile")
     assert _greedy(stages, 0) == expected
@@ -99,9 +105,9 @@ def _random_pass(generator: random.Random) -> Pass:
     return _pass(*pieces, read_all=generator.random() < 0.5)
 
 
-def _greedy(stages: list[Stage], client: object) -> list[int]:
+def _greedy(stages: list[InferenceStage], client: Hashable) -> list[int]:
     for stage in stages:
-        stage.take(client, Message(1, OPEN))
+        _taken(stage, Message(1, OPEN), client)
     ids, said = some_ids(6, 1), []
     position = 0
     for number in range(8):
@@ -109,7 +115,7 @@ def _greedy(stages: list[Stage], client: object) -> list[int]:
         message: Message | None = Message(number, run, pack_tokens(ids))
         for stage in stages:
             assert message is not None
-            message = stage.take(client, message)
+            message = _taken(stage, message, client)
         assert message is not None
         position += len(ids)
         ids = unpack_steps(run, message.body)[0].next_ids
@@ -153,15 +159,15 @@ def test_a_pass_that_does_not_tell_the_last_shard_the_text_is_refused(tmp_path: 
     last = _stages(tmp_path)[-1]
     words = Words(prompt_tokens=2, presence_penalty=1.0)
     opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), words=words)))
-    last.take(0, Message(7, opened))
+    _taken(last, Message(7, opened))
     hidden = bytes(3 * 32 * 4)
     run = _pass((7, 0, 3))
-    assert _code(last.take(0, Message(1, run, hidden))) is FaultCode.refused
+    assert _code(_taken(last, Message(1, run, hidden))) is FaultCode.refused
     told = msgspec.structs.replace(run, for_words=True)
-    assert _code(last.take(0, Message(1, told, pack_tokens([1, 2, VOCABULARY]) + hidden))) is FaultCode.refused
-    answer = last.take(0, Message(1, told, pack_tokens([1, 2, 3]) + hidden))
+    assert _code(_taken(last, Message(1, told, pack_tokens([1, 2, VOCABULARY]) + hidden))) is FaultCode.refused
+    answer = _taken(last, Message(1, told, pack_tokens([1, 2, 3]) + hidden))
     assert answer is not None
     assert isinstance(answer.head, Steps)
     unknown = Words(prompt_tokens=2, logit_bias=((VOCABULARY, 1.0),))
     opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), words=unknown)))
-    assert _code(last.take(0, Message(8, opened))) is FaultCode.refused
+    assert _code(_taken(last, Message(8, opened))) is FaultCode.refused

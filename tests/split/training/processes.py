@@ -10,9 +10,10 @@ from pathlib import Path
 from lab.settings import ModelSettings
 from lab.wire import Endpoint
 from split.chain.address import Address
+from split.chain.server import Place
 from split.training.messages import PROTOCOL, table
-from split.training.server import TrainingServer
-from split.transport.training_tcp import TcpTraining
+from split.training.open import TrainingServer
+from split.transport.tcp import TcpChain
 from tests.split.listening import MAX_BYTES, Listening, endpoint_for_tests
 from tests.split.training.unsplit import stage
 
@@ -40,17 +41,11 @@ class Learner(Listening[TrainingServer]):
     ) -> None:
         super().__init__(port)
         self.stage = stage(settings, layers, checkpoints)
-        self._layers, self._endpoint = layers, endpoint("learner", key)
+        self._endpoint = endpoint("learner", key)
 
     def make_server(self) -> TrainingServer:
-        return TrainingServer(
-            self.stage,
-            layers=self._layers,
-            model_layers=4,
-            endpoint=self._endpoint,
-            next_addresses=[],
-            client_tls=None,
-        )
+        place = Place(name="", model_layers=4, endpoint=self._endpoint, next_addresses=[], client_tls=None)
+        return TrainingServer(self.stage, place)
 
 
 @contextmanager
@@ -64,7 +59,7 @@ def learners_of(settings: ModelSettings, cuts: Sequence[int], checkpoints: Path)
 
 
 @contextmanager
-def connected(learners: Sequence[Learner]) -> Iterator[TcpTraining]:
+def connected(learners: Sequence[Learner]) -> Iterator[TcpChain]:
     """The trainer's end of their chain."""
     transport = connect([learner.address for learner in learners])
     try:
@@ -74,13 +69,11 @@ def connected(learners: Sequence[Learner]) -> Iterator[TcpTraining]:
 
 
 @contextmanager
-def over_tcp(settings: ModelSettings, cuts: Sequence[int], checkpoints: Path) -> Iterator[TcpTraining]:
+def over_tcp(settings: ModelSettings, cuts: Sequence[int], checkpoints: Path) -> Iterator[TcpChain]:
     """A chain of learners, and the trainer's end of it."""
     with learners_of(settings, cuts, checkpoints) as learners, connected(learners) as transport:
         yield transport
 
 
-def connect(addresses: Sequence[Address], *, key: bytes = b"", start_seconds: float = 5.0) -> TcpTraining:
-    return TcpTraining(
-        addresses, [], endpoint("trainer", key), tls=None, answer_seconds=20.0, start_seconds=start_seconds
-    )
+def connect(addresses: Sequence[Address], *, key: bytes = b"", start_seconds: float = 5.0) -> TcpChain:
+    return TcpChain(addresses, [], endpoint("trainer", key), tls=None, answer_seconds=20.0, start_seconds=start_seconds)

@@ -21,15 +21,14 @@ from torch import Tensor
 
 from lab.command.entry import compose_settings
 from lab.settings import Dtype, ModelSettings, NetworkSettings
-from split.inference.open import free_port
-from split.training.autograd import Autograd
+from split.chain.open import free_port
+from split.training.autograd import Autograd, LearnerSeat
 from split.training.messages import Apply, Recipe
 from split.training.schedule import Schedule
 from split.training.settings import SplitTrainSettings
 from split.training.trainer import Backward, Explicit, Shards
 from split.transport.base import ChainLost, ShardLost
-from split.transport.rpc import Place, serve_seat
-from split.transport.training_rpc import LearnerSeat, RpcTraining
+from split.transport.rpc import RpcChain, serve_seat
 from tests.split.training.unsplit import (
     ADAPTER,
     EVERYTHING,
@@ -79,7 +78,7 @@ class Seat(LearnerSeat):
     gradient_seconds = 5.0
 
     def gradients(self) -> dict[str, Tensor]:
-        weights = self._stage.shard.weights.items()
+        weights = self.stage.shard.weights.items()
         return {name: weight.grad for name, weight in weights if weight.grad is not None}
 
     def forward(self, step: int, micro_batch: int, states: Any, *rest: Any) -> Tensor:
@@ -92,8 +91,7 @@ def learner(case: Case, settings: ModelSettings, network: NetworkSettings, rank:
     """One member of a group."""
     layers = ranges(case.cuts)[rank - 1]
     made = stage(settings, layers, Path(settings.cache_dir), load_plain)
-    place = Place(name=str(rank), layers=layers, model_layers=4, context=0, fingerprints={"model": "tests"})
-    seat = Seat(made, place)
+    seat = Seat(made, str(rank), 4, {"model": "tests"})
     if case.backward == "detached":
         seat.detached, seat.gradient_seconds = True, 0.5  # for what never comes
     serve_seat(seat, rank, len(case.cuts), network)
@@ -101,7 +99,7 @@ def learner(case: Case, settings: ModelSettings, network: NetworkSettings, rank:
 
 def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: int) -> None:
     """The trainer of a group."""
-    transport = RpcTraining(len(case.cuts), network, network.port, {"model": "tests"})
+    transport = RpcChain(len(case.cuts), network, network.port, {"model": "tests"}, LearnerSeat.worker_threads)
     optimization = replace(OPTIMIZATION, max_gradient_norm=case.max_gradient_norm)
 
     def backward(shards: Shards) -> Backward:

@@ -18,7 +18,7 @@ from split.training.settings import Train
 from split.training.shard import Entering, TrainingShard
 from split.training.trainer import clip_scale
 from split.training.weights import load_training_shard
-from split.transport.training import InProcessTraining
+from split.transport.inproc import InProcess
 from tests.split.training.unsplit import (
     ADAPTER,
     BANDS,
@@ -130,7 +130,7 @@ def test_200_steps_are_those_of_the_whole_model_to_the_bit(tmp_path: Path) -> No
         assert not torch.equal(weight, before[name])
 
 
-def first_shard(transport: InProcessTraining) -> dict[str, torch.nn.Parameter]:
+def first_shard(transport: InProcess) -> dict[str, torch.nn.Parameter]:
     return transport._stages[0].shard.weights
 
 

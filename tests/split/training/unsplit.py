@@ -29,7 +29,8 @@ from split.training.shard import TrainingShard
 from split.training.stage import InitialWeight, TrainingStage
 from split.training.trainer import Backward, DistributedTrainer, Explicit, Shards, split_batch
 from split.training.weights import initial_weight, load_training_shard
-from split.transport.training import InProcessTraining, TrainingTransport
+from split.transport.base import Transport
+from split.transport.inproc import InProcess
 from tests.split.chains import VOCABULARY, saved_model
 
 CPU = torch.device("cpu")
@@ -95,17 +96,15 @@ def stage(settings: ModelSettings, layers: range, checkpoints: Path, load: Load 
         with _LOADING:
             return shard, initial_weight(settings, start.recipe, layers)
 
-    return TrainingStage(make, checkpoints)
+    return TrainingStage(layers, make, checkpoints)
 
 
-def in_process(
-    settings: ModelSettings, cuts: Sequence[int], checkpoints: Path, load: Load = load_plain
-) -> InProcessTraining:
-    return InProcessTraining([stage(settings, layers, checkpoints, load) for layers in ranges(cuts)], ranges(cuts))
+def in_process(settings: ModelSettings, cuts: Sequence[int], checkpoints: Path, load: Load = load_plain) -> InProcess:
+    return InProcess([stage(settings, layers, checkpoints, load) for layers in ranges(cuts)])
 
 
 def trainer(
-    transport: TrainingTransport,
+    transport: Transport,
     checkpoints: Path,
     *,
     recipe: Recipe = EVERYTHING,

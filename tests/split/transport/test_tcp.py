@@ -21,8 +21,7 @@ from split.inference import server as serving
 from split.inference.coding import encode
 from split.inference.sharded_model import ShardedModel
 from split.inference.times import take_apart
-from split.transport.base import ShardLost
-from split.transport.tcp import ChainMismatch
+from split.transport.base import ChainMismatch, ShardLost
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
 from tests.split.inference.test_sharded_model import conversation
 from tests.split.processes import Process, chain, endpoint
@@ -73,9 +72,9 @@ def test_two_clients_do_not_meet(tmp_path: Path) -> None:
                     engine.extend([(text, text.step.next_ids)], "last")
                     whole.extend([(right, text.step.next_ids[:0] or right.step.next_ids)], "last")  # type: ignore[union-attr]
         deadline = time.monotonic() + 5
-        while any(p.server._stage._texts for p in processes) and time.monotonic() < deadline:
+        while any(p.server.stage._texts for p in processes) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not any(p.server._stage._texts for p in processes), "texts outlive their clients"
+        assert not any(p.server.stage._texts for p in processes), "texts outlive their clients"
 
 
 def _greedy(

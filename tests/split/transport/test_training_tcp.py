@@ -114,6 +114,19 @@ def test_a_shard_that_is_lost_comes_back_and_nothing_is_counted_twice(tmp_path: 
         replacements[0].stop()
 
 
+def test_a_shard_that_is_lost_before_it_has_begun_comes_back(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    with Learner(settings, range(0, 2), tmp_path) as first:
+        lost = Learner(settings, range(2, 4), tmp_path).__enter__()
+        transport = connect([first.address, lost.address])
+        lost.stop()
+        with Learner(settings, range(2, 4), tmp_path, port=lost.address.port):
+            made = trainer(transport, tmp_path)
+            assert made.recoveries == 1
+            assert made.train_step().loss == Unsplit(settings).train(1, 1)[0].loss
+            transport.shutdown()
+
+
 def test_a_shard_that_does_not_come_back_ends_the_run(tmp_path: Path) -> None:
     settings = model_settings(tmp_path)
     with Learner(settings, range(0, 2), tmp_path) as first, Learner(settings, range(2, 4), tmp_path) as second:
@@ -157,8 +170,8 @@ def test_a_trainer_that_leaves_in_the_middle_leaves_nothing_behind(tmp_path: Pat
             with FrameSocket.connect(first.address.host, first.address.port, ours, tls=None) as peer:
                 head = Attach(client=1, next=[where], next_instance=1)
                 send(peer, 0, head)
-                _eventually(lambda: first.server._run is not None and first.server._run.trainer == 1)
-            _eventually(lambda: first.server._run is None)
+                _eventually(lambda: list(first.server.clients) == [1])
+            _eventually(lambda: not first.server.clients)
         other = connect(addresses)
         assert trainer(other, tmp_path).train_step().step == 0
         other.shutdown()
@@ -173,7 +186,7 @@ def test_a_next_shard_that_hangs_up_on_join_is_passed_over_and_its_reason_told(t
             frame = peer.poll(5)
     assert frame is not None
     assert isinstance(frame.head, Fault)
-    assert all(text in frame.head.text for text in (*where, "joined for a trainer that is not attached"))
+    assert all(text in frame.head.text for text in (*where, "joined for a client that is not attached"))
 
 
 def _eventually(what: Callable[[], bool]) -> None:
