@@ -22,14 +22,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from lab.engine.context import longest_text
+from lab.engine.context import longest_text, model_context
 from lab.engine.first_fault import first_faults
 from lab.engine.history import History
 from lab.engine.kv import CacheFull, ExactShape, SlotCache, check_attention, layer_shapes
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling, choose, mix64, nll, widened
+from lab.engine.settings import CacheSettings
 from lab.engine.wide_products import pack_products
 from lab.models.shape import ModelShape
+from lab.settings import UserError
 
 Want = Literal["last", "all"]
 """`all`: a step for every id given; `last`: only for the last one, so that a long prompt costs the head once."""
@@ -648,3 +650,27 @@ class SyntheticEngine(Engine):
         if mix64(prefix + 2) < self._agreement * 2**64:
             return target
         return (target + 1 + mix64(prefix + 3) % (self.vocabulary_size - 1)) % self.vocabulary_size
+
+
+def open_local_engine(
+    model: nn.Module, cache: CacheSettings, *, sessions: int, exact_rows: int | None = None
+) -> LocalEngine:
+    """Open `model` for `sessions` texts with the other sizes of `cache`. UserError where they are too small, or exact
+    shapes do not hold."""
+    try:
+        return LocalEngine(
+            model,
+            sessions=sessions,
+            context=model_context(cast(Any, model).config, cache.context),
+            bucket=cache.cache_bucket,
+            kv_limit_bytes=cache.cache_limit_bytes,
+            prefill_chunk=cache.prefill_chunk,
+            exact_rows=exact_rows,
+        )
+    except ShapeDependence as error:
+        raise UserError(f"project.exact_shapes must be false here: {error}") from None
+    except CacheFull as error:
+        least = "one pass of exact shapes" if exact_rows else "a text of project.cache_bucket positions"
+        raise UserError(f"project.cache_limit_bytes must hold {least}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"project.exact_shapes: {error}" if exact_rows else str(error)) from None

@@ -246,7 +246,7 @@ KINDS: dict[str, Callable[[Ground], None]] = {
         (MessageType.open, 1, ground.open(max_new_tokens=1), pack_tokens([1])),
     ),
     "sent VERDICT": _of_a_verifier(VERDICT, MessageType.verdict),
-    "sent SCORES": _of_a_verifier(ScoresFrame(position=0, guesses=0), MessageType.scores),
+    "sent SCORES": _of_a_verifier(ScoresFrame(position=0, draft_tokens=0), MessageType.scores),
     "sent WELCOME": _of_a_verifier(WELCOME, MessageType.welcome),
     "sent WAITING": _of_a_verifier(WaitingFrame(place=1), MessageType.waiting),
     "asked for the vocabulary twice": _asks_twice,
