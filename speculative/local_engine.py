@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lab.engine.base import LocalEngine, ShapeDependence
 from lab.engine.context import model_context
 from lab.engine.kv import CacheFull
+from lab.engine.local import LocalEngine, ShapeDependence
 from lab.settings import UserError
 from speculative.settings import SpeculativeProjectSettings
 
