@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from lab import faults
+from lab.learning import training
 from lab.learning.examples import Batch as Examples
 from lab.learning.training import learning_rate_at
 from lab.settings import OptimizationSettings, UserError
@@ -41,18 +42,9 @@ class TrainingFault(faults.Fault):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepFigures:
-    """One optimizer step."""
+class StepFigures(training.StepFigures):
+    """One optimizer step over all shards."""
 
-    step: int
-    """From 0."""
-    loss: float
-    """Mean cross-entropy per counted token, in nats, before the step."""
-    tokens: int
-    """That the loss counted."""
-    learning_rate: float
-    gradient_norm: float
-    """Of all shards together, before clipping."""
     seconds: float
     bubble_fraction: float
     """The share of the shards' time, from the first operation to the last one, in which they wait."""

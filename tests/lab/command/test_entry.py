@@ -26,11 +26,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lab.command import entry
+from lab.command.typed import to_settings
 from lab.doctor import DoctorSettings
 from lab.engine.base import TargetStep
 from lab.engine.not_finite import NotFinite
 from lab.faults import Lost
-from lab.settings import Dtype, UserError, digest, to_settings
+from lab.settings import Dtype, UserError, digest
 
 Work = Callable[[DoctorSettings, entry.Run], dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[3]
