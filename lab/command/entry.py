@@ -29,6 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
+from yaml import YAMLError  # type: ignore[import-untyped]  # it brings no types
 
 from lab.command import streams
 from lab.command.ending import (
@@ -234,6 +235,8 @@ def _end_of(error: BaseException, command: _Command) -> End:
         where = error.filename or "the run folder"
         rule = "hydra.run.dir must be a folder that can be written"
         return End(2, EndedBy.refused, f"{rule}, got {str(where)!r} ({error.strerror})")
+    if isinstance(error, SystemExit) and error.code == 1 and not is_composed:  # Hydra has said it: `--cfg job -p nope`
+        return End(2, EndedBy.refused, "")
     return end_of(error)
 
 
@@ -273,13 +276,14 @@ def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
         raise does_not_compose(error) from None
 
 
-COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-"""What Hydra raises for some words that it cannot use, where it has no words of its own for them."""
+COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, YAMLError)
+"""What Hydra raises for some words and files that it cannot use, where it has no words of its own for them."""
 
 
 def does_not_compose(error: Exception) -> UserError:
     """What to say of such words."""
-    return UserError(f"the words of the command line must make settings: {error or type(error).__name__}")
+    said = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"the words of the command line must make settings: {said}")
 
 
 @contextmanager
