@@ -29,6 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
+from yaml import YAMLError  # type: ignore[import-untyped]  # it brings no types
 
 from lab.command import streams
 from lab.command.ending import (
@@ -235,6 +236,8 @@ def _end_of(error: BaseException, command: _Command) -> End:
         where = error.filename or "the run folder"
         rule = "hydra.run.dir must be a folder that can be written"
         return End(2, EndedBy.refused, f"{rule}, got {str(where)!r} ({error.strerror})")
+    if isinstance(error, SystemExit) and error.code == 1 and not is_composed:  # Hydra has said it: `--cfg job -p nope`
+        return End(2, EndedBy.refused, "")
     return end_of(error)
 
 
@@ -274,13 +277,14 @@ def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
         raise does_not_compose(error) from None
 
 
-COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-"""Raised by Hydra for some words that it cannot use, without a text of its own."""
+COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, YAMLError)
+"""Raised by Hydra for some words and files that it cannot use, without a text of its own."""
 
 
 def does_not_compose(error: Exception) -> UserError:
     """The UserError for such words."""
-    return UserError(f"the words of the command line must make settings: {error or type(error).__name__}")
+    line = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"the words of the command line must make settings: {line}")
 
 
 @contextmanager
