@@ -1,4 +1,4 @@
-"""Settings of the demonstration: what its parts are told."""
+"""Settings of the demonstration: overrides of each part's own command."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from lab.settings import LabSettings, register, require_above
 
 @dataclass(kw_only=True)
 class DemoProjectSettings:
-    """Overrides that the demonstration gives to each part's own command."""
+    """Overrides of the parts' commands; those that generate get the demonstration's prompt, too."""
 
     federated: list[str]
-    """Of simulations/fed_sim.py."""
+    """For simulations/fed_sim.py."""
     verifier: list[str]
-    """Of speculative.verifier."""
+    """For speculative.verifier."""
     drafter: list[str]
-    """Of speculative.drafter; the prompt is the demonstration's own."""
+    """For speculative.drafter."""
     split: list[str]
-    """Of split.infer; the same prompt."""
+    """For split.infer."""
     split_training: list[str]
-    """Of split.train."""
+    """For split.train."""
     matrix: list[str]
-    """Of run_matrix.py."""
+    """For run_matrix.py."""
     part_timeout_seconds: float
     """Longest that one part may take."""
 

@@ -6,13 +6,16 @@ import ast
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from lab.command.entry import compose_config
+from lab.figures import number
 from lab.settings import to_plain
+from simulations.results import known_figures, soak_rows
 from tests.pages import LINKED, PAGES, ROOT, anchors_of, links_of, named, read, slug, tables_of
 from tests.test_conf import COMMANDS
 
@@ -87,38 +90,66 @@ def _has(config: DictConfig, key: str) -> bool:
     return isinstance(group, DictConfig) and name in group
 
 
-def _measured(text: str) -> list[float]:
-    """The numbers of a text, those in milliseconds as seconds, too."""
-    numbers = [float(number.replace(",", "")) for number in re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text)]
-    return numbers + [number / 1000 for number in numbers if " ms" in text]
-
-
+REPORTS = ROOT / "benchmarks/results"
+FOUND = known_figures(REPORTS)
 GLANCE = next(table for table in tables_of(ROOT / "README.md") if table[0] == ["what", "measured", "target"])
 
 
-@pytest.mark.parametrize("row", GLANCE[1:], ids=lambda row: row[0].partition("]")[0].strip("["))
-def test_figures_at_a_glance_are_those_of_the_results(row: list[str]) -> None:
-    """Each number stands in the section that the row (or the one before) links to; a miss is bold."""
-    linked = [each for each in GLANCE[1 : GLANCE.index(row) + 1] if "RESULTS.md#" in each[0]][-1]
-    anchor = re.findall(r"RESULTS\.md#([\w-]+)", linked[0])[0]
-    section = _section(anchor)
-    known = set(_measured(section))
-    for part in re.split(r", (?=\D)|(?<=x), ", row[1].replace("**", "")):
-        assert any(number in known for number in _measured(part)), f"{part!r} is not in {anchor}"
-    assert ("**" in row[1]) == (f"(#{anchor})" in _section("missed-targets") and "no" in _misses(section, row[1]))
+TEXTS = ("edit", "prose")
+"""Those of the benchmark with the real model that the README shows."""
 
 
-def _section(anchor: str) -> str:
-    sections = re.split(r"^(?=#+ )", read(ROOT / "benchmarks/RESULTS.md"), flags=re.MULTILINE)
-    return next(text for text in sections if text.startswith("#") and slug(text.splitlines()[0].lstrip("# ")) == anchor)
+def measured(benchmark: str, kind: str, **values: Any) -> dict[str, Any]:
+    """The row of a benchmark that has these values."""
+    rows = [row for row in FOUND[benchmark]["rows"] if kind in (row.get("part"), row.get("row"))]
+    [found] = [row for row in rows if values.items() <= row.items()]
+    return found
 
 
-def _misses(section: str, figure: str) -> str:
-    """`no` where the section says of one of these figures that its target does not hold."""
-    wanted = set(_measured(figure))
-    lines = [line for line in section.splitlines() if line.endswith("| no |")]
-    single = "no" if "| holds | no |" in lines else ""
-    return single or next(("no" for line in lines if wanted & set(_measured(line.replace(" x ", " ")))), "")
+def shown(row: dict[str, Any], key: str, form: str = "{} x", scale: float = 1.0) -> str:
+    """A figure of a row as the README has it: three digits of the median; bold where the row misses its target."""
+    value = row[key]["median"] if isinstance(row[key], dict) else row[key]
+    text = form.format(number(value * scale) if isinstance(value, float) and value else f"{value:,g}")
+    return text if row.get("holds", True) else f"**{text}**"
+
+
+def at_a_glance() -> list[tuple[str, str]]:
+    """What the README's table of results must say: the anchor of each row's figures, and the figures."""
+    real = functools.partial(measured, "speculative_real", "texts", mode="async")
+    crowd = functools.partial(measured, "speculative_real", "crowd", drafters=8)
+    ratio = measured("federated", "comparison")["perplexity_ratio"]
+    spread = f"{{}} ({number(ratio['low'])} – {number(ratio['high'])})"
+    identity, proved = soak_rows(REPORTS)["async_identity"], measured("architectures", "architectures")
+    far, near = 0.1, 0.0
+    message = measured("federated", "message", model="SmolLM2-135M-Instruct")
+    away = measured("speculative", "loops", mode="async", rtt_seconds=0.05)
+    at = {text: {rtt: shown(real(text=text, rtt_seconds=rtt), "speedup") for rtt in (near, far)} for text in TEXTS}
+    eight = [shown(crowd(text=text), "over_one") for text in TEXTS]
+    return [
+        ("federated-comparison", shown(measured("federated", "comparison"), "perplexity_ratio", spread)),
+        ("federated-message", f"{message['message_bytes']:,} bytes"),
+        ("soak-async_identity", f"{identity['differing']} of {identity['tokens']:,}"),
+        ("speculative-loops", shown(away, "speedup")),
+        ("speculative_real-texts", f"{at['edit'][near]}, {at['prose'][near]}"),
+        ("speculative_real-texts", f"{at['edit'][far]}, {at['prose'][far]}"),
+        ("speculative_real-crowd", ", ".join(eight)),
+        ("split-added_tcp", shown(measured("split", "added_tcp"), "added_over_whole_seconds", "{} ms", 1000)),
+        ("split-speculation", shown(measured("split", "speculation"), "drafted_over_alone")),
+        ("split_training-throughput", shown(measured("split_training", "throughput"), "split_over_unsplit")),
+        ("split_training-adapter", shown(measured("split_training", "adapter"), "largest_difference", "{}")),
+        ("architectures-architectures", f"{proved['proved']} of {proved['tried']}"),
+    ]
+
+
+def test_figures_at_a_glance_are_those_of_the_results() -> None:
+    expected = at_a_glance()
+    assert [row[1] for row in GLANCE[1:]] == [figures for _, figures in expected]
+    base = measured("federated", "message", model="SmolLM2-135M-Instruct")["base_bytes"]
+    assert f"{base:,} bytes" in GLANCE[2][0]
+    anchors = [re.findall(r"RESULTS\.md#([\w-]+)", row[0]) for row in GLANCE[1:]]
+    assert [anchor or [wanted] for anchor, (wanted, _) in zip(anchors, expected, strict=True)] == [
+        [wanted] for wanted, _ in expected
+    ]
 
 
 JOURNEYS = {

@@ -22,6 +22,10 @@ Call = Callable[[Scheduler], list[Outcome]]
 Deliver = Callable[[list[Outcome]], None]
 
 
+END_SECONDS = 5.0
+"""A pass that takes longer is left to itself: the process ends, and what its thread holds with it."""
+
+
 class ForwardThread:
     """A context manager: leaving it ends the thread after its current pass.
 
@@ -48,7 +52,7 @@ class ForwardThread:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._calls.put(None)
-        self._thread.join()
+        self._thread.join(END_SECONDS)
 
     def _run(self) -> None:
         try:

@@ -300,6 +300,10 @@ class Scheduler:
         waits += [self._next_places_at - now] if self._line else []
         return max(0.0, min(waits))
 
+    def unended(self) -> list[VerifiedSequence]:
+        """The texts that have not ended; for any thread."""
+        return [owned.text for owned in list(self._texts.values()) if owned.ended is None]
+
     def shutdown(self) -> None:
         """Close every text and the engine."""
         for key in list(self._texts):

@@ -132,18 +132,23 @@ async def serve(
         # The first protocol has no key: where one is required, it would be a way around it.
         handle_first_protocol=None if endpoint.key else front.serve_first_protocol,
     )
-    with front.thread:
-        try:
-            await server.__aenter__()
-        except OSError as error:
-            raise cannot_listen(network, error) from None
-        try:
-            announce(network.host, server.port)
-            await asyncio.shield(asyncio.wrap_future(front.thread.finished))  # the thread itself says when it ends
-        finally:
-            await server.__aexit__(None, None, None)
-            served.refused, served.refused_connections = front.refused, server.refused
-    await asyncio.sleep(0)  # the texts that the thread closed at its end are recorded now
+    try:
+        with front.thread:
+            try:
+                await server.__aenter__()
+            except OSError as error:
+                raise cannot_listen(network, error) from None
+            try:
+                announce(network.host, server.port)
+                # The thread itself says when it ends.
+                await asyncio.shield(asyncio.wrap_future(front.thread.finished))
+            finally:
+                await server.__aexit__(None, None, None)
+                served.refused, served.refused_connections = front.refused, server.refused
+        await asyncio.sleep(0)  # the texts that the thread closed at its end are recorded now
+    finally:
+        for text in verifier.unended():  # those that it did not get to
+            _record(served, tracker, text, Ended(text.key, Reason.left, ""))
 
 
 def _record(served: ServerStats, tracker: Tracker, text: VerifiedSequence, ended: Ended) -> None:

@@ -140,7 +140,7 @@ class Rig:
 
         port, layers = free_port(), self.ranges(self.project.cut)
         words = [*self._words, "project.transport=rpc"]
-        with LocalShards.of_group(layers, self.folder / "rpc", port, words, pin=True):
+        with LocalShards(layers, self.folder / "rpc", 0.0, words, pin=True, group_port=port):
             wanted = fingerprints(self.model, self.settings.project.boundary)
             engine = self.engine(RpcChain(len(layers) + 1, self.settings.network, port, wanted))
             with _leaving(engine):

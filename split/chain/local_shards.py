@@ -36,6 +36,7 @@ class LocalShards:
         words: Their command line, but for their places.
         pin: Whether each gets a core of its own.
         module: What they run.
+        group_port: Where they meet as members of a torch RPC group; they do not listen then, and are not started again.
     """
 
     def __init__(
@@ -47,36 +48,21 @@ class LocalShards:
         *,
         pin: bool = False,
         module: str = "split.serve",
+        group_port: int | None = None,
     ) -> None:
         self._words, self._pin, self._module = words, pin, module
         self._layers, self._folder, self._start_seconds = layers, folder, start_seconds
-        self._group_port: int | None = None
+        self.group_port = group_port
         self.processes: list[subprocess.Popen[str]] = []
         self.addresses: list[Address] = []
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="local shards", daemon=True)
 
-    @classmethod
-    def of_group(
-        cls,
-        layers: Sequence[range],
-        folder: Path,
-        port: int,
-        words: Sequence[str],
-        *,
-        pin: bool = False,
-        module: str = "split.serve",
-    ) -> Self:
-        """Members of a torch RPC group that meets at `port`: they do not listen, and are not started again."""
-        shards = cls(layers, folder, start_seconds=0.0, words=words, pin=pin, module=module)
-        shards._group_port = port
-        return shards
-
     def __enter__(self) -> Self:
         try:
             for index in range(len(self._layers)):
-                self.processes.append(self._start(index, self._group_port or 0))
-            if self._group_port is not None:
+                self.processes.append(self._start(index, self.group_port or 0))
+            if self.group_port is not None:
                 return self
             deadline = time.monotonic() + self._start_seconds
             self.addresses = [self._address(index, deadline) for index in range(len(self.processes))]
@@ -128,7 +114,7 @@ class LocalShards:
             f"project.layers={layers.start}:{layers.stop}",
             "project.follow_stdin=true",
             f"network.port={port}",
-            *([f"project.rank={index + 1}", f"project.world_size={len(self._layers) + 1}"] if self._group_port else []),
+            *([f"project.rank={index + 1}", f"project.world_size={len(self._layers) + 1}"] if self.group_port else []),
         ]
         with pinned(index) if self._pin else nullcontext():
             # Ctrl+C is for us: we end them once we have left them.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lab.command.processes import own_words
 from lab.models.shape import ModelShape
@@ -17,7 +17,7 @@ from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, MessageTable, WireError
 from split.chain.address import Address
 from split.chain.local_shards import LocalShards
-from split.chain.process import check_rank, layers_to_serve, serve_port, serve_rank
+from split.chain.process import serve_port, until_told
 from split.chain.server import ChainServer, Place
 from split.settings import ChainSettings, TransportKind, parse_layers
 from split.transport.base import ChainMismatch, ShardLost, Stage, Transport
@@ -32,16 +32,21 @@ NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project
 StageT = TypeVar("StageT", bound=Stage)
 
 
-class ChainOwner(Protocol):
-    """Settings with a chain in them."""
+@dataclass(frozen=True)
+class LocalPlaces:
+    """Settings of the shards that a client starts on this machine."""
 
-    model: ModelSettings
-    network: NetworkSettings
+    folder: Path
+    """Where they log."""
+    words: Sequence[str] | None = None
+    """Their command line, but for their places; None: our own."""
+    more_words: Sequence[str] = ()
+    pin_cores: bool = False
 
-    @property
-    def project(self) -> ChainSettings:
-        """Where the shards are."""
-        ...
+    def all_words(self) -> list[str]:
+        """The command line of each, but for its place."""
+        words = own_words(NOT_FOR_SHARDS) if self.words is None else self.words
+        return [*words, *self.more_words]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,154 @@ class ChainKind:
             fingerprints=fingerprints,
         )
 
+    def connect(
+        self,
+        network: NetworkSettings,
+        fingerprints: dict[str, str],
+        addresses: Sequence[str],
+        spares: Sequence[str],
+        start_seconds: float,
+    ) -> TcpChain:
+        """The way to shards that listen at `addresses`, `host:port` each. UserError as `Chain.open`."""
+        try:
+            return TcpChain(
+                [Address.parse(text) for text in addresses],
+                [Address.parse(text) for text in spares],
+                self.endpoint(network, fingerprints, self.client),
+                tls=client_side_tls(network),
+                answer_seconds=network.request_timeout_seconds,
+                start_seconds=start_seconds,
+            )
+        except ChainMismatch as error:
+            raise UserError(f"project.shards: {error}") from None
+        except (ShardLost, WireError) as error:
+            raise UserError(f"project.shards must be reachable and hold this model: {error}") from None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The chain that settings describe."""
+
+    kind: ChainKind
+    model: ModelSettings
+    network: NetworkSettings
+    project: ChainSettings
+    fingerprints: dict[str, str]
+    """Of the model; all roles must have the same."""
+
+    def open(self, local: LocalPlaces, make_stage: Callable[[range], Stage], stack: ExitStack) -> Transport:
+        """The client's way to its shards, which the settings name, start or meet.
+
+        Args:
+            local: For shards that are started on this machine.
+            make_stage: A shard in this process, by its layers.
+            stack: Leaves the shards, and ends those that were started.
+
+        Raises:
+            UserError: shards that are not there, or are not this model from its first layer to its last.
+        """
+        project, addresses = self.project, self.project.shards
+        count = len(addresses) or project.local_shards
+        if addresses and project.local_shards:
+            raise UserError(f"project.local_shards must be 0 where project.shards is given, got {project.local_shards}")
+        if project.transport is TransportKind.rpc:
+            transport = self._meet(local, stack)
+        elif not count:
+            raise UserError("project.shards must name at least one shard (or set project.local_shards), got []")
+        elif project.transport is TransportKind.inproc:
+            transport = InProcess([make_stage(layers) for layers in cut_layers(self.model, project.cuts, count)])
+        else:
+            if project.local_shards:
+                addresses = [str(address) for address in self._start(local, stack).addresses]
+            transport = self.kind.connect(
+                self.network, self.fingerprints, addresses, project.spares, project.start_seconds
+            )
+        stack.callback(transport.shutdown)  # before the processes end
+        return transport
+
+    def _meet(self, local: LocalPlaces, stack: ExitStack) -> Transport:
+        """A group of torch's RPC, of shards that come to us."""
+        from split.transport.rpc import RpcChain, check_master  # some systems lack it
+
+        check_master(self.network)
+        project, port, world_size = self.project, self.network.port, self.project.world_size
+        if project.local_shards:
+            port, world_size = free_port(), project.local_shards + 1
+            self._start(local, stack, port)
+        elif project.shards or not world_size:
+            raise UserError(
+                f"project.world_size must be set for transport=rpc, where shards come to the {self.kind.client}, "
+                f"got {world_size}"
+            )
+        try:
+            return RpcChain(world_size, self.network, port, self.fingerprints, self.kind.worker_threads)
+        except ChainMismatch as error:
+            raise UserError(str(error)) from None
+
+    def _start(self, local: LocalPlaces, stack: ExitStack, group_port: int | None = None) -> LocalShards:
+        project = self.project
+        return stack.enter_context(
+            LocalShards(
+                cut_layers(self.model, project.cuts, project.local_shards),
+                local.folder,
+                project.start_seconds,
+                local.all_words(),
+                module=self.kind.module,
+                pin=local.pin_cores,
+                group_port=group_port,
+            )
+        )
+
+    def serve(
+        self,
+        load: Callable[[range], StageT],
+        make_server: Callable[[StageT, Place], ChainServer],
+        make_seat: Callable[[StageT, str, int, dict[str, str]], Seat],
+    ) -> tuple[StageT, int]:
+        """Load one shard and serve it until Ctrl+C; its stage, and the number of its clients.
+
+        Args:
+            load: Makes the stage of some layers; called once the settings are known to be right.
+            make_server: Makes its server, over tcp.
+            make_seat: Makes its seat, in a group: from the stage, its name, the model's layers and the fingerprints.
+
+        Raises:
+            UserError: what cannot be served.
+        """
+        project, network = self.project, self.network
+        if project.layers is None:
+            raise UserError("project.layers must be set for a shard, as first:last, got null")
+        layers, name = parse_layers(project.layers), f"{self.model.name} {project.layers}"
+        if project.transport is TransportKind.rpc:
+            from split.transport.rpc import check_master, serve_seat  # some systems lack it
+
+            check_master(network)
+            if not 1 <= project.rank < project.world_size:
+                raise UserError(f"project.rank must be in [1, world_size={project.world_size}), got {project.rank}")
+            stage = load(layers)
+            seat = make_seat(stage, name, self.model_layers, self.fingerprints)
+            with until_told(project.follow_stdin):
+                serve_seat(seat, project.rank, project.world_size, network)
+            return stage, 1
+        tls = listener_tls(network)
+        stage = load(layers)
+        place = Place(
+            name=name,
+            model_layers=self.model_layers,
+            endpoint=self.kind.endpoint(network, self.fingerprints, self.kind.shard),
+            next_addresses=[Address.parse(project.next)] if project.next else [],
+            client_tls=client_side_tls(network),
+        )
+        server = make_server(stage, place)
+        with until_told(project.follow_stdin):
+            serve_port(server, project, network, tls, role=self.kind.shard, peer_role=self.kind.client)
+        return stage, server.attached
+
+    @property
+    def model_layers(self) -> int:
+        """Layers of the whole model."""
+        return ModelShape.of(load_config(self.model)).layers
+
 
 def cut_layers(model: ModelSettings, cuts: Sequence[int], count: int) -> list[range]:
     """The layers of `count` shards: between `cuts`, or even without any. UserError for cuts that do not fit."""
@@ -88,177 +241,3 @@ def free_port() -> int:
     """A port that was free just now."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-# The client's side
-
-
-@dataclass(frozen=True)
-class LocalPlaces:
-    """Settings of the shards that a client starts on this machine."""
-
-    folder: Path
-    """Where they log."""
-    words: Sequence[str] | None = None
-    """Their command line, but for their places; None: our own."""
-    more_words: Sequence[str] = ()
-    pin_cores: bool = False
-
-    def all_words(self) -> list[str]:
-        """The command line of each, but for its place."""
-        words = own_words(NOT_FOR_SHARDS) if self.words is None else self.words
-        return [*words, *self.more_words]
-
-
-def open_chain(
-    kind: ChainKind,
-    settings: ChainOwner,
-    fingerprints: dict[str, str],
-    local: LocalPlaces,
-    make_stage: Callable[[range], Stage],
-    stack: ExitStack,
-) -> Transport:
-    """The way to the shards that the settings name, start or meet; `stack` leaves them, and ends those it started.
-
-    Args:
-        kind: The pillar.
-        settings: The model, and where its shards are.
-        fingerprints: Of the model; every shard must have the same.
-        local: For shards that are started on this machine.
-        make_stage: A shard in this process, by its layers.
-        stack: Closes what this opens.
-
-    Raises:
-        UserError: shards that are not there, or are not this model from its first layer to its last.
-    """
-    project = settings.project
-    if project.shards and project.local_shards:
-        raise UserError(f"project.local_shards must be 0 where project.shards is given, got {project.local_shards}")
-    if project.transport is TransportKind.rpc:
-        transport = _meet(kind, settings, fingerprints, local, stack)
-    else:
-        transport = _reach(kind, settings, fingerprints, local, make_stage, stack)
-    stack.callback(transport.shutdown)  # before the processes end
-    return transport
-
-
-def _reach(
-    kind: ChainKind,
-    settings: ChainOwner,
-    fingerprints: dict[str, str],
-    local: LocalPlaces,
-    make_stage: Callable[[range], Stage],
-    stack: ExitStack,
-) -> Transport:
-    project, addresses = settings.project, settings.project.shards
-    count = len(addresses) or project.local_shards
-    if not count:
-        raise UserError("project.shards must name at least one shard (or set project.local_shards), got []")
-    if project.transport is TransportKind.inproc:
-        return InProcess([make_stage(layers) for layers in cut_layers(settings.model, project.cuts, count)])
-    if not addresses:
-        layers = cut_layers(settings.model, project.cuts, count)
-        shards = LocalShards(
-            layers, local.folder, project.start_seconds, local.all_words(), module=kind.module, pin=local.pin_cores
-        )
-        addresses = [str(address) for address in stack.enter_context(shards).addresses]
-    return connect(kind, settings.network, fingerprints, addresses, project.spares, project.start_seconds)
-
-
-def connect(
-    kind: ChainKind,
-    network: NetworkSettings,
-    fingerprints: dict[str, str],
-    addresses: Sequence[str],
-    spares: Sequence[str],
-    start_seconds: float,
-) -> TcpChain:
-    """The way to shards that listen at `addresses`, `host:port` each. UserError as `open_chain`."""
-    try:
-        return TcpChain(
-            [Address.parse(text) for text in addresses],
-            [Address.parse(text) for text in spares],
-            kind.endpoint(network, fingerprints, kind.client),
-            tls=client_side_tls(network),
-            answer_seconds=network.request_timeout_seconds,
-            start_seconds=start_seconds,
-        )
-    except ChainMismatch as error:
-        raise UserError(f"project.shards: {error}") from None
-    except (ShardLost, WireError) as error:
-        raise UserError(f"project.shards must be reachable and hold this model: {error}") from None
-
-
-def _meet(
-    kind: ChainKind, settings: ChainOwner, fingerprints: dict[str, str], local: LocalPlaces, stack: ExitStack
-) -> Transport:
-    """A group of torch's RPC, of shards that come to us."""
-    from split.transport.rpc import RpcChain, check_master  # some systems lack it
-
-    check_master(settings.network)
-    project, port, world_size = settings.project, settings.network.port, settings.project.world_size
-    if project.local_shards:
-        port, world_size = free_port(), project.local_shards + 1
-        layers = cut_layers(settings.model, project.cuts, project.local_shards)
-        stack.enter_context(
-            LocalShards.of_group(layers, local.folder, port, local.all_words(), module=kind.module, pin=local.pin_cores)
-        )
-    elif project.shards or not world_size:
-        raise UserError(
-            f"project.world_size must be set for transport=rpc, where shards come to the {kind.client}, "
-            f"got {world_size}"
-        )
-    try:
-        return RpcChain(world_size, settings.network, port, fingerprints, kind.worker_threads)
-    except ChainMismatch as error:
-        raise UserError(str(error)) from None
-
-
-# A shard's side
-
-
-def serve_shard(
-    kind: ChainKind,
-    settings: ChainOwner,
-    fingerprints: dict[str, str],
-    load: Callable[[range], StageT],
-    make_server: Callable[[StageT, Place], ChainServer],
-    make_seat: Callable[[StageT, str, int, dict[str, str]], Seat],
-) -> tuple[StageT, int]:
-    """Load a stage and serve it until Ctrl+C; the stage, and how many clients there were.
-
-    Args:
-        kind: The pillar.
-        settings: The model, the layers, and where the shard listens.
-        fingerprints: Of the model; every client must have the same.
-        load: Makes the stage of these layers; called once the rest is known to be right.
-        make_server: Makes its server, over tcp.
-        make_seat: Makes its seat, in a group: from the stage, its name, the model's layers and the fingerprints.
-
-    Raises:
-        UserError: what cannot be served.
-    """
-    project, network = settings.project, settings.network
-    text = layers_to_serve(project)
-    name, layers = f"{settings.model.name} {text}", parse_layers(text)
-    if project.transport is TransportKind.rpc:
-        from split.transport.rpc import check_master  # some systems lack it
-
-        check_master(network)
-        check_rank(project)
-        stage = load(layers)
-        seat = make_seat(stage, name, ModelShape.of(load_config(settings.model)).layers, fingerprints)
-        serve_rank(seat, project, network)
-        return stage, 1
-    tls = listener_tls(network)
-    stage = load(layers)
-    place = Place(
-        name=name,
-        model_layers=ModelShape.of(load_config(settings.model)).layers,
-        endpoint=kind.endpoint(network, fingerprints, kind.shard),
-        next_addresses=[Address.parse(project.next)] if project.next else [],
-        client_tls=client_side_tls(network),
-    )
-    server = make_server(stage, place)
-    serve_port(server, project, network, tls, role=kind.shard, peer_role=kind.client)
-    return stage, server.attached

@@ -12,26 +12,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from lab.command.ending import run_async
 from lab.network import address_for_peers, cannot_listen
-from lab.settings import NetworkSettings, UserError
+from lab.settings import NetworkSettings
 from lab.wire import FrameServer
 from split.chain.server import ChainServer
 from split.settings import ChainSettings
 
-if TYPE_CHECKING:
-    from split.transport.rpc import Seat  # some systems lack it
-
 log = logging.getLogger(__name__)
-
-
-def layers_to_serve(project: ChainSettings) -> str:
-    """`project.layers`. UserError where it is not set."""
-    if project.layers is None:
-        raise UserError("project.layers must be set for a shard, as first:last, got null")
-    return project.layers
 
 
 def serve_port(
@@ -59,11 +48,10 @@ def serve_port(
         tls=tls,
         announce=announce,
     )
-    with _until_told(project):
-        try:
-            run_async(serving)
-        except OSError as error:
-            raise cannot_listen(network, error) from None
+    try:
+        run_async(serving)
+    except OSError as error:
+        raise cannot_listen(network, error) from None
 
 
 async def serve(
@@ -91,24 +79,10 @@ async def serve(
             await asyncio.get_running_loop().create_future()
 
 
-def check_rank(project: ChainSettings) -> None:
-    """UserError for a place that the group does not have."""
-    if not 1 <= project.rank < project.world_size:
-        raise UserError(f"project.rank must be in [1, world_size={project.world_size}), got {project.rank}")
-
-
-def serve_rank(seat: Seat, project: ChainSettings, network: NetworkSettings) -> None:
-    """Be a member of a group of torch's RPC until rank 0 leaves, or Ctrl+C."""
-    from split.transport.rpc import serve_seat
-
-    with _until_told(project):
-        serve_seat(seat, project.rank, project.world_size, network)
-
-
 @contextmanager
-def _until_told(project: ChainSettings) -> Iterator[None]:
-    """A signal, or the end of standard input where that is followed, ends what is inside, and well."""
-    if project.follow_stdin:
+def until_told(follow_stdin: bool) -> Iterator[None]:
+    """End the block without an error on a signal, or at the end of standard input where that is followed."""
+    if follow_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         yield

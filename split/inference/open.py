@@ -17,7 +17,7 @@ from lab.models.shape import ModelShape
 from lab.models.sources import load_config
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from split.chain.boundary import Boundary
-from split.chain.open import ChainKind, LocalPlaces, connect, open_chain, serve_shard
+from split.chain.open import Chain, ChainKind, LocalPlaces
 from split.chain.server import Place
 from split.inference.messages import PROTOCOL, table
 from split.inference.server import ShardServer
@@ -46,10 +46,9 @@ def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
 def sharded_model(settings: SplitSettings, device: torch.device, folder: Path) -> Iterator[ShardedModel]:
     """The engine that the settings describe; local shards live as long as it does."""
     project = settings.project
-    prints = fingerprints(settings.model, project.boundary)
     with ExitStack() as stack:
-        transport = open_chain(
-            INFERENCE, settings, prints, LocalPlaces(folder), lambda layers: load_stage(settings, device, layers), stack
+        transport = _chain(settings).open(
+            LocalPlaces(folder), lambda layers: load_stage(settings, device, layers), stack
         )
         yield _engine(
             transport,
@@ -95,7 +94,7 @@ def join_shards(
     if known is None:
         names = ", ".join(Boundary.__members__)
         raise UserError(f"boundary must be one of {names}, got {boundary!r}")
-    chain = connect(INFERENCE, network, fingerprints(model, known), shards, spares, start_seconds)
+    chain = INFERENCE.connect(network, fingerprints(model, known), shards, spares, start_seconds)
     return _engine(
         chain,
         model,
@@ -104,6 +103,11 @@ def join_shards(
         recovery_seconds=recovery_seconds,
         line_seconds=line_seconds,
     )
+
+
+def _chain(settings: SplitSettings) -> Chain:
+    prints = fingerprints(settings.model, settings.project.boundary)
+    return Chain(INFERENCE, settings.model, settings.network, settings.project, prints)
 
 
 def _engine(
@@ -172,7 +176,6 @@ def host(settings: SplitSettings) -> dict[str, Any]:
     def load(layers: range) -> InferenceStage:
         return load_stage(settings, open_device(settings.device), layers)
 
-    prints = fingerprints(settings.model, project.boundary)
-    stage, clients = serve_shard(INFERENCE, settings, prints, load, make_server, make_seat)
+    stage, clients = _chain(settings).serve(load, make_server, make_seat)
     sizes = {"layers": project.layers, "weights_bytes": stage.shard.weights_bytes, "clients": clients}
     return {"role": INFERENCE.shard} | sizes | asdict(stage.counts)

@@ -78,7 +78,7 @@ class ShardServer(ChainServer):
             if opens and _is_full(result.message):
                 self._queue(client, message, arrived)
             else:
-                self.hand_out(client, result._replace(message=self._fitting(result.message)))
+                self.hand_out(client, self._fitting(result))
         if isinstance(message.head, Close):
             self._line = [one for one in self._line if (one.client, one.message.number) != (client, message.number)]
             self._admit()
@@ -89,19 +89,16 @@ class ShardServer(ChainServer):
         self._line = [waiting for waiting in self._line if waiting.client.key != key]
         self._admit()
 
-    def _fitting(self, result: Message) -> Message:
+    def _fitting(self, result: Outgoing) -> Outgoing:
         """The result, or a fault where it does not fit a frame."""
-        most, table = self.endpoint.limits.payload_bytes, self.endpoint.table
-        if len(result.body) < most - 2**16:  # no head is larger
+        (number, head, body), most, table = result.message, self.endpoint.limits.payload_bytes, self.endpoint.table
+        if len(body) < most - 2**16:  # no head is larger
             return result
-        try:
-            start = encode_start(table, table.number(result.head), result.number, result.head, len(result.body))
-            if len(start) + len(result.body) <= most:
+        with contextlib.suppress(ValueError):
+            if len(encode_start(table, table.number(head), number, head, len(body))) + len(body) <= most:
                 return result
-        except ValueError:
-            pass
-        text = f"network.max_frame_bytes must be at least what this pass gives, {len(result.body)} bytes, got {most}"
-        return Message(result.number, Fault(code=FaultCode.refused, text=text))
+        text = f"network.max_frame_bytes must be at least what this pass gives, {len(body)} bytes, got {most}"
+        return result._replace(message=Message(number, Fault(code=FaultCode.refused, text=text)))
 
     # The line, on the thread
 

@@ -19,7 +19,7 @@ from lab.models.sources import load_config, model_identity
 from lab.settings import ModelSettings, UserError
 from lab.wire import BadFrame, FrameConnection, Head
 from split.chain.messages import Attach
-from split.chain.open import ChainKind, LocalPlaces, open_chain, serve_shard
+from split.chain.open import Chain, ChainKind, LocalPlaces
 from split.chain.server import ChainServer, tell_lost
 from split.training.messages import MAX_JOINT_MICRO_BATCHES, PROTOCOL, Recipe, Start, table
 from split.training.settings import MAX_MICRO_BATCHES, BackwardKind, SplitTrainSettings
@@ -77,21 +77,18 @@ def open_shards(
 
     `words`: the command line of local shards, but for their places and checkpoints; None: our own.
     """
-    local = LocalPlaces(
-        folder, words, [overrides.override("project.checkpoints", checkpoints)], pin_cores=settings.project.pin_cores
-    )
+    override_checkpoints = overrides.override("project.checkpoints", checkpoints)
+    local = LocalPlaces(folder, words, [override_checkpoints], pin_cores=settings.project.pin_cores)
     with ExitStack() as stack:
-        prints = weights_fingerprints(settings.model)
-        transport = open_chain(
-            LEARNING,
-            settings,
-            prints,
-            local,
-            lambda layers: make_stage(settings.model, device, layers, checkpoints),
-            stack,
+        transport = _chain(settings).open(
+            local, lambda layers: make_stage(settings.model, device, layers, checkpoints), stack
         )
         shards = Shards(transport)
         yield shards, _backward(settings, shards, recipe)
+
+
+def _chain(settings: SplitTrainSettings) -> Chain:
+    return Chain(LEARNING, settings.model, settings.network, settings.project, weights_fingerprints(settings.model))
 
 
 def _backward(settings: SplitTrainSettings, shards: Shards, recipe: Recipe) -> Backward:
@@ -135,5 +132,5 @@ def host(settings: SplitTrainSettings, folder: Path) -> dict[str, Any]:
 
         return LearnerSeat(stage, name, model_layers, prints)
 
-    serve_shard(LEARNING, settings, weights_fingerprints(settings.model), load, TrainingServer, make_seat)
+    _chain(settings).serve(load, TrainingServer, make_seat)
     return {"role": LEARNING.shard, "layers": settings.project.layers, "checkpoints": checkpoints}

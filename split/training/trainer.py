@@ -218,7 +218,7 @@ class DistributedTrainer:
         self._lost_since_step = 0
         self.weights_delta_norms: list[float] = []
         """Change of each shard's weights since the beginning, at the last checkpoint."""
-        self._begin()
+        self._with_recovery(self._begin, again=False)
 
     @property
     def losses(self) -> list[float]:

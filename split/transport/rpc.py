@@ -140,7 +140,8 @@ class Seat:
         self._awake_seconds = awake_seconds
         self._neighbours: dict[To, Any] = {}
         self._sent = dict.fromkeys(To, 0)
-        self._arrived: queue.SimpleQueue[tuple[To, int, float, Message]] = queue.SimpleQueue()
+        self.arrived: queue.SimpleQueue[tuple[To, int, float, Message]] = queue.SimpleQueue()
+        """Messages with their sender, their serial number and the time of arrival."""
         self._hops: deque[bytes] = deque(maxlen=REPORTED_PASSES)
         self._thread = threading.Thread(target=self._work, name="stage", daemon=True)
 
@@ -148,18 +149,10 @@ class Seat:
         """Layers and fingerprints, for the client to check."""
         return welcome_of(self.stage, self._model_layers), self._fingerprints
 
-    def leave(self) -> None:
-        """The client has gone."""
-        self.left.set()
-
     def join(self, previous: Any, behind: Any) -> None:
         """The client has found all seats: the RRefs of our neighbours, None where there is none."""
         self._neighbours = {To.previous: previous, To.next: behind}
         self._thread.start()
-
-    def deliver(self, origin: To, serial: int, message: Message) -> None:
-        """Take a message; it is done in its turn."""
-        self._arrived.put((origin, serial, time.monotonic(), message))
 
     def report(self) -> tuple[ShardFigures, bytes]:
         """Our figures, and our last passes."""
@@ -177,8 +170,8 @@ class Seat:
         until = time.monotonic() + self._awake_seconds
         while time.monotonic() < until:
             with contextlib.suppress(queue.Empty):
-                return self._arrived.get(timeout=DOZE_SECONDS)
-        return self._arrived.get()
+                return self.arrived.get(timeout=DOZE_SECONDS)
+        return self.arrived.get()
 
     def _do(self, arrived: float, message: Message) -> None:
         began = time.monotonic()
@@ -194,16 +187,16 @@ class Seat:
                 self._hand_on(to, Message(result.number, fault))
 
     def _hand_on(self, to: To, message: Message) -> None:
-        body = pack(message.body)
-        self._sent[to] += 1
+        body, serial = pack(message.body), self._sent[to] + 1
         if to is To.client:
             name = torch_rpc.get_worker_info().name
-            torch_rpc.rpc_async(CLIENT, _answer, args=(name, self._sent[to], message.number, message.head, body))
-            return
-        self.stage.boundary_bytes += len(message.body)
-        origin = To.previous if to is To.next else To.next
-        future = deliver(self._neighbours[to], origin, self._sent[to], message.number, message.head, body)
-        future.add_done_callback(_tell_if_lost)
+            torch_rpc.rpc_async(CLIENT, _answer, args=(name, serial, message.number, message.head, body))
+        else:
+            self.stage.boundary_bytes += len(message.body)
+            origin = To.previous if to is To.next else To.next
+            future = deliver(self._neighbours[to], origin, serial, message.number, message.head, body)
+            future.add_done_callback(_tell_if_lost)
+        self._sent[to] = serial  # not where that raised: the receiver would wait for it
 
 
 def deliver(seat: Any, origin: To, serial: int, number: int, head: Head, body: Packed) -> Any:
@@ -231,7 +224,7 @@ def _seat_here() -> Seat:
 
 
 def _deliver(origin: To, serial: int, number: int, head: Head, body: Packed) -> None:
-    _SEATS[0].deliver(origin, serial, Message(number, head, unpack(body)))
+    _SEATS[0].arrived.put((origin, serial, time.monotonic(), Message(number, head, unpack(body))))
 
 
 def _answer(name: str, serial: int, number: int, head: Head, body: Packed) -> None:
@@ -313,9 +306,12 @@ class RpcChain(Transport):
     def send(self, shard: int, message: Message) -> None:
         if self._lost is not None:
             raise self._lost
+        seat = self.seats[shard]
         self._sent[shard] += 1
-        body, seat = pack(message.body), self.seats[shard]
-        future = deliver(seat, To.client, self._sent[shard], message.number, message.head, body)
+        try:
+            future = deliver(seat, To.client, self._sent[shard], message.number, message.head, pack(message.body))
+        except RuntimeError as error:
+            raise self.lost(error) from None
         future.add_done_callback(lambda done: self._check_sent(seat, done))
 
     @override
@@ -393,7 +389,7 @@ class RpcChain(Transport):
 
 
 def _leave_here() -> None:
-    _SEATS[0].leave()
+    _SEATS[0].left.set()
 
 
 def _check_fingerprints(theirs: dict[str, str], fingerprints: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from typing_extensions import override
 
@@ -80,9 +81,9 @@ class TcpChain(Transport):
         if not self._lines:
             raise ShardLost("the shards are not connected")
         try:
-            self._lines[shard].send(message)
-        except ShardLost as lost:  # all connections of a chain end together: the reason is what came first
-            raise self._reason() or lost from None
+            send(self._lines[shard].socket, *message)
+        except WireError as error:  # all connections of a chain end together: the reason is what came first
+            raise self._reason() or ShardLost(str(error)) from None
 
     def _reason(self) -> ShardLost | None:
         try:
@@ -119,14 +120,15 @@ class TcpChain(Transport):
                 if isinstance(error, PeerFull) and not is_told:
                     is_told = True
                     log.warning("%s; waiting for one to end, %.3g s at most", error, deadline - time.monotonic())
-                if time.monotonic() + RETRY_SECONDS >= deadline:
+                left = deadline - time.monotonic()
+                if left <= 0:
                     raise ShardLost(str(error)) from None
-                time.sleep(RETRY_SECONDS)
+                time.sleep(min(RETRY_SECONDS, left))
 
     @override
     def reports(self) -> list[ShardReport[ShardFigures]]:
         try:
-            return [line.report(self._answer_seconds) for line in self._lines]
+            return [ask_figures(line.layers, partial(line.ask, self._answer_seconds)) for line in self._lines]
         except WireError as error:
             raise ShardLost(str(error)) from None
 
@@ -165,25 +167,17 @@ class TcpChain(Transport):
         wanted = self._known_layers.get(place)
         for address in [self._addresses[place], *self._spares]:
             try:
-                line = _Line(address, self._endpoint, self._tls)
+                line = _Line(address, self._endpoint, self._tls, attach, self._answer_seconds)
             except _HOPELESS:
                 raise
             except WireError as error:
                 fault = fault or error
                 continue
-            try:
-                line.attach(attach, self._answer_seconds)
-            except WireError as error:
-                line.close()
-                if isinstance(error, _HOPELESS):
-                    raise
-                fault = fault or error
-                continue
-            if wanted not in (None, line.layers):
-                line.close()
-                continue
-            self._remember(place, line)
-            return line
+            if wanted in (None, line.layers):
+                self._remember(place, line)
+                return line
+            fault = fault or Unreachable(line.socket.peer, "is there again, with other layers")
+            line.close()
         assert fault is not None
         raise fault
 
@@ -198,56 +192,50 @@ class TcpChain(Transport):
 class _Line:
     """A connection to one shard, with a thread that listens to it."""
 
-    def __init__(self, address: Address, endpoint: Endpoint, tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, address: Address, endpoint: Endpoint, tls: ssl.SSLContext | None, attach: Attach, seconds: float
+    ) -> None:
         self.address = address
-        self.welcome: Welcome
-        self._socket = FrameSocket.connect(address.host, address.port, endpoint, tls=tls)
+        self.socket = FrameSocket.connect(address.host, address.port, endpoint, tls=tls)
+        try:
+            self.welcome = self._attach(attach, seconds)
+        except BaseException:
+            self.close()
+            raise
+        self.layers = range(self.welcome.first, self.welcome.last)
+        self.socket.peer.phase = f"layers {self.welcome.first}:{self.welcome.last}"
         self._reports: queue.SimpleQueue[tuple[ShardFigures, memoryview, float] | WireError] = queue.SimpleQueue()
 
-    @property
-    def layers(self) -> range:
-        return range(self.welcome.first, self.welcome.last)
-
-    def attach(self, attach: Attach, seconds: float) -> None:
-        self._socket.peer.phase = "ATTACH"
-        send(self._socket, 0, attach)
-        frame = self._socket.poll(seconds)
+    def _attach(self, attach: Attach, seconds: float) -> Welcome:
+        self.socket.peer.phase = "ATTACH"
+        send(self.socket, 0, attach)
+        frame = self.socket.poll(seconds)
         if frame is not None and isinstance(frame.head, Fault):  # it could not reach the next one
-            raise Unreachable(self._socket.peer, f"says: {frame.head.text}")
+            raise Unreachable(self.socket.peer, f"says: {frame.head.text}")
         if frame is None or not isinstance(frame.head, Welcome):
-            raise Unreachable(self._socket.peer, f"did not answer ATTACH within {seconds:g} s")
-        self.welcome = frame.head
-        self._socket.peer.phase = f"layers {frame.head.first}:{frame.head.last}"
+            raise Unreachable(self.socket.peer, f"did not answer ATTACH within {seconds:g} s")
+        return frame.head
 
     def listen(self, answers: queue.SimpleQueue[Message | WireError]) -> None:
         threading.Thread(target=self._listen, args=(answers,), name=f"shard {self.address}", daemon=True).start()
 
-    def send(self, message: Message) -> None:
-        try:
-            send(self._socket, message.number, message.head, message.body)
-        except WireError as error:
-            raise ShardLost(str(error)) from None
-
-    def report(self, seconds: float) -> ShardReport[ShardFigures]:
-        return ask_figures(self.layers, lambda: self._ask(seconds))
-
-    def _ask(self, seconds: float) -> tuple[ShardFigures, memoryview, float]:
-        send(self._socket, 0, Ask())
+    def ask(self, seconds: float) -> tuple[ShardFigures, memoryview, float]:
+        send(self.socket, 0, Ask())
         try:
             found = self._reports.get(timeout=seconds)
         except queue.Empty:
-            raise Unreachable(self._socket.peer, f"did not report within {seconds:g} s") from None
+            raise Unreachable(self.socket.peer, f"did not report within {seconds:g} s") from None
         if isinstance(found, WireError):
             raise found
         return found
 
     def close(self) -> None:
-        self._socket.close()
+        self.socket.close()
 
     def _listen(self, answers: queue.SimpleQueue[Message | WireError]) -> None:
         try:
             while True:
-                self._take(self._socket.recv(), answers)
+                self._take(self.socket.recv(), answers)
         except WireError as error:
             answers.put(error)
             self._reports.put(error)
@@ -258,7 +246,7 @@ class _Line:
         elif isinstance(frame.head, Answer):
             answers.put(Message(frame.session, frame.head, frame.body))
         else:
-            raise BadFrame(self._socket.peer, f"sent {type(frame.head).__name__.upper()}, which a client does not take")
+            raise BadFrame(self.socket.peer, f"sent {type(frame.head).__name__.upper()}, which a client does not take")
 
 
 def _sound(answer: Message | WireError) -> Message:

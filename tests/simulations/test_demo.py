@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import shlex
 from dataclasses import fields
+from html import unescape
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fl.settings import FederatedSettings
 from lab.command.entry import Run, compose_settings
+from lab.command.overrides import override
 from lab.settings import UserError
 from matrix.grid import make_cells, sort_words
 from matrix.settings import MatrixSettings
@@ -21,6 +26,7 @@ from speculative.settings import SpeculativeSettings
 from split.settings import SplitSettings
 from split.training.settings import SplitTrainSettings
 from tests.federated import on_jsonl, write_dialogues
+from tests.in_process import exit_code
 
 RANDOM = ["model=random", "model.quantization=none", "model.dtype=float32", "device.threads=1", "tracking=none"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,39 +46,61 @@ def _any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
+@pytest.fixture
+def _commands_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A command to its end in this process, which has its imports already; roles are processes of their own."""
+
+    def run_to_end(module: str, words: list[str], folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
+        main = importlib.import_module(f"{module}.__main__" if find_spec(module).submodule_search_locations else module)
+        capfd.readouterr()
+        code = exit_code(main.main, *words, override("hydra.run.dir", folder))
+        out, err = capfd.readouterr()
+        assert code == 0, err
+        *text, last = out.splitlines()
+        return text, json.loads(last)
+
+    monkeypatch.setattr(demo, "run_to_end", run_to_end)
+
+
 @pytest.mark.real
+@pytest.mark.usefixtures("_commands_here")
 def test_every_part_gives_its_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The federation without Ray, which has tests of its own."""
+    """The federation without Ray and the splits without processes, which have tests of their own."""
     data = write_dialogues(tmp_path / "data.jsonl", 20)
+    in_one = ["project.transport=inproc", "project.local_shards=2"]
     settings = settings_for(
         tmp_path,
         federated=on_jsonl(data, 2, "project.workers=1", "project.baseline=central"),
         verifier=RANDOM,
         drafter=[*RANDOM, "project.max_new_tokens=8", "project.check=true"],
-        split=[*RANDOM, "project.local_shards=2", "project.max_new_tokens=8"],
+        split=[*RANDOM, *in_one, "project.max_new_tokens=8"],
         split_training=[
-            *RANDOM, "project.local_shards=2", "project.steps=2", "project.micro_batches=2",
-            "project.optimization.batch_size=2", "project.data.sequence_length=64", "project.data.source=jsonl",
-            f"project.data.path={data}",
+            *RANDOM, *in_one, "project.steps=2", "project.micro_batches=2", "project.optimization.batch_size=2",
+            "project.data.sequence_length=64", "project.data.source=jsonl", f"project.data.path={data}",
         ],
         matrix=["model=random", "project.context=32", "project.sessions=choice(1)", f"matrix.results={tmp_path}/cells"],
     )  # fmt: skip
     with caplog.at_level(logging.INFO, logger="simulations.demo"):
         figures = demo.run(settings, Run(tmp_path / "demo"))
-    assert set(demo.PARTS) < set(figures)
-    assert all(figures[part]["status"] == "ok" for part in demo.PARTS)
+    names = [part.name for part in demo.PARTS]
+    assert set(names) < set(figures)
+    assert all(figures[name]["status"] == "ok" for name in names)
     assert figures["federated"]["eval_loss_after"] < figures["federated"]["eval_loss_before"]
     assert (figures["speculative"]["new_tokens"], figures["speculative"]["flips"]) == (8, [])
     assert figures["plots"]
-    assert all(f">{part.replace('_', ' ').capitalize()}<" in figures["report"].read_text() for part in demo.PARTS)
+    page = unescape(figures["report"].read_text())
+    assert all(f"<p>{part.title}</p>" in page for part in demo.PARTS)
     assert all(Path(plot).is_relative_to(tmp_path / "demo") for plot in figures["plots"])
     assert len(figures["split"]["token_ids"]) == 8
     assert len(figures["split_training"]["loss_by_step"]) == 2
     assert (figures["matrix"]["ok"], figures["matrix"]["skipped"]) == (1, 0)
-    said = [record.getMessage() for record in caplog.records]
-    assert [line.partition(",")[0] for line in said if " of " in line.partition(",")[0]] == [
-        f"{number} of {len(demo.PARTS)}" for number in range(1, len(demo.PARTS) + 1)
-    ]
+    said = [record.getMessage() for record in caplog.records if record.name == "simulations.demo"]
+    begun, done = said[::2], said[1::2]
+    for number, (name, first, last) in enumerate(zip(names, begun, done, strict=True), start=1):
+        assert first.startswith(f"{number} of 5, {name}: ")
+        assert last.startswith(f"{name} took ")
+    assert begun[0].endswith("(0 s so far; then speculative, split, split training, matrix)")
+    assert begun[-1].endswith(" s so far; then the page)")
 
 
 def test_what_make_demo_tells_its_parts_are_words_that_they_know() -> None:

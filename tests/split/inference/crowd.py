@@ -320,7 +320,7 @@ def leave(chain: TcpChain, way: str, generator: random.Random) -> tuple[float, l
     if way.startswith("one"):
         places = [generator.choice(places)]
     for place in places:
-        connected = chain._lines[place]._socket._socket
+        connected = chain._lines[place].socket._socket
         with contextlib.suppress(OSError):  # the shards have ended it before
             if way.endswith("half-closed"):
                 connected.shutdown(socket.SHUT_WR)

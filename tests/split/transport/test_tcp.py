@@ -137,6 +137,14 @@ def test_without_recovery_a_loss_is_raised_and_says_who(tmp_path: Path) -> None:
         assert lost in str(raised.value)
 
 
+def test_shards_that_stay_away_are_waited_for_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with _serving(tmp_path, (0, 2, 4)) as processes:
+        addresses = [process.address for process in processes]
+        with _engine(addresses, recovery_seconds=0.5) as engine, pytest.raises(ShardLost):
+            _greedy(engine, 12, {4: processes[1].stop})
+    assert caplog.text.count("bringing the shards back") == 1
+
+
 def test_a_link_between_two_shards_that_breaks_is_mended(tmp_path: Path) -> None:
     settings = saved_model("llama", tmp_path)
     expected = _greedy(inprocess(settings, (0, 4)), 12)

@@ -114,6 +114,19 @@ def test_a_shard_that_is_lost_comes_back_and_nothing_is_counted_twice(tmp_path: 
         replacements[0].stop()
 
 
+def test_a_shard_that_is_lost_before_it_has_begun_comes_back(tmp_path: Path) -> None:
+    settings = model_settings(tmp_path)
+    with Learner(settings, range(0, 2), tmp_path) as first:
+        lost = Learner(settings, range(2, 4), tmp_path).__enter__()
+        transport = connect([first.address, lost.address])
+        lost.stop()
+        with Learner(settings, range(2, 4), tmp_path, port=lost.address.port):
+            made = trainer(transport, tmp_path)
+            assert made.recoveries == 1
+            assert made.train_step().loss == Unsplit(settings).train(1, 1)[0].loss
+            transport.shutdown()
+
+
 def test_a_shard_that_does_not_come_back_ends_the_run(tmp_path: Path) -> None:
     settings = model_settings(tmp_path)
     with Learner(settings, range(0, 2), tmp_path) as first, Learner(settings, range(2, 4), tmp_path) as second:
