@@ -62,11 +62,11 @@ class ExactShape:
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassPlan:
     """Inputs of a forward pass over the slots of one `begin`."""
 
     rows: list[int]
-    """The batch row of each slot that was asked for."""
+    """Batch row of each slot of `begin`."""
     position_ids_BT: Tensor
 
 
@@ -297,7 +297,7 @@ class SlotCache(Cache):
     # A pass
 
     @torch.inference_mode()
-    def begin(self, slots: Sequence[int], counts: Sequence[int]) -> Pass:
+    def begin(self, slots: Sequence[int], counts: Sequence[int]) -> PassPlan:
         """Prepare to append ``counts[i]`` positions to ``slots[i]``, each at its own length.
 
         Raises:
@@ -313,7 +313,7 @@ class SlotCache(Cache):
         self._writes = self._plan_writes(batch, count_of, positions_BT)
         self._positions_now = _Positions(int(max(self.lengths[slot] for slot in slots)))
         self._positions_now.ids_BT = positions_BT
-        return Pass([row_of[slot] for slot in slots], positions_BT)
+        return PassPlan([row_of[slot] for slot in slots], positions_BT)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

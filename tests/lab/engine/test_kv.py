@@ -15,7 +15,7 @@ from lab.engine.kv import (
     CacheFull,
     ExactShape,
     LayerShape,
-    Pass,
+    PassPlan,
     SlotCache,
     UnknownState,
     check_attention,
@@ -51,7 +51,7 @@ def _run(cache: SlotCache, slots: list[int], counts: list[int], value: float) ->
     return keys
 
 
-def _mask(cache: SlotCache, plan: Pass, rule: Any = causal_mask_function, kind: str = "sdpa") -> torch.Tensor:
+def _mask(cache: SlotCache, plan: PassPlan, rule: Any = causal_mask_function, kind: str = "sdpa") -> torch.Tensor:
     """What a model gets that makes its mask by `rule`, as transformers asks for it."""
     batch, width = plan.position_ids_BT.shape
     mask = _MASKS[kind](

@@ -85,7 +85,7 @@ def eventually(what: Callable[[], bool], seconds: float = 10.0) -> None:
 
 def is_empty(process: Process) -> bool:
     stage = process.server.stage
-    return not (process.server.clients or stage._texts or stage.shard._texts or process.server._line)
+    return not (process.server.clients or stage._texts or stage.shard._requests or process.server._line)
 
 
 # A fault has one owner
@@ -189,7 +189,7 @@ def test_a_model_that_cannot_run_is_refused_before_it_listens(tmp_path: Path, mo
     words = f"model=random 'model.cache_dir={tmp_path}' tracking=none project.context=64"
     split = compose_settings("split_inf", words, SplitSettings)
     stage = load_stage(split, torch.device("cpu"), range(0, 2))
-    assert not stage.shard._texts
+    assert not stage.shard._requests
     assert stage.counts.texts == stage.counts.tokens == 0
 
     def fail(*given: Any) -> None:
