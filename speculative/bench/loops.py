@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lab.bench import Row, Sample, judged, ratio
-from lab.wire.ping_pong import measure as measure_frames
+from lab.ping_pong import measure as measure_frames
 from speculative.bench.assisted import Assisted
 from speculative.bench.plots import draw_timelines
 from speculative.bench.rig import Case, Rig

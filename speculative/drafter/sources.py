@@ -17,9 +17,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lab.engine.base import Engine, SyntheticEngine, open_local_engine
+from lab.engine.base import Engine
+from lab.engine.local import open_local_engine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from lab.models.layers import load_layers, load_proved, with_adapter
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError

@@ -67,7 +67,7 @@ class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Read a ticket that was written. Raises `ValueError` for a file that is none."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, ValueError) as error:
+        except (OSError, msgspec.MsgspecError) as error:
             raise ValueError(f"must be the text.json of a drafter's run folder, got {path} ({error})") from None
 
     def write(self, path: Path) -> None:

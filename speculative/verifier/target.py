@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lab.engine.base import Engine, SyntheticEngine, open_local_engine
+from lab.engine.base import Engine
 from lab.engine.kinds import EngineKind, open_split_engine
+from lab.engine.local import open_local_engine
+from lab.engine.synthetic import SyntheticEngine
 from lab.models.fingerprints import weights_fingerprints
 from lab.models.layers import load_proved, with_adapter
 from lab.models.sources import end_ids_of, load_tokenizer_only

@@ -16,7 +16,7 @@ from lab.command.entry import compose_settings
 from lab.device import give_back_freed_memory, peak_rss_bytes
 from split.training.run import make_recipe
 from split.training.settings import SplitTrainSettings
-from split.training.shard import Entering, TrainingShard
+from split.training.shard import MicroBatch, TrainingShard
 from split.training.weights import load_training_shard
 
 EXAMPLES, TOKENS, STEPS, HELD = 2, 64, 3, 2
@@ -61,18 +61,18 @@ def train(words: Sequence[str], layers: range) -> tuple[TrainingShard, int]:
         for number in range(HELD):
             kept.clear()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                shard.forward(entering(shard, step, number))
+                shard.forward(micro_batch(shard, step, number))
         for number in range(HELD):
             shard.backward(number, None if shard.is_last else torch.ones(EXAMPLES, TOKENS, shard.hidden_size))
         shard.apply(1.0, 1e-4)
     return shard, sum(kept.values())
 
 
-def entering(shard: TrainingShard, step: int, number: int) -> Entering:
+def micro_batch(shard: TrainingShard, step: int, number: int) -> MicroBatch:
     """A micro-batch of B x T."""
     ids_BT = torch.arange(EXAMPLES * TOKENS).reshape(EXAMPLES, TOKENS) % shard.vocabulary_size
     states = ids_BT if shard.is_first else torch.randn(EXAMPLES, TOKENS, shard.hidden_size)
-    return Entering(step, number, states, [TOKENS] * EXAMPLES, ids_BT, EXAMPLES * TOKENS)
+    return MicroBatch(step, number, states, [TOKENS] * EXAMPLES, ids_BT, EXAMPLES * TOKENS)
 
 
 if __name__ == "__main__":

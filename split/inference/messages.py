@@ -178,17 +178,17 @@ def pack_steps(steps: Sequence[TargetStep]) -> bytes:
     return bytes(body)
 
 
-def unpack_steps(run: Pass, body: bytes | memoryview) -> list[TargetStep]:
-    """The steps of the pieces that `run` reads. Raises ValueError unless the body has just these."""
-    counts = [piece.count if run.read_all else 1 for piece in run.pieces if run.read_all or piece.is_last]
-    expected = sum(counts) * (_STEP.size + (8 if run.read_all else 0))
+def unpack_steps(head: Pass, body: bytes | memoryview) -> list[TargetStep]:
+    """The steps of the pieces that `head` reads. Raises ValueError unless the body has just these."""
+    counts = [piece.count if head.read_all else 1 for piece in head.pieces if head.read_all or piece.is_last]
+    expected = sum(counts) * (_STEP.size + (8 if head.read_all else 0))
     if len(body) != expected:
         raise ValueError(f"steps of {sum(counts)} rows must be {expected} bytes, got {len(body)}")
     steps, offset = [], 0
     for count in counts:
         end = offset + count * _STEP.size
         rows = list(_STEP.iter_unpack(body[offset:end]))
-        offset = end + (8 * count if run.read_all else 0)
-        nll = list(struct.unpack(f"<{count}d", body[end:offset])) if run.read_all else []
+        offset = end + (8 * count if head.read_all else 0)
+        nll = list(struct.unpack(f"<{count}d", body[end:offset])) if head.read_all else []
         steps.append(TargetStep([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], nll))
     return steps

@@ -1,7 +1,7 @@
-"""A model that is split over shards, as one engine: texts by their ids, whatever carries them.
+"""A model that is split over shards, as one engine, over any transport.
 
 A long extend goes through the shards in chunks that follow each other without waiting, so that all shards work at once.
-A text's journal is its ids and its sampling: a shard that was lost gets them again in one prefill, and the text goes on
+A request's journal is its ids and its sampling: a lost shard gets them again in one prefill, and the request continues
 with the same tokens. Knows no networks and no tensors.
 """
 
@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+
+from typing_extensions import override
 
 from lab import faults
 from lab.engine.base import (
@@ -42,15 +44,15 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 KEPT_SECONDS = 5.0
-"""For so long a place in line is kept for who asks again."""
+"""A place in line is kept this long for a client that asks again."""
 
 
 class ShardFault(faults.Fault):
     """A shard could not do what it was asked, and asking again would not help."""
 
 
-class TextLost(RuntimeError):
-    """A shard is there but does not hold a text."""
+class _RequestLost(RuntimeError):
+    """A shard is there but does not hold a request."""
 
     def __init__(self, number: int, what: str) -> None:
         super().__init__(what)
@@ -59,15 +61,15 @@ class TextLost(RuntimeError):
 
 @dataclass
 class _Asked:
-    """An OPEN whose text has not begun."""
+    """An OPEN whose request has not begun."""
 
     number: int
     sampling: Sampling
     tokens: int
     at: float
-    """When it was last asked for (monotonic seconds)."""
+    """Time of the last call that asked for it (monotonic seconds)."""
     place: int | None = None
-    """In line; 0: there is room; None: no answer yet."""
+    """Place in line; 0: there is room; None: no answer yet."""
     fault: Fault | None = None
 
     @property
@@ -77,7 +79,7 @@ class _Asked:
 
 @dataclass
 class _Journal:
-    """What rebuilds a text."""
+    """A request's ids and sampling, which rebuild it at a new shard."""
 
     session: Session
     ids: list[int] = field(default_factory=list)
@@ -85,7 +87,7 @@ class _Journal:
 
 @dataclass(frozen=True)
 class PassTime:
-    """One pass, as the client saw it; monotonic seconds."""
+    """Times of one pass at the client; monotonic seconds."""
 
     number: int
     rows: int
@@ -95,58 +97,60 @@ class PassTime:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Shards that were lost and are there again; monotonic seconds."""
+    """Times of a recovery from the loss of a shard; monotonic seconds."""
 
     lost: float
-    """The client noticed."""
+    """The client noticed the loss."""
     connected: float
     """Every place of the chain was taken."""
     rebuilt: float
-    """The shards held every text again."""
+    """The shards held every request again."""
 
     @property
     def start_seconds(self) -> float:
-        """Until the last shard was back."""
+        """Time until the last shard was back."""
         return self.connected - self.lost
 
     @property
     def prefill_seconds(self) -> float:
-        """For the texts' ids to go through all shards."""
+        """Time of the prefill of all requests."""
         return self.rebuilt - self.connected
 
 
 @dataclass
-class _Run:
+class _Extend:
+    """New ids of one request, and the step that they give."""
+
     number: int
     position: int
     ids: Sequence[int]
     step: TargetStep = NOTHING
     fault: str = ""
-    """Why it stopped, from the first pass in which it did."""
+    """Reason for its stop, from the first pass in which it stopped."""
     lost: str = ""
-    """A shard has lost it; nothing was wrong with it before."""
+    """Message of a shard that has lost it; nothing was wrong with it before."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one pass takes of one run."""
+    """Ids of one extend that go into one pass."""
 
-    run: _Run
+    extend: _Extend
     start: int
     ids: Sequence[int]
 
     def piece(self) -> Piece:
         return Piece(
-            session=self.run.number,
-            position=self.run.position + self.start,
+            session=self.extend.number,
+            position=self.extend.position + self.start,
             count=len(self.ids),
             is_first=self.start == 0,
-            is_last=self.start + len(self.ids) == len(self.run.ids),
+            is_last=self.start + len(self.ids) == len(self.extend.ids),
         )
 
 
 @dataclass(frozen=True)
-class _UnderWay:
+class _InFlight:
     number: int
     head: Pass
     parts: Sequence[_Part]
@@ -158,13 +162,13 @@ class ShardedModel(Engine):
 
     Args:
         transport: Carries messages to the shards; this engine owns it.
-        vocabulary_size: Of the model.
-        context: The most tokens of a text; what every shard was started for.
-        prefill_chunk: The most tokens of a text in one pass. Smaller chunks overlap better and cost more passes.
-        recovery_seconds: How long to try to bring back a shard that was lost; 0: its loss is raised.
+        vocabulary_size: Rows of the model's embedding.
+        context: Most tokens of a request that every shard takes.
+        prefill_chunk: Most tokens of a request in one pass. Smaller chunks overlap better and cost more passes.
+        recovery_seconds: How long to try to bring back a lost shard; 0: its loss is raised.
         line_seconds: How long `open` may wait in line for room at the shards. It never does while this engine has
-            another text: two engines that each hold what the other one waits for would wait for ever. Who asks for the
-            same again within `KEPT_SECONDS` has kept its place.
+            another request: two engines that each hold the other one's room would wait forever. A second call for the
+            same request within `KEPT_SECONDS` keeps its place.
     """
 
     def __init__(
@@ -181,7 +185,7 @@ class ShardedModel(Engine):
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         self.vocabulary_size, self.context, self.longest = vocabulary_size, context, context
         self.recoveries: list[Recovery] = []
-        """Each time that shards were lost and the texts rebuilt."""
+        """All recoveries from lost shards."""
         self.passes: deque[PassTime] = deque(maxlen=REPORTED_PASSES)
         """The last passes."""
         self._transport = transport
@@ -190,29 +194,23 @@ class ShardedModel(Engine):
         self._journals: dict[int, _Journal] = {}
         self._asked: dict[int, _Asked] = {}
         self._numbered = 0
-        """Texts and passes have their numbers from one row."""
+        """The last number of a request or pass; both are numbered together."""
 
+    @override
     def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
-        """See `Engine.open`. `CacheFull` says the place in line, which is kept for who asks again. Also raises
-        `ShardFault`, and `ShardLost` when recovery failed."""
+        # `CacheFull` names the place in line, which is kept for a while.
         most = check_open(self, prompt_ids, sampling, most_tokens)
-        number = self._surely(lambda: self._find_room(sampling, most))
+        number = self._with_recovery(lambda: self._find_room(sampling, most))
         session = Session(self, number, sampling, most)
         self._journals[number] = _Journal(session)
-        try:
-            if prompt_ids:
-                self.extend([(session, prompt_ids)], want="last")
-        except BaseException:
-            session.close()
-            raise
-        return session
+        return session.with_prompt(prompt_ids)
 
+    @override
     def extend(self, requests: Sequence[Request], want: Want) -> list[TargetStep]:
-        """See `Engine.extend`. Also raises `ShardFault`, and `ShardLost` when recovery failed."""
         check_requests(self, requests)
-        runs = self._surely(
-            lambda: self._run(
-                [_Run(session.key, session.position, ids, fault=session.fault) for session, ids in requests], want
+        extends = self._with_recovery(
+            lambda: self._advance(
+                [_Extend(session.key, session.position, ids, fault=session.fault) for session, ids in requests], want
             )
         )
         for session, ids in requests:
@@ -221,19 +219,19 @@ class ShardedModel(Engine):
         self._forget_asked()
         return check_finite(
             [
-                session.advance(run.ids, replace(run.step, fault=run.fault))
-                for (session, _), run in zip(requests, runs, strict=True)
+                session.advance(extend.ids, replace(extend.step, fault=extend.fault))
+                for (session, _), extend in zip(requests, extends, strict=True)
             ]
         )
 
+    @override
     def close(self, session: Session) -> None:
-        """See `Engine.close`. A shard that is lost has forgotten the text already."""
         del self._journals[session.key]
         session.closed = True
         self._close(session.key)
 
     def shutdown(self) -> None:
-        """Leave the shards; the engine is of no use afterwards."""
+        """Leave the shards; the engine cannot be used afterwards."""
         self._transport.shutdown()
 
     def reports(self) -> list[ShardReport[Report]]:
@@ -244,7 +242,7 @@ class ShardedModel(Engine):
     # Room
 
     def _find_room(self, sampling: Sampling, tokens: int) -> int:
-        """The number of a text that every shard keeps room for."""
+        """The number of a request that every shard keeps room for."""
         self._forget_asked()
         same = (asked for asked in self._asked.values() if (asked.sampling, asked.tokens) == (sampling, tokens))
         asked = next(same, None) or self._ask(_Asked(self._number(), sampling, tokens, 0.0))
@@ -266,7 +264,7 @@ class ShardedModel(Engine):
         return asked
 
     def _await_room(self, asked: _Asked, seconds: float) -> None:
-        """Until there is room or a fault, for so long; in any case until the first answer and what came with it."""
+        """Wait until there is room or a fault, or `seconds` are over; in any case until the first answer."""
         while not asked.is_answered:
             self._note(self._transport.collect())
         deadline = time.monotonic() + seconds
@@ -275,7 +273,7 @@ class ShardedModel(Engine):
                 self._note(self._transport.collect(max(0.0, deadline - time.monotonic())))
 
     def _note(self, answer: Message) -> None:
-        """Take an answer that came at its own time: to an OPEN that waited in line."""
+        """Take the answer to an OPEN that waited in line."""
         asked = self._asked.get(answer.number)
         if isinstance(answer.head, Steps):
             raise ShardFault(f"the shards answered pass {answer.number}, which was not due")
@@ -287,7 +285,7 @@ class ShardedModel(Engine):
                 log.warning("the shards have no room for %d tokens yet: place %d in line", asked.tokens, asked.place)
 
     def _forget_asked(self) -> None:
-        """Give up the places that nobody asks for any more."""
+        """Give up the places in line that were not asked for again in time."""
         for asked in list(self._asked.values()):
             if time.monotonic() - asked.at > KEPT_SECONDS:
                 del self._asked[asked.number]
@@ -300,7 +298,7 @@ class ShardedModel(Engine):
             log.info("text %d was closed without its shards: %s", number, lost)
 
     def _number(self) -> int:
-        """For a text or a pass: no other one that lives has it."""
+        """A new number for a request or pass."""
         while True:
             self._numbered = self._numbered % (2**32 - 1) + 1
             if self._numbered not in self._journals and self._numbered not in self._asked:
@@ -308,23 +306,22 @@ class ShardedModel(Engine):
 
     # Passes
 
-    def _run(self, runs: list[_Run], want: Want) -> list[_Run]:
+    def _advance(self, extends: list[_Extend], want: Want) -> list[_Extend]:
         """Send every pass, then take the answers."""
-        under_way = [self._submit(parts, want) for parts in self._plan(runs)]
         faults: list[Fault] = []
-        for run in under_way:
-            answer = self._collect(run.number)
-            self.passes.append(PassTime(run.number, run.head.rows, run.submitted, time.monotonic()))
+        for sent in [self._submit(parts, want) for parts in self._plan(extends)]:
+            answer = self._collect(sent.number)
+            self.passes.append(PassTime(sent.number, sent.head.rows, sent.submitted, time.monotonic()))
             if isinstance(answer.head, Fault):
                 faults.append(answer.head)
             elif not faults:
-                self._read(run, answer)
+                self._read(sent, answer)
         if faults:
             raise _raised(faults[0])
-        for done in runs:
-            if done.lost:
-                raise TextLost(done.number, done.lost)
-        return runs
+        for extend in extends:
+            if extend.lost:
+                raise _RequestLost(extend.number, extend.lost)
+        return extends
 
     def _collect(self, number: int) -> Message:
         """The answer to a pass."""
@@ -332,31 +329,32 @@ class ShardedModel(Engine):
             self._note(answer)
         return answer
 
-    def _plan(self, runs: Sequence[_Run]) -> Iterator[list[_Part]]:
-        longest = max((len(run.ids) for run in runs), default=0)
+    def _plan(self, extends: Sequence[_Extend]) -> Iterator[list[_Part]]:
+        """The parts of each pass."""
+        longest = max((len(extend.ids) for extend in extends), default=0)
         for start in range(0, longest, self._chunk):
-            going_on = [run for run in runs if run.ids[start:] and not run.fault]
-            parts = [_Part(run, start, run.ids[start : start + self._chunk]) for run in going_on]
+            going_on = [extend for extend in extends if extend.ids[start:] and not extend.fault]
+            parts = [_Part(extend, start, extend.ids[start : start + self._chunk]) for extend in going_on]
             for group in together(parts, SWEEP_ROWS):
                 yield from (group[first : first + MAX_PIECES] for first in range(0, len(group), MAX_PIECES))
 
-    def _submit(self, parts: Sequence[_Part], want: Want) -> _UnderWay:
+    def _submit(self, parts: Sequence[_Part], want: Want) -> _InFlight:
         number = self._number()
-        has_words = any(self._journals[part.run.number].session.sampling.words for part in parts)
+        has_words = any(self._journals[part.extend.number].session.sampling.words for part in parts)
         head = Pass(read_all=want == "all", for_words=has_words, pieces=[part.piece() for part in parts])
         submitted = time.monotonic()
         self._transport.send(0, Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
-        return _UnderWay(number, head, parts, submitted)
+        return _InFlight(number, head, parts, submitted)
 
     @staticmethod
-    def _read(run: _UnderWay, answer: Message) -> None:
+    def _read(sent: _InFlight, answer: Message) -> None:
         if not isinstance(answer.head, Steps):
-            raise ShardFault(f"pass {run.number} was answered by {type(answer.head).__name__.upper()}")
-        steps = iter(unpack_steps(run.head, answer.body))
-        for part, piece in zip(run.parts, run.head.pieces, strict=True):
-            if run.head.read_all or piece.is_last:
-                part.run.step = part.run.step.then(next(steps))
-        of_number = {part.run.number: part.run for part in run.parts}
+            raise ShardFault(f"pass {sent.number} was answered by {type(answer.head).__name__.upper()}")
+        steps = iter(unpack_steps(sent.head, answer.body))
+        for part, piece in zip(sent.parts, sent.head.pieces, strict=True):
+            if sent.head.read_all or piece.is_last:
+                part.extend.step = part.extend.step.then(next(steps))
+        of_number = {part.extend.number: part.extend for part in sent.parts}
         for stopped in answer.head.stopped:
             one = of_number.get(stopped.session)
             if one is None or one.fault or one.lost:
@@ -368,15 +366,15 @@ class ShardedModel(Engine):
 
     # Recovery
 
-    def _surely(self, call: Callable[[], Result]) -> Result:
-        """What `call` returns, however often shards are lost meanwhile, within `recovery_seconds` of the first loss."""
+    def _with_recovery(self, call: Callable[[], Result]) -> Result:
+        """The result of `call`, called again after losses of shards within `recovery_seconds` of the first one."""
         deadline: float | None = None
         began = 0.0
         while True:
             try:
                 if deadline is not None:
                     self._restore(deadline, began)
-                return self._with_texts(call)
+                return self._with_requests(call)
             except ShardLost as lost:
                 if deadline is None:
                     began = time.monotonic()
@@ -385,13 +383,13 @@ class ShardedModel(Engine):
                     raise
                 log.warning("%s; bringing the shards back", lost)
 
-    def _with_texts(self, call: Callable[[], Result]) -> Result:
-        """What `call` returns; a text that a shard has evicted is rebuilt, once. One that does not stay stops."""
+    def _with_requests(self, call: Callable[[], Result]) -> Result:
+        """The result of `call`; a request that a shard has evicted is rebuilt once, and stopped the second time."""
         rebuilt: set[int] = set()
         while True:
             try:
                 return call()
-            except TextLost as lost:
+            except _RequestLost as lost:
                 log.info("%s: rebuilding it", lost)
                 journal = self._journals[lost.number]
                 if lost.number in rebuilt:
@@ -410,8 +408,8 @@ class ShardedModel(Engine):
         log.info("the shards hold all %d texts again", len(self._journals))
 
     def _rebuild(self, journal: _Journal, deadline: float) -> None:
-        """One prefill of the ids that a text holds. Where the shards have no room for it any more, until `deadline`
-        (monotonic seconds), it stops, and the others go on."""
+        """Prefill the ids of a request. If the shards have no room for it until `deadline` (monotonic seconds), it
+        stops, and the others continue."""
         session = journal.session
         if session.fault:
             return
@@ -428,8 +426,8 @@ class ShardedModel(Engine):
             session.fault = f"the shards had lost it, and have no room for it now ({why})"
             self._close(session.key)
         elif session.position:
-            [run] = self._run([_Run(session.key, 0, journal.ids[: session.position])], "last")
-            session.fault = session.fault or run.fault
+            [extend] = self._advance([_Extend(session.key, 0, journal.ids[: session.position])], "last")
+            session.fault = session.fault or extend.fault
 
 
 def _raised(fault: Fault) -> Exception:

@@ -27,19 +27,19 @@ from split.chain.boundary import Boundary
 from split.chain.messages import Fault, FaultCode, memory_fields
 from split.inference.coding import decode, encode, stored
 from split.inference.messages import STOPPED_BYTES, Close, Open, Opened, Pass, Piece, Report, Steps, Stopped, pack_steps
-from split.inference.shard import Entering, Leaving, Shard, TextLost
+from split.inference.shard import PassInput, PassOutput, RequestLost, Shard
 from split.transport.base import Message, Sent, Stage, To
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class _UnderWay:
+class _InFlight:
     """A pass at this shard."""
 
-    run: Pass
+    head: Pass
     keys: Sequence[tuple[Hashable, int]]
-    entering: Entering
+    input: PassInput
     stopped: dict[int, Stopped]
     """Requests that have stopped, by session."""
 
@@ -139,7 +139,7 @@ class InferenceStage(Stage):
     def _do(self, client: Hashable, message: Message) -> Message | None:
         head = message.head
         if isinstance(head, Pass):
-            return self._run(client, message.number, head, memoryview(message.body))
+            return self._forward(client, message.number, head, memoryview(message.body))
         if isinstance(head, Open):
             self.shard.open((client, message.number), head.sampling, head.tokens)
             self._texts.setdefault(client, set()).add(message.number)
@@ -151,77 +151,78 @@ class InferenceStage(Stage):
             return None if self.shard.gives_steps else message
         return message
 
-    def _run(self, client: Hashable, number: int, run: Pass, body: memoryview) -> Message:
+    def _forward(self, client: Hashable, number: int, head: Pass, body: memoryview) -> Message:
         began = time.monotonic()
-        under_way = self._read(client, run, body)
+        in_flight = self._read(client, head, body)
         decoded = time.monotonic()
-        leaving = self._advance(under_way)
+        output = self._advance(in_flight)
         computed = time.monotonic()
-        result = self._write(number, under_way, leaving)
-        self.counts.failed += len(under_way.stopped) - len(run.stopped)
-        self.counts.tokens += sum(piece.count for piece in run.pieces if piece.session not in under_way.stopped)
+        result = self._write(number, in_flight, output)
+        self.counts.failed += len(in_flight.stopped) - len(head.stopped)
+        self.counts.tokens += sum(piece.count for piece in head.pieces if piece.session not in in_flight.stopped)
         self.coding_seconds = decoded - began + time.monotonic() - computed
         return result
 
-    def _advance(self, under_way: _UnderWay) -> Leaving:
+    def _advance(self, in_flight: _InFlight) -> PassOutput:
         """Results of a pass; zeros, and empty steps, for the requests that stopped."""
-        pieces, want = under_way.entering.pieces, under_way.entering.want
-        sound = [place for place, piece in enumerate(pieces) if piece.session not in under_way.stopped]
-        results = self._together(under_way, sound)
+        pieces, want = in_flight.input.pieces, in_flight.input.want
+        sound = [place for place, piece in enumerate(pieces) if piece.session not in in_flight.stopped]
+        results = self._together(in_flight, sound)
         if self.shard.gives_steps:
             read = [place for place, piece in enumerate(pieces) if want == "all" or piece.is_last]
             return [results.get(place) or _no_step(pieces[place], want) for place in read]
         parts = [self._zeros(piece) if place not in results else results[place] for place, piece in enumerate(pieces)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _together(self, under_way: _UnderWay, places: Sequence[int]) -> dict[int, Any]:
+    def _together(self, in_flight: _InFlight, places: Sequence[int]) -> dict[int, Any]:
         """Results of these pieces, by place, in one pass; where that fails, of each alone: a fault has one owner."""
         if not places:
             return {}
-        entering = under_way.entering.only(places)
+        chosen = in_flight.input.only(places)
         try:
-            leaving = self.shard.run([under_way.keys[place] for place in places], entering)
+            output = self.shard.forward([in_flight.keys[place] for place in places], chosen)
         except Exception as error:  # of torch, of a device
             if len(places) > 1:
                 log.info("a pass of %d texts failed (%s): each is tried alone", len(places), _one_line(error))
-                return {place: result for one in places for place, result in self._together(under_way, [one]).items()}
+                return {place: result for one in places for place, result in self._together(in_flight, [one]).items()}
             if _code(error) is FaultCode.failed:
                 log.exception("a text failed in %s", self._named)
-            session = under_way.entering.pieces[places[0]].session
-            under_way.stop(session, _code(error), f"{_one_line(error)} in {self._named}")
+            session = in_flight.input.pieces[places[0]].session
+            in_flight.stop(session, _code(error), f"{_one_line(error)} in {self._named}")
             return {}
-        if isinstance(leaving, Tensor):
-            return dict(zip(places, leaving.split([piece.count for piece in entering.pieces]), strict=True))
-        given = [place for place in places if entering.want == "all" or under_way.entering.pieces[place].is_last]
-        return dict(zip(given, leaving, strict=True))
+        if isinstance(output, Tensor):
+            return dict(zip(places, output.split([piece.count for piece in chosen.pieces]), strict=True))
+        given = [place for place in places if chosen.want == "all" or in_flight.input.pieces[place].is_last]
+        return dict(zip(given, output, strict=True))
 
     def _zeros(self, piece: Piece) -> Tensor:
         shard = self.shard
         return torch.zeros(piece.count, shard.hidden_size, dtype=shard.dtype, device=shard.device)
 
-    def _write(self, number: int, under_way: _UnderWay, leaving: Leaving) -> Message:
-        run = under_way.run
-        if not isinstance(leaving, Tensor):
-            if any(step.fault for step in leaving):
-                self._stop_unread(under_way, leaving)
-            return Message(number, Steps(stopped=under_way.all_stopped()), pack_steps(leaving))
-        stored_NH = stored(leaving, self.boundary)
+    def _write(self, number: int, in_flight: _InFlight, output: PassOutput) -> Message:
+        head = in_flight.head
+        if not isinstance(output, Tensor):
+            if any(step.fault for step in output):
+                self._stop_unread(in_flight, output)
+            return Message(number, Steps(stopped=in_flight.all_stopped()), pack_steps(output))
+        stored_NH = stored(output, self.boundary)
         if not bool(stored_NH.isfinite().all()):
-            self._stop_unfit(under_way, leaving, "hold NaN or infinity in", self._find_faults(under_way))
-            stored_NH = stored(leaving, self.boundary)
-            self._stop_unfit(under_way, stored_NH, f"do not fit the boundary {self.boundary.name} behind")
+            self._stop_unfit(in_flight, output, "hold NaN or infinity in", self._find_faults(in_flight))
+            stored_NH = stored(output, self.boundary)
+            self._stop_unfit(in_flight, stored_NH, f"do not fit the boundary {self.boundary.name} behind")
         hidden = encode(stored_NH, self.boundary)
-        stopped = under_way.all_stopped()
-        head = msgspec.structs.replace(run, stopped=stopped) if stopped else run
-        ids = pack_tokens(under_way.entering.ids) if run.ids_for_last else b""
+        stopped = in_flight.all_stopped()
+        ids = pack_tokens(in_flight.input.ids) if head.ids_for_last else b""
+        if stopped:
+            head = msgspec.structs.replace(head, stopped=stopped)
         return Message(number, head, ids + bytes(hidden) if ids else hidden)
 
-    def _find_faults(self, under_way: _UnderWay) -> dict[int, int | None]:
+    def _find_faults(self, in_flight: _InFlight) -> dict[int, int | None]:
         """Where in its piece each sound text first met NaN or infinity, by session."""
-        pieces = under_way.run.pieces
-        sound = [place for place, piece in enumerate(pieces) if piece.session not in under_way.stopped]
+        pieces = in_flight.head.pieces
+        sound = [place for place, piece in enumerate(pieces) if piece.session not in in_flight.stopped]
         try:
-            firsts = self.shard.find_faults([under_way.keys[place] for place in sound], under_way.entering.only(sound))
+            firsts = self.shard.find_faults([in_flight.keys[place] for place in sound], in_flight.input.only(sound))
         except Exception as error:  # the pass went well just before: memory
             log.info("where NaN began was not found (%s)", _one_line(error))
             return {}
@@ -229,7 +230,7 @@ class InferenceStage(Stage):
 
     @torch.inference_mode()  # what the shard gives was made in it
     def _stop_unfit(
-        self, under_way: _UnderWay, hidden_NH: Tensor, what: str, firsts: Mapping[int, int | None] | None = None
+        self, in_flight: _InFlight, hidden_NH: Tensor, what: str, firsts: Mapping[int, int | None] | None = None
     ) -> None:
         """Stop the texts with hidden states that are not finite; zeros take the place of these: the pass goes on.
 
@@ -238,25 +239,25 @@ class InferenceStage(Stage):
         finite_N = hidden_NH.isfinite().all(-1)
         if bool(finite_N.all()):
             return
-        pieces = under_way.run.pieces
+        pieces = in_flight.head.pieces
         counts = [piece.count for piece in pieces]
         for piece, own_KH, finite_K in zip(pieces, hidden_NH.split(counts), finite_N.split(counts), strict=True):
             if not bool(finite_K.all()):
                 first = firsts.get(piece.session) if firsts else None
                 seen = finite_K.tolist().index(False) if first is None else first
-                under_way.stop(piece.session, FaultCode.unfit, self._unfit(piece, seen, what))
+                in_flight.stop(piece.session, FaultCode.unfit, self._unfit(piece, seen, what))
                 own_KH.zero_()
 
-    def _stop_unread(self, under_way: _UnderWay, steps: Sequence[TargetStep]) -> None:
+    def _stop_unread(self, in_flight: _InFlight, steps: Sequence[TargetStep]) -> None:
         """Stop the texts whose logits are not finite."""
-        firsts = self._find_faults(under_way)
-        read = [piece for piece in under_way.run.pieces if under_way.run.read_all or piece.is_last]
+        firsts = self._find_faults(in_flight)
+        read = [piece for piece in in_flight.head.pieces if in_flight.head.read_all or piece.is_last]
         for piece, step in zip(read, steps, strict=True):
             first = firsts.get(piece.session)
             if step.fault and first is not None:
-                under_way.stop(piece.session, FaultCode.unfit, self._unfit(piece, first, "hold NaN or infinity in"))
+                in_flight.stop(piece.session, FaultCode.unfit, self._unfit(piece, first, "hold NaN or infinity in"))
             elif step.fault:
-                under_way.stop(piece.session, FaultCode.unfit, f"{step.fault} in {self._named}")
+                in_flight.stop(piece.session, FaultCode.unfit, f"{step.fault} in {self._named}")
 
     def _unfit(self, piece: Piece, place: int, what: str) -> str:
         return f"the hidden states of position {piece.position + place} {what} {self._named}"
@@ -265,27 +266,29 @@ class InferenceStage(Stage):
     def _named(self) -> str:
         return f"the shard of layers {self.layers.start}:{self.layers.stop}"
 
-    def _read(self, client: Hashable, run: Pass, body: memoryview) -> _UnderWay:
+    def _read(self, client: Hashable, head: Pass, body: memoryview) -> _InFlight:
         """Raises ValueError for a pass that makes no sense as a whole."""
         shard = self.shard
-        if len({piece.session for piece in run.pieces}) < len(run.pieces):
-            raise ValueError(f"texts of a pass must be different from each other, got {len(run.pieces)} with one twice")
-        ids_bytes = TOKEN_BYTES * run.rows if shard.takes_ids or run.ids_for_last else 0
+        if len({piece.session for piece in head.pieces}) < len(head.pieces):
+            raise ValueError(
+                f"texts of a pass must be different from each other, got {len(head.pieces)} with one twice"
+            )
+        ids_bytes = TOKEN_BYTES * head.rows if shard.takes_ids or head.ids_for_last else 0
         if len(body) < ids_bytes:
-            raise ValueError(f"a pass of {run.rows} positions must bring {ids_bytes} bytes of ids, got {len(body)}")
+            raise ValueError(f"a pass of {head.rows} positions must bring {ids_bytes} bytes of ids, got {len(body)}")
         ids = list(body[:ids_bytes].cast("i")) if ids_bytes else []
-        keys = [(client, piece.session) for piece in run.pieces]
-        stopped = {stopped.session: stopped for stopped in run.stopped}
+        keys = [(client, piece.session) for piece in head.pieces]
+        stopped = {stopped.session: stopped for stopped in head.stopped}
         if shard.takes_ids:
             if len(body) != ids_bytes:
                 raise ValueError(f"the first shard must get {ids_bytes} bytes of ids, got {len(body)}")
-            return _UnderWay(run, keys, Entering(run.pieces, run.want, ids), stopped)
+            return _InFlight(head, keys, PassInput(head.pieces, head.want, ids), stopped)
         hidden_NH = decode(
-            body[ids_bytes:], run.rows, shard.hidden_size, self.boundary, dtype=shard.dtype, device=shard.device
+            body[ids_bytes:], head.rows, shard.hidden_size, self.boundary, dtype=shard.dtype, device=shard.device
         )
-        under_way = _UnderWay(run, keys, Entering(run.pieces, run.want, ids, hidden_NH), stopped)
-        self._stop_unfit(under_way, hidden_NH, f"do not fit {shard.dtype} before")
-        return under_way
+        in_flight = _InFlight(head, keys, PassInput(head.pieces, head.want, ids, hidden_NH), stopped)
+        self._stop_unfit(in_flight, hidden_NH, f"do not fit {shard.dtype} before")
+        return in_flight
 
 
 def _no_step(piece: Piece, want: Want) -> TargetStep:
@@ -303,7 +306,7 @@ def _code(error: Exception) -> FaultCode:
 
 
 _CODES: dict[type[Exception], FaultCode] = {
-    TextLost: FaultCode.lost,
+    RequestLost: FaultCode.lost,
     CacheFull: FaultCode.full,
     ValueError: FaultCode.refused,
 }

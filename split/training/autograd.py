@@ -32,7 +32,7 @@ from lab.settings import UserError
 from split.training.messages import MAX_JOINT_MICRO_BATCHES, Apply, Recipe, Step
 from split.training.optimizer import MasterAdamW
 from split.training.settings import Train
-from split.training.shard import Entering
+from split.training.shard import MicroBatch
 from split.training.stage import TrainingStage
 from split.training.trainer import Backward, Gradients, Shards, TrainingFault
 from split.transport.rpc import RpcChain, Seat
@@ -91,12 +91,12 @@ class LearnerSeat(Seat):
         if isinstance(states, PyRRef):
             states = states.to_here()  # from the shard before, which notes that its gradient will come from here
         with self._computing:
-            leaving = self.stage.shard.run(Entering(step, micro_batch, states, lengths, labels_BT, tokens))
+            output = self.stage.shard.compute(MicroBatch(step, micro_batch, states, lengths, labels_BT, tokens))
             self._forwards += 1
-            self._is_finite = self._is_finite and bool(leaving.isfinite().all())
-            if leaving.dim():
-                self.stage.boundary_bytes += (2 if leaving.requires_grad else 1) * leaving.nbytes  # and its gradient
-        return leaving
+            self._is_finite = self._is_finite and bool(output.isfinite().all())
+            if output.dim():
+                self.stage.boundary_bytes += (2 if output.requires_grad else 1) * output.nbytes  # and its gradient
+        return output
 
     def gather(self, context: int) -> Gathered:
         """Take the gradients out of the context, so that all else is as after a backward of our own."""

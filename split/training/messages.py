@@ -3,7 +3,7 @@
     trainer             shard 1                      shard 2 (last)
     START(recipe)  ->   loads, STARTED               loads, STARTED             a checkpoint's step, or the base model
     STEP           ->   its order from the schedule  the same
-    BATCH ids      ->   forward                      BATCH labels               one each micro-batch
+    TOKENS ids     ->   forward                      TOKENS labels              one each micro-batch
                         HIDDEN                  ->   forward, loss, backward
                         backward                <-   GRADIENT                   of the loss by the hidden states
                    <-   DONE(squares of gradients)   DONE(loss)
@@ -41,7 +41,7 @@ Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Examples = Annotated[list[Count], msgspec.Meta(min_length=1, max_length=MAX_EXAMPLES)]
-MicroBatch = Annotated[int, msgspec.Meta(ge=0, lt=MAX_MICRO_BATCHES)]
+MicroBatchNumber = Annotated[int, msgspec.Meta(ge=0, lt=MAX_MICRO_BATCHES)]
 
 
 class Recipe(Head):
@@ -93,11 +93,11 @@ class Step(Head):
     """Tokens that the loss counts in the whole step: each micro-batch's sum of cross-entropies is divided by it."""
 
 
-class Batch(Head):
+class Tokens(Head):
     """A micro-batch's ids for the first shard, labels for the last one: B x T int32 in the body, ids first where the
     only shard needs both."""
 
-    micro_batch: MicroBatch
+    micro_batch: MicroBatchNumber
     lengths: Examples
     """Positions of each example that are not padding."""
     columns: Count
@@ -107,7 +107,7 @@ class Batch(Head):
 class Hidden(Head):
     """A micro-batch's hidden states B x T x H, to the next shard."""
 
-    micro_batch: MicroBatch
+    micro_batch: MicroBatchNumber
     lengths: Examples
     tensor: TensorSpec
 
@@ -115,7 +115,7 @@ class Hidden(Head):
 class Gradient(Head):
     """Gradient of the loss by a micro-batch's hidden states B x T x H, to the shard that made them."""
 
-    micro_batch: MicroBatch
+    micro_batch: MicroBatchNumber
     tensor: TensorSpec
 
 
@@ -213,9 +213,9 @@ _HEAD_BYTES = 2**15
 def table(body_bytes: int) -> MessageTable:
     """The frames of both roles; tensors up to `body_bytes`."""
     heads: tuple[type[Head], ...] = (
-        Attach, Welcome, Join, Fault, Ask, Figures, Start, Started, Step, Batch, Hidden, Gradient, Tied, Done, Apply,
+        Attach, Welcome, Join, Fault, Ask, Figures, Start, Started, Step, Tokens, Hidden, Gradient, Tied, Done, Apply,
         Save, Saved,
     )  # fmt: skip
     bodies: dict[type[Head], int] = {Done: 2 * MAX_MICRO_BATCHES * OPERATION.size}
-    bodies |= dict.fromkeys((Batch, Hidden, Gradient, Tied), body_bytes)
+    bodies |= dict.fromkeys((Tokens, Hidden, Gradient, Tied), body_bytes)
     return frame_table(dict.fromkeys(heads, _HEAD_BYTES), bodies)

@@ -292,20 +292,14 @@ def figures_of(
         "shards": [
             {
                 "layers": f"{part.start}:{part.stop}",
-                "device": size.device,
                 "trainable_parameters": trainable,
                 "weights_delta_norm": delta,
                 "most_micro_batches_held": held,
-                "weights_bytes": size.weights_bytes,
-                "gradient_bytes": size.gradient_bytes,
-                "optimizer_bytes": size.optimizer_bytes,
-                "rss_bytes": size.rss_bytes,
-                "peak_rss_bytes": size.peak_rss_bytes,
-                "device_memory_used_bytes": size.device_memory_used_bytes,
+                **{key: value for key, value in asked.items() if key not in ("shard", "clock_seconds")},
             }
-            for part, size, trainable, delta, held in zip(
+            for part, asked, trainable, delta, held in zip(
                 layers,
-                sizes,
+                map(msgspec.structs.asdict, sizes),
                 trainer.trainable,
                 trainer.weights_delta_norms,
                 steps[-1].held if steps else [0] * len(layers),

@@ -1,6 +1,6 @@
-"""One shard of a model that learns: a forward that keeps what its backward needs, and the optimizer's step.
+"""One shard of a model in training: forward, backward and the optimizer's step.
 
-Knows nothing about networks, schedules or the other shards, but whether it is the first or the last of them.
+Knows nothing about networks, schedules or the other shards, except whether it is the first or the last of them.
 
 Shapes: B examples, T positions, H hidden size, V vocabulary.
 """
@@ -22,39 +22,39 @@ from split.training.optimizer import MasterAdamW
 from split.training.settings import Train
 
 
-class Entering(NamedTuple):
-    """What a micro-batch brings to a shard."""
+class MicroBatch(NamedTuple):
+    """The input of a shard."""
 
     step: int
-    """Counted over the whole run; dropout depends on it."""
-    micro_batch: int
-    """Its number in the step."""
+    """Number of the step in the whole run; dropout depends on it."""
+    number: int
+    """Its place in the step."""
     states: Tensor
     """Token ids B x T at the first shard, hidden states B x T x H at others."""
     lengths: Sequence[int]
     """Positions of each example that are not padding."""
     labels_BT: Tensor | None
-    """At the last shard."""
+    """Labels, at the last shard only."""
     tokens: int
-    """That the loss counts in the whole step."""
+    """Number of tokens that the loss counts in the whole step."""
 
 
-class Held(NamedTuple):
+class InFlight(NamedTuple):
     """A micro-batch between its forward and its backward."""
 
-    entering: Tensor | None
-    """Hidden states B x T x H that came, a leaf whose gradient goes back; None at the first shard."""
-    leaving: Tensor
-    """Hidden states B x T x H that went on; the share of the loss (a scalar) at the last shard."""
+    input: Tensor | None
+    """Hidden states B x T x H, a leaf whose gradient goes back; None at the first shard."""
+    output: Tensor
+    """Hidden states B x T x H; at the last shard the share of the loss, a scalar."""
 
 
 class TrainingShard:
-    """Layers of a model, and the optimizer of those of its weights that are trained.
+    """Some layers of a model, with the optimizer of their trained weights.
 
     Args:
         model: From `lab.models.layers.load_layers`, with the adapter on it where one is trained.
-        weights: Those that are trained, by their names in the whole model (in a PEFT file, for an adapter).
-        recipe: What is trained, and how.
+        weights: The trained weights, by their names in the whole model (in a PEFT file, for an adapter).
+        recipe: The recipe of the run.
     """
 
     def __init__(self, model: PreTrainedModel, weights: dict[str, torch.nn.Parameter], recipe: Recipe) -> None:
@@ -69,10 +69,10 @@ class TrainingShard:
         self.optimizer = self._new_optimizer() if self.weights else None
         is_copy = cut.is_tied and not (self.is_first and self.is_last) and recipe.train is Train.everything
         self.tied: torch.nn.Parameter | None = self._tied_copy() if is_copy else None
-        """This shard's copy of a tied embedding whose other copy learns elsewhere."""
-        self.held: dict[int, Held] = {}
+        """This shard's copy of a tied embedding whose other copy is trained elsewhere."""
+        self.held: dict[int, InFlight] = {}
         self.losses: dict[int, float] = {}
-        """Of each micro-batch of this step: its share of the step's mean loss."""
+        """Each micro-batch's share of the step's mean loss."""
         keep_differentiable(model)
         self._model.train()
         if recipe.activation_checkpointing:
@@ -80,44 +80,42 @@ class TrainingShard:
             enable = getattr(slice_, "activation_checkpointing_enable", None) or slice_.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
-    def forward(self, entering: Entering) -> Tensor | None:
+    def forward(self, micro_batch: MicroBatch) -> Tensor | None:
         """Run a micro-batch and keep it; return the hidden states that go on, None from the last shard."""
-        leaf = None if self.is_first else entering.states.requires_grad_()
-        leaving = self.run(entering)
-        self.held[entering.micro_batch] = Held(leaf, leaving)
-        return None if self.is_last else leaving.detach()
+        leaf = None if self.is_first else micro_batch.states.requires_grad_()
+        output = self.compute(micro_batch)
+        self.held[micro_batch.number] = InFlight(leaf, output)
+        return None if self.is_last else output.detach()
 
-    def backward(self, micro_batch: int, gradient_BTH: Tensor | None) -> Tensor | None:
+    def backward(self, number: int, gradient_BTH: Tensor | None) -> Tensor | None:
         """Add a micro-batch's gradients and forget it; return dL/dx B x T x H, None from the first shard.
 
-        Args:
-            micro_batch: Its number in the step.
-            gradient_BTH: dL/dy of the hidden states that went on; None at the last shard.
+        `gradient_BTH` is dL/dy of its output; None at the last shard.
         """
-        held = self.held.pop(micro_batch)
-        if held.leaving.requires_grad:  # the first shard may have nothing to learn
-            torch.autograd.backward(held.leaving, gradient_BTH)
-        return None if held.entering is None else held.entering.grad
+        held = self.held.pop(number)
+        if held.output.requires_grad:  # the first shard may have nothing to learn
+            torch.autograd.backward(held.output, gradient_BTH)
+        return None if held.input is None else held.input.grad
 
-    def run(self, entering: Entering) -> Tensor:
-        """What `forward` computes, differentiable: hidden states, at the last shard a share of the loss."""
-        seed = derive_seed(self.recipe.seed, "dropout", entering.step, entering.micro_batch, self.layers.start)
+    def compute(self, micro_batch: MicroBatch) -> Tensor:
+        """The differentiable output of a forward: hidden states, at the last shard a share of the loss."""
+        seed = derive_seed(self.recipe.seed, "dropout", micro_batch.step, micro_batch.number, self.layers.start)
         _seed(self.device, seed)
-        positions_T = torch.arange(entering.states.shape[1])
-        attention_BT = (positions_T[None] < torch.tensor(entering.lengths)[:, None]).long().to(self.device)
+        positions_T = torch.arange(micro_batch.states.shape[1])
+        attention_BT = (positions_T[None] < torch.tensor(micro_batch.lengths)[:, None]).long().to(self.device)
         with autocast(self._model):
-            leaving = run_slice(self._model, entering.states, attention_mask=attention_BT, use_cache=False)
+            output = run_slice(self._model, micro_batch.states, attention_mask=attention_BT, use_cache=False)
         if not self.is_last:
-            return leaving
-        assert entering.labels_BT is not None
-        share = token_cross_entropy(leaving, entering.labels_BT)[0] / entering.tokens
-        self.losses[entering.micro_batch] = share.item()
+            return output
+        assert micro_batch.labels_BT is not None
+        share = token_cross_entropy(output, micro_batch.labels_BT)[0] / micro_batch.tokens
+        self.losses[micro_batch.number] = share.item()
         return share
 
     @property
     def loss(self) -> float:
-        """Mean over the step's tokens, in nats; 0 but at the last shard."""
-        return sum(self.losses[micro_batch] for micro_batch in sorted(self.losses))
+        """Mean cross-entropy of the step's tokens, in nats; 0 except at the last shard."""
+        return sum(self.losses[number] for number in sorted(self.losses))
 
     def squares(self) -> float:
         """Sum of the squares of all gradients, in float64; a tied embedding counts at the first shard only."""
@@ -145,7 +143,7 @@ class TrainingShard:
                 weight.grad.mul_(scale)
 
     def forget_gradients(self) -> None:
-        """Begin a step anew, with nothing held."""
+        """Drop all gradients, losses and micro-batches in flight."""
         self.held.clear()
         self.losses.clear()
         for weight in self.weights.values():
@@ -153,18 +151,18 @@ class TrainingShard:
 
     @property
     def weights_bytes(self) -> int:
-        """What all tensors of the model take, frozen ones too."""
+        """Size of all tensors of the model, frozen ones too."""
         tensors = {id(tensor): tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers())}
         return sum(tensors.values())
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all gradients, where there are any."""
+        """Size of all gradients."""
         return sum(weight.nbytes for weight in self.weights.values())
 
     @property
     def optimizer_bytes(self) -> int:
-        """Moments and masters, once there was a step."""
+        """Size of moments and masters; 0 before the first step."""
         return self.optimizer.state_bytes if self.optimizer else 0
 
     def _new_optimizer(self) -> MasterAdamW:
@@ -179,8 +177,8 @@ class TrainingShard:
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """Seeds the generator of dropout. Of those of all devices, as `torch.manual_seed` does it, the ones that are not in
-    use cost a stack trace each: a third of a millisecond, every micro-batch."""
+    """Seed the generator of dropout."""
+    # `torch.manual_seed` seeds those of all devices: an unused one costs a stack trace, 0.3 ms a micro-batch.
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     else:

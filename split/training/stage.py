@@ -25,7 +25,6 @@ from split.chain.messages import Fault, FaultCode, memory_fields
 from split.training.checkpoint import Part, Parts, part_of
 from split.training.messages import (
     Apply,
-    Batch,
     Done,
     Figures,
     Gradient,
@@ -36,11 +35,12 @@ from split.training.messages import (
     Started,
     Step,
     Tied,
+    Tokens,
     pack_spans,
 )
 from split.training.schedule import Operation, Phase, Span, most_held, operations
 from split.training.settings import MAX_MICRO_BATCHES
-from split.training.shard import Entering, TrainingShard
+from split.training.shard import MicroBatch, TrainingShard
 from split.transport.base import Message, Sent, Stage, To
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class TrainingStage(Stage):
         elif isinstance(head, Step):
             self._plan(message.number, head)
             yield from self._advance()
-        elif isinstance(head, (Batch, Hidden, Gradient)):
+        elif isinstance(head, (Tokens, Hidden, Gradient)):
             if len(self._waiting) >= MOST_WAITING:
                 raise ValueError(f"messages of steps to come must be at most {MOST_WAITING}, got more")
             self._waiting[message.number, type(head), head.micro_batch] = message
@@ -236,7 +236,7 @@ class TrainingStage(Stage):
         kinds: list[type[Head]] = []
         if operation.phase is Phase.forward:
             kinds += [] if shard.is_first else [Hidden]
-            kinds += [Batch] if shard.is_first or shard.is_last else []
+            kinds += [Tokens] if shard.is_first or shard.is_last else []
         elif not shard.is_last:
             kinds.append(Gradient)
         keys = [(self._number, kind, operation.micro_batch) for kind in kinds]
@@ -248,25 +248,23 @@ class TrainingStage(Stage):
         assert self._step is not None
         shard, number = self.shard, operation.micro_batch
         batch = inputs[-1]
-        assert isinstance(batch.head, (Batch, Hidden))
+        assert isinstance(batch.head, (Tokens, Hidden))
         lengths = batch.head.lengths
-        entering, labels = None, None
-        if isinstance(batch.head, Batch):
-            entering, labels = _ids(batch.head, memoryview(batch.body), shard)
+        states, labels = None, None
+        if isinstance(batch.head, Tokens):
+            states, labels = _ids(batch.head, memoryview(batch.body), shard)
         if isinstance(inputs[0].head, Hidden):
-            entering = self._tensor(inputs[0].head.tensor, inputs[0].body)
+            states = self._tensor(inputs[0].head.tensor, inputs[0].body)
             lengths = inputs[0].head.lengths
-            if entering.dim() != 3 or entering.shape[0] != len(lengths) or entering.shape[2] != shard.hidden_size:
-                raise ValueError(
-                    f"hidden states must be {len(lengths)} x T x {shard.hidden_size}, got {entering.shape}"
-                )
-        assert entering is not None
-        leaving = shard.forward(Entering(self._number, number, entering, lengths, labels, self._step.tokens))
-        if leaving is None:
+            if states.dim() != 3 or states.shape[0] != len(lengths) or states.shape[2] != shard.hidden_size:
+                raise ValueError(f"hidden states must be {len(lengths)} x T x {shard.hidden_size}, got {states.shape}")
+        assert states is not None
+        output = shard.forward(MicroBatch(self._number, number, states, lengths, labels, self._step.tokens))
+        if output is None:
             return None
-        self._is_finite = self._is_finite and bool(leaving.isfinite().all())
-        head = Hidden(micro_batch=number, lengths=list(lengths), tensor=tensor_spec(leaving))
-        return To.next, Message(self._number, head, tensor_bytes(leaving))
+        self._is_finite = self._is_finite and bool(output.isfinite().all())
+        head = Hidden(micro_batch=number, lengths=list(lengths), tensor=tensor_spec(output))
+        return To.next, Message(self._number, head, tensor_bytes(output))
 
     def _backward(self, operation: Operation, *inputs: Message) -> Sent | None:
         gradient, number = None, operation.micro_batch
@@ -274,7 +272,7 @@ class TrainingStage(Stage):
             head = inputs[0].head
             assert isinstance(head, Gradient)
             gradient = self._tensor(head.tensor, inputs[0].body)
-            if gradient.shape != self.shard.held[number].leaving.shape:
+            if gradient.shape != self.shard.held[number].output.shape:
                 raise ValueError(f"a gradient must have the shape of what was sent, got {list(gradient.shape)}")
         back = self.shard.backward(number, gradient)
         if back is None:
@@ -347,7 +345,7 @@ def _squared_distance(one: Tensor, other: Tensor) -> float:
     return sum(float((a.cpu().double() - b.double()).square().sum()) for a, b in pieces)
 
 
-def _ids(batch: Batch, body: memoryview, shard: TrainingShard) -> tuple[Tensor | None, Tensor | None]:
+def _ids(batch: Tokens, body: memoryview, shard: TrainingShard) -> tuple[Tensor | None, Tensor | None]:
     """Ids B x T and labels B x T of a batch, as far as this shard needs them. Raises ValueError for anything else."""
     shape = (len(batch.lengths), batch.columns)
     wanted = [shard.is_first, shard.is_last]

@@ -1,8 +1,8 @@
 """`DistributedTrainer`: optimizer steps over a model that is cut into shards.
 
 The trainer gives ids to the first shard and labels to the last one, the shards do the rest between themselves; what
-comes back is the loss and one scalar a shard, from which the global gradient norm is made. How gradients come about is
-a `Backward`: `Explicit` here, over any transport; `split.training.autograd.Autograd` over torch's.
+comes back is the loss and one scalar a shard, from which the global gradient norm is made. A `Backward` computes the
+gradients: `Explicit` here, over any transport; `split.training.autograd.Autograd` over torch's.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from lab import faults
-from lab.learning.examples import Batch as Examples
+from lab.learning.examples import Batch
 from lab.learning.training import learning_rate_at
 from lab.settings import OptimizationSettings, UserError
 from lab.wire import Head
 from split.chain.messages import Fault, FaultCode
 from split.training.checkpoint import Manifest, forget_steps_before, step_folder, write_manifest
-from split.training.messages import Apply, Batch, Done, Figures, Save, Saved, Start, Started, Step, unpack_spans
+from split.training.messages import Apply, Done, Figures, Save, Saved, Start, Started, Step, Tokens, unpack_spans
 from split.training.schedule import Schedule, Timeline
 from split.transport.base import ChainLost, Message, ShardLost, ShardReport, Transport
 
@@ -41,83 +42,77 @@ class TrainingFault(faults.Fault):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepFigures:
-    """One optimizer step."""
+class Gradients:
+    """Figures of a step's forwards and backwards; the gradients themselves stay at the shards."""
 
-    step: int
-    """From 0."""
     loss: float
     """Mean cross-entropy per counted token, in nats, before the step."""
-    tokens: int
-    """That the loss counted."""
-    learning_rate: float
-    gradient_norm: float
-    """Of all shards together, before clipping."""
-    seconds: float
-    bubble_fraction: float
-    """The share of the shards' time, from the first operation to the last one, in which they wait."""
-    timeline: Timeline | None
-    """When each shard did what, by the trainer's clock; None where torch's engine decides that."""
-    held: list[int]
-    """The most micro-batches that each shard held at once."""
-    boundary_bytes: int
-    """That shards sent to their neighbours."""
-    rss_bytes: list[int]
-    """Of each shard."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradients:
-    """What came of a step's forwards and backwards; the gradients themselves stay where they are."""
-
-    loss: float
     squares: list[float]
     """Sum of the squares of each shard's gradients."""
     is_finite: list[bool]
-    """Whether each shard's hidden states were, or its loss."""
+    """Whether each shard's hidden states, or its loss, were finite."""
     bubble_fraction: float
+    """Share of the shards' time, from the first operation to the last one, in which they wait."""
     timeline: Timeline | None
+    """Operations of each shard, by the trainer's clock; None where torch's engine orders them."""
     held: list[int]
+    """Most micro-batches that each shard held at once."""
     boundary_bytes: int
+    """Bytes that shards sent to their neighbours."""
     rss_bytes: list[int]
+    """Memory of each shard's process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures(Gradients):
+    """Figures of one optimizer step."""
+
+    step: int
+    """Number of the step, from 0."""
+    tokens: int
+    """Tokens that the loss counted."""
+    learning_rate: float
+    gradient_norm: float
+    """Norm over all shards, before clipping."""
+    seconds: float
 
 
 class Backward(Protocol):
-    """How gradients come about, and how they are applied."""
+    """A way to compute gradients and to apply them."""
 
     def begin(self) -> None:
-        """The shards have been started (again)."""
+        """Get ready after the shards have been started, or started again."""
         ...
 
-    def gradients(self, step: int, micro_batches: Sequence[Examples], plan: Step) -> Gradients:
-        """All forwards and backwards of a step."""
+    def gradients(self, step: int, micro_batches: Sequence[Batch], plan: Step) -> Gradients:
+        """Do all forwards and backwards of a step."""
         ...
 
     def apply(self, step: int, apply: Apply) -> None:
-        """The optimizer's step at every shard."""
+        """Take the optimizer's step at every shard."""
         ...
 
 
 class Shards:
-    """Orders that all shards get alike, and their answers, by place."""
+    """The shards of a transport: messages to all of them, and their answers, by place."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.count = len(transport.layers)
         self.clock_offsets = [0.0] * self.count
-        """What to add to each shard's clock to have ours."""
+        """Difference between our clock and each shard's, to add to its times."""
 
     def send(self, shard: int, step: int, head: Head, body: bytes | memoryview = b"") -> None:
-        """A message to one shard."""
+        """Send a message to one shard."""
         self.transport.send(shard, Message(step, head, body))
 
     def tell(self, step: int, head: Head) -> None:
-        """The same to every shard."""
+        """Send a message to every shard."""
         for shard in range(self.count):
             self.send(shard, step, head)
 
     def collect(self, kind: type[Answer]) -> list[tuple[Answer, bytes | memoryview]]:
-        """One answer of every shard, by place. Raises `ShardLost`, `TrainingFault`, UserError for what is refused."""
+        """One answer of every shard, by place. Raises `ShardLost`, `TrainingFault`, or UserError for a refusal."""
         found: dict[int, tuple[Answer, bytes | memoryview]] = {}
         while len(found) < self.count:
             answer = self.transport.collect()
@@ -131,27 +126,28 @@ class Shards:
         return [found[shard] for shard in range(self.count)]
 
     def figures(self) -> list[Figures]:
-        """Sizes of every shard, now; the clocks are compared on the way."""
+        """Current figures of every shard; also sets `clock_offsets`."""
         reports: Sequence[ShardReport[Any]] = self.transport.reports()
         self.clock_offsets = [report.clock_offset_seconds for report in reports]
         return [report.figures for report in reports]
 
 
-class Explicit:
+class Explicit(Backward):
     """Boundary backward: each shard keeps input and output of a micro-batch, gets dL/dy, sends dL/dx."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
 
+    @override
     def begin(self) -> None:
-        """See `Backward.begin`."""
+        pass
 
-    def gradients(self, step: int, micro_batches: Sequence[Examples], plan: Step) -> Gradients:
-        """See `Backward.gradients`."""
+    @override
+    def gradients(self, step: int, micro_batches: Sequence[Batch], plan: Step) -> Gradients:
         shards = self._shards
         shards.tell(step, plan)
         for number, batch in enumerate(micro_batches):
-            head = Batch(
+            head = Tokens(
                 micro_batch=number,
                 lengths=batch.attention_BT.sum(1).tolist(),
                 columns=batch.ids_BT.shape[1],
@@ -181,22 +177,22 @@ class Explicit:
             rss_bytes=[head.rss_bytes for head in heads],
         )
 
+    @override
     def apply(self, step: int, apply: Apply) -> None:
-        """See `Backward.apply`."""
         self._shards.tell(step, apply)
 
 
 class DistributedTrainer:
-    """Takes optimizer steps, saves them, and goes on from the last one that is valid when a shard is lost.
+    """Takes optimizer steps, saves them, and continues from the last valid one when a shard is lost.
 
     Args:
-        shards: In their places, not started yet.
-        backward: How gradients come about.
-        batches: Batches from the first step on, the same whenever it is called.
-        optimization: Schedule, clipping, accumulation.
-        schedule: Which shard does which micro-batch when.
-        manifest: The last valid step, and what a checkpoint says besides: recipe, total steps, micro-batches.
-        checkpoints: Where manifests are.
+        shards: The shards, not started yet.
+        backward: Computes the gradients.
+        batches: Makes batches from the first step on, the same at each call.
+        optimization: Learning rate, clipping, accumulation.
+        schedule: Order of the micro-batches at each shard.
+        manifest: The last valid step, with recipe, total steps and micro-batches.
+        checkpoints: Folder of the manifests.
         recovery_seconds: How long to try to bring back a lost shard.
     """
 
@@ -205,7 +201,7 @@ class DistributedTrainer:
         shards: Shards,
         backward: Backward,
         *,
-        batches: Callable[[], Iterator[Examples]],
+        batches: Callable[[], Iterator[Batch]],
         optimization: OptimizationSettings,
         schedule: Schedule,
         manifest: Manifest,
@@ -217,21 +213,21 @@ class DistributedTrainer:
         self._optimization, self._schedule = optimization, schedule
         self._checkpoints, self._recovery_seconds = checkpoints, recovery_seconds
         self.manifest = manifest
-        """Of the last valid step; at step 0 there is nothing on disk for it."""
+        """The last valid step; at step 0 it is not on disk."""
         self.recoveries = 0
         self._lost_since_step = 0
         self.weights_delta_norms: list[float] = []
-        """Of each shard, at the last checkpoint."""
-        self._surely(self._begin, again=False)
+        """Change of each shard's weights since the beginning, at the last checkpoint."""
+        self._with_recovery(self._begin, again=False)
 
     @property
     def losses(self) -> list[float]:
-        """Of every step so far."""
+        """Loss of every step so far."""
         return self._losses
 
     @property
     def step(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return len(self._losses)
 
     @property
@@ -241,19 +237,19 @@ class DistributedTrainer:
         return step_folder(self._checkpoints, manifest.run, manifest.step) if manifest.step else None
 
     def train_step(self) -> StepFigures:
-        """Take the next optimizer step. After a loss it is the one after the last valid step.
+        """Take the next optimizer step; after the loss of a shard, the one after the last valid step.
 
         Raises:
             ShardLost: a shard was lost and did not come back in time.
             TrainingFault: a shard failed.
-            UserError: loss or gradient is not finite; a replacement that has not its part of the checkpoint.
+            UserError: loss or gradient is not finite, or a replacement lacks its part of the checkpoint.
         """
-        figures: StepFigures = self._surely(self._train_step)
+        figures: StepFigures = self._with_recovery(self._train_step)
         return figures
 
     def save(self) -> Path | None:
-        """Make the step that was taken last a checkpoint; return its folder, None when a shard was lost meanwhile."""
-        saved: Path | None = self._surely(self._save, again=False)
+        """Make the last step a checkpoint; return its folder, None when a shard was lost meanwhile."""
+        saved: Path | None = self._with_recovery(self._save, again=False)
         return saved
 
     # A step
@@ -278,17 +274,12 @@ class DistributedTrainer:
         self._losses.append(found.loss)
         self._lost_since_step = 0
         return StepFigures(
+            **vars(found),
             step=step,
-            loss=found.loss,
             tokens=tokens,
             learning_rate=learning_rate,
             gradient_norm=norm,
             seconds=time.perf_counter() - begin,
-            bubble_fraction=found.bubble_fraction,
-            timeline=found.timeline,
-            held=found.held,
-            boundary_bytes=found.boundary_bytes,
-            rss_bytes=found.rss_bytes,
         )
 
     def _check_finite(self, step: int, found: Gradients, norm: float) -> None:
@@ -321,7 +312,7 @@ class DistributedTrainer:
         return folder
 
     def _begin(self) -> None:
-        """Have every shard where the last valid step left it."""
+        """Set every shard to the last valid step."""
         manifest = self.manifest
         self._losses = list(manifest.loss_by_step)
         self._batches = islice(self._all_batches(), manifest.step * self._optimization.accumulation, None)
@@ -338,8 +329,8 @@ class DistributedTrainer:
         self.shards.figures()  # compares the clocks
         self._backward.begin()
 
-    def _surely(self, call: Callable[[], Any], again: bool = True) -> Any:
-        """What `call` returns, however often shards are lost meanwhile, within `recovery_seconds` of each loss."""
+    def _with_recovery(self, call: Callable[[], Any], again: bool = True) -> Any:
+        """The result of `call`, called again after each loss of a shard that ends within `recovery_seconds`."""
         while True:
             try:
                 return call()
@@ -367,26 +358,24 @@ class DistributedTrainer:
 
 
 def clip_scale(norm: float, optimization: OptimizationSettings) -> float:
-    """What every gradient is multiplied with, as `torch.nn.utils.clip_grad_norm_` has it; 1 without clipping."""
+    """Factor of every gradient, as in `torch.nn.utils.clip_grad_norm_`; 1 without clipping."""
     if not optimization.max_gradient_norm:
         return 1.0
     return min(1.0, optimization.max_gradient_norm / (norm + 1e-6))
 
 
-def split_batch(batch: Examples, parts: int) -> list[Examples]:
-    """A batch as micro-batches of equally many examples. All keep the padding of the whole, as far as they need it."""
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """A batch as `parts` micro-batches of equally many examples, each padded to its own longest example."""
     rows = len(batch.ids_BT) // parts
     assert rows * parts == len(batch.ids_BT), f"{len(batch.ids_BT)} examples in {parts} micro-batches"
     return [_rows(batch, slice(first, first + rows)) for first in range(0, len(batch.ids_BT), rows)]
 
 
-def _rows(batch: Examples, rows: slice) -> Examples:
+def _rows(batch: Batch, rows: slice) -> Batch:
     attention_BT = batch.attention_BT[rows]
     columns = int(attention_BT.sum(1).max())
     labels_BT = batch.labels_BT[rows, :columns]
-    return Examples(
-        batch.ids_BT[rows, :columns], attention_BT[:, :columns], labels_BT, int((labels_BT[:, 1:] >= 0).sum())
-    )
+    return Batch(batch.ids_BT[rows, :columns], attention_BT[:, :columns], labels_BT, int((labels_BT[:, 1:] >= 0).sum()))
 
 
 def _int32(tensor: torch.Tensor) -> bytes:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lab.engine.base import Engine, LocalEngine
+from lab.engine.base import Engine
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from speculative.drafter.check import Flip
 from speculative.drafter.loop import Round, speculate

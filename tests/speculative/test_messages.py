@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from lab.engine.base import SyntheticEngine
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from lab.wire import encode, pack_tokens
 from speculative.bench.rig import text_bytes
 from speculative.drafter.sources import EngineDrafts

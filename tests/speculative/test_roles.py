@@ -25,7 +25,8 @@ from lab.command.entry import EndedBy, Run, compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.faults import Fault
-from lab.models.sources import BYTE_EOS, LoadedModel, load_model
+from lab.models.conversion import BYTE_EOS
+from lab.models.sources import LoadedModel, load_model
 from lab.settings import UserError
 from lab.text.words import Words
 from lab.wire import PeerGone, PeerMismatch

@@ -19,22 +19,14 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from lab.engine import base as engine_module
 from lab.engine import kv as kv_module
-from lab.engine.base import (
-    Engine,
-    LocalEngine,
-    Request,
-    Scored,
-    Session,
-    ShapeDependence,
-    SyntheticEngine,
-    TargetStep,
-    Want,
-)
+from lab.engine import local as engine_module
+from lab.engine.base import Engine, Request, Scored, Session, TargetStep, Want
 from lab.engine.kinds import open_split_engine
 from lab.engine.kv import CacheFull, SlotCache
+from lab.engine.local import LocalEngine, ShapeDependence
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from split.inference.open import join_shards
 from tests.random_models import ARCHITECTURES, VOCABULARY, WINDOW, random_model
 

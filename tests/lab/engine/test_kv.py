@@ -15,7 +15,7 @@ from lab.engine.kv import (
     CacheFull,
     ExactShape,
     LayerShape,
-    Pass,
+    PassPlan,
     SlotCache,
     UnknownState,
     check_attention,
@@ -51,7 +51,7 @@ def _run(cache: SlotCache, slots: list[int], counts: list[int], value: float) ->
     return keys
 
 
-def _mask(cache: SlotCache, plan: Pass, rule: Any = causal_mask_function, kind: str = "sdpa") -> torch.Tensor:
+def _mask(cache: SlotCache, plan: PassPlan, rule: Any = causal_mask_function, kind: str = "sdpa") -> torch.Tensor:
     """What a model gets that makes its mask by `rule`, as transformers asks for it."""
     batch, width = plan.position_ids_BT.shape
     mask = _MASKS[kind](
@@ -142,7 +142,7 @@ def test_growing_keeps_what_was_written() -> None:
     keys = _run(cache, [first, second], [4, 9], 2.0)
     assert _column_values(keys, 0) == [1.0] * 7 + [2.0] * 4 + [0.0] * 5
     assert cache.allocated_bytes == 2 * 16 * BYTES_PER_POSITION
-    assert cache.used_bytes == (11 + 9) * BYTES_PER_POSITION
+    assert [cache.lengths[slot] for slot in (first, second)] == [11, 9]
     assert cache.bytes_per_position == BYTES_PER_POSITION
 
 

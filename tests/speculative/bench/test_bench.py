@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lab.command.entry import Run, compose_settings
-from lab.engine.base import SyntheticEngine
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.wire import encode, pack_tokens

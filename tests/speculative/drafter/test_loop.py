@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from lab.engine.base import SyntheticEngine
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from speculative.drafter.check import find_flips
 from speculative.drafter.loop import RequestRefused, Round, speculate
 from speculative.drafter.sources import EngineDrafts, add_noise_to_head

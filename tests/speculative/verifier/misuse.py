@@ -18,9 +18,10 @@ import psutil
 
 from lab.command.entry import compose_settings
 from lab.device import open_device
-from lab.engine.base import LocalEngine
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
-from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
+from lab.models.conversion import BYTE_EOS
+from lab.models.sources import load_model, load_tokenizer_only
 from lab.wire import MAGIC, Endpoint, FrameSocket, Head, WireError, pack_tokens
 from speculative.acceptance import until_end
 from speculative.drafter.loop import speculate

@@ -13,7 +13,7 @@ import pytest
 
 from lab.command.entry import compose_settings
 from lab.engine.sampling_head import WordsHead
-from lab.models.sources import BYTE_EOS, byte_tokenizer
+from lab.models.conversion import BYTE_EOS, byte_tokenizer
 from lab.wire import FrameSocket, PeerRefused, pack_tokens
 from speculative.messages import (
     AskVocabularyFrame,

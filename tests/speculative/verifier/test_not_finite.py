@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lab.engine.base import LocalEngine
+from lab.engine.local import LocalEngine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.wire import BadFrame, Peer

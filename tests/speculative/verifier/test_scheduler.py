@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from lab.engine.base import Engine, Request, Session, SyntheticEngine, TargetStep, Want
+from lab.engine.base import Engine, Request, Session, TargetStep, Want
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from lab.text.words import Words
 from speculative.acceptance import prefix_hash
 from speculative.drafter.loop import Desync, DraftedSequence

@@ -17,6 +17,7 @@ def figures(timeline: Timeline) -> StepFigures:
     return StepFigures(
         step=0, loss=0.0, tokens=1, learning_rate=0.0, gradient_norm=0.0, seconds=timeline.seconds,
         bubble_fraction=timeline.bubble_fraction, timeline=timeline, held=[2, 1], boundary_bytes=0, rss_bytes=[],
+        squares=[], is_finite=[],
     )  # fmt: skip
 
 

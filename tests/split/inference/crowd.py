@@ -293,17 +293,17 @@ class Watch:
 
     @contextlib.contextmanager
     def over(self, shard: Shard) -> Iterator[None]:
-        run = shard.run
+        forward = shard.forward
 
         def watched(keys: Sequence[Any], entering: Any) -> Any:
             self.passes.append((time.monotonic(), {client for client, _ in keys}))
-            return run(keys, entering)
+            return forward(keys, entering)
 
-        shard.run = watched  # type: ignore[method-assign]
+        shard.forward = watched  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del shard.run  # type: ignore[method-assign]
+            del shard.forward  # type: ignore[method-assign]
 
     def after(self, client: int, left: float) -> tuple[int, int]:
         """Of the passes begun after that moment: whether the first has a row of the client, and how many later ones."""

@@ -145,7 +145,7 @@ def left(clients: int) -> dict[str, Any]:
 def _forgotten(served: Sequence[Process]) -> bool:
     """Whether nothing of any client is left, soon."""
     deadline = time.monotonic() + 10
-    while any(process.server.clients or process.server.stage.shard._texts for process in served):
+    while any(process.server.clients or process.server.stage.shard._requests for process in served):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)

@@ -85,7 +85,7 @@ def eventually(what: Callable[[], bool], seconds: float = 10.0) -> None:
 
 def is_empty(process: Process) -> bool:
     stage = process.server.stage
-    return not (process.server.clients or stage._texts or stage.shard._texts or process.server._line)
+    return not (process.server.clients or stage._texts or stage.shard._requests or process.server._line)
 
 
 # A fault has one owner
@@ -189,7 +189,7 @@ def test_a_model_that_cannot_run_is_refused_before_it_listens(tmp_path: Path, mo
     words = f"model=random 'model.cache_dir={tmp_path}' tracking=none project.context=64"
     split = compose_settings("split_inf", words, SplitSettings)
     stage = load_stage(split, torch.device("cpu"), range(0, 2))
-    assert not stage.shard._texts
+    assert not stage.shard._requests
     assert stage.counts.texts == stage.counts.tokens == 0
 
     def fail(*given: Any) -> None:
@@ -319,7 +319,7 @@ def test_nobody_computes_for_a_client_that_left(settings: ModelSettings) -> None
         )
         for process in both:
             eventually(lambda process=process: is_empty(process))  # type: ignore[misc]
-            assert process.server.stage.shard.cache.used_bytes == 0
+            assert not any(process.server.stage.shard.cache.lengths)
             assert process.server.attached == 24
             assert process.server.stage.counts.left == process.server.stage.counts.texts
     assert came.later_passes_after == 0

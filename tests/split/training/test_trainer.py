@@ -15,7 +15,7 @@ from lab.settings import Dtype, ModelSettings, Quantization, UserError
 from split.training.messages import Recipe
 from split.training.schedule import Schedule, even_bubble, replay
 from split.training.settings import Train
-from split.training.shard import Entering, TrainingShard
+from split.training.shard import MicroBatch, TrainingShard
 from split.training.trainer import clip_scale
 from split.training.weights import load_training_shard
 from split.transport.inproc import InProcess
@@ -46,10 +46,10 @@ def _one_thread() -> None:
 class Detached(TrainingShard):
     """The mistake that "the loss goes down" does not notice: nothing comes back over the boundary."""
 
-    def run(self, entering: Entering) -> Tensor:
+    def compute(self, micro_batch: MicroBatch) -> Tensor:
         if not self.is_first:
-            entering = entering._replace(states=entering.states.detach() + 0 * entering.states)
-        return super().run(entering)
+            micro_batch = micro_batch._replace(states=micro_batch.states.detach() + 0 * micro_batch.states)
+        return super().compute(micro_batch)
 
 
 def load_detached(settings: ModelSettings, layers: range, recipe: Recipe) -> TrainingShard:
@@ -181,7 +181,7 @@ def kept_bytes(settings: ModelSettings, recipe: Recipe) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        shard.forward(Entering(0, 0, torch.randn(4, 20, shard.hidden_size), [20] * 4, None, 80))
+        shard.forward(MicroBatch(0, 0, torch.randn(4, 20, shard.hidden_size), [20] * 4, None, 80))
     weights = {weight.data_ptr() for weight in shard.weights.values()}
     return sum(size for place, size in kept.items() if place not in weights)
 
@@ -253,9 +253,9 @@ def test_nan_stops_the_run_and_names_step_shard_and_what_is_kept(tmp_path: Path)
         shard = load_plain(settings, layers, recipe)
         forward = shard.forward
 
-        def poisoned(entering: Entering) -> Tensor | None:
-            hidden = forward(entering)
-            return hidden * math.nan if hidden is not None and entering.step == 3 and layers.start == 1 else hidden
+        def poisoned(micro_batch: MicroBatch) -> Tensor | None:
+            hidden = forward(micro_batch)
+            return hidden * math.nan if hidden is not None and micro_batch.step == 3 and layers.start == 1 else hidden
 
         shard.forward = poisoned  # type: ignore[method-assign]
         return shard

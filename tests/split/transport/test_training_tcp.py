@@ -16,7 +16,7 @@ from lab.settings import Dtype
 from lab.wire import FrameSocket, WrongKey
 from lab.wire.tensors import TensorSpec, WireDtype
 from split.chain.messages import Attach, Fault, send
-from split.training.messages import Batch, Hidden, Start, Step
+from split.training.messages import Hidden, Start, Step, Tokens
 from split.training.schedule import Schedule
 from split.transport.base import Message, ShardLost
 from tests.split.training.processes import Learner, connect, connected, endpoint, learners_of, over_tcp
@@ -160,7 +160,7 @@ def test_a_trainer_that_leaves_in_the_middle_leaves_nothing_behind(tmp_path: Pat
         leaving = connect(addresses)
         trainer(leaving, tmp_path).train_step()
         leaving.send(0, Message(1, Step(schedule=Schedule.gpipe, micro_batches=2, turns=1, tokens=3)))
-        leaving.send(0, Message(1, Batch(micro_batch=0, lengths=[3], columns=3), b"\0" * 12))
+        leaving.send(0, Message(1, Tokens(micro_batch=0, lengths=[3], columns=3), b"\0" * 12))
         _eventually(lambda: bool(first.stage.shard.held))
         leaving.shutdown()
         _eventually(lambda: not (first.stage.shard.held or first.stage._waiting))
@@ -210,13 +210,13 @@ def test_what_makes_no_sense_is_refused_and_said(tmp_path: Path) -> None:
         transport.send(0, Message(0, endless))
         assert "micro-batches of a step must be at most 4096" in _refusal(transport)
         transport.send(0, Message(0, step))
-        transport.send(0, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\0" * 8))
+        transport.send(0, Message(0, Tokens(micro_batch=0, lengths=[3], columns=3), b"\0" * 8))
         assert "a batch must hold 1 x 1 x 3 ids" in _refusal(transport)
         transport.send(0, Message(0, step))
-        transport.send(0, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\xff" * 12))
+        transport.send(0, Message(0, Tokens(micro_batch=0, lengths=[3], columns=3), b"\xff" * 12))
         assert "ids must be in [0, 264)" in _refusal(transport)
         transport.send(1, Message(0, step))
-        transport.send(1, Message(0, Batch(micro_batch=0, lengths=[3], columns=3), b"\0" * 12))
+        transport.send(1, Message(0, Tokens(micro_batch=0, lengths=[3], columns=3), b"\0" * 12))
         wide = TensorSpec(dtype=WireDtype.float32, shape=[1, 3, 33])
         transport.send(1, Message(0, Hidden(micro_batch=0, lengths=[3], tensor=wide), b"\0" * (3 * 33 * 4)))
         assert "hidden states must be 1 x T x 32" in _refusal(transport)
