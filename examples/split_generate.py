@@ -16,10 +16,8 @@ def write(shards: int, tokens: int = 24) -> str:
     words = ["project.transport=inproc", f"project.local_shards={shards}"]
     settings = compose_settings("split_inf", [*words, *sys.argv[1:]], SplitSettings)
     prompt = load_tokenizer_only(settings.model)("The sky is blue because")["input_ids"]
-    with (
-        sharded_model(settings, open_device(settings.device), Path()) as engine,
-        engine.open(prompt, Sampling.greedy()) as session,
-    ):
+    model = sharded_model(settings, open_device(settings.device), Path())
+    with model as engine, engine.open(prompt, Sampling.greedy()) as session:
         text = [session.step.next_ids[-1]]
         while len(text) < tokens:
             [step] = engine.extend([(session, text[-1:])], "last")  # ids in, hidden states across, a token out

@@ -29,7 +29,7 @@ from lab.models.conversion import BYTE_EOS
 from lab.models.sources import LoadedModel, load_model
 from lab.settings import UserError
 from lab.text.words import Words
-from lab.wire import PeerGone, PeerMismatch
+from lab.wire import PeerGone, PeerMismatch, TlsRefused
 from speculative.acceptance import until_end
 from speculative.drafter.connection import VerifierConnection
 from speculative.drafter.loop import RequestFailed, speculate
@@ -609,8 +609,9 @@ def test_off_loopback_over_tls(tmp_path: Path) -> None:
         plain = _own_text(PROMPT, Sampling.greedy(), 9)
         assert drafted(running.port, trusting, tmp_path / "tls")["token_ids"] == plain
         text = f"verifier 127.0.0.1:{running.port} takes TLS only (network.tls_authority must be set, got null)"
-        with pytest.raises(UserError, match=re.escape(text)):
+        with pytest.raises(TlsRefused, match=re.escape(text)) as refused:
             drafted(running.port, words, tmp_path / "plain")
+        assert refused.value.exit_code == 2
         wait_until(lambda: "network.tls_authority=" in running.stderr(), "the command says that TLS is needed")
 
 

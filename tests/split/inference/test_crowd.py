@@ -195,7 +195,7 @@ def test_a_model_that_cannot_run_is_refused_before_it_listens(tmp_path: Path, mo
     def fail(*given: Any) -> None:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(Shard, "_forward", fail)
+    monkeypatch.setattr(Shard, "_run_slice", fail)
     with pytest.raises(
         UserError, match=r"^model must run two tokens through the shard of layers 0:2: RuntimeError: no k"
     ):
