@@ -228,13 +228,8 @@ class TrainingRig:
         return manifest
 
 
-PARTS: dict[str, Callable[[TrainingRig], Row]] = {
-    "pipeline": TrainingRig.pipeline,
-    "throughput": TrainingRig.throughput,
-    "boundary": TrainingRig.boundary,
-    "memory": TrainingRig.memory,
-    "adapter": TrainingRig.adapter,
-}
+_parts = (TrainingRig.pipeline, TrainingRig.throughput, TrainingRig.boundary, TrainingRig.memory, TrainingRig.adapter)
+PARTS: dict[str, Callable[[TrainingRig], Row]] = {part.__name__: part for part in _parts}
 
 
 def memory_of(words: Sequence[str], layers: range) -> Row:
