@@ -1,4 +1,4 @@
-"""What does this hardware give me? `python run_matrix.py matrix=decode model=random`."""
+"""Measure what this hardware gives: `python run_matrix.py matrix=decode model=random`."""
 
 from matrix.__main__ import main
 

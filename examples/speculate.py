@@ -6,9 +6,9 @@ from lab.command.entry import compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
-from speculative.drafter.sources import NgramDrafts
+from speculative.acceptance import common_length
+from speculative.drafts import NgramDrafts
 from speculative.settings import SpeculativeSettings
-from speculative.verifier.sequence import common_length
 from speculative.verifier.target import open_target
 
 settings = compose_settings("spec_decoding", sys.argv[1:], SpeculativeSettings)

@@ -1,1 +1,1 @@
-"""What every pillar stands on; knows no pillar."""
+"""The common ground of all pillars: models, engines, learning, texts, the wire, commands. Imports no pillar."""

@@ -1,6 +1,6 @@
-"""What every benchmark shares: warm-up, interleaved runs, median with spread, cores, environment, JSON.
+"""Tools that every benchmark shares: warm-up, interleaved runs, median with spread, cores, environment, JSON.
 
-Timings on a shared machine drift, so cases run in turn (A, B, A, B, ...) and are compared by ratios of the same turn.
+Timings on a shared machine drift, so cases are interleaved (A, B, A, B, ...) and compared by ratios within a turn.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sample:
 
 
 def interleaved(cases: Mapping[str, Callable[[], float | None]], warmup: int, repeats: int) -> dict[str, list[float]]:
-    """Readings of every case, in turn: `warmup` turns thrown away, then `repeats` kept.
+    """Readings of every case, interleaved: `warmup` turns thrown away, then `repeats` kept.
 
     A case returns its own figure, or None to be timed by the wall clock (seconds).
     """
@@ -69,7 +69,7 @@ def interleaved(cases: Mapping[str, Callable[[], float | None]], warmup: int, re
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Sample:
-    """over / under turn by turn: drift of the machine falls out."""
+    """over / under turn by turn: drift of the machine cancels."""
     return Sample.of([a / b for a, b in zip(over, under, strict=True)])
 
 
@@ -152,13 +152,13 @@ def load_average() -> float | None:
 
 
 def judged(name: str, row: Mapping[str, Any], target: str, holds: bool) -> dict[str, Any]:
-    """The row with what it was to show, and whether it did; says so."""
+    """The row with the target that it was to show and whether it did; logs both."""
     log.info("%s: %s (%s)", name, "holds" if holds else "DOES NOT HOLD", target)
     return {**row, "target": target, "holds": holds}
 
 
 def missed(rows: Sequence[Mapping[str, Any]]) -> int:
-    """How many rows do not show what they were to show; a row without a judgement misses nothing."""
+    """Number of rows that missed their target; a row without a judgement misses none."""
     return sum(not row.get("holds", True) for row in rows)
 
 

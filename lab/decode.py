@@ -1,7 +1,7 @@
-"""What a token costs in a whole model on this machine: `python -m lab.decode project.context=1024`.
+"""Cost of a token in a whole model on this machine: `python -m lab.decode project.context=1024`.
 
 Every text fills its window: prompts of `context - new_tokens` tokens, then `new_tokens` more, so that the timed tokens
-see as much context as there is room for. What the tokens are changes no time, so they come from a hash.
+see as much context as there is room for. The tokens themselves do not matter for the time, so they come from a hash.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ register("decode", DecodeSettings)
 def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
     """Times full windows; the figures of the last line."""
     from lab.device import open_device, read_memory
-    from lab.engine.base import LocalEngine
     from lab.engine.kv import CacheFull
+    from lab.engine.local import LocalEngine
     from lab.models.layers import load_proved
     from lab.tracking import Tracker
 
@@ -93,7 +93,7 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
 def time_tokens(
     engine: Engine, *, context: int, sessions: int, new_tokens: int, sampling: Sampling | None = None
 ) -> dict[str, Any]:
-    """Figures of `sessions` texts in step, one pass a token; greedy unless `sampling` says otherwise.
+    """Time `sessions` texts in step, one pass a token; greedy unless `sampling` is given.
 
     Returns:
         `time_to_first_token_seconds`: all prompts in one batch, until each text has its first token.

@@ -1,4 +1,4 @@
-"""What computes here: cuda > mps > cpu, its precision, its threads, its memory."""
+"""The device that computes: cuda > mps > cpu, its precision, threads and memory."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def check_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
 
 
 def best_dtype(device: torch.device) -> Dtype:
-    """What `model.dtype=auto` is on this device: bfloat16 where it has instructions for it, else float32."""
+    """The dtype for `model.dtype=auto` on this device: bfloat16 where it has instructions for it, else float32."""
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""What this machine has, and the remedy for what it lacks: `python -m lab.doctor [model=...] [device.name=...]`.
+"""A report of this machine, with the remedy for what it lacks: `python -m lab.doctor [model=...] [device.name=...]`.
 
 Looks only: nothing is downloaded, converted or sent. A check that fails is a line of the table, never an end.
 """
@@ -31,7 +31,7 @@ GIB = 2**30
 
 @dataclass(kw_only=True)
 class DoctorProjectSettings:
-    """What is looked at besides the other settings."""
+    """Checks besides those of the common settings."""
 
     ports: list[int]
     """TCP ports to try on `network.host`, besides `network.port` and one that the system chooses."""
@@ -60,7 +60,7 @@ class Finding:
 
     found: str
     figures: dict[str, Any] = field(default_factory=dict)
-    """What the last line says of it."""
+    """Figures for the last line."""
     remedy: str | None = None
     """None when nothing is missing."""
 
@@ -137,7 +137,7 @@ def check_packages() -> Finding:
 
 
 def check_device(device: torch.device) -> Finding:
-    """What computes when `device.name` is as now."""
+    """The device that `device.name` selects."""
     names = [name.name for name in available()]
     kind = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else describe_environment()["machine"]["processor"]
@@ -214,7 +214,8 @@ def check_torch_rpc() -> Finding:
 
 def check_model(model: ModelSettings) -> Finding:
     """Whether the model's files are here; UserError with the remedy when its source is not."""
-    from lab.models.sources import converted_folder, gguf_file, model_identity
+    from lab.models.conversion import converted_folder, gguf_file
+    from lab.models.sources import model_identity
 
     title = f"{model.name} ({model.source.name})"
     if model.source is ModelSource.hub:

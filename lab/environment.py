@@ -1,4 +1,4 @@
-"""Which code ran where: commit, versions, machine. Stands beside every figure."""
+"""Which code ran where: commit, versions, machine. Recorded with every result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def version() -> str:
-    """What `--version` prints: our own, and the commit where there is one."""
+    """Text of `--version`: our version, and the commit where there is one."""
     number, here = _version("distributed-llm-lab") or "not installed", commit()
     return f"distributed-llm-lab {number}{f' (commit {here})' if here else ''}"
 

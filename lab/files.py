@@ -84,7 +84,7 @@ def require_writable(folder: Path, key: str) -> None:
 
 
 def cannot_use(key: str, where: object, error: OSError) -> UserError:
-    """What to say of a place that `key` names, which cannot be written or read."""
+    """The UserError for a place named by `key` that cannot be written or read."""
     return UserError(f"{key} must be a folder that can be written, got {str(where)!r} ({error.strerror or error})")
 
 

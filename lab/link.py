@@ -33,7 +33,7 @@ COMMAND_SECONDS = 5.0  # for the link's own thread to do as told; it is never bu
 
 @dataclass(frozen=True, kw_only=True)
 class OneWay:
-    """What happens to bytes in one direction. The defaults change nothing."""
+    """Properties of one direction of a link. The defaults change nothing."""
 
     delay_seconds: float = 0.0
     """From the last byte of a piece in to the same out."""
@@ -88,7 +88,7 @@ class LinkSettings:
     """Bytes of one connection and direction that may be under way; beyond it the sender is not read (back-pressure).
     Throughput is at most this divided by the delay."""
     seed: int
-    """Of the jitter."""
+    """Seed of the jitter."""
     cuts: tuple[Cut, ...] = ()
     """Failures to come."""
 
@@ -99,7 +99,7 @@ class LinkSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What has entered a link so far: payload of TCP, as the ends sent it."""
+    """Payload of TCP that the two ends have sent into a link so far."""
 
     connections: int
     up_bytes: int
@@ -141,7 +141,7 @@ class Link:
 
     @property
     def traffic(self) -> Traffic:
-        """What has entered the link so far."""
+        """Payload that has entered the link so far."""
         return Traffic(connections=self._connections, up_bytes=self._up.carried, down_bytes=self._down.carried)
 
     def cut(self, kind: CutKind, *, duration_seconds: float) -> None:
@@ -302,7 +302,7 @@ class _Direction:
 
 
 class _End(Enum):
-    """What comes after the last byte."""
+    """How a connection ends after the last byte."""
 
     close = "close"
     reset = "reset"

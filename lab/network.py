@@ -109,7 +109,7 @@ def listener_tls(network: NetworkSettings) -> ssl.SSLContext | None:
 
 
 def cannot_listen(network: NetworkSettings, error: OSError) -> UserError:
-    """What to say of a listener that could not be opened: which of host and port is to blame."""
+    """The UserError for a listener that could not be opened: whether host or port is to blame."""
     if isinstance(error, socket.gaierror):
         return UserError(f"network.host must be a name that resolves, got {network.host!r} ({error.strerror})")
     if error.errno == errno.EADDRNOTAVAIL:

@@ -59,7 +59,7 @@ class JsonLines:
 
 
 class Tracked(Protocol):
-    """What a run is told of: settings of a command, or of one cell of a sweep; all of it is the W&B run's config."""
+    """Settings of a command, or of one cell of a sweep, which become the config of its W&B run."""
 
     @property
     def tracking(self) -> TrackingSettings:
@@ -202,7 +202,7 @@ def finite(value: Any) -> Any:
 
 
 class Counter:
-    """What `progress` yields."""
+    """Progress of a loop, as `progress` yields it."""
 
     def __init__(self, advance: Any) -> None:
         self._advance = advance

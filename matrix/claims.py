@@ -22,7 +22,7 @@ from lab.files import write_whole
 
 
 class Claims:
-    """What one sweep has taken, as a context manager: what is not given back then is free again."""
+    """The runs that one sweep has claimed, as a context manager: leaving it gives back the rest."""
 
     def __init__(self, results: Path, sweep: Path) -> None:
         """`results`: the folder of the cells; `sweep`: that of the sweep, for others to name it."""

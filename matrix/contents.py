@@ -1,4 +1,4 @@
-"""What a figure depends on beside its settings: the files that these name, and the code that runs."""
+"""Digests of what a figure depends on besides its settings: the files that these name, and the code that runs."""
 
 from __future__ import annotations
 

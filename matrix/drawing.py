@@ -1,4 +1,4 @@
-"""What a sweep leaves in its folder: sweep.json, results.csv, plots/, report.html. Reads JSON only, runs nothing."""
+"""Files of a finished sweep: sweep.json, results.csv, plots/, report.html. Reads JSON only, runs nothing."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 SMALLEST_POINTS = 6.0
-"""Of a text that can be read."""
+"""Smallest size of text that can be read."""
 
 MARGIN = 6.0
 """Pixels between a text and the edge of its cell, both sides together; and between two names at an axis."""
@@ -48,7 +48,7 @@ def _same_start(texts: Sequence[str]) -> int:
 
 
 def lines_of(title: str, width: int) -> str:
-    """Lines of at most so many characters."""
+    """The title in lines of at most `width` characters."""
     return "\n".join(textwrap.fill(line, width) for line in title.splitlines())
 
 

@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from lab.command.entry import compose_config, literal_prompt
 from lab.command.explain import explain
 from lab.command.overrides import override, parse_options, quoted
-from lab.settings import UserError, check_rules, digest
+from lab.command.typed import check_rules
+from lab.settings import UserError, digest
 from matrix.settings import SweepSettings
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,9 @@ class Cell:
     point: dict[str, Any]
     """Its value on each axis."""
     words: list[str]
-    """What its command is told, as one would type it."""
+    """Words of its command, as one would type them."""
     settings: dict[str, Any]
-    """Everything that comes of these."""
+    """The settings that these compose."""
 
     def signature(
         self, settings: SweepSettings, repeat: int, sources: str, device: str, contents: Mapping[str, str]
@@ -65,7 +66,7 @@ class Cell:
 
 
 def sort_words(arguments: Sequence[str]) -> Words:
-    """Whose is which word. UserError for one that Hydra cannot read, and for an axis that is given twice."""
+    """Sort words by their readers. UserError for one that Hydra cannot read, and for an axis that is given twice."""
     parser, words = OverridesParser.create(), Words(list(arguments), [], [], {})
     options = parse_options(arguments)
     if options.config_dir is not None:  # of Hydra's options the one that changes what a cell is made of
@@ -149,7 +150,7 @@ def as_word(key: str, value: Any) -> str:
 
 
 _NO_TEXT = ("null", "true", "false", "nan", "inf")
-"""What Hydra takes for something else where it stands without quotes."""
+"""Texts that Hydra reads as another type where they stand without quotes."""
 
 
 def make_cells(settings: SweepSettings, words: Words) -> list[Cell]:
@@ -180,8 +181,8 @@ def make_cells(settings: SweepSettings, words: Words) -> list[Cell]:
 
 
 def _refusal(config: DictConfig) -> UserError | None:
-    """What the command would say of these settings as it starts; None: nothing. A combination that it refuses is a
-    result like any other failure, as long as each of its values is good for something."""
+    """The error with which the command would refuse these settings; None where it takes them. A refused combination is
+    a result like any other failure, as long as each of its values occurs in one that is not refused."""
     try:
         check_rules(config)
     except UserError as error:

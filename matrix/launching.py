@@ -1,4 +1,4 @@
-"""Who starts the cells. A launcher takes jobs and gives their outcomes as they come; leaving it ends what runs."""
+"""Launchers of cells: each takes jobs and yields their outcomes as they end; closing it ends those that still run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from matrix.supervisor import Job, Outcome
 
 
 class Supervised:
-    """A job under its supervisor, which both have `environment`. Closing it ends both."""
+    """A job under its supervisor, both with `environment`. Closing it ends both."""
 
     def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -76,7 +76,7 @@ class LocalLauncher(CellLauncher):
     def __init__(self, at_once: int) -> None:
         self.at_once = at_once
         self._environment = dict(os.environ)
-        """As it is now, since the threads below start cells while W&B changes ours for the cell that has ended."""
+        """A copy, since the threads below start cells while W&B changes our own for the cell that has ended."""
         self._running: set[Supervised] = set()
         self._lock = threading.Lock()
         self._stopped = False

@@ -35,7 +35,7 @@ WIDEST_INCHES, TALLEST_INCHES = 12.0, 14.0
 """1200 pixels, 1400 pixels."""
 
 CHARACTERS_AN_INCH = 11
-"""Of a title, and of the names at an axis."""
+"""Width of a title, and of the names at an axis."""
 
 LONGEST_NAME, LONGEST_TITLE = 28, 100
 """Characters of a value at an axis, and of one thing that a title names."""
@@ -44,10 +44,10 @@ MOST_FIGURES = 400
 """With more cells, none has its figure written into it."""
 
 MOST_LINES = 10
-"""So many colours and markers can be told apart; more become a heatmap."""
+"""Most lines with colours and markers that can be told apart; more become a heatmap."""
 
 LEAST_RANGE = 0.2
-"""Of the colour scale, as a share of the largest figure."""
+"""Smallest range of the colour scale, as a share of the largest figure."""
 
 WIDE_RANGE, LONG_AXIS = 1000, 100
 """Largest figure over the smallest from which a scale is logarithmic; the same of the numbers along an axis."""
@@ -94,7 +94,7 @@ class Picture:
         return list(zip(self.values(self.down if axis == self.across else self.across), lines, strict=True))
 
     def values(self, axis: str | None) -> list[Any]:
-        """What an axis takes; one empty text where there is no such axis."""
+        """Values of an axis; one empty text where there is no such axis."""
         return [""] if axis is None else self.table.values(axis)
 
     def label(self, axis: str | None) -> str:
@@ -102,7 +102,7 @@ class Picture:
         return "" if axis is None else self.table.label(axis)
 
     def title(self, metric: str) -> str:
-        """What is drawn, of which model, on what, from which commit."""
+        """The title: metric, fixed values, model, device, commit."""
         fixed = "".join(f", {self.label(key)} = {shortened(name(value), 60)}" for key, value in self.fixed.items())
         return f"{metric}{fixed}\n{_origin(self.table)}"
 
@@ -229,7 +229,7 @@ def _ratio_heatmap(picture: Picture, metric: Metric, other: Table) -> Figure:
 
 @dataclass(frozen=True)
 class _Grid:
-    """What stands in the cells of a heatmap, by row and column."""
+    """Values and texts in the cells of a heatmap, by row and column."""
 
     values: list[list[float]]
     texts: list[list[str]]
@@ -462,7 +462,7 @@ def _at_an_axis(value: float, _: Any = None) -> str:
 
 
 def _scale(set_scale: Callable[[str], None], values: Sequence[float], span: float) -> bool:
-    """Logarithmic, where the largest of the values is so many times the smallest; whether it is."""
+    """Make a scale logarithmic where the largest value is at least `span` times the smallest. Returns whether it is."""
     wide = bool(values) and min(values) > 0 and max(values) / min(values) >= span
     if wide:
         set_scale("log")

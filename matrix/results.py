@@ -1,4 +1,4 @@
-"""What a run of a cell left: `<results>/<signature>/result.json`, written whole or not at all.
+"""The result of a run of a cell: `<results>/<signature>/result.json`, written whole or not at all.
 
 It says what the run was (settings, sources, device, limits), and nothing of the sweep that asked for it: where it
 stands in a grid is said by whoever uses it.
@@ -42,10 +42,10 @@ class CellRun:
     signature: str
     folder: Path
     device: str
-    """What computes it, by its name."""
+    """Name of the device that computes it."""
 
     def record(self) -> Record | None:
-        """What a run before this one left; None for nothing."""
+        """The result of an earlier run; None where there is none."""
         file = self.folder / "result.json"
         if not file.exists():
             return None

@@ -10,7 +10,7 @@ from lab.settings import LabSettings, register, require, require_above, require_
 
 
 class Launcher(Enum):
-    """Who starts the cells: this process on this machine, or a Ray cluster on all of its own."""
+    """The launcher of the cells: this process on this machine, or a Ray cluster on all of its machines."""
 
     local = "local"
     ray = "ray"
@@ -31,7 +31,7 @@ class MetricSettings:
     """Where it stands in a cell's result.json, dotted."""
     title: str
     unit: str
-    """Of the figure times `scale`."""
+    """Unit of the figure times `scale`."""
     scale: float
     better: Better
 
@@ -50,7 +50,7 @@ class SweepSettings:
     config: str
     """That command's primary config."""
     overrides: list[str]
-    """What every cell is told; words of the command line come behind it."""
+    """Words of every cell; those of the command line come behind them."""
     axes: dict[str, list[Any]]
     """Values by dotted key. `key=a,b,c` on the command line replaces an axis or adds one, `key=a` takes it away."""
     metrics: list[MetricSettings]
@@ -63,7 +63,7 @@ class SweepSettings:
     retry_failed: bool
     """Run those again whose result is a failure."""
     time_limit_seconds: float
-    """Of one run of a cell."""
+    """Most time of one run of a cell."""
     memory_limit_gib: float
     """Resident memory of a cell's processes together, in GiB."""
     launcher: Launcher
@@ -85,7 +85,7 @@ class SweepSettings:
     compare: str | None
     """Folder of another sweep to draw ratios to."""
     lines_from: int
-    """An axis of at least so many numbers is drawn as a line plot."""
+    """Least number of values with which a numeric axis is drawn as a line plot."""
     sources: list[str]
     """Packages whose code is part of a cell's signature."""
     contents: list[str]

@@ -50,7 +50,7 @@ class Outcome:
     failure: str | None
     """None: it did what it was to do; else `out of memory`, `time-out` or `error`."""
     detail: str
-    """Of a failure: the limit, or the last thing it said."""
+    """About a failure: the limit, or the last line of its stderr."""
     figures: dict[str, Any]
     """The document of its last line."""
     seconds: float

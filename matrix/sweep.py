@@ -40,7 +40,7 @@ WAIT_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class CellTracking:
-    """What a sink is told of one cell."""
+    """Settings of one cell for the tracker."""
 
     tracking: TrackingSettings
     cell: dict[str, Any]
@@ -55,7 +55,7 @@ class SweepResult:
     skipped: int
     """Cells of which nothing had to run now."""
     ended_by: BaseException | None
-    """What ended it before its end; None: nothing."""
+    """The exception that ended it early; None where it is complete."""
 
 
 def run_sweep(settings: MatrixSettings, words: Words, folder: Path) -> SweepResult:
@@ -198,7 +198,7 @@ def open_launcher(settings: SweepSettings) -> CellLauncher:
 
 
 def seconds_left(done: Sequence[float], runs: int, at_once: int) -> float:
-    """As many of the mean length as are missing, so many at once."""
+    """Estimate for the missing runs: the mean length so far, `at_once` at a time."""
     mean = sum(done) / len(done)
     return math.ceil((runs - len(done)) / at_once) * mean
 

@@ -73,7 +73,7 @@ class Row:
 
     @property
     def command(self) -> str:
-        """What one types to have its first run again."""
+        """Command line that repeats its first run."""
         first = self.results[0]
         return shlex.join(["python", "-m", first["command"], *first["words"]])
 
@@ -87,7 +87,7 @@ class Table:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Table:
-        """Of a sweep.json. UserError when it holds no result."""
+        """The table of a sweep.json. UserError when it holds no result."""
         rows: dict[str, Row] = {}
         for result in document["results"]:
             rows.setdefault(identity(result["point"]), Row(result["point"], [])).results.append(result)
@@ -132,7 +132,7 @@ class Table:
         return {identity(row.point): row for row in self.rows}
 
     def values(self, axis: str) -> list[Any]:
-        """What it takes, in the order in which they were asked for."""
+        """Values of an axis, in the order in which they were asked for."""
         return list({identity(row.point[axis]): row.point[axis] for row in self.rows}.values())
 
     def figures(self) -> list[dict[str, Any]]:
@@ -174,7 +174,7 @@ LONGEST_REASON = 40
 
 
 def _names(figure: str) -> Iterator[str]:
-    """What a metric's column may be called: the last part that is no place in a list, or more where that is taken."""
+    """Candidates for the name of a metric's column: the last part that is no list index, then longer ones."""
     yield [figure, *(name for name in figure.split(".") if not name.lstrip("-").isdecimal())][-1]
     yield figure
     yield from (f"{figure}_{count}" for count in itertools.count(2))

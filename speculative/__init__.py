@@ -1,1 +1,1 @@
-"""Speculative decoding between two machines: guesses travel, the text is the target's own."""
+"""Speculative decoding between two machines: draft tokens travel, the text is the target's own."""

@@ -1,9 +1,9 @@
-"""What speculation gives for several full windows at once: a verifier as a process of its own, a drafter a text here.
+"""Speed of speculation for several full windows at once: a verifier process, and a drafter for each text in this one.
 
     python -m speculative.decode project.context=1024 project.sessions=4
 
 Every text ends where its window does: `project.context` tokens, of which the last `project.max_new_tokens` are timed.
-Prompts are `prompt`, repeated, or else the source of Python's argparse: text that drafters can guess.
+Prompts are `prompt`, repeated, or else the source of Python's argparse: text that prompt lookup can draft.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from lab.command.processes import listening, own_words
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.tracking import Tracker
-from speculative.drafter.loop import RequestRefused
 from speculative.drafter.session import draft
 from speculative.settings import SpeculativeSettings
 
@@ -33,7 +32,7 @@ _NOT_FOR_THE_VERIFIER = ("prompt", "hydra.", "network.port=")
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """All texts at once; the figures of the last line."""
+    """Generate all texts at once; returns the figures of the last line."""
     project = settings.project
     context = project.context or settings.model.architecture.context
     if project.max_new_tokens < 1:
@@ -51,15 +50,13 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             network=replace(settings.network, host="127.0.0.1", port=port),
             project=replace(project, chat=False, check=False),
         )
-        _speak(
-            replace(asked, project=replace(asked.project, max_new_tokens=WARM_UP_TOKENS)),
-            "warm up",
-            entry.Run(place.folder),
-        )
+        warm_up = replace(asked.project, max_new_tokens=WARM_UP_TOKENS)
+        draft(replace(asked, prompt="warm up", project=warm_up), entry.Run(place.folder))
         runs = [entry.Run(place.folder / f"text-{index}") for index in range(len(prompts))]
         place.so_far = lambda: {"new_tokens": sum(text.so_far().get("new_tokens", 0) for text in runs)}
         with ThreadPoolExecutor(len(prompts)) as pool:
-            texts = [pool.submit(_speak, asked, prompt, text) for prompt, text in zip(prompts, runs, strict=True)]
+            asked_for = [replace(asked, prompt=prompt) for prompt in prompts]
+            texts = [pool.submit(draft, one, text) for one, text in zip(asked_for, runs, strict=True)]
         figures = figures_of([text.result() for text in texts])
         figures |= {"context": context, "sessions": project.sessions}
         tracker.result(figures)
@@ -67,7 +64,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def figures_of(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens of all texts over the seconds of the slowest, medians of their own times, their guesses together."""
+    """Tokens of all texts over the seconds of the slowest, medians of their own times, acceptance of all together."""
     checked = sum(text["drafts_checked"] for text in texts)
     tokens = sum(text["new_tokens"] for text in texts)
     return {
@@ -79,15 +76,8 @@ def figures_of(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _speak(settings: SpeculativeSettings, prompt: str, place: entry.Run) -> dict[str, Any]:
-    try:
-        return draft(replace(settings, prompt=prompt), place)
-    except RequestRefused as error:
-        raise UserError(str(error)) from None
-
-
 def _prompts(settings: SpeculativeSettings, length: int) -> list[str]:
-    """A text of about `length` tokens for each session, never longer."""
+    """One prompt of about `length` tokens for each session, never longer."""
     tokenizer = load_tokenizer_only(settings.model)
     text = settings.prompt or inspect.getsource(argparse)
     ids = list(tokenizer(text)["input_ids"])

@@ -1,11 +1,11 @@
-"""How far to guess ahead, and whether to wait for guesses: decisions that follow what was measured.
+"""Policies of draft length and waiting: decisions that follow what was measured.
 
-The verifier asks its `Pacing` before every pass of a text, the drafter its `DraftLength` before every DRAFT. Both keep
-a short memory of acceptance and times and take the best `Plan` of `speculative.theory` for them; where the target alone
-is as fast, that plan is not to speculate at all. Guesses that arrive all the same are compared with the text for
-nothing, so that a verifier notices when they begin to pay; a drafter that gave up tries again later.
+The verifier asks its `Pacing` before every pass of a sequence, the drafter its `DraftLength` before every DRAFT. Both
+keep a short memory of acceptance and times and take the best `Plan` of `speculative.theory` for them; where the target
+alone is as fast, that plan is not to speculate at all. The verifier still compares draft tokens that arrive with the
+text, so that it notices when they begin to pay; a drafter that gave up tries again later.
 
-Knows no clock, no socket and no thread: whoever measures a time hands it in. Seconds, of one monotonic clock a side.
+Knows no clock, no socket and no thread: every time is an argument. Seconds, of one monotonic clock a side.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from __future__ import annotations
 from speculative.theory import ALONE, Pace, Plan, Speeds, best_plan, survival
 
 FORGET = 0.98
-"""Weight of what was known when something new is: a memory of about 50 observations."""
+"""Weight of all older observations when one is added: a memory of about 50 of them."""
 FORGET_PLACE = 0.97
 PLACES = 16
-"""Acceptance is told apart by so many places of an epoch; what lies behind is one."""
+"""Places of an epoch whose acceptance is kept apart; all further ones count as the last."""
 BELIEF = 8.0
-"""Observations that a place needs to weigh as much as all places together."""
+"""Number of observations at which a place weighs as much as all places together."""
 ROW_SHARE = 0.02
-"""Cost of a further row as a share of the step, until passes of several sizes were seen."""
+"""Cost of a further row as a share of the step, until passes of several sizes were measured."""
 ROW_BELIEF = 4.0
 """Weight of that, in rows squared."""
 LEAST_GAIN = 1.01
 """Speculation pays from this multiple of the target's own speed."""
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 PLAN_EVERY = 24
-"""Compared guesses between two plans, at most: a third of all while they are few."""
+"""Most draft tokens compared between two plans; a third of all while they are few."""
 LONGEST_EPOCH = 64
-"""Tokens of an epoch that a plan looks at."""
+"""Longest epoch that a plan considers, in tokens."""
 GROUP_SHARE = 0.3
-"""Part of a pass, or of the round trip if that is shorter, for which guesses are gathered before they go."""
+"""Part of a pass, or of the round trip if that is shorter, for which draft tokens are gathered before they are sent."""
 LARGEST_GROUP = 16
 HOPELESS = 0.03
-"""A guess that is right with less than this probability is not worth its bytes."""
+"""Probability of being right below which a draft token is not worth its bytes."""
 PAUSES = (32, 64, 128, 256, 512)
-"""Tokens for which a drafter that does not pay stays silent, the first time, the second, ..."""
+"""New tokens for which a drafter that does not pay stays silent, the first time, the second, ..."""
 PROBE = 24
-"""Guesses that must have been compared before a drafter gives up, again."""
+"""Draft tokens that must have been compared before a drafter gives up, each time."""
 
 
 class Mean:
@@ -49,7 +49,7 @@ class Mean:
         self._sum = self._weight = 0.0
 
     def add(self, reading: float) -> None:
-        """One more."""
+        """Add a reading."""
         self._sum = self._forget * self._sum + reading
         self._weight = self._forget * self._weight + 1
 
@@ -60,24 +60,25 @@ class Mean:
 
 
 class PassCosts:
-    """What a pass of the target costs each of the texts that share it: a step, and each further guess.
+    """Seconds of the target's passes for each of the sequences that share them: of a step, and of each draft token.
 
     A pass over a single row may be another matter than one over several (a vector times a matrix needs no tiles), so
-    that the first guess can cost far more than the next ones: a mean is kept of the one, a line through the others.
+    that the first draft token can cost far more than the next ones: passes of one row have a mean, the others a line.
 
-    A row that one text adds holds up all the others, and they do the same: so a guess costs its row once for each text.
+    A row that one sequence adds holds up all the others, and they do the same: so a draft token costs its row once for
+    each sequence.
     """
 
     def __init__(self) -> None:
-        self._texts = Mean()
+        self._sequences = Mean()
         self._single = Mean(FORGET)
         self._weight = self._rows = self._seconds = self._rows_squared = self._rows_seconds = 0.0
 
-    def passed(self, seconds: float, rows: int, texts: int) -> None:
-        """A pass over so many rows, of so many texts together, took so long."""
-        self._texts.add(texts)
+    def add(self, seconds: float, rows: int, sequences: int) -> None:
+        """Add a pass over `rows` rows of `sequences` sequences."""
+        self._sequences.add(sequences)
         if self._single.value is not None if rows == 1 else self._weight >= 1:
-            seconds = min(seconds, 4 * self.pass_seconds(rows))  # the machine held it up: that says little of the next
+            seconds = min(seconds, 4 * self.pass_seconds(rows))  # an outlier says little of the next pass
         if rows == 1:
             self._single.add(seconds)
             return
@@ -89,29 +90,29 @@ class PassCosts:
 
     @property
     def known(self) -> bool:
-        """Whether there was a pass."""
+        """Whether a pass was measured."""
         return self._weight > 0 or self._single.value is not None
 
     @property
     def row_seconds(self) -> float:
-        """Of one guess more in every text."""
-        return (self._texts.value or 1.0) * self._slope
+        """Seconds of one more draft token in every sequence."""
+        return (self._sequences.value or 1.0) * self._slope
 
     @property
     def first_seconds(self) -> float:
-        """What the first guess costs beyond that: nothing where several texts make a pass of several rows anyway."""
+        """Extra seconds of the first draft token; 0 where several sequences make a pass of several rows anyway."""
         single = self._single.value
-        if single is None or not self._weight or (self._texts.value or 1.0) >= 1.5:
+        if single is None or not self._weight or (self._sequences.value or 1.0) >= 1.5:
             return 0.0
         return max(0.0, self._line(1.0) - single)
 
     @property
     def step_seconds(self) -> float:
-        """Of a pass with one row of every text."""
-        return self.pass_seconds(self._texts.value or 1.0)
+        """Seconds of a pass with one row of every sequence."""
+        return self.pass_seconds(self._sequences.value or 1.0)
 
     def pass_seconds(self, rows: float) -> float:
-        """Of a pass over so many rows."""
+        """Seconds of a pass over `rows` rows."""
         single = self._single.value
         if single is not None and (rows < 1.5 or not self._weight):
             return single + (rows - 1) * self._slope
@@ -123,7 +124,7 @@ class PassCosts:
 
     @property
     def _slope(self) -> float:
-        """Of each further row: least squares, pulled towards `ROW_SHARE` of a step where all passes were alike."""
+        """Seconds of each further row: least squares, near `ROW_SHARE` of a step where all passes were alike."""
         if not self._weight:
             return ROW_SHARE * (self._single.value or 0.0)
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
@@ -134,18 +135,18 @@ class PassCosts:
 
 
 class AcceptanceByPlace:
-    """How often guesses were right lately, by their place in the epoch: right ones often come in runs."""
+    """Recent acceptance of draft tokens by their place in the epoch: right ones often come in runs."""
 
     def __init__(self) -> None:
         self._right, self._seen = 1.0, 2.0
         self._right_at, self._seen_at = [0.0] * PLACES, [0.0] * PLACES
         self.place = 0
-        """Guesses of this epoch that were right."""
+        """Right draft tokens of this epoch so far: the place of the next one."""
         self.compared = 0
-        """Guesses in all."""
+        """Number of all draft tokens."""
 
     def add(self, right: int, wrong: int) -> None:
-        """So many guesses were right, and then so many (0 or 1) wrong, which ends the epoch."""
+        """Record `right` correct draft tokens followed by `wrong` (0 or 1) incorrect ones, which end the epoch."""
         for hit in [1] * right + [0] * wrong:
             place = min(self.place, PLACES - 1)
             self._right = FORGET * self._right + hit
@@ -157,13 +158,13 @@ class AcceptanceByPlace:
 
     @property
     def rates(self) -> list[float]:
-        """Probability that a guess is right when all before it in its epoch were, by place."""
+        """Probability that a draft token is right when all before it in its epoch were, by place."""
         overall = self._right / self._seen
         return [(r + BELIEF * overall) / (s + BELIEF) for r, s in zip(self._right_at, self._seen_at)]
 
     def worth(self, most: int, costs: PassCosts) -> int:
-        """How many of so many guesses a pass should take: guess n saves a step when all up to it are right, and costs a
-        row when it is not."""
+        """Number of draft tokens, of `most` that there are, that a pass should take: the n-th saves a step when all up
+        to it are right, and costs a row when it is not."""
         step, row, rates = costs.step_seconds, costs.row_seconds, self.rates
         chance, gain, best, count = 1.0, -costs.first_seconds, 0.0, 0
         for number in range(most):
@@ -173,19 +174,19 @@ class AcceptanceByPlace:
                 best, count = gain, number + 1
         return count
 
-    def doubt(self) -> None:
-        """Hold on to what was seen less firmly."""
+    def discount(self) -> None:
+        """Give all observations so far a tenth of their weight."""
         self._right, self._seen = 0.1 * self._right, 0.1 * self._seen
         self._right_at = [0.1 * right for right in self._right_at]
         self._seen_at = [0.1 * seen for seen in self._seen_at]
 
 
 class Pacing:
-    """When the next pass of a text begins and how many guesses it takes: the verifier's policy, one for each text.
+    """When the next pass of a sequence begins and how many draft tokens it takes: the verifier's policy.
 
     Args:
-        costs: Of the target's passes; whoever runs them adds to it.
-        draft_length: Guesses of a pass at most; None: what pays best.
+        costs: Measured passes of the target; the scheduler adds to them.
+        draft_length: Most draft tokens of a pass; None: what pays best.
         longest: The verifier's own limit.
     """
 
@@ -201,17 +202,17 @@ class Pacing:
         self._rejected_at: float | None = None
         self._answered_at: float | None = None
         self._arrived_at = 0.0
-        self._guesses = 0
-        """That arrived in this epoch."""
+        self._arrivals = 0
+        """Draft tokens that arrived since the clock was started."""
         self._has_more = True
 
-    def rejected(self, now: float) -> None:
-        """A verdict that ends the epoch goes off: guesses of the next one are awaited."""
+    def on_rejection(self, now: float) -> None:
+        """A verdict that ends the epoch is sent; draft tokens of the next one are awaited."""
         self._note_spacing()
-        self._rejected_at, self._answered_at, self._guesses, self._has_more = now, None, 0, True
+        self._rejected_at, self._answered_at, self._arrivals, self._has_more = now, None, 0, True
 
-    def arrived(self, now: float, count: int) -> None:
-        """A DRAFT of this epoch came, with so many guesses; none: the drafter has nothing to say for now."""
+    def on_draft(self, now: float, count: int) -> None:
+        """A DRAFT of this epoch came with `count` draft tokens; 0: the drafter has none for now."""
         self._has_more = count > 0
         if not count:
             return
@@ -219,26 +220,26 @@ class Pacing:
             self._answered_at = now
             if self._rejected_at is not None:
                 self._answer.add(now - self._rejected_at)
-            self._guesses = 0  # the first frame only starts the clock
+            self._arrivals = 0  # the first frame only starts the clock
         else:
-            self._guesses += count
+            self._arrivals += count
         self._arrived_at = now
-        if self._guesses >= PLACES:
+        if self._arrivals >= PLACES:
             self._note_spacing()
 
-    def compared(self, right: int, wrong: int) -> None:
-        """So many guesses, in order, were what the target says; and then so many (0 or 1) were not."""
+    def on_compared(self, right: int, wrong: int) -> None:
+        """`right` draft tokens equalled the target's choices; then `wrong` (0 or 1) did not."""
         self.acceptance.add(right, wrong)
         if self.acceptance.compared - self._planned_at >= min(PLAN_EVERY, self.acceptance.compared / 3):
             self._make_plan()
 
     def rows(self, waiting: int) -> int:
-        """How many of the guesses that wait the next pass takes."""
+        """Number of draft tokens, of `waiting` that there are, that the next pass takes."""
         most = min(waiting, self.plan.draft_length)
         return self.acceptance.worth(most, self._costs) if self._is_free and self._costs.known else most
 
     def patience(self, now: float, waiting: int) -> float:
-        """Seconds to wait for more guesses before the next pass; 0: go. Never longer than a pass."""
+        """Seconds to wait for more draft tokens before the next pass; 0: start it. Never longer than a pass."""
         missing = self.plan.wait_for - waiting
         answer, spacing = self._answer.value, self._spacing.value or 0.0
         if missing <= 0 or not self._has_more or answer is None or self._rejected_at is None:
@@ -265,25 +266,26 @@ class Pacing:
         self.plan = _paying_plan(self.acceptance.rates, pace, self._lengths)
 
     def _note_spacing(self) -> None:
-        if self._answered_at is not None and self._guesses:
-            self._spacing.add((self._arrived_at - self._answered_at) / self._guesses)
-            self._answered_at, self._guesses = self._arrived_at, 0
+        if self._answered_at is not None and self._arrivals:
+            self._spacing.add((self._arrived_at - self._answered_at) / self._arrivals)
+            self._answered_at, self._arrivals = self._arrived_at, 0
 
 
 class DraftLength:
-    """How many guesses go into the next DRAFT: the drafter's policy, one for each text.
+    """Number of draft tokens in the next DRAFT: the drafter's policy, one for each request.
 
-    Over a distance guesses go in groups, since at the verifier they wait for the next pass; the first of an epoch go
-    sooner, and near by, where the verifier may wait, each goes alone. What is hardly ever reached is not guessed.
+    Over a distance draft tokens are sent in groups, since at the verifier they wait for the next pass; the first of an
+    epoch are sent sooner, and near by, where the verifier may wait, each is sent alone. Tokens that are hardly ever
+    reached are not drafted.
 
     Args:
-        draft_length: Guesses of a DRAFT at most; None: what pays best, which may be none.
-        window: The verifier's credit: guesses under way at most.
+        draft_length: Most draft tokens of a DRAFT; None: what pays best, which may be none.
+        window: The verifier's credit: most draft tokens beyond the last verdict.
     """
 
     def __init__(self, draft_length: int | None, window: int) -> None:
         self.rtt_seconds: float | None = None
-        """Whoever measures it sets it."""
+        """Set by the drafter's loop as it is measured."""
         self._draft_length = draft_length
         self._window = window
         self.acceptance = AcceptanceByPlace()
@@ -292,17 +294,17 @@ class DraftLength:
         self._reach = self._worth_making()
         self._verdict_at: float | None = None
         self._silent_for = 0
-        """New tokens until the next try."""
+        """Number of new tokens until the next try."""
         self._pauses = 0
         self._tried_at = 0
 
-    def drafted(self, count: int, seconds: float) -> None:
-        """So many guesses took so long."""
+    def on_drafted(self, count: int, seconds: float) -> None:
+        """`count` draft tokens were made in `seconds`."""
         if count:
             self._draft_step.add(seconds / count)
 
-    def verdict(self, now: float, right: int, wrong: int, tokens: int) -> None:
-        """A VERDICT came: so many of our guesses were right, then so many (0 or 1) wrong; the text has more tokens."""
+    def on_verdict(self, now: float, right: int, wrong: int, tokens: int) -> None:
+        """A VERDICT of `tokens` new tokens came: `right` draft tokens equalled them, then `wrong` (0 or 1) did not."""
         if self._verdict_at is not None:
             self._pass.add(now - self._verdict_at)
         self._verdict_at = now
@@ -311,13 +313,13 @@ class DraftLength:
         if self._silent_for:
             self._silent_for = max(0, self._silent_for - tokens)
             if not self._silent_for:
-                self.acceptance.doubt()
+                self.acceptance.discount()
                 self._tried_at = self.acceptance.compared
         elif self._draft_length is None and self.acceptance.compared - self._tried_at >= PROBE:
             self._judge()
 
     def next(self, ahead: int) -> int:
-        """Guesses for the next DRAFT when so many are under way beyond the last verdict; 0: wait for the next one."""
+        """Draft tokens of the next DRAFT when `ahead` were sent beyond the last verdict; 0: wait for the next."""
         if self._silent_for:
             return 0
         group = self._group if ahead else max(1, self._group // 3)
@@ -339,7 +341,7 @@ class DraftLength:
         return max(1, int(gathering / draft_step))
 
     def _worth_making(self) -> int:
-        """How far ahead of the verified text a guess is still reached often enough."""
+        """Most draft tokens beyond the verified text that are still reached often enough."""
         rates, place = self.acceptance.rates, self.acceptance.place
         chance, count = 1.0, 0
         while count < self._window and chance >= HOPELESS:

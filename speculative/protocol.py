@@ -18,13 +18,11 @@ A client:
 import asyncio
 import contextlib
 import socket
-import ssl
 import struct
 import time
 from collections.abc import Iterator, Sequence
 
 from lab.wire import BadFrame, Peer, PeerGone, PeerSilent
-from lab.wire.waiting import can_read, can_write
 
 MAX_TEXT_BYTES = 2**20
 """Longest request, part of the protocol: `lab.wire.MAGIC` read as a length is 3,000 times as much."""
@@ -34,7 +32,6 @@ TIMEOUT_SECONDS = 300.0
 """For one whole message, when neither the caller nor the socket says another time; an answer must be computed."""
 
 _LENGTH = struct.Struct("!I")
-_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 def send_msg(connection: socket.socket, text: str, *, timeout_seconds: float | None = None) -> None:
@@ -147,7 +144,7 @@ def _decode_text(encoded: bytes | bytearray, peer: Peer) -> str:
 
 
 class _Turn:
-    """One message on one socket, whatever kind of socket it is, within one deadline."""
+    """One message on one socket, blocking or not, within one deadline."""
 
     def __init__(self, connection: socket.socket, phase: str, timeout_seconds: float | None) -> None:
         self.connection = connection
@@ -162,54 +159,42 @@ class _Turn:
         if self.connection.family in (socket.AF_INET, socket.AF_INET6):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         left = memoryview(message)
-        with _not_blocking(self.connection), self._named_faults():
+        with self._until_deadline("took"):
             while left:
-                try:
-                    left = left[self.connection.send(left) :]
-                except _WOULD_BLOCK:
-                    self._wait(writing=True)
+                self._limit_wait()
+                left = left[self.connection.send(left) :]
 
     def read(self, count: int) -> bytearray:
         """Return exactly `count` bytes."""
         memory = bytearray(count)
         left = memoryview(memory)
-        with _not_blocking(self.connection), self._named_faults():
+        with self._until_deadline("sent"):
             while left:
-                try:
-                    arrived = self.connection.recv_into(left)
-                except _WOULD_BLOCK:
-                    self._wait(writing=False)
-                    continue
+                self._limit_wait()
+                arrived = self.connection.recv_into(left)
                 if not arrived:
                     raise _left(self.peer, clean=not self.begun)
                 self.begun = True
                 left = left[arrived:]
         return memory
 
-    def _wait(self, *, writing: bool) -> None:
-        wait = can_write if writing else can_read
-        if not wait(self.connection, max(0.0, self.deadline - time.monotonic())):
-            did = "took" if writing else "sent"
-            raise PeerSilent(self.peer, f"{did} no whole message in {self.seconds:g} s")
+    def _limit_wait(self) -> None:
+        """Let the next call on the socket wait until the deadline, and no longer."""
+        self.connection.settimeout(max(1e-6, self.deadline - time.monotonic()))  # 0 would not wait for TLS to go on
 
     @contextlib.contextmanager
-    def _named_faults(self) -> Iterator[None]:
+    def _until_deadline(self, did: str) -> Iterator[None]:
+        """Name the faults of the block, and give the socket its own time-out back."""
+        own = self.connection.gettimeout()
         try:
             yield
+        except TimeoutError:
+            raise PeerSilent(self.peer, f"{did} no whole message in {self.seconds:g} s") from None
         except OSError as error:
             raise PeerGone(self.peer, f"broke the connection ({error.strerror or error})") from None
-
-
-@contextlib.contextmanager
-def _not_blocking(connection: socket.socket) -> Iterator[None]:
-    """Make every call on `connection` return at once, and give it back as it was."""
-    own = connection.gettimeout()
-    connection.settimeout(0.0)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # closed meanwhile
-            connection.settimeout(own)
+        finally:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                self.connection.settimeout(own)
 
 
 def _address(connection: socket.socket) -> str:

@@ -1,4 +1,4 @@
-"""A request to a target, and what comes back: verdicts on how the text goes on, its place in line, its end."""
+"""A request to a target, and its outcomes: verdicts, places in line, the end."""
 
 from __future__ import annotations
 
@@ -12,60 +12,65 @@ from speculative.settings import Mode
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What is asked of the target."""
+    """A prompt, and how the target is to continue it."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     max_new_tokens: int
-    """Of the whole text, `new_ids` included."""
+    """Counts `new_ids`, too."""
     mode: Mode
     threshold: float | None
-    """None: only exact guesses are accepted. Else also those that cost at most so many nats: lossy."""
+    """None: rule exact. Else, in nats, what a draft token may cost: rule cross_entropy, which is lossy."""
     draft_length: int = 0
-    """Guesses a round; 0: as many as pay."""
+    """Draft tokens of a pass at most; 0: as many as pay."""
     new_ids: Sequence[int] = ()
-    """New tokens that the text has already: it was begun elsewhere."""
+    """New tokens that are known already: the request was begun before, elsewhere."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and the new tokens that are known."""
+        return [*self.prompt_ids, *self.new_ids]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a text goes on."""
+    """New tokens: the accepted draft tokens, and those that the target put behind them."""
 
     key: Hashable
-    """The text's."""
+    """Names the request, in every outcome."""
     epoch: int
-    """From now on."""
+    """The epoch that draft tokens belong to from now on."""
     position: int
-    """Where the first new token stands."""
+    """Position of the first new token."""
     accepted: int
-    """Guesses that are in the text now: its first new tokens."""
+    """Number of draft tokens that are the first of the new tokens."""
     ids: list[int]
-    """The new tokens behind them."""
+    """New tokens behind the accepted ones."""
     prefix: int | None
     """`prefix_hash` of the text, the new tokens included; None in mode sync."""
-    guess_nll: list[float]
-    """Cross-entropy under the target, in nats, of each guess a pass looked at, up to the first it did not accept."""
+    draft_nll: list[float]
+    """Cross-entropy under the target, in nats, of each draft token of the pass, up to the first that was rejected."""
     margins: list[float]
-    """Of each new token: `Choice.margins`. None of a VERDICT that answers RESUME."""
+    """`Choice.margins` of each new token; empty in the answer to a RESUME."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A text is closed: nothing follows."""
+    """The last outcome of a request."""
 
     key: Hashable
     reason: Reason
     text: str
-    """For people, when it was refused or failed."""
+    """For people, when the request was refused or failed."""
     step_seconds: float = 0.0
-    """What a pass over one row takes, as measured; 0: not known."""
+    """Seconds of a forward pass over one row, as measured; 0: not known."""
     row_seconds: float = 0.0
-    """And each further row."""
+    """Seconds of each further row."""
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A text waits in line for room in the engine."""
+    """The request waits in line for room in the engine."""
 
     key: Hashable
     place: int

@@ -1,9 +1,11 @@
-"""Settings of the speculative pillar: what is asked of the target, who drafts, how much a verifier gives."""
+"""Settings of the speculative pillar: the request, the draft source, the verifier's limits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+
+from typing_extensions import override
 
 from lab.engine.kinds import EngineKind
 from lab.engine.settings import CacheSettings
@@ -12,24 +14,24 @@ from lab.text.settings import TextSettings
 from speculative.bench.settings import BenchSettings
 
 MAX_DRAFT_LENGTH = 64
-"""Guesses that one DRAFT can carry, part of the protocol; a verifier's own limit is `project.max_draft_length`."""
+"""Most draft tokens in one DRAFT, part of the protocol; a verifier's own limit is `project.max_draft_length`."""
 
 SYNTHETIC_CONTEXT = 2**17
 """Tokens of a text in a synthetic engine where `project.context` is 0; it has no model to ask."""
 
 AUTO = "auto"
 MAX_WINDOW = 1024
-"""Most guesses of a text that are under way or wait: a verifier's own limit is `project.draft.window`."""
+"""Most draft tokens of a request that are under way or wait; a verifier's own limit is `project.draft.window`."""
 
 Mode = Enum("Mode", {"async": "async", "sync": "sync", "target_only": "target_only"})  # `async` is a keyword of Python
-"""`async`: the drafter guesses ahead all the time, and the target goes on alone where no guess has come. `sync`: draft,
-send, wait for the verdict. `target_only`: the target streams its text, nobody drafts."""
+"""`async`: the drafter drafts ahead all the time, and the target goes on alone where no draft token has come. `sync`:
+draft, send, wait for the verdict. `target_only`: the target streams its text, and nothing is drafted."""
 
 
 class Rule(Enum):
-    """When a guess is accepted. `exact`: when it is what the target says, so that the text is the target's own.
+    """When a draft token is accepted. `exact`: when it is the target's choice, so that the text is the target's own.
 
-    `cross_entropy` also accepts a guess whose cross-entropy under the target is at most a threshold: LOSSY.
+    `cross_entropy` also accepts one whose cross-entropy under the target is at most a threshold: LOSSY.
     """
 
     exact = "exact"
@@ -37,12 +39,12 @@ class Rule(Enum):
 
 
 class DraftSource(Enum):
-    """Who guesses."""
+    """Source of draft tokens."""
 
     model = "model"
     """Another, smaller model with the same tokenizer: `project.draft.model`."""
     ngram = "ngram"
-    """What followed the last time these tokens stood in the text (prompt lookup); no model."""
+    """Prompt lookup: the tokens that followed the last time the same ones stood in the text; no model."""
     layers = "layers"
     """The first layers of the target's own checkpoint, with its head."""
     noisy = "noisy"
@@ -55,34 +57,34 @@ class DraftSource(Enum):
     """The target's own text of an earlier run (`project.draft.file`), right with probability
     `project.synthetic.agreement`: a drafter of known acceptance for a real target, for measurements."""
     none = "none"
-    """Nobody: each round asks for one token."""
+    """No draft tokens: each round asks for one token."""
 
 
 @dataclass(kw_only=True)
 class DraftSettings:
-    """Who guesses, and how far ahead."""
+    """The draft source, and how far ahead it drafts."""
 
     source: DraftSource
     model: str | None
-    """Who guesses (source=model): a name in conf/model or in the `model` folder of `--config-dir`, a folder, a GGUF
+    """Draft model (source=model): a name in conf/model or in the `model` folder of `--config-dir`, a folder, a GGUF
     file, or a hub repository."""
     dtype: Dtype | None
     """Precision of that model; null: the one its YAML says."""
     length: str  # a union of int and str is too much for OmegaConf 2.3: merging fails
-    """Guesses of a pass (k), at most; fewer when the text ends before. auto: as many as pay, which may be none (mode
+    """Most draft tokens of a pass (k); fewer when the text ends before. auto: as many as pay, which may be none (mode
     async); five (mode sync)."""
     window: int
-    """Drafter: most guesses beyond what is verified (its credit). Verifier: how much of it it gives."""
+    """Drafter: most draft tokens beyond the verified text (its credit). Verifier: the most it gives."""
     layers: int
-    """How many of the target's layers draft (source=layers)."""
+    """Number of the target's layers that draft (source=layers)."""
     noise: float
     """Standard deviation of the noise, in units of the head's own (source=noisy)."""
     file: str | None
-    """The result.json of a run whose text is to be guessed (source=recorded)."""
+    """The result.json of a run whose text is drafted (source=recorded)."""
     longest_ngram: int
-    """Tokens that must stand in the text already, at most (source=ngram); then fewer are tried."""
+    """Longest n-gram that is looked up; then shorter ones are (source=ngram)."""
     shortest_ngram: int
-    """Tokens that must stand in the text already, at least (source=ngram)."""
+    """Shortest n-gram that is looked up (source=ngram)."""
 
     def __post_init__(self) -> None:
         is_known = self.length == AUTO or (self.length.isdecimal() and 1 <= int(self.length) <= MAX_DRAFT_LENGTH)
@@ -91,16 +93,12 @@ class DraftSettings:
         least = self.fixed_length or 1
         require(least <= self.window <= MAX_WINDOW, f"window must be in [{least}, {MAX_WINDOW}]", self.window)
         require(self.source is not DraftSource.model or bool(self.model), "model must be set for source=model", None)
-        require(
-            self.source is not DraftSource.recorded or bool(self.file), "file must be set for source=recorded", None
-        )
+        is_known = self.source is not DraftSource.recorded or bool(self.file)
+        require(is_known, "file must be set for source=recorded", None)
         require_at_least(1, self, "layers", "shortest_ngram")
         require_at_least(0, self, "noise")
-        require(
-            self.longest_ngram >= self.shortest_ngram,
-            f"longest_ngram must be at least shortest_ngram={self.shortest_ngram}",
-            self.longest_ngram,
-        )
+        rule = f"longest_ngram must be at least shortest_ngram={self.shortest_ngram}"
+        require(self.longest_ngram >= self.shortest_ngram, rule, self.longest_ngram)
 
     @property
     def fixed_length(self) -> int:
@@ -113,7 +111,7 @@ class SyntheticSettings:
     """Engines without a model, whose passes take the time they are told to (engine=synthetic, source=synthetic)."""
 
     vocabulary_size: int
-    """Verifier: ids that a synthetic target reads and says; 0: those of the tokenizer of `model`."""
+    """Verifier: number of ids of a synthetic target; 0: those of the tokenizer of `model`."""
     step_seconds: float
     """Time of the target's pass over one row."""
     row_seconds: float
@@ -121,7 +119,7 @@ class SyntheticSettings:
     draft_step_seconds: float
     """Time of the drafter's pass."""
     agreement: float
-    """Probability that the drafter guesses what the target says, independently at each prefix."""
+    """Probability that a draft token is the target's choice, independently at each prefix."""
 
     def __post_init__(self) -> None:
         is_known = self.vocabulary_size == 0 or self.vocabulary_size >= 2
@@ -132,14 +130,14 @@ class SyntheticSettings:
 
 @dataclass(kw_only=True)
 class ClientSettings:
-    """What one connection may take of a verifier."""
+    """Limits of one connection to a verifier."""
 
     texts: int
-    """Texts at once."""
+    """Requests at once."""
     cache_bytes: int
-    """Keys and values that its texts need at their full length (prompt and max_new_tokens)."""
+    """Keys and values that its requests need at their full length (prompt and max_new_tokens)."""
     frames_per_second: float
-    """Frames; one that sends more is read more slowly."""
+    """Frames it may send; one that sends more is read more slowly."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "texts", "frames_per_second")
@@ -178,35 +176,35 @@ class SpeculativeProjectSettings(TextSettings, CacheSettings):
     rule: Rule
     """Drafter."""
     cross_entropy_threshold: float
-    """Drafter: nats a guess may cost under rule=cross_entropy."""
+    """Drafter: nats a draft token may cost under rule=cross_entropy."""
     report: bool
-    """Drafter: be told the cross-entropy of each guess and the margin of each token (12 to 60 bytes a round)."""
+    """Drafter: ask for the cross-entropy of each draft token and the margin of each token (12 to 60 bytes a round)."""
     check: bool
     """Drafter: afterwards let the target decode the text alone and count the tokens that differ (flips)."""
     draft: DraftSettings
     resume_seconds: float
-    """Drafter: how long to try to reach a lost verifier again. Verifier: how long a text is kept whose connection is
-    lost; nothing is computed for it meanwhile. 0: a lost connection ends its texts."""
+    """Drafter: how long to try to reach a lost verifier again. Verifier: how long a request is kept whose connection is
+    lost; nothing is computed for it meanwhile. 0: a lost connection ends its requests."""
     resume: str | None
-    """Drafter: the text.json in the run folder of a drafter that is gone; its text goes on, if everything else is as it
-    was. null: a new text."""
+    """Drafter: the text.json in the run folder of a drafter that is gone; its request goes on, if everything else is as
+    it was. null: a new request."""
     lookup: bool
-    """Verifier: guess by itself what followed the last time (prompt lookup) where no guess has come (mode async)."""
+    """Verifier: use its own prompt lookup where no draft token has come (mode async)."""
     client: ClientSettings
     """Verifier."""
     idle_seconds: float
-    """Verifier: how long a connection may be without a text, and a text of mode sync without a DRAFT."""
+    """Verifier: how long a connection may be without a request, and a request of mode sync without a DRAFT."""
     engine: EngineKind
     """Verifier: what computes the target."""
     synthetic: SyntheticSettings
     split: SplitTargetSettings
     """Verifier."""
     max_waiting: int
-    """Verifier: texts that may wait in line for room; one more is refused at once."""
+    """Verifier: requests that may wait in line for room; one more is refused at once."""
     max_connections: int
     """Verifier: connections at once."""
     max_draft_length: int
-    """Verifier: most guesses checked in one pass."""
+    """Verifier: most draft tokens of a request checked in one pass."""
     exact_shapes: bool
     """Verifier: every pass has the same shape, so that every dtype gives the text that the target alone gives in this
     mode; refuses to start where the device does not keep that promise."""
@@ -237,8 +235,8 @@ class SpeculativeSettings(LabSettings):
         require(self.seed >= 0 or self.project.resume is None, rule, self.seed)
 
     @classmethod
+    @override
     def draws_seed(cls) -> bool:
-        """See `LabSettings.draws_seed`."""
         return True
 
 

@@ -1,18 +1,18 @@
-"""What speculation should give, from measured figures.
+"""Theory of speculation: the speed it should give for measured figures.
 
-Notation: S(n) the probability that the first n guesses of an epoch are all right (a^n when each is right with
-probability a, independently), k guesses a pass, t_T the target's pass over one token, c what each further row of a pass
-costs, t_D the drafter's step, R the round-trip time. The target alone streams a token every t_T, whatever R is.
+Notation: S(n) the probability that the first n draft tokens of an epoch are all right (a^n when each is right with
+probability a, independently), k draft tokens a pass, t_T the target's pass over one token, c the cost of each further
+row of a pass, t_D the drafter's step, R the round-trip time. The target alone streams a token every t_T, whatever R is.
 
-Synchronous. A round yields the guesses up to the first wrong one and a token of the target's own behind them:
+Synchronous. A round yields the draft tokens up to the first wrong one and a token of the target's own behind them:
 E(k) = S(0) + S(1) + ... + S(k) tokens, which is (1 - a^(k+1)) / (1 - a) (Leviathan et al., arXiv 2211.17192,
-equation 1). Nothing overlaps: k guesses, there, the check, and back take k t_D + (t_T + c k) + R.
+equation 1). Nothing overlaps: drafting, the way there, the check, and the way back take k t_D + (t_T + c k) + R.
 
-Asynchronous. The drafter never stops and the verifier decodes by itself what nobody guessed (AMUSD, arXiv 2410.17375,
-over a network). An epoch lasts from one rejection to the next. Whatever the verifier does, it yields the guesses that
-were right and the token that corrects the first wrong one, E = S(0) + S(1) + ... tokens: a policy changes only how long
-that takes. And that is known beforehand: the verdict needs R / 2 to the drafter, which is half through a step it began
-in vain, and the n-th guess of the new epoch is at the verifier at
+Asynchronous. The drafter never stops, and the verifier decodes by itself where no draft token has come (AMUSD, arXiv
+2410.17375, over a network). An epoch lasts from one rejection to the next. Whatever the verifier does, it yields the
+right draft tokens and the token that corrects the first wrong one, E = S(0) + S(1) + ... tokens: a policy changes only
+how long that takes. And that is known beforehand: the verdict needs R / 2 to the drafter, which is half through a step
+it began in vain, and the n-th draft token of the new epoch is at the verifier at
 
     A(n) = R + t_D / 2 + n t_D
 
@@ -21,26 +21,25 @@ number of tokens; it is needed with probability S(tokens covered before it). Wit
 
     E[seconds] = sum over i of (e_i - e_(i-1)) S(c_(i-1)),     tokens per second = E / E[seconds]     (renewal theorem).
 
-A pass takes at most k of the guesses that are there, and begins as soon as the one before it ends, or when m guesses
-are there (`Plan`). k = 0 is the target alone, and m = k without a delay nearly the synchronous loop, so that the best
-of all plans is never worse than the better of the two. What the formula leaves out (a credit window, a drafter slower
-than the target, delays that differ) is in `simulate`, which plays every guess and every verdict.
+A pass takes at most k of the draft tokens that are there, and begins as soon as the one before it ends, or when m of
+them are there (`Plan`). k = 0 is the target alone, and m = k without a delay nearly the synchronous loop, so that the
+best of all plans is never worse than the better of the two. What the formula leaves out (a credit window, a drafter
+slower than the target, delays that differ) is in `simulate`, which plays every draft token and every verdict.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 Acceptance = float | Sequence[float]
-"""Probability that a guess is right when all before it in its epoch were: one for all, or one by its place in the epoch
-(the last holds for all behind it)."""
+"""Probability that a draft token is right when all before it in its epoch were: one for all, or one by its place in the
+epoch (the last holds for all behind it)."""
 
 LEAST_SURVIVAL = 1e-3
-"""Epochs that are less likely to last so long are cut off there: their tokens and their seconds."""
+"""Probability of lasting so long at which epochs are cut off: their tokens and their seconds."""
 
 LONGEST_WAIT = 6
 
@@ -52,17 +51,17 @@ class Speeds:
     step_seconds: float
     """The target's pass over one token."""
     row_seconds: float
-    """What each further token of a pass costs."""
+    """Each further token of a pass."""
     draft_step_seconds: float
-    """The drafter's step for one guess."""
+    """The drafter's step for one draft token."""
     rtt_seconds: float
 
-    def pass_seconds(self, guesses: int) -> float:
-        """A pass over the last token and its guesses."""
-        return self.step_seconds + self.row_seconds * guesses
+    def pass_seconds(self, draft_tokens: int) -> float:
+        """A pass over the last token and its draft tokens."""
+        return self.step_seconds + self.row_seconds * draft_tokens
 
     def pace(self) -> Pace:
-        """The same as the verifier sees it."""
+        """The verifier's view of these speeds."""
         return Pace(
             step_seconds=self.step_seconds,
             row_seconds=self.row_seconds,
@@ -73,23 +72,23 @@ class Speeds:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How passes and guesses follow each other at the verifier, in seconds."""
+    """Passes and arrivals of draft tokens at the verifier, in seconds."""
 
     step_seconds: float
     row_seconds: float
     answer_seconds: float
-    """From a verdict that rejects to the first guess of the new epoch."""
+    """From a verdict that rejects to the first draft token of the new epoch."""
     draft_step_seconds: float
-    """From one guess to the next."""
+    """From one draft token to the next."""
     first_seconds: float = 0.0
-    """What a pass with guesses costs beyond their rows."""
+    """Extra cost of a pass with draft tokens, beyond their rows."""
 
     def arrival(self, count: int) -> float:
-        """When so many guesses of an epoch are there, after the verdict before it: A(n)."""
+        """When `count` draft tokens of an epoch are there, after the verdict before it: A(n)."""
         return self.answer_seconds + (count - 1) * self.draft_step_seconds if count > 0 else 0.0
 
     def arrived(self, seconds: float, most: int) -> int:
-        """How many guesses of an epoch are there so long after the verdict before it, up to `most`."""
+        """Number of draft tokens of an epoch, up to `most`, that are there `seconds` after the verdict before it."""
         if seconds < self.answer_seconds:
             return 0
         if self.draft_step_seconds * most <= seconds - self.answer_seconds:
@@ -99,12 +98,12 @@ class Pace:
 
 @dataclass(frozen=True)
 class Plan:
-    """When a pass begins, and over what."""
+    """When a pass begins, and how much it checks."""
 
     draft_length: int
-    """It takes at most so many guesses (k); 0: the target alone."""
+    """Most draft tokens of a pass (k); 0: the target alone."""
     wait_for: int
-    """It begins when so many are there (m); 0: as soon as the pass before it ends."""
+    """Draft tokens that must be there when it begins (m); 0: it begins as soon as the pass before it ends."""
 
 
 ALONE = Plan(0, 0)
@@ -136,21 +135,21 @@ def sync_round_seconds(draft_length: int, speeds: Speeds) -> float:
 
 
 def sync_tokens_per_second(alpha: float, draft_length: int, speeds: Speeds) -> float:
-    """Of the synchronous loop."""
+    """Speed of the synchronous loop."""
     return expected_tokens(alpha, draft_length) / sync_round_seconds(draft_length, speeds)
 
 
 def async_tokens_per_second(chances: Sequence[float], pace: Pace, plan: Plan) -> float:
-    """Of the asynchronous loop: the renewal formula above, S(n) in `chances`."""
+    """Speed of the asynchronous loop: the renewal formula above, S(n) in `chances`."""
     seconds = end = 0.0
     covered, most = 0, len(chances)
     while covered < most:
         begin = max(end, pace.arrival(covered + plan.wait_for)) if plan.wait_for else end
         there = pace.arrived(begin, covered + plan.draft_length) - covered if plan.draft_length else 0
-        guesses = min(max(there, 0), plan.draft_length)
-        after = begin + pace.step_seconds + (pace.first_seconds + pace.row_seconds * guesses if guesses else 0.0)
+        drafted = min(max(there, 0), plan.draft_length)
+        after = begin + pace.step_seconds + (pace.first_seconds + pace.row_seconds * drafted if drafted else 0.0)
         seconds += (after - end) * chances[covered]
-        covered += guesses + 1
+        covered += drafted + 1
         end = after
     return sum(chances) / seconds
 
@@ -158,7 +157,7 @@ def async_tokens_per_second(chances: Sequence[float], pace: Pace, plan: Plan) ->
 def best_plan(chances: Sequence[float], pace: Pace, draft_lengths: Sequence[int]) -> tuple[Plan, float]:
     """The best plan with one of these draft lengths, and its tokens per second.
 
-    Waits of up to `LONGEST_WAIT` guesses are tried where the first guess is there before a pass could have ended.
+    Waits for up to `LONGEST_WAIT` draft tokens are tried where the first is there before a pass could have ended.
     """
     longest_wait = LONGEST_WAIT if pace.answer_seconds < pace.step_seconds else 0
     plans = [Plan(length, wait) for length in draft_lengths for wait in range(min(length, longest_wait) + 1)]
@@ -168,52 +167,45 @@ def best_plan(chances: Sequence[float], pace: Pace, draft_lengths: Sequence[int]
 def predicted_async_tokens_per_second(
     acceptance: Acceptance, speeds: Speeds, *, longest: int, draft_length: int | None, new_tokens: int
 ) -> float:
-    """What the asynchronous loop should give for measured figures.
+    """Speed that the asynchronous loop should have for measured figures.
 
     Args:
-        acceptance: Of the guesses, one for all or by their place in the epoch.
+        acceptance: Measured, one for all draft tokens or by their place in the epoch.
         speeds: Measured.
-        longest: Most guesses of a pass.
+        longest: Most draft tokens of a pass.
         draft_length: None: the best one.
-        new_tokens: Of the text: no epoch is longer.
+        new_tokens: Length of the text: no epoch is longer.
     """
     lengths = range(longest + 1) if draft_length is None else [min(draft_length, longest)]
     return best_plan(survival(acceptance, new_tokens), speeds.pace(), lengths)[1]
 
 
-Guess = Callable[[int, int], bool]
-"""Whether a guess is right when all before it in its epoch were: by its place in the text and in the epoch."""
-
-
-def drawn(acceptance: Acceptance, seed: int) -> Guess:
-    """Guesses that are right with this probability, independently."""
-    rates = [acceptance] if isinstance(acceptance, (int, float)) else list(acceptance)
-    draws = random.Random(seed)
-    return lambda place, in_epoch: draws.random() < rates[min(in_epoch, len(rates) - 1)]
+IsRight = Callable[[int, int], bool]
+"""Whether a draft token is right when all before it in its epoch were: by its place in the text and in the epoch."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What `simulate` counted."""
+    """Counts of `simulate`."""
 
     tokens_per_second: float
     passes: int
-    guesses: int
-    """Drafted in all."""
+    drafted: int
+    """Number of all draft tokens."""
     epochs: int
 
 
 def simulated_optimum(
-    guess: Guess, acceptance: Acceptance, speeds: Speeds, *, longest: int, new_tokens: int
+    is_right: IsRight, acceptance: Acceptance, speeds: Speeds, *, longest: int, new_tokens: int
 ) -> Simulated:
-    """What the best plan for these figures gives for one text, whose guesses nobody knows beforehand."""
+    """Simulate the best plan for these figures over one text, whose draft tokens are not known beforehand."""
     plan, _ = best_plan(survival(acceptance, new_tokens), speeds.pace(), range(longest + 1))
-    runs = (simulate(guess, speeds, plan, window=window, new_tokens=new_tokens) for window in (16, 64))
+    runs = (simulate(is_right, speeds, plan, window=window, new_tokens=new_tokens) for window in (16, 64))
     return max(runs, key=lambda run: run.tokens_per_second)
 
 
 def simulate(
-    guess: Guess,
+    is_right: IsRight,
     speeds: Speeds,
     plan: Plan,
     *,
@@ -221,85 +213,85 @@ def simulate(
     new_tokens: int,
     up_seconds: float | None = None,
 ) -> Simulated:
-    """Play the asynchronous loop, guess by guess.
+    """Play the asynchronous loop, token by token.
 
     Args:
-        guess: Which guesses are right.
-        speeds: Of both sides.
+        is_right: Which draft tokens are right.
+        speeds: The two sides' speeds.
         plan: The verifier's.
-        window: The drafter is at most so many tokens ahead of the last verdict it knows.
-        new_tokens: Of the text.
+        window: Most tokens that the drafter is ahead of the last verdict it knows.
+        new_tokens: Length of the text.
         up_seconds: The way from the drafter to the verifier; half the round trip unless given.
     """
     up = speeds.rtt_seconds / 2 if up_seconds is None else up_seconds
     down = speeds.rtt_seconds - up
-    drafter = _SimulatedDrafter(guess, speeds.draft_step_seconds, window)
+    drafter = _SimulatedDrafter(is_right, speeds.draft_step_seconds, window)
     now, position, passes = 0.0, 0, 0
     while position < new_tokens:
         if plan.wait_for:
-            ready = drafter.holds(position, plan.wait_for)
+            ready = drafter.ready_at(position, plan.wait_for)
             now = max(now, ready + up) if ready is not None else now
-        drafter.work(now - up)
-        guesses = drafter.valid(position, min(plan.draft_length, new_tokens - position - 1), now - up)
-        right = drafter.right(position, guesses)
-        now += speeds.pass_seconds(guesses)
+        drafter.draft_until(now - up)
+        checked = drafter.valid(position, min(plan.draft_length, new_tokens - position - 1), now - up)
+        right = drafter.right(position, checked)
+        now += speeds.pass_seconds(checked)
         position, passes = position + right + 1, passes + 1
-        drafter.tell(now + down, position)
+        drafter.send_verdict(now + down, position)
     return Simulated(position / now, passes, drafter.drafted, drafter.epochs)
 
 
 @dataclass
 class _SimulatedDrafter:
-    """Drafts all the time, restarts where a verdict says otherwise. Places count the new tokens of the text."""
+    """Drafts all the time, and restarts where a verdict says otherwise. Places count the new tokens of the text."""
 
-    guess: Guess
+    is_right: IsRight
     step_seconds: float
     window: int
     drafted: int = 0
     epochs: int = 1
     _free_at: float = 0.0
     _known: int = 0
-    """Tokens of the text that the drafter knows of."""
+    """Number of verified tokens that the drafter knows."""
     _first: int = 0
-    """Where the epoch began."""
+    """Place where the epoch began."""
     _made_at: list[float] = field(default_factory=list)
-    """When each guess of the epoch was made, from `_first` on."""
+    """When each draft token of the epoch was made, from `_first` on."""
     _wrong: float = math.inf
-    """Place of the first wrong guess of the epoch."""
-    _told: deque[tuple[float, int]] = field(default_factory=deque)
-    """Verdicts on their way: when they will be heard, and how long the text is."""
+    """Place of the first wrong draft token of the epoch."""
+    _verdicts: deque[tuple[float, int]] = field(default_factory=deque)
+    """Verdicts under way: when they arrive, and how long the text is."""
 
-    def tell(self, heard_at: float, length: int) -> None:
-        """A verdict goes off."""
-        self._told.append((heard_at, length))
+    def send_verdict(self, arrives_at: float, length: int) -> None:
+        """Send a verdict."""
+        self._verdicts.append((arrives_at, length))
 
-    def work(self, until: float) -> None:
-        """Draft until then; a step that is not done by then is not begun."""
+    def draft_until(self, until: float) -> None:
+        """Draft until then; a step that would end later is not begun."""
         while True:
-            if self._told and self._told[0][0] <= self._free_at:
-                self._hear(self._told.popleft()[1])
+            if self._verdicts and self._verdicts[0][0] <= self._free_at:
+                self._on_verdict(self._verdicts.popleft()[1])
             elif self._ahead >= self.window:
-                if not self._told or self._told[0][0] > until:
+                if not self._verdicts or self._verdicts[0][0] > until:
                     return
-                self._free_at = self._told[0][0]
+                self._free_at = self._verdicts[0][0]
             elif self._free_at + self.step_seconds > until:
                 return
             else:
                 self._draft()
 
-    def holds(self, position: int, count: int) -> float | None:
-        """Work until there are `count` guesses from `position` on; when, or None if the window forbids it."""
+    def ready_at(self, position: int, count: int) -> float | None:
+        """Draft until there are `count` draft tokens from `position` on; when, or None if the window forbids it."""
         while not self._is_live(position) or self._first + len(self._made_at) < position + count:
-            before = (self.drafted, len(self._told))
-            self.work(self._free_at + self.step_seconds)
-            if before == (self.drafted, len(self._told)):
-                if not self._told:
+            before = (self.drafted, len(self._verdicts))
+            self.draft_until(self._free_at + self.step_seconds)
+            if before == (self.drafted, len(self._verdicts)):
+                if not self._verdicts:
                     return None
-                self.work(self._told[0][0])
+                self.draft_until(self._verdicts[0][0])
         return self._made_at[position + count - 1 - self._first]
 
     def valid(self, position: int, most: int, made_by: float) -> int:
-        """How many guesses from `position` on had been made by then, in an epoch that was not rejected yet."""
+        """Number of draft tokens from `position` on that were made by then, in an epoch that was not rejected yet."""
         if not self._is_live(position):
             return 0
         count = 0
@@ -309,9 +301,9 @@ class _SimulatedDrafter:
             count += 1
         return count
 
-    def right(self, position: int, guesses: int) -> int:
-        """How many of the guesses from `position` on are right."""
-        return int(min(guesses, max(0, self._wrong - position)))
+    def right(self, position: int, count: int) -> int:
+        """Number of right ones among the `count` draft tokens from `position` on."""
+        return int(min(count, max(0, self._wrong - position)))
 
     @property
     def _ahead(self) -> int:
@@ -322,13 +314,13 @@ class _SimulatedDrafter:
 
     def _draft(self) -> None:
         place = len(self._made_at)
-        if self._wrong == math.inf and not self.guess(self._first + place, place):
+        if self._wrong == math.inf and not self.is_right(self._first + place, place):
             self._wrong = self._first + place
         self._free_at += self.step_seconds
         self._made_at.append(self._free_at)
         self.drafted += 1
 
-    def _hear(self, length: int) -> None:
+    def _on_verdict(self, length: int) -> None:
         self._known = length
         rejected = self._wrong < length
         if rejected or self._first + len(self._made_at) < length:

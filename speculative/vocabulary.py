@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the tokenizer calls each id, in order; "" for an id it does not have."""
+    """Text of each id of the tokenizer, in order; "" for an id it does not have."""
     vocabulary = tokenizer.get_vocab()
     texts = [""] * (1 + max(vocabulary.values(), default=-1))
     for text, token in vocabulary.items():
@@ -30,7 +30,7 @@ def fingerprint(texts: Sequence[str]) -> str:
 
 
 def first_difference(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
-    """Which id first differs and what it is on both sides, for people; None when they are the same."""
+    """The first id that differs, with its text on both sides, for people; None when all are the same."""
     for token in range(max(len(ours), len(theirs))):
         here, there = (repr(texts[token]) if token < len(texts) else "no token" for texts in (ours, theirs))
         if here != there:

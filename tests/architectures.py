@@ -23,8 +23,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lab.engine.base import LocalEngine
 from lab.engine.context import longest_text
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.folder import ModelFolder
 from lab.models.proof import Proof, prove, try_out, try_packed

@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
-from lab.models.sources import byte_tokenizer
+from lab.models.conversion import byte_tokenizer
 
 CANARY = "kX93-vermilion-otter-Tz71-quartz-Lm08-sundial-Pq55-walrus-Gh26-f"
 SMALL = (

@@ -27,8 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from lab.command.entry import compose_settings
+from lab.models.conversion import byte_tokenizer
 from lab.models.folder import GENERATION
-from lab.models.sources import byte_tokenizer, end_ids_of, load_model
+from lab.models.sources import end_ids_of, load_model
 from lab.settings import ModelSettings, UserError
 from split.plan import own_architecture
 from split.settings import SplitSettings

@@ -15,7 +15,7 @@ from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
 from lab.decode import DecodeSettings
 from lab.doctor import DoctorSettings
-from lab.models.sources import random_config
+from lab.models.conversion import random_config
 from lab.settings import LabSettings, ModelSource
 from matrix.settings import MatrixSettings
 from simulations.bench_settings import BenchSettings

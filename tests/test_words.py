@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lab.engine.base import SyntheticEngine
 from lab.engine.history import History
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from tests.words import WORDS, compare_words, samplings, shards_differ, without_effect
 
 

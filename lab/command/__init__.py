@@ -1,1 +1,1 @@
-"""What every command does around its work: settings, words of a command line, streams, signals, processes, its end."""
+"""The frame around every command: settings, words of a command line, streams, signals, processes, exit codes."""

@@ -1,4 +1,4 @@
-"""How a command ends: by itself, by a signal, by what it met. Exit codes, and `ended_by` of the last line.
+"""How a command ends: by itself, by a signal or by an exception. Exit codes, and `ended_by` of the last line.
 
 The main thread hears of a signal as an exception (`Stopped`), where it asked for that as a call (`told`), and a
 coroutine as its cancellation (`run_async`). A second signal ends the process at once; so does the time that unwinding
@@ -34,7 +34,7 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno
 
 
 class Stopped(KeyboardInterrupt):
-    """The signal that ends this process."""
+    """A signal that ends this process."""
 
     def __init__(self, number: int) -> None:
         super().__init__(EndedBy.interrupted.value if number == signal.SIGINT else EndedBy.terminated.value)
@@ -42,20 +42,20 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def ended_by(self) -> EndedBy:
-        """Its word for the last line."""
+        """Value of `ended_by` in the last line."""
         return EndedBy(str(self))
 
 
 @dataclass(frozen=True)
 class End:
-    """What an exception makes of a command."""
+    """The end of a command, as an exception determines it."""
 
     code: int
     by: EndedBy
     line: str
-    """For people; empty: nothing is to be said."""
+    """For stderr; empty: no line."""
     fault: BaseException | None = None
-    """Nobody expected it: its traceback belongs with it."""
+    """An exception that was not foreseen: printed with its traceback."""
 
 
 def end_of(error: BaseException) -> End:
@@ -79,7 +79,7 @@ def end_of(error: BaseException) -> End:
 
 
 def disk_full(error: BaseException | None) -> str:
-    """The error among those that led to `error` that says so; empty when none does."""
+    """Text of the error that reports a full disk, among `error` and those that led to it; empty when none does."""
     while error is not None:
         is_full = isinstance(error, OSError) and error.errno in DISK_FULL
         if is_full or os.strerror(errno.ENOSPC) in str(error):  # libraries put it into errors of their own
@@ -89,15 +89,15 @@ def disk_full(error: BaseException | None) -> str:
 
 
 class Signals:
-    """The signals that end this process, as long as the block lasts; only in the main thread, which they are for.
+    """Handles the signals that end this process, within a block of the main thread.
 
-    `forced` is called from another thread when the block has not ended in time after one, and is to end the process.
+    `forced` is called from another thread when the block has not ended in time after a signal; it ends the process.
     """
 
     def __init__(self, forced: Callable[[int], None]) -> None:
         self._forced = forced
         self.number: int | None = None
-        """The one that came."""
+        """The signal that was received."""
         self.tell: Callable[[], object] | None = None
         """Called instead of raising."""
         self._before: dict[int, Any] = {}
@@ -152,8 +152,8 @@ def is_ending() -> bool:
 
 @contextmanager
 def told(call: Callable[[], object]) -> Iterator[None]:
-    """A signal within the block is told by `call`, which must neither wait nor raise; Stopped is raised at its end,
-    whatever else has happened there by then."""
+    """A signal within the block calls `call`, which must neither wait nor raise. Stopped is raised at the end of the
+    block, whatever else has happened by then."""
     signals = _current
     if signals is None or signals.number is not None:
         yield
@@ -168,7 +168,7 @@ def told(call: Callable[[], object]) -> Iterator[None]:
 
 
 def run_async(work: Coroutine[Any, Any, Returned]) -> Returned:
-    """As `asyncio.run`. A signal cancels `work`, and is raised when that has ended."""
+    """Run `work` in an event loop of its own. A signal cancels it, and is raised when that has ended."""
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         task = loop.create_task(work)
@@ -177,13 +177,13 @@ def run_async(work: Coroutine[Any, Any, Returned]) -> Returned:
 
 
 CLOCK_TICK_SECONDS = 0.02
-"""How exactly systems say when a process began."""
+"""Resolution of the times at which processes were started."""
 
 
 def end_children(since: float) -> None:
-    """Kill what this process has started since then (seconds of the epoch) and not ended, with all that came of it.
+    """Kill the processes that this one has started since then (seconds of the epoch), and their descendants.
 
-    What it had started before is somebody else's: of a program that runs a command as a part of itself.
+    Older ones belong to somebody else: to a program that runs a command as a part of itself.
     """
     try:
         children = psutil.Process().children(recursive=True)

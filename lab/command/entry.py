@@ -1,4 +1,4 @@
-"""What every command does around its work: compose settings, run, print one JSON line, say what went wrong.
+"""The frame around every command: compose settings, run, print one JSON line, report errors.
 
 Exit codes: 0 done, 1 a fault (with its traceback where nobody expected it), 2 what the user got wrong (one line), 130
 after Ctrl+C and 143 after SIGTERM (0 for roles that serve until then), 141 when nobody reads the text any more.
@@ -29,6 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
+from yaml import YAMLError  # type: ignore[import-untyped]  # it brings no types
 
 from lab.command import streams
 from lab.command.ending import (
@@ -44,11 +45,12 @@ from lab.command.ending import (
 from lab.command.explain import explain
 from lab.command.overrides import override, parse_options, with_texts_as_typed
 from lab.command.terminal import has_room, one_line
+from lab.command.typed import texts_by_key, to_settings
 from lab.environment import PACKAGES, describe_environment, version
 from lab.faults import EndedBy
 from lab.files import whose_place, write_whole
 from lab.models.architecture import as_described
-from lab.settings import Dtype, LabSettings, UserError, digest, texts_by_key, to_plain, to_settings
+from lab.settings import Dtype, LabSettings, UserError, digest, to_plain
 from lab.tracking import finite
 
 __all__ = ["EndedBy", "Run", "compose_config", "compose_settings", "finish", "leave", "main", "settle"]
@@ -83,8 +85,8 @@ class Run:
     folder: Path
     """Where it keeps its files: Hydra's run folder, absolute."""
     so_far: Callable[[], dict[str, Any]] = field(default=dict, compare=False)
-    """What the last line is to say when the run ends before its end. A run sets it as soon as it has something; it is
-    called once, from whatever thread, when the run is over."""
+    """The figures of the last line when the run is cut short. A run sets it as soon as it has some; it is called once,
+    from any thread, when the run is over."""
 
 
 Work = Callable[[Settings, Run], dict[str, Any]]
@@ -141,7 +143,7 @@ class _Command:
         self._finishing = threading.Lock()
 
     def work(self, config_name: str, settings_type: type[Settings], run: Work[Settings]) -> None:
-        """Composes and runs. Raises what went wrong."""
+        """Composes and runs. Raises the run's own exception."""
         raised: list[Exception] = []
 
         def task(config: DictConfig) -> None:
@@ -163,8 +165,8 @@ class _Command:
             raise raised[0]
 
     def finish(self, end: End | None, number: int | None) -> int:
-        """Writes and prints what there is, and says in a line or a traceback why there is no more; the exit code.
-        `number`: the signal that came; one that a role waits for is a good end."""
+        """Writes and prints the last line, and on stderr why the run was cut short. Returns the exit code.
+        `number`: the signal that was received; for a role that serves until then it is a good end."""
         if not self._finishing.acquire(blocking=False):
             threading.Event().wait()  # another thread is at it, and ends the process
         figures = self._figures
@@ -187,7 +189,7 @@ class _Command:
         return self._told_in_full(end.code)
 
     def _told_in_full(self, code: int) -> int:
-        """The exit code; not 0 where the last line could not be written, unless nobody wants it."""
+        """The exit code; not 0 where the last line could not be written, unless its reader is gone."""
         error = streams.lost(self._out)
         if error is None or streams.is_left(self._out):
             return code
@@ -218,7 +220,7 @@ class _Command:
 
 
 def _as_users(error: Exception, config: DictConfig, place: Run) -> Exception:
-    """The same error, or as one of the user's where it is about a place that a setting names."""
+    """The same error, or a UserError where it is about a place that a setting names."""
     if not isinstance(error, OSError) or disk_full(error):
         return error
     return whose_place(error, texts_by_key(config) | {"hydra.run.dir": str(place.folder)}) or error
@@ -234,6 +236,8 @@ def _end_of(error: BaseException, command: _Command) -> End:
         where = error.filename or "the run folder"
         rule = "hydra.run.dir must be a folder that can be written"
         return End(2, EndedBy.refused, f"{rule}, got {str(where)!r} ({error.strerror})")
+    if isinstance(error, SystemExit) and error.code == 1 and not is_composed:  # Hydra has said it: `--cfg job -p nope`
+        return End(2, EndedBy.refused, "")
     return end_of(error)
 
 
@@ -262,7 +266,7 @@ def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
 
 
 def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
-    """What a command with this primary config and these words would use. UserError where they do not compose."""
+    """The config of a command with this primary config and these words. UserError where they do not compose."""
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("conf", version_base="1.3"):
@@ -273,18 +277,19 @@ def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
         raise does_not_compose(error) from None
 
 
-COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-"""What Hydra raises for some words that it cannot use, where it has no words of its own for them."""
+COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, YAMLError)
+"""Raised by Hydra for some words and files that it cannot use, without a text of its own."""
 
 
 def does_not_compose(error: Exception) -> UserError:
-    """What to say of such words."""
-    return UserError(f"the words of the command line must make settings: {error or type(error).__name__}")
+    """The UserError for such words."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"the words of the command line must make settings: {line}")
 
 
 @contextmanager
 def for_owner_alone() -> Iterator[None]:
-    """Files that are made meanwhile, here and by processes that are started, are for their owner alone: settings,
+    """Within the block, files made by this process and by those it starts are readable by their owner alone: settings,
     results and logs hold prompts and texts, and libraries that we use write some of them."""
     before = os.umask(0o077)
     os.umask(before | 0o077)

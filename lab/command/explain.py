@@ -1,4 +1,4 @@
-"""What the user got wrong, as one line: dotted key, rule, value. Out of what Hydra and OmegaConf raise."""
+"""One line for what the user got wrong: dotted key, rule, value. From the exceptions of Hydra and OmegaConf."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def describe(error: OmegaConfBaseException) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str], value: object) -> str:
-    """What to say of a dotted key that is none, with its nearest neighbour, or all of them where none is near."""
+    """The error for an unknown dotted key, with the most similar one, or with all where none is similar."""
     parent, _, name = key.rpartition(".")
     siblings = [sibling for sibling in known if sibling not in (name, "hydra")]
     near = difflib.get_close_matches(name, siblings, n=1)
@@ -91,7 +91,7 @@ def unknown_key(key: str, known: Iterable[str], value: object) -> str:
 
 
 def kind(annotation: Any) -> str:
-    """In words what values a field takes: `an integer or null`, `one of none, nf4`."""
+    """The values that a field takes, in words: `an integer or null`, `one of none, nf4`."""
     arguments = get_args(annotation)
     if get_origin(annotation) in (Union, UnionType):
         named = [kind(argument) for argument in arguments if argument is not NoneType]

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from lab.settings import UserError
 
 _WORD = re.compile(r"\+{0,2}(?P<key>[\w.]+)=(?P<value>.*)", re.DOTALL)
+_MODE = re.compile(r"\+{0,2}hydra\.mode=(?!RUN$|null$)")
 _TEXTS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir")
 
 
@@ -31,10 +32,14 @@ def parse_options(arguments: Sequence[str]) -> Namespace:
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints a page
+    parser.allow_abbrev = False  # `--vers` is Hydra's version
     options = parser.parse_intermixed_args(arguments)
-    for word in arguments:
-        if word in ("-m", "--multirun", "hydra.mode=MULTIRUN"):  # each run has a process and a last line of its own
-            raise UserError(f"a command must run once (run_matrix.py runs one for each value of key=a,b), got {word}")
+    modes = [word for word in options.overrides if _MODE.match(word)]
+    if options.multirun or modes:  # each run has a process and a last line of its own
+        got = modes[0] if modes else "-m"
+        raise UserError(f"a command must run once (run_matrix.py runs one for each value of key=a,b), got {got}")
+    if options.experimental_rerun is not None:
+        raise UserError("settings must be words or YAML, got --experimental-rerun, which is pickle: it runs code")
     return options
 
 

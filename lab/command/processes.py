@@ -1,4 +1,4 @@
-"""Commands of ours as processes of their own: how each is started, what it says first, and what it says last."""
+"""Commands of ours as processes of their own: how each is started, its first line, and its last."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from lab.command.overrides import override
 
 LOG = "stderr.log"
-"""What a role says on stderr, in its run folder."""
+"""File in a role's run folder that holds its stderr."""
 
 
 class NotReady(RuntimeError):
-    """A role did not say that it serves: it ended before (`ended`), or the time was over."""
+    """A role did not announce that it serves: it ended before (`ended`), or the time was over."""
 
     def __init__(self, why: str, *, ended: bool) -> None:
         super().__init__(why)
@@ -45,7 +45,7 @@ def start(
         folder: Its run folder; None for a module that keeps no files.
         log: Its stderr goes to a file there; else to our own stderr.
         follows_stdin: It ends when we close its standard input, or are gone; else it has none.
-        own_session: Ctrl+C in our terminal is for us alone.
+        own_session: Ctrl+C in our terminal does not reach it.
     """
     command = [sys.executable, "-m", module, *words]
     if folder is not None:
@@ -67,8 +67,8 @@ def start(
 
 
 def own_words(but: tuple[str, ...] = ()) -> list[str]:
-    """The words of our own command line, for a process that is to have them too, but for those that begin so. Where
-    the user's own settings files are is among them."""
+    """The words of our own command line, for a process that is to have them too, but for those that begin with one of
+    `but`; `--config-dir` is among them."""
     own = HydraConfig.get()
     folders = [source.path for source in own.runtime.config_sources if source.provider == "command-line"]
     words = [word for word in own.overrides.task if not word.startswith(but)]
@@ -76,7 +76,7 @@ def own_words(but: tuple[str, ...] = ()) -> list[str]:
 
 
 def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
-    """What a role says when it is ready: one line of JSON. NotReady when it ends before, or takes longer."""
+    """The line of JSON that a role prints when it is ready. NotReady when it ends before, or takes longer."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     out = process.stdout
     assert out is not None
@@ -92,14 +92,14 @@ def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]
 
 
 def last_words(folder: Path) -> str:
-    """The last line of a role's log, for who has to say why it did not start."""
+    """The last line of a role's log, for the message that it did not start."""
     said = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return said[-1] if said else "it said nothing"
 
 
 @contextmanager
 def listening(module: str, words: Sequence[str], folder: Path, start_seconds: float) -> Iterator[int]:
-    """A role as long as the block lasts; yields the port it says it listens on.
+    """A role that runs as long as the block lasts; yields the port that it listens on.
 
     Raises:
         NotReady: it does not listen within `start_seconds`.
@@ -117,10 +117,11 @@ def listening(module: str, words: Sequence[str], folder: Path, start_seconds: fl
 def run_to_end(
     module: str, words: Sequence[str], folder: Path | None, timeout_seconds: float
 ) -> tuple[list[str], dict[str, Any]]:
-    """A command to its end, its progress on our stderr: the lines of its standard output, and the figures of the last.
+    """Run a command to its end, its progress on our stderr. Returns the lines of its standard output and the last one's
+    figures.
 
     Raises:
-        CalledProcessError, TimeoutExpired: as `subprocess.run` does.
+        CalledProcessError, TimeoutExpired: as from `subprocess.run`.
     """
     with start(module, words, folder, log=False) as process:
         try:

@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+from typing_extensions import override
+
 from lab.settings import UserError
 
 BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
@@ -23,7 +25,7 @@ _OPENED: list[TextIO] = []
 
 
 class StreamLeft(Exception):
-    """Nobody reads any more what this process was to write."""
+    """The reader of our standard output is gone."""
 
 
 class Forgiving(io.TextIOWrapper):
@@ -38,10 +40,10 @@ class Forgiving(io.TextIOWrapper):
     ends_line = True
     """Whether what comes next begins a line."""
     is_over = False
-    """What is written from here on is dropped."""
+    """Whether all that is written from here on is dropped."""
 
+    @override
     def write(self, text: str, /) -> int:
-        """As of any stream."""
         if text and self.lost is None and not self.is_over:
             self.ends_line = text.endswith("\n")
             try:
@@ -50,8 +52,8 @@ class Forgiving(io.TextIOWrapper):
                 self.lost = error
         return len(text)
 
+    @override
     def flush(self) -> None:
-        """As of any stream."""
         if self.lost is None:
             try:
                 super().flush()
@@ -60,8 +62,8 @@ class Forgiving(io.TextIOWrapper):
 
 
 def open_streams() -> TextIO:
-    """Make standard output and error of this process what the module says; closed ones swallow what is written.
-    Returns standard output, which others may put something in front of."""
+    """Make standard output and error of this process streams of this module; closed ones swallow what is written.
+    Returns standard output, before others wrap it."""
     _fill_closed()
     sys.stdout, sys.stderr = _opened(sys.stdout, "stdout"), _opened(sys.stderr, "stderr")
     return sys.stdout

@@ -101,9 +101,9 @@ class _Counts:
     def __init__(self, prompt_tokens: int) -> None:
         self._prompt_tokens = prompt_tokens
         self._length = 0
-        """The counts are those of so many ids at the beginning."""
+        """Number of ids at the beginning of the text that are counted."""
         self._columns: dict[int, int] = {}
-        """Of each token that was ever seen."""
+        """The column of each token that has occurred."""
         self._tokens_U = torch.zeros(0, dtype=torch.int64)
         self._counts_2U = torch.zeros(2, 0, dtype=torch.int32)
 

@@ -32,18 +32,7 @@ def open_split_engine(
     start_seconds: float,
     recovery_seconds: float,
 ) -> Engine:
-    """Open `split.inference.open.join_shards`. Imported by name, when it is asked for: `lab` knows no pillar, and no
-    pillar another one."""
-    module = importlib.import_module("split.inference.open")
-    engine = module.join_shards(
-        model,
-        network,
-        shards=shards,
-        spares=spares,
-        boundary=boundary,
-        context=context,
-        prefill_chunk=prefill_chunk,
-        start_seconds=start_seconds,
-        recovery_seconds=recovery_seconds,
-    )
-    return cast("Engine", engine)
+    """Open the engine of `split.inference.open.join_shards`, which describes these arguments. Imported by name, and
+    only when it is asked for: `lab` knows no pillar, and no pillar another one."""
+    arguments = dict(locals())
+    return cast("Engine", importlib.import_module("split.inference.open").join_shards(**arguments))

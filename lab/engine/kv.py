@@ -1,10 +1,10 @@
-"""The one KV cache of the lab: fixed slots, each with a length of its own, advanced together in one batched forward.
+"""The one KV cache of the lab: fixed slots, each with a length of its own, advanced together in one forward pass.
 
-A pass is three steps: `begin` takes slots and counts and gives the position ids for the model, the model calls
-`update` in every attention layer, `commit` moves the lengths. Room is promised, not hoped for: a slot is acquired with
-the most positions it will ever hold, and what is promised fits. Rewinding is an assignment to ``lengths``: what lies
-beyond a length is masked out, and overwritten later. Keys are kept for all positions, and sliding windows are folded
-into the masks, so that a rewind never meets a window that has already moved on.
+A pass is three steps: `begin` takes slots and counts and gives the position ids for the model, the model calls `update`
+in every attention layer, `commit` moves the lengths. Room is reserved: a slot is acquired with the most positions that
+it will ever hold, and all that is promised fits. Rewinding is an assignment to ``lengths``: what lies beyond a length
+is masked out, and overwritten later. Keys are kept for all positions, and sliding windows are folded into the masks, so
+that a rewind never meets a window that has already moved on.
 
 A model makes its masks itself, with its own rules (causal, sliding, chunked): transformers asks the cache where the
 queries stand, and `_mask_of` applies the model's rule to each slot's own positions.
@@ -36,7 +36,7 @@ class CacheFull(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """What one attention layer keeps of each position."""
+    """Sizes of the keys and values that one attention layer keeps of each position."""
 
     heads: int
     """Key/value heads."""
@@ -53,7 +53,7 @@ class LayerShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactShape:
-    """The one shape of every pass: all slots, so many positions, so many columns."""
+    """The one shape of every pass: all slots, `rows` positions, `columns` columns."""
 
     rows: int
     """Positions of each slot in a pass, used or not (T)."""
@@ -63,7 +63,7 @@ class ExactShape:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Rows and positions of a forward pass over some slots."""
+    """Inputs of a forward pass over the slots of one `begin`."""
 
     rows: list[int]
     """Batch row of each slot of `begin`."""
@@ -91,7 +91,7 @@ class UnknownState(ValueError):
 
 
 def layer_shapes(run: Callable[[Cache], object]) -> dict[int, LayerShape]:
-    """What each attention layer of a model keeps, by its number: seen in a forward pass over one token.
+    """The shape of each attention layer's keys and values, by its number, as seen in a forward pass over one token.
 
     Args:
         run: A forward pass over one token of one sequence, with a cache that is empty before.
@@ -123,7 +123,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def check_attention(config: PreTrainedConfig) -> None:
-    """Refuse an attention whose masks are not made here, as a ValueError."""
+    """ValueError for an attention whose masks are not made in this module."""
     attention = config.get_text_config(decoder=True)._attn_implementation
     if attention not in _MASKS:
         raise ValueError(f"attn_implementation must be sdpa or eager, got {attention}")
@@ -180,8 +180,8 @@ class SlotCache(Cache):
         slots: The most texts held at once.
         bucket: Columns are allocated, and attended to, in multiples of this.
         limit_bytes: The most that keys and values may take together.
-        dtype: Of the keys and values; the model's.
-        device: Of the keys and values; the model's.
+        dtype: The model's.
+        device: The model's.
         exact: Give every pass this shape, and allocate it all now. None: each pass as large as it must be.
 
     Storage is one rectangle of slots x columns in each layer, so that a pass reads it without a copy. What is promised
@@ -234,7 +234,7 @@ class SlotCache(Cache):
         return self._fit(1)
 
     def acquire(self, most: int) -> int:
-        """Take a free slot, with length 0, for a text of at most so many positions: there will be room for them.
+        """Take a free slot, with length 0, and reserve `most` positions for it.
 
         Raises:
             ValueError: `most` is below 1.
@@ -271,7 +271,7 @@ class SlotCache(Cache):
         return max((slot + 1 for slot, promised in enumerate(self._promised) if promised), default=0)
 
     def _fit(self, slots: int) -> int:
-        """Positions that each of so many slots can hold."""
+        """Positions that each of `slots` slots can hold."""
         if self._exact is not None:
             return self._exact.columns
         return self._limit_bytes // (slots * self.bytes_per_position) // self._bucket * self._bucket
@@ -291,13 +291,8 @@ class SlotCache(Cache):
 
     @property
     def allocated_bytes(self) -> int:
-        """What the storage takes now."""
+        """Bytes of the storage as it is allocated now."""
         return sum(stored.nbytes for stored in self._stored())
-
-    @property
-    def used_bytes(self) -> int:
-        """What the positions held now need."""
-        return sum(self.lengths) * self.bytes_per_position
 
     # A pass
 
@@ -331,7 +326,7 @@ class SlotCache(Cache):
         )
 
     def commit(self) -> None:
-        """The pass went through all layers: its positions are now held."""
+        """End a pass that went through all layers: its positions are held now."""
         assert self._writes is not None, "commit() outside of a pass: call begin() first"
         for slot, count in zip(self._writes.slots, self._writes.counts, strict=True):
             self.lengths[slot] += count
@@ -355,7 +350,7 @@ class SlotCache(Cache):
         return len(self._shapes)
 
     def fill_with_noise(self, length: int, seed: int) -> None:
-        """Take every slot and give all of them the same random keys and values: what a probe of shapes runs against."""
+        """Take every slot and fill all of them with the same random keys and values, for a probe of exact shapes."""
         generator = torch.Generator(self._device).manual_seed(seed)
         for stored in self._stored():
             noise = torch.randn(stored[:1].shape, generator=generator, device=self._device, dtype=torch.float32)
@@ -440,7 +435,8 @@ class SlotCache(Cache):
         return -(-columns // self._bucket) * self._bucket
 
     def _make_room(self, ends: list[int]) -> None:
-        """Grow to what is in use now; a text that was long and has gone gives its columns back on this occasion."""
+        """Grow to the slots and columns in use. The columns of a long text that was released are freed on this
+        occasion."""
         need_slots = self._slots_in_use
         if need_slots <= self._slots and max(ends) <= self._columns:
             return

@@ -20,4 +20,4 @@ class NotFinite(Fault):
     def __init__(self, steps: Sequence[TargetStep]) -> None:
         super().__init__(next(step.fault for step in steps if step.fault))
         self.steps = list(steps)
-        """Of every request, in their order; those with a `fault` say nothing else."""
+        """One step for every request, in order; those with a `fault` hold nothing else."""

@@ -1,11 +1,11 @@
-"""Attention of a few rows, each as if it were alone: a guess that is checked gets the bits of a step of its own.
+"""Attention of a few rows, each as if it were alone: a draft token is checked with the bits of a decoding step.
 
 torch's kernel for a CPU computes the rows of a pass together, and sums other than over one. Beside matrix products
 that do not (`lab.engine.wide_products`) that alone makes a pass over several rows round otherwise, and a near tie fall
 the other way. So here the rows of a text stand side by side like texts that share their keys and values; none of those
 is copied.
 
-Only in inference mode and for few rows: a prompt is computed in the same pieces whoever guesses.
+Only in inference mode and for few rows: a prompt is computed in the same pieces with and without drafts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
 NAME = "sdpa_by_row"
-"""As `attn_implementation`."""
+"""Value of `attn_implementation`."""
 
 MOST_ROWS = 24
-"""Of a text in one pass: 16 guesses and the step before them, and some to spare."""
+"""Most rows of one text in one pass: 16 draft tokens, the token before them, and some to spare."""
 
 
 def attend(
@@ -34,7 +34,7 @@ def attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """See transformers' `sdpa_attention_forward`: B x T x H x D."""
+    """Attention by row, with the arguments and result (B x T x H x D) of transformers' `sdpa_attention_forward`."""
     rows = query_BHTD.shape[2]
     if attention_mask is None or not 1 < rows <= MOST_ROWS or not torch.is_inference_mode_enabled():
         return sdpa_attention_forward(module, query_BHTD, key_BGLD, value_BGLD, attention_mask, **options)
@@ -53,6 +53,6 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def attend_by_row(model: PreTrainedModel) -> None:
-    """Let a model with torch's attention attend so."""
+    """Switch a model that uses torch's attention to attention by row."""
     if model.config._attn_implementation == "sdpa":
         model.config._attn_implementation = NAME

@@ -1,4 +1,4 @@
-"""Sampling as a function of position: who draws a token does not matter, only where it stands.
+"""Sampling as a function of position: a token depends on where it stands, not on which machine draws it.
 
 A token is ``argmax(logits + temperature * g(seed, position, token))`` over the tokens that top-k, top-p and min-p
 leave, with ``g`` Gumbel noise from a counter-based hash. (Above 1 the temperature divides the logits instead, so that
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lab.text.words import Words
+from lab.text.words import Words, check_ranges
 
 _LANE = 0xFFFFFFFF  # 32-bit arithmetic in int64 lanes: MPS has no uint64, and torch has few uint32 operations
 _WORD = 0xFFFFFFFFFFFFFFFF
 _FIRST_SORTED = 256
-"""How many of the best tokens are sorted first for top-k and top-p; 16 times more as long as they are too few."""
+"""Best tokens that are sorted first for top-k and top-p; 16 times more as long as they are too few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +45,12 @@ class Sampling:
     """Only tokens at least so probable, relative to the best one, can be drawn (Nguyen et al., arXiv 2407.01082; as in
     transformers after top-k and top-p, at the same temperature); 0 switches it off."""
     words: Words | None = None
-    """What changes the logits before all of this, by the text before them; None: nothing does."""
+    """Changes to the logits before all of this, by the text before them; None: no changes."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        check_ranges(self)
 
     @classmethod
     def greedy(cls) -> Sampling:
@@ -67,7 +60,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was drawn in each of R rows."""
+    """The token drawn in each of R rows."""
 
     ids: list[int]
     """The token drawn."""
@@ -96,8 +89,8 @@ def choose(
         logits_RV: Plain logits, of any floating dtype and device. Not changed.
         samplings: The settings of the session that each row belongs to.
         positions: Where each drawn token will stand in its text, counted from the first prompt token.
-        followers: The token that stands there already (a guess), -1 where there is none.
-        changed: By row, what a row is drawn from in place of its logits, V each: `lab.text.words`.
+        followers: The token that stands there already (a draft token), -1 where there is none.
+        changed: Scores, V each, that a row is drawn from in place of its logits, by row: `lab.text.words`.
 
     Returns:
         R ids, their cross-entropies and margins. A row's result does not depend on the other rows.
@@ -225,7 +218,8 @@ def _best_and_margin(scores_RM: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _survivors(scores_RV: Tensor, top_k: int, top_p: float, heat: float) -> tuple[Tensor, Tensor]:
-    """What can be drawn: scores (-inf: cannot) and token ids, of all tokens or of the M best. Only these need noise.
+    """The tokens that can be drawn: scores (-inf: cannot) and ids, of all tokens or of the M best. Only these need
+    noise.
 
     Both rules keep what reaches a threshold and do not count: which of several equal tokens a sort puts first differs
     between devices. So M must reach below the threshold. `heat` is the temperature that the scores still have.

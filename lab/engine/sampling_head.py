@@ -1,4 +1,4 @@
-"""How a text's sampling travels: the first fields of OPEN in every protocol that opens texts."""
+"""Sampling settings on the wire: the first fields of OPEN in every protocol."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Bias = tuple[Uint31, float]
 BadWord = Annotated[list[Uint31], msgspec.Meta(min_length=1, max_length=MAX_BAD_WORD_TOKENS)]
 
 SAMPLING_BYTES = 96 + 16 * MAX_BIASES + 5 * MAX_BAD_WORD_TOKENS + 3 * MAX_BAD_WORDS
-"""The longest that it can be: a frame that says it is longer is refused before anything is allocated for it."""
+"""Most bytes of these fields: a frame that announces more is refused before anything is allocated for it."""
 
 
 class WordsHead(Head):
-    """See `lab.text.words.Words`."""
+    """The fields of `lab.text.words.Words`."""
 
     prompt_tokens: Uint32
     repetition_penalty: float
@@ -30,7 +30,7 @@ class WordsHead(Head):
 
 
 class SamplingHead(Head):
-    """See `lab.engine.sampling.Sampling`."""
+    """The fields of `lab.engine.sampling.Sampling`."""
 
     seed: Uint63
     temperature: float
@@ -41,7 +41,7 @@ class SamplingHead(Head):
 
     @property
     def sampling(self) -> Sampling:
-        """What the head asks for. Raises ValueError where that makes no sense."""
+        """The sampling that the head describes. Raises ValueError for values out of range."""
         own = {name: getattr(self, name) for name in SamplingHead.__struct_fields__}  # OPEN has more of its own
         return Sampling(**{**own, "words": _words(self.words)})
 

@@ -1,14 +1,14 @@
 """Matrix products of 16-bit weights by way of float32, for a CPU that has no instructions for 16-bit floats.
 
 torch computes such a product there number by number: many rows cost as much each as one, so that a prompt takes eight
-times as long as in float32 (AVX2), and a guess that is checked as long as a pass. So weights stay in 16 bits, are made
-float32 a piece at a time, multiplied by all rows, and the outcome is rounded: what a product of 16-bit numbers is
-anyway, sums in another order.
+times as long as in float32 (AVX2), and checking one draft token as long as a decoding step. So weights stay in 16 bits,
+are made float32 a piece at a time, multiplied by all rows, and the outcome is rounded: what a product of 16-bit numbers
+is anyway, sums in another order.
 
 Where torch has FBGEMM (x86), `PackedLinear`: its product of float32 rows and float16 weights, which widens them in
 registers. SmolLM2's matrices take 28 ms over one to three rows there and 46 over nine; as blocks 46 to 69 and 90; in
 torch's own way 30 over one and 27 for each further. Every row is summed in the same order however many share the pass,
-so that a guess that is checked says bit by bit what a pass of its own had said. It has its weights in a layout of its
+so that checking a draft token gives bit by bit the result of a decoding step. It has its weights in a layout of its
 own: a second copy, beside the pages of the checkpoint, which are mapped and which the system can drop.
 
 Elsewhere `WideLinear`: a block of a matrix at a time, where rows share the work.
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 BLOCK_NUMBERS = 2**20
-"""Of a block: 4 MiB in float32, which a cache holds."""
+"""Numbers in one block of a matrix: 4 MiB in float32, which a cache holds."""
 
 KERNEL_ROWS = 3
 """FBGEMM cuts rows into groups of up to six. Of a multiple of three none has one or two rows, which are summed in
@@ -39,8 +40,8 @@ FLOAT16_EXPONENT = 16
 class WideLinear(nn.Linear):
     """A linear layer that multiplies several rows in float32."""
 
+    @override
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
-        """See `nn.Linear`."""
         if input.numel() <= self.in_features or not torch.is_inference_mode_enabled():
             return super().forward(input)
         rows = max(1, BLOCK_NUMBERS // self.in_features)
@@ -60,7 +61,7 @@ class _Packed:
     weight: Tensor
     version: int
     scale: float
-    """Of the rows: what makes up for the weight's own."""
+    """Factor for the rows that undoes the scaling of the weight."""
     product: Any
 
 
@@ -69,8 +70,8 @@ class PackedLinear(nn.Linear):
 
     _packed: _Packed | None = None
 
+    @override
     def forward(self, input: Tensor) -> Tensor:
-        """See `nn.Linear`."""
         if not torch.is_inference_mode_enabled():
             return super().forward(input)
         packed, rows = self.pack(), input.numel() // self.in_features
@@ -97,15 +98,16 @@ class PackedLinear(nn.Linear):
 
 
 def widen_products(model: nn.Module) -> None:
-    """Give every plain linear layer of a model such products; its weights stay what they are."""
+    """Let every plain linear layer of a model multiply in float32; its weights stay as they are."""
     kind = PackedLinear if torch.backends.quantized.engine in ("fbgemm", "x86") else WideLinear
     for module in model.modules():
         if type(module) is nn.Linear:
+            # Not replaced by a new module: weights, hooks and what holds a reference to this one stay as they are.
             module.__class__ = kind
 
 
 def pack_products(model: nn.Module) -> None:
-    """Do now what the first pass would have to (2 s for 135M weights): for who is about to serve a model."""
+    """Pack all layers now, which the first pass would have to wait for otherwise (2 s for 135M weights)."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.pack()

@@ -1,1 +1,1 @@
-"""What every trainer needs: records, examples, loss, and the loop around them."""
+"""Learning: records, examples, loss, and the loop around them."""

@@ -1,4 +1,4 @@
-"""What became of a reader's data, in numbers that may leave the place where the data is."""
+"""Counts of a reader's lines and examples, which may leave the site although the data may not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Counts:
     answers: int = 0
     """In the dialogues that were read."""
     answers_cut: int = 0
-    """Of these: whose end token is beyond the sequence length, so that no end is learnt from them."""
+    """Answers whose end token is beyond the sequence length, so that no end is learnt from them."""
     longest_tokens: int = 0
     """The sequence length that would hold every answer of every dialogue."""
     examples_repeated: int = 0
@@ -61,7 +61,7 @@ class Counts:
         )
 
     def warnings(self, sequence_length: int) -> Iterator[str]:
-        """What the person who started the run should change, if anything."""
+        """Advice for the person who started the run: settings that should be changed."""
         remedy = f"project.data.sequence_length={self.longest_tokens} would hold all of them"
         if self.lines_masked:
             masked = f"{self.lines_masked} of {self.lines_read} lines are masked whole"

@@ -49,7 +49,7 @@ class Document:
     name: str
     """Path below the source, or file:line; what error messages name."""
     unit: str
-    """What stays together in a partition by package: a top-level package, a folder, a line."""
+    """Group of documents that a partition by package keeps together: a top-level package, a folder, a line."""
     size_bytes: int
     position: int = 0
     """Where the source finds it: first byte of the line (jsonl), row (hub)."""

@@ -263,7 +263,7 @@ class _Encoded:
 
 
 def _prompt(dialogue: Dialogue) -> str:
-    """What the first answer answers; without the system message, which many share, unless there is no more."""
+    """The messages before the first answer; without the system message, which many share, unless there is no other."""
     asked = list(takewhile(lambda place: not (place[0] and place[1].role == "assistant"), enumerate(dialogue.messages)))
     said = [message.content for _, message in asked if message.role != "system"]
     return "\n".join(said or [message.content for _, message in asked])
@@ -281,7 +281,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text: the begin-of-text token, or nothing."""
+    """The ids that the tokenizer puts before every text: the begin-of-text token, or none."""
     begin = tokenizer.bos_token_id
     return [begin] if begin is not None and list(tokenizer("")["input_ids"])[:1] == [begin] else []
 

@@ -1,4 +1,4 @@
-"""What one line of data holds: plain text or a dialogue, read from any of the formats that people keep them in.
+"""One line of data as a record: plain text or a dialogue, read from any of the usual formats.
 
 Knows nothing about files, tokenizers or models. The first format whose keys a JSON object has is the one that is read:
 
@@ -111,7 +111,7 @@ def parse_row(row: Any, name: str) -> Record:
 
 
 def bad_byte(error: UnicodeDecodeError) -> str:
-    """What is no UTF-8, and where."""
+    """The byte that is no UTF-8, and its offset."""
     return f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
 
 
@@ -310,7 +310,7 @@ def _require(holds: bool, name: str, rule: str, value: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    """What `value` is, without saying what stands in it."""
+    """The kind of `value`, without its content."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     kind = {"str": "text", "list": "a list", "dict": "an object"}.get(type(value).__name__)

@@ -1,4 +1,4 @@
-"""What every trainer needs: loss, schedule, clipping, seeds, and the loop that puts them together. Plain PyTorch.
+"""Training in plain PyTorch: loss, schedule, clipping, seeds, and the loop that puts them together.
 
 Knows nothing about where a model, its examples or its first weights come from.
 

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 """Before the name of every tensor in a PEFT file."""
 NAME = "default"
-"""Of the adapter, in the names of its modules; PEFT's files leave it out."""
+"""Name of the adapter within the names of its modules; PEFT's files leave it out."""
 
 _FOLLOWED = frozenset(
     {
@@ -65,9 +65,9 @@ class AdapterFolder:
     setting: str
     """The setting that names it, for messages."""
     fields: Mapping[str, Any]
-    """Of its config; `config` makes one of them."""
+    """Values of its config, from which `config` makes one."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of its tensors, by their names in the file."""
+    """Shapes of its tensors, by their names in the file."""
 
     def config(self) -> LoraConfig:
         """PEFT's config, a new one each time: PEFT writes into it."""
@@ -84,7 +84,7 @@ class AdapterFolder:
             return {name: file.get_tensor(name) for name in names}
 
     def misfit(self, reason: str) -> UserError:
-        """What to raise when the adapter is not one of the base model."""
+        """The UserError for an adapter that does not fit the base model."""
         return UserError(f"{self.setting} must fit the base model, got {str(self.place)!r} ({reason})")
 
 
@@ -135,14 +135,14 @@ def _check_fields(found: Mapping[str, Any], place: Path, setting: str) -> None:
 
 @cache
 def _types() -> dict[str, Any]:
-    """What PEFT says each key of a config is."""
+    """Types of the keys of a config, as PEFT declares them."""
     looser = {"lora_alpha": float, "init_lora_weights": bool | str, "peft_type": str, "task_type": str | None}
     return typing.get_type_hints(LoraConfig) | looser
 
 
 @cache
 def _unset() -> dict[str, Any]:
-    """What each key of a config is where nobody set it."""
+    """Default values of the keys of a config."""
     plain = LoraConfig()
     return {field.name: getattr(plain, field.name) for field in fields(LoraConfig)}
 
@@ -161,9 +161,9 @@ class Fit:
     tokens: list[str]
     """Embeddings of which it replaces rows."""
     scales: dict[str, float]
-    """What each product B A is multiplied by."""
+    """Factor of each product B A."""
     shapes: dict[str, tuple[int, ...]]
-    """Of what the adapter trains, by its names in a PEFT file."""
+    """Shapes of the trained tensors, by their names in a PEFT file."""
     shared: dict[str, str]
     """Base weights that the file holds under another name only, and that name: a tied head is the embedding."""
 
@@ -302,7 +302,7 @@ def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> None:
 
 
 def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-    """What PEFT says of tensors that it copied into its modules."""
+    """Copy tensors into PEFT's modules. Returns PEFT's report."""
     bare = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     return set_peft_model_state_dict(model, bare, adapter_name=NAME)
 

@@ -1,4 +1,4 @@
-"""What a model's own description says of its name and size, where a preset's would be another model's."""
+"""Name and sizes of a model from its own description, where those of the preset belong to another model."""
 
 from __future__ import annotations
 

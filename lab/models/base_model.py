@@ -1,4 +1,4 @@
-"""What an adapter folder says of its base model: a name that can be loaded, and how to have that model again."""
+"""The base model as an adapter folder records it: a name that can be loaded, and how to get that model again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lab.settings import ModelSettings, ModelSource
 
 
 def base_name(settings: ModelSettings) -> str:
-    """What `from_pretrained` loads the base model by: a hub id, or the folder it lies in on this machine."""
+    """The argument for `from_pretrained` to load the base model: a hub id, or its folder on this machine."""
     if settings.source is ModelSource.hub:
         return str(settings.repo)
     return str(prepare_checkpoint(settings).folder.absolute())

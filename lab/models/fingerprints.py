@@ -1,4 +1,4 @@
-"""What tells one set of weights from another: all that must be alike for two roles to mean the same model."""
+"""Fingerprints of a model: all that must be equal for two roles to mean the same weights."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def weights_fingerprints(model: ModelSettings) -> dict[str, str]:
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> str:
-    """What was one thing before and is another now, for people; empty when all is the same."""
+    """The fingerprints that differ, with both values, for people; empty when all are equal."""
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(f"its {name} was {before.get(name)} and is {now.get(name)}" for name in changed)

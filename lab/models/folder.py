@@ -31,7 +31,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 ATTENTIONS = (None, "eager", "sdpa")
-"""What a config may ask for; transformers would fetch others from the hub, as code."""
+"""Values of `attn_implementation` that a config may have; transformers would fetch others from the hub, as code."""
 
 PROBE = "A b\n\u00e9\U0001f600"
 PLACEHOLDERS = ("image_token", "audio_token", "video_token")
@@ -44,7 +44,7 @@ class ModelFolder:
 
     path: Path
     setting: str = "model.path"
-    """Who named it: the key that errors begin with."""
+    """The setting that names the folder; errors begin with it."""
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -233,7 +233,7 @@ class ModelFolder:
         return found
 
     def _tensors_in(self, file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What `_stored_in` finds, once it is what the index says."""
+        """The result of `_stored_in`, checked against the index."""
         found = self._stored_in(file)
         expected = {name for name, place in self.files.items() if place == file}
         if odd := sorted(found.keys() ^ expected):

@@ -1,5 +1,6 @@
-"""What was proved of an architecture before it runs: a small random twin of the model does what the model is to do, and
-must say what transformers says. What differs is refused by name; what was proved is kept, by the twin's config.
+"""Proof that an architecture runs correctly here, before it runs: a small random twin of the model goes through every
+use, and must give the results of transformers. A use that differs is refused by name; results are kept by the twin's
+config.
 
 Three uses are proved apart. The engine: prompts in chunks, beside neighbours, rewound, with our cache, against one
 plain forward pass in float64. Slices: three of them read from a folder, against the whole, to the bit, values and
@@ -35,11 +36,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from lab.engine import base as engine
-from lab.engine import context, kv
-from lab.engine.base import LocalEngine, Session
+from lab.engine import base, context, kv, local
+from lab.engine.base import Session
 from lab.engine.context import longest_text
 from lab.engine.kv import SlotCache, layer_shapes
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling, nll
 from lab.files import path_of, write_whole
 from lab.learning.training import keep_differentiable
@@ -58,11 +59,12 @@ LONGEST = 64
 SHORTEST = 8
 
 LARGEST_ERROR = 1e-4
-"""Of a cross-entropy in nats, in float64: eager attention rounds its softmax to float32. A wrong mask costs more."""
+"""Largest error of a cross-entropy in nats, in float64: eager attention rounds its softmax to float32. A wrong mask
+costs more."""
 
 
 class Use(Enum):
-    """What a model is wanted for."""
+    """A use of a model."""
 
     engine = "a KV cache of several sequences"
     slices = "split inference"
@@ -71,18 +73,18 @@ class Use(Enum):
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of the trial of one architecture."""
+    """The outcome of the trial of one architecture."""
 
     model_type: str
     engine: str | None
-    """What differs; None where it is proved."""
+    """The difference that was found; None where it is proved."""
     slices: str | None
     training: str | None
     structure: Structure | None
     """None for a model that cannot be cut."""
 
     def against(self, use: Use) -> str | None:
-        """What stands against a use; None for nothing."""
+        """The reason against a use; None where there is none."""
         found: str | None = getattr(self, use.name)
         return found
 
@@ -150,8 +152,8 @@ def prove(config: PreTrainedConfig, folder: Path, *, packed: bool = False) -> Pr
 
 
 def _digest(config: PreTrainedConfig) -> str:
-    """Of the twin's config, and of all that a trial depends on."""
-    ours = "".join(inspect.getsource(module) for module in (context, engine, kv, slices, structure, twin))
+    """Digest of the twin's config and of everything else that a trial depends on."""
+    ours = "".join(inspect.getsource(module) for module in (base, context, kv, local, slices, structure, twin))
     known = [twin_config(config).to_json_string(use_diff=False), transformers.__version__, torch.__version__, ours]
     known.append(Path(__file__).read_text(encoding="utf-8"))
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
@@ -355,7 +357,7 @@ class _Trial:
         self._most = _longest(self._config)
 
     def whole(self) -> PreTrainedModel:
-        """As transformers reads it."""
+        """The whole model, as transformers reads it."""
         found = AutoModelForCausalLM.from_pretrained(
             self._folder, local_files_only=True, trust_remote_code=False, **self._placement
         )

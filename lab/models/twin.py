@@ -27,7 +27,7 @@ MOST_PARAMETERS = 60_000_000
 """A twin that is larger than that would take longer to try than anyone waits."""
 _HEADS = 4
 _WIDTH = 64
-"""Of all heads together at most eight times that. bitsandbytes wants widths in multiples of 64 on a CPU."""
+"""Sizes of a twin are this or a small multiple of it: bitsandbytes wants multiples of 64 on a CPU."""
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
 _FEED_FORWARD = re.compile(r"intermediate|ffn|inner|dff|mlp_dim|feed_forward.*(size|dim)")
@@ -116,7 +116,7 @@ def _number(config: Any, *names: str) -> int | None:
 
 
 def _layers_of_twin(config: Any) -> int:
-    """As many as it takes to have every kind of layer, and one behind the last new kind."""
+    """Number of layers that has every kind of layer, and one behind the last new kind."""
     count = _number(config, *_LAYERS)
     if count is None:
         return 4
@@ -167,7 +167,7 @@ class _Sizes:
         self.experts = max(8, 2 * (_number(config, "n_group") or 1), 2 * (_number(config, "num_experts_per_tok") or 1))
 
     def smaller(self, name: str, value: Any) -> Any:
-        """What a value becomes in a twin."""
+        """The value of a config's key in a twin."""
         if isinstance(value, dict) and "rope" in name:
             return {key: self.smaller("rope" if isinstance(part, dict) else key, part) for key, part in value.items()}
         if isinstance(value, list) and name.endswith("token_id"):
@@ -195,7 +195,7 @@ class _Sizes:
         return self.small_hidden if value == self.hidden and _SIZES.search(name) else value
 
     def _fewer(self, value: int) -> int:
-        """As many heads in proportion, but not one where there were several."""
+        """Heads in proportion, but never a single one where there were several."""
         if not self.heads or self.heads <= self.few_heads:
             return value
         return max(min(value, 2), value * self.few_heads // self.heads)

@@ -54,6 +54,6 @@ def most_new_tokens(asked: TextSettings, prompt_tokens: int, context: int) -> in
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> Callable[[Sequence[int]], str]:
-    """What tokens say: the names of control tokens and of `ends` are no part of it, and no space is tidied away."""
+    """A function from ids to text: without control tokens and `ends`, and with every space as it is."""
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return lambda ids: str(tokenizer.decode([token for token in ids if token not in ends], **options))

@@ -34,7 +34,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Ending:
-    """What a template writes behind an answer."""
+    """The text that a template writes behind an answer."""
 
     always: str
     """Behind every answer: the mark that ends it, and whitespace."""
@@ -191,7 +191,7 @@ def _hidden(dialogue: Dialogue, what: str) -> MalformedRecord:
 
 
 def plain_message(message: Message) -> dict[str, Any]:
-    """As a chat template takes it."""
+    """The message as a dict for a chat template."""
     return {"role": message.role, "content": message.content, **message.extra}
 
 

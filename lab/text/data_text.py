@@ -47,7 +47,7 @@ class DataEncoder:
         self.control = self.special | {text for text in added if text in template}
         """The same, and the tokens that the chat template writes though they are not called special."""
         self._letters: list[str] | None = None
-        """Of the names in the copy; None: there is no copy yet."""
+        """Letters that the names in the copy are made of; None: there is no copy yet."""
         self._names: dict[str, str] = {}
         self._renamed: Tokenizer
         self._own_ids: dict[int, int] = {}
@@ -128,7 +128,7 @@ class DataEncoder:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and behind every text."""
+        """The ids that the tokenizer puts before and behind every text."""
         alone = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])
         whole = list(self._tokenizer("a")["input_ids"])
         starts = (start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)

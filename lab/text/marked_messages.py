@@ -41,7 +41,8 @@ def marked(message: Any, control: Collection[str], encoder: DataEncoder, marks: 
 
 
 def control_of(message: dict[str, Any], encoder: DataEncoder) -> frozenset[str]:
-    """What a model says in an answer may hold tokens that the template writes, too, such as <think>."""
+    """Tokens that the content of `message` must not be read as. A model's answer may hold those that the template
+    writes, such as <think>."""
     return encoder.special if message["role"] == "assistant" else frozenset(encoder.control)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and only names are ne
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
-"""As chat templates take them."""
+"""Messages in the form that chat templates take."""
 
 
 def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, asked: TextSettings) -> list[int]:

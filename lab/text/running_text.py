@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What decoders put for bytes that are no character yet."""
+"""The character that decoders put for bytes that are no character yet."""
 
 
 class RunningText:
@@ -111,7 +111,7 @@ class Said:
 
 
 def said(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str]) -> Said:
-    """What the tokens of a whole text say, up to where a stop string ends it."""
+    """The text of all tokens, up to where a stop string ends it."""
     running = RunningText(decode, stops)
     for token in ids if stops else ():
         running.add(token)

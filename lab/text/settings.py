@@ -1,16 +1,15 @@
-"""What is asked of a text: the settings that `speculative.drafter` and `split.infer` share."""
+"""Settings of a generation, which `speculative.drafter` and `split.infer` share."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from lab.settings import require
-from lab.text.words import check_bias, check_penalties
+from lab.text.words import check_bias, check_ranges
 
 FILL = -1
-"""`max_new_tokens`: as many as the context has room for."""
+"""Value of `max_new_tokens` for as many as the context has room for."""
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 """Characters of one stop string."""
@@ -18,10 +17,10 @@ MAX_STOP_LENGTH = 1024
 
 @dataclass(kw_only=True)
 class TextSettings:
-    """One text, from its prompt to its end. What a verifier, a shard or a benchmark reads of it is said there."""
+    """One generation, from its prompt to its end."""
 
     max_new_tokens: int
-    """The text ends after so many new tokens; -1: it may fill the context."""
+    """Most new tokens; -1: as many as the context has room for."""
     stop: Any  # OmegaConf 2.3 knows no union of a text and a list
     """One text or a list of them: the text ends where one of them first stands in it, and what it ends with is not
     part of it."""
@@ -43,12 +42,12 @@ class TextSettings:
     logit_bias: Any  # OmegaConf 2.3 lets no typed mapping be given on the command line
     """Token ids, and what is added to their logits, from -100 to 100; null: nothing."""
     bad_words: list[str]
-    """Texts that must not come, as their tokens with and without a space before them: the token that would complete one
-    is banned."""
+    """Texts that must not occur, as their tokens with and without a space before them: the token that would complete
+    one is banned."""
     chat: bool
     """Put the prompt through the model's chat template when it has one."""
     system: str | None
-    """What the model is told before the prompt, where its chat template has a place for that; null: nothing."""
+    """System message before the prompt, where the chat template has a place for one; null: none."""
     messages: str | None
     """A JSON file with a list of {"role": ..., "content": ...} in place of the prompt, the last one the user's; null:
     `prompt` is the only one."""
@@ -59,12 +58,7 @@ class TextSettings:
     def __post_init__(self) -> None:
         counts = f"max_new_tokens must be in [1, 2**32), or {FILL} to fill the context"
         require(1 <= self.max_new_tokens < 2**32 or self.max_new_tokens == FILL, counts, self.max_new_tokens)
-        heat = self.temperature
-        require(math.isfinite(heat) and heat >= 0, "temperature must be finite and at least 0", heat)
-        require(0 <= self.top_k < 2**32, "top_k must be in [0, 2**32)", self.top_k)
-        require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
-        require(0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p)
-        check_penalties(self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        check_ranges(self)
         check_bias(self.biases)
         require(len(self.stops) <= MAX_STOPS, f"stop must hold at most {MAX_STOPS} texts", len(self.stops))
         for text in self.stops:

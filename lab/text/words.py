@@ -1,7 +1,7 @@
-"""Words about what a text should hold: penalties for what stands in it, biases, and what must never come.
+"""Rules about the tokens of a text: penalties for those that it holds, biases, and sequences that must never occur.
 
 They change the logits before a token is drawn, as a function of the text before it and of nothing else: a drafter and a
-target that hold the same text change them alike, so that a speculated text stays the target's own. In this order, as
+target that hold the same text change them alike, so that speculation does not change the text. In this order, as
 vLLM does it (docs.vllm.ai, v1/sample/sampler.py): banned tokens, bias, repetition, frequency, presence.
 
 Knows nothing about logits: `lab.engine.history` changes them.
@@ -9,18 +9,19 @@ Knows nothing about logits: `lab.engine.history` changes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 4096
-"""Of all bad words together."""
+"""Most tokens of all bad words together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """What one text's logits are changed by. `Sampling.words` is None where nothing is."""
+    """Changes to the logits of one text. `Sampling.words` is None where there are none."""
 
     prompt_tokens: int
     """Where the generated part of the text begins: presence and frequency count from there."""
@@ -36,11 +37,11 @@ class Words:
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Token ids, and what is added to their logits (OpenAI, `logit_bias`)."""
     bad_words: tuple[tuple[int, ...], ...] = ()
-    """Token sequences that never come: the token that would complete one is banned, whoever wrote those before it
+    """Token sequences that never occur: the token that would complete one is banned, also where the prompt begins it
     (transformers, `bad_words_ids`). Where every token of the vocabulary is banned, none is: a text has to go on."""
 
     def __post_init__(self) -> None:
-        check_penalties(self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        check_ranges(self)
         check_bias(self.logit_bias)
         if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
             raise ValueError("logit_bias must name each token once, got one twice")
@@ -55,7 +56,7 @@ class Words:
 
     @property
     def is_off(self) -> bool:
-        """Whether nothing is asked for."""
+        """Whether there are no changes."""
         return self == Words(prompt_tokens=self.prompt_tokens)
 
     @property
@@ -65,7 +66,7 @@ class Words:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether what stands in the text matters to single tokens."""
+        """Whether logits depend on the tokens in the text so far."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     def check_ids(self, vocabulary_size: int) -> None:
@@ -76,7 +77,7 @@ class Words:
             )
 
     def within(self, vocabulary_size: int) -> Words:
-        """For a drafter whose vocabulary is shorter: without the ids that it cannot say."""
+        """The same for a drafter whose vocabulary is shorter: without the ids that it does not have."""
         if self._largest_id < vocabulary_size:
             return self
         return replace(
@@ -86,17 +87,26 @@ class Words:
         )
 
 
-def check_penalties(repetition: float, presence: float, frequency: float) -> None:
-    """ValueErrors for what is out of range."""
-    if not 0.01 <= repetition <= 100:
-        raise ValueError(f"repetition_penalty must be in [0.01, 100], got {repetition}")
-    for name, value in (("presence_penalty", presence), ("frequency_penalty", frequency)):
-        if not -2 <= value <= 2:
-            raise ValueError(f"{name} must be in [-2, 2], got {value}")
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: math.isfinite(value) and value >= 0, "finite and at least 0"),
+    "top_k": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
+    "top_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "min_p": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "repetition_penalty": (lambda value: 0.01 <= value <= 100, "in [0.01, 100]"),
+    "presence_penalty": (lambda value: -2 <= value <= 2, "in [-2, 2]"),
+    "frequency_penalty": (lambda value: -2 <= value <= 2, "in [-2, 2]"),
+}
+
+
+def check_ranges(given: object) -> None:
+    """ValueError for the first of these fields of `given`, as far as it has them, that is out of its range."""
+    for name, (holds, rule) in _RANGES.items():
+        if hasattr(given, name) and not holds(value := getattr(given, name)):
+            raise ValueError(f"{name} must be {rule}, got {value}")
 
 
 def check_bias(logit_bias: Sequence[tuple[int, float]]) -> None:
-    """ValueErrors for what is out of range."""
+    """ValueError for too many biases, and for an id or bias that is out of range."""
     if len(logit_bias) > MAX_BIASES:
         raise ValueError(f"logit_bias must be for at most {MAX_BIASES} tokens, got {len(logit_bias)}")
     for token, bias in logit_bias:

@@ -1,4 +1,4 @@
-"""What both kinds of connection, blocking and asyncio, tell about themselves."""
+"""Properties that both kinds of connection, blocking and asyncio, have in common."""
 
 from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
@@ -30,16 +30,11 @@ class Connected:
         return self._conversation.heartbeat.rtt_seconds
 
     @property
-    def rtt_min_seconds(self) -> float | None:
-        """Shortest round-trip time seen; None before the first PONG was received."""
-        return self._conversation.heartbeat.rtt_min_seconds
-
-    @property
     def bytes_received(self) -> int:
         """Bytes read from the socket so far, headers, handshake and heartbeats included."""
         return self._conversation.bytes_received
 
     @property
     def fault(self) -> WireError | None:
-        """What ended the connection; None while it lives."""
+        """The fault that ended the connection; None while it lives."""
         return self._fault

@@ -11,7 +11,7 @@ from lab.wire.heartbeat import Heartbeat
 
 
 class Conversation:
-    """What has been said on one connection. Times are seconds of one monotonic clock."""
+    """State of the protocol on one connection. Times are seconds of one monotonic clock."""
 
     def __init__(self, endpoint: Endpoint, peer: Peer, *, listening: bool, now: float) -> None:
         self.endpoint = endpoint
@@ -27,7 +27,7 @@ class Conversation:
 
     @property
     def agreed(self) -> Agreement | None:
-        """What the handshake came to; None before its end."""
+        """The outcome of the handshake; None before its end."""
         return self._handshake.agreed
 
     def received(self, count: int, now: float) -> None:

@@ -1,4 +1,4 @@
-"""What one side of a wire brings to every connection: who it is, what it speaks, what it allows."""
+"""Properties of one side of a wire: its role, its protocol versions, its limits."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Endpoint:
     """One side of the wire, as given by its settings and its model."""
 
     role: str
-    """What we are: "drafter", "verifier", "shard"."""
+    """Our role: "drafter", "verifier", "shard"."""
     peer_roles: frozenset[str]
     """The roles we talk to; another is refused."""
     key: bytes = field(repr=False)
@@ -67,5 +67,5 @@ class Endpoint:
 
     @property
     def expected_role(self) -> str:
-        """What to call a peer that has not yet said what it is."""
+        """Name for a peer that has not announced its role yet."""
         return next(iter(self.peer_roles)) if len(self.peer_roles) == 1 else "peer"

@@ -1,4 +1,4 @@
-"""What can go wrong on a wire, each with a name, and each text saying who, what, and during what."""
+"""Faults of a wire, each with a name. Every text has the peer, what happened, and during which phase."""
 
 import socket
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from lab.faults import Lost
 
 @dataclass
 class Peer:
-    """Who is at the other end and what we are doing with them; the text of every fault is made from it."""
+    """The other end of a connection and the current phase; the text of every fault is made from it."""
 
     role: str
-    """What the peer is to us: "verifier", "drafter", "shard"; "peer" until it has said so."""
+    """Role of the peer: "verifier", "drafter", "shard"; "peer" until it is known."""
     address: str
     """`host:port` of the other end."""
     phase: str
-    """What is going on: "connect", "handshake", "DRAFT"; whoever owns the connection keeps it up to date."""
+    """The current phase: "connect", "handshake", "DRAFT"; the owner of the connection keeps it up to date."""
     state: str = ""
     """More about the phase for the reader of an error: "epoch 3, position 118"; empty when there is nothing to add."""
 
@@ -44,7 +44,7 @@ class Unreachable(_Mendable):
 
 
 def unreachable(peer: Peer, error: OSError, seconds: float) -> Unreachable:
-    """What to say of an attempt to connect that took at most `seconds`: only who ran out of them is told of them."""
+    """The fault of an attempt to connect. Its text names `seconds` only where they ran out."""
     if isinstance(error, socket.gaierror):
         return Unreachable(peer, f"has a name that does not resolve ({error.strerror})")
     if isinstance(error, TimeoutError) and not error.errno:

@@ -26,8 +26,8 @@ REFUSAL_SECONDS = 2.0
 MOST_REFUSALS = 64
 """Peers that are told so at once; others beyond are hung up on without a word."""
 MOST_AHEAD_BYTES = 2**19
-"""Of the first protocol: what a peer may have sent that nobody has read. Beyond it the socket is not read, so that its
-end would not be seen."""
+"""Most unread bytes of a peer that speaks the first protocol. Beyond it the socket is not read, so that its end would
+not be seen."""
 WARNING_SECONDS = 10.0
 """Refusals are logged no more often."""
 
@@ -104,7 +104,7 @@ class FrameServer:
 
     @property
     def fullness(self) -> Error:
-        """What a peer is told for which there is no place."""
+        """The refusal for a peer beyond the limit of connections."""
         text = f"has all its {self._max_connections} connections"
         return Error(code=PeerFull.__name__, text=text)
 

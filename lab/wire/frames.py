@@ -68,7 +68,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MessageKind:
-    """What one type of frame may be."""
+    """Limits of one type of frame."""
 
     head: type[Head]
     max_bytes: int
@@ -128,7 +128,7 @@ class Limits:
 
 
 class Opening(Enum):
-    """What the first four bytes of a connection announce."""
+    """The protocol that the first four bytes of a connection announce."""
 
     frames = "frames"
     first_protocol = "first_protocol"

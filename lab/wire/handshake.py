@@ -32,7 +32,7 @@ Value = Annotated[str, msgspec.Meta(max_length=2**16)]
 
 
 class Statement(Head):
-    """What one side says about itself."""
+    """The announcement of one side."""
 
     nonce: Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
     oldest: Version
@@ -79,7 +79,7 @@ _decoder = msgspec.msgpack.Decoder(Statement)
 
 
 class Handshake:
-    """What both sides of a handshake share. `agreed` is None until it is over."""
+    """The common part of both sides of a handshake. `agreed` is None until it is over."""
 
     def __init__(self, endpoint: Endpoint, peer: Peer) -> None:
         self.endpoint = endpoint
@@ -139,7 +139,7 @@ class Handshake:
 
 
 class Agreement(msgspec.Struct, frozen=True):
-    """What a finished handshake leaves."""
+    """The outcome of a finished handshake."""
 
     version: int
     """The newest version of the application's protocol that both sides speak."""

@@ -18,8 +18,6 @@ class Heartbeat:
         self._outstanding: dict[int, float] = {}
         self.rtt_seconds: float | None = None
         """Smoothed round-trip time; None before the first PONG."""
-        self.rtt_min_seconds: float | None = None
-        """The shortest seen: the link without its queues."""
 
     def heard(self, now: float) -> None:
         """Note that bytes arrived, whatever they are: a peer that sends is alive."""
@@ -56,7 +54,6 @@ class Heartbeat:
         if sent is None:
             return
         rtt = now - sent
-        self.rtt_min_seconds = rtt if self.rtt_min_seconds is None else min(rtt, self.rtt_min_seconds)
         self.rtt_seconds = rtt if self.rtt_seconds is None else self.rtt_seconds + SMOOTHING * (rtt - self.rtt_seconds)
 
     def next_event(self) -> float:

@@ -38,7 +38,7 @@ class WireDtype(Enum):
 
 
 class TensorSpec(Head):
-    """What a tensor is, without its numbers; a field of the head of the frame that carries it."""
+    """Dtype and shape of a tensor; a field of the head of the frame that carries its bytes."""
 
     dtype: WireDtype
     shape: Annotated[list[Uint32], msgspec.Meta(max_length=8)]

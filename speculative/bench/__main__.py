@@ -1,18 +1,18 @@
-"""What speculation over a link gives, beside its formulas and beside the target alone.
+"""Speed of speculation over a link, next to its formulas and to the target alone.
 
     python -m speculative.bench project.bench.engine=synthetic
     python -m speculative.bench project.bench.engine=real project.draft.source=ngram
 
 Verifier and links are processes of their own, the drafter is this one (`speculative.bench.rig`): on Linux the verifier
-has one core, drafter and links the other, and every process computes with one thread. What is compared is measured in
-one run, in turn, and compared by ratios of the same turn; `n` readings, median with the smallest and the largest.
+has one core, drafter and links the other, and every process computes with one thread. Compared cases run interleaved in
+one run, and are compared by ratios of the same turn; `n` readings, median with the smallest and the largest.
 `target` says what a row must show, `holds` whether it does.
 
-Engine synthetic: passes take the times of `project.synthetic`, and guesses are right as often as it says, so that a
-figure shows the loops and not the models.
+Engine synthetic: passes take the times of `project.synthetic`, and draft tokens are right as often as it says, so that
+a figure shows the loops and not the models.
 
     loops       the target alone, the synchronous loop and the asynchronous one at every delay. `over_optimum`: speed
-                over that of the best policy for the measured acceptance, in a simulation of this text, guess by guess.
+                over that of the best policy for the measured acceptance, in a simulation of this text, token by token.
                 `formula_over_measured`: what the formula gives for the very rounds of a text over what they took.
     lengths     automatic draft length against fixed ones
     near        no delay and low acceptance, where the synchronous loop is at its best
@@ -21,7 +21,7 @@ figure shows the loops and not the models.
     frame       one frame there and back over as many raw bytes
     busy        a picture of who was busy when
 
-Engine real: `model` as the target, `project.draft` guesses.
+Engine real: `model` as the target, `project.draft` as the draft source.
 
     sources     prompt lookup and the target's first layers as drafters, on every text, without a delay
     texts       every text at every delay: alone (B0), sync (B2), async (B3), and transformers' own assisted generation

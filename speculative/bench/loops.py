@@ -1,6 +1,6 @@
-"""The parts of the benchmark that go over one text at a time: each measures one table and gives its rows.
+"""Parts of the benchmark with one text at a time: each measures the rows of one table.
 
-`speculative.bench` says what they are.
+`speculative.bench` describes them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lab.bench import Row, Sample, judged, ratio
-from lab.wire.ping_pong import measure as measure_frames
+from lab.ping_pong import measure as measure_frames
 from speculative.bench.assisted import Assisted
 from speculative.bench.plots import draw_timelines
 from speculative.bench.rig import Case, Rig
@@ -18,11 +18,11 @@ from speculative.bench.rows import (
     ASYNC,
     Readings,
     alone_case,
+    at_least,
     loop_row,
     median_speed,
     plain_row,
     real_row,
-    row_name,
     speed_ratio,
     synthetic_case,
 )
@@ -37,11 +37,11 @@ MOST_ADDED = 60e-6
 
 
 def measure(rig: Rig, cases: Sequence[Case], repeats: int, after_each: Callable[[], None] | None = None) -> Readings:
-    """All cases in turn, then again with another seed: the same text for all cases of a turn."""
+    """Measure all cases in turn, then again with another seed: all cases of a turn generate the same text."""
     readings: Readings = {case: [] for case in cases}
     for turn in range(repeats):
         for case in cases:
-            readings[case].append(rig.speak(replace(case, seed=turn)))
+            readings[case].append(rig.generate(replace(case, seed=turn)))
         if after_each is not None:
             after_each()
     return readings
@@ -63,7 +63,7 @@ def loops(rig: Rig) -> list[Row]:
 
 
 def lengths(rig: Rig) -> list[Row]:
-    """The automatic draft length beside fixed ones."""
+    """The automatic draft length against fixed ones."""
     bench = rig.settings.project.bench
     rows = []
     for rtt in bench.rtt_seconds:
@@ -76,10 +76,7 @@ def lengths(rig: Rig) -> list[Row]:
             "best_fixed": best.draft_length,
             "over_best_fixed": speed_ratio(readings[automatic], readings[best]),
         }
-        over = row["over_best_fixed"].median
-        rows.append(
-            judged(row_name(row), row, f"over_best_fixed at least {LEAST_OVER_FIXED}", over >= LEAST_OVER_FIXED)
-        )
+        rows.append(at_least(LEAST_OVER_FIXED, "over_best_fixed", row))
     return rows
 
 
@@ -99,8 +96,7 @@ def near(rig: Rig) -> list[Row]:
         rows.append(loop_row(rig, synchronous, readings, part="near"))
         row = loop_row(rig, asynchronous, readings, part="near")
         row["over_sync"] = speed_ratio(readings[asynchronous], readings[synchronous])
-        over = row["over_sync"].median
-        rows.append(judged(row_name(row), row, f"over_sync at least {LEAST_OVER_SYNC}", over >= LEAST_OVER_SYNC))
+        rows.append(at_least(LEAST_OVER_SYNC, "over_sync", row))
     return rows
 
 
@@ -112,12 +108,7 @@ def useless(rig: Rig) -> list[Row]:
         alone = alone_case(rig, rtt)
         random = replace(alone, mode=ASYNC, source=DraftSource.random)
         readings = measure(rig, [alone, random], bench.repeats)
-        row = loop_row(rig, random, readings, part="useless")
-        rows.append(
-            judged(
-                row_name(row), row, f"speedup at least {LEAST_OVER_ALONE}", row["speedup"].median >= LEAST_OVER_ALONE
-            )
-        )
+        rows.append(at_least(LEAST_OVER_ALONE, "speedup", loop_row(rig, random, readings, part="useless")))
     return rows
 
 
@@ -137,7 +128,7 @@ def frame(rig: Rig) -> list[Row]:
 
 
 def busy(rig: Rig) -> list[Row]:
-    """Who was busy when, in a short text of either loop; a picture, and how much of the time."""
+    """Busy times of both sides in a short text of either loop, and a picture of them."""
     bench = rig.settings.project.bench
     rtt = bench.busy_rtt_seconds
     rows, timelines = [], {}
@@ -163,7 +154,7 @@ def busy(rig: Rig) -> list[Row]:
 
 
 def texts(rig: Rig) -> list[Row]:
-    """Every text at every delay, with the drafts of `project.draft`; transformers' own speculation beside them."""
+    """Every text at every delay, with the source of `project.draft`, and transformers' own speculation."""
     bench = rig.settings.project.bench
     source = rig.settings.project.draft.source
     rows = []
@@ -193,13 +184,13 @@ def texts(rig: Rig) -> list[Row]:
             row = real_row(rig, case, readings) | {"text": text.name}
             if case.mode is ASYNC:
                 least = 1.5 if text.repeats and case.rtt_seconds <= 0.02 else LEAST_OVER_ALONE
-                row = judged(row_name(row), row, f"speedup at least {least}", row["speedup"].median >= least)
+                row = at_least(least, "speedup", row)
             rows.append(row)
     return rows
 
 
 def sources(rig: Rig) -> list[Row]:
-    """Who guesses best: prompt lookup, and the first layers of the target, on every text without a delay."""
+    """Draft sources compared: prompt lookup, and the first layers of the target, on every text without a delay."""
     bench = rig.settings.project.bench
     rtt = min(bench.rtt_seconds)
     rows = []

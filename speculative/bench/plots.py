@@ -1,4 +1,4 @@
-"""The pictures of the benchmark: speed-up over delay, acceptance by place, who was busy when."""
+"""The pictures of the benchmark: speed-up over delay, acceptance by place, busy times."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ COLOURS = {"target_only": "0.45", "sync": "#dd8452", "async": "#4c72b0", "assist
 NAMES = {"target_only": "target alone", "sync": "sync", "async": "async", "assisted": "transformers, co-located"}
 PANEL_INCHES = (6.0, 4.6)
 SHOWN_PLACES = 12
-"""Of a run: few guesses come after so many that were right."""
+"""Places of a run that are drawn: few draft tokens come later."""
 SHOWN_SECONDS = 0.7
-"""Of a text, from its second epoch on."""
+"""Part of a text that is drawn, from its second epoch on."""
 
 
 def draw_speedups(path: Path, rows: Sequence[Row], title: str) -> Path:
-    """Measured speed-up over the delay, with the predicted one as a line where a row has it; acceptance by place."""
+    """Draw measured speed-up over the delay, and the predicted one where a row has it; acceptance by place."""
     by_place = [row for row in rows if row.get("alpha_by_position")]
     with drawn(path, PANEL_INCHES, 2 if by_place else 1) as axes:
         loops = dict.fromkeys((row["mode"], row["draft_length"]) for row in rows)
@@ -34,21 +34,23 @@ def draw_speedups(path: Path, rows: Sequence[Row], title: str) -> Path:
         axes[0].set(xlabel="round trip (ms)", ylabel="speed over the target alone", ylim=(0, None), title=title)
         axes[0].legend(fontsize="small")
         curves: dict[tuple[float, ...], list[str]] = {}
-        for row in by_place:  # the same text at every delay has the same wrong guesses: one curve
+        for row in by_place:  # the same text at every delay has the same wrong draft tokens: one curve
             curves.setdefault(tuple(row["alpha_by_position"][:SHOWN_PLACES]), []).append(
                 f"{row['rtt_seconds'] * 1000:g}"
             )
         for rates, delays in curves.items():
             axes[1].plot(range(1, len(rates) + 1), rates, marker="o", label=f"{', '.join(delays)} ms")
         if by_place:
-            axes[1].set(xlabel="place of the guess in its run", ylabel="right, when all before it were", ylim=(0, 1.02))
+            axes[1].set(
+                xlabel="place of the draft token in its run", ylabel="right, when all before it were", ylim=(0, 1.02)
+            )
             axes[1].set_title("acceptance by place")
             axes[1].legend(title="round trip", fontsize="small")
     return path
 
 
 def draw_texts(path: Path, rows: Sequence[Row]) -> Path:
-    """Speed-up over the delay, one panel for each text."""
+    """Draw speed-up over the delay, one panel for each text."""
     names = list(dict.fromkeys(row["text"] for row in rows))
     with drawn(path, PANEL_INCHES, len(names)) as axes:
         for panel, name in zip(axes, names):
@@ -61,7 +63,7 @@ def draw_texts(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def draw_timelines(path: Path, timelines: Mapping[str, Timeline], rtt_seconds: float) -> Path:
-    """Passes of the target over the drafter's steps; verdicts as lines that take half the round trip."""
+    """Draw passes of the target above the drafter's steps; verdicts as lines that take half the round trip."""
     with drawn(path, (13, 2.6), len(timelines), columns=1) as axes:
         for panel, (name, timeline) in zip(axes, timelines.items()):
             begin = next((at for at, _, wrong in timeline.verdicts if wrong), 0.0) - rtt_seconds

@@ -1,7 +1,7 @@
-"""What the benchmarks measure with: a verifier on one core, links and the drafter on the other, one text at a time.
+"""The benchmark's machines: a verifier on one core, links and the drafter on the other, one text at a time.
 
-Verifier and links are processes; the drafter is this one. Two cores are enough that nobody waits for a core: while the
-verifier computes the drafter guesses, and a link only moves bytes.
+Verifier and links are processes; the drafter is this one. Two cores are enough that none of them waits for a core:
+while the verifier computes the drafter drafts, and a link only moves bytes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from speculative.drafter.target import RemoteTarget, join
 from speculative.drafts import Drafts, NoDrafts
 from speculative.messages import TABLE, DraftFrame, MessageType, VerdictFrame
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
-from speculative.theory import Guess, Speeds
+from speculative.theory import IsRight, Speeds
 from speculative.vocabulary import token_texts
 
 START_SECONDS = 120.0
 IDLE_SECONDS = 3600.0
-"""That a connection may wait while texts go over others: one that is made again within a text would cost it time."""
+"""Long enough that no connection is closed while texts go over others: making it again would cost a text time."""
 VERIFIER_CORE, DRAFTER_CORE = 0, 1
 WARM_UP_TOKENS = 4
 
@@ -57,12 +57,12 @@ class Case:
     source: DraftSource = DraftSource.none
     draft_length: int | str = "auto"
     acceptance: float = 0.0
-    """Of source=synthetic."""
+    """Probability that a draft token is right (source=synthetic)."""
     prompt: str = "x"
     new_tokens: int = 0
     seed: int = 0
     layers: int = 1
-    """Of source=layers."""
+    """Number of the target's layers that draft (source=layers)."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ class Reading:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """See `speculative.drafter.tally`."""
+        """Figures of `speculative.drafter.tally`."""
         return self.tally.figures()
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole text."""
+        """Speed over the whole text."""
         return float(self.figures["tokens_per_second"])
 
-    def guess(self) -> Guess:
-        """Which guesses were right in this text, place by place, for `simulate`; right where none was looked at."""
+    def is_right(self) -> IsRight:
+        """Whether each draft token of this text was right, by place, for `simulate`; True where there was none."""
         wrong: set[int] = set()
         place = 0
         for done in self.tally.rounds:
@@ -121,11 +121,11 @@ class Rig:
 
     @property
     def drafter_words(self) -> list[str]:
-        """What a drafter as a process needs to be told to suit this verifier."""
+        """Words of the command line of a drafter process that suits this verifier."""
         return [*model_words(self.settings), "tracking=none", "project.draft.source=random"]
 
     def link(self, rtt_seconds: float) -> int:
-        """The port of a link to the verifier with this round-trip time, half each way."""
+        """Port of a link to the verifier with this round-trip time, half each way."""
         if rtt_seconds not in self._links:
             folder = self.folder / f"link-{rtt_seconds:g}"
             self._links[rtt_seconds] = self._stack.enter_context(
@@ -134,23 +134,23 @@ class Rig:
         return self._links[rtt_seconds]
 
     def join(self, rtt_seconds: float) -> RemoteTarget:
-        """A connection of its own through such a link; whoever asks for it closes it."""
+        """A new connection through such a link; the caller closes it."""
         return self.join_at(self.link(rtt_seconds))
 
     def join_at(self, port: int) -> RemoteTarget:
-        """The same at a port of this machine."""
+        """A new connection to a port of this machine; the caller closes it."""
         network = replace(self.settings.network, host="127.0.0.1", port=port)
         return join(replace(self.settings, network=network), self.texts)
 
     def target(self, rtt_seconds: float) -> RemoteTarget:
-        """The connection through such a link that all runs share; it is warm."""
+        """The warm connection through such a link, which all runs share."""
         if rtt_seconds not in self._targets:
             self._targets[rtt_seconds] = self._stack.enter_context(self.join(rtt_seconds))
-            self.speak(Case(mode=Mode.target_only, rtt_seconds=rtt_seconds, new_tokens=WARM_UP_TOKENS))
+            self.generate(Case(mode=Mode.target_only, rtt_seconds=rtt_seconds, new_tokens=WARM_UP_TOKENS))
         return self._targets[rtt_seconds]
 
-    def speak(self, case: Case) -> Reading:
-        """One text."""
+    def generate(self, case: Case) -> Reading:
+        """Generate one text."""
         target = self.target(case.rtt_seconds)
         before = target.bytes_sent + target.bytes_received
         tally = Tally()
@@ -161,7 +161,7 @@ class Rig:
     def rounds(
         self, case: Case, target: RemoteTarget, wrap: Callable[[Drafts], Drafts] = lambda drafts: drafts
     ) -> Iterator[Round]:
-        """The rounds of one text over a connection; `wrap` may put something around who guesses."""
+        """The rounds of one text over a connection; `wrap` may put something around its draft source."""
         settings = self.settings_of(case)
         ids = prompt_ids(self.tokenizer, case.prompt, settings.project.chat)
         sampling = asked_sampling(settings.project, settings.seed, self.tokenizer, len(ids))
@@ -172,7 +172,7 @@ class Rig:
         return speculate(target, wrap(drafts), request, target.welcome.end_ids)
 
     def settings_of(self, case: Case) -> SpeculativeSettings:
-        """A drafter's settings for a case."""
+        """The drafter's settings for a case."""
         project = self.settings.project
         draft = replace(project.draft, source=case.source, length=str(case.draft_length), layers=case.layers)
         return replace(
@@ -189,7 +189,7 @@ class Rig:
         )
 
     def speeds(self, rtt_seconds: float) -> Speeds:
-        """Of the synthetic engines."""
+        """Speeds of the synthetic engines."""
         synthetic = self.settings.project.synthetic
         return Speeds(
             step_seconds=synthetic.step_seconds,
@@ -201,7 +201,7 @@ class Rig:
     def _open_drafts(
         self, settings: SpeculativeSettings, case: Case, target: RemoteTarget, sampling: Sampling
     ) -> Drafts:
-        """Models are loaded once; what needs none is made anew, since several texts may want it at once."""
+        """Models are loaded once; other sources are made anew, since several texts may use one at once."""
         draft = settings.project.draft
         size = target.welcome.vocabulary_size
 
@@ -221,8 +221,8 @@ def text_bytes(prompt_length: int, rounds: Sequence[Round]) -> int:
     total, epoch, position = 0, 0, prompt_length
     for done in rounds:
         draft = DraftFrame(epoch=epoch, position=position)
-        total += len(encode(TABLE, MessageType.draft, 1, draft, pack_tokens(done.guesses)))
-        epoch += done.accepted < len(done.guesses)
+        total += len(encode(TABLE, MessageType.draft, 1, draft, pack_tokens(done.draft_ids)))
+        epoch += done.accepted < len(done.draft_ids)
         verdict = VerdictFrame(epoch=epoch, position=position, accepted=done.accepted, prefix=None)
         total += len(encode(TABLE, MessageType.verdict, 1, verdict, pack_tokens(done.ids)))
         position += len(done.tokens)
@@ -230,8 +230,8 @@ def text_bytes(prompt_length: int, rounds: Sequence[Round]) -> int:
 
 
 def for_engine(settings: SpeculativeSettings) -> SpeculativeSettings:
-    """Synthetic engines have no model; the tokenizer that both sides show is the one made in code. The verifier's own
-    guesses would hide the drafter's."""
+    """Settings for the benchmark's engine. Synthetic engines have no model: both sides show the tokenizer made in code;
+    and the verifier's own prompt lookup would hide the drafter's draft tokens."""
     if settings.project.bench.engine is BenchEngine.real:
         return settings
     model = compose_settings("spec_decoding", "model=random", SpeculativeSettings).model
@@ -241,7 +241,7 @@ def for_engine(settings: SpeculativeSettings) -> SpeculativeSettings:
 
 @contextmanager
 def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence[str] = ()) -> Iterator[int]:
-    """A verifier with the engine of the benchmark; yields its port."""
+    """Start a verifier with the benchmark's engine; yields its port."""
     project = settings.project
     words = [
         *model_words(settings),
@@ -267,7 +267,7 @@ def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence
 
 
 def model_words(settings: SpeculativeSettings) -> list[str]:
-    """The words that give another process our model."""
+    """Words of the command line that give another process our model."""
     model = settings.model
     files = (Path(conf.__file__).parent / "model").glob("*.yaml")
     names = {cast(DictConfig, OmegaConf.load(file)).get("name"): file.stem for file in files}

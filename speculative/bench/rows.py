@@ -1,4 +1,4 @@
-"""Cases of the benchmark and their rows: what is measured, beside the target alone and beside the formulas."""
+"""Cases of the benchmark and their rows: measured figures next to the target alone and to the formulas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_BYTES = 160.0
 
 
 def alone_case(rig: Rig, rtt_seconds: float) -> Case:
-    """The target alone, of the synthetic engines."""
+    """The synthetic target alone."""
     return Case(mode=Mode.target_only, rtt_seconds=rtt_seconds, new_tokens=rig.settings.project.bench.alone_tokens)
 
 
@@ -48,7 +48,7 @@ def synthetic_case(rig: Rig, mode: Mode, rtt_seconds: float, length: int | str) 
 
 
 def plain_row(rig: Rig, part: str, case: Case) -> Row:
-    """What every row has; figures that are not there are None."""
+    """The columns of every row; missing figures are None."""
     return {
         "part": part,
         "mode": case.mode.name,
@@ -70,8 +70,13 @@ def row_name(row: Row) -> str:
     return ", ".join(str(word) for word in words if word is not None)
 
 
+def at_least(least: float, figure: str, row: Row) -> Row:
+    """The row, judged by the median of one of its figures."""
+    return judged(row_name(row), row, f"{figure} at least {least}", row[figure].median >= least)
+
+
 def loop_row(rig: Rig, case: Case, readings: Readings, part: str = "loops") -> Row:
-    """A case of the synthetic engines beside the target alone at the same delay, and beside its formula."""
+    """A case of the synthetic engines next to the target alone at the same delay, and to its formula."""
     own, alone = readings[case], readings[alone_case(rig, case.rtt_seconds)]
     row = plain_row(rig, part, case) | _measured(own, alone)
     if case.mode is Mode.target_only:
@@ -87,10 +92,7 @@ def loop_row(rig: Rig, case: Case, readings: Readings, part: str = "loops") -> R
         row["bytes_per_accepted_guess"] = (
             sum(text_bytes(1, r.tally.rounds) for r in own) / accepted if accepted else None
         )
-        over = row["formula_over_measured"].median
-        return judged(
-            row_name(row), row, f"formula_over_measured at least {LEAST_OVER_FORMULA}", over >= LEAST_OVER_FORMULA
-        )
+        return at_least(LEAST_OVER_FORMULA, "formula_over_measured", row)
     longest = rig.settings.project.max_draft_length
     fixed = case.draft_length if isinstance(case.draft_length, int) else None
     predicted = predicted_async_tokens_per_second(
@@ -106,7 +108,7 @@ def _beside_optimum(rig: Rig, case: Case, own: Sequence[Reading], row: Row) -> R
     project, speeds = rig.settings.project, rig.speeds(case.rtt_seconds)
     optima = [
         simulated_optimum(
-            reading.guess(), row["alpha"], speeds, longest=project.max_draft_length, new_tokens=case.new_tokens
+            reading.is_right(), row["alpha"], speeds, longest=project.max_draft_length, new_tokens=case.new_tokens
         )
         for reading in own
     ]
@@ -125,7 +127,7 @@ def _beside_optimum(rig: Rig, case: Case, own: Sequence[Reading], row: Row) -> R
 
 
 def real_row(rig: Rig, case: Case, readings: Readings, part: str = "texts") -> Row:
-    """A case of a real target beside that alone at the same delay."""
+    """A case of a real target next to that alone at the same delay."""
     own = readings[case]
     alone = next(readings[c] for c in readings if c.mode is Mode.target_only and c.rtt_seconds == case.rtt_seconds)
     row = plain_row(rig, part, case) | _measured(own, alone)
@@ -150,7 +152,7 @@ def _measured(own: Sequence[Reading], alone: Sequence[Reading]) -> Row:
 
 
 def _bytes(own: Sequence[Reading]) -> Row:
-    """Both directions with headers; accepted are the guesses that were there when the target said the same."""
+    """Bytes of both directions, headers included; accepted draft tokens are those that came in time."""
     total = sum(reading.frame_bytes for reading in own)
     accepted = sum(reading.figures["drafts_accepted"] for reading in own)
     tokens = sum(reading.figures["new_tokens"] for reading in own)
@@ -175,6 +177,6 @@ def _seconds(reading: Reading) -> float:
 
 
 def _sync_seconds(rig: Rig, case: Case, reading: Reading) -> float:
-    """What the very rounds of a synchronous text should take."""
+    """Seconds that the rounds of a synchronous text should take by the formula."""
     speeds = rig.speeds(case.rtt_seconds)
-    return sum(sync_round_seconds(len(done.guesses), speeds) for done in reading.tally.rounds)
+    return sum(sync_round_seconds(len(done.draft_ids), speeds) for done in reading.tally.rounds)

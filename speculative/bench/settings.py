@@ -1,20 +1,20 @@
-"""What `python -m speculative.bench` measures."""
+"""Settings of `python -m speculative.bench`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from lab.settings import require
+from lab.settings import require, require_at_least
 
 
 class BenchEngine(Enum):
-    """What is measured with."""
+    """Engines to measure with."""
 
     synthetic = "synthetic"
     """Engines whose passes take the times of `project.synthetic`."""
     real = "real"
-    """`model`, and the drafts of `project.draft`."""
+    """`model`, and the source of `project.draft`."""
 
 
 @dataclass(kw_only=True)
@@ -24,7 +24,7 @@ class BenchText:
     name: str
     prompt: str
     repeats: bool
-    """Whether the answer repeats what stands in the prompt."""
+    """Whether the answer repeats parts of the prompt."""
 
 
 @dataclass(kw_only=True)
@@ -37,43 +37,43 @@ class BenchSettings:
     rtt_seconds: list[float]
     """Round-trip times that the link adds, half each way."""
     draft_lengths: list[int]
-    """Of the synchronous loop."""
+    """Draft lengths of the synchronous loop."""
     fixed_lengths: list[int]
-    """That the automatic one is compared with."""
+    """Draft lengths that the automatic one is compared with."""
     new_tokens: int
-    """Of a text with guesses."""
+    """Length of a text with draft tokens."""
     alone_tokens: int
-    """Of a text of the target alone, whose speed does not change along it."""
+    """Length of a text of the target alone, whose speed does not change along it."""
     repeats: int
     """Interleaved runs of each case that count."""
     text_repeats: int
-    """The same of part texts."""
+    """Interleaved runs of each case of part texts."""
     low_acceptances: list[float]
-    """Where a short wait beats going at once (part near)."""
+    """Acceptances at which a short wait beats none (part near)."""
     far_rtt_seconds: list[float]
-    """Round trips of drafters that are of no use (part useless)."""
+    """Round-trip times of drafters that are never right (part useless)."""
     busy_rtt_seconds: float
-    """Of the picture of who was busy when."""
+    """Round-trip time of the picture of busy times."""
     frame_rounds: int
     """Round trips of the frame comparison."""
     neighbour_tokens: int
-    """Of each of four clients, one of which is hostile or stalled (part neighbours)."""
+    """Length of the text of each client (part neighbours)."""
     crowd: int
     """Drafters on one verifier (part crowd)."""
     crowd_tokens: int
-    """Of each of them."""
+    """Length of the text of each of them."""
     texts: list[BenchText]
-    """Engine real."""
+    """Prompts of engine real."""
     text_names: list[str]
-    """Which of them; none: all."""
+    """Those of them to use; none: all."""
     text_tokens: int
-    """Of each answer to them, unless the target ends it sooner."""
+    """Length of each answer to them, unless the target ends it sooner."""
     layers: list[int]
-    """Of the target's own, as drafters (part sources)."""
+    """Numbers of the target's first layers that draft (part sources)."""
 
     @property
     def chosen_texts(self) -> list[BenchText]:
-        """Those of `text_names`."""
+        """The prompts of `text_names`."""
         return [text for text in self.texts if not self.text_names or text.name in self.text_names]
 
     def __post_init__(self) -> None:
@@ -85,14 +85,6 @@ class BenchSettings:
         require(bool(self.texts), "texts must name at least one prompt", self.texts)
         unknown = sorted(set(self.text_names) - {text.name for text in self.texts})
         require(not unknown, "text_names must be names of texts", unknown)
-        for name in (
-            "new_tokens",
-            "alone_tokens",
-            "repeats",
-            "text_repeats",
-            "frame_rounds",
-            "neighbour_tokens",
-            "crowd_tokens",
-        ):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        require(self.crowd >= 2, "crowd must be at least 2", self.crowd)
+        require_at_least(1, self, "new_tokens", "alone_tokens", "repeats", "text_repeats", "frame_rounds")
+        require_at_least(1, self, "neighbour_tokens", "crowd_tokens")
+        require_at_least(2, self, "crowd")

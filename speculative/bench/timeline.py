@@ -1,7 +1,7 @@
-"""Who was busy when: the target's passes, the drafter's steps and the frames between them, of one text on one clock.
+"""Busy times of one text on one clock: the target's passes, the drafter's steps and the frames between them.
 
-For a picture, not for a figure: the verifier is a thread of this process here, so that one clock sees both sides. It is
-the shipped one, behind a real socket and a link in a process of its own.
+For a picture, not for a figure: the verifier is a thread of this process, so that one clock sees both sides. It is the
+shipped one, behind a real socket and a link process.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from typing_extensions import override
-
 from lab.bench import link_process, pinned
 from lab.device import open_device
-from lab.engine.base import Engine, Request, Session, TargetStep, Want
-from lab.engine.sampling import Sampling
+from lab.engine.base import Request, Want
 from lab.settings import WandbMode
 from lab.tracking import Tracker
 from speculative.bench.rig import DRAFTER_CORE, START_SECONDS, VERIFIER_CORE, WARM_UP_TOKENS, Case, Rig
@@ -36,99 +33,59 @@ END_SECONDS = 30.0
 
 @dataclass
 class Timeline:
-    """Seconds since the text was asked for."""
+    """Events of one text, in seconds since its request."""
 
     passes: list[Span] = field(default_factory=list)
-    """Of the target."""
+    """The target's."""
     rows: list[int] = field(default_factory=list)
-    """Tokens in each of them."""
+    """Number of tokens in each pass."""
     steps: list[Span] = field(default_factory=list)
-    """Of the drafter."""
+    """The drafter's."""
     verdicts: list[tuple[float, int, bool]] = field(default_factory=list)
-    """When the drafter heard, how many tokens, and whether a guess was wrong."""
+    """Arrival at the drafter, number of tokens, and whether a draft token was wrong."""
+    began: float = 0.0
 
-    def since(self, began: float) -> Timeline:
-        """The same, counted from another moment."""
-        return Timeline(
-            [(a - began, b - began) for a, b in self.passes],
-            self.rows,
-            [(a - began, b - began) for a, b in self.steps],
-            [(at - began, tokens, wrong) for at, tokens, wrong in self.verdicts],
-        )
+    def restart(self) -> None:
+        """Forget all events so far, and count from now on."""
+        for events in (self.passes, self.rows, self.steps, self.verdicts):
+            events.clear()
+        self.began = time.monotonic()
 
-    def clear(self) -> None:
-        """What was so far does not count."""
-        for of in (self.passes, self.rows, self.steps, self.verdicts):
-            of.clear()
+    def on_pass(self, began: float, ended: float, requests: Sequence[Request], want: Want) -> None:
+        """Note a pass of the target."""
+        self.passes.append((began - self.began, ended - self.began))
+        self.rows.append(sum(len(ids) for _, ids in requests))
 
-    def heard(self, done: Round) -> None:
-        """A verdict has come."""
-        self.verdicts.append((time.monotonic(), len(done.tokens), done.right < done.checked))
+    def on_step(self, began: float, ended: float, count: int) -> None:
+        """Note a step of the drafter."""
+        self.steps.append((began - self.began, ended - self.began))
+
+    def on_verdict(self, done: Round) -> None:
+        """Note a verdict that has just come."""
+        self.verdicts.append((time.monotonic() - self.began, len(done.tokens), done.right < done.checked))
 
 
-class WatchedEngine(Engine):
-    """Another engine, with a note of when it was busy."""
+def watch_calls(owner: object, method: str, note: Callable[..., None]) -> None:
+    """Have `note(began, ended, *arguments)` called after each call of a method."""
+    call = getattr(owner, method)
 
-    def __init__(self, engine: Engine, timeline: Timeline) -> None:
-        self._engine, self._timeline = engine, timeline
-        self.vocabulary_size, self.context = engine.vocabulary_size, engine.context
-        self.longest, self.has_logits = engine.longest, engine.has_logits
-
-    @override
-    def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
-        return self._engine.open(prompt_ids, sampling, most_tokens)
-
-    @override
-    def extend(self, requests: Sequence[Request], want: Want) -> list[TargetStep]:
+    def watched(*arguments: Any, **options: Any) -> Any:
         began = time.monotonic()
-        steps = self._engine.extend(requests, want)
-        self._timeline.passes.append((began, time.monotonic()))
-        self._timeline.rows.append(sum(len(ids) for _, ids in requests))
-        return steps
+        result = call(*arguments, **options)
+        note(began, time.monotonic(), *arguments, **options)
+        return result
 
-    @override
-    def close(self, session: Session) -> None:
-        self._engine.close(session)
-
-    @override
-    def shutdown(self) -> None:
-        self._engine.shutdown()
-
-
-class WatchedDrafts(Drafts):
-    """Other drafts, with a note of when they were busy."""
-
-    def __init__(self, drafts: Drafts, timeline: Timeline) -> None:
-        self._drafts, self._timeline = drafts, timeline
-
-    @override
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        self._drafts.begin(prompt_ids)
-
-    @override
-    def propose(self, count: int) -> list[int]:
-        began = time.monotonic()
-        found = self._drafts.propose(count)
-        self._timeline.steps.append((began, time.monotonic()))
-        return found
-
-    @override
-    def correct(self, position: int, ids: Sequence[int]) -> None:
-        self._drafts.correct(position, ids)
-
-    @override
-    def close(self) -> None:
-        self._drafts.close()
+    setattr(owner, method, watched)
 
 
 @contextmanager
 def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
-    """A verifier in a thread of this process, watched; yields its port."""
+    """Run a watched verifier in a thread of this process; yields its port."""
     network = replace(rig.settings.network, host="127.0.0.1", port=0)
     tracking = replace(rig.settings.tracking, wandb=WandbMode.disabled)  # the benchmark's own run is open
     settings = replace(rig.settings, network=network, tracking=tracking)
     target = open_target(settings, open_device(settings.device))
-    watched = replace(target, engine=WatchedEngine(target.engine, timeline))
+    watch_calls(target.engine, "extend", timeline.on_pass)
     listens: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
 
     def announce(host: str, port: int) -> None:
@@ -138,7 +95,7 @@ def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
 
     def work(tracker: Tracker) -> None:
         with suppress(asyncio.CancelledError):
-            asyncio.run(serve(settings, watched, rig.tokenizer, None, tracker, ServerStats(), announce))
+            asyncio.run(serve(settings, target, rig.tokenizer, None, tracker, ServerStats(), announce))
 
     with Tracker(settings, "timeline", rig.folder / "timeline") as tracker, pinned(VERIFIER_CORE):
         thread = threading.Thread(target=work, args=(tracker,), name="watched-verifier", daemon=True)
@@ -153,16 +110,20 @@ def watched_verifier(rig: Rig, timeline: Timeline) -> Iterator[int]:
 
 
 def watch(rig: Rig, case: Case) -> Timeline:
-    """One text, from the moment it is asked for."""
+    """The timeline of one text, from its request on."""
     timeline = Timeline()
+
+    def watched(drafts: Drafts) -> Drafts:
+        watch_calls(drafts, "propose", timeline.on_step)
+        return drafts
+
     with ExitStack() as stack:
         verifier = stack.enter_context(watched_verifier(rig, timeline))
         folder = rig.folder / f"link-watched-{case.mode.name}"
         link = stack.enter_context(link_process(verifier, case.rtt_seconds, folder, START_SECONDS))
         target = stack.enter_context(rig.join_at(link))
         list(rig.rounds(replace(case, mode=Mode.target_only, new_tokens=WARM_UP_TOKENS), target))
-        timeline.clear()
-        began = time.monotonic()
-        for done in rig.rounds(case, target, lambda drafts: WatchedDrafts(drafts, timeline)):
-            timeline.heard(done)
-    return timeline.since(began)
+        timeline.restart()
+        for done in rig.rounds(case, target, watched):
+            timeline.on_verdict(done)
+    return timeline

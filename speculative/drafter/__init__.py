@@ -1,1 +1,1 @@
-"""What runs on the drafter's machine."""
+"""The drafter's machine: drafts tokens, has them verified, prints the text."""

@@ -1,4 +1,4 @@
-"""The drafter: guesses on this machine, has the verifier check, shows the text. `python -m speculative.drafter`."""
+"""The drafter: drafts on this machine, has the verifier check, prints the text. `python -m speculative.drafter`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from speculative.settings import SpeculativeSettings
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """One text; the figures of the last line."""
+    """Serve one request; returns the figures of the last line."""
     from speculative.drafter.session import draft
 
     return draft(settings, place)

@@ -1,4 +1,4 @@
-"""Whether a text is the target's own: the target decodes it again, alone, and every other token is a flip."""
+"""Check of a generated text against the target alone: every token that differs is a flip."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from speculative.settings import Mode
 
 @dataclass(frozen=True)
 class Flip:
-    """A token of the text where the target alone, given the same tokens before it, says another one."""
+    """A token of the text where the target alone, after the same tokens, chooses another one."""
 
     index: int
-    """Of the new token, from 0."""
+    """Number of the new token, from 0."""
     token: int
     alone: int
-    """What the target alone says."""
+    """The target's own choice."""
     margin: float
-    """The lead of that over the second best; a batch of another shape moves logits by about 1e-6 in float32."""
+    """Lead of that choice over the second best; a batch of another shape moves logits by about 1e-6 in float32."""
 
 
 def find_flips(
     target: Target, request: GenerationRequest, new_ids: Sequence[int], end_ids: Collection[int]
 ) -> list[Flip]:
-    """Let the target decode the text token by token, alone, and note where it differs; then go on behind that place.
+    """Let the target decode the text token by token, alone; where it differs, continue behind that place.
 
-    None found: the text is the target's own, token by token. Margins need a target that reports them.
+    No flips: the text is the target's own. Margins need a target that reports them.
     """
     flips: list[Flip] = []
     start = 0

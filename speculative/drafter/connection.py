@@ -22,17 +22,17 @@ LOOK_SECONDS = 0.5
 
 
 class VerifierConnection:
-    """Frames there and back, and what the verifier said first. Whoever makes one closes it.
+    """Frames in both directions, and the verifier's WELCOME. The caller closes it.
 
     Args:
-        host: Of the verifier.
-        port: Of the verifier.
-        endpoint: Our side.
-        tls: None: none.
+        host: Address of the verifier.
+        port: Its port.
+        endpoint: This side of the wire.
+        tls: None: no TLS.
         request_seconds: Longest wait for one answer.
 
     Raises:
-        WireError: nobody is there, another key, no WELCOME.
+        WireError: nothing listens there, another key, no WELCOME.
     """
 
     def __init__(
@@ -44,20 +44,20 @@ class VerifierConnection:
         self._reader = threading.Thread(target=self._read, name="drafter-reader", daemon=True)
         self._reader.start()
         try:
-            self.welcome: WelcomeFrame = self.expect(MessageType.welcome, "WELCOME").head
+            self.welcome: WelcomeFrame = self.expect(MessageType.welcome).head
         except BaseException:
             self.close()
             raise
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What the verifier showed in the handshake."""
+        """Fingerprints that the verifier showed in the handshake."""
         return self.frames.agreed.fingerprints
 
     def vocabulary(self) -> list[str]:
-        """The text of every id of the verifier's tokenizer."""
+        """Ask for the text of every id of the verifier's tokenizer."""
         self.frames.send(MessageType.ask_vocabulary, 0, AskVocabularyFrame())
-        frame = self.expect(MessageType.vocabulary, "VOCABULARY")
+        frame = self.expect(MessageType.vocabulary)
         assert isinstance(frame.head, VocabularyFrame)
         try:
             texts = msgspec.msgpack.decode(frame.body, type=list[bytes])
@@ -66,17 +66,17 @@ class VerifierConnection:
             raise self.bad(f"sent a bad vocabulary: {error}") from None
 
     def send(self, number: MessageType, session: int, head: Head, *body: Buffer, state: str = "") -> None:
-        """Send a frame. `state` is for the text of what may go wrong from now on."""
+        """Send a frame. `state` goes into the text of faults from now on."""
         self.frames.peer.phase, self.frames.peer.state = number.name.upper(), state
         self.frames.send(number, session, head, *body)
 
     def has_news(self) -> bool:
-        """Whether `wait` would not have to."""
+        """Whether `wait` would return at once."""
         return not self._arrived.empty()
 
     def wait(self, *, patiently: bool = False) -> Frame:
-        """The next frame; `patiently`: as long as the connection lives. Raises a `WireError`, again and again once the
-        connection has ended."""
+        """Wait for the next frame; `patiently`: as long as the connection lives. Raises a `WireError`, each time once
+        the connection has ended."""
         deadline = time.monotonic() + self._request_seconds
         while True:
             try:
@@ -91,20 +91,20 @@ class VerifierConnection:
                 raise arrived
             return arrived
 
-    def expect(self, number: MessageType, name: str) -> Frame:
-        """The next frame, which must be of one type."""
-        self.frames.peer.phase = name
+    def expect(self, number: MessageType) -> Frame:
+        """Wait for the next frame, which must be of type `number`."""
+        self.frames.peer.phase = name = number.name.upper()
         frame = self.wait()
         if frame.type != number:
             raise self.bad(f"sent a frame of type {frame.type} where {name} was due")
         return frame
 
     def ids(self, frame: Frame) -> list[int]:
-        """The token ids in the body of a frame."""
+        """Read the token ids in the body of a frame."""
         return unpack_tokens(frame.body, vocabulary_size=self.welcome.vocabulary_size, peer=self.frames.peer)
 
     def bad(self, what: str) -> BadFrame:
-        """The fault of a peer that sent what it should not."""
+        """A fault of the verifier: it sent something wrong."""
         return BadFrame(self.frames.peer, what)
 
     def close(self) -> None:

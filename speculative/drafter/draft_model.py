@@ -1,4 +1,4 @@
-"""Which model `project.draft.model` means: a YAML of `conf/model` or of the user's own, a folder, a file, a hub id.
+"""The model that `project.draft.model` names: a YAML of `conf/model` or of the user's own, a folder, a file, a hub id.
 
 Nothing is written as words for Hydra to read again: a folder may have any name.
 """
@@ -94,6 +94,6 @@ def _of_place(name: str, target: ModelSettings) -> ModelSettings:
 
 
 def _shared_dtype() -> Dtype:
-    """Of models that no YAML describes."""
+    """The default dtype, for models that no YAML describes."""
     shared = cast(DictConfig, OmegaConf.load(Path(conf.__file__).parent / "main.yaml"))
     return Dtype[str(shared.model.dtype)]

@@ -1,4 +1,4 @@
-"""One text of a drafter, from its prompt to its figures."""
+"""One request of a drafter, from its prompt to its figures."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from speculative.vocabulary import token_texts
 log = logging.getLogger(__name__)
 
 ACCEPTED, CORRECTED = "\x1b[32m", "\x1b[33m"
-"""Colours of a terminal."""
+"""Colours of accepted draft tokens and of the target's own tokens."""
 
 
 def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Join the verifier, draft the text, count.
+    """Join the verifier, generate the text, and return its figures.
 
     Raises:
         UserError: a prompt or settings that this target does not take.
         WireError: the verifier cannot be joined.
-        RequestRefused: the verifier does not take the text.
-        RequestFailed, WireError: the text could not go on; `place.so_far` has what there is of it.
+        RequestRefused: the verifier does not serve the request.
+        RequestFailed, WireError: the request could not go on; `place.so_far` has the figures so far.
     """
     project = settings.project
     device = open_device(settings.device)
@@ -65,8 +65,8 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         tally = Tally()
         place.so_far = lambda: _figures(settings, target, tokenizer, tally)
         try:
-            name_text(settings.project.resume, target, place.folder / "text.json")
-            speak(target, drafts, request, tokenizer, tally, tracker, project.stops)
+            set_ticket(settings.project.resume, target, place.folder / "text.json")
+            generate(target, drafts, request, tokenizer, tally, tracker, project.stops)
         except RequestRefused:
             if not tally.token_ids:
                 place.so_far = dict  # it has not begun
@@ -82,7 +82,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
-    """UserError for a prompt that this target has no place for, and for words about tokens that it does not have."""
+    """Raises a UserError for a prompt that is too long, and for ids that the target does not have."""
     if request.sampling.words is not None:
         try:
             request.sampling.words.check_ids(welcome.vocabulary_size)
@@ -98,7 +98,7 @@ def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: We
         )
 
 
-def speak(
+def generate(
     target: RemoteTarget,
     drafts: Drafts,
     request: GenerationRequest,
@@ -107,8 +107,8 @@ def speak(
     tracker: Tracker,
     stops: Sequence[str],
 ) -> None:
-    """Draft the whole text, showing it as it is verified; `tally` and `tracker` have each round as soon as it is
-    there. Where a stop string ends it the rest is given up. Raises StreamLeft when nobody reads it any more."""
+    """Generate the text, writing it to stdout as it is verified; `tally` and `tracker` get each round as it comes. A
+    stop string ends it. Raises StreamLeft when stdout is no longer read."""
     if request.threshold is not None:
         log.warning("rule cross_entropy is lossy: this text is not the target's own")
     stream = TextStream(decoder(tokenizer, target.welcome.end_ids), sys.stdout, stops)
@@ -126,13 +126,13 @@ def speak(
 
 
 def show(stream: TextStream, done: Round) -> None:
-    """Accepted guesses in one colour, what the target put in the other. Raises StreamLeft."""
+    """Write accepted draft tokens in one colour, the target's own in the other. Raises StreamLeft."""
     stream.add(done.tokens[: done.accepted], ACCEPTED)
     stream.add(done.tokens[done.accepted :], CORRECTED)
 
 
-def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
-    """Have the next text be one that another process has opened, or a new one; its name is written to `path`."""
+def set_ticket(resume: str | None, target: RemoteTarget, path: Path) -> None:
+    """Give the next request a new ticket, or that of the file `resume` of another process; it is written to `path`."""
     try:
         ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(path_of(resume, "project.resume"))
     except ValueError as error:
@@ -141,13 +141,13 @@ def name_text(resume: str | None, target: RemoteTarget, path: Path) -> None:
         ticket.write(path)
     except OSError as error:
         log.warning("%s could not be written (%s): no other process can take up this text", path, error.strerror)
-    target.name_next(ticket, again=resume is not None)
+    target.set_next_ticket(ticket, again=resume is not None)
 
 
 def make_request(
     settings: SpeculativeSettings, ids: Sequence[int], sampling: Sampling, max_new_tokens: int
 ) -> GenerationRequest:
-    """What is asked of the target."""
+    """The request that `settings` make of a prompt."""
     project = settings.project
     return GenerationRequest(
         prompt_ids=ids,
@@ -194,7 +194,7 @@ def _ended_by(text: Said, end_ids: Sequence[int]) -> str:
 
 
 def _predicted(project: SpeculativeProjectSettings, target: RemoteTarget, figures: dict[str, Any]) -> float | None:
-    """Tokens per second that theory gives for what was measured; None where something was not."""
+    """Tokens per second that theory gives for the measured figures; None where one of them is missing."""
     ended, rtt, draft_step = target.ended, target.rtt_seconds, figures["draft_step_seconds"]
     if ended is None or not ended.step_seconds:
         return None

@@ -1,7 +1,4 @@
-"""Who guesses: sources of guesses that hold their own copy of the text, and go back in it at no cost.
-
-A source is told the text as far as it is verified, proposes what may come next, and holds its own guesses as text until
-it is told otherwise: a rejection is `correct(position, ids)`. Knows nothing about networks or verifiers.
+"""Draft sources that need a model, and the choice of one by the settings.
 
 Shapes: V vocabulary, H hidden size.
 """
@@ -18,31 +15,33 @@ from typing import Any, cast
 import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing_extensions import override
 
-from lab.engine.base import Engine, SyntheticEngine
+from lab.engine.base import Engine
+from lab.engine.local import open_local_engine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from lab.models.layers import load_layers, load_proved, with_adapter
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from speculative.drafter.draft_model import draft_model
 from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts
-from speculative.local_engine import local_engine
 from speculative.settings import SYNTHETIC_CONTEXT, DraftSource, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.vocabulary import first_difference, token_texts
 
 log = logging.getLogger(__name__)
 
 
-class EngineDrafts:
-    """An engine guesses: a model, a slice of the target, a noisy target, a synthetic one.
+class EngineDrafts(Drafts):
+    """Draft tokens of an engine: a model, a slice of the target, a noisy target, a synthetic one.
 
-    It draws with the target's own sampling: with the same noise at each position it says what the target says far more
-    often than with noise of its own (`lab.engine.sampling`).
+    It samples as the target does: with the same noise at each position it chooses the same token far more often than
+    with noise of its own (`lab.engine.sampling`).
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, vocabulary_size: int) -> None:
-        """`vocabulary_size` is the target's: a guess outside of it, out of a longer padding, is none."""
+        """`vocabulary_size` is the target's: an id beyond it, from a longer padding, is no draft token."""
         self._engine = engine
         self._vocabulary_size = vocabulary_size
         if sampling.words is not None:
@@ -51,45 +50,44 @@ class EngineDrafts:
         self._sampling = sampling
         self._text: list[int] = []
 
+    @override
     def begin(self, prompt_ids: Sequence[int]) -> None:
-        """See `Drafts.begin`."""
         self._text = list(prompt_ids)
         if self._session.fault:
             self._session.close()
             self._session = self._engine.open([], self._sampling, self._engine.longest)
         self._session.position = 0
 
+    @override
     def propose(self, count: int) -> list[int]:
-        """See `Drafts.propose`. One pass of the engine each; none when the text is longer than the drafter has
-        room for, and none for the rest of a text in which it has met NaN or infinity."""
-        guesses: list[int] = []
-        while len(guesses) < count and len(self._text) <= self._engine.longest and not self._session.fault:
+        drafted: list[int] = []
+        while len(drafted) < count and len(self._text) <= self._engine.longest and not self._session.fault:
             try:
-                guess = self._next_id()
+                token = self._next_id()
             except NotFinite as fault:
-                log.warning("the drafter guesses no more of this text: %s", fault)
+                log.warning("the drafter drafts no more of this text: %s", fault)
                 break
-            if guess >= self._vocabulary_size:
+            if token >= self._vocabulary_size:
                 break
-            guesses.append(guess)
-            self._text.append(guess)
-        return guesses
+            drafted.append(token)
+            self._text.append(token)
+        return drafted
 
+    @override
     def correct(self, position: int, ids: Sequence[int]) -> None:
-        """See `Drafts.correct`."""
         del self._text[position:]
         self._session.position = min(self._session.position, position)
         self._text += ids
 
+    @override
     def close(self) -> None:
-        """See `Drafts.close`."""
         self._session.close()
         self._engine.shutdown()
 
     def _next_id(self) -> int:
-        # At least one token is fed, though it was before: a guess that did not count has left none.
+        # At least one token is fed, even again: after an id that was no draft token there is no new one.
         self._session.position = min(self._session.position, len(self._text) - 1)
-        # The target's padding may be longer than ours: such an id is some token to us, which only costs guesses.
+        # The target's padding may be longer than ours: such an id is some token to us, which only costs acceptance.
         largest = self._engine.vocabulary_size - 1
         unseen = [min(token, largest) for token in self._text[self._session.position :]]
         [step] = self._engine.extend([(self._session, unseen)], "last")
@@ -113,14 +111,14 @@ def open_drafts(
     target_texts: list[str],
     vocabulary_size: int,
 ) -> Drafts:
-    """Who guesses, as `settings` name it.
+    """Open the draft source that `settings` name.
 
     Args:
-        settings: Of the drafter.
-        device: What its model runs on.
-        sampling: The text's own: guesses are drawn with the target's noise.
-        target_texts: The text of each id of the target's tokenizer.
-        vocabulary_size: Ids the target takes.
+        settings: The drafter's.
+        device: Where its model runs.
+        sampling: The request's own: draft tokens are sampled with the target's noise.
+        target_texts: Text of each id of the target's tokenizer.
+        vocabulary_size: Number of ids that the target takes.
 
     Raises:
         UserError: a draft model with another vocabulary, layers that the target does not have, ...
@@ -134,7 +132,7 @@ def open_drafts(
         DraftSource.recorded: lambda: RecordedDrafts(
             _recorded_ids(str(project.draft.file)), project.synthetic.agreement, settings.seed, shared
         ),
-        # It has no logits for words to change: it only guesses more often wrong.
+        # It has no logits for words to change, which only costs acceptance.
         DraftSource.synthetic: lambda: EngineDrafts(
             _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, words=None), shared
         ),
@@ -167,7 +165,7 @@ def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int
 def _from_model(
     model: torch.nn.Module, project: SpeculativeProjectSettings, sampling: Sampling, vocabulary_size: int
 ) -> EngineDrafts:
-    return EngineDrafts(local_engine(model, project, sessions=1, exact_rows=None), sampling, vocabulary_size)
+    return EngineDrafts(open_local_engine(model, project, sessions=1), sampling, vocabulary_size)
 
 
 def _draft_model(settings: SpeculativeSettings, device: torch.device, target_texts: list[str]) -> PreTrainedModel:
@@ -182,7 +180,7 @@ def _draft_model(settings: SpeculativeSettings, device: torch.device, target_tex
 
 
 def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list[str], whose: str) -> None:
-    """UserError that names the first id which is not the target's."""
+    """Raises a UserError that names the first id which is not the target's."""
     if difference := first_difference(token_texts(tokenizer), target_texts):
         raise UserError(f"{whose} must have the target's tokenizer: {difference}")
 

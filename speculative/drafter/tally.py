@@ -1,16 +1,17 @@
-"""The figures of one text: acceptance, speed, waste. Every definition stands here.
+"""Figures of one request: acceptance, speed, waste; with every definition.
 
-alpha                   right guesses / checked guesses. Checked are those that were compared with the text: the right
-                        ones and the first wrong one of each epoch; what stands behind it was never compared.
-alpha_by_position[i]    the same for the i-th guess of a run alone: conditional on all before it having been right. A
-                        run begins with each draft (sync), behind a wrong guess and where the target was ahead (async).
-mean_accepted_length    accepted guesses / rounds that had guesses; accepted are the right ones that were there when the
-                        target said the same, in a pass over them or (async) in the one just before.
-drafts_late             right guesses that are not accepted: the target had put the token before they came (async).
-drafts_stale            guesses that were sent and never compared: one before them was wrong.
-draft_step_seconds      time of guessing / guesses made.
-draft_waste             guesses that were made and not accepted / guesses made.
-epochs                  wrong guesses that were sent: each ended an epoch.
+alpha                   right draft tokens / checked ones. Checked are those that were compared with the text: the right
+                        ones and the first wrong one of each epoch; those behind it were never compared.
+alpha_by_position[i]    the same for the i-th draft token of a run alone: conditional on all before it having been
+                        right. A run begins with each draft (sync), behind a wrong draft token and where the target was
+                        ahead (async).
+mean_accepted_length    accepted draft tokens / rounds that had some; accepted are the right ones that were there when
+                        the target chose the same, in a pass over them or (async) in the one just before.
+drafts_late             right draft tokens that are not accepted: the target had put the token before (async).
+drafts_stale            draft tokens that were sent and never compared: one before them was wrong.
+draft_step_seconds      time of drafting / draft tokens made.
+draft_waste             draft tokens that were made and not accepted / those made.
+epochs                  wrong draft tokens that were sent: each ended an epoch.
 ms_per_token_p50        median over tokens; the n tokens of a round took 1/n of the time since the round before, each.
 tokens_per_second       new tokens / generation_seconds: from asking (connection and models are there) to the last one.
 """
@@ -29,7 +30,7 @@ from speculative.drafter.loop import Round
 
 @dataclass
 class Tally:
-    """Takes every round of one text as it comes. The clock starts when it is made."""
+    """Collects the rounds of one request as they come. The clock starts when it is made."""
 
     clock: Callable[[], float] = time.perf_counter
     rounds: list[Round] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Tally:
         self._began = self.clock()
 
     def add(self, done: Round) -> None:
-        """A round that has just come."""
+        """Add a round that has just come."""
         self.rounds.append(done)
         self._times.append(self.clock())
 
@@ -49,15 +50,15 @@ class Tally:
         return [token for done in self.rounds for token in done.tokens]
 
     def figures(self) -> dict[str, Any]:
-        """All figures, by the names of the last line; None where there was nothing to divide by."""
-        drafted = [done for done in self.rounds if done.guesses]
+        """All figures, by their names in the last line; None where there was nothing to divide by."""
+        drafted = [done for done in self.rounds if done.draft_ids]
         accepted = sum(done.accepted for done in drafted)
         right = sum(done.right for done in drafted)
         made = sum(done.made for done in self.rounds)
         checked = sum(done.checked for done in drafted)
         new_tokens = len(self.token_ids)
         seconds = self._times[-1] - self._began if self._times else 0.0
-        nll = [value for done in self.rounds for value in done.guess_nll]
+        nll = [value for done in self.rounds for value in done.draft_nll]
         return {
             "new_tokens": new_tokens,
             "generation_seconds": seconds,
@@ -81,20 +82,20 @@ class Tally:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row of figures a round, for metrics."""
+        """Figures of each round, for metrics."""
         return [self.row(index) for index in range(len(self.rounds))]
 
     def row(self, index: int) -> dict[str, Any]:
-        """That of round `index`; lists only where the verifier reported them."""
+        """Figures of round `index`; lists only where the verifier reported them."""
         done, before = self.rounds[index], self._times[index - 1] if index else self._began
         row: dict[str, Any] = {
             "round_seconds": self._times[index] - before,
-            "round_guesses": len(done.guesses),
+            "round_guesses": len(done.draft_ids),
             "round_accepted": done.accepted,
             "round_tokens": len(done.tokens),
         }
         if done.margins:
-            row |= {"round_guess_cross_entropy": done.guess_nll, "round_margins": done.margins}
+            row |= {"round_guess_cross_entropy": done.draft_nll, "round_margins": done.margins}
         return row
 
     @staticmethod

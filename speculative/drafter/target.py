@@ -1,33 +1,30 @@
-"""A verifier over the wire, as a drafter's `Target`: one text at a time, over as many connections as it takes."""
+"""A verifier over the wire, as a drafter's `Target`: one request at a time, over as many connections as it takes."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+from typing_extensions import override
 
 from lab.engine.sampling_head import sampling_fields
 from lab.models.fingerprints import changes
-from lab.network import client_side_tls, make_endpoint
+from lab.network import client_side_tls
 from lab.settings import UserError
 from lab.wire import Frame, PeerFull, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
 from speculative.drafter.connection import VerifierConnection
-from speculative.drafter.loop import TargetLost
+from speculative.drafter.loop import Target, TargetLost
 from speculative.messages import (
     OWNER_BYTES,
-    PROTOCOL,
     TABLE,
     TOKENIZER,
     CloseFrame,
@@ -40,6 +37,7 @@ from speculative.messages import (
     VerdictFrame,
     WaitingFrame,
     WelcomeFrame,
+    make_side,
 )
 from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.settings import DraftSettings, SpeculativeSettings
@@ -49,58 +47,45 @@ log = logging.getLogger(__name__)
 
 Connect = Callable[[], VerifierConnection]
 _LOST = (Unreachable, PeerFull, PeerGone, PeerSilent)
-"""What is tried again while a text is to be taken up."""
+"""Faults after which connecting is tried again, to resume a request."""
 
 
-class _Written(msgspec.Struct, forbid_unknown_fields=True):
-    """A ticket as a file."""
+class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Name of a request, the secret that proves its owner, and the target where it was begun; the first two in hex."""
 
-    name: str
-    owner: str
-    target: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """How a text is named, the secret that its owner is known by, and the target that it was begun at."""
-
-    name: int
-    owner: bytes
+    name: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+    owner: Annotated[str, msgspec.Meta(pattern=rf"^[0-9a-f]{{{2 * OWNER_BYTES}}}\Z")]
     target: dict[str, str]
 
     @classmethod
     def new(cls, target: dict[str, str]) -> Ticket:
-        """One that nobody can guess."""
-        return cls(secrets.randbits(64), secrets.token_bytes(OWNER_BYTES), target)
+        """Draw a new ticket."""
+        return cls(secrets.token_hex(8), secrets.token_hex(OWNER_BYTES), target)
 
     @classmethod
     def read(cls, path: Path) -> Ticket:
-        """One that was written. Raises `ValueError` for a file that is none."""
+        """Read a ticket that was written. Raises `ValueError` for a file that is none."""
         try:
-            kept = msgspec.json.decode(path.read_bytes(), type=_Written)
-            ticket = cls(int(kept.name, 16), bytes.fromhex(kept.owner), kept.target)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
             raise ValueError(f"must be the text.json of a drafter's run folder, got {path} ({error})") from None
-        if not 0 <= ticket.name < 2**64 or len(ticket.owner) != OWNER_BYTES:
-            raise ValueError(f"must be the text.json of a drafter's run folder, got {path}")
-        return ticket
 
     def write(self, path: Path) -> None:
-        """For whoever is to take the text up again after this process is gone; nobody else may read it."""
+        """Write it, for a later process that resumes the request; readable by this user only."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump({"name": f"{self.name:016x}", "owner": self.owner.hex(), "target": self.target}, file)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(self))
 
 
-class RemoteTarget:
+class RemoteTarget(Target):
     """A context manager: leaving it closes the connection.
 
     Args:
         connect: Makes a connection; one attempt.
         connect_seconds: How long to try at first, while nobody listens or there is no place for one more.
-        resume_seconds: How long to try when a connection was lost; 0: its loss ends the text.
-        window: Most guesses beyond what is verified; no more than the verifier gives.
+        resume_seconds: How long to try when a connection was lost; 0: its loss ends the request.
+        window: Most draft tokens beyond the last verdict; no more than the verifier gives.
         report: Whether to ask for cross-entropies and margins.
     """
 
@@ -111,75 +96,71 @@ class RemoteTarget:
         self._resume_seconds = resume_seconds
         self._window = window
         self._report = report
-        self._connection = persistently(connect, connect_seconds, (Unreachable, PeerFull))
-        self._number = 0
+        self.connection = persistently(connect, connect_seconds, (Unreachable, PeerFull))
+        """Replaced when it was lost."""
+        self._session = 0
         self._ticket: Ticket | None = None
         self._next_ticket: tuple[Ticket, bool] | None = None
         self._lost: WireError | None = None
         self._bytes_sent = self._bytes_received = 0
         self.ended: Ended | None = None
-        """How the last text ended; None while none has."""
+        """End of the last request; None before the first."""
         self.resumes = 0
-        """Times that a text was taken up again."""
+        """Number of times that a request was resumed."""
         self._waited_seconds = 0.0
         self._waits_since: float | None = None
 
     @property
-    def connection(self) -> VerifierConnection:
-        """The one that lives, or was the last to."""
-        return self._connection
-
-    @property
     def welcome(self) -> WelcomeFrame:
-        """What the verifier is and takes."""
-        return self._connection.welcome
+        """The verifier's first frame."""
+        return self.connection.welcome
 
     @property
+    @override
     def longest_draft(self) -> int:
-        """See `Target`."""
         return self.welcome.max_draft_length
 
     @property
+    @override
     def window(self) -> int:
-        """See `Target`."""
         return self._window
 
     @property
+    @override
     def rtt_seconds(self) -> float | None:
-        """Smoothed round-trip time of heartbeats; None before the first."""
-        return self._connection.frames.rtt_seconds
+        return self.connection.frames.rtt_seconds
 
     @property
     def waited_seconds(self) -> float:
-        """How long texts have stood in line for room at the verifier."""
+        """Time that requests have stood in line for room at the verifier."""
         now = time.monotonic()
         return self._waited_seconds + (0.0 if self._waits_since is None else now - self._waits_since)
 
     @property
     def bytes_sent(self) -> int:
         """All bytes so far, headers, handshakes and heartbeats included."""
-        return self._bytes_sent + self._connection.frames.bytes_sent
+        return self._bytes_sent + self.connection.frames.bytes_sent
 
     @property
     def bytes_received(self) -> int:
-        """All bytes so far, headers, handshakes and heartbeats included."""
-        return self._bytes_received + self._connection.frames.bytes_received
+        """All bytes so far, as in `bytes_sent`."""
+        return self._bytes_received + self.connection.frames.bytes_received
 
+    @override
     def open(self, request: GenerationRequest) -> None:
-        """See `Target.open`."""
-        assert self._ticket is None, "one text at a time"
+        assert self._ticket is None, "one request at a time"
         self._ticket, again = self._next_ticket or (Ticket.new(self.welcome.target), False)
         self._next_ticket = None
         with contextlib.suppress(TargetLost):  # `next` says so, too
             self._begin(request, self._ticket, again=again)
 
-    def name_next(self, ticket: Ticket, *, again: bool) -> None:
-        """Give the next text this name; `again`: it was opened by another process."""
+    def set_next_ticket(self, ticket: Ticket, *, again: bool) -> None:
+        """Give the next request this ticket; `again`: another process has opened it."""
         self._next_ticket = ticket, again
 
+    @override
     def resume(self, request: GenerationRequest) -> None:
-        """See `Target.resume`. Raises the `WireError` that it was lost by when no connection can be had again."""
-        assert self._ticket is not None, "no text is open"
+        assert self._ticket is not None, "no request is open"
         lost, self._lost = self._lost, None
         if lost is not None:
             self._connect_again(lost)
@@ -187,17 +168,17 @@ class RemoteTarget:
         with contextlib.suppress(TargetLost):
             self._begin(request, self._ticket, again=True)
 
-    def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
-        """See `Target.draft`."""
+    @override
+    def draft(self, epoch: int, position: int, draft_ids: Sequence[int]) -> None:
         state = f"epoch {epoch}, position {position}"
-        self._send(MessageType.draft, DraftFrame(epoch=epoch, position=position), guesses, state)
+        self._send(MessageType.draft, DraftFrame(epoch=epoch, position=position), draft_ids, state)
 
+    @override
     def has_news(self) -> bool:
-        """See `Target.has_news`."""
-        return self._lost is not None or self._connection.has_news()
+        return self._lost is not None or self.connection.has_news()
 
+    @override
     def next(self) -> Outcome:
-        """See `Target.next`. Raises `TargetLost`, or a `WireError` for a peer that does not speak as it should."""
         if self._lost is not None:
             raise TargetLost
         try:
@@ -205,19 +186,19 @@ class RemoteTarget:
         except (PeerGone, PeerSilent) as error:
             raise self._lose(error) from None
 
+    @override
     def leave(self) -> None:
-        """See `Target.leave`."""
         if self._ticket is None:
             return
         self._ticket = self._lost = None
         try:
-            self._connection.send(MessageType.close, self._number, CloseFrame(reason=Reason.left, text=""))
-        except WireError:  # there is nobody to tell
+            self.connection.send(MessageType.close, self._session, CloseFrame(reason=Reason.left, text=""))
+        except WireError:  # the verifier knows without being told
             return
 
     def close(self) -> None:
         """End the connection."""
-        self._connection.close()
+        self.connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -228,29 +209,26 @@ class RemoteTarget:
         self.close()
 
     def _begin(self, request: GenerationRequest, ticket: Ticket, *, again: bool) -> None:
-        self._number += 1
-        fields = self._open_fields(request, ticket)
-        if again:
-            head = ResumeFrame(**fields, new_tokens=len(request.new_ids), target=ticket.target)
-            self._send(MessageType.resume, head, [*request.prompt_ids, *request.new_ids])
-        else:
-            self._send(MessageType.open, OpenFrame(**fields), request.prompt_ids)
-
-    def _open_fields(self, request: GenerationRequest, ticket: Ticket) -> dict[str, Any]:
-        return {
+        self._session += 1
+        fields: dict[str, Any] = {
             **sampling_fields(request.sampling),
-            "name": ticket.name,
-            "owner": ticket.owner,
+            "name": int(ticket.name, 16),
+            "owner": bytes.fromhex(ticket.owner),
             "max_new_tokens": request.max_new_tokens,
             "mode": request.mode,
             "draft_length": request.draft_length,
             "threshold": request.threshold,
             "report": self._report,
         }
+        if again:
+            head = ResumeFrame(**fields, new_tokens=len(request.new_ids), target=ticket.target)
+            self._send(MessageType.resume, head, request.ids)
+        else:
+            self._send(MessageType.open, OpenFrame(**fields), request.prompt_ids)
 
     def _send(self, number: MessageType, head: OpenFrame | DraftFrame, ids: Sequence[int], state: str = "") -> None:
         try:
-            self._connection.send(number, self._number, head, pack_tokens(ids), state=state)
+            self.connection.send(number, self._session, head, pack_tokens(ids), state=state)
         except (PeerGone, PeerSilent) as error:
             raise self._lose(error) from None
 
@@ -267,10 +245,10 @@ class RemoteTarget:
         log.warning("connected again after %.1f s", time.monotonic() - began)
 
     def _replace_connection(self, lost: WireError) -> None:
-        old = self._connection
+        old = self.connection
         old.close()
         try:
-            self._connection = persistently(self._connect, self._resume_seconds, _LOST)
+            self.connection = persistently(self._connect, self._resume_seconds, _LOST)
         except _LOST as error:
             what = f"{lost.what}, and was not there again within {self._resume_seconds:g} s: it {error.what}"
             raise PeerGone(old.frames.peer, what) from None
@@ -278,7 +256,7 @@ class RemoteTarget:
         self._bytes_received += old.frames.bytes_received
         if self.welcome != old.welcome:
             changed = changes(old.welcome.target, self.welcome.target) or "what it takes of a text has changed"
-            raise PeerMismatch(self._connection.frames.peer, f"is another target than before: {changed}")
+            raise PeerMismatch(self.connection.frames.peer, f"is another target than before: {changed}")
 
     def _read(self) -> Outcome:
         frame = self._next_frame()
@@ -287,20 +265,20 @@ class RemoteTarget:
         self._leave_line()
         if isinstance(frame.head, CloseFrame):
             head = frame.head
-            self.ended = Ended(self._number, head.reason, head.text, head.step_seconds, head.row_seconds)
+            self.ended = Ended(self._session, head.reason, head.text, head.step_seconds, head.row_seconds)
             return self.ended
         head = frame.head
         if not isinstance(head, VerdictFrame):
-            raise self._connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was due")
+            raise self.connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was due")
         nll, margins = self._scores() if self._report else ([], [])
-        ids = self._connection.ids(frame)
-        return Verdict(self._number, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
+        ids = self.connection.ids(frame)
+        return Verdict(self._session, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
 
     def _stand_in_line(self, place: int) -> Waiting:
         if self._waits_since is None:
             self._waits_since = time.monotonic()
         log.info("the verifier has no room for this text now: it waits, place %d in line", place)
-        return Waiting(self._number, place)
+        return Waiting(self._session, place)
 
     def _leave_line(self) -> None:
         if self._waits_since is not None:
@@ -309,43 +287,38 @@ class RemoteTarget:
             log.info("the text has its room after %.1f s", self._waited_seconds)
 
     def _next_frame(self) -> Frame:
-        """The next frame of this text; those of texts that were left are dropped. A text in line waits as long as the
+        """The next frame of this request; those of earlier ones are dropped. A request in line waits as long as the
         connection lives: its verifier has answered."""
         while True:
-            frame = self._connection.wait(patiently=self._waits_since is not None)
-            if frame.session == self._number:
+            frame = self.connection.wait(patiently=self._waits_since is not None)
+            if frame.session == self._session:
                 return frame
 
     def _scores(self) -> tuple[list[float], list[float]]:
         frame = self._next_frame()
-        if not isinstance(frame.head, ScoresFrame) or len(frame.body) % 4 or frame.head.guesses > len(frame.body) // 4:
-            raise self._connection.bad("sent no SCORES where they were due")
+        if (
+            not isinstance(frame.head, ScoresFrame)
+            or len(frame.body) % 4
+            or frame.head.draft_tokens > len(frame.body) // 4
+        ):
+            raise self.connection.bad("sent no SCORES where they were due")
         numbers = list(struct.unpack(f"<{len(frame.body) // 4}f", frame.body))
-        return numbers[: frame.head.guesses], numbers[frame.head.guesses :]
+        return numbers[: frame.head.draft_tokens], numbers[frame.head.draft_tokens :]
 
 
 def join(settings: SpeculativeSettings, token_texts: Sequence[str]) -> RemoteTarget:
-    """A connection to the verifier at `network.host` and `network.port`.
+    """Connect to the verifier at `network.host` and `network.port`.
 
     Args:
-        settings: Of the drafter.
-        token_texts: The text of each id of its tokenizer.
+        settings: The drafter's.
+        token_texts: Text of each id of its tokenizer.
 
     Raises:
-        WireError: nobody there, another key, ...
+        WireError: nothing listens there, another key, ...
         UserError: another tokenizer, with the first id that differs; a draft length that this verifier does not take.
     """
-    ours = fingerprint(token_texts)
-    network = settings.network
-    endpoint = make_endpoint(
-        network,
-        role="drafter",
-        peer_roles=frozenset({"verifier"}),
-        table=TABLE,
-        protocol=PROTOCOL,
-        fingerprints={TOKENIZER: ours},
-        difference=lambda ours, theirs: None,  # compared below, where the id that differs can be named
-    )
+    network, ours = settings.network, fingerprint(token_texts)
+    endpoint = make_side(network, "drafter", ours)
     tls = client_side_tls(network)
 
     def connect() -> VerifierConnection:
@@ -382,35 +355,23 @@ def _check_credit(draft: DraftSettings, welcome: WelcomeFrame) -> None:
 
 
 def persistently(connect: Connect, seconds: float, faults: tuple[type[WireError], ...]) -> VerifierConnection:
-    """Connect, trying again after these faults for at most `seconds` in all.
+    """Connect, trying again after these `faults` for at most `seconds` in all.
 
     Raises:
-        WireError: the last fault, with for how long and how often it was tried; others at once.
+        WireError: the last of them, with the time and the number of attempts; any other fault at once.
     """
-    began = time.monotonic()
-    is_told = False
-
-    def tell(state: RetryCallState) -> None:
-        nonlocal is_told
-        error = state.outcome.exception() if state.outcome is not None else None
-        if isinstance(error, PeerFull) and not is_told:
-            is_told = True
-            log.warning("%s; waiting for one to end, %g s at most", error, seconds)
-
-    def give_up(state: RetryCallState) -> None:
-        assert state.outcome is not None
-        error = state.outcome.exception()
-        assert isinstance(error, WireError)
-        waited = time.monotonic() - began
-        error.what += f"; gave up after {waited:.1f} s, attempt {state.attempt_number}"
-        error.args = (f"{error.role} {error.address} {error.what}",)
-        raise error
-
-    retrying = Retrying(
-        retry=retry_if_exception_type(faults),
-        stop=stop_after_delay(seconds),
-        wait=wait_exponential(multiplier=0.05, max=0.25),
-        before_sleep=tell,
-        retry_error_callback=give_up,
-    )
-    return retrying(connect)
+    began, attempts, is_told = time.monotonic(), 0, False
+    while True:
+        attempts += 1
+        try:
+            return connect()
+        except faults as error:
+            waited = time.monotonic() - began
+            if waited >= seconds:
+                error.what += f"; gave up after {waited:.1f} s, attempt {attempts}"
+                error.args = (f"{error.role} {error.address} {error.what}",)
+                raise
+            if isinstance(error, PeerFull) and not is_told:
+                is_told = True
+                log.warning("%s; waiting for one to end, %g s at most", error, seconds)
+        time.sleep(min(0.05 * attempts, 0.25))

@@ -1,1 +1,1 @@
-"""What runs on the verifier's machine."""
+"""The verifier's machine: holds the target, and checks draft tokens."""

@@ -1,4 +1,4 @@
-"""The verifier: the target behind a port; checks what drafters guess. `python -m speculative.verifier`."""
+"""The verifier: the target behind a port; checks what drafters send. `python -m speculative.verifier`."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Serves until Ctrl+C; the figures of the last line."""
+    """Serve until Ctrl+C; returns the figures of the last line."""
     tls = listener_tls(settings.network)  # before a model is loaded for nothing
     from lab.device import open_device
     from lab.models.sources import load_tokenizer_only
-    from speculative.verifier.server import ServerStats, figures_of, serve
+    from speculative.verifier.server import ServerStats, serve
     from speculative.verifier.target import open_target
 
     target = open_target(settings, open_device(settings.device))
     tokenizer = load_tokenizer_only(settings.model)
-    served = ServerStats()
+    stats = ServerStats()
 
     def listening(host: str, port: int) -> None:
         announce(settings.network, target, port)
 
     def figures() -> dict[str, Any]:
-        return {"role": "verifier", "target": target.model, "target_dtype": target.dtype, **figures_of(served)}
+        return {"role": "verifier", "target": target.model, "target_dtype": target.dtype, **stats.figures()}
 
     place.so_far = figures
     with Tracker(settings, "verifier", place.folder) as tracker:
         try:
-            run_async(serve(settings, target, tokenizer, tls, tracker, served, listening))
+            run_async(serve(settings, target, tokenizer, tls, tracker, stats, listening))
         except KeyboardInterrupt:
             log.info("stopped")
         result = figures()
@@ -53,7 +53,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def announce(network: NetworkSettings, target: OpenTarget, port: int) -> None:
-    """One JSON line on stdout for programs; on stderr what to type on the other machine."""
+    """Print one JSON line on stdout for programs; on stderr the command for the drafter's machine."""
     ready = {
         "status": "listening",
         "role": "verifier",
@@ -71,7 +71,7 @@ def announce(network: NetworkSettings, target: OpenTarget, port: int) -> None:
 
 
 def _words_for_both_roles() -> list[str]:
-    """What was typed here that the drafter must be told, too: which model this is, where the key is."""
+    """Words of this command line that the drafter needs, too: the model, and where the key is."""
     both = ("model=", "model.source=", "model.repo=", "model.path=", "model.seed=", "network.key_file=")
     return [word for word in HydraConfig.get().overrides.task if word.startswith(both)]
 

@@ -1,25 +1,29 @@
-"""The one thread that owns the engine: it takes calls, runs passes while there is work, and hands out what came of it.
+"""The one thread that owns the engine: it takes calls, runs passes while there is work, and delivers the outcomes.
 
-Between two passes every call that has arrived is taken, so that texts whose guesses came during a pass share the next.
-Knows nothing about networks; an event loop is never blocked by it.
+Between two passes every call that has arrived is done, so that sequences whose drafts came during a pass share the
+next. Knows nothing about networks; the event loop that outcomes are delivered in is never blocked by it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
-from speculative.request import Outcome
+from speculative.messages import Reason
+from speculative.request import Ended, Outcome
 from speculative.verifier.scheduler import Scheduler
 
+log = logging.getLogger(__name__)
+
 Call = Callable[[Scheduler], list[Outcome]]
-Deliver = Callable[[list[Outcome]], None]
+Receive = Callable[[Outcome], None]
 
 
 END_SECONDS = 5.0
@@ -29,20 +33,49 @@ END_SECONDS = 5.0
 class ForwardThread:
     """A context manager: leaving it ends the thread after its current pass.
 
-    `deliver` is called in the thread, with outcomes in the order of the text; it must not wait.
+    Args:
+        scheduler: Called in the thread, and nowhere else.
+        call_soon: Has a function called with some arguments where outcomes are to be received, in order; does not wait.
     """
 
-    def __init__(self, verifier: Scheduler, deliver: Deliver) -> None:
+    def __init__(self, scheduler: Scheduler, call_soon: Callable[..., object]) -> None:
         self.finished: Future[None] = Future()
         """Done when the thread has ended; holds the exception that ended it, if one did."""
-        self._verifier = verifier
-        self._deliver = deliver
+        self.refused = 0
+        """Number of requests that were refused."""
+        self._scheduler = scheduler
+        self._call_soon = call_soon
+        self._receivers: dict[Hashable, Receive] = {}
+        """By key."""
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="forward", daemon=True)
 
-    def submit(self, call: Call) -> None:
-        """Have `call` done between two passes. Any thread; does not wait."""
-        self._calls.put(call)
+    def open(self, key: Hashable, receive: Receive, call: Call) -> None:
+        """Begin or resume a request by `call`; `receive` is called with each of its outcomes."""
+        self._receivers[key] = receive
+        self.submit(key, call)
+
+    def submit(self, key: Hashable, call: Call) -> None:
+        """Have `call` done between two passes. If it fails, the request `key` ends, and nothing else."""
+
+        def do(scheduler: Scheduler) -> list[Outcome]:
+            try:
+                return call(scheduler)
+            except Exception as error:  # what one request does must not end the thread that serves all
+                log.exception("a text ends by a fault of ours")
+                return scheduler.fail(key, error)
+
+        self._calls.put(do)
+
+    def close(self, key: Hashable) -> None:
+        """Forget a request; nothing more is received for it."""
+        self._receivers.pop(key, None)
+        self.submit(key, lambda scheduler: scheduler.close(key))
+
+    def leave(self, key: Hashable) -> None:
+        """End the connection of a request, which may be resumed; nothing more is received for it."""
+        self._receivers.pop(key, None)
+        self.submit(key, lambda scheduler: scheduler.leave(key))
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -58,8 +91,8 @@ class ForwardThread:
         try:
             while self._turn():
                 pass
-            self._verifier.shutdown()
-        except BaseException as error:  # whoever waits for `finished` raises it
+            self._scheduler.shutdown()
+        except BaseException as error:  # raised where `finished` is awaited
             self.finished.set_exception(error)
         else:
             self.finished.set_result(None)
@@ -67,14 +100,17 @@ class ForwardThread:
     def _turn(self) -> bool:
         """Do every call that is there, then a tick unless it is worth waiting for more; returns whether to go on."""
         outcomes: list[Outcome] = []
-        for call in self._take(self._verifier.patience()):
+        for call in self._take(self._scheduler.patience()):
             if call is None:
                 return False
-            outcomes += call(self._verifier)
-        if self._verifier.patience() <= 0:
-            outcomes += self._verifier.tick()
+            outcomes += call(self._scheduler)
+        if self._scheduler.patience() <= 0:
+            outcomes += self._scheduler.tick()
         if outcomes:
-            self._deliver(outcomes)
+            try:
+                self._call_soon(self._deliver, outcomes)
+            except RuntimeError:  # the event loop has ended, and with it every connection
+                log.debug("%d outcomes came after the end", len(outcomes))
         return True
 
     def _take(self, patience: float) -> list[Call | None]:
@@ -86,3 +122,16 @@ class ForwardThread:
             while True:
                 calls.append(self._calls.get_nowait())
         return calls
+
+    def _deliver(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            receive = self._receivers.get(outcome.key)
+            if isinstance(outcome, Ended):
+                self.refused += outcome.reason is Reason.refused
+                self._receivers.pop(outcome.key, None)
+            try:
+                if receive is not None:
+                    receive(outcome)
+            except Exception:  # a client that cannot be told something is no reason not to tell the others
+                log.exception("a text ends by a fault of ours")
+                self.close(outcome.key)

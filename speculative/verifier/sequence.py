@@ -1,12 +1,12 @@
-"""One text at the verifier: its ids, what the engine has seen of them, and the guesses that wait to be checked.
+"""One sequence at the verifier: the token ids of a request, and the draft tokens that wait to be checked.
 
-A text always holds one token that the target has not seen yet, its last. A pass feeds that token and some guesses
-behind it, and the target says what it puts after each of them: the longest prefix of the guesses that equals what the
-target says is accepted, and what it says next comes behind it. So the text is the target's own, whoever guesses; a
-wrong guess costs a rewind, which is an assignment.
+A sequence always holds one token that the target has not seen yet, its last. A forward pass feeds that token and some
+draft tokens behind it, and the target chooses a token after each of them: the longest prefix of the draft tokens that
+equals these choices is accepted, and the choice behind it is appended. So the text is the target's own, whoever drafts;
+a wrong draft token costs a rewind, which is an assignment.
 
-Guesses belong to places, and wait until a pass takes them or the text has grown over them; when an epoch ends is told
-in `speculative.messages`. Knows nothing about tokenizers, networks or threads, and is told the time.
+Draft tokens have positions, and wait until a pass takes them or the sequence has grown past them; when an epoch ends is
+said in `speculative.messages`. Knows nothing about tokenizers, networks or threads, and reads no clock.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lab.engine.base import Session, TargetStep
 from speculative.acceptance import accepted_length, common_length, prefix_hash, until_end
@@ -25,119 +26,164 @@ from speculative.verifier.lookup import Lookup
 
 
 @dataclass
-class SequenceFigures:
-    """What happened to one text so far."""
+class DraftCounts:
+    """Draft tokens and passes, of one sequence or of all that a verifier has served."""
 
     passes: int = 0
-    checked: int = 0
-    """Guesses of the drafter that were compared with the text: the right ones, and the first of each epoch that was
-    not."""
-    right: int = 0
-    accepted: int = 0
-    """Right ones that were there when the target said the same."""
-    stale_drafts: int = 0
-    """DRAFT frames of an epoch that was over."""
-    looked_up: int = 0
-    """Guesses of the verifier's own that were checked."""
-    found: int = 0
-    """Those that were accepted."""
+    """Passes of each sequence: one that serves three of them counts three times."""
+    drafts_checked: int = 0
+    """Draft tokens that were compared with the text: the right ones, and the first wrong one of each epoch."""
+    drafts_right: int = 0
+    drafts_accepted: int = 0
+    """Right ones that came in time."""
+    lookups_checked: int = 0
+    """Draft tokens of the verifier's own prompt lookup."""
+    lookups_accepted: int = 0
     resumes: int = 0
+
+    @property
+    def alpha(self) -> float | None:
+        """Acceptance; None before the first draft token was checked."""
+        return self.drafts_right / self.drafts_checked if self.drafts_checked else None
+
+
+@dataclass
+class SequenceFigures(DraftCounts):
+    """Figures of one sequence so far."""
+
+    drafts_stale: int = 0
+    """DRAFT frames of an epoch that was over."""
     waited_seconds: float = 0.0
-    """In line for room in the engine."""
-    guess_nll: list[float] = field(default_factory=list)
-    least_margin: float = float("inf")
+    """Time in line for room in the engine."""
+    draft_nll: list[float] = field(default_factory=list)
+    least_margin: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """All of them, by their names in metrics."""
+        row = vars(self).copy()
+        row["guess_cross_entropy"] = [round(value, 4) for value in row.pop("draft_nll")]
+        return row
 
 
 class VerifiedSequence:
-    """One text, from its OPEN to its end.
+    """One sequence, from its OPEN to its end.
+
+    One request has five identities, each known in a scope of its own:
+
+        session   a connection    number in the header of each frame; the drafter counts its requests
+        key       a verifier      a new one with each OPEN or RESUME; names the sequence to the scheduler, in outcomes
+        client    a verifier      the connection; limits are counted by it
+        name      everywhere      64 random bits of OPEN; how RESUME finds the sequence, on whatever connection
+        owner     everywhere      128 random bits of OPEN, secret: proves that RESUME comes from the one who sent OPEN
 
     Args:
-        key: Names it in every outcome.
-        request: What was asked for.
-        window: Most guesses that may wait.
-        pacing: When a pass begins and how many guesses it takes (mode async).
-        lookup: The verifier's own guesses, for when there are no others, or fewer that are worth it; None: none.
+        request: Its request.
+        window: Most draft tokens that may wait.
+        pacing: When a pass begins and how many draft tokens it takes (mode async).
+        lookup: Draft tokens of the verifier's own, for when there are no others or too few; None: none.
+        key, client, name, owner: As above; without a name it ends with its connection.
     """
 
     def __init__(
-        self, key: Hashable, request: GenerationRequest, *, window: int, pacing: Pacing, lookup: Lookup | None
+        self,
+        key: Hashable,
+        request: GenerationRequest,
+        *,
+        window: int,
+        pacing: Pacing,
+        lookup: Lookup | None,
+        client: Hashable,
+        name: int | None,
+        owner: bytes,
     ) -> None:
-        self.key = key
+        self.key, self.client, self.name, self.owner = key, client, name, owner
         self.request = request
-        self._session: Session | None = None
-        """None while it waits for room in the engine, and when it has ended."""
-        self.ids = [*request.prompt_ids, *request.new_ids]
-        self._prefix = prefix_hash(self.ids)
+        self.ids = request.ids
         self.epoch = 0
         self.figures = SequenceFigures()
-        self._window = window
-        self._pacing = pacing
-        self._lookup = lookup
-        self._guesses: list[int] = []
-        """For the places from `position` on."""
+        # For the scheduler
+        self.is_left = False
+        """Whether its connection has ended; it is kept for a while in case it is resumed."""
+        self.ended: Ended | None = None
+        self.heard_at = 0.0
+        """When its client was last heard of, or was sent something."""
+        self.queued_at = 0.0
+        """When it began to wait for room."""
+        self.place = 0
+        """Place in line that its client was told; 0: none."""
+        self._session: Session | None = None
+        """None while it waits for room in the engine, and when it has ended."""
+        self._prefix = prefix_hash(self.ids)
+        self._window, self._pacing, self._lookup = window, pacing, lookup
+        self._waiting: list[int] = []
+        """Draft tokens for the positions from `position` on."""
         self._expected = len(self.ids)
-        """No guess of this epoch is for a place before it; of those that came it is the end."""
-        self._asked = False
+        """Position of the next draft token: no DRAFT of this epoch is for one before it."""
+        self._has_draft = False
         """Whether a DRAFT came since the last pass (mode sync)."""
-        self._checks_own = False
-        """Whether the pass under way is over our own guesses."""
-        self._is_alone = False
-        """Whether the next pass checks no guesses: one of them has spoilt the last."""
-        self._judged_at = -math.inf
-        """When the last VERDICT went off."""
+        self._checks_lookup = False
+        """Whether the current pass is over draft tokens of `lookup`."""
+        self._skips_drafts = False
+        """Whether the next pass checks no draft tokens: one of them has spoilt the last."""
+        self._verdict_at = -math.inf
+        """When the last VERDICT was sent."""
         if lookup is not None:
             lookup.begin(self.ids)
 
     @property
     def session(self) -> Session:
-        """What the engine holds of it."""
-        assert self._session is not None, "the text has no room in the engine"
+        """Its session in the engine."""
+        assert self._session is not None, "the sequence has no room in the engine"
         return self._session
 
     def enter(self, session: Session) -> None:
-        """There is room in the engine: `session` is its own now, and empty."""
+        """Take an empty session of the engine, and own it."""
         self._session = session
 
-    def go_alone(self) -> None:
-        """Make the next token without guesses."""
-        self._is_alone = True
-
-    def leave(self) -> None:
-        """Give the room back, if it has some; what the engine held is forgotten."""
+    def release(self) -> None:
+        """Give the session back, if there is one; what the engine held is forgotten."""
         if self._session is not None:
             self._session.close()
             self._session = None
 
+    def skip_drafts(self) -> None:
+        """Make the next token without draft tokens."""
+        self._skips_drafts = True
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is only kept in case that it is resumed."""
+        return self.is_left or self.ended is not None
+
     @property
     def longest(self) -> int:
-        """Tokens of the whole text, if it becomes as long as it may."""
+        """Number of tokens when it has become as long as it may."""
         return len(self.request.prompt_ids) + self.request.max_new_tokens
 
     @property
     def position(self) -> int:
-        """Where the next new token will stand."""
+        """Position of the next new token."""
         return len(self.ids)
 
     @property
     def new_tokens(self) -> int:
-        """How many tokens there are behind the prompt."""
+        """Number of tokens behind the prompt."""
         return len(self.ids) - len(self.request.prompt_ids)
 
     @property
     def remaining(self) -> int:
-        """New tokens that may still come."""
+        """Number of new tokens that may still come."""
         return self.request.max_new_tokens - self.new_tokens
 
-    def offer(self, epoch: int, position: int, guesses: Sequence[int], now: float) -> None:
-        """Take guesses. Those of an older epoch are dropped; those that are too late are compared with the text.
-
-        `now` is when they arrived.
+    def offer(self, epoch: int, position: int, draft_ids: Sequence[int], now: float) -> None:
+        """Take the draft tokens of a DRAFT that arrived at `now`. Those of an older epoch are dropped; those whose
+        positions have been decided meanwhile are compared with the text.
 
         Raises:
-            ValueError: guesses that the text as it stands has no place for; the two sides differ on what it is.
+            ValueError: the sequence has no place for them; the two sides differ on what it is.
         """
         if epoch < self.epoch:
-            self.figures.stale_drafts += 1
+            self.figures.drafts_stale += 1
             return
         latest = max(self._expected, self.position)
         if epoch > self.epoch or not (position == self._expected or self._expected < position <= latest):
@@ -145,31 +191,31 @@ class VerifiedSequence:
                 f"draft must be for epoch {self.epoch}, position {self._expected} (or up to {latest}), got epoch "
                 f"{epoch}, position {position}"
             )
-        self._asked = True
-        self._expected = position + len(guesses)
-        self._pacing.arrived(now, len(guesses))
+        self._has_draft = True
+        self._expected = position + len(draft_ids)
+        self._pacing.on_draft(now, len(draft_ids))
         decided = self.ids[position:]
-        right = common_length(decided, guesses)
-        if right < min(len(decided), len(guesses)):
-            self._compared(right, wrong=True)
-            self._begin_epoch(position + right + 1, max(now, self._judged_at))  # the drafter hears of it by the VERDICT
+        right = common_length(decided, draft_ids)
+        is_wrong = right < min(len(decided), len(draft_ids))
+        self._count(right, is_wrong)
+        if is_wrong:  # the drafter hears of it by the next VERDICT
+            self._begin_epoch(position + right + 1, max(now, self._verdict_at))
             return
-        self._compared(right, wrong=False)
-        self._guesses += guesses[right:]
-        if len(self._guesses) > self._window:
+        self._waiting += draft_ids[right:]
+        if len(self._waiting) > self._window:
             raise ValueError(
-                f"guesses that wait must be at most the window of {self._window}, got {len(self._guesses)}"
+                f"draft tokens that wait must be at most the window of {self._window}, got {len(self._waiting)}"
             )
 
     @property
     def unseen(self) -> list[int]:
-        """The tokens that the engine has not been fed."""
+        """Tokens that the engine has not been fed."""
         return self.ids[self.session.position :]
 
     def prompt_piece(self, longest: int) -> list[int]:
-        """What to feed of a prompt that is not through yet; empty when only guesses and their verdict are due.
+        """The next piece of a prompt that the engine has not seen whole; empty once only draft tokens are to be fed.
 
-        A text that waits for guesses keeps its last token for the pass that checks them.
+        A sequence that waits for draft tokens keeps its last token for the pass that checks them.
         """
         behind = self.position - self.session.position
         if behind == 1:
@@ -178,90 +224,91 @@ class VerifiedSequence:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a pass may go on with it."""
-        return self.request.mode is not Mode.sync or self._asked
+        """Whether a pass may continue it."""
+        return self.request.mode is not Mode.sync or self._has_draft
 
     def patience(self, now: float) -> float:
-        """Seconds to wait for guesses before the next pass."""
+        """Seconds to wait for draft tokens before the next pass."""
         if self.request.mode is Mode["async"] and self.remaining > 1:
-            return self._pacing.patience(now, len(self._guesses))
+            return self._pacing.patience(now, len(self._waiting))
         return 0.0 if self.is_ready else math.inf
 
-    def guesses(self, most: int) -> list[int]:
-        """What to check in the next pass: at most `most` of the guesses that wait, or our own where they are more."""
-        most = 0 if self._is_alone else min(most, self.remaining - 1)
-        drafted = self._guesses[: self._worth(most)]
-        found = self._lookup.guesses(most) if self._lookup and self.request.mode is Mode["async"] else []
-        self._checks_own = len(found) > len(drafted)
-        if not self._checks_own:
+    def next_draft(self, most: int) -> list[int]:
+        """Draft tokens for the next pass: at most `most` of those that wait, or of the own lookup where it has more."""
+        is_async = self.request.mode is Mode["async"]
+        most = 0 if self._skips_drafts else min(most, self.remaining - 1)
+        count = min(most, len(self._waiting))
+        drafted = self._waiting[: self._pacing.rows(count) if is_async else count]
+        found = self._lookup.propose(most) if self._lookup and is_async else []
+        self._checks_lookup = len(found) > len(drafted)
+        if not self._checks_lookup:
             return drafted
-        self.figures.looked_up += len(found)
+        self.figures.lookups_checked += len(found)
         return found
 
-    def judge(self, guesses: Sequence[int], step: TargetStep, end_ids: frozenset[int], now: float) -> Verdict:
-        """Take what the target says about the last token and the guesses behind it; go on by what is accepted."""
-        self._judged_at, self._is_alone = now, False
-        rows = len(guesses) + 1
-        chosen, margins, nll = step.next_ids[-rows:], step.margin[-rows:], step.nll[-len(guesses) :] if guesses else []
-        accepted = accepted_length(guesses, chosen, nll, self.request.threshold)
-        new = until_end([*guesses[:accepted], chosen[accepted]], end_ids)
+    def judge(self, draft_ids: Sequence[int], step: TargetStep, end_ids: frozenset[int], now: float) -> Verdict:
+        """Extend the sequence by what a pass over its last token and `draft_ids` gave."""
+        self._verdict_at, self._skips_drafts = now, False
+        rows = len(draft_ids) + 1
+        chosen, margins = step.next_ids[-rows:], step.margin[-rows:]
+        nll = step.nll[-len(draft_ids) :] if draft_ids else []
+        accepted = accepted_length(draft_ids, chosen, nll, self.request.threshold)
+        new = until_end([*draft_ids[:accepted], chosen[accepted]], end_ids)
         self.session.position = min(self.session.position, self.position + accepted)
-        looked_at = [] if self._checks_own else nll[: min(len(new), len(guesses))]
-        if self._checks_own:
-            self.figures.found += min(accepted, len(new))
-        return self._grow(new, looked_at, margins[: len(new)], now)
+        if self._checks_lookup:
+            self.figures.lookups_accepted += min(accepted, len(new))
+            nll = []
+        return self._extend(new, nll[: len(new)], margins[: len(new)], now)
 
-    def told(self, position: int) -> Verdict:
-        """All that came from `position` on, for a drafter that takes the text up again there; both begin anew."""
-        self.epoch, self._guesses, self._expected, self._asked = 0, [], position, False
+    def verdict_since(self, position: int) -> Verdict:
+        """All tokens from `position` on, for a drafter that resumes there; both sides begin at epoch 0."""
+        self.epoch, self._waiting, self._expected, self._has_draft = 0, [], position, False
         self.figures.resumes += 1
-        return Verdict(self.key, 0, position, 0, self.ids[position:], self._told_prefix, [], [])
+        return Verdict(self.key, 0, position, 0, self.ids[position:], self._prefix_to_send, [], [])
 
-    def ended(self, end_ids: frozenset[int]) -> Ended | None:
-        """Why the text ends here, if it does."""
+    def end(self, end_ids: frozenset[int]) -> Ended | None:
+        """The end of the sequence, if it is there."""
         if self.new_tokens and self.ids[-1] in end_ids:
             return Ended(self.key, Reason.end_token, "")
         return Ended(self.key, Reason.length, "") if self.remaining <= 0 else None
 
-    def _worth(self, most: int) -> int:
-        count = min(most, len(self._guesses))
-        return min(most, self._pacing.rows(count)) if self.request.mode is Mode["async"] else count
-
-    def _grow(self, new: list[int], guess_nll: list[float], margins: list[float], now: float) -> Verdict:
-        """The text goes on with `new`; guesses for these places are used up, and the first wrong one ends the epoch."""
+    def _extend(self, new: list[int], draft_nll: list[float], margins: list[float], now: float) -> Verdict:
+        """Append `new`; draft tokens for these positions are used up, and the first wrong one ends the epoch."""
         position = self.position
         self.ids += new
         self._prefix = prefix_hash(new, self._prefix)
         if self._lookup is not None:
-            self._lookup.grow(position, new)
-        right = common_length(self._guesses, new)
-        wrong = right < min(len(self._guesses), len(new))
-        self._compared(right, wrong=wrong)
-        if wrong:
+            self._lookup.extend(position, new)
+        right = common_length(self._waiting, new)
+        is_wrong = right < min(len(self._waiting), len(new))
+        self._count(right, is_wrong)
+        if is_wrong:
             self._begin_epoch(position + right + 1, now)
         else:
-            del self._guesses[:right]
-        self._asked = False
+            del self._waiting[:right]
+        self._has_draft = False
         figures = self.figures
         figures.passes += 1
-        figures.accepted += right
-        figures.guess_nll += guess_nll
-        figures.least_margin = min([figures.least_margin, *margins])
-        return Verdict(self.key, self.epoch, position, right, new[right:], self._told_prefix, guess_nll, margins)
+        figures.drafts_accepted += right
+        figures.draft_nll += draft_nll
+        known = [] if figures.least_margin is None else [figures.least_margin]
+        figures.least_margin = min([*known, *margins])
+        return Verdict(self.key, self.epoch, position, right, new[right:], self._prefix_to_send, draft_nll, margins)
 
     @property
-    def _told_prefix(self) -> int | None:
-        """In mode sync a DRAFT answers each VERDICT, and its place says as much in a third of the bytes."""
+    def _prefix_to_send(self) -> int | None:
+        """None in mode sync: there a DRAFT answers each VERDICT, and its position says as much in a third of the
+        bytes."""
         return None if self.request.mode is Mode.sync else self._prefix
 
-    def _compared(self, right: int, *, wrong: bool) -> None:
-        self.figures.right += right
-        self.figures.checked += right + wrong
-        if right or wrong:
-            self._pacing.compared(right, int(wrong))
+    def _count(self, right: int, is_wrong: bool) -> None:
+        self.figures.drafts_right += right
+        self.figures.drafts_checked += right + is_wrong
+        if right or is_wrong:
+            self._pacing.on_compared(right, int(is_wrong))
 
     def _begin_epoch(self, expected: int, now: float) -> None:
-        self._pacing.rejected(now)
+        self._pacing.on_rejection(now)
         self.epoch += 1
-        self._guesses = []
+        self._waiting = []
         self._expected = expected

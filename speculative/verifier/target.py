@@ -1,4 +1,4 @@
-"""The target of a verifier, from settings: a model here, a split one, or a synthetic one."""
+"""The verifier's target, from settings: a whole model, a split one or a synthetic one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lab.engine.base import Engine, SyntheticEngine
+from lab.engine.base import Engine
 from lab.engine.kinds import EngineKind, open_split_engine
+from lab.engine.local import open_local_engine
+from lab.engine.synthetic import SyntheticEngine
 from lab.models.fingerprints import weights_fingerprints
 from lab.models.layers import load_proved, with_adapter
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import ModelSettings, UserError
-from speculative.local_engine import local_engine
 from speculative.messages import MAX_END_IDS
 from speculative.settings import SYNTHETIC_CONTEXT, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.vocabulary import token_texts
@@ -28,13 +29,13 @@ class OpenTarget:
     """Name for people."""
     dtype: str
     bytes_per_token: int
-    """Of keys and values; 0 where they are not here."""
+    """Keys and values of one token; 0 where another machine holds them."""
     fingerprints: dict[str, str]
-    """What its text depends on, by name: a text is resumed only where these are the same."""
+    """Weights, precision and more that a text depends on, by name: it is resumed only where these are the same."""
 
 
 def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarget:
-    """The engine that `settings` name for the verifier. UserError for what it cannot do."""
+    """Open the engine that `settings` name. UserError for settings that it cannot serve."""
     project, model = settings.project, settings.model
     if project.engine is EngineKind.synthetic:
         size = _synthetic_vocabulary(settings)
@@ -47,7 +48,8 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
         return OpenTarget(_split_target(settings), ends, model.name, model.dtype.name, 0, fingerprints)
     loaded = load_proved(model, device)
     rows = project.max_draft_length + 1 if project.exact_shapes else None
-    engine = local_engine(with_adapter(loaded.model, model), project, project.sessions, rows)
+    model_behind_adapter = with_adapter(loaded.model, model)
+    engine = open_local_engine(model_behind_adapter, project, sessions=project.sessions, exact_rows=rows)
     if project.exact_shapes:
         fingerprints["shapes"] = "exact"
     return OpenTarget(engine, ends, model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)

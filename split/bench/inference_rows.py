@@ -20,7 +20,7 @@ from lab.command.processes import listening, run_to_end
 from lab.engine.base import Engine, Session
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only, prepare_checkpoint
-from lab.wire.ping_pong import measure
+from lab.ping_pong import measure
 from split.bench.rig import OnCore, Rig
 from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards

@@ -17,7 +17,7 @@ from lab.bench import link_process, pinned
 from lab.command.entry import compose_settings
 from lab.command.processes import own_words
 from lab.device import open_device
-from lab.engine.base import LocalEngine
+from lab.engine.local import LocalEngine
 from lab.models.layers import load_proved
 from lab.settings import ModelSettings
 from split.bench.settings import SplitBenchSettings

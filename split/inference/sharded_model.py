@@ -203,13 +203,7 @@ class ShardedModel(Engine):
         number = self._with_recovery(lambda: self._find_room(sampling, most))
         session = Session(self, number, sampling, most)
         self._journals[number] = _Journal(session)
-        try:
-            if prompt_ids:
-                self.extend([(session, prompt_ids)], want="last")
-        except BaseException:
-            session.close()
-            raise
-        return session
+        return session.with_prompt(prompt_ids)
 
     @override
     def extend(self, requests: Sequence[Request], want: Want) -> list[TargetStep]:

@@ -28,8 +28,8 @@ from fl.server import serve
 from fl.settings import FederatedSettings, WireDtype
 from lab.command.entry import Run
 from lab.learning.counts import Counts
+from lab.models.conversion import byte_tokenizer
 from lab.models.lora import fresh_adapter
-from lab.models.sources import byte_tokenizer
 from lab.settings import UserError
 from tests.federated import CANARY, InProcessGrid, files_below, forms, leaks, small_settings, write_dialogues
 

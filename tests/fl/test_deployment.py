@@ -36,7 +36,7 @@ from fl.client_app import site_of
 from fl.server_app import deployed
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
-from lab.models.sources import byte_tokenizer
+from lab.models.conversion import byte_tokenizer
 from lab.settings import UserError
 from tests.federated import InProcessGrid
 from tests.fl.two_sites import OVERRIDES, ROOT, SITES, write_data

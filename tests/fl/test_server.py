@@ -15,7 +15,7 @@ from fl.rounds import RoundFailed
 from fl.server import first_adapter, serve
 from fl.settings import FederatedSettings
 from lab.command.entry import Run
-from lab.models.sources import byte_tokenizer
+from lab.models.conversion import byte_tokenizer
 from lab.settings import UserError, to_plain
 from tests.federated import InProcessGrid, small_settings, write_dialogues
 

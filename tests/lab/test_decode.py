@@ -11,7 +11,7 @@ import pytest
 from lab import decode
 from lab.command.entry import Run, compose_settings
 from lab.decode import DecodeSettings, time_tokens
-from lab.engine.base import SyntheticEngine
+from lab.engine.synthetic import SyntheticEngine
 from lab.settings import UserError
 
 

@@ -31,7 +31,7 @@ def settings(cache: Path, overrides: str = "model=random") -> doctor.DoctorSetti
 def test_every_line_is_there_and_this_machine_is_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "_converted", lambda *arguments: pytest.fail("the doctor must not convert"))
+    monkeypatch.setattr(models, "converted", lambda *arguments: pytest.fail("the doctor must not convert"))
     figures = doctor.run(settings(tmp_path), entry.Run(tmp_path))
     assert list(figures["checks"]) == NAMES
     output = capsys.readouterr()

@@ -37,7 +37,7 @@ from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.verifier.scheduler import Scheduler
 from speculative.vocabulary import token_texts
 from tests.speculative.in_process import (
-    TERMS,
+    LIMITS,
     InProcess,
     bench,
     decoded_alone,
@@ -154,8 +154,8 @@ def compare(
     compared = Compared(cells={(source, kind, tuple(lengths))})
     sources = [subject.drafts(source, sampling) for _ in lengths]  # not in the threads below: loading is for one
     delays = DELAYS if mode is Mode["async"] else (0.0,)
-    terms = replace(TERMS, lookup=(3, 1)) if lengths[0] % 2 else TERMS
-    with bench(local_engine(subject.model, sessions=len(lengths)), terms=terms) as verifiers:
+    limits = replace(LIMITS, lookup=(3, 1)) if lengths[0] % 2 else LIMITS
+    with bench(local_engine(subject.model, sessions=len(lengths)), limits=limits) as verifiers:
 
         def draft(index: int) -> tuple[list[int], int]:
             asked = request(subject.prompts[first + index], new_tokens, sampling, mode, length=lengths[index])
@@ -197,8 +197,8 @@ def speculated_equals_alone(model: torch.nn.Module, *, seed: int, texts: int = 4
     engine = local_engine(model, sessions=max(2, texts - 1), context=120)
     alone = local_engine(model, sessions=1, context=120)
     own = [decoded_alone(alone, asked.prompt_ids, asked.sampling, new_tokens) for asked in drawn]
-    terms = replace(TERMS, prefill_chunk=numbers.choice([1, 3, 7, 64]), lookup=numbers.choice([None, (3, 1)]))
-    verifier = Scheduler(engine, end_ids=[], terms=terms, closed=lambda text, ended: None)
+    limits = replace(LIMITS, prefill_chunk=numbers.choice([1, 3, 7, 64]), lookup=numbers.choice([None, (3, 1)]))
+    verifier = Scheduler(engine, end_ids=[], limits=limits, closed=lambda text, ended: None)
     sources: list[Drafts] = [
         RecordedDrafts(text, numbers.choice([0.0, 0.6, 0.9]), numbers.randrange(2**31), vocabulary_size) for text in own
     ]
@@ -240,14 +240,14 @@ def _written(
         for number in sorted(open_):
             if drawn[number].mode is not Mode.target_only and numbers.random() < 0.7:
                 text = held[number]
-                text.guess(min(drawn[number].draft_length, text.room, TERMS.longest_check - text.ahead))
+                text.draft(min(drawn[number].draft_length, text.room, LIMITS.longest_check - text.ahead))
                 desk.number = number
                 text.send(desk)
         outcomes = verifier.tick()
         verdicts = [outcome for outcome in outcomes if isinstance(outcome, Verdict)]
         compared.shared_passes += len(verdicts) > 1
         for verdict in verdicts:
-            compared.accepted += held[cast(int, verdict.key)].take(verdict).accepted
+            compared.accepted += held[cast(int, verdict.key)].extend(verdict).accepted
         for outcome in outcomes:
             if isinstance(outcome, Ended):
                 assert outcome.reason is Reason.length, outcome.text
@@ -258,14 +258,14 @@ def _written(
 class _Desk:
     """A `Target` as far as `DraftedSequence.send` needs one: what is handed in is at the verifier at once."""
 
-    longest_draft = TERMS.longest_check
+    longest_draft = LIMITS.longest_check
 
     def __init__(self, verifier: Scheduler) -> None:
         self._verifier = verifier
         self.number = 0
 
-    def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
-        assert self._verifier.offer(self.number, epoch, position, guesses, 0.0) == []
+    def draft(self, epoch: int, position: int, draft_ids: Sequence[int]) -> None:
+        assert self._verifier.offer(self.number, epoch, position, draft_ids, 0.0) == []
 
 
 def cells(whole: bool) -> Iterator[tuple[str, Sampling, tuple[int, ...], int]]:

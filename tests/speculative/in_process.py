@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lab.engine.base import Engine, LocalEngine
+from lab.engine.base import Engine
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from speculative.drafter.check import Flip
 from speculative.drafter.loop import Round, speculate
@@ -23,7 +24,7 @@ from speculative.verifier.scheduler import Scheduler, SchedulerLimits
 from speculative.verifier.sequence import VerifiedSequence
 
 DEADLINE_SECONDS = 60.0
-TERMS = SchedulerLimits(
+LIMITS = SchedulerLimits(
     prefill_chunk=64,
     longest_check=16,
     window=64,
@@ -40,30 +41,28 @@ TERMS = SchedulerLimits(
 class Bench:
     """One verifier, its forward thread, and a queue of outcomes for each text."""
 
-    def __init__(self, engine: Engine, end_ids: Sequence[int] = (), terms: SchedulerLimits = TERMS) -> None:
+    def __init__(self, engine: Engine, end_ids: Sequence[int] = (), limits: SchedulerLimits = LIMITS) -> None:
         self.ended: list[tuple[VerifiedSequence, Ended]] = []
-        self.verifier = Scheduler(
+        self.scheduler = Scheduler(
             engine,
             end_ids=end_ids,
-            terms=terms,
+            limits=limits,
             closed=lambda text, ended: self.ended.append((text, ended)),
         )
         self.end_ids = frozenset(end_ids)
-        self.receivers: dict[Hashable, Callable[[Outcome], None]] = {}
         self.batches: list[int] = []
         """Texts in each delivery: shows whether passes were shared."""
-        self.thread = ForwardThread(self.verifier, self._deliver)
+        self.thread = ForwardThread(self.scheduler, self._deliver)
 
-    def _deliver(self, outcomes: list[Outcome]) -> None:
+    def _deliver(self, deliver: Callable[[list[Outcome]], None], outcomes: list[Outcome]) -> None:
         self.batches.append(len({outcome.key for outcome in outcomes}))
-        for outcome in outcomes:
-            self.receivers[outcome.key](outcome)
+        deliver(outcomes)
 
 
 @contextmanager
-def bench(engine: Engine, end_ids: Sequence[int] = (), terms: SchedulerLimits = TERMS) -> Iterator[Bench]:
+def bench(engine: Engine, end_ids: Sequence[int] = (), limits: SchedulerLimits = LIMITS) -> Iterator[Bench]:
     """A running `Bench`; its thread must end without a fault."""
-    running = Bench(engine, end_ids, terms)
+    running = Bench(engine, end_ids, limits)
     with running.thread:
         yield running
     running.thread.finished.result(timeout=DEADLINE_SECONDS)
@@ -91,8 +90,8 @@ class Wire:
 class InProcess:
     """A drafter's `Target`: one text of a `Bench`. With `delay_seconds` word takes up to so long, each way."""
 
-    longest_draft = TERMS.longest_check
-    window = TERMS.window
+    longest_draft = LIMITS.longest_check
+    window = LIMITS.window
     rtt_seconds: float | None = None
 
     def __init__(self, verifiers: Bench, name: Hashable = "text", delay_seconds: float = 0.0, seed: int = 0) -> None:
@@ -109,15 +108,21 @@ class InProcess:
         self._key = key = (self._name, self._count)
         self._arrived = arrived = queue.SimpleQueue()
         later = self._down or (lambda thing: thing())
-        self._bench.receivers[key] = lambda outcome: later(lambda: arrived.put(outcome))
-        self._submit(lambda verifier: verifier.open(key, request, client=self._name))
+
+        def receive(outcome: Outcome) -> None:
+            later(lambda: arrived.put(outcome))
+
+        def begin() -> None:
+            self._bench.thread.open(key, receive, lambda scheduler: scheduler.open(key, request, client=self._name))
+
+        self._do(begin)
 
     def resume(self, request: GenerationRequest) -> None:
         raise AssertionError("nothing is lost in one process")
 
-    def draft(self, epoch: int, position: int, guesses: Sequence[int]) -> None:
-        key, copied = self._key, list(guesses)
-        self._submit(lambda verifier: verifier.offer(key, epoch, position, copied, time.monotonic()))
+    def draft(self, epoch: int, position: int, draft_ids: Sequence[int]) -> None:
+        key, copied = self._key, list(draft_ids)
+        self._submit(lambda scheduler: scheduler.offer(key, epoch, position, copied, time.monotonic()))
 
     def has_news(self) -> bool:
         return not self._arrived.empty()
@@ -127,13 +132,17 @@ class InProcess:
 
     def leave(self) -> None:
         key = self._key
-        self._submit(lambda verifier: verifier.close(key))
+        self._submit(lambda scheduler: scheduler.close(key))
 
     def _submit(self, call: Call) -> None:
+        key = self._key
+        self._do(lambda: self._bench.thread.submit(key, call))
+
+    def _do(self, thing: Callable[[], None]) -> None:
         if self._up is None:
-            self._bench.thread.submit(call)
+            thing()
         else:
-            self._up(lambda: self._bench.thread.submit(call))
+            self._up(thing)
 
 
 def request(
@@ -159,18 +168,18 @@ def speculated(target: InProcess, drafts: Drafts, asked: GenerationRequest, end_
     return list(speculate(target, drafts, asked, frozenset(end_ids)))
 
 
-def sync_round(guesses: list[int], accepted: int, ids: list[int], nll: list[float], margins: list[float]) -> Round:
+def sync_round(draft_ids: list[int], accepted: int, ids: list[int], nll: list[float], margins: list[float]) -> Round:
     """A round of mode sync: every guess made for it, none late."""
     return Round(
-        guesses=guesses,
+        draft_ids=draft_ids,
         accepted=accepted,
         right=accepted,
         ids=ids,
-        guess_nll=nll,
+        draft_nll=nll,
         margins=margins,
         place=0,
-        made=len(guesses),
-        sent=len(guesses),
+        made=len(draft_ids),
+        sent=len(draft_ids),
         draft_seconds=0.0,
         stale=0,
         epoch=0,

@@ -20,7 +20,8 @@ from lab.command.entry import compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings, OneWay
-from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
+from lab.models.conversion import BYTE_EOS
+from lab.models.sources import load_model, load_tokenizer_only
 from lab.text.prompts import prompt_ids
 from speculative.acceptance import until_end
 from speculative.drafter.loop import Target, speculate

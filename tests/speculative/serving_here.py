@@ -14,10 +14,9 @@ from lab.command.entry import compose_settings
 from lab.device import open_device
 from lab.engine.base import Engine
 from lab.models.sources import load_tokenizer_only
-from lab.network import make_endpoint
 from lab.tracking import Tracker
 from lab.wire import Endpoint, FrameSocket
-from speculative.messages import PROTOCOL, TABLE, TOKENIZER
+from speculative.messages import make_side
 from speculative.settings import SpeculativeSettings
 from speculative.verifier.server import ServerStats, serve
 from speculative.verifier.target import open_target
@@ -91,16 +90,8 @@ def serving_here(*words: str, wrap: Wrap = lambda engine, loop: engine) -> Itera
 
 def client_endpoint(settings: SpeculativeSettings, **fingerprints: str) -> Endpoint:
     """A drafter's side of the wire."""
-    ours = {TOKENIZER: fingerprint(token_texts(load_tokenizer_only(settings.model)))}
-    return make_endpoint(
-        settings.network,
-        role="drafter",
-        peer_roles=frozenset({"verifier"}),
-        table=TABLE,
-        protocol=PROTOCOL,
-        fingerprints=ours | fingerprints,
-        difference=lambda ours, theirs: None,
-    )
+    endpoint = make_side(settings.network, "drafter", fingerprint(token_texts(load_tokenizer_only(settings.model))))
+    return replace(endpoint, fingerprints={**endpoint.fingerprints, **fingerprints})
 
 
 def connected(port: int, endpoint: Endpoint) -> FrameSocket:

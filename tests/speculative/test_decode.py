@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.models.sources import byte_tokenizer
+from lab.models.conversion import byte_tokenizer
 from speculative.decode import _cut, figures_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from lab.engine.base import SyntheticEngine
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from lab.wire import encode, pack_tokens
 from speculative.bench.rig import text_bytes
 from speculative.drafter.sources import EngineDrafts
@@ -30,7 +30,7 @@ def test_bytes_of_a_text_at_length_8_and_acceptance_080() -> None:
         drafts = EngineDrafts(_synthetic(0.8), GREEDY, 40000)
         rounds = speculated(InProcess(verifiers), drafts, request([5], 2500, GREEDY, length=8))
     accepted = sum(done.accepted for done in rounds)
-    checked = sum(min(len(done.guesses), done.accepted + 1) for done in rounds)
+    checked = sum(min(len(done.draft_ids), done.accepted + 1) for done in rounds)
     assert accepted / checked == pytest.approx(0.8, abs=0.02)
     sent = text_bytes(1, rounds)
     assert sent / accepted <= 25

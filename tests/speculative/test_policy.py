@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from speculative.policy import AcceptanceByPlace, DraftLength, Pacing, PassCosts
-from speculative.theory import Speeds, best_plan, drawn, simulate, survival
-from tests.speculative.virtual import Virtual
+from speculative.theory import Speeds, best_plan, simulate, survival
+from tests.speculative.virtual import Virtual, drawn
 
 SPEEDS = Speeds(step_seconds=0.04, row_seconds=0.0008, draft_step_seconds=0.004, rtt_seconds=0.0)
 ALONE = 1 / SPEEDS.step_seconds
@@ -70,18 +70,18 @@ def test_speculation_is_tried_again_when_the_text_has_changed() -> None:
 def test_a_drafter_that_stops_is_not_waited_for_again_and_again() -> None:
     pacing = _trained(answer_seconds=0.006, spacing_seconds=0.004)
     assert pacing.plan.wait_for >= 1
-    pacing.rejected(100.0)
+    pacing.on_rejection(100.0)
     assert 0 < pacing.patience(100.0, 0) < 0.03
     assert pacing.patience(100.03, 0) == 0, "long past the time at which guesses usually come"
-    pacing.rejected(200.0)
-    pacing.arrived(200.001, 0)
+    pacing.on_rejection(200.0)
+    pacing.on_draft(200.001, 0)
     assert pacing.patience(200.001, 0) == 0, "the drafter said that it has none"
 
 
 def test_nobody_is_waited_for_over_a_distance() -> None:
     pacing = _trained(answer_seconds=0.06, spacing_seconds=0.004)
     assert pacing.plan.draft_length >= 4
-    pacing.rejected(100.0)
+    pacing.on_rejection(100.0)
     assert pacing.patience(100.0, 0) == 0
 
 
@@ -91,16 +91,16 @@ def _trained(*, answer_seconds: float, spacing_seconds: float, texts: int = 1) -
     pacing = Pacing(costs, None, 16)
     now = 0.0
     for _ in range(60):
-        pacing.rejected(now)
-        pacing.arrived(now + answer_seconds, 1)
+        pacing.on_rejection(now)
+        pacing.on_draft(now + answer_seconds, 1)
         for i in range(1, 8):
-            pacing.arrived(now + answer_seconds + i * spacing_seconds, 1)
+            pacing.on_draft(now + answer_seconds + i * spacing_seconds, 1)
         right = 0
         while draws.random() < 0.7 and right < 8:
             right += 1
-        pacing.compared(right, 1)
+        pacing.on_compared(right, 1)
         rows = 1 + min(right + 1, 8)
-        costs.passed(0.04 + 0.0008 * (texts * rows - 1), texts * rows, texts)
+        costs.add(0.04 + 0.0008 * (texts * rows - 1), texts * rows, texts)
         now += 0.2
     return pacing
 
@@ -111,18 +111,18 @@ def test_what_a_pass_costs_is_found_by_least_squares() -> None:
     assert costs.step_seconds == 0
     for _ in range(200):
         rows = draws.randint(1, 12)
-        costs.passed(0.05 + 0.002 * (rows - 1) + draws.uniform(-0.001, 0.001), rows, 1)
+        costs.add(0.05 + 0.002 * (rows - 1) + draws.uniform(-0.001, 0.001), rows, 1)
     assert costs.step_seconds == pytest.approx(0.05, rel=0.03)
     assert costs.row_seconds == pytest.approx(0.002, rel=0.1)
     before = costs.step_seconds
-    costs.passed(5.0, 3, 1)
+    costs.add(5.0, 3, 1)
     assert costs.step_seconds < 1.2 * before, "one pass that the machine held up"
 
 
 def test_passes_of_one_size_say_little_about_a_row() -> None:
     costs = PassCosts()
     for _ in range(100):
-        costs.passed(0.04, 1, 1)
+        costs.add(0.04, 1, 1)
     assert costs.step_seconds == pytest.approx(0.04)
     assert costs.row_seconds == pytest.approx(0.0008)
 
@@ -132,7 +132,7 @@ def test_the_first_guess_may_cost_more_than_the_next_ones(right: float, most: in
     """So that one alone is not worth it, and ten are."""
     costs, acceptance, draws = PassCosts(), AcceptanceByPlace(), random.Random(0)
     for rows in (1, 1, 2, 5) * 100:
-        costs.passed(0.05 if rows == 1 else 0.08 + 0.006 * (rows - 1), rows, 1)
+        costs.add(0.05 if rows == 1 else 0.08 + 0.006 * (rows - 1), rows, 1)
     assert costs.step_seconds == pytest.approx(0.05)
     assert costs.first_seconds == pytest.approx(0.03, rel=0.1)
     assert costs.row_seconds == pytest.approx(0.006, rel=0.1)
@@ -146,12 +146,12 @@ def test_the_first_guess_may_cost_more_than_the_next_ones(right: float, most: in
 def test_a_guess_among_several_texts_costs_its_row_only() -> None:
     costs = PassCosts()
     for rows in (4, 6, 9) * 50:
-        costs.passed(0.05, 1, 1)
-        costs.passed(0.08 + 0.006 * (rows - 1), rows, 4)
-    costs.passed(0.098, 4, 4)
+        costs.add(0.05, 1, 1)
+        costs.add(0.08 + 0.006 * (rows - 1), rows, 4)
+    costs.add(0.098, 4, 4)
     assert costs.first_seconds == 0
     for _ in range(20):
-        costs.passed(0.05, 1, 1)
+        costs.add(0.05, 1, 1)
     assert costs.first_seconds == pytest.approx(0.03, rel=0.1)
 
 
@@ -177,8 +177,8 @@ def test_guesses_go_in_groups_over_a_distance_and_alone_near_by() -> None:
         drafter = DraftLength(None, 64)
         drafter.rtt_seconds = rtt_seconds
         for i in range(40):
-            drafter.drafted(1, 0.004)
-            drafter.verdict(0.04 * i, 2, 0, 3)
+            drafter.on_drafted(1, 0.004)
+            drafter.on_verdict(0.04 * i, 2, 0, 3)
         return drafter
 
     assert [grown(0.0).next(ahead) for ahead in (0, 2, 8)] == [1, 1, 1]
@@ -189,6 +189,6 @@ def test_guesses_go_in_groups_over_a_distance_and_alone_near_by() -> None:
 def test_no_guess_is_made_that_is_hardly_ever_reached() -> None:
     drafter = DraftLength(None, 64)
     for i in range(100):
-        drafter.verdict(0.04 * i, 1, 1, 2)
+        drafter.on_verdict(0.04 * i, 1, 1, 2)
     assert drafter.next(0) >= 1
     assert drafter.next(12) == 0

@@ -13,7 +13,6 @@ from speculative.theory import (
     Speeds,
     async_tokens_per_second,
     best_plan,
-    drawn,
     expected_tokens,
     predicted_async_tokens_per_second,
     simulate,
@@ -21,6 +20,7 @@ from speculative.theory import (
     survival,
     sync_tokens_per_second,
 )
+from tests.speculative.virtual import drawn
 
 SPEEDS = Speeds(step_seconds=0.04, row_seconds=0.0008, draft_step_seconds=0.004, rtt_seconds=0.0)
 DELAYS = (0.0, 0.02, 0.05, 0.1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab.models.sources import byte_tokenizer
+from lab.models.conversion import byte_tokenizer
 from speculative.vocabulary import fingerprint, first_difference, token_texts
 
 

@@ -13,7 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from speculative.policy import DraftLength, Pacing, PassCosts
-from speculative.theory import Speeds
+from speculative.theory import Acceptance, IsRight, Speeds
+
+
+def drawn(acceptance: Acceptance, seed: int) -> IsRight:
+    """Draft tokens that are right with this probability, independently."""
+    rates = [acceptance] if isinstance(acceptance, (int, float)) else list(acceptance)
+    draws = random.Random(seed)
+    return lambda place, in_epoch: draws.random() < rates[min(in_epoch, len(rates) - 1)]
 
 
 @dataclass
@@ -83,7 +90,7 @@ class Virtual:
 
     def _judge(self, guesses: list[bool], seconds: float) -> None:
         self._busy = False
-        self.costs.passed(seconds, len(guesses) + 1, 1)
+        self.costs.add(seconds, len(guesses) + 1, 1)
         right = guesses.index(False) if False in guesses else len(guesses)
         self.accepted += right
         self.position += right + 1
@@ -99,15 +106,15 @@ class Virtual:
         self._go()
 
     def _compare(self, right: int, wrong: int) -> None:
-        self.pacing.compared(right, wrong)
+        self.pacing.on_compared(right, wrong)
         if wrong:
             self._epoch += 1
-            self.pacing.rejected(self.now)
+            self.pacing.on_rejection(self.now)
 
     def _receive(self, epoch: int, place: int, guesses: list[bool]) -> None:
         if epoch < self._epoch:
             return
-        self.pacing.arrived(self.now, len(guesses))
+        self.pacing.on_draft(self.now, len(guesses))
         late = guesses[: max(0, self.position - place)]
         wrong = int(False in late)
         self._compare(late.index(False) if wrong else len(late), wrong)
@@ -133,7 +140,7 @@ class Virtual:
         else:
             self._held = self._held[tokens:]
             self._unsent = self._unsent[max(0, len(self._unsent) - len(self._held)) :]
-        self.drafter.verdict(self.now, right, wrong, tokens)
+        self.drafter.on_verdict(self.now, right, wrong, tokens)
         self._draft()
 
     def _draft(self) -> None:
@@ -151,7 +158,7 @@ class Virtual:
     def _made(self, began: tuple[int, int, int]) -> None:
         self._drafting = False
         self.drafted += 1
-        self.drafter.drafted(1, self.speeds.draft_step_seconds)
+        self.drafter.on_drafted(1, self.speeds.draft_step_seconds)
         epoch, known, held = began
         still_fits = epoch == self._drafter_epoch and len(self._held) == held - (self._known - known)
         if still_fits:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lab.device import TORCH_DTYPES
-from lab.engine.base import LocalEngine
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.layers import load_layers
 from lab.settings import ArchitectureSettings, Dtype, ModelSettings, ModelSource, Quantization

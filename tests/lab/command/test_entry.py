@@ -26,11 +26,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lab.command import entry
+from lab.command.typed import to_settings
 from lab.doctor import DoctorSettings
 from lab.engine.base import TargetStep
 from lab.engine.not_finite import NotFinite
 from lab.faults import Lost
-from lab.settings import Dtype, UserError, digest, to_settings
+from lab.settings import Dtype, UserError, digest
 
 Work = Callable[[DoctorSettings, entry.Run], dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[3]
@@ -143,6 +144,10 @@ def test_result_appears_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         ("project=fed_learn", "project must be "),
         ("-m", "a command must run once (run_matrix.py runs one for each value of key=a,b), got -m"),
         ("hydra.mode=MULTIRUN", "a command must run once (run_matrix.py runs one "),
+        ("++hydra.mode=2", "a command must run once (run_matrix.py runs one "),
+        ("-mr", "a command must run once (run_matrix.py runs one "),
+        ("--multi", "arguments must be key=value or options that --hydra-help lists: unrecognized arguments: --multi"),
+        ("--experimental-rerun=x", "settings must be words or YAML, got --experimental-rerun, which is pickle"),
         ("--nope", "arguments must be key=value or options that --hydra-help lists: unrecognized arguments: --nope"),
         ("--cfg=x", "arguments must be key=value or options that --hydra-help lists: argument --cfg/-c: invalid"),
         ("--config-name=nope", "Cannot find primary config 'nope'"),
@@ -156,6 +161,30 @@ def test_mistake_is_one_line_and_exit_code_2(
     assert output.out == ""
     assert output.err.startswith(f"error: {line}")
     assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a:\tb\n\tc: 1", "name: a\nname: b", "a: !!python/object/apply:os.system ['true']"]
+)
+def test_a_broken_yaml_of_ones_own_is_one_line(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path("own", "model", "mine.yaml")
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    words = ("--config-dir=own", "model=mine")
+    assert command(monkeypatch, lambda settings, place: pytest.fail("must not run"), *words) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert "mine.yaml" in output.err
+
+
+def test_a_part_of_the_settings_that_is_not_there_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, nothing, "--cfg=job", "--package=nope") == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "package 'nope' not found in config\n")
 
 
 @pytest.mark.parametrize("word", ["--help", "--cfg=job"])

@@ -15,7 +15,7 @@ SIGNS = "-José, (a)=[b] {c} 'd' \"e\" $f%d #g\t\n."
 
 
 def test_a_role_that_is_not_ready_in_time_is_told_from_one_that_ended(tmp_path: Path) -> None:
-    with start("lab.wire.echo_server", [], None, follows_stdin=True) as slow:
+    with start("lab.ping_pong", [], None, follows_stdin=True) as slow:
         with pytest.raises(NotReady, match=r"not ready within 0\.001 s") as caught:
             first_line(slow, 0.001)
         slow.kill()
@@ -29,7 +29,7 @@ def test_a_role_that_is_not_ready_in_time_is_told_from_one_that_ended(tmp_path: 
 
 
 def test_a_role_that_follows_its_standard_input_ends_with_it() -> None:
-    with start("lab.wire.echo_server", [], None, follows_stdin=True) as role:
+    with start("lab.ping_pong", [], None, follows_stdin=True) as role:
         assert first_line(role, 60).keys() == {"raw", "frames"}
         assert role.stdin is not None
         role.stdin.close()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from lab.command.terminal import TextStream, has_room, masked, one_line
-from lab.models.sources import BYTE_EOS, byte_tokenizer
+from lab.models.conversion import BYTE_EOS, byte_tokenizer
 from lab.text.asking import decoder
 
 

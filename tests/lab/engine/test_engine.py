@@ -19,22 +19,14 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from lab.engine import base as engine_module
 from lab.engine import kv as kv_module
-from lab.engine.base import (
-    Engine,
-    LocalEngine,
-    Request,
-    Scored,
-    Session,
-    ShapeDependence,
-    SyntheticEngine,
-    TargetStep,
-    Want,
-)
+from lab.engine import local as engine_module
+from lab.engine.base import Engine, Request, Scored, Session, TargetStep, Want
 from lab.engine.kinds import open_split_engine
 from lab.engine.kv import CacheFull, SlotCache
+from lab.engine.local import LocalEngine, ShapeDependence
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from split.inference.open import join_shards
 from tests.random_models import ARCHITECTURES, VOCABULARY, WINDOW, random_model
 
@@ -561,6 +553,6 @@ def test_a_split_engine_is_found_by_name_and_takes_what_it_is_given(monkeypatch:
     asked, given = inspect.signature(join_shards).parameters, inspect.signature(open_split_engine).parameters
     assert [name for name in asked if name in given] == list(given)
     assert [parameter for name, parameter in asked.items() if name in given] == list(given.values())
-    monkeypatch.setattr(join_shards.__module__ + ".join_shards", lambda *models, **options: (models, options))
-    options: Any = {name: object() for name in list(given)[2:]}
-    assert open_split_engine("model", "network", **options) == (("model", "network"), options)  # type: ignore[arg-type, comparison-overlap]
+    monkeypatch.setattr(join_shards.__module__ + ".join_shards", lambda **options: options)
+    options: Any = {name: object() for name in given}
+    assert open_split_engine(**options) == options

@@ -11,9 +11,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lab.command.entry import compose_settings
 from lab.device import lacks_sixteen_bits
-from lab.engine import base as engine_module
+from lab.engine import local as engine_module
 from lab.engine import row_attention, wide_products
-from lab.engine.base import LocalEngine, Scored, TargetStep, Want
+from lab.engine.base import Scored, TargetStep, Want
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models import sources as models
 from lab.settings import ModelSettings

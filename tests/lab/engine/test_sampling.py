@@ -352,7 +352,7 @@ def test_the_margin_is_what_an_error_in_the_logits_must_exceed() -> None:
         ("temperature", -0.1, "temperature must be finite and at least 0, got -0.1"),
         ("temperature", math.nan, "temperature must be"),
         ("temperature", math.inf, "temperature must be finite"),
-        ("top_k", -1, "top_k must be at least 0, got -1"),
+        ("top_k", -1, r"top_k must be in \[0, 2\*\*32\), got -1"),
         ("top_p", 0.0, r"top_p must be in \(0, 1\], got 0.0"),
         ("top_p", 1.1, "top_p must be in"),
     ],

@@ -16,7 +16,7 @@ from fl.client import Site, read_split
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
 from lab.learning.counts import Counts
-from lab.models.sources import byte_tokenizer
+from lab.models.conversion import byte_tokenizer
 from lab.settings import UserError
 
 TEMPLATE = (

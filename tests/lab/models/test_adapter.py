@@ -21,8 +21,9 @@ from lab import decode
 from lab.command.entry import Run, compose_settings
 from lab.decode import DecodeSettings
 from lab.models.adapter import add_adapter, fit_adapter, read_adapter
+from lab.models.conversion import byte_tokenizer
 from lab.models.peft_folder import IDENTITY_KEY, folder_digest
-from lab.models.sources import byte_tokenizer, load_config, load_model, model_identity
+from lab.models.sources import load_config, load_model, model_identity
 from lab.settings import ModelSettings, Quantization, UserError
 from tests.lab.models.adapters import CPU, IDS_BT, fuzz, make_adapter, peft_says, sample_of_changes, slices_say
 from tests.split.chains import VOCABULARY, saved_model

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from lab.command.entry import compose_settings
+from lab.models import conversion
 from lab.models import sources as models
 from lab.models.folder import INDEX, SINGLE, ModelFolder
 from lab.models.layers import load_layers
@@ -377,7 +378,7 @@ def test_a_part_of_a_float8_model_is_read_without_its_other_files(alone: Path) -
 
 def small(name: str, place: Path) -> Path:
     twin_model(config_of(name)).save_pretrained(place / name)
-    models.byte_tokenizer().save_pretrained(place / name)
+    conversion.byte_tokenizer().save_pretrained(place / name)
     edit(place / name / "config.json", eos_token_id=None, bos_token_id=None, pad_token_id=None)
     return place / name
 
@@ -402,7 +403,7 @@ def test_a_whole_model_of_which_nf4_packs_nothing_is_refused(tmp_path: Path) -> 
     sizes = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     ends = {"bos_token_id": None, "eos_token_id": None}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes, **ends)).save_pretrained(tmp_path / "own")
-    models.byte_tokenizer().save_pretrained(tmp_path / "own")
+    conversion.byte_tokenizer().save_pretrained(tmp_path / "own")
     assert refusal(tmp_path / "own", quantization=Quantization.nf4) == (
         "model.quantization must be none for a model of which nf4 packs nothing, got nf4 for a falcon"
     )
@@ -436,7 +437,7 @@ def _without_tokenizer(folder: Path) -> None:
 
 
 def _add_token(folder: Path) -> None:
-    tokenizer = models.byte_tokenizer()
+    tokenizer = conversion.byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<{number}>" for number in range(7)]})
     tokenizer.save_pretrained(folder)
 
@@ -464,7 +465,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(folder: Path, change: Change
 
 
 def test_a_placeholder_for_pictures_needs_no_row(folder: Path) -> None:
-    tokenizer = models.byte_tokenizer()
+    tokenizer = conversion.byte_tokenizer()
     tokenizer.add_tokens([*(f"<{number}>" for number in range(6)), "<image>"])
     tokenizer.save_pretrained(folder)
     edit(folder / "tokenizer_config.json", extra_special_tokens={"image_token": "<image>"})

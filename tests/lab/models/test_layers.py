@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
-from lab.models import sources as models
+from lab.models import conversion
 from lab.models.folder import ModelFolder
 from lab.models.layers import load_layers
 from lab.models.slices import run_slice
@@ -41,7 +41,7 @@ def _settings(folder: Path, dtype: Dtype = Dtype.float32) -> ModelSettings:
 def _saved(architecture: str, folder: Path, **options: Any) -> ModelSettings:
     model = random_model(architecture, torch.float32, **options)
     model.save_pretrained(folder, max_shard_size="50KB")  # several files, as large models have
-    models.byte_tokenizer().save_pretrained(folder)
+    conversion.byte_tokenizer().save_pretrained(folder)
     return _settings(folder)
 
 
@@ -104,4 +104,4 @@ def test_a_checkpoint_without_a_tensor_is_named(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_alone(tmp_path: Path) -> None:
-    assert load_tokenizer_only(_saved("llama", tmp_path)).get_vocab()["<eos>"] == models.BYTE_EOS
+    assert load_tokenizer_only(_saved("llama", tmp_path)).get_vocab()["<eos>"] == conversion.BYTE_EOS

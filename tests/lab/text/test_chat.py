@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lab.learning.examples import examples
 from lab.learning.records import Dialogue, MalformedRecord, Message, parse_line, parse_row
-from lab.models.sources import byte_tokenizer
+from lab.models.conversion import byte_tokenizer
 from lab.text.chat import Chat
 
 TURNS = (("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2"))

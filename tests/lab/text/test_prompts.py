@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lab.command.entry import compose_settings
-from lab.models.sources import byte_tokenizer
+from lab.models.conversion import byte_tokenizer
 from lab.settings import UserError
 from lab.text.data_text import DataEncoder
 from lab.text.prompts import asked_ids, chat_ids, dialogue_ids, prompt_ids, read_messages

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lab.command.entry import Run, compose_settings
-from lab.engine.base import SyntheticEngine
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.wire import encode, pack_tokens
@@ -134,11 +134,11 @@ def test_parts_belong_to_engines(tmp_path: Path) -> None:
 def test_which_guesses_of_a_text_were_right() -> None:
     def done(guesses: list[int], right: int, ids: list[int]) -> Round:
         return Round(
-            guesses=guesses,
+            draft_ids=guesses,
             accepted=right,
             right=right,
             ids=ids,
-            guess_nll=[],
+            draft_nll=[],
             margins=[],
             place=0,
             made=len(guesses),
@@ -151,7 +151,7 @@ def test_which_guesses_of_a_text_were_right() -> None:
     tally = Tally()
     for one in (done([], 0, [5]), done([6, 7, 1], 2, [8]), done([9], 1, [4]), done([1], 0, [2])):
         tally.add(one)
-    guess = Reading(tally, 0).guess()
+    guess = Reading(tally, 0).is_right()
     assert [place for place in range(10) if not guess(place, 0)] == [3, 6]
 
 

@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from lab.engine.base import SyntheticEngine
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from speculative.drafter.check import find_flips
 from speculative.drafter.loop import RequestRefused, Round, speculate
 from speculative.drafter.sources import EngineDrafts, add_noise_to_head
@@ -72,7 +72,7 @@ def test_accepted_length_of_each_round_is_that_of_transformers(length: int, monk
     assert tokens(rounds) == text
     ours = [done.accepted for done in rounds]
     assert ours[: len(theirs)] == theirs
-    assert all(not done.guesses for done in rounds[len(theirs) :]), "only a last token without guesses may follow"
+    assert all(not done.draft_ids for done in rounds[len(theirs) :]), "only a last token without guesses may follow"
     assert 0 < sum(ours) < length * len(ours), "all or nothing was accepted: nothing was compared"
 
 
@@ -161,7 +161,7 @@ def test_guesses_of_an_older_epoch_are_dropped() -> None:
         target.draft(1, 2, [])
         assert target.next().position == 2  # type: ignore[union-attr]
         target.leave()
-    assert next(text for text, _ in verifiers.ended if text.key[0] == "text").figures.stale_drafts == 1  # type: ignore[index]
+    assert next(text for text, _ in verifiers.ended if text.key[0] == "text").figures.drafts_stale == 1  # type: ignore[index]
 
 
 def test_a_text_that_will_never_fit_is_told_at_once_what_would() -> None:
@@ -191,7 +191,7 @@ def test_rule_cross_entropy_takes_more_and_says_what_each_guess_costs() -> None:
             drafts = RandomDrafts(1, VOCABULARY)
             asked = request(PROMPT, 60, GREEDY, threshold=threshold, length=4)
             rounds = speculated(InProcess(verifiers), drafts, asked)
-        return rounds, [value for done in rounds for value in done.guess_nll]
+        return rounds, [value for done in rounds for value in done.draft_nll]
 
     exact, costs = run(None)
     limit = sorted(costs)[len(costs) // 2]
@@ -199,8 +199,8 @@ def test_rule_cross_entropy_takes_more_and_says_what_each_guess_costs() -> None:
     assert sum(done.accepted for done in lossy) > sum(done.accepted for done in exact)
     assert tokens(lossy) != tokens(exact)
     for done in lossy:
-        assert all(value <= limit for value in done.guess_nll[: done.accepted])
-        assert all(value > limit for value in done.guess_nll[done.accepted :])
+        assert all(value <= limit for value in done.draft_nll[: done.accepted])
+        assert all(value > limit for value in done.draft_nll[done.accepted :])
 
 
 def test_cross_entropy_of_each_guess_is_that_of_the_model() -> None:
@@ -209,12 +209,12 @@ def test_cross_entropy_of_each_guess_is_that_of_the_model() -> None:
         rounds = speculated(InProcess(verifiers), RandomDrafts(1, VOCABULARY), request(PROMPT, 12, GREEDY))
     text = list(PROMPT)
     for done in rounds:
-        ids = torch.tensor([[*text, *done.guesses]])
+        ids = torch.tensor([[*text, *done.draft_ids]])
         with torch.inference_mode():
             logits_TV = model(ids).logits[0, len(text) - 1 : -1]
-        follow = torch.tensor(done.guesses, dtype=torch.long)
+        follow = torch.tensor(done.draft_ids, dtype=torch.long)
         losses: list[float] = torch.nn.functional.cross_entropy(logits_TV, follow, reduction="none").tolist()
-        assert done.guess_nll == pytest.approx(losses[: len(done.guess_nll)], abs=1e-9)
+        assert done.draft_nll == pytest.approx(losses[: len(done.draft_nll)], abs=1e-9)
         text += done.tokens
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lab.command.entry import compose_settings
-from lab.engine.base import LocalEngine, SyntheticEngine
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling, mix64
+from lab.engine.synthetic import SyntheticEngine
 from lab.models.sources import load_tokenizer_only
 from lab.settings import Dtype
 from speculative.drafter.sources import EngineDrafts, add_noise_to_head, open_drafts

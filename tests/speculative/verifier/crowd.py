@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 
 from lab.command.entry import compose_settings
 from lab.device import open_device
-from lab.engine.base import LocalEngine
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
-from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
+from lab.models.conversion import BYTE_EOS
+from lab.models.sources import load_model, load_tokenizer_only
 from speculative.acceptance import until_end
 from speculative.drafter.loop import RequestRefused, speculate
 from speculative.drafter.target import join

@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from lab.engine.base import Engine, Request, Session, SyntheticEngine, TargetStep, Want
+from lab.engine.base import Engine, Request, Session, TargetStep, Want
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from lab.wire import Endpoint, pack_tokens
 from speculative.messages import CloseFrame, MessageType, OpenFrame, Reason
 from speculative.settings import Mode

@@ -18,9 +18,10 @@ import psutil
 
 from lab.command.entry import compose_settings
 from lab.device import open_device
-from lab.engine.base import LocalEngine
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
-from lab.models.sources import BYTE_EOS, load_model, load_tokenizer_only
+from lab.models.conversion import BYTE_EOS
+from lab.models.sources import load_model, load_tokenizer_only
 from lab.wire import MAGIC, Endpoint, FrameSocket, Head, WireError, pack_tokens
 from speculative.acceptance import until_end
 from speculative.drafter.loop import speculate
@@ -246,7 +247,7 @@ KINDS: dict[str, Callable[[Ground], None]] = {
         (MessageType.open, 1, ground.open(max_new_tokens=1), pack_tokens([1])),
     ),
     "sent VERDICT": _of_a_verifier(VERDICT, MessageType.verdict),
-    "sent SCORES": _of_a_verifier(ScoresFrame(position=0, guesses=0), MessageType.scores),
+    "sent SCORES": _of_a_verifier(ScoresFrame(position=0, draft_tokens=0), MessageType.scores),
     "sent WELCOME": _of_a_verifier(WELCOME, MessageType.welcome),
     "sent WAITING": _of_a_verifier(WaitingFrame(place=1), MessageType.waiting),
     "asked for the vocabulary twice": _asks_twice,

@@ -13,13 +13,9 @@ import pytest
 
 from lab.command.entry import compose_settings
 from lab.engine.sampling_head import WordsHead
-from lab.models.sources import BYTE_EOS, byte_tokenizer
-from lab.network import make_endpoint
+from lab.models.conversion import BYTE_EOS, byte_tokenizer
 from lab.wire import FrameSocket, PeerRefused, pack_tokens
 from speculative.messages import (
-    PROTOCOL,
-    TABLE,
-    TOKENIZER,
     AskVocabularyFrame,
     CloseFrame,
     DraftFrame,
@@ -29,9 +25,10 @@ from speculative.messages import (
     ResumeFrame,
     VerdictFrame,
     WelcomeFrame,
+    make_side,
 )
 from speculative.settings import Mode, SpeculativeSettings
-from speculative.verifier.server import _answers
+from speculative.verifier.server import _to_ids
 from speculative.vocabulary import fingerprint, token_texts
 from tests.speculative.processes import RANDOM, Role, drafted
 
@@ -75,15 +72,7 @@ def _open(**changes: Any) -> OpenFrame:
 @contextmanager
 def _connected(port: int, tokenizer: str = OURS) -> Iterator[FrameSocket]:
     settings = compose_settings("spec_decoding", " ".join(RANDOM), SpeculativeSettings)
-    endpoint = make_endpoint(
-        settings.network,
-        role="drafter",
-        peer_roles=frozenset({"verifier"}),
-        table=TABLE,
-        protocol=PROTOCOL,
-        fingerprints={TOKENIZER: tokenizer},
-        difference=lambda ours, theirs: None,
-    )
+    endpoint = make_side(settings.network, "drafter", tokenizer)
     with FrameSocket.connect("127.0.0.1", port, endpoint, tls=None) as frames:
         welcome = frames.recv().head
         assert isinstance(welcome, WelcomeFrame)
@@ -118,7 +107,7 @@ def _opened_then(*ids: int) -> Send:
         (_opened_twice, "opened text 1 twice"),
         (_opened_then(3, 259), "sent token id 259 at index 1, vocabulary is 259"),
         (_opened_then(-1), "sent token id -1 at index 0, vocabulary is 259"),
-        (_opened_then(*range(17)), "sent 17 guesses, at most 16 are checked at once"),
+        (_opened_then(*range(17)), "sent 17 draft tokens, at most 16 are checked at once"),
         (lambda frames: frames.send(MessageType.open, 1, _open(top_p=0.0), pack_tokens([1])), "top_p must be in"),
         (lambda frames: frames.send(MessageType.open, 1, _open(min_p=2.0), pack_tokens([1])), "min_p must be in"),
         (lambda frames: frames.send(MessageType.open, 1, _open(words=_words()), pack_tokens([1])), "presence_penalty"),
@@ -224,5 +213,5 @@ def test_several_texts_on_one_connection(random_verifier: Role) -> None:
 def test_control_tokens_in_a_request_of_the_first_protocol_are_text(special_tokens: bool) -> None:
     words = f"model=random project.special_tokens={str(special_tokens).lower()}"
     settings, tokenizer = compose_settings("spec_decoding", words, SpeculativeSettings), byte_tokenizer()
-    ids = _answers(settings, tokenizer).to_ids(f"a{tokenizer.eos_token}")
+    ids = _to_ids(settings, tokenizer)(f"a{tokenizer.eos_token}")
     assert (BYTE_EOS in ids) == special_tokens

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lab.engine.base import LocalEngine
+from lab.engine.local import LocalEngine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.wire import BadFrame, Peer
@@ -24,12 +24,13 @@ from speculative.drafter.sources import EngineDrafts
 from speculative.drafts import Drafts, NoDrafts, RecordedDrafts
 from speculative.messages import WelcomeFrame
 from speculative.settings import Mode
-from speculative.verifier.connections import FirstProtocolAnswers, Front
+from speculative.verifier.first_protocol import FirstProtocol
+from speculative.verifier.forward_thread import ForwardThread
 from speculative.verifier.scheduler import Scheduler
 from tests.poison import mark, poison
 from tests.random_models import VOCABULARY, random_model
 from tests.speculative.in_process import (
-    TERMS,
+    LIMITS,
     InProcess,
     bench,
     decoded_alone,
@@ -109,7 +110,7 @@ def test_the_targets_own_fault_ends_its_text_and_no_other(mode: Mode) -> None:
     marked, expected = _said()
     neighbour = _texts()[1]
     text: list[int] = []
-    with bench(_engine(marked, 1), terms=replace(TERMS, lookup=(3, 1))) as verifiers:
+    with bench(_engine(marked, 1), limits=replace(LIMITS, lookup=(3, 1))) as verifiers:
 
         def neighbours() -> list[int]:
             return tokens(speculated(InProcess(verifiers, 1), NoDrafts(), request(NEIGHBOUR, COUNT, SAMPLING, mode)))
@@ -137,7 +138,7 @@ def test_a_drafter_that_meets_nan_guesses_no_more_and_the_text_goes_on(caplog: p
         assert tokens(rounds) == text
         assert sum(done.accepted for done in rounds) > 3, "it never guessed"
         assert [record.message.partition(":")[0] for record in caplog.records] == [
-            "the drafter guesses no more of this text"
+            "the drafter drafts no more of this text"
         ]
         drafts.begin(NEIGHBOUR)
         assert drafts.propose(1), "the next text is another one"
@@ -158,11 +159,18 @@ def test_a_request_of_the_first_protocol_gets_no_token_that_was_made_up() -> Non
     marked = _unsaid()
 
     async def ask() -> list[int]:
-        answers = FirstProtocolAnswers(to_ids=lambda text: [*PROMPT, marked], max_new_tokens=5, timeout_seconds=5.0)
-        verifier = Scheduler(_engine(marked, 2), end_ids=[], terms=TERMS, closed=lambda text, ended: None)
-        front = Front(verifier, WELCOME, [], "", answers, frames_per_second=100.0, idle_seconds=5.0)
-        with front.thread:
-            return await front._continuation("x", Peer(role="client", address="here", phase="request"), asyncio.Event())
+        scheduler = Scheduler(_engine(marked, 2), end_ids=[], limits=LIMITS, closed=lambda sequence, ended: None)
+        thread = ForwardThread(scheduler, asyncio.get_running_loop().call_soon_threadsafe)
+        answers = FirstProtocol(
+            thread=thread,
+            to_ids=lambda text: [],
+            max_new_tokens=5,
+            context=scheduler.engine.longest,
+            timeout_seconds=5.0,
+        )
+        peer = Peer(role="client", address="here", phase="request")
+        with thread:
+            return await answers._continuation([*PROMPT, marked], peer, asyncio.Event())
 
     with pytest.raises(BadFrame, match="cannot be continued: the hidden states of position 5 hold NaN or infinity"):
         asyncio.run(ask())

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from lab.engine.base import Engine, Request, Session, SyntheticEngine, TargetStep, Want
+from lab.engine.base import Engine, Request, Session, TargetStep, Want
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
+from lab.engine.synthetic import SyntheticEngine
 from lab.text.words import Words
 from speculative.acceptance import prefix_hash
 from speculative.drafter.loop import Desync, DraftedSequence
@@ -21,7 +22,7 @@ from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Wait
 from speculative.settings import Mode
 from speculative.verifier.scheduler import EngineFailed, Scheduler, SchedulerLimits
 from tests.random_models import random_model
-from tests.speculative.in_process import TERMS, local_engine, request
+from tests.speculative.in_process import LIMITS, local_engine, request
 
 ASYNC = Mode["async"]
 PROMPT = [1, 2, 3]
@@ -39,31 +40,31 @@ class Core:
     """A verifier on a synthetic target, and what its texts alone would be."""
 
     def __init__(
-        self, sessions: int = 4, wrap: Callable[[Engine], Engine] = lambda engine: engine, **terms: Any
+        self, sessions: int = 4, wrap: Callable[[Engine], Engine] = lambda engine: engine, **limits: Any
     ) -> None:
         self.clock = Clock()
         self.ended: list[Ended] = []
-        changed: SchedulerLimits = replace(TERMS, **terms)
+        changed: SchedulerLimits = replace(LIMITS, **limits)
         engine = SyntheticEngine(
             vocabulary_size=50, context=400, sessions=sessions, step_seconds=0, row_seconds=0, agreement=1.0
         )
-        self.verifier = Scheduler(
+        self.scheduler = Scheduler(
             wrap(engine),
             end_ids=[],
-            terms=changed,
+            limits=changed,
             closed=lambda text, ended: self.ended.append(ended),
             clock=self.clock,
         )
 
     def open(self, key: int, count: int = 40, mode: Mode = ASYNC, client: object = "client", **name: Any) -> None:
-        assert self.verifier.open(key, asked(count, mode), client=client, **name) == []
+        assert self.scheduler.open(key, asked(count, mode), client=client, **name) == []
 
     def offer(self, key: int, epoch: int, position: int, guesses: Sequence[int]) -> list[Outcome]:
-        return self.verifier.offer(key, epoch, position, guesses, self.clock.now)
+        return self.scheduler.offer(key, epoch, position, guesses, self.clock.now)
 
     def verdict(self) -> Verdict:
         """Of the one text there is."""
-        [outcome] = self.verifier.tick()
+        [outcome] = self.scheduler.tick()
         assert isinstance(outcome, Verdict)
         return outcome
 
@@ -77,7 +78,7 @@ def own_text(count: int = 40) -> list[int]:
     core.open(0, count, Mode.target_only)
     ids: list[int] = []
     while len(ids) < count:
-        for outcome in core.verifier.tick():
+        for outcome in core.scheduler.tick():
             if isinstance(outcome, Verdict):
                 ids += outcome.ids
     return ids
@@ -138,9 +139,9 @@ def test_an_answer_to_a_late_wrong_guess_is_timed_from_the_verdict_that_told_of_
     core.open(1)
     core.clock.now += 0.04
     core.verdict()
-    core.verifier.offer(1, 0, 3, [(TEXT[0] + 1) % 50], core.clock.now - 0.035)
-    core.verifier.offer(1, 1, 4, [TEXT[1]], core.clock.now + 0.005)
-    pacing = core.verifier._running[1]._pacing
+    core.scheduler.offer(1, 0, 3, [(TEXT[0] + 1) % 50], core.clock.now - 0.035)
+    core.scheduler.offer(1, 1, 4, [TEXT[1]], core.clock.now + 0.005)
+    pacing = core.scheduler._sequences[1]._pacing
     assert pacing._answer.value == pytest.approx(0.005)
 
 
@@ -171,9 +172,9 @@ def test_texts_wait_in_line_and_clients_with_fewer_running_come_first() -> None:
     core = Core(sessions=2)
     core.open(1, 3, client="greedy")
     core.open(2, 9, client="greedy")
-    assert core.verifier.open(3, asked(9), client="greedy") == [Waiting(3, 1)]
-    assert core.verifier.open(4, asked(9), client="modest") == [Waiting(4, 1)]
-    keys = [{outcome.key for outcome in core.verifier.tick() if isinstance(outcome, Verdict)} for _ in range(4)]
+    assert core.scheduler.open(3, asked(9), client="greedy") == [Waiting(3, 1)]
+    assert core.scheduler.open(4, asked(9), client="modest") == [Waiting(4, 1)]
+    keys = [{outcome.key for outcome in core.scheduler.tick() if isinstance(outcome, Verdict)} for _ in range(4)]
     assert keys == [{1, 2}, {1, 2}, {1, 2}, {2, 4}]
 
 
@@ -181,16 +182,16 @@ def test_a_text_that_is_left_rests_and_gives_its_room_away() -> None:
     core = Core(sessions=1)
     core.open(1, name=7, owner=OWNER)
     core.verdict()
-    core.verifier.leave(1)
-    assert core.verifier.patience() > 1
-    assert core.verifier.tick() == [], "nobody reads it"
+    core.scheduler.leave(1)
+    assert core.scheduler.patience() > 1
+    assert core.scheduler.tick() == [], "nobody reads it"
     core.open(2, 2)
-    assert {outcome.key for outcome in core.verifier.tick()} == {2}
-    [told, waiting] = core.verifier.resume(3, asked(), client="client", name=7, owner=OWNER)
+    assert {outcome.key for outcome in core.scheduler.tick()} == {2}
+    [told, waiting] = core.scheduler.resume(3, asked(), client="client", name=7, owner=OWNER)
     assert isinstance(told, Verdict)
     assert told.ids == TEXT[:1]
     assert waiting == Waiting(3, 1)
-    assert {outcome.key for outcome in core.verifier.tick()} == {2}
+    assert {outcome.key for outcome in core.scheduler.tick()} == {2}
     assert core.verdict().ids == [TEXT[1]]
 
 
@@ -198,38 +199,38 @@ def test_a_text_that_is_resumed_before_anybody_wants_its_room_still_has_it() -> 
     core = Core(sessions=1)
     core.open(1, name=7, owner=OWNER)
     core.verdict()
-    session = core.verifier._running[1].session
-    core.verifier.leave(1)
-    core.verifier.resume(2, asked(), client="client", name=7, owner=OWNER)
-    assert core.verifier._running[2].session is session
+    session = core.scheduler._sequences[1].session
+    core.scheduler.leave(1)
+    core.scheduler.resume(2, asked(), client="client", name=7, owner=OWNER)
+    assert core.scheduler._sequences[2].session is session
     assert core.verdict().ids == [TEXT[1]]
 
 
 def test_a_text_that_is_left_is_forgotten_after_a_while() -> None:
     core = Core(keep_seconds=5.0)
     core.open(1, name=7, owner=OWNER)
-    core.verifier.leave(1)
+    core.scheduler.leave(1)
     core.clock.now += 4.9
-    core.verifier.tick()
+    core.scheduler.tick()
     assert core.ended == []
     core.clock.now += 0.2
-    core.verifier.tick()
+    core.scheduler.tick()
     assert [ended.reason for ended in core.ended] == [Reason.left]
-    assert core.verifier.patience() == float("inf")
+    assert core.scheduler.patience() == float("inf")
 
 
 def test_a_finished_text_is_told_again_to_its_owner_until_it_has_arrived() -> None:
     core = Core()
     core.open(1, 2, name=7, owner=OWNER)
-    core.verifier.tick()
-    core.verifier.tick()
-    told, ended = core.verifier.resume(2, asked(2), client="client", name=7, owner=OWNER)
+    core.scheduler.tick()
+    core.scheduler.tick()
+    told, ended = core.scheduler.resume(2, asked(2), client="client", name=7, owner=OWNER)
     assert isinstance(told, Verdict)
     assert (told.position, told.ids) == (3, TEXT[:2])
     assert isinstance(ended, Ended)
     assert (ended.key, ended.reason) == (2, Reason.length)
-    core.verifier.close(2)  # it has arrived
-    [told] = core.verifier.resume(3, asked(2), client="client", name=7, owner=OWNER)
+    core.scheduler.close(2)  # it has arrived
+    [told] = core.scheduler.resume(3, asked(2), client="client", name=7, owner=OWNER)
     assert isinstance(told, Verdict)
     assert told.ids == [], "it was begun anew"
 
@@ -240,7 +241,7 @@ def test_a_text_is_resumed_by_its_owner_only_and_as_it_is() -> None:
     core.verdict()
 
     def refusal(owner: bytes, changed: GenerationRequest) -> str:
-        [ended] = core.verifier.resume(2, changed, client="other", name=7, owner=owner)
+        [ended] = core.scheduler.resume(2, changed, client="other", name=7, owner=owner)
         assert isinstance(ended, Ended)
         assert ended.reason is Reason.refused
         return ended.text
@@ -262,7 +263,7 @@ def test_resume_takes_a_text_over_from_a_connection_that_still_seems_to_live() -
     core.open(1, name=7, owner=OWNER)
     core.offer(1, 0, 3, [(TEXT[0] + 1) % 50])
     core.verdict()
-    left, told = core.verifier.resume(2, replace(asked(), new_ids=TEXT[:1]), client="client", name=7, owner=OWNER)
+    left, told = core.scheduler.resume(2, replace(asked(), new_ids=TEXT[:1]), client="client", name=7, owner=OWNER)
     assert (left.key, isinstance(left, Ended)) == (1, True)
     assert isinstance(told, Verdict)
     assert (told.key, told.epoch, told.position, told.ids) == (2, 0, 4, [])
@@ -274,12 +275,12 @@ def test_resume_takes_a_text_over_from_a_connection_that_still_seems_to_live() -
 
 def test_a_verifier_that_was_started_anew_gets_the_text_from_its_drafter() -> None:
     core = Core()
-    [told] = core.verifier.resume(1, replace(asked(), new_ids=TEXT[:5]), client="client", name=7, owner=OWNER)
+    [told] = core.scheduler.resume(1, replace(asked(), new_ids=TEXT[:5]), client="client", name=7, owner=OWNER)
     assert isinstance(told, Verdict)
     assert (told.position, told.ids) == (8, [])
     ids = list(TEXT[:5])
     while len(ids) < 40:
-        ids += [token for outcome in core.verifier.tick() if isinstance(outcome, Verdict) for token in outcome.ids]
+        ids += [token for outcome in core.scheduler.tick() if isinstance(outcome, Verdict) for token in outcome.ids]
     assert ids == TEXT
 
 
@@ -287,11 +288,11 @@ def test_what_a_client_may_take() -> None:
     core = Core(client_texts=2, client_cache_bytes=1000, bytes_per_token=10)
     core.open(1, 40)
     core.open(2, 40)
-    [ended] = core.verifier.open(3, asked(2), client="client")
+    [ended] = core.scheduler.open(3, asked(2), client="client")
     assert isinstance(ended, Ended)
     assert ended.text == "a client may have 2 texts at once (the verifier's project.client.texts)"
-    core.verifier.close(2)
-    [ended] = core.verifier.open(4, asked(60), client="client")
+    core.scheduler.close(2)
+    [ended] = core.scheduler.open(4, asked(60), client="client")
     assert isinstance(ended, Ended)
     assert ended.text == (
         "project.max_new_tokens must be at most 54 here for a prompt of 3 tokens (a client's texts may need 1000 bytes "
@@ -303,15 +304,15 @@ def test_what_a_client_may_take() -> None:
 def test_a_text_of_mode_sync_that_gets_no_draft_is_evicted() -> None:
     core = Core(idle_seconds=30.0)
     core.open(1, mode=Mode.sync)
-    core.verifier.tick()
-    assert core.verifier.patience() == pytest.approx(30.0)
+    core.scheduler.tick()
+    assert core.scheduler.patience() == pytest.approx(30.0)
     core.clock.now += 29
     core.offer(1, 0, 3, [])
     core.verdict()
     core.clock.now += 29
-    assert core.verifier.tick() == []
+    assert core.scheduler.tick() == []
     core.clock.now += 2
-    [ended] = core.verifier.tick()
+    [ended] = core.scheduler.tick()
     assert isinstance(ended, Ended)
     assert (ended.reason, ended.text) == (Reason.evicted, "no DRAFT came for 30 s")
 
@@ -319,29 +320,29 @@ def test_a_text_of_mode_sync_that_gets_no_draft_is_evicted() -> None:
 def test_a_drafter_that_holds_another_text_notices() -> None:
     text = DraftedSequence(asked(), RandomDrafts(0, 50))
     right = Verdict(1, 0, 3, 0, TEXT[:1], prefix_hash([*PROMPT, TEXT[0]]), [], [])
-    text.take(right)
+    text.extend(right)
     with pytest.raises(Desync, match="position 5"):
-        text.take(replace(right, position=4, ids=TEXT[1:2], prefix=right.prefix))
+        text.extend(replace(right, position=4, ids=TEXT[1:2], prefix=right.prefix))
     assert text.new_ids == TEXT[:1], "it took none of what it does not believe"
     with pytest.raises(Desync, match="for position 3"):
-        DraftedSequence(replace(asked(), new_ids=TEXT[:1]), RandomDrafts(0, 50)).take(right)
+        DraftedSequence(replace(asked(), new_ids=TEXT[:1]), RandomDrafts(0, 50)).extend(right)
 
 
 def test_own_guesses_fill_in_and_change_nothing() -> None:
     engine_text = [4, 5, 6, 7]
     core = Core(lookup=(3, 1))
     prompt = [*engine_text, *TEXT, *engine_text]  # what follows stands in the prompt only by chance
-    assert core.verifier.open(1, replace(asked(), prompt_ids=prompt), client="client") == []
+    assert core.scheduler.open(1, replace(asked(), prompt_ids=prompt), client="client") == []
     alone = Core()
-    assert alone.verifier.open(1, replace(asked(), prompt_ids=prompt), client="client") == []
+    assert alone.scheduler.open(1, replace(asked(), prompt_ids=prompt), client="client") == []
 
-    def whole(verifier: Scheduler) -> list[int]:
+    def whole(scheduler: Scheduler) -> list[int]:
         ids: list[int] = []
         while len(ids) < 40:
-            ids += [token for outcome in verifier.tick() if isinstance(outcome, Verdict) for token in outcome.ids]
+            ids += [token for outcome in scheduler.tick() if isinstance(outcome, Verdict) for token in outcome.ids]
         return ids
 
-    assert whole(core.verifier) == whole(alone.verifier)
+    assert whole(core.scheduler) == whole(alone.scheduler)
 
 
 # A fault has one owner
@@ -391,8 +392,8 @@ def whole_texts(core: Core) -> tuple[dict[object, list[int]], list[Ended]]:
     """Ticks until nothing is left to do: the new ids of each text, and how each ended."""
     texts: dict[object, list[int]] = {}
     ends: list[Ended] = []
-    while core.verifier.patience() <= 0:
-        for outcome in core.verifier.tick():
+    while core.scheduler.patience() <= 0:
+        for outcome in core.scheduler.tick():
             if isinstance(outcome, Verdict):
                 texts.setdefault(outcome.key, []).extend(outcome.ids)
             elif isinstance(outcome, Ended):
@@ -407,7 +408,7 @@ def test_what_fails_in_a_pass_ends_its_own_text_only(error: Exception, where: st
     core.open(1, 20, Mode.target_only)
     core.open(2, 20, Mode.target_only)
     prompt = [4, BAD] if where == "prompt" else [4]
-    assert core.verifier.open(3, replace(asked(20), prompt_ids=prompt), client="client") == []
+    assert core.scheduler.open(3, replace(asked(20), prompt_ids=prompt), client="client") == []
     if where == "guess":
         core.offer(3, 0, 1, [BAD])
     core.open(4, 20, Mode.target_only)
@@ -427,15 +428,15 @@ def test_an_engine_that_fails_whoever_asks_ends_the_verifier() -> None:
         return stumbling[0]  # type: ignore[return-value]
 
     core = Core(wrap=wrap)
-    core.verifier.prove()
+    core.scheduler.prove()
     core.open(1, 20, Mode.target_only)
     core.verdict()
     stumbling[0].is_broken = True
     message = r"^the target cannot run a text of two tokens: RuntimeError: no kernel for this device$"
     with pytest.raises(EngineFailed, match=message):
-        core.verifier.tick()
+        core.scheduler.tick()
     with pytest.raises(EngineFailed, match=message):
-        core.verifier.prove()
+        core.scheduler.prove()
 
 
 def test_an_engine_that_takes_no_text_is_found_out() -> None:
@@ -444,12 +445,12 @@ def test_an_engine_that_takes_no_text_is_found_out() -> None:
             raise self.error
 
     core = Core(wrap=lambda engine: Refusing(engine, OSError("gone")))  # type: ignore[arg-type, return-value]
-    [ended] = core.verifier.open(1, asked(), client="client")
+    [ended] = core.scheduler.open(1, asked(), client="client")
     assert isinstance(ended, Ended)
     assert ended.text == "the target did not take it: OSError: gone"
-    assert core.verifier.patience() == 0
+    assert core.scheduler.patience() == 0
     with pytest.raises(EngineFailed, match="OSError: gone"):
-        core.verifier.tick()
+        core.scheduler.tick()
 
 
 # Room
@@ -458,21 +459,21 @@ def test_an_engine_that_takes_no_text_is_found_out() -> None:
 def test_the_line_has_an_end_and_tells_places() -> None:
     core = Core(sessions=1, most_waiting=2)
     core.open(1, 3)
-    assert core.verifier.open(2, asked(3), client="b") == [Waiting(2, 1)]
-    assert core.verifier.open(3, asked(3), client="c") == [Waiting(3, 2)]
-    assert core.verifier.open(4, asked(3), client="d") == [
+    assert core.scheduler.open(2, asked(3), client="b") == [Waiting(2, 1)]
+    assert core.scheduler.open(3, asked(3), client="c") == [Waiting(3, 2)]
+    assert core.scheduler.open(4, asked(3), client="d") == [
         Ended(
             4,
             Reason.refused,
             "the verifier has no room now, and 2 texts wait in line already (its project.max_waiting)",
         )
     ]
-    assert core.verifier.open(4, asked(3), client="d") != [], "it is not there"
+    assert core.scheduler.open(4, asked(3), client="d") != [], "it is not there"
     core.clock.now += 5
-    told = [outcome for _ in range(4) for outcome in core.verifier.tick() if isinstance(outcome, Waiting)]
+    told = [outcome for _ in range(4) for outcome in core.scheduler.tick() if isinstance(outcome, Waiting)]
     assert told == [], "the places are what they were, and then the first is in"
     core.clock.now += 1.1
-    assert Waiting(3, 1) in core.verifier.tick()
+    assert Waiting(3, 1) in core.scheduler.tick()
     texts, ends = whole_texts(core)
     assert [ended.key for ended in ends] == [2, 3]
     assert texts[3] == TEXT[:3]
@@ -482,12 +483,12 @@ def test_who_leaves_the_line_makes_room_in_it() -> None:
     core = Core(sessions=1, most_waiting=2)
     core.open(1, 3)
     for key in (2, 3):
-        core.verifier.open(key, asked(3), client=key, name=key, owner=OWNER)
-    core.verifier.leave(2)
-    assert core.verifier.open(4, asked(3), client="d") == [Waiting(4, 2)]
+        core.scheduler.open(key, asked(3), client=key, name=key, owner=OWNER)
+    core.scheduler.leave(2)
+    assert core.scheduler.open(4, asked(3), client="d") == [Waiting(4, 2)]
     _, ends = whole_texts(core)
     assert [ended.key for ended in ends] == [1, 3, 4]
-    told = core.verifier.resume(5, asked(3), client=2, name=2, owner=OWNER)
+    told = core.scheduler.resume(5, asked(3), client=2, name=2, owner=OWNER)
     assert [type(outcome) for outcome in told] == [Verdict]
     assert whole_texts(core)[0][5] == TEXT[:3]
 
@@ -498,7 +499,7 @@ def test_a_long_text_is_not_overtaken_for_ever() -> None:
     bytes_of_100 = local_engine(model).cache.bytes_per_position * 100
     core = Core(wrap=lambda _: local_engine(model, context=100, limit_bytes=bytes_of_100))
     core.open(1, 20)
-    assert core.verifier.open(2, asked(80), client="long") == [Waiting(2, 1)]
-    assert core.verifier.open(3, asked(20), client="short") == [Waiting(3, 2)]
+    assert core.scheduler.open(2, asked(80), client="long") == [Waiting(2, 1)]
+    assert core.scheduler.open(3, asked(20), client="short") == [Waiting(3, 2)]
     _, ends = whole_texts(core)
     assert [(ended.key, ended.reason) for ended in ends] == [(key, Reason.length) for key in (1, 2, 3)]

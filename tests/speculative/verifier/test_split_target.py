@@ -20,14 +20,14 @@ from speculative.verifier.target import open_target
 from split.chain.boundary import Boundary
 from split.inference.open import INFERENCE, fingerprints, load_stage
 from split.settings import SplitSettings
-from tests.speculative.in_process import TERMS
+from tests.speculative.in_process import LIMITS
 from tests.split.processes import Process
 
 
 def _text(settings: SpeculativeSettings) -> list[int]:
     """What a verifier writes, with guesses that are right, wrong and late offered to it."""
     target = open_target(settings, torch.device("cpu"))
-    verifier = Scheduler(target.engine, end_ids=[], terms=replace(TERMS, prefill_chunk=16), closed=lambda *_: None)
+    verifier = Scheduler(target.engine, end_ids=[], limits=replace(LIMITS, prefill_chunk=16), closed=lambda *_: None)
     sampling = Sampling(seed=3, temperature=0.8, top_k=50, top_p=0.95)
     request = GenerationRequest(
         prompt_ids=list(b"def main():"), sampling=sampling, max_new_tokens=40, mode=Mode["async"], threshold=None

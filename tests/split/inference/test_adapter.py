@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lab.models.conversion import byte_tokenizer
 from lab.models.fingerprints import weights_fingerprints
-from lab.models.sources import byte_tokenizer, load_model
+from lab.models.sources import load_model
 from lab.settings import ModelSettings, Quantization
 from split.chain.boundary import Boundary
 from split.inference.shard import Shard, load_shard

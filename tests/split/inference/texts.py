@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from lab.command.entry import compose_settings
-from lab.engine.base import Engine, LocalEngine
+from lab.engine.base import Engine
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_model, load_tokenizer_only
 from split.inference.open import load_stage

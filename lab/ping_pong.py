@@ -1,6 +1,6 @@
-"""What a frame costs: there and back through both of our ends, beside a raw blocking ping-pong of the same bytes.
+"""Cost of a frame: there and back through both of our ends, beside a raw blocking ping-pong of the same bytes.
 
-Both servers live in one other process (`python -m lab.wire.echo_server`), as a verifier would; rounds of the two are
+Both servers live in one other process (`python -m lab.ping_pong`), as a verifier would; rounds of the two are
 interleaved, so that whatever else the machine does happens to both.
 """
 
@@ -46,7 +46,7 @@ class PingPong:
 
     @property
     def added_seconds(self) -> float:
-        """What the frame costs."""
+        """Difference of the two: the cost of our frame."""
         return self.frame_seconds - self.raw_seconds
 
 
@@ -108,7 +108,7 @@ def _endpoint(role: str, peer_role: str) -> Endpoint:
 @contextlib.contextmanager
 def _servers() -> Iterator[tuple[int, int]]:
     """Yield the ports of the two echo servers; their process ends with its standard input."""
-    with start("lab.wire.echo_server", [], None, follows_stdin=True) as process:
+    with start("lab.ping_pong", [], None, follows_stdin=True) as process:
         try:
             ports = first_line(process, START_SECONDS)
             yield ports["raw"], ports["frames"]
@@ -146,3 +146,7 @@ async def serve() -> None:
     async with server:
         print(json.dumps({"raw": listener.getsockname()[1], "frames": server.port}), flush=True)
         await asyncio.get_running_loop().run_in_executor(None, os.read, sys.stdin.fileno(), 1)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve())

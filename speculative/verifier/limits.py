@@ -1,0 +1,80 @@
+"""How much a verifier gives, and why a request is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lab.engine.base import Engine, check_ids, check_words
+from speculative.request import GenerationRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerLimits:
+    """Limits of one verifier, of each of its clients and of each sequence."""
+
+    prefill_chunk: int
+    """Most tokens of a prompt in one pass."""
+    longest_check: int
+    """Most draft tokens of one sequence in one pass."""
+    window: int
+    """Most draft tokens of one sequence that may wait."""
+    lookup: tuple[int, int] | None
+    """Longest and shortest n-gram of the verifier's own prompt lookup; None: it has none."""
+    most_waiting: int
+    """Most sequences in line."""
+    client_texts: int
+    """Most sequences of one client at once."""
+    client_cache_bytes: int
+    """Most keys and values that the sequences of one client may need, at their full length."""
+    bytes_per_token: int
+    """Keys and values of one token; 0 where the engine does not say."""
+    keep_seconds: float
+    """How long a sequence is kept for a connection that ended."""
+    idle_seconds: float
+    """How long a sequence of mode sync may go without a DRAFT."""
+
+    def refusal_by_client(self, request: GenerationRequest, others: Sequence[GenerationRequest]) -> str | None:
+        """Why a client that has the `others` may not have this one, too."""
+        if len(others) >= self.client_texts:
+            return f"a client may have {self.client_texts} texts at once (the verifier's project.client.texts)"
+        if not self.bytes_per_token:
+            return None
+        taken = sum(len(other.prompt_ids) + other.max_new_tokens for other in others)
+        why = f"a client's texts may need {self.client_cache_bytes} bytes of keys and values, its "
+        why += "project.client.cache_bytes" + (f", and {taken} tokens are taken" if taken else "")
+        return _refusal_by_length(request, self.client_cache_bytes // self.bytes_per_token - taken, why)
+
+
+def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
+    """Why an engine could never serve a request."""
+    if not request.prompt_ids:
+        return "prompt must hold at least one token, got none"
+    try:
+        check_ids(request.ids, engine.vocabulary_size)
+    except ValueError as error:
+        return f"prompt must hold tokens that the target has rows for: {error}"
+    try:
+        check_words(engine, request.sampling)
+    except ValueError as error:
+        return str(error)
+    if request.max_new_tokens < 1:
+        return f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
+    if len(request.new_ids) >= request.max_new_tokens:
+        return f"new tokens must be fewer than max_new_tokens {request.max_new_tokens}, got {len(request.new_ids)}"
+    why = "its context" if engine.longest == engine.context else "its project.cache_limit_bytes"
+    return _refusal_by_length(
+        request, engine.longest, f"a text at this verifier has room for {engine.longest} tokens, {why}"
+    )
+
+
+def _refusal_by_length(request: GenerationRequest, most: int, why: str) -> str | None:
+    length = len(request.prompt_ids)
+    if length + request.max_new_tokens <= most:
+        return None
+    if length >= most:
+        return f"prompt must be at most {max(0, most - 1)} tokens here ({why}), got {length}"
+    return (
+        f"project.max_new_tokens must be at most {most - length} here for a prompt of {length} tokens ({why}), "
+        f"got {request.max_new_tokens}"
+    )
