@@ -137,10 +137,7 @@ def _single(apart: Sequence[PassParts]) -> list[PassParts]:
 
 
 def _figures(
-    generation: Generation,
-    engine: ShardedModel,
-    reports: Sequence[ShardReport[Report]],
-    apart: Sequence[PassParts],
+    generation: Generation, engine: ShardedModel, reports: Sequence[ShardReport[Report]], apart: Sequence[PassParts]
 ) -> dict[str, Any]:
     project, token_seconds = generation.settings.project, generation.token_seconds
     single = {parts.number for parts in _single(apart)}
