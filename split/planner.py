@@ -123,7 +123,13 @@ class FitsNowhere(ValueError):
 
 def make_plan(architecture: Architecture, nodes: Sequence[Node], work: Work) -> Plan:
     """The cuts with the shortest token time over all subsets and orders of the nodes. Raises `FitsNowhere`."""
-    best = _best(architecture, nodes, work)
+    plans = [
+        _plan(architecture, order, counts, work)
+        for size in range(1, min(len(nodes), architecture.layers) + 1)
+        for order in itertools.permutations(nodes, size)
+        if (counts := _fill(architecture, order, work)) is not None
+    ]
+    best = min(plans, key=lambda plan: (plan.token_seconds, len(plan.placements)), default=None)
     if best is None:
         raise FitsNowhere(_missing(architecture, nodes, work))
     used = {placed.node.name for placed in best.placements}
@@ -134,16 +140,6 @@ def make_plan(architecture: Architecture, nodes: Sequence[Node], work: Work) -> 
 def make_plan_with_cuts(architecture: Architecture, nodes: Sequence[Node], cuts: Sequence[int], work: Work) -> Plan:
     """The plan with given cuts, whether they fit or not: node i takes layers cuts[i] to cuts[i + 1] - 1."""
     return _plan(architecture, nodes, [b - a for a, b in itertools.pairwise(cuts)], work)
-
-
-def _best(architecture: Architecture, nodes: Sequence[Node], work: Work) -> Plan | None:
-    plans = [
-        _plan(architecture, order, counts, work)
-        for size in range(1, min(len(nodes), architecture.layers) + 1)
-        for order in itertools.permutations(nodes, size)
-        if (counts := _fill(architecture, order, work)) is not None
-    ]
-    return min(plans, key=lambda plan: (plan.token_seconds, len(plan.placements)), default=None)
 
 
 def _fill(architecture: Architecture, order: Sequence[Node], work: Work) -> list[int] | None:
@@ -162,17 +158,14 @@ def _fill(architecture: Architecture, order: Sequence[Node], work: Work) -> list
 
 def _room(architecture: Architecture, node: Node, index: int, count: int, work: Work) -> int:
     """Number of layers that fit."""
-    fixed = _fixed_bytes(architecture, index == 0, index == count - 1, work)
+    last = index == count - 1
+    fixed = _ends_bytes(architecture, index == 0, last) + _workspace_bytes(architecture, last, work)
     return int((node.memory_bytes - fixed) // (architecture.layer_bytes + kv_bytes_of_layer(architecture, work)))
 
 
 def kv_bytes_of_layer(architecture: Architecture, work: Work) -> int:
     """Size of a layer's keys and values for the whole context of all sessions."""
     return 2 * architecture.kv_heads * architecture.head_dim * architecture.value_bytes * work.context * work.sessions
-
-
-def _fixed_bytes(architecture: Architecture, first: bool, last: bool, work: Work) -> int:
-    return _ends_bytes(architecture, first, last) + _workspace_bytes(architecture, last, work)
 
 
 def _ends_bytes(architecture: Architecture, first: bool, last: bool) -> int:

@@ -15,7 +15,7 @@ from split.chain.boundary import Boundary
 
 
 class TransportKind(Enum):
-    """What carries hidden states. `tcp`: our frames, every system; `rpc`: torch.distributed.rpc, trusted links only;
+    """Carrier of hidden states. `tcp`: our frames, every system; `rpc`: torch.distributed.rpc, trusted links only;
     `inproc`: all shards in the process of the client or trainer."""
 
     tcp = "tcp"

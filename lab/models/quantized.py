@@ -137,6 +137,13 @@ def unpacked(model: torch.nn.Module) -> str | None:
     return next(found, None)
 
 
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Size of all tensors of a model; a tied one counts once, one in 4 bits with its scales."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    packed = [state for tensor in tensors.values() if (state := getattr(tensor, "quant_state", None)) is not None]
+    return sum(tensor.nbytes for tensor in (*tensors.values(), *(state.absmax for state in packed)))
+
+
 def check_packed(model: PreTrainedModel) -> None:
     """Warn where nf4 left most of a model's weights, besides embedding and head, unpacked.
 

@@ -42,7 +42,7 @@ PING_ROUNDS = 200
 
 
 def added_tcp(rig: Rig) -> Row:
-    """A token's time over two shards less that of the whole model: there is one boundary."""
+    """Compare a token's time over two shards, with one boundary, with that of the whole model."""
     with rig.tcp() as engine:
         on_cores = [OnCore(stage, core) for core, stage in enumerate(rig.stages())]
         engines: dict[str, Engine] = {
@@ -55,7 +55,7 @@ def added_tcp(rig: Rig) -> Row:
 
 
 def added_rpc(rig: Rig) -> Row:
-    """The same over torch.distributed.rpc."""
+    """Compare a token's time over torch.distributed.rpc with that of the whole model."""
     with rig.rpc() as engine:
         return _added(rig, "rpc", {"rpc": engine, "whole": rig.whole()}, ADDED_RPC_SECONDS)
 
@@ -75,7 +75,7 @@ def _added(rig: Rig, name: str, engines: Mapping[str, Engine], most_seconds: flo
 
 
 def link(rig: Rig) -> Row:
-    """Token time at each round trip of a link between shard 1, shard 2 and the client; least-squares slope."""
+    """Measure token times over a link of several round-trip times; their least-squares slope."""
     rtts = rig.project.rtt_seconds
     with ExitStack() as stack:
         engines = {str(rtt): stack.enter_context(rig.tcp(stack.enter_context(rig.linked(rtt)))) for rtt in rtts}
@@ -91,7 +91,7 @@ def link(rig: Rig) -> Row:
 
 
 def prefill(rig: Rig) -> Row:
-    """A long prompt in chunks over the same in one pass."""
+    """Compare a long prompt in chunks with the same prompt in one pass."""
     project = rig.project
     ids = rig.prompt(project.prompt_tokens)
     chunks = {"chunked": project.prefill_chunk, "unchunked": project.prompt_tokens}
@@ -117,7 +117,7 @@ def prefill(rig: Rig) -> Row:
 
 
 def batch(rig: Rig) -> Row:
-    """Four texts in one batch over one text; what each says against what it says alone."""
+    """Compare four texts in one batch with one text, in speed and in tokens."""
     count = rig.project.new_tokens
     with rig.tcp() as engine:
         sessions = [engine.open(rig.prompt(16, seed), Sampling.greedy()) for seed in range(TEXTS)]
@@ -142,8 +142,8 @@ def batch(rig: Rig) -> Row:
 
 
 def plan(rig: Rig) -> Row:
-    """The planner's time of a token, from the two slices of `project.cut` timed alone in this process, over the
-    measured one, at every cut of `project.placements`; timed in turn with each other."""
+    """Compare the planner's token time with the measured one, at every cut of `project.placements`. It plans with the
+    times of the two slices of `project.cut` alone in this process; all are measured interleaved."""
     project, architecture = rig.project, sized_architecture(rig.model)
     stages = rig.stages()
     slices = rig.ranges(project.cut)
@@ -205,7 +205,7 @@ def plan(rig: Rig) -> Row:
 
 
 def boundary(rig: Rig) -> Row:
-    """Bytes of a token forward and back over tcp; bytes and perplexity in each encoding."""
+    """Measure a token's bytes there and back over tcp, and bytes and perplexity in each encoding."""
     hidden_size = rig.model.architecture.hidden_size
     with rig.tcp() as engine, engine.open(rig.prompt(16), Sampling.greedy()) as session:
         for _ in range(3):
@@ -238,7 +238,7 @@ def boundary(rig: Rig) -> Row:
 
 
 def times(rig: Rig) -> Row:
-    """What the parts of each token's time add up to, over its wall time at the client."""
+    """Compare the sum of the parts of each token's time with its wall time at the client."""
     count = rig.project.new_tokens * rig.project.repeats
     with rig.tcp() as engine, engine.open(rig.prompt(16), Sampling.greedy()) as session:
         walls = _continue(engine, [session], count)[0]
@@ -264,8 +264,7 @@ def times(rig: Rig) -> Row:
 
 
 def memory(rig: Rig) -> Row:
-    """Peak memory of each of three shards of a large random model, over that of a shard of a tiny one, which has the
-    same imports."""
+    """Compare the peak memory of three shards of a large random model with that of a tiny model's, for the imports."""
     with tempfile.TemporaryDirectory(dir=rig.folder) as cache:
         sizes = [f"model.architecture.{name}={size}" for name, size in rig.project.memory_model.items()]
         [tiny], _ = _peaks(rig, "tiny", 1, [f"model.cache_dir={cache}"])
@@ -289,7 +288,7 @@ def memory(rig: Rig) -> Row:
 
 
 def _peaks(rig: Rig, name: str, count: int, words: Sequence[str]) -> tuple[list[ShardReport[Report]], int]:
-    """So many shards of a random model after some tokens; and the model's bytes on disk."""
+    """Reports of `count` shards of a random model after some tokens, and the model's bytes on disk."""
     words = ["model=random", "project.context=64", "tracking=none", "device.threads=1", *words]
     settings = compose_settings("split_inf", words, SplitSettings)
     folder = prepare_checkpoint(settings.model).folder
@@ -306,8 +305,7 @@ def _peaks(rig: Rig, name: str, count: int, words: Sequence[str]) -> tuple[list[
 
 
 def speculation(rig: Rig) -> Row:
-    """A verifier whose target is split, the second shard behind a link: its text alone, and with a drafter that guesses
-    each token with a set probability."""
+    """Compare a verifier over two shards with a link between them, with and without a drafter of known acceptance."""
     project = rig.project
     words = [*rig.model_words, "tracking=none", "device.threads=1", "network.port=0", "project.engine=split"]
     with rig.linked(project.speculation_rtt_seconds) as shards:
@@ -343,7 +341,7 @@ def speculation(rig: Rig) -> Row:
 
 
 def _drafted(rig: Rig, port: int, name: str, words: Sequence[str]) -> dict[str, Any]:
-    """The last line of a drafter's process."""
+    """The figures of a drafter's process."""
     words = [
         *(*rig.model_words, "tracking=none", "device.threads=1", f"network.port={port}", *words),
         f"project.max_new_tokens={rig.project.speculation_tokens}",
@@ -360,8 +358,7 @@ def _token_seconds(
     tokens: int | None = None,
     repeats: int | None = None,
 ) -> dict[str, list[float]]:
-    """Median time of a token in each reading, engines in turn; `beside` is done in each turn, too. None: the sizes of
-    most parts."""
+    """Median token time of each reading, the engines interleaved with each other and with `beside`."""
     sessions = {name: engine.open(rig.prompt(16), Sampling.greedy()) for name, engine in engines.items()}
 
     def reading(engine: Engine, session: Session) -> float:
@@ -375,7 +372,7 @@ def _token_seconds(
 
 
 def _continue(engine: Engine, sessions: Sequence[Session], count: int) -> tuple[list[float], list[list[int]]]:
-    """Seconds of each pass, and each text's tokens; rewound afterwards, so that every reading is of the same ones."""
+    """Seconds of each pass, and each text's tokens; rewound afterwards, so that all readings are of the same tokens."""
     begins = [(session.position, session.step) for session in sessions]
     seconds, said = [], [session.step.next_ids[-1:] for session in sessions if session.step]
     for _ in range(count):
@@ -403,14 +400,6 @@ def _perplexity(engine: Engine, ids: Sequence[int]) -> float:
 
 
 PARTS: dict[str, Callable[[Rig], Row]] = {
-    "added_tcp": added_tcp,
-    "added_rpc": added_rpc,
-    "link": link,
-    "prefill": prefill,
-    "batch": batch,
-    "plan": plan,
-    "boundary": boundary,
-    "times": times,
-    "speculation": speculation,
-    "memory": memory,
+    part.__name__: part
+    for part in (added_tcp, added_rpc, link, prefill, batch, plan, boundary, times, speculation, memory)
 }

@@ -1,4 +1,4 @@
-"""What a shard's training takes, in a fresh process: `python -m split.bench.memory_probe FIRST LAST WORDS`.
+"""Memory of a shard in training, in a fresh process: `python -m split.bench.memory_probe FIRST LAST WORDS`.
 
 Shapes: B examples, T positions, H hidden size.
 """
@@ -24,7 +24,7 @@ TINY = ("model=random", "project.train=everything")
 
 
 def main(first: int, last: int, words: Sequence[str]) -> None:
-    """Measures layers first..last - 1 of a model that has been made already."""
+    """Measure layers first..last - 1 of a model that is in the cache already."""
     torch.set_num_threads(1)
     give_back_freed_memory()  # as a shard's process does
     train(TINY, range(0, 4))  # imports and whatever torch sets up at its first step
@@ -45,7 +45,7 @@ def main(first: int, last: int, words: Sequence[str]) -> None:
 
 
 def train(words: Sequence[str], layers: range) -> tuple[TrainingShard, int]:
-    """Some steps, `HELD` micro-batches under way; the shard, and the bytes that autograd keeps for one of them."""
+    """Train some steps, `HELD` micro-batches in flight; return the shard, and the bytes that autograd keeps for one."""
     settings = compose_settings("split_train", words, SplitTrainSettings)
     shard = load_training_shard(settings.model, torch.device("cpu"), layers, make_recipe(settings))
     weights = {weight.untyped_storage().data_ptr() for weight in shard.weights.values()}

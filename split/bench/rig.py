@@ -1,4 +1,4 @@
-"""What the benchmarks of split inference measure with: shard processes on a core each, links, engines over them.
+"""Rig of the benchmarks of split inference: shard processes on a core each, links, engines over them.
 
 This process holds the whole model for comparison; it stays on the first shard's core, which waits while it computes.
 """
@@ -19,11 +19,8 @@ from lab.command.processes import own_words
 from lab.device import open_device
 from lab.engine.local import LocalEngine
 from lab.models.layers import load_proved
-from lab.models.shape import ModelShape
-from lab.models.sources import load_config
 from lab.settings import ModelSettings
 from split.bench.settings import SplitBenchSettings
-from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
 from split.chain.open import cut_layers, free_port
 from split.inference.open import fingerprints, join_shards, load_stage
@@ -51,7 +48,7 @@ class OnCore(InferenceStage):
 
 
 class Rig:
-    """Everything that several measurements share. Close it: it ends the processes."""
+    """Shards and engines that the parts share. Close it: it ends the processes."""
 
     def __init__(self, settings: SplitBenchSettings, folder: Path) -> None:
         self.project, self.model, self.folder = settings.project, settings.model, folder
@@ -71,7 +68,6 @@ class Rig:
                 recovery_seconds=0.0,
             ),
         )
-        self.layers = ModelShape.of(load_config(self.model)).layers
         self.model_words = [word for word in own_words() if word.startswith(("--config-dir", "model", "device."))]
         self._words = [
             *self.model_words,
@@ -86,8 +82,8 @@ class Rig:
         self._stack.close()
 
     def addresses(self, cut: int, *, awake: bool = True) -> list[str]:
-        """Two shards, the second of which begins at `cut`; started when they are first asked for. Those that are not
-        awake sleep as soon as a pass is over."""
+        """Addresses of two shards, the second of which begins at `cut`; started at the first call. Those that are not
+        `awake` sleep as soon as a pass is over."""
         if (cut, awake) not in self._addresses:
             folder = self.folder / f"cut-{cut}{'' if awake else '-asleep'}"
             words = self._words if awake else [*self._words, "project.awake_seconds=0"]
@@ -119,14 +115,15 @@ class Rig:
             start_seconds=project.start_seconds,
             recovery_seconds=0.0,
         )
-        with _leaving(engine):
+        try:
             yield engine
+        finally:
+            engine.shutdown()
 
     @contextmanager
     def linked(self, rtt_seconds: float) -> Iterator[list[str]]:
-        """Addresses of two shards for a client beside the first: the second is behind a link for both of them, so that
-        a token crosses it once each way. The link is a process of its own, on the second shard's core: that of a shard
-        which stays awake would not be free when the delay is over."""
+        """Addresses of two shards, the second behind a link for both the first and the client, so that a token crosses
+        it once each way. The link's process is on the second shard's core, so that shard must sleep meanwhile."""
         one, two = self.addresses(self.project.cut, awake=False)
         port, folder = int(two.rpartition(":")[2]), self.folder / f"link-{rtt_seconds:g}"
         buffer = f"project.buffer_bytes={LINK_BUFFER_BYTES}"
@@ -135,7 +132,7 @@ class Rig:
 
     @contextmanager
     def rpc(self) -> Iterator[ShardedModel]:
-        """The same two shards as processes of a torch RPC group of their own."""
+        """An engine over two shard processes in a torch RPC group."""
         from split.transport.rpc import RpcChain  # some systems lack it
 
         port, layers = free_port(), self.ranges(self.project.cut)
@@ -143,13 +140,14 @@ class Rig:
         with LocalShards(layers, self.folder / "rpc", 0.0, words, pin=True, group_port=port):
             wanted = fingerprints(self.model, self.settings.project.boundary)
             engine = self.engine(RpcChain(len(layers) + 1, self.settings.network, port, wanted))
-            with _leaving(engine):
+            try:
                 yield engine
+            finally:
+                engine.shutdown()
 
-    def stages(self, boundary: Boundary = Boundary.float32) -> list[InferenceStage]:
-        """The same two shards in this process."""
-        settings = replace(self.settings, project=replace(self.settings.project, boundary=boundary))
-        return [load_stage(settings, self.device, layers) for layers in self.ranges(self.project.cut)]
+    def stages(self) -> list[InferenceStage]:
+        """The two shards of `project.cut`, in this process."""
+        return [load_stage(self.settings, self.device, layers) for layers in self.ranges(self.project.cut)]
 
     def inproc(self, stages: Sequence[InferenceStage]) -> ShardedModel:
         """An engine over shards in this process."""
@@ -166,7 +164,7 @@ class Rig:
         )
 
     def whole(self) -> LocalEngine:
-        """The model that is not split, in this process."""
+        """An engine over the whole model, in this process."""
         project = self.settings.project
         return LocalEngine(
             load_proved(self.model, self.device).model,
@@ -179,14 +177,6 @@ class Rig:
         )
 
     def prompt(self, count: int, seed: int = 0) -> list[int]:
-        """Ids from a seed."""
+        """Random ids from a seed."""
         generator = random.Random(seed)
         return [generator.randrange(self.model.architecture.vocabulary) for _ in range(count)]
-
-
-@contextmanager
-def _leaving(engine: ShardedModel) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        engine.shutdown()

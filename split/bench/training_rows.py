@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle, islice, product
@@ -23,7 +23,6 @@ from lab.models.shape import ModelShape
 from lab.models.sources import load_config, load_tokenizer_only, prepare_checkpoint
 from split.bench.settings import SplitTrainBenchSettings
 from split.settings import TransportKind
-from split.training.checkpoint import Manifest
 from split.training.data import ordered, training_examples
 from split.training.open import open_shards
 from split.training.run import make_recipe, new_manifest
@@ -90,10 +89,7 @@ class TrainingRig:
             for row in rows
         )
         return judged(
-            "pipeline",
-            {"cases": rows},
-            "replay within 10 % of the step, bubble at most (p-1)/(m+p-1) + 0.05",
-            ok,
+            "pipeline", {"cases": rows}, "replay within 10 % of the step, bubble at most (p-1)/(m+p-1) + 0.05", ok
         )
 
     def throughput(self) -> Row:
@@ -111,14 +107,9 @@ class TrainingRig:
                 return figures.tokens / figures.seconds
 
             def unsplit() -> float:
+                accumulated = replace(optimization, accumulation=count)
                 figures = train_steps(
-                    model,
-                    micro_batches,
-                    replace(optimization, accumulation=count),
-                    first_step=0,
-                    total_steps=10**6,
-                    steps=1,
-                    seed=0,
+                    model, micro_batches, accumulated, first_step=0, total_steps=10**6, steps=1, seed=0
                 )
                 return figures.tokens / figures.seconds
 
@@ -155,7 +146,10 @@ class TrainingRig:
         model = compose_settings("split_train", words, SplitTrainSettings).model
         prepare_checkpoint(model)  # here: making the weights takes more memory than a shard of them
         layers = model.architecture.layers
-        rows = [memory_of(words, range(first, first + 2)) for first in range(0, layers, 2)]
+        rows = [
+            run_to_end("split.bench.memory_probe", [str(first), str(first + 2), *words], None, 300)[1]
+            for first in range(0, layers, 2)
+        ]
         worst = max(row["peak_over_own"] for row in rows)
         return judged(
             "memory",
@@ -168,9 +162,8 @@ class TrainingRig:
         """Compare the losses of a run on real text with those of the unsplit run."""
         project, seed = self._settings.project, self._settings.seed
         examples = training_examples(project.data, load_tokenizer_only(self._settings.model), seed)
-        size = project.optimization.batch_size
-        manifest = self._manifest(project.micro_batches, project.steps)
-        trainer = self._run(lambda: ordered(examples, size, seed), size, project.schedule, manifest)
+        batches = functools.partial(ordered, examples, project.optimization.batch_size, seed)
+        trainer = self._trainer(project.micro_batches, project.schedule, batches, project.steps)
         losses = [trainer.train_step().loss for _ in range(project.steps)]
         unsplit = train_unsplit(self._settings, make_recipe(self._settings), examples, self._device)
         apart = max(abs(a - b) for a, b in zip(losses, unsplit, strict=True))
@@ -202,44 +195,29 @@ class TrainingRig:
         recipe, checkpoints = make_recipe(settings), self._folder / "checkpoints"
         return self._stack.enter_context(open_shards(settings, recipe, self._device, self._folder, checkpoints, words))
 
-    def _trainer(self, micro_batches: int, schedule: Schedule = Schedule.one_f_one_b) -> DistributedTrainer:
-        """A trainer at the first step of a run; the shards start again."""
-        manifest = self._manifest(micro_batches, 10**6)
-        return self._run(lambda: self._batches(micro_batches), micro_batches, schedule, manifest)
-
-    def _run(
-        self, batches: Callable[[], Iterator[Batch]], batch_size: int, schedule: Schedule, manifest: Manifest
+    def _trainer(
+        self,
+        micro_batches: int,
+        schedule: Schedule = Schedule.one_f_one_b,
+        batches: Callable[[], Iterator[Batch]] | None = None,
+        steps: int = 10**6,
     ) -> DistributedTrainer:
-        """A trainer over the shards of all parts."""
+        """A trainer at the first step of a run; the shards of all parts start again."""
+        manifest = new_manifest(self._settings, self._chain[0], make_recipe(self._settings), data_digest="")
+        manifest.micro_batches, manifest.total_steps = micro_batches, steps
         return DistributedTrainer(
             *self._chain,
-            batches=batches,
-            optimization=replace(self._settings.project.optimization, batch_size=batch_size),
+            batches=batches or (lambda: self._batches(micro_batches)),
+            optimization=self._settings.project.optimization,
             schedule=schedule,
             manifest=manifest,
             checkpoints=self._folder,
             recovery_seconds=0.0,
         )
 
-    def _manifest(self, micro_batches: int, steps: int) -> Manifest:
-        """The manifest of a run that has taken no step."""
-        manifest = new_manifest(self._settings, self._chain[0], make_recipe(self._settings), data_digest="")
-        manifest.micro_batches, manifest.total_steps = micro_batches, steps
-        return manifest
 
-
-PARTS: dict[str, Callable[[TrainingRig], Row]] = {
-    "pipeline": TrainingRig.pipeline,
-    "throughput": TrainingRig.throughput,
-    "boundary": TrainingRig.boundary,
-    "memory": TrainingRig.memory,
-    "adapter": TrainingRig.adapter,
-}
-
-
-def memory_of(words: Sequence[str], layers: range) -> Row:
-    """The figures of `split.bench.memory_probe` for some layers."""
-    return run_to_end("split.bench.memory_probe", [str(layers.start), str(layers.stop), *words], None, 300)[1]
+_parts = (TrainingRig.pipeline, TrainingRig.throughput, TrainingRig.boundary, TrainingRig.memory, TrainingRig.adapter)
+PARTS: dict[str, Callable[[TrainingRig], Row]] = {part.__name__: part for part in _parts}
 
 
 def pipeline_row(figures: list[StepFigures], schedule: Schedule, micro_batches: int) -> Row:

@@ -1,4 +1,4 @@
-"""One text through a `ShardedModel`, shown as it comes, with its figures."""
+"""Generation of one text by a `ShardedModel`, shown token by token, with its figures."""
 
 from __future__ import annotations
 
@@ -33,23 +33,36 @@ from split.transport.base import ShardReport
 
 
 @dataclass
-class Text:
-    """What was generated, and when."""
+class Generation:
+    """A text as far as it is generated, with its times."""
 
+    settings: SplitSettings
+    tokenizer: PreTrainedTokenizerBase
+    ends: Sequence[int]
+    """Ids that end the text."""
     ids: list[int] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
-    """Between two tokens; without the first, which is the prompt's."""
+    """Times between two tokens; without the first one, which is the prompt's."""
     first_token_seconds: float = 0.0
-    first_pass: int = 0
-    """Number of passes before the first single token."""
+
+    def figures(self) -> dict[str, Any]:
+        """The text and what ended it."""
+        found = said(decoder(self.tokenizer, self.ends), self.ids, self.settings.project.stops)
+        by_end = "end_token" if self.ids and self.ids[-1] in self.ends else "length"
+        return {
+            "text": found.text,
+            "token_ids": found.ids,
+            "ended_by": "stop" if found.stopped else by_end,
+            "seed": self.settings.seed,
+        }
 
 
 def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, place: entry.Run) -> dict[str, Any]:
-    """The text that the settings ask for.
+    """Generate the text that the settings ask for; return the figures of the last line.
 
     Raises:
-        UserError: a prompt without tokens, with one that the model has no row for, or one beyond the context.
-        Fault: shards that failed or were lost, NaN or infinity; `place.so_far` has the text so far.
+        UserError: the prompt has no tokens, one that the model has no row for, or more than the context.
+        Fault: shards failed or were lost, or gave NaN or infinity; `place.so_far` has the text so far.
     """
     project = settings.project
     tokenizer = load_tokenizer_only(settings.model)
@@ -69,17 +82,18 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
             f"got {tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong})"
         )
     sampling = asked_sampling(project, settings.seed, tokenizer, len(prompt))
-    _check_words(engine, sampling)
-    ends = end_ids_of(settings.model)
-    stream = TextStream(decoder(tokenizer, ends), sys.stdout, project.stops)
-    text = Text()
-    place.so_far = lambda: _said(settings, tokenizer, text, ends)
-    write(engine, prompt, sampling, most, ends, stream, text, tracker)
+    try:
+        check_words(engine, sampling)
+    except ValueError as error:
+        raise UserError(f"project.{error}") from None
+    generation = Generation(settings, tokenizer, end_ids_of(settings.model))
+    place.so_far = generation.figures
+    write(engine, generation, prompt, sampling, most, tracker)
     reports = engine.reports()
     apart = take_apart(list(engine.passes), reports)
-    for index, parts in enumerate(apart, start=len(text.ids)):
+    for index, parts in enumerate(apart, start=len(generation.ids)):
         tracker.log(index, **as_row(parts, [f"shard{place + 1}" for place in range(len(reports))]))
-    figures = _figures(settings, tokenizer, text, engine, reports, apart)
+    figures = _figures(generation, engine, reports, apart)
     _print_table(figures["shards"])
     figures["plots"] = picture(lambda: draw(reports, _single(apart), place.folder / "split.png", settings.model.name))
     return figures
@@ -87,42 +101,35 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
 
 def write(
     engine: ShardedModel,
+    generation: Generation,
     prompt: Sequence[int],
     sampling: Sampling,
     max_new_tokens: int,
-    ends: Sequence[int],
-    stream: TextStream,
-    text: Text,
     tracker: Tracker,
 ) -> None:
-    """Generate one text, token by token; `text` and `tracker` have each of them as soon as it is there."""
+    """Generate token by token; `generation`, standard output and `tracker` get each of them at once."""
+    ids, ends = generation.ids, generation.ends
+    stream = TextStream(decoder(generation.tokenizer, ends), sys.stdout, generation.settings.project.stops)
     began = time.monotonic()
     try:
         with engine.open(prompt, sampling, len(prompt) + max_new_tokens) as session:
-            _take(text, session, stream)
-            text.first_token_seconds = time.monotonic() - began
-            while len(text.ids) < max_new_tokens and text.ids[-1] not in ends and not stream.text.stopped:
+            _take(ids, session, stream)
+            generation.first_token_seconds = time.monotonic() - began
+            while len(ids) < max_new_tokens and ids[-1] not in ends and not stream.text.stopped:
                 before = time.monotonic()
-                engine.extend([(session, text.ids[-1:])], "last")
-                text.token_seconds.append(time.monotonic() - before)
-                tracker.log(len(text.ids), token_seconds=text.token_seconds[-1])
-                _take(text, session, stream)
+                engine.extend([(session, ids[-1:])], "last")
+                generation.token_seconds.append(time.monotonic() - before)
+                tracker.log(len(ids), token_seconds=generation.token_seconds[-1])
+                _take(ids, session, stream)
     finally:
-        if text.ids:
+        if ids:
             stream.finish()
 
 
-def _take(text: Text, session: Session, stream: TextStream) -> None:
+def _take(ids: list[int], session: Session, stream: TextStream) -> None:
     assert session.step is not None
-    text.ids.append(session.step.next_ids[-1])
-    stream.add(text.ids[-1:])
-
-
-def _check_words(engine: ShardedModel, sampling: Sampling) -> None:
-    try:
-        check_words(engine, sampling)
-    except ValueError as error:
-        raise UserError(f"project.{error}") from None
+    ids.append(session.step.next_ids[-1])
+    stream.add(ids[-1:])
 
 
 def _single(apart: Sequence[PassParts]) -> list[PassParts]:
@@ -130,42 +137,24 @@ def _single(apart: Sequence[PassParts]) -> list[PassParts]:
 
 
 def _figures(
-    settings: SplitSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Text,
-    engine: ShardedModel,
-    reports: Sequence[ShardReport[Report]],
-    apart: Sequence[PassParts],
+    generation: Generation, engine: ShardedModel, reports: Sequence[ShardReport[Report]], apart: Sequence[PassParts]
 ) -> dict[str, Any]:
-    seconds = sum(text.token_seconds)
+    project, token_seconds = generation.settings.project, generation.token_seconds
     single = {parts.number for parts in _single(apart)}
     handed_on = [statistics.median(report.hops[number].sent_bytes for number in single) for report in reports]
     return {
-        **_said(settings, tokenizer, text, end_ids_of(settings.model)),
-        "tokens_per_second": len(text.token_seconds) / seconds if seconds else None,
-        "token_seconds_p50": statistics.median(text.token_seconds) if text.token_seconds else None,
-        "time_to_first_token_seconds": text.first_token_seconds,
-        "transport": settings.project.transport.name,
-        "boundary": settings.project.boundary.name,
+        **generation.figures(),
+        "tokens_per_second": len(token_seconds) / sum(token_seconds) if token_seconds else None,
+        "token_seconds_p50": statistics.median(token_seconds) if token_seconds else None,
+        "time_to_first_token_seconds": generation.first_token_seconds,
+        "transport": project.transport.name,
+        "boundary": project.boundary.name,
         "boundary_bytes_per_token": max(handed_on[:-1], default=0),
         "return_bytes_per_token": handed_on[-1],
         "shards": [_shard(report, place, _single(apart)) for place, report in enumerate(reports)],
         "recoveries": len(engine.recoveries),
         "recovery_start_seconds": [recovery.start_seconds for recovery in engine.recoveries],
         "recovery_prefill_seconds": [recovery.prefill_seconds for recovery in engine.recoveries],
-    }
-
-
-def _said(
-    settings: SplitSettings, tokenizer: PreTrainedTokenizerBase, text: Text, ends: Sequence[int]
-) -> dict[str, Any]:
-    found = said(decoder(tokenizer, ends), text.ids, settings.project.stops)
-    by_end = "end_token" if text.ids and text.ids[-1] in ends else "length"
-    return {
-        "text": found.text,
-        "token_ids": found.ids,
-        "ended_by": "stop" if found.stopped else by_end,
-        "seed": settings.seed,
     }
 
 

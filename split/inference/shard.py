@@ -8,6 +8,7 @@ logits kept of each piece.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from lab.engine.kv import CacheFull, PassPlan, SlotCache, UnknownState, check_at
 from lab.engine.sampling import Sampling
 from lab.engine.wide_products import pack_products
 from lab.models.layers import load_layers
+from lab.models.quantized import stored_bytes
 from lab.models.shape import ModelShape
 from lab.models.slices import run_slice
 from lab.models.sources import load_config
@@ -85,13 +87,13 @@ class PassInput:
 
     def ids_of_pieces(self) -> list[Sequence[int]]:
         """The ids of each piece."""
-        return [self.ids[rows] for rows in self._rows_of_pieces()]
+        return [self.ids[rows] for rows in self.rows_of_pieces()]
 
     def only(self, places: Sequence[int]) -> PassInput:
         """The pass with only these of its pieces."""
         if len(places) == len(self.pieces):
             return self
-        rows_of_pieces = self._rows_of_pieces()
+        rows_of_pieces = self.rows_of_pieces()
         rows = [rows_of_pieces[place] for place in places]
         return PassInput(
             [self.pieces[place] for place in places],
@@ -100,8 +102,9 @@ class PassInput:
             None if self.hidden_NH is None else torch.cat([self.hidden_NH[own] for own in rows]),
         )
 
-    def _rows_of_pieces(self) -> list[slice]:
-        ends = _ends(self.pieces)
+    def rows_of_pieces(self) -> list[slice]:
+        """The part of the N rows that is each piece's."""
+        ends = itertools.accumulate(piece.count for piece in self.pieces)
         return [slice(end - piece.count, end) for piece, end in zip(self.pieces, ends, strict=True)]
 
 
@@ -156,10 +159,8 @@ class Shard:
 
     @property
     def weights_bytes(self) -> int:
-        """Size of its tensors; a tied one counts once, one in 4 bits with its scales."""
-        tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
-        packed = [state for tensor in tensors.values() if (state := getattr(tensor, "quant_state", None)) is not None]
-        return sum(tensor.nbytes for tensor in (*tensors.values(), *(state.absmax for state in packed)))
+        """Size of its tensors."""
+        return stored_bytes(self._model)
 
     def open(self, key: Hashable, sampling: Sampling, tokens: int) -> None:
         """Keep room for a request of at most `tokens` tokens.
@@ -267,9 +268,8 @@ class Shard:
         if batch == 1 and given.hidden_NH.shape[0] == width:
             return given.hidden_NH[None]
         hidden_BTH = given.hidden_NH.new_zeros(batch, width, self.hidden_size)
-        ends = _ends(given.pieces)
-        for row, piece, end in zip(plan.rows, given.pieces, ends, strict=True):
-            hidden_BTH[row, : piece.count] = given.hidden_NH[end - piece.count : end]
+        for row, piece, own in zip(plan.rows, given.pieces, given.rows_of_pieces(), strict=True):
+            hidden_BTH[row, : piece.count] = given.hidden_NH[own]
         return hidden_BTH
 
     def _evict_idle(self) -> bool:
@@ -367,10 +367,3 @@ def shard_class(first: bool, last: bool) -> type[Shard]:
     if first and last:
         return OnlyShard
     return Shard1 if first else Shard2 if last else Shard
-
-
-def _ends(pieces: Sequence[Piece]) -> list[int]:
-    ends, end = [], 0
-    for piece in pieces:
-        ends.append(end := end + piece.count)
-    return ends

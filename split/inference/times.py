@@ -1,4 +1,4 @@
-"""Where a token's time went: each pass taken apart into what every hop did with it.
+"""Parts of a token's time: each pass by hop, and each hop by kind of work.
 
 The parts follow each other from the client's send to its receive, so that they add up to the pass.
 """
@@ -18,14 +18,14 @@ class HopParts:
     """Seconds of one pass at one shard."""
 
     wire: float
-    """From the one before (the client, at first): from its send to the arrival here."""
+    """From the send of the shard before (the client, at first) to the arrival."""
     queue: float
     """From the arrival to the shard's thread."""
     serialise: float
     """Bytes into tensors and back."""
     compute: float
     wait: float
-    """From the result to its send: until what went before it has left."""
+    """From the result to its send, while earlier results leave."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class PassParts:
 
     @property
     def total_seconds(self) -> float:
-        """What the parts add up to."""
+        """Sum of the parts."""
         return self.answer_wire + sum(sum(vars(hop).values()) for hop in self.hops)
 
 
 def take_apart(passes: Sequence[PassTime], reports: Sequence[ShardReport[Report]]) -> list[PassParts]:
-    """The passes that every shard still knows, oldest first."""
+    """The passes that every shard still remembers, oldest first."""
     return [
         _parts(timed, [report.hops[timed.number] for report in reports])
         for timed in passes

@@ -310,11 +310,7 @@ def figures_of(
 
 
 def draw(
-    settings: SplitTrainSettings,
-    losses: list[float],
-    unsplit: list[float],
-    taken: dict[int, StepFigures],
-    folder: Path,
+    settings: SplitTrainSettings, losses: list[float], unsplit: list[float], taken: dict[int, StepFigures], folder: Path
 ) -> list[Path]:
     """Draw the pictures of a run; return those that could be drawn."""
     title = f"{settings.model.name} over {settings.project.transport.name}, {settings.project.schedule.name}"

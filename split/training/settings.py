@@ -31,7 +31,7 @@ class Train(Enum):
 
 
 class BackwardKind(Enum):
-    """Who carries gradients over the cut. `explicit`: we do, over any transport; `autograd`: torch's distributed
+    """Carrier of gradients over the cut. `explicit`: our messages, over any transport; `autograd`: torch's distributed
     autograd, over rpc."""
 
     explicit = "explicit"

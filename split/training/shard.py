@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from lab.learning.training import autocast, derive_seed, keep_differentiable, token_cross_entropy
+from lab.models.quantized import stored_bytes
 from lab.models.shape import ModelShape
 from lab.models.slices import cut_of, run_slice
 from split.training.messages import Recipe
@@ -152,8 +153,7 @@ class TrainingShard:
     @property
     def weights_bytes(self) -> int:
         """Size of all tensors of the model, frozen ones too."""
-        tensors = {id(tensor): tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers())}
-        return sum(tensors.values())
+        return stored_bytes(self._model)
 
     @property
     def gradient_bytes(self) -> int:

@@ -147,11 +147,7 @@ class Explicit(Backward):
         shards = self._shards
         shards.tell(step, plan)
         for number, batch in enumerate(micro_batches):
-            head = Tokens(
-                micro_batch=number,
-                lengths=batch.attention_BT.sum(1).tolist(),
-                columns=batch.ids_BT.shape[1],
-            )
+            head = Tokens(micro_batch=number, lengths=batch.attention_BT.sum(1).tolist(), columns=batch.ids_BT.shape[1])
             parts = [_int32(batch.ids_BT), _int32(batch.labels_BT)]
             if shards.count == 1:
                 shards.send(0, step, head, b"".join(parts))
@@ -214,6 +210,8 @@ class DistributedTrainer:
         self._checkpoints, self._recovery_seconds = checkpoints, recovery_seconds
         self.manifest = manifest
         """The last valid step; at step 0 it is not on disk."""
+        self.losses: list[float] = []
+        """Loss of every step so far."""
         self.recoveries = 0
         self._lost_since_step = 0
         self.weights_delta_norms: list[float] = []
@@ -221,14 +219,9 @@ class DistributedTrainer:
         self._with_recovery(self._begin, again=False)
 
     @property
-    def losses(self) -> list[float]:
-        """Loss of every step so far."""
-        return self._losses
-
-    @property
     def step(self) -> int:
         """Number of steps taken."""
-        return len(self._losses)
+        return len(self.losses)
 
     @property
     def saved(self) -> Path | None:
@@ -271,7 +264,7 @@ class DistributedTrainer:
         self._check_finite(step, found, norm)
         learning_rate = learning_rate_at(step, self.manifest.total_steps, optimization)
         self._backward.apply(step, Apply(scale=clip_scale(norm, optimization), learning_rate=learning_rate))
-        self._losses.append(found.loss)
+        self.losses.append(found.loss)
         self._lost_since_step = 0
         return StepFigures(
             **vars(found),
@@ -306,7 +299,7 @@ class DistributedTrainer:
         self.weights_delta_norms = [head.weights_delta_norm for head in saved]
         self.manifest.step = self.step
         self.manifest.digests = [head.digest for head in saved]
-        self.manifest.loss_by_step = list(self._losses)
+        self.manifest.loss_by_step = list(self.losses)
         folder = write_manifest(self._checkpoints, self.manifest)
         forget_steps_before(self._checkpoints, self.manifest.run, before)
         return folder
@@ -314,7 +307,7 @@ class DistributedTrainer:
     def _begin(self) -> None:
         """Set every shard to the last valid step."""
         manifest = self.manifest
-        self._losses = list(manifest.loss_by_step)
+        self.losses = list(manifest.loss_by_step)
         self._batches = islice(self._all_batches(), manifest.step * self._optimization.accumulation, None)
         for shard in range(self.shards.count):
             digest = manifest.digests[shard] if manifest.step else ""
