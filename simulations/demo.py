@@ -16,6 +16,7 @@ from typing import Any
 
 from lab.command import entry
 from lab.command.processes import listening, run_to_end
+from lab.faults import Fault
 from simulations.demo_page import Shown, write_demo_page
 from simulations.demo_settings import DemoSettings
 
@@ -31,6 +32,7 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
     """The parts one after the other; a part that fails ends the demonstration with its own words on stderr."""
     begin = time.perf_counter()
     shown: list[Shown] = []
+    place.so_far = lambda: {each.name: each.figures for each in shown}
     for number, part in enumerate(PARTS, start=1):
         left = ", ".join(later.name.replace("_", " ") for later in PARTS[number:]) or "the page"
         since = time.perf_counter() - begin
@@ -38,7 +40,7 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
         shown.append(show(part, settings, place.folder / part.name))
         log.info("%s took %.0f s: %s", part.name, shown[-1].seconds, shown[-1].found)
     return {
-        **{each.name: each.figures for each in shown},
+        **place.so_far(),
         "plots": [plot for each in shown for plot in each.figures.get("plots", [])],
         "report": write_demo_page(place.folder / "report.html", shown),
         "wall_seconds": time.perf_counter() - begin,
@@ -46,7 +48,7 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def show(part: Part, settings: DemoSettings, folder: Path) -> Shown:
-    """Run one part to its end, its progress on our stderr. RuntimeError with its command when it fails."""
+    """Run one part to its end, its progress on our stderr. Fault with its command when it fails."""
     begin = time.perf_counter()
     words = [f"prompt={settings.prompt}"] * part.generates + getattr(settings.project, part.told)
     with ExitStack() as stack:
@@ -55,11 +57,13 @@ def show(part: Part, settings: DemoSettings, folder: Path) -> Shown:
             role = listening("speculative.verifier", told, folder / "verifier", START_SECONDS)
             words.append(f"network.port={stack.enter_context(role)}")
             folder /= "drafter"
+        command = f"python -m {part.module} {' '.join(words)}"
         try:
             text, figures = run_to_end(part.module, words, folder, settings.project.part_timeout_seconds)
         except subprocess.CalledProcessError as error:
-            command = f"python -m {part.module} {' '.join(words)}"
-            raise RuntimeError(f"{command} ended with code {error.returncode}") from None
+            raise Fault(f"{command} ended with code {error.returncode}") from None
+        except subprocess.TimeoutExpired as error:
+            raise Fault(f"{command} was not done after {error.timeout:g} s (project.part_timeout_seconds)") from None
     print("\n".join(text), flush=True)
     seconds = time.perf_counter() - begin
     return Shown(part.name, part.title, [part.module, *words], seconds, part.found(figures), figures)

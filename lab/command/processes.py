@@ -15,12 +15,13 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from lab.command.overrides import override
+from lab.faults import Fault
 
 LOG = "stderr.log"
 """File in a role's run folder that holds its stderr."""
 
 
-class NotReady(RuntimeError):
+class NotReady(Fault):
     """A role did not announce that it serves: it ended before (`ended`), or the time was over."""
 
     def __init__(self, why: str, *, ended: bool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
 import shlex
+import subprocess
 from dataclasses import fields
 from html import unescape
 from importlib.util import find_spec
@@ -17,6 +19,7 @@ import pytest
 from fl.settings import FederatedSettings
 from lab.command.entry import Run, compose_settings
 from lab.command.overrides import override
+from lab.faults import Fault
 from lab.settings import UserError
 from matrix.grid import make_cells, sort_words
 from matrix.settings import MatrixSettings
@@ -124,6 +127,24 @@ def test_what_make_demo_tells_its_parts_are_words_that_they_know() -> None:
 
 def test_a_part_that_fails_ends_the_demonstration(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings = settings_for(tmp_path, federated=["project.rounds=0"])
-    with pytest.raises(RuntimeError, match=r"fed_sim project.rounds=0.* ended with code 2"):
+    with pytest.raises(Fault, match=r"fed_sim project.rounds=0.* ended with code 2"):
         demo.run(settings, Run(tmp_path / "demo"))
     assert "error: project.rounds must be at least 1, got 0" in capfd.readouterr().err
+    settings.project.part_timeout_seconds = 0.1
+    with pytest.raises(Fault, match=r"was not done after 0.1 s \(project.part_timeout_seconds\)$"):
+        demo.run(settings, Run(tmp_path / "late"))
+
+
+def test_what_was_shown_before_a_part_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_to_end(module: str, *_: object) -> tuple[list[str], dict[str, Any]]:
+        if module != "simulations.fed_sim":
+            raise subprocess.CalledProcessError(1, module)
+        figures = {"eval_loss_before": 2.0, "eval_loss_by_round": [1.0], "num_clients": 2}
+        return [], figures | {"uplink_bytes_per_client_round": 1}
+
+    monkeypatch.setattr(demo, "run_to_end", run_to_end)
+    monkeypatch.setattr(demo, "listening", lambda *_: contextlib.nullcontext(1))
+    place = Run(tmp_path / "demo")
+    with pytest.raises(Fault, match=r"speculative\.drafter .* ended with code 1"):
+        demo.run(settings_for(tmp_path), place)
+    assert place.so_far()["federated"]["eval_loss_by_round"] == [1.0]
