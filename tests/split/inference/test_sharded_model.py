@@ -16,8 +16,7 @@ from lab.engine.sampling import Sampling
 from lab.models import folder as folder_module
 from lab.models.layers import load_layers
 from split.chain.boundary import Boundary
-from split.inference import shard as shard_module
-from split.inference.shard import Shard1
+from split.inference.shard import PassInput, Shard1
 from split.inference.sharded_model import ShardFault
 from split.inference.stage import InferenceStage
 from split.transport.inproc import InProcess
@@ -93,15 +92,14 @@ def test_padding_that_moves_by_one_is_seen_by_the_same_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = saved_model("qwen2", tmp_path)
-    ends = shard_module._ends
-    monkeypatch.setattr(shard_module, "_ends", lambda pieces: [max(piece.count, 1) for piece in pieces])
-    broken = inprocess(settings, (0, 2, 4))
-    try:
-        said: Any = conversation(broken)
-    except (ShardFault, ValueError) as fault:
-        said = fault
+    with monkeypatch.context() as patch:
+        patch.setattr(PassInput, "rows_of_pieces", lambda self: [slice(0, piece.count) for piece in self.pieces])
+        broken = inprocess(settings, (0, 2, 4))
+        try:
+            said: Any = conversation(broken)
+        except (ShardFault, ValueError) as fault:
+            said = fault
     assert said != conversation(local(settings))
-    monkeypatch.setattr(shard_module, "_ends", ends)
     assert conversation(inprocess(settings, (0, 2, 4))) == conversation(local(settings))
 
 
