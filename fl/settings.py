@@ -122,5 +122,9 @@ class FederatedSettings(LabSettings):
 
     project: FederatedProjectSettings
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_differentiable()
+
 
 register("fed_learn", FederatedSettings)

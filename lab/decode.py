@@ -50,6 +50,7 @@ register("decode", DecodeSettings)
 def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
     """Times full windows; the figures of the last line."""
     from lab.device import open_device, read_memory
+    from lab.engine.compiled import Compiler
     from lab.engine.kv import CacheFull
     from lab.engine.local import LocalEngine
     from lab.models.layers import load_proved
@@ -71,6 +72,7 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
                 kv_limit_bytes=project.cache_limit_bytes,
                 prefill_chunk=project.prefill_chunk,
                 exact_rows=None,
+                compiler=Compiler.of(settings.model, settings.device, lasts=True),
             )
             figures = time_tokens(
                 engine,
@@ -84,6 +86,7 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
             raise
         except ValueError as error:  # a context that the model was not made for
             raise UserError(f"project.{error}") from None
+        figures |= {"compiled": engine.is_compiled, "row_invariant": engine.row_invariant}
         memory = read_memory(device)
         figures |= {"peak_rss_bytes": memory.peak_rss_bytes, "peak_device_bytes": memory.device_peak_bytes}
         tracker.result(figures)

@@ -61,6 +61,7 @@ def announce(network: NetworkSettings, target: OpenTarget, port: int) -> None:
         "port": port,
         "target": target.model,
         "target_dtype": target.dtype,
+        "row_invariant": target.engine.row_invariant,
     }
     print(json.dumps(ready), flush=True)
     words = [f"network.host={address_for_peers(network.host)}", f"network.port={port}", *_words_for_both_roles()]

@@ -113,5 +113,9 @@ class SplitTrainSettings(LabSettings):
 
     project: SplitTrainProjectSettings
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_differentiable()
+
 
 register("split_train", SplitTrainSettings)
