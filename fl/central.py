@@ -3,8 +3,6 @@
 R rounds x H steps at batch N x b, on the same examples, schedule and seed, with one optimizer that keeps its state.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from typing import Any

@@ -3,8 +3,6 @@
 Knows nothing about Flower or the other sites. What it gives out is tensors and scalars, never text or token ids.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ configuration (`config-name`, `overrides`), and the node's own `--node-config` n
 An error leaves a site as one line without any of its text; Flower itself would send the whole text of an exception.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 import traceback

@@ -10,8 +10,6 @@ the caller of Flower's `start()` adds). A client answers
     the first two with DATA if it likes: `lab.learning.counts.Counts` of its lines, in whole numbers.
 """
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The report of a run: its history round by round, and the figures of its last line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

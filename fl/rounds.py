@@ -3,8 +3,6 @@
 A reply is checked and folded in when it arrives, and not kept.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Knows nothing about where the clients are; a Grid reaches them.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence

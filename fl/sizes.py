@@ -1,7 +1,5 @@
 """Bytes of an adapter next to those of its base model, from `conf/model` alone: `python -m fl.sizes model=random`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fl.settings import FederatedSettings, WireDtype

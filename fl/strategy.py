@@ -4,8 +4,6 @@ Knows nothing about models, data or settings files. The global adapter is what t
 mean is rounded to bfloat16 at the end of each round.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import time

@@ -3,8 +3,6 @@
 Looks only: nothing is downloaded, converted or sent. A check that fails is a line of the table, never an end.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import socket

@@ -1,7 +1,5 @@
 """From `network.*` settings to what `lab.wire` takes: keys, TLS, deadlines, limits; for every role with a socket."""
 
-from __future__ import annotations
-
 import errno
 import socket
 import ssl

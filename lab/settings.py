@@ -4,8 +4,6 @@ The values themselves live in `conf/`. A field without a default is one that the
 `__post_init__`, which names the field; `lab.command.typed` puts the dotted path before it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass, is_dataclass

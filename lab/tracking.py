@@ -3,8 +3,6 @@
 No sink can change a result: W&B may be absent, offline or broken, a disk full, and then one warning says so.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -126,7 +124,7 @@ class Tracker:
         """The figures of the last line, so that every sink holds all of them."""
         self._write({"time": time.time(), "result": True} | self._finite(dict(figures)))
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

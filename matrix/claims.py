@@ -4,8 +4,6 @@ A sweep holds an operating-system lock on a file of its own, which falls with it
 beside it what it has taken. Who takes cells reads the lists of all others that live, one sweep at a time.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Launchers of cells: each takes jobs and yields their outcomes as they end; closing it ends those that still run."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Settings of a sweep: which command over which axes, within which limits, where, and what is drawn of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any

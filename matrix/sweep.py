@@ -4,8 +4,6 @@ Interrupted, it goes on where it was; of two at once each uses what the other do
 are interleaved with those of the others (A, B, ..., A, B, ...), so that a machine that drifts disturbs all alike.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -8,8 +8,6 @@ Writes `<folder>/results/<date>-<commit>.json` (all rows, each benchmark with it
 loses only itself. A benchmark that fails is named in both, the others run; the exit code is 1 then.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shlex

@@ -1,7 +1,5 @@
 """Settings of `make bench`: which benchmarks, told what."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.settings import LabSettings, register, require

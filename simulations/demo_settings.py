@@ -1,7 +1,5 @@
 """Settings of the demonstration: overrides of each part's own command."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.settings import LabSettings, register, require_above

@@ -1,7 +1,5 @@
 """A federation on one machine: Flower on Ray. `python simulations/fed_sim.py project.num_clients=4`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fl.settings import Baseline, FederatedSettings

@@ -1,7 +1,5 @@
 """A slow, narrow or failing link as a command: `python simulations/link.py project.up.delay_seconds=0.05`."""
 
-from __future__ import annotations
-
 import json
 import math
 import socket

@@ -1,7 +1,5 @@
 """Settings of `simulations/link.py`: what happens to the bytes of each direction, and when the link fails."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.link import CutKind

@@ -6,8 +6,6 @@ Every text ends where its window does: `project.context` tokens, of which the la
 Prompts are `prompt`, repeated, or else the source of Python's argparse: text that prompt lookup can draft.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import statistics

@@ -5,8 +5,6 @@ holds these as text, too, until it is told otherwise: a rejection is `correct(po
 Knows nothing about networks or verifiers.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from typing import Protocol

@@ -8,8 +8,6 @@ text, so that it notices when they begin to pay; a drafter that gave up tries ag
 Knows no clock, no socket and no thread: every time is an argument. Seconds, of one monotonic clock a side.
 """
 
-from __future__ import annotations
-
 from speculative.theory import ALONE, Pace, Plan, Speeds, best_plan, survival
 
 FORGET = 0.98

@@ -1,7 +1,5 @@
 """Settings of the speculative pillar: the request, the draft source, the verifier's limits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 

@@ -3,8 +3,6 @@
 `python -m split.decode project.local_shards=2 project.context=1024 project.sessions=4`
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry

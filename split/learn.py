@@ -1,7 +1,5 @@
 """One shard of a model in training, behind a port. `python -m split.learn project.layers=15:30`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry

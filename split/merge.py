@@ -3,8 +3,6 @@
 Everything trained becomes a transformers model, an adapter a PEFT folder; both load without this lab.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

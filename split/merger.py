@@ -1,7 +1,5 @@
 """The parts of a checkpoint as one folder. Their tensors have the names of the whole model already."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

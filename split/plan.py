@@ -1,7 +1,5 @@
 """Where the layers of a model should go. `python -m split.plan model=llama3_70b`: nothing is downloaded."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """One shard of a split model behind a port. `python -m split.serve project.layers=15:30`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry

@@ -1,7 +1,5 @@
 """Settings of a chain of shards, and of inference over one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 

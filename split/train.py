@@ -1,7 +1,5 @@
 """Fine-tuning of a model that is split over machines. `python -m split.train project.local_shards=2`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry

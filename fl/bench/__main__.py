@@ -12,8 +12,6 @@ comparison  a federation over identically distributed parts against its central 
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

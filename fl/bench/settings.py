@@ -1,7 +1,5 @@
 """Settings of the federated benchmarks: `python -m fl.bench`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.settings import LabSettings, register, require, require_above, require_at_least

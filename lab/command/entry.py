@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 a fault (with its traceback where nobody expected it), 2 w
 after Ctrl+C and 143 after SIGTERM (0 for roles that serve until then), 141 when nobody reads the text any more.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Commands of ours as processes of their own: how each is started, its first line, and its last."""
 
-from __future__ import annotations
-
 import json
 import queue
 import subprocess

@@ -4,8 +4,6 @@ Knows nothing about clients, tokenizers or models. A source lists its documents 
 text is opened only by whoever reads that document.
 """
 
-from __future__ import annotations
-
 import codecs
 import logging
 import os

@@ -5,8 +5,6 @@ Knows nothing about where a model, its examples or its first weights come from.
 Shapes: B examples, T positions, V vocabulary, N = B * T rows of logits.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -16,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Self
 
 import numpy as np
 import torch
@@ -80,7 +79,7 @@ class Proximal:
     """w_global: one tensor for each trainable parameter, in their order."""
 
     @classmethod
-    def around(cls, model: torch.nn.Module, mu: float) -> Proximal:
+    def around(cls, model: torch.nn.Module, mu: float) -> Self:
         """The term that pulls towards the weights that `model` has now."""
         return cls(mu, [parameter.detach().clone() for parameter in trainable_parameters(model)])
 

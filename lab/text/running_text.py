@@ -4,8 +4,6 @@ Where a stop string ends the text depends on the characters alone, not on how to
 once: the one that is complete first counts, of those the one that began first. What may become one is held back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

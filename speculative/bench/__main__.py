@@ -32,8 +32,6 @@ Engine real: `model` as the target, `project.draft` as the draft source.
 Bytes are all that went over the connection while the text was made, both directions, headers and heartbeats included.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

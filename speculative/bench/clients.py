@@ -1,7 +1,5 @@
 """Parts of the benchmark with several clients at once."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import statistics

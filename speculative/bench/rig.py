@@ -4,8 +4,6 @@ Verifier and links are processes; the drafter is this one. Two cores are enough 
 while the verifier computes the drafter drafts, and a link only moves bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace

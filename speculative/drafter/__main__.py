@@ -1,7 +1,5 @@
 """The drafter: drafts on this machine, has the verifier check, prints the text. `python -m speculative.drafter`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry

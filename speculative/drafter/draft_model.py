@@ -3,8 +3,6 @@
 Nothing is written as words for Hydra to read again: a folder may have any name.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Knows nothing about sockets, models or tokenizers: draft tokens come from a `Drafts`, verdicts from a `Target`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Collection, Generator, Sequence

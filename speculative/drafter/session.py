@@ -1,7 +1,5 @@
 """One request of a drafter, from its prompt to its figures."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

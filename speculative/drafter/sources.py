@@ -3,8 +3,6 @@
 Shapes: V vocabulary, H hidden size.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Sequence

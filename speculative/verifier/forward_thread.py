@@ -4,8 +4,6 @@ Between two passes every call that has arrived is done, so that sequences whose 
 next. Knows nothing about networks; the event loop that outcomes are delivered in is never blocked by it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

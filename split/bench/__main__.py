@@ -20,8 +20,6 @@ memory       peak memory of shards of a large random model over that of a tiny o
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

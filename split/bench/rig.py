@@ -3,8 +3,6 @@
 This process holds the whole model for comparison; it stays on the first shard's core, which waits while it computes.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Settings of the benchmarks of split inference and of split training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.settings import LabSettings, register, require, require_at_least

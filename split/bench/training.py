@@ -15,8 +15,6 @@ adapter     a LoRA adapter on real text, as `split.train` trains it, over two sh
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

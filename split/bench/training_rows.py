@@ -1,7 +1,5 @@
 """The parts of `split.bench.training`: pinned shard processes, and the whole model in this one."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import statistics

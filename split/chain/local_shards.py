@@ -1,7 +1,5 @@
 """Shard processes on this machine, started and ended by their client."""
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import threading

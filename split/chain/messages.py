@@ -12,8 +12,6 @@
 Each pillar adds its own: `split.inference.messages`, `split.training.messages`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from enum import Enum, IntEnum
 from typing import Annotated, Any

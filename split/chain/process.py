@@ -1,7 +1,5 @@
 """The process of a shard, whatever it does: it says where it listens, and serves until it is told to end."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,7 +1,5 @@
 """Generation of one text by a `ShardedModel`, shown token by token, with its figures."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

@@ -24,8 +24,6 @@ ATTACH, WELCOME, JOIN, ASK and FAULT are those of every chain (`split.chain.mess
 Shapes: N positions of all pieces of a pass together, H hidden size.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
 from typing import Annotated

@@ -3,8 +3,6 @@
 A request for which there is no room waits in line, in the order of arrival.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -6,8 +6,6 @@ Shapes: B batch rows, T positions, N positions of all pieces of a pass together,
 logits kept of each piece.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -89,7 +87,7 @@ class PassInput:
         """The ids of each piece."""
         return [self.ids[rows] for rows in self.rows_of_pieces()]
 
-    def only(self, places: Sequence[int]) -> PassInput:
+    def only(self, places: Sequence[int]) -> "PassInput":
         """The pass with only these of its pieces."""
         if len(places) == len(self.pieces):
             return self

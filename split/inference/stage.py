@@ -3,8 +3,6 @@
 Knows the encoding of the boundaries; knows nothing about networks.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ in one joint backward: a backward for each of them hangs until its time-out. So 
 holds all micro-batches, as under GPipe.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

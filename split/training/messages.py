@@ -19,8 +19,6 @@ ATTACH, WELCOME, JOIN, ASK and FAULT are those of every chain (`split.chain.mess
 Shapes: B examples, T positions, H hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import struct
 from typing import Annotated
 

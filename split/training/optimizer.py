@@ -1,7 +1,5 @@
 """The optimizer of a shard: AdamW that steps in float32, whatever the precision of the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run of split training: opens the shards, takes the steps, keeps checkpoints, compares, reports."""
 
-from __future__ import annotations
-
 import logging
 import secrets
 import statistics

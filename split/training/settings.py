@@ -1,7 +1,5 @@
 """Settings of split training: what is trained, how a step is cut into micro-batches, what is kept."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 

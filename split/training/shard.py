@@ -5,8 +5,6 @@ Knows nothing about networks, schedules or the other shards, except whether it i
 Shapes: B examples, T positions, H hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 

@@ -4,8 +4,6 @@ It takes messages in whatever order they come, and does its operations in the or
 its input is there. Knows nothing about networks.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

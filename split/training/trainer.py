@@ -5,8 +5,6 @@ comes back is the loss and one scalar a shard, from which the global gradient no
 gradients: `Explicit` here, over any transport; `split.training.autograd.Autograd` over torch's.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

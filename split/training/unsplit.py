@@ -1,7 +1,5 @@
 """The same steps of the whole model in one process, by the lab's own trainer, for comparison with a split run."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Transports carry messages between a client and the stages of its chain; both interfaces. Knows no tensors."""
 
-from __future__ import annotations
-
 import math
 import struct
 import time
