@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
 from typing import Self
 
 logger = logging.getLogger(__name__)
@@ -160,9 +159,7 @@ class Link:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Reset what is open and end the thread."""
         self._stopping = True
         self._wake()

@@ -65,7 +65,6 @@ class CellLauncher(Protocol):
 
     def run(self, jobs: Sequence[Job]) -> Generator[tuple[int, Outcome]]:
         """Index and outcome of every job, as they end. Closing the iterator ends what runs."""
-        ...
 
 
 class LocalLauncher(CellLauncher):

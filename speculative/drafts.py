@@ -23,7 +23,6 @@ class Drafts(Protocol):
 
     def propose(self, count: int) -> list[int]:
         """Draft up to `count` tokens behind the text that is held, and hold them, too. Fewer when there are no more."""
-        ...
 
     def correct(self, position: int, ids: Sequence[int]) -> None:
         """Replace the text from `position` on by `ids`."""

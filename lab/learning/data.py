@@ -58,11 +58,9 @@ class Source(Protocol):
 
     def documents(self) -> list[Document]:
         """Every document, in an order that is the same on every call; reads no text. UserError when there is none."""
-        ...
 
     def read(self, document: Document) -> Iterator[Record]:
         """The records of one document; MalformedRecord with its name, key, rule and value when it is malformed."""
-        ...
 
 
 def open_source(settings: DataSettings) -> Source:

@@ -8,7 +8,6 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, Self
 
 import msgspec
@@ -201,9 +200,7 @@ class RemoteTarget(Target):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _begin(self, request: GenerationRequest, ticket: Ticket, *, again: bool) -> None:

@@ -11,7 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Self
 
 from speculative.messages import Reason
@@ -79,9 +78,7 @@ class ForwardThread:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._calls.put(None)
         self._thread.join(END_SECONDS)
 
