@@ -29,7 +29,7 @@ from lab.learning.counts import Counts
 from lab.models.base_model import base_name, base_origin
 from lab.models.lora import fresh_adapter, lora_config
 from lab.models.sources import load_config, model_identity
-from lab.settings import UserError
+from lab.settings import UserError, user_errors
 from lab.tracking import Tracker, picture, progress
 
 log = logging.getLogger(__name__)
@@ -200,15 +200,9 @@ def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
     """A fresh adapter, or that of `project.warm_start`."""
     if settings.project.warm_start is not None:
         folder = path_of(settings.project.warm_start, "project.warm_start")
-        try:
+        with user_errors(f"project.warm_start must be an adapter of this run's kind, got {str(folder)!r}: "):
             lora = lora_config(settings.model.lora_targets, settings.project.lora)
             return load_adapter(folder, base_model(settings), lora, load_config(settings.model))
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(
-                f"project.warm_start must be an adapter of this run's kind, got {str(folder)!r}: {error}"
-            ) from None
     return fresh_adapter(settings.model, settings.project.lora, settings.seed)
 
 

@@ -6,6 +6,8 @@ The values themselves live in `conf/`. A field without a default is one that the
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,6 +18,17 @@ from hydra.core.config_store import ConfigStore
 
 class UserError(ValueError):
     """A mistake of the user: printed as one line, exit code 2, no traceback."""
+
+
+@contextmanager
+def user_errors(before: str = "") -> Iterator[None]:
+    """A ValueError of the block is the user's mistake: a UserError with the same text, `before` in front of it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{before}{error}") from None
 
 
 def require(holds: bool, rule: str, value: object) -> None:
@@ -325,16 +338,14 @@ class LabSettings:
     device: DeviceSettings
     tracking: TrackingSettings
 
+    draws_seed = False  # without a type: no field
+    """Whether seed=-1 draws one: where one process alone uses it, which says what it has drawn."""
+
     def __post_init__(self) -> None:
-        if self.draws_seed():
+        if self.draws_seed:
             require(-1 <= self.seed < 2**31, "seed must be in [0, 2**31), or -1 to draw one", self.seed)
         else:
             require(0 <= self.seed < 2**31, "seed must be in [0, 2**31)", self.seed)
-
-    @classmethod
-    def draws_seed(cls) -> bool:
-        """Whether seed=-1 draws one: where one process alone uses it, which says what it has drawn."""
-        return False
 
 
 def register(name: str, settings_type: type[LabSettings]) -> None:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from typing_extensions import override
-
 from lab.engine.kinds import EngineKind
 from lab.engine.settings import CacheSettings
 from lab.settings import Dtype, LabSettings, register, require, require_above, require_at_least
@@ -227,15 +225,12 @@ class SpeculativeSettings(LabSettings):
 
     project: SpeculativeProjectSettings
 
+    draws_seed = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         rule = "seed must be the one that the text was begun with for project.resume"
         require(self.seed >= 0 or self.project.resume is None, rule, self.seed)
-
-    @classmethod
-    @override
-    def draws_seed(cls) -> bool:
-        return True
 
 
 register("spec_decoding", SpeculativeSettings)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from typing_extensions import override
-
 from lab.engine.settings import CacheSettings
 from lab.settings import LabSettings, register, require, require_above, require_at_least
 from lab.text.settings import TextSettings
@@ -115,10 +113,7 @@ class SplitSettings(LabSettings):
 
     project: SplitProjectSettings
 
-    @classmethod
-    @override
-    def draws_seed(cls) -> bool:
-        return True
+    draws_seed = True
 
 
 register("split_inf", SplitSettings)

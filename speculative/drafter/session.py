@@ -16,7 +16,7 @@ from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
-from lab.settings import UserError
+from lab.settings import UserError, user_errors
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import Said, said
@@ -82,10 +82,8 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
     """Raises a UserError for a prompt that is too long, and for ids that the target does not have."""
     if request.sampling.words is not None:
-        try:
+        with user_errors("project."):
             request.sampling.words.check_ids(welcome.vocabulary_size)
-        except ValueError as error:
-            raise UserError(f"project.{error}") from None
     if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
         raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
     wrong = next((token for token in request.prompt_ids if token >= welcome.vocabulary_size), None)
@@ -131,10 +129,8 @@ def show(stream: TextStream, done: Round) -> None:
 
 def set_ticket(resume: str | None, target: RemoteTarget, path: Path) -> None:
     """Give the next request a new ticket, or that of the file `resume` of another process; it is written to `path`."""
-    try:
+    with user_errors("project.resume "):
         ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(path_of(resume, "project.resume"))
-    except ValueError as error:
-        raise UserError(f"project.resume {error}") from None
     try:
         ticket.write(path)
     except OSError as error:
