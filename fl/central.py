@@ -46,7 +46,7 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
         "adapter_path": latest_adapter(folders.root),
     }
     with Tracker(settings, "fed_learn", place.folder) as tracker:
-        with progress("round", project.rounds, settings.tracking.progress) as counter:
+        with progress("round", project.rounds, settings.tracking.progress) as advance:
             for number in range(1, project.rounds + 1):
                 figures = train_steps(
                     base.model,
@@ -64,7 +64,7 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
                 written = folders.write(number, read_from(base.model), losses)
                 new = sites.add({str(index): split.counts for index, split in enumerate(splits)}) if number == 1 else {}
                 tracker.log(number, **losses, **({"sites": new} if new else {}))
-                counter.advance(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+                advance(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
         index = AdapterIndex.of(initial, project.wire_dtype)
         result = run_result(settings, place, states, index, written, sites.counts)
         result |= {"wall_seconds": time.perf_counter() - begin}

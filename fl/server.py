@@ -59,7 +59,7 @@ def serve(
     place.so_far = lambda: so_far(reports, written[-1], sites.counts)
     log.info("the mean is weighted by each client's number of %s", project.weighting.words)
     with Tracker(settings, "fed_learn", place.folder) as tracker:
-        with progress("client reply", replies_expected(settings), settings.tracking.progress) as counter:
+        with progress("client reply", replies_expected(settings), settings.tracking.progress) as advance:
 
             def on_round(report: RoundReport) -> None:
                 card = {"train_loss": report.train["train_loss"]}
@@ -76,7 +76,7 @@ def serve(
                 initial,
                 num_rounds=project.rounds,
                 on_round=on_round,
-                on_reply=counter.advance,
+                on_reply=advance,
                 stopped=stopped,
             )
         sites.add(counts_of(run.clients))

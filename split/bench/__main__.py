@@ -20,7 +20,6 @@ memory       peak memory of shards of a large random model over that of a tiny o
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
 
     project = settings.project
     report = Path(project.report or place.folder / "bench.json")
-    rig = contextlib.closing(Rig(settings, place.folder))
+    rig = Rig(settings, place.folder)
     return run_parts("split", PARTS, project.parts, rig, settings=settings, place=place, report=report)
 
 

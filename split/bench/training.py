@@ -15,7 +15,6 @@ adapter     a LoRA adapter on real text, as `split.train` trains it, over two sh
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def run(settings: SplitTrainBenchSettings, place: entry.Run) -> dict[str, Any]:
 
     project = settings.project
     report = Path(project.report or place.folder / "bench.json")
-    rig = contextlib.closing(TrainingRig(settings, place.folder))
+    rig = TrainingRig(settings, place.folder)
     return run_parts("split_train", PARTS, project.parts, rig, settings=settings, place=place, report=report)
 
 

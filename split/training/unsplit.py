@@ -30,11 +30,11 @@ def train_unsplit(
     )
     batches = ordered(examples, optimization.batch_size, settings.seed)
     losses: list[float] = []
-    with progress("unsplit step", project.steps, settings.tracking.progress) as counter:
+    with progress("unsplit step", project.steps, settings.tracking.progress) as advance:
 
         def note(figures: StepFigures) -> None:
             losses.append(figures.loss)
-            counter.advance(f"loss {figures.loss:.4f}")
+            advance(f"loss {figures.loss:.4f}")
 
         train_steps(
             model,
