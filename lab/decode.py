@@ -38,14 +38,12 @@ class DecodeProjectSettings(CacheSettings):
         require(self.context > self.max_new_tokens, rule, self.context)
 
 
+@register("decode")
 @dataclass(kw_only=True)
 class DecodeSettings(LabSettings):
     """Everything `python -m lab.decode` reads."""
 
     project: DecodeProjectSettings
-
-
-register("decode", DecodeSettings)
 
 
 def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:

@@ -42,14 +42,12 @@ class DoctorProjectSettings:
         require(self.matrix_size % 64 == 0, "matrix_size must be a multiple of NF4's block, 64", self.matrix_size)
 
 
+@register("doctor")
 @dataclass(kw_only=True)
 class DoctorSettings(LabSettings):
     """Everything `lab.doctor` reads."""
 
     project: DoctorProjectSettings
-
-
-register("doctor", DoctorSettings)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ The values themselves live in `conf/`. A field without a default is one that the
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 
@@ -348,9 +348,17 @@ class LabSettings:
             require(0 <= self.seed < 2**31, "seed must be in [0, 2**31)", self.seed)
 
 
-def register(name: str, settings_type: type[LabSettings]) -> None:
-    """Make `base_<name>` available to `conf/<name>.yaml`: it gives the keys of that file their types."""
-    ConfigStore.instance().store(name=f"base_{name}", node=settings_type)
+Settings = TypeVar("Settings", bound=LabSettings)
+
+
+def register(name: str) -> Callable[[type[Settings]], type[Settings]]:
+    """Make a class available to `conf/<name>.yaml` as `base_<name>`: it gives the keys of that file their types."""
+
+    def store(settings_type: type[Settings]) -> type[Settings]:
+        ConfigStore.instance().store(name=f"base_{name}", node=settings_type)
+        return settings_type
+
+    return store
 
 
 def to_plain(value: Any) -> Any:

@@ -34,11 +34,9 @@ class BenchProjectSettings:
         require(self.timeout_seconds > 0, "timeout_seconds must be greater than 0", self.timeout_seconds)
 
 
+@register("bench")
 @dataclass(kw_only=True)
 class BenchSettings(LabSettings):
     """Everything `python -m simulations.bench` reads."""
 
     project: BenchProjectSettings
-
-
-register("bench", BenchSettings)

@@ -28,11 +28,9 @@ class DemoProjectSettings:
         require_above(0, self, "part_timeout_seconds")
 
 
+@register("demo")
 @dataclass(kw_only=True)
 class DemoSettings(LabSettings):
     """Everything `python -m simulations.demo` reads."""
 
     project: DemoProjectSettings
-
-
-register("demo", DemoSettings)

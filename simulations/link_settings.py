@@ -53,11 +53,9 @@ class LinkProjectSettings:
         require_at_least(1460, self, "buffer_bytes")
 
 
+@register("link")
 @dataclass(kw_only=True)
 class LinkRunSettings(LabSettings):
     """Everything this command reads."""
 
     project: LinkProjectSettings
-
-
-register("link", LinkRunSettings)

@@ -219,6 +219,7 @@ class SpeculativeProjectSettings(TextSettings, CacheSettings):
             require(not self.exact_shapes, "exact_shapes must be false for engine=split", self.exact_shapes)
 
 
+@register("spec_decoding")
 @dataclass(kw_only=True)
 class SpeculativeSettings(LabSettings):
     """Everything the verifier and the drafter read."""
@@ -231,6 +232,3 @@ class SpeculativeSettings(LabSettings):
         super().__post_init__()
         rule = "seed must be the one that the text was begun with for project.resume"
         require(self.seed >= 0 or self.project.resume is None, rule, self.seed)
-
-
-register("spec_decoding", SpeculativeSettings)

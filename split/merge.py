@@ -21,14 +21,12 @@ class MergeProjectSettings:
     """The folder to write; it must not be there yet."""
 
 
+@register("split_merge")
 @dataclass(kw_only=True)
 class MergeSettings(LabSettings):
     """Settings of the merge; `model` is the one that the run began with."""
 
     project: MergeProjectSettings
-
-
-register("split_merge", MergeSettings)
 
 
 def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:

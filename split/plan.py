@@ -75,14 +75,12 @@ class PlanProjectSettings:
         require_at_least(0, self, "overhead_gb", "hop_ms")
 
 
+@register("split_plan")
 @dataclass(kw_only=True)
 class PlanSettings(LabSettings):
     """Settings of the planner."""
 
     project: PlanProjectSettings
-
-
-register("split_plan", PlanSettings)
 
 
 def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:

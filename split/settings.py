@@ -107,6 +107,7 @@ def _check_address(rule: str, text: str) -> None:
         require(False, rule, text)
 
 
+@register("split_inf")
 @dataclass(kw_only=True)
 class SplitSettings(LabSettings):
     """Settings of a shard and of a client."""
@@ -114,6 +115,3 @@ class SplitSettings(LabSettings):
     project: SplitProjectSettings
 
     draws_seed = True
-
-
-register("split_inf", SplitSettings)

@@ -44,11 +44,9 @@ class FederatedBenchProjectSettings:
         require_above(0, self, "run_timeout_seconds")
 
 
+@register("fed_bench")
 @dataclass(kw_only=True)
 class FederatedBenchSettings(LabSettings):
     """Everything `python -m fl.bench` reads."""
 
     project: FederatedBenchProjectSettings
-
-
-register("fed_bench", FederatedBenchSettings)

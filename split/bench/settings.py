@@ -91,6 +91,7 @@ class SplitTrainBenchProjectSettings(TwoShardsSettings):
         require(all(m >= 1 for m in self.micro_batches), "micro_batches must be at least 1 each", self.micro_batches)
 
 
+@register("split_bench")
 @dataclass(kw_only=True)
 class SplitBenchSettings(LabSettings):
     """Settings of `python -m split.bench`."""
@@ -98,12 +99,9 @@ class SplitBenchSettings(LabSettings):
     project: SplitBenchProjectSettings
 
 
+@register("split_train_bench")
 @dataclass(kw_only=True)
 class SplitTrainBenchSettings(LabSettings):
     """Settings of `python -m split.bench.training`."""
 
     project: SplitTrainBenchProjectSettings
-
-
-register("split_bench", SplitBenchSettings)
-register("split_train_bench", SplitTrainBenchSettings)

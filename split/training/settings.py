@@ -105,11 +105,9 @@ class SplitTrainProjectSettings(ChainSettings):
             )
 
 
+@register("split_train")
 @dataclass(kw_only=True)
 class SplitTrainSettings(LabSettings):
     """Settings of a trainer and of its shards."""
 
     project: SplitTrainProjectSettings
-
-
-register("split_train", SplitTrainSettings)
