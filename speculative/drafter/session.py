@@ -19,7 +19,7 @@ from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError, user_errors
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
-from lab.text.running_text import Said, said
+from lab.text.running_text import said
 from lab.tracking import Tracker
 from speculative.drafter.check import find_flips
 from speculative.drafter.loop import SYNC_LENGTH, RequestRefused, Round, speculate
@@ -168,7 +168,7 @@ def _figures(
         "waited_seconds": target.waited_seconds,
         "bytes_sent": target.bytes_sent,
         "bytes_received": target.bytes_received,
-        "ended_by": _ended_by(text, target.welcome.end_ids),
+        "ended_by": text.ended_by(target.welcome.end_ids),
         "mode": project.mode,
         "drafter": "none" if project.mode is Mode.target_only else project.draft.source,
         "draft_length": project.draft.length,
@@ -179,12 +179,6 @@ def _figures(
         "target_dtype": target.welcome.dtype,
         "flips": None,
     }
-
-
-def _ended_by(text: Said, end_ids: Sequence[int]) -> str:
-    if text.stopped:
-        return "stop"
-    return "end_token" if text.ids and text.ids[-1] in end_ids else "length"
 
 
 def _predicted(project: SpeculativeProjectSettings, target: RemoteTarget, figures: dict[str, Any]) -> float | None:

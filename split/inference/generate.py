@@ -46,11 +46,10 @@ class Generation:
     def figures(self) -> dict[str, Any]:
         """The text and what ended it."""
         found = said(decoder(self.tokenizer, self.ends), self.ids, self.settings.project.stops)
-        by_end = "end_token" if self.ids and self.ids[-1] in self.ends else "length"
         return {
             "text": found.text,
             "token_ids": found.ids,
-            "ended_by": "stop" if found.stopped else by_end,
+            "ended_by": found.ended_by(self.ends),
             "seed": self.settings.seed,
         }
 

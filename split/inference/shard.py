@@ -25,7 +25,7 @@ from lab.engine.history import History
 from lab.engine.kv import CacheFull, PassPlan, SlotCache, UnknownState, check_attention, layer_shapes
 from lab.engine.sampling import Sampling
 from lab.engine.wide_products import pack_products
-from lab.models.layers import load_layers
+from lab.models.layers import load_layers, with_adapter
 from lab.models.quantized import stored_bytes
 from lab.models.shape import ModelShape
 from lab.models.slices import run_slice
@@ -352,11 +352,7 @@ def load_shard(settings: ModelSettings, device: torch.device, layers: range, lim
         UserError: the model lacks these layers, or `load_layers` or `add_adapter` refuses it.
     """
     first, last = layers.start == 0, layers.stop == ModelShape.of(load_config(settings)).layers
-    model = load_layers(settings, device, layers, embedding=first, head=last)
-    if settings.adapter is not None:
-        from lab.models.adapter import add_adapter  # loads PEFT, which plain models can do without
-
-        add_adapter(model, settings)
+    model = with_adapter(load_layers(settings, device, layers, embedding=first, head=last), settings)
     return shard_class(first, last)(model, layers, limits)
 
 

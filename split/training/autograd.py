@@ -152,12 +152,7 @@ class LearnerSeat(Seat):
 
 
 class Autograd(Backward):
-    """A `Backward` over the seats of a group.
-
-    Args:
-        shards: Over `rpc`.
-        recipe: What is trained, and how.
-    """
+    """A `Backward` over the seats of a group: its shards are reached over `rpc`."""
 
     def __init__(self, shards: Shards, recipe: Recipe) -> None:
         assert isinstance(shards.transport, RpcChain)

@@ -53,7 +53,6 @@ class TrainingShard:
     Args:
         model: From `lab.models.layers.load_layers`, with the adapter on it where one is trained.
         weights: The trained weights, by their names in the whole model (in a PEFT file, for an adapter).
-        recipe: The recipe of the run.
     """
 
     def __init__(self, model: PreTrainedModel, weights: dict[str, torch.nn.Parameter], recipe: Recipe) -> None:
