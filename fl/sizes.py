@@ -68,10 +68,7 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Print both for one model as a JSON line."""
-    entry.main("fed_learn", FederatedSettings, run)
-
+main = entry.door("fed_learn", FederatedSettings, run)
 
 if __name__ == "__main__":
     main()

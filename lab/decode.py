@@ -138,10 +138,7 @@ def _ids(text: int, count: int, vocabulary_size: int) -> list[int]:
     return [mix64(text << 32 | place) % vocabulary_size for place in range(count)]
 
 
-def main() -> None:
-    """Composes `conf/decode.yaml` and runs."""
-    entry.main("decode", DecodeSettings, run)
-
+main = entry.door("decode", DecodeSettings, run)
 
 if __name__ == "__main__":
     main()

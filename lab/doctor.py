@@ -276,10 +276,7 @@ def check_wandb(mode: WandbMode) -> Finding:
     return Finding(f"mode {mode.name}, version {version or '-'}", figures)
 
 
-def main() -> None:
-    """Composes `conf/doctor.yaml` and looks."""
-    entry.main("doctor", DoctorSettings, run)
-
+main = entry.door("doctor", DoctorSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -71,10 +71,7 @@ def _rows(out: str) -> list[Row]:
     return []
 
 
-def main() -> None:
-    """Composes `conf/bench.yaml` and measures."""
-    entry.main("bench", BenchSettings, run)
-
+main = entry.door("bench", BenchSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -140,10 +140,7 @@ PARTS = (
 )
 
 
-def main() -> None:
-    """Composes `conf/demo.yaml` and runs."""
-    entry.main("demo", DemoSettings, run)
-
+main = entry.door("demo", DemoSettings, run)
 
 if __name__ == "__main__":
     main()

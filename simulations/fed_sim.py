@@ -17,10 +17,7 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     return simulate(settings, place)
 
 
-def main() -> None:
-    """Composes `conf/fed_learn.yaml` and runs."""
-    entry.main("fed_learn", FederatedSettings, run)
-
+main = entry.door("fed_learn", FederatedSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -61,10 +61,7 @@ def _one_way(settings: OneWaySettings) -> OneWay:
     )
 
 
-def main() -> None:
-    """Composes `conf/link.yaml` and runs."""
-    entry.main("link", LinkRunSettings, run)
-
+main = entry.door("link", LinkRunSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -93,10 +93,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     raise UserError(f"project.context must leave room for a prompt, got {len(ids)} tokens for it")
 
 
-def main() -> None:
-    """Composes `conf/spec_decoding.yaml` and runs."""
-    entry.main("spec_decoding", SpeculativeSettings, run)
-
+main = entry.door("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

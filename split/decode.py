@@ -39,10 +39,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     return figures
 
 
-def main() -> None:
-    """Run with `conf/split_inf.yaml`."""
-    entry.main("split_inf", SplitSettings, run)
-
+main = entry.door("split_inf", SplitSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -41,10 +41,7 @@ def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:
     )
 
 
-def main() -> None:
-    """Run with `conf/split_merge.yaml`."""
-    entry.main("split_merge", MergeSettings, run)
-
+main = entry.door("split_merge", MergeSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -175,10 +175,7 @@ def print_plan(plan: Plan, title: str) -> None:
     console.print(f"{1000 * plan.token_seconds:.1f} ms a token, {1 / plan.token_seconds:.1f} tokens a second")
 
 
-def main() -> None:
-    """Run with `conf/split_plan.yaml`."""
-    entry.main("split_plan", PlanSettings, run)
-
+main = entry.door("split_plan", PlanSettings, run)
 
 if __name__ == "__main__":
     main()

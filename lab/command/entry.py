@@ -104,6 +104,16 @@ def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -
         _main(config_name, settings_type, run)
 
 
+def door(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> Callable[[], NoReturn]:
+    """The `main` of a command's module: it composes `conf/<config_name>.yaml`, and runs."""
+
+    def opened() -> NoReturn:
+        main(config_name, settings_type, run)
+
+    opened.__module__ = run.__module__
+    return opened
+
+
 def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)

@@ -90,10 +90,7 @@ def draw(folder: Path, rows: list[Row]) -> list[Path]:
     return pictures
 
 
-def main() -> None:
-    """Run with `conf/spec_decoding.yaml`."""
-    entry.main("spec_decoding", SpeculativeSettings, run)
-
+main = entry.door("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

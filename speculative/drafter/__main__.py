@@ -13,10 +13,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     return draft(settings, place)
 
 
-def main() -> None:
-    """Composes `conf/spec_decoding.yaml` and runs."""
-    entry.main("spec_decoding", SpeculativeSettings, run)
-
+main = entry.door("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

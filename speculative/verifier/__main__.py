@@ -76,10 +76,7 @@ def _words_for_both_roles() -> list[str]:
     return [word for word in HydraConfig.get().overrides.task if word.startswith(both)]
 
 
-def main() -> None:
-    """Composes `conf/spec_decoding.yaml` and serves."""
-    entry.main("spec_decoding", SpeculativeSettings, run)
-
+main = entry.door("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -39,10 +39,7 @@ def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
     return run_parts("split", PARTS, project.parts, rig, settings=settings, place=place, report=report)
 
 
-def main() -> None:
-    """Run with `conf/split_bench.yaml`."""
-    entry.main("split_bench", SplitBenchSettings, run)
-
+main = entry.door("split_bench", SplitBenchSettings, run)
 
 if __name__ == "__main__":
     main()
