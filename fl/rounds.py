@@ -86,7 +86,6 @@ class RunReport:
     """A finished run: the last adapter and how it does on the clients' held-out parts."""
 
     adapter: dict[str, torch.Tensor]
-    rounds_completed: int
     evaluate: dict[str, float]
     """Weighted means of the clients' held-out figures of the last adapter."""
     clients: list[ClientRow]

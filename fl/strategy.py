@@ -102,11 +102,7 @@ class WeightedFedAvg(Strategy):
             on_round(report)
         fold = self._evaluate_round(grid, num_rounds, packed)
         return RunReport(
-            adapter=packed.unpack(),
-            rounds_completed=num_rounds,
-            evaluate=fold.evaluate_means(),
-            clients=fold.rows,
-            refused=fold.refused,
+            adapter=packed.unpack(), evaluate=fold.evaluate_means(), clients=fold.rows, refused=fold.refused
         )
 
     @override

@@ -193,9 +193,8 @@ def check_nf4(device: torch.device, size: int) -> Finding:
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
     product, exact = bnb.matmul_4bit(rows, packed.t(), quant_state=state), rows @ weight.t()
     error = float((product - exact).norm() / exact.norm())
-    ok = (
-        error < 0.15
-    )  # NF4 rounds normal weights by about 9 % of their size (arXiv 2305.14314); rubbish is off by > 100 %
+    # NF4 rounds normal weights by about 9 % of their size (arXiv 2305.14314); rubbish is off by > 100 %.
+    ok = error < 0.15
     found = f"works on {device.type}: {packed.numel() * 8 / weight.numel():.0f} bits a weight, {error:.1%} off"
     figures = {"ok": ok, "relative_error": error}
     return Finding(found, figures, None if ok else "model.quantization=none: this device's NF4 kernel is wrong")

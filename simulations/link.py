@@ -1,12 +1,11 @@
 """A slow, narrow or failing link as a command: `python simulations/link.py project.up.delay_seconds=0.05`."""
 
-import json
 import math
 import socket
-import sys
 from typing import Any
 
 from lab.command import entry
+from lab.command.processes import say_listening
 from lab.link import Cut, LinkSettings, OneWay
 from lab.link import run as be_a_link
 from lab.network import address_for_peers, cannot_listen
@@ -19,9 +18,8 @@ def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
     project, network = settings.project, settings.network
 
     def announce(host: str, port: int) -> None:
-        print(json.dumps({"status": "listening", "role": "link", "host": host, "port": port}), flush=True)
         words = f"network.host={address_for_peers(host)} network.port={port}"
-        print(f"connect to it instead of the target: {words}", file=sys.stderr, flush=True)
+        say_listening("link", host, port, f"connect to it instead of the target: {words}")
 
     try:
         socket.getaddrinfo(project.target_host, project.target_port)

@@ -51,9 +51,6 @@ from lab.models.architecture import as_described
 from lab.settings import Dtype, LabSettings, UserError, digest, to_plain
 from lab.tracking import finite
 
-__all__ = ["EndedBy", "Run", "compose_config", "compose_settings", "finish", "leave", "main", "settle"]
-
-
 log = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings", bound=LabSettings)

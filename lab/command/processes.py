@@ -74,6 +74,12 @@ def own_words(but: tuple[str, ...] = ()) -> list[str]:
     return [*(f"--config-dir={folder}" for folder in folders), *words]
 
 
+def say_listening(role: str, host: str, port: int, hint: str, **about: Any) -> None:
+    """Print, when a role is ready, one line of JSON on stdout for `first_line`, and on stderr what to type next."""
+    print(json.dumps({"status": "listening", "role": role, "host": host, "port": port, **about}), flush=True)
+    print(hint, file=sys.stderr, flush=True)
+
+
 def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
     """The line of JSON that a role prints when it is ready. NotReady when it ends before, or takes longer."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -9,7 +9,7 @@ import logging
 import os
 import sysconfig
 import tokenize
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +76,6 @@ def open_source(settings: DataSettings) -> Source:
             return TextFolder(path_as_typed(settings.path or "", "project.data.path"))
         case DataSource.hub:
             return HubDataset(settings.repo or "", settings.split)
-
-
-def records(source: Source, documents: Iterable[Document]) -> Iterator[Record]:
-    """Every record of `documents`, one document open at a time."""
-    for document in documents:
-        yield from source.read(document)
 
 
 class PythonLibrary:

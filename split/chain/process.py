@@ -1,7 +1,6 @@
 """The process of a shard, whatever it does: it says where it listens, and serves until it is told to end."""
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lab.command.ending import run_async
+from lab.command.processes import say_listening
 from lab.network import address_for_peers, cannot_listen
 from lab.settings import NetworkSettings
 from lab.wire import FrameServer
@@ -33,10 +33,9 @@ def serve_port(
     """Serve over tcp until Ctrl+C; the settings of `peer_role` name this shard. UserError for a taken address."""
 
     def announce(port: int) -> None:
-        ready = {"status": "listening", "role": role, "host": network.host, "port": port, "layers": project.layers}
-        print(json.dumps(ready), flush=True)
         address = f"{address_for_peers(network.host)}:{port}"
-        print(f"this shard's address in the {peer_role}'s project.shards=[...]: {address}", file=sys.stderr, flush=True)
+        hint = f"this shard's address in the {peer_role}'s project.shards=[...]: {address}"
+        say_listening(role, network.host, port, hint, layers=project.layers)
 
     serving = serve(
         server,
