@@ -1,4 +1,4 @@
-"""The process of a shard, whatever it does: it says where it listens, and serves until it is told to end."""
+"""The process of a shard, whatever it does: it serves a port until it is told to end."""
 
 import asyncio
 import logging
@@ -10,52 +10,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lab.command.ending import run_async
-from lab.command.processes import say_listening
-from lab.network import address_for_peers, cannot_listen
-from lab.settings import NetworkSettings
 from lab.wire import FrameServer
 from split.chain.server import ChainServer
-from split.settings import ChainSettings
 
 log = logging.getLogger(__name__)
 
 
-def serve_port(
-    server: ChainServer,
-    project: ChainSettings,
-    network: NetworkSettings,
-    tls: ssl.SSLContext | None,
-    *,
-    role: str,
-    peer_role: str,
-) -> None:
-    """Serve over tcp until Ctrl+C; the settings of `peer_role` name this shard. UserError for a taken address."""
-
-    def announce(port: int) -> None:
-        address = f"{address_for_peers(network.host)}:{port}"
-        hint = f"this shard's address in the {peer_role}'s project.shards=[...]: {address}"
-        say_listening(role, network.host, port, hint, layers=project.layers)
-
-    serving = serve(
-        server,
-        host=network.host,
-        port=network.port,
-        max_connections=project.max_connections,
-        tls=tls,
-        announce=announce,
-    )
-    try:
-        run_async(serving)
-    except OSError as error:
-        raise cannot_listen(network, error) from None
-
-
 async def serve(
     server: ChainServer,
-    *,
     host: str,
     port: int,
+    *,
     max_connections: int,
     tls: ssl.SSLContext | None,
     announce: Callable[[int], None],
