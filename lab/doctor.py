@@ -255,15 +255,11 @@ def check_ports(host: str, ports: list[int]) -> Finding:
 
 def _is_free(host: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        if sys.platform != "win32":  # as our listeners do; on Windows it would take a port away from its owner
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(1)
-        except OSError:
-            return False
-    return True
+    try:
+        with socket.create_server((host, port), family=family, backlog=1):
+            return True
+    except OSError:
+        return False
 
 
 def check_wandb(mode: WandbMode) -> Finding:

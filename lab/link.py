@@ -5,7 +5,7 @@ a delay is met to a fraction of a millisecond as long as the machine has a core 
 reordered, as over TCP; only their time changes. The connection itself is made at once: the delay is that of the bytes.
 
 In a process whose other threads compute in Python, the interpreter lock adds up to its switch interval: measure with
-the link in a process of its own (`run`).
+the link in a process of its own (`simulations.link`).
 """
 
 import contextlib
@@ -261,22 +261,6 @@ class Link:
             return
         self._connections += 1
         self._pairs.append(_Pair(client, target, self._target, self._up, self._down, self._buffer_bytes))
-
-
-def run(
-    target: tuple[str, int],
-    settings: LinkSettings,
-    *,
-    host: str,
-    port: int,
-    announce: Callable[[str, int], None],
-) -> Traffic:
-    """Be a link until Ctrl+C; `announce(host, port)` is called when it listens. Returns what entered it."""
-    with Link(target, settings, host=host, port=port) as link:
-        announce(host, link.port)
-        with contextlib.suppress(KeyboardInterrupt):
-            link.wait()
-        return link.traffic
 
 
 class _Direction:

@@ -2,12 +2,12 @@
 
 import math
 import socket
+from contextlib import suppress
 from typing import Any
 
 from lab.command import entry
 from lab.command.processes import say_listening
-from lab.link import Cut, LinkSettings, OneWay
-from lab.link import run as be_a_link
+from lab.link import Cut, Link, LinkSettings, OneWay
 from lab.network import address_for_peers, cannot_listen
 from lab.settings import UserError
 from simulations.link_settings import LinkProjectSettings, LinkRunSettings, OneWaySettings
@@ -16,28 +16,22 @@ from simulations.link_settings import LinkProjectSettings, LinkRunSettings, OneW
 def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
     """Carries bytes until Ctrl+C; then says how many."""
     project, network = settings.project, settings.network
-
-    def announce(host: str, port: int) -> None:
-        words = f"network.host={address_for_peers(host)} network.port={port}"
-        say_listening("link", host, port, f"connect to it instead of the target: {words}")
-
+    target = project.target_host, project.target_port
     try:
-        socket.getaddrinfo(project.target_host, project.target_port)
+        socket.getaddrinfo(*target)
     except (OSError, ValueError) as error:
         raise UserError(
             f"project.target_host must be a name that resolves, got {project.target_host!r} ({error})"
         ) from None
     try:
-        traffic = be_a_link(
-            (project.target_host, project.target_port),
-            link_settings(project, settings.seed),
-            host=network.host,
-            port=network.port,
-            announce=announce,
-        )
+        with Link(target, link_settings(project, settings.seed), host=network.host, port=network.port) as link:
+            words = f"network.host={address_for_peers(network.host)} network.port={link.port}"
+            say_listening("link", network.host, link.port, f"connect to it instead of the target: {words}")
+            with suppress(KeyboardInterrupt):
+                link.wait()
+            return {"role": "link", **vars(link.traffic)}
     except OSError as error:
         raise cannot_listen(network, error) from None
-    return {"role": "link", **vars(traffic)}
 
 
 def link_settings(project: LinkProjectSettings, seed: int) -> LinkSettings:

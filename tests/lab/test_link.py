@@ -328,14 +328,17 @@ def _started_by_this_test(link: Link) -> list[threading.Thread]:
     return [link._thread]
 
 
-def test_run_is_a_link_until_ctrl_c(server: EchoServer) -> None:
+def test_it_is_a_link_until_ctrl_c(server: EchoServer) -> None:
     code = f"""
-from lab.link import LinkSettings, OneWay, run
+from contextlib import suppress
+from lab.link import Link, LinkSettings, OneWay
 way = OneWay(delay_seconds=0.01)
 settings = LinkSettings(up=way, down=way, buffer_bytes=2**20, seed=0)
-say = lambda host, port: print(port, flush=True)
-traffic = run({server.address!r}, settings, host="127.0.0.1", port=0, announce=say)
-print(traffic.up_bytes, traffic.down_bytes)
+with Link({server.address!r}, settings, host="127.0.0.1", port=0) as link:
+    print(link.port, flush=True)
+    with suppress(KeyboardInterrupt):
+        link.wait()
+    print(link.traffic.up_bytes, link.traffic.down_bytes)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         watchdog = threading.Timer(60, process.kill)
