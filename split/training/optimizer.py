@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from split.training.messages import Recipe
+
 
 class MasterAdamW(torch.optim.AdamW):
     """AdamW (arXiv 1711.05101) on float32 masters of parameters in 16 bits (arXiv 1710.03740, section 3.1).
@@ -59,6 +61,11 @@ class MasterAdamW(torch.optim.AdamW):
             self.state[master] = {key: tensors[f"{key}.{name}"].clone() for key in keys}
             if master is not parameter:
                 master.copy_(tensors[f"{_MASTER}.{name}"])
+
+
+def adamw_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of a recipe's optimizer; its learning rate comes with each step."""
+    return {"lr": 0.0, "betas": (recipe.beta1, recipe.beta2), "weight_decay": recipe.weight_decay}
 
 
 _MASTER = "master"
