@@ -83,7 +83,7 @@ def state(number: int, base: Base, splits: list[Split], project: FederatedProjec
     mean = MetricMean()
     for index, split in enumerate(splits):
         if split.held_out:
-            losses[index] = evaluate(base.model, split.held_out, project.optimization.batch_size).loss
+            losses[index] = evaluate(base.model, split.held_out, project.optimization.batch_size)
             mean.fold({"eval_loss": losses[index]}, weight_of(split.held_out, project.weighting))
     return RoundFigures(
         round=number, eval_loss=mean.means()["eval_loss"], client_losses=losses, eval_sites=sorted(losses)

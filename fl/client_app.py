@@ -112,7 +112,7 @@ def site_records(client: LoRAClient) -> dict[str, MetricRecord]:
     records = {DATA: MetricRecord(asdict(client.split.counts))}
     if client.split.held_out:
         begin = time.perf_counter()
-        figures = {"eval_loss": client.evaluate().loss, "eval_seconds": time.perf_counter() - begin}
+        figures = {"eval_loss": client.evaluate(), "eval_seconds": time.perf_counter() - begin}
         records[EVALUATE] = MetricRecord({WEIGHT: client.weight(client.split.held_out), **figures})
     return records
 
