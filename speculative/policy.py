@@ -324,11 +324,6 @@ class DraftLength:
         return max(0, min(group, self._draft_length or group, self._reach - ahead))
 
     @property
-    def silent(self) -> bool:
-        """Whether speculation does not pay at the moment."""
-        return self._silent_for > 0
-
-    @property
     def _group(self) -> int:
         step, draft_step = self._pass.value, self._draft_step.value
         if step is None or draft_step is None or self.rtt_seconds is None:
