@@ -1,16 +1,15 @@
 """A slow, narrow or failing link as a command: `python simulations/link.py project.up.delay_seconds=0.05`."""
 
-import math
 import socket
 from contextlib import suppress
 from typing import Any
 
 from lab.command import entry
 from lab.command.processes import say_listening
-from lab.link import Cut, Link, LinkSettings, OneWay
+from lab.link import Link, LinkSettings
 from lab.network import address_for_peers, cannot_listen
 from lab.settings import UserError
-from simulations.link_settings import LinkProjectSettings, LinkRunSettings, OneWaySettings
+from simulations.link_settings import LinkProjectSettings, LinkRunSettings
 
 
 def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
@@ -37,19 +36,7 @@ def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
 def link_settings(project: LinkProjectSettings, seed: int) -> LinkSettings:
     """What `lab.link` takes."""
     return LinkSettings(
-        up=_one_way(project.up),
-        down=_one_way(project.down),
-        buffer_bytes=project.buffer_bytes,
-        seed=seed,
-        cuts=tuple(Cut(**vars(cut)) for cut in project.cuts),
-    )
-
-
-def _one_way(settings: OneWaySettings) -> OneWay:
-    return OneWay(
-        delay_seconds=settings.delay_seconds,
-        jitter_seconds=settings.jitter_seconds,
-        bytes_per_second=settings.bytes_per_second or math.inf,
+        up=project.up, down=project.down, buffer_bytes=project.buffer_bytes, seed=seed, cuts=tuple(project.cuts)
     )
 
 

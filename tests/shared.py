@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
+from lab.link import OneWay
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -39,3 +41,8 @@ def examples(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, sequ
 
     reader = ExampleReader(tokenizer, sequence_length)
     return [example for record in records for example in reader.examples(record)]
+
+
+def one_way(delay_seconds: float = 0.0, *, jitter_seconds: float = 0.0, bytes_per_second: float = 0.0) -> OneWay:
+    """One direction of a link, which changes nothing unless told."""
+    return OneWay(delay_seconds=delay_seconds, jitter_seconds=jitter_seconds, bytes_per_second=bytes_per_second)
