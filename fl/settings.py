@@ -116,6 +116,7 @@ class FederatedProjectSettings:
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
 
 
+@register("fed_learn")
 @dataclass(kw_only=True)
 class FederatedSettings(LabSettings):
     """Everything `simulations/fed_sim.py` and the Flower apps read."""
@@ -125,6 +126,3 @@ class FederatedSettings(LabSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_differentiable()
-
-
-register("fed_learn", FederatedSettings)

@@ -4,8 +4,6 @@ Knows nothing about models, data or settings files. The global adapter is what t
 mean is rounded to bfloat16 at the end of each round.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import time
@@ -104,11 +102,7 @@ class WeightedFedAvg(Strategy):
             on_round(report)
         fold = self._evaluate_round(grid, num_rounds, packed)
         return RunReport(
-            adapter=packed.unpack(),
-            rounds_completed=num_rounds,
-            evaluate=fold.evaluate_means(),
-            clients=fold.rows,
-            refused=fold.refused,
+            adapter=packed.unpack(), evaluate=fold.evaluate_means(), clients=fold.rows, refused=fold.refused
         )
 
     @override

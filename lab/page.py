@@ -1,7 +1,5 @@
 """One HTML page that carries everything: pictures inlined, no script, nothing from elsewhere."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Digests of what a figure depends on besides its settings: the files that these name, and the code that runs."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The grid: words of the command line and axes become cells, each a whole composition of its command's settings."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import json

@@ -3,8 +3,6 @@
 A task holds the cell's supervisor by its stdin, so that a worker that is killed takes its cell with it.
 """
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import sys

@@ -4,8 +4,6 @@ It says what the run was (settings, sources, device, limits), and nothing of the
 stands in a grid is said by whoever uses it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Settings of a sweep: which command over which axes, within which limits, where, and what is drawn of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -101,12 +99,10 @@ class SweepSettings:
         require(bool(self.metrics), "metrics must name at least one figure", self.metrics)
 
 
+@register("matrix")
 @dataclass(kw_only=True)
 class MatrixSettings(LabSettings):
     """Everything `python run_matrix.py` reads. `model`, `seed`, `network` and `device` are for the cells, too;
     `project.*` is for the cells alone."""
 
     matrix: SweepSettings
-
-
-register("matrix", MatrixSettings)

@@ -5,8 +5,6 @@ enough to end what that one had started: the job comes as one JSON line on stdin
 came, the command is killed with everything below it. The outcome is one JSON line on stdout. Light: no torch, no Hydra.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

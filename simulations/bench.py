@@ -8,8 +8,6 @@ Writes `<folder>/results/<date>-<commit>.json` (all rows, each benchmark with it
 loses only itself. A benchmark that fails is named in both, the others run; the exit code is 1 then.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shlex
@@ -73,10 +71,7 @@ def _rows(out: str) -> list[Row]:
     return []
 
 
-def main() -> None:
-    """Composes `conf/bench.yaml` and measures."""
-    entry.main("bench", BenchSettings, run)
-
+main = entry.door("bench", BenchSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -3,8 +3,6 @@
 Each part is processes of its own; the last line holds every part's figures.
 """
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import time
@@ -47,7 +45,7 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
     }
 
 
-def show(part: Part, settings: DemoSettings, folder: Path) -> Shown:
+def show(part: "Part", settings: DemoSettings, folder: Path) -> Shown:
     """Run one part to its end, its progress on our stderr. Fault with its command when it fails."""
     begin = time.perf_counter()
     words = [f"prompt={settings.prompt}"] * part.generates + getattr(settings.project, part.told)
@@ -142,10 +140,7 @@ PARTS = (
 )
 
 
-def main() -> None:
-    """Composes `conf/demo.yaml` and runs."""
-    entry.main("demo", DemoSettings, run)
-
+main = entry.door("demo", DemoSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -4,8 +4,6 @@ Every client is a message to one of `project.workers` long-lived Ray workers; ea
 that dies is replaced, and its message tried again: a client keeps nothing between messages, so its answer is the same.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os

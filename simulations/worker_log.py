@@ -4,8 +4,6 @@ Ray keeps the output of its workers to itself, and passes on either all of it or
 warnings to one file of the run folder, a line of JSON each, and the process that the person sees follows that file.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

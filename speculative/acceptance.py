@@ -1,7 +1,5 @@
 """Rules of acceptance, and the hash by which both sides know that they hold the same text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lab.engine.sampling import mix64

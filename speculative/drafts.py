@@ -5,8 +5,6 @@ holds these as text, too, until it is told otherwise: a rejection is `correct(po
 Knows nothing about networks or verifiers.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from typing import Protocol
@@ -25,7 +23,6 @@ class Drafts(Protocol):
 
     def propose(self, count: int) -> list[int]:
         """Draft up to `count` tokens behind the text that is held, and hold them, too. Fewer when there are no more."""
-        ...
 
     def correct(self, position: int, ids: Sequence[int]) -> None:
         """Replace the text from `position` on by `ids`."""

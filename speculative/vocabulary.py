@@ -3,8 +3,6 @@
 Only ids that the tokenizer has count: a model's matrix may be padded beyond them, differently in each size of a family.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """One line for what the user got wrong: dotted key, rule, value. From the exceptions of Hydra and OmegaConf."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Words of a command line, `key=value`, as Hydra must see them: nobody quotes anything by hand, here or in a shell."""
 
-from __future__ import annotations
-
 import re
 from argparse import Namespace
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Signals of a process that uses Ray: they stay ours."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

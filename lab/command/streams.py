@@ -3,8 +3,6 @@
 What a stream cannot encode is escaped, line ends stay as they are, and what cannot be written any more is dropped.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -3,8 +3,6 @@
 No DictConfig goes further than this module.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

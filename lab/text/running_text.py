@@ -4,9 +4,7 @@ Where a stop string ends the text depends on the characters alone, not on how to
 once: the one that is complete first counts, of those the one that began first. What may become one is held back.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -108,6 +106,12 @@ class Said:
     """The tokens that stand in it with all of their characters."""
     stopped: bool
     """Whether a stop string ended it."""
+
+    def ended_by(self, end_ids: Collection[int]) -> str:
+        """`stop`, `end_token` or `length`: `ended_by` of the last line."""
+        if self.stopped:
+            return "stop"
+        return "end_token" if self.ids and self.ids[-1] in end_ids else "length"
 
 
 def said(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str]) -> Said:

@@ -1,7 +1,5 @@
 """Cases of the benchmark and their rows: measured figures next to the target alone and to the formulas."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 

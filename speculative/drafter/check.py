@@ -1,7 +1,5 @@
 """Check of a generated text against the target alone: every token that differs is a flip."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 

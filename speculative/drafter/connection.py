@@ -4,8 +4,6 @@ One thread stays in `recv`, where heartbeats live: so a drafter that computes fo
 that its verifier is.
 """
 
-from __future__ import annotations
-
 import queue
 import ssl
 import threading

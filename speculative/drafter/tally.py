@@ -16,8 +16,6 @@ ms_per_token_p50        median over tokens; the n tokens of a round took 1/n of 
 tokens_per_second       new tokens / generation_seconds: from asking (connection and models are there) to the last one.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import Counter

@@ -3,8 +3,6 @@
 A connection that sends more frames than it may is not cut off: it is read more slowly, and no other is.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import struct

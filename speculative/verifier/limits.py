@@ -1,7 +1,5 @@
 """How much a verifier gives, and why a request is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -12,8 +12,6 @@ Knows nothing about tokenizers, networks or threads: a `Scheduler` is called fro
 `patience()` between two ticks unless there is something to tell it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import logging

@@ -5,8 +5,6 @@ of these ends here, on whichever side, the client's others end with it, and what
 along the chain. Nothing else does.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """Settings of split training: what is trained, how a step is cut into micro-batches, what is kept."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 
@@ -107,6 +105,7 @@ class SplitTrainProjectSettings(ChainSettings):
             )
 
 
+@register("split_train")
 @dataclass(kw_only=True)
 class SplitTrainSettings(LabSettings):
     """Settings of a trainer and of its shards."""
@@ -116,6 +115,3 @@ class SplitTrainSettings(LabSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_differentiable()
-
-
-register("split_train", SplitTrainSettings)

@@ -5,8 +5,6 @@ comes back is the loss and one scalar a shard, from which the global gradient no
 gradients: `Explicit` here, over any transport; `split.training.autograd.Autograd` over torch's.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -82,15 +80,12 @@ class Backward(Protocol):
 
     def begin(self) -> None:
         """Get ready after the shards have been started, or started again."""
-        ...
 
     def gradients(self, step: int, micro_batches: Sequence[Batch], plan: Step) -> Gradients:
         """Do all forwards and backwards of a step."""
-        ...
 
     def apply(self, step: int, apply: Apply) -> None:
         """Take the optimizer's step at every shard."""
-        ...
 
 
 class Shards:

@@ -7,8 +7,6 @@ shard; seats hold RRefs to their neighbours. A process that is lost cannot be re
 RPC hands out calls to threads, so that their order is lost: a sender numbers its messages to each receiver.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
