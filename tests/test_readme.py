@@ -55,12 +55,13 @@ COMPOSED = (
     "python -m split.",
     "python -m fl.bench",
     "python -m lab.decode",
+    "python -m lab.bench_engine",
     "python -m simulations.bench",
     "python simulations/link.py",
 )
 """Roles that wait for a peer, on this or another machine, and what takes long: their own tests run them, here their
 words compose to the settings that the command itself reads."""
-SHELL = ("openssl ", ". .venv/bin/activate", "export ", "mkdir ", "C=", "cd ")
+SHELL = ("openssl ", "pip install -e ", ". .venv/bin/activate", "export ", "mkdir ", "C=", "cd ")
 BY_HAND = ("python3 -m venv", ".venv/bin/python")
 
 

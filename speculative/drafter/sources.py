@@ -20,6 +20,7 @@ from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.engine.synthetic import SyntheticEngine
 from lab.models.layers import load_layers, load_proved, with_adapter
+from lab.models.packed import IntLinear
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from speculative.drafter.draft_model import draft_model
@@ -94,6 +95,9 @@ class EngineDrafts(Drafts):
 def add_noise_to_head(model: PreTrainedModel, noise: float, seed: int) -> None:
     """Give the model a head of its own with normal noise of `noise` times the head's standard deviation."""
     head = cast(Any, model.get_output_embeddings())
+    if isinstance(head, IntLinear):
+        head = head.in_float().to(model.dtype)
+        model.set_output_embeddings(head)
     weight_VH = head.weight.detach().float()
     generator = torch.Generator().manual_seed(seed)
     random_VH = torch.randn(weight_VH.shape, generator=generator).to(weight_VH.device)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, GPT2Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 
 from lab.command.entry import compose_settings
 from lab.decode import DecodeSettings
@@ -25,6 +25,8 @@ from lab.models.quantized import Stored
 from lab.models.slices import run_slice
 from lab.models.sources import load_model
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
+from speculative.drafter.sources import add_noise_to_head
+from tests.lab.models.adapters import make_adapter, peft_says, slices_say
 from tests.random_models import random_model
 
 CPU = torch.device("cpu")
@@ -136,6 +138,34 @@ def test_slices_are_the_whole_and_a_second_start_packs_nothing(quantization: Qua
         assert not torch.equal(plain(ids).logits, whole(ids).logits)
 
 
+@pytest.mark.parametrize("quantization", INTEGERS)
+def test_an_adapter_stays_beside_packed_layers(quantization: Quantization, tmp_path: Path) -> None:
+    base = tmp_path / "model"
+    random_model("qwen2", torch.float32, hidden_size=64, intermediate_size=96).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    settings = _settings(
+        quantization, source=ModelSource.path, path=str(base), package=None, cache_dir=str(tmp_path / "c")
+    )
+    adapter = make_adapter(base, tmp_path / "adapter")
+    load_model(settings, CPU)
+    [packed_folder] = (tmp_path / "c").glob(f"*-{quantization.name}")
+    expected = peft_says(replace(settings, path=str(packed_folder)), adapter)
+    assert torch.equal(slices_say(settings, adapter, (0, 2, 4)), expected)
+    assert not torch.equal(peft_says(replace(settings, path=str(packed_folder)), None), expected)
+
+
+def test_noise_comes_over_a_packed_head(tmp_path: Path) -> None:
+    model = random_model("qwen2", torch.float32, hidden_size=64, intermediate_size=96)
+    packed.write_packed(model, tmp_path, 4, torch.float32)
+    read: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, local_files_only=True)
+    ids = torch.arange(1, 20)[None]
+    with torch.inference_mode():
+        before = read(ids).logits
+        add_noise_to_head(read, 0.01, seed=0)
+        after = read(ids).logits
+    assert 0 < float((after - before).norm() / before.norm()) < 0.1
+
+
 def test_a_gguf_file_keeps_its_own_numbers() -> None:
     settings = _settings(Quantization.int4, dtype=Dtype.bfloat16)
     model = load_model(settings, CPU).model
@@ -182,8 +212,6 @@ def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> Non
 def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
     for part, width in (("thin", 48), ("other", 64)):
         config = GPT2Config(vocab_size=300, n_embd=width, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
-        from transformers import AutoModelForCausalLM
-
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / part)
         byte_tokenizer().save_pretrained(tmp_path / part)
     settings = _settings(
