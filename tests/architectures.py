@@ -245,8 +245,8 @@ _USES = ("engine", "slices", "training", "nf4", "lora")
 _HEAD = """# Which architectures are proved
 
 For every architecture with a causal language model in transformers {version}: whether a small random model of it gave
-the same results as transformers. `yes` means proved. `no` means refused by name; the reasons are below the table. When a
-model is loaded, the same trial runs with that model's own config. So a model with unusual settings may be refused in
+the same results as transformers. `yes` means proved. `no` means refused by name; the reasons are below the table. When
+a model is loaded, the same trial runs with that model's own config. So a model with unusual settings may be refused in
 spite of a `yes`, or accepted in spite of a `no`.
 
 - **engine**: a whole model with our KV cache: in chunks, batched with other sequences, rewound. Needed by `lab.decode`,
