@@ -9,7 +9,7 @@ from lab.command import entry
 
 
 def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
-    """The federated run, or its central baseline."""
+    """Run the federation, or its central baseline."""
     if settings.project.baseline is Baseline.central:
         from fl.central import train_centrally
 
@@ -20,7 +20,7 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Composes `conf/fed_learn.yaml` and runs."""
+    """Run with `conf/fed_learn.yaml`."""
     entry.main("fed_learn", FederatedSettings, run)
 
 

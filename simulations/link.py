@@ -17,7 +17,7 @@ from simulations.link_settings import LinkProjectSettings, LinkRunSettings, OneW
 
 
 def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
-    """Carries bytes until Ctrl+C; then says how many."""
+    """Carry bytes until Ctrl+C, then report their number."""
     project, network = settings.project, settings.network
 
     def announce(host: str, port: int) -> None:
@@ -45,7 +45,7 @@ def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def link_settings(project: LinkProjectSettings, seed: int) -> LinkSettings:
-    """What `lab.link` takes."""
+    """These settings as `lab.link` takes them."""
     return LinkSettings(
         up=_one_way(project.up),
         down=_one_way(project.down),
@@ -64,7 +64,7 @@ def _one_way(settings: OneWaySettings) -> OneWay:
 
 
 def main() -> None:
-    """Composes `conf/link.yaml` and runs."""
+    """Run with `conf/link.yaml`."""
     entry.main("link", LinkRunSettings, run)
 
 

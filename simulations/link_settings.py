@@ -1,4 +1,4 @@
-"""Settings of `simulations/link.py`: what happens to the bytes of each direction, and when the link fails."""
+"""Settings of `simulations/link.py`: delay and speed of each direction, and when the link fails."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lab.settings import LabSettings, register, require, require_at_least
 
 @dataclass(kw_only=True)
 class OneWaySettings:
-    """What happens to bytes in one direction."""
+    """Delay and speed of one direction."""
 
     delay_seconds: float
     jitter_seconds: float
-    """Added to the delay, uniform in [0, this]."""
+    """Random extra delay, uniform in [0, this]."""
     bytes_per_second: float
     """0: no limit."""
 
@@ -24,13 +24,13 @@ class OneWaySettings:
 
 @dataclass(kw_only=True)
 class CutSettings:
-    """A failure to come."""
+    """A planned failure."""
 
     at_seconds: float
-    """After the start of the link."""
+    """Seconds after the start of the link."""
     kind: CutKind
     duration_seconds: float
-    """0 with `reset`: the connections of that moment only."""
+    """0 with `reset`: only the connections of that moment are cut."""
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "at_seconds", "duration_seconds")
@@ -43,11 +43,11 @@ class LinkProjectSettings:
     target_host: str
     target_port: int
     up: OneWaySettings
-    """From whoever connects to the target."""
+    """From the peer that connects, to the target."""
     down: OneWaySettings
-    """From the target back."""
+    """From the target, to that peer."""
     buffer_bytes: int
-    """Bytes of one connection and direction that may be under way."""
+    """Most bytes in transit for one connection and direction."""
     cuts: list[CutSettings]
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class LinkProjectSettings:
 
 @dataclass(kw_only=True)
 class LinkRunSettings(LabSettings):
-    """Everything this command reads."""
+    """All settings of this command."""
 
     project: LinkProjectSettings
 
