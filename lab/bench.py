@@ -109,13 +109,13 @@ def run_parts(
 
     Args:
         name: Name of the benchmark.
-            parts: Measurement of each part, which returns one row or several.
+        parts: Measurement of each part, which returns one row or several.
         chosen: Names of the parts to measure.
         rig: Opened once, for all parts.
         settings: Settings of the run, for tracking.
         place: Folder of the run.
-            report: File of the report. Rows of other parts in it are kept.
-            rule: The rule that an unknown part breaks, with {} for all names.
+        report: File of the report. Rows of other parts in it are kept.
+        rule: The rule that an unknown part breaks, with {} for all names.
 
     Raises:
         UserError: the benchmark has no part of a chosen name.

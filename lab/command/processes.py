@@ -45,8 +45,8 @@ def start(
         words: Overrides, such as `lab.command.overrides.override` makes.
         folder: Its run folder; None for a module that keeps no files.
         log: Its stderr goes to a file there; else to our own stderr.
-            follows_stdin: It ends when we close its standard input, or end; else it has no standard input.
-            own_session: Ctrl+C in our terminal does not reach it.
+        follows_stdin: It ends when we close its standard input, or end; else it has no standard input.
+        own_session: Ctrl+C in our terminal does not reach it.
     """
     command = [sys.executable, "-m", module, *words]
     if folder is not None:

@@ -1,4 +1,4 @@
-"""The drafter: drafts on this machine, has the verifier check, prints the text. `python -m speculative.drafter`."""
+"""The drafter: drafts on this machine, lets the verifier check, prints the text. `python -m speculative.drafter`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from speculative.settings import SpeculativeSettings
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Serve one request; returns the figures of the last line."""
+    """Generate one text; return the figures of the last line."""
     from speculative.drafter.session import draft
 
     return draft(settings, place)
 
 
 def main() -> None:
-    """Composes `conf/spec_decoding.yaml` and runs."""
+    """Run with `conf/spec_decoding.yaml`."""
     entry.main("spec_decoding", SpeculativeSettings, run)
 
 

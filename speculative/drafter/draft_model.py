@@ -1,6 +1,6 @@
 """The model that `project.draft.model` names: a YAML of `conf/model` or of the user's own, a folder, a file, a hub id.
 
-Nothing is written as words for Hydra to read again: a folder may have any name.
+Settings are built directly, not as overrides for Hydra to parse: a folder may have any name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def draft_model(settings: SpeculativeSettings, device: torch.device) -> ModelSettings:
-    """The model that `project.draft.model` names, in `project.draft.dtype` or the precision that its YAML says.
+    """The model that `project.draft.model` names, in `project.draft.dtype` or the precision of its YAML.
 
     Raises:
         UserError: nothing of that name, or a YAML that describes no model.
@@ -41,7 +41,7 @@ def draft_model(settings: SpeculativeSettings, device: torch.device) -> ModelSet
 
 
 def _folders() -> list[Path]:
-    """Ours, and what the command line adds with `--config-dir`, in the order in which Hydra looks."""
+    """Folders of our own YAML files and of `--config-dir`, in the order in which Hydra searches them."""
     own = [Path(conf.__file__).parent]
     if not HydraConfig.initialized():
         return own
@@ -50,7 +50,7 @@ def _folders() -> list[Path]:
 
 
 def _of_yaml(file: Path, name: str) -> ModelSettings:
-    """A YAML with what `conf/main.yaml` gives to every model."""
+    """A YAML file, completed by what `conf/main.yaml` gives to every model."""
     try:
         shared = cast(DictConfig, OmegaConf.load(Path(conf.__file__).parent / "main.yaml")).model
         merged = OmegaConf.merge(OmegaConf.structured(ModelSettings), shared, OmegaConf.load(file))
@@ -59,7 +59,7 @@ def _of_yaml(file: Path, name: str) -> ModelSettings:
         raise UserError(f"project.draft.model {name}: {describe(error)}") from None
     except ValueError as error:
         raise UserError(f"project.draft.model {name}: model.{error}") from None
-    except Exception as error:  # YAML's own
+    except Exception as error:  # an error of the YAML parser
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"project.draft.model {name} must be a YAML file that can be read, got: {reason}") from None
 
@@ -94,6 +94,6 @@ def _of_place(name: str, target: ModelSettings) -> ModelSettings:
 
 
 def _shared_dtype() -> Dtype:
-    """The default dtype, for models that no YAML describes."""
+    """The default dtype, for models without a YAML file."""
     shared = cast(DictConfig, OmegaConf.load(Path(conf.__file__).parent / "main.yaml"))
     return Dtype[str(shared.model.dtype)]
