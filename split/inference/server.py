@@ -112,7 +112,7 @@ class ShardServer(ChainServer):
             return
         self._line.append(_Waiting(client, message, arrived))
         self._tell_places()
-        self.tell_loop(self._look_again)
+        self.call_on_loop(self._look_again)
 
     def _admit(self) -> None:
         """Give the room that there is to the requests at the front of the line."""
@@ -133,13 +133,13 @@ class ShardServer(ChainServer):
         for place, waiting in enumerate(self._line, 1):
             if waiting.place != place:
                 waiting.place = place
-                self.tell_loop(_tell_place, waiting.client, waiting.message.number, place)
+                self.call_on_loop(_tell_place, waiting.client, waiting.message.number, place)
 
     def _look(self) -> None:
         self._is_looking = False
         self._admit()
         if self._line:
-            self.tell_loop(self._look_again)
+            self.call_on_loop(self._look_again)
 
     # On the loop
 
@@ -150,8 +150,8 @@ class ShardServer(ChainServer):
             self.loop.call_later(LOOK_SECONDS, self.jobs.put, self._look)
 
     @override
-    def after(self, client: Client) -> None:
-        super().after(client)
+    def on_computed(self, client: Client) -> None:
+        super().on_computed(client)
         # A core that sleeps until the next pass takes tenths of a millisecond to be at work again.
         self._awake_until = time.monotonic() + self._awake_seconds
         if self._awake is None or self._awake.done():
