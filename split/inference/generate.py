@@ -34,7 +34,7 @@ from split.transport.base import ShardReport
 
 @dataclass
 class Generation:
-    """A text as far as it is generated, with its times."""
+    """A text generated so far, with its times."""
 
     settings: SplitSettings
     tokenizer: PreTrainedTokenizerBase
@@ -42,11 +42,11 @@ class Generation:
     """Ids that end the text."""
     ids: list[int] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
-    """Times between two tokens; without the first one, which is the prompt's."""
+    """Times between two tokens; without the first one, which includes the prompt."""
     first_token_seconds: float = 0.0
 
     def figures(self) -> dict[str, Any]:
-        """The text and what ended it."""
+        """The text and its ending."""
         found = said(decoder(self.tokenizer, self.ends), self.ids, self.settings.project.stops)
         by_end = "end_token" if self.ids and self.ids[-1] in self.ends else "length"
         return {

@@ -1,4 +1,4 @@
-"""From settings to a `ShardedModel`, and to a shard of one."""
+"""Opens a `ShardedModel`, or one of its shards, from settings."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ INFERENCE = ChainKind(
     client="client", shard="shard", module="split.serve", protocol=PROTOCOL, table=table, worker_threads=4
 )
 ROOM_FOR_A_HEAD = 1024
-"""Bytes beside the hidden states of one token in a frame."""
+"""Bytes of a frame for one token, besides its hidden states."""
 
 
 def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
-    """Fingerprints that all roles must have alike: of the weights, and of the boundary."""
+    """Fingerprints that all roles must share: of the weights, and of the boundary."""
     return weights_fingerprints(model) | {"boundary": boundary.name}
 
 
@@ -73,7 +73,7 @@ def join_shards(
     recovery_seconds: float,
     line_seconds: float = 0.0,
 ) -> ShardedModel:
-    """An engine over shards that serve already.
+    """An engine over running shards.
 
     Args:
         model: What they must hold; its config is read here, its weights are not.
@@ -133,8 +133,8 @@ def _engine(
 
 
 def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> InferenceStage:
-    """One shard of the model. UserError for layers it does not have, a context that the cache has no room for,
-    and for what cannot run."""
+    """One shard of the model. UserError for layers that the model lacks, a context too large for the cache, and
+    settings that cannot be served."""
     project = settings.project
     limits = ShardLimits(
         sessions=project.sessions,
@@ -156,7 +156,7 @@ def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> 
 
 
 def host(settings: SplitSettings) -> dict[str, Any]:
-    """Serve until Ctrl+C; the figures of the last line. UserError for what cannot be served."""
+    """Serve until Ctrl+C; the figures of the last line. UserError for settings that cannot be served."""
     project, network = settings.project, settings.network
 
     def make_server(stage: InferenceStage, place: Place) -> ShardServer:
