@@ -246,7 +246,7 @@ Send {quoted(files.public_key)} to the server (no secret), and get its ca.crt an
 Once the key is registered, here:
   flower-supernode --superlink HOST:PORT --root-certificates ca.crt --auth-supernode-private-key {quoted(files.key)} \
 --node-config "partition-id=0 data-path='/path/to/this/site.jsonl'"
-Every site has a partition-id of its own: 0, 1, 2, ...
+Every site has its own partition-id: 0, 1, 2, ...
 """
 
 

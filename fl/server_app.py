@@ -68,9 +68,9 @@ def unfinished(error: RoundFailed | NodesMissing, folder: Path) -> Fault:
     if isinstance(error, NodesMissing):
         return Lost(f"{error}; {left}")
     reasons = Counter(refusal.reason for refusal in error.refused).most_common()
-    told = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
+    counted = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
     more = [f"{len(reasons) - MAX_REASONS} more reasons"] if len(reasons) > MAX_REASONS else []
-    return Fault(f"round {error.server_round} had no good reply: {'; '.join(told + more)}; {left}")
+    return Fault(f"round {error.server_round} had no good reply: {'; '.join(counted + more)}; {left}")
 
 
 app = make_server_app(deployed)

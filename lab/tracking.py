@@ -58,7 +58,7 @@ class JsonLines:
         self._file.close()
 
 
-class Tracked(Protocol):
+class HasTracking(Protocol):
     """Settings of a command, or of one cell of a sweep, which become the config of its W&B run."""
 
     @property
@@ -69,7 +69,7 @@ class Tracked(Protocol):
 class Wandb:
     """A Weights & Biases run that keeps all its files in the run folder; scalars are logged, the rest is summary."""
 
-    def __init__(self, settings: Tracked, group: str, folder: Path) -> None:
+    def __init__(self, settings: HasTracking, group: str, folder: Path) -> None:
         places = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
         self._variables = {name: str(folder) for name in places if name not in os.environ}
         self._variables |= {} if "WANDB_SILENT" in os.environ else {"WANDB_SILENT": "true"}
@@ -112,7 +112,7 @@ class Wandb:
 class Tracker:
     """All sinks of one run, as a context manager."""
 
-    def __init__(self, settings: Tracked, name: str, folder: Path) -> None:
+    def __init__(self, settings: HasTracking, name: str, folder: Path) -> None:
         self._tracking: TrackingSettings = settings.tracking
         self._reported: set[str] = set()
         self._jsonl = self._open_jsonl(folder / "metrics.jsonl")
@@ -158,7 +158,7 @@ class Tracker:
             self._reported.add("metrics.jsonl")
             log.warning("metrics.jsonl lacks rows: %s", error)
 
-    def _open_wandb(self, settings: Tracked, name: str, folder: Path) -> Sink | None:
+    def _open_wandb(self, settings: HasTracking, name: str, folder: Path) -> Sink | None:
         if settings.tracking.wandb is WandbMode.disabled:
             return None
         try:

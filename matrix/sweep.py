@@ -220,8 +220,8 @@ def _job(run: CellRun, sweep: SweepSettings) -> Job:
 
 def _track(run: CellRun, record: Record, tracking: TrackingSettings, group: str) -> None:
     """Log the cell as a separate run, grouped by sweep."""
-    told = CellTracking(tracking, {"point": run.cell.point, "repeat": run.repeat, **record["settings"]})
-    with Tracker(told, group, run.folder) as tracker:
+    tracked = CellTracking(tracking, {"point": run.cell.point, "repeat": run.repeat, **record["settings"]})
+    with Tracker(tracked, group, run.folder) as tracker:
         tracker.result({key: record[key] for key in _TRACKED} | record["figures"])
 
 

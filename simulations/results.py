@@ -61,7 +61,7 @@ def results_page(benchmarks: Sequence[BenchmarkSettings], reports: Path) -> str:
     lines = [
         "# Results",
         "",
-        "Written by `make bench` from the reports in [results](results), in which every reading stands. What is",
+        "Written by `make bench` from the reports in [results](results), which hold every reading. What is",
         "measured, how, and why some targets are missed: [docs/benchmarks.md](../docs/benchmarks.md).",
         "",
         "- 1.23 (1.20 – 1.30, n = 5): the median of five readings, the smallest and the largest.",

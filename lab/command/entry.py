@@ -174,7 +174,7 @@ class _Command:
             if figures is not None:
                 by = EndedBy.done if number is None else Stopped(number).ended_by
                 self._write({"ended_by": by, **figures})
-            return self._told_in_full(0)
+            return self._code_if_written(0)
         so_far = self._so_far()
         # A run that cannot begin has no figures, nor have options that Hydra handles itself (`--help`).
         if so_far or not (end.code == 2 or (end.code == 0 and self.place is None)):
@@ -186,9 +186,9 @@ class _Command:
             traceback.print_exception(end.fault)
         elif end.line:
             _say(end.code, end.line)
-        return self._told_in_full(end.code)
+        return self._code_if_written(end.code)
 
-    def _told_in_full(self, code: int) -> int:
+    def _code_if_written(self, code: int) -> int:
         """The exit code; not 0 if the last line could not be written, unless its reader is gone."""
         error = streams.lost(self._out)
         if error is None or streams.is_left(self._out):

@@ -100,22 +100,22 @@ class RunningText:
 
 
 @dataclass(frozen=True)
-class Said:
-    """A text up to its end."""
+class FinalText:
+    """A generated text up to its end."""
 
     text: str
     ids: list[int]
-    """The tokens that stand in it with all of their characters."""
+    """The tokens that are in it with all of their characters."""
     stopped: bool
     """Whether a stop string ended it."""
 
 
-def said(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str]) -> Said:
-    """The text of all tokens, up to where a stop string ends it."""
+def final_text(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str]) -> FinalText:
+    """The text of all tokens, up to the stop string that ends it."""
     running = RunningText(decode, stops)
     for token in ids if stops else ():
         running.add(token)
     running.finish()
     if running.stopped:
-        return Said(running.text, list(ids[: running.whole_tokens]), stopped=True)
-    return Said(decode(ids), list(ids), stopped=False)
+        return FinalText(running.text, list(ids[: running.whole_tokens]), stopped=True)
+    return FinalText(decode(ids), list(ids), stopped=False)

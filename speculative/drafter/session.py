@@ -21,7 +21,7 @@ from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
-from lab.text.running_text import Said, said
+from lab.text.running_text import FinalText, final_text
 from lab.tracking import Tracker
 from speculative.drafter.check import find_flips
 from speculative.drafter.loop import SYNC_LENGTH, RequestRefused, Round, speculate
@@ -163,7 +163,8 @@ def _figures(
     settings: SpeculativeSettings, target: RemoteTarget, tokenizer: PreTrainedTokenizerBase, tally: Tally
 ) -> dict[str, Any]:
     project = settings.project
-    text, figures = said(decoder(tokenizer, target.welcome.end_ids), tally.token_ids, project.stops), tally.figures()
+    text = final_text(decoder(tokenizer, target.welcome.end_ids), tally.token_ids, project.stops)
+    figures = tally.figures()
     return {
         "text": text.text,
         "token_ids": text.ids,
@@ -187,7 +188,7 @@ def _figures(
     }
 
 
-def _ended_by(text: Said, end_ids: Sequence[int]) -> str:
+def _ended_by(text: FinalText, end_ids: Sequence[int]) -> str:
     if text.stopped:
         return "stop"
     return "end_token" if text.ids and text.ids[-1] in end_ids else "length"

@@ -401,12 +401,12 @@ class Scheduler:
             return []
         if new is None:
             self._next_places_at = now + PLACE_SECONDS
-        told: list[Outcome] = []
+        waiting: list[Outcome] = []
         for place, sequence in enumerate(self._order(), start=1):
             if sequence.place != place and new in (None, sequence):
                 sequence.place = place
-                told.append(Waiting(sequence.key, place))
-        return told
+                waiting.append(Waiting(sequence.key, place))
+        return waiting
 
     def _stop(self, sequence: VerifiedSequence) -> None:
         """Remove a sequence from the engine or from the line."""

@@ -81,7 +81,7 @@ async def serve(
 
     Raises:
         UserError: an address that cannot be listened on, a target that no request can use.
-        EngineFailed: the target fails, whoever asks.
+        EngineFailed: the target fails for every request.
         Exception: what else ended the forward thread.
     """
     project, network = settings.project, settings.network

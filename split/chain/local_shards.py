@@ -34,7 +34,7 @@ class LocalShards:
         folder: Where they log.
         start_seconds: How long they may take to listen.
         words: Their command line, but for their places.
-        pin: Whether each gets a core of its own.
+        pin: Whether each gets its own core.
         module: What they run.
         group_port: Where they meet as members of a torch RPC group; they do not listen then, and are not started again.
     """

@@ -22,7 +22,7 @@ from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import UserError
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
-from lab.text.running_text import said
+from lab.text.running_text import final_text
 from lab.tracking import Tracker, picture
 from split.inference.messages import Report
 from split.inference.picture import draw
@@ -47,7 +47,7 @@ class Generation:
 
     def figures(self) -> dict[str, Any]:
         """The text and its ending."""
-        found = said(decoder(self.tokenizer, self.ends), self.ids, self.settings.project.stops)
+        found = final_text(decoder(self.tokenizer, self.ends), self.ids, self.settings.project.stops)
         by_end = "end_token" if self.ids and self.ids[-1] in self.ends else "length"
         return {
             "text": found.text,

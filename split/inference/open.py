@@ -83,9 +83,9 @@ def join_shards(
         boundary: How hidden states travel between them: a name of `Boundary`.
         context: Most tokens of a request; 0: the model's own limit. Never more than the shards take.
         prefill_chunk: Most tokens of a request in one pass.
-        start_seconds: How long they may take to be there.
+        start_seconds: Time limit for them to start.
         recovery_seconds: How long to try to bring back one that was lost.
-        line_seconds: How long to wait in line for room; 0 for a caller with a line of its own, which asks again.
+        line_seconds: How long to wait in line for room; 0 for a caller with its own line, which asks again.
 
     Raises:
         UserError: shards that are not there, or are not this model from its first layer to its last.

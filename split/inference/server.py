@@ -43,7 +43,7 @@ class ShardServer(ChainServer):
 
     Args:
         stage: The shard.
-        place: Where it stands.
+        place: Its place in the chain.
         awake_seconds: Time after a pass in which the next one is looked for without sleeping.
         most_waiting: Most requests in line for room; more are refused at once.
     """

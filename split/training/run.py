@@ -193,7 +193,7 @@ def check_resumable(found: Manifest, ours: Manifest, folder: Path, *, allow_chan
         now = "" if found.data == ours.data else f": project.data was {found.data} and is {ours.data}"
         raise UserError(
             f"project.data must hold the examples that {str(folder)!r} learnt from (project.allow_changed_data=true "
-            f"goes on with others), got others{now}"
+            f"continues with others), got others{now}"
         )
     for name, theirs in _kept(found).items():
         if theirs != (mine := _kept(ours)[name]):
