@@ -138,10 +138,10 @@ def run_parts(
 
 
 @contextmanager
-def link_process(port: int, rtt_seconds: float, folder: Path, start_seconds: float, *words: str) -> Iterator[int]:
+def link_process(port: int, rtt_seconds: float, folder: Path, start_seconds: float, *more: str) -> Iterator[int]:
     """A process with a link to a port of this machine, half of the round-trip time each way; yields its own port."""
     delays = [f"project.{way}.delay_seconds={rtt_seconds / 2}" for way in ("up", "down")]
-    overrides = ["network.port=0", "tracking=none", f"project.target_port={port}", *delays, *words]
+    overrides = ["network.port=0", "tracking=none", f"project.target_port={port}", *delays, *more]
     with listening("simulations.link", overrides, folder, start_seconds) as own:
         yield own
 

@@ -52,10 +52,10 @@ def run(settings: BenchSettings, place: entry.Run) -> dict[str, Any]:
 
 def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) -> Row:
     """Run one benchmark as a separate process; its rows, or the reason why there are none."""
-    words = ["-m", benchmark.command, *benchmark.overrides]
-    log.info("python %s", " ".join(words))
+    arguments = ["-m", benchmark.command, *benchmark.overrides]
+    log.info("python %s", " ".join(arguments))
     began = time.monotonic()
-    done: Row = {"command": f"python {shlex.join(words)}", "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+    done: Row = {"command": f"python {shlex.join(arguments)}", "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     done |= {**describe_environment(), "failure": None, "rows": []}
     try:
         done["rows"] = run_to_end(benchmark.command, benchmark.overrides, folder, timeout_seconds)[1]["rows"]

@@ -50,23 +50,23 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
 def show(part: Part, settings: DemoSettings, folder: Path) -> PartResult:
     """Run one part to its end, with its progress on our stderr. Fault with its command when it fails."""
     begin = time.perf_counter()
-    words = [f"prompt={settings.prompt}"] * part.generates + getattr(settings.project, part.overrides_key)
+    overrides = [f"prompt={settings.prompt}"] * part.generates + getattr(settings.project, part.overrides_key)
     with ExitStack() as stack:
         if part.overrides_key == "drafter":
-            overrides = ["network.port=0", *settings.project.verifier]
-            role = listening("speculative.verifier", overrides, folder / "verifier", START_SECONDS)
-            words.append(f"network.port={stack.enter_context(role)}")
+            own = ["network.port=0", *settings.project.verifier]
+            role = listening("speculative.verifier", own, folder / "verifier", START_SECONDS)
+            overrides.append(f"network.port={stack.enter_context(role)}")
             folder /= "drafter"
-        command = f"python -m {part.module} {' '.join(words)}"
+        command = f"python -m {part.module} {' '.join(overrides)}"
         try:
-            text, figures = run_to_end(part.module, words, folder, settings.project.part_timeout_seconds)
+            text, figures = run_to_end(part.module, overrides, folder, settings.project.part_timeout_seconds)
         except subprocess.CalledProcessError as error:
             raise Fault(f"{command} ended with code {error.returncode}") from None
         except subprocess.TimeoutExpired as error:
             raise Fault(f"{command} was not done after {error.timeout:g} s (project.part_timeout_seconds)") from None
     print("\n".join(text), flush=True)
     seconds = time.perf_counter() - begin
-    return PartResult(part.name, part.title, [part.module, *words], seconds, part.found(figures), figures)
+    return PartResult(part.name, part.title, [part.module, *overrides], seconds, part.found(figures), figures)
 
 
 @dataclass(frozen=True)
