@@ -203,7 +203,7 @@ def outside_checkout(folder: Path) -> Path:
 
 
 def refuse_existing(files: Iterable[Path]) -> None:
-    """UserError when one of `files` is there."""
+    """UserError if one of `files` exists."""
     for file in files:
         if file.exists():
             raise UserError(f"{file.name} must not be there yet (move it away to make another), got {str(file)!r}")

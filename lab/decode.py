@@ -1,4 +1,4 @@
-"""Cost of a token in a whole model on this machine: `python -m lab.decode project.context=1024`.
+"""Time per token of a whole model on this machine: `python -m lab.decode project.context=1024`.
 
 Every text fills its window: prompts of `context - new_tokens` tokens, then `new_tokens` more, so that the timed tokens
 see as much context as there is room for. The tokens themselves do not matter for the time, so they come from a hash.
@@ -25,7 +25,7 @@ WARM_UP_TOKENS = 4
 
 @dataclass(kw_only=True)
 class DecodeProjectSettings(CacheSettings):
-    """A measurement of a whole model, at the end of texts of `context` tokens."""
+    """Measures a whole model, at the end of texts of `context` tokens."""
 
     max_new_tokens: int
     """Tokens at the end of each text that are generated and timed."""
@@ -39,7 +39,7 @@ class DecodeProjectSettings(CacheSettings):
 
 @dataclass(kw_only=True)
 class DecodeSettings(LabSettings):
-    """Everything `python -m lab.decode` reads."""
+    """All settings of `python -m lab.decode`."""
 
     project: DecodeProjectSettings
 
@@ -48,7 +48,7 @@ register("decode", DecodeSettings)
 
 
 def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
-    """Times full windows; the figures of the last line."""
+    """Time full windows; return the figures of the last line."""
     from lab.device import open_device, read_memory
     from lab.engine.kv import CacheFull
     from lab.engine.local import LocalEngine
@@ -58,7 +58,7 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
     project, device = settings.project, open_device(settings.device)
     model = load_proved(settings.model, device).model
     if settings.model.adapter is not None:
-        from lab.models.adapter import add_adapter  # loads PEFT, which plain models can do without
+        from lab.models.adapter import add_adapter  # loads PEFT, which plain models do not need
 
         add_adapter(model, settings.model)
     with Tracker(settings, "decode", place.folder) as tracker:
@@ -93,7 +93,7 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
 def time_tokens(
     engine: Engine, *, context: int, sessions: int, new_tokens: int, sampling: Sampling | None = None
 ) -> dict[str, Any]:
-    """Time `sessions` texts in step, one pass a token; greedy unless `sampling` is given.
+    """Time `sessions` concurrent texts, one pass for each token of all; greedy unless `sampling` is given.
 
     Returns:
         `time_to_first_token_seconds`: all prompts in one batch, until each text has its first token.
@@ -143,7 +143,7 @@ def _ids(text: int, count: int, vocabulary_size: int) -> list[int]:
 
 
 def main() -> None:
-    """Composes `conf/decode.yaml` and runs."""
+    """Run with `conf/decode.yaml`."""
     entry.main("decode", DecodeSettings, run)
 
 

@@ -335,7 +335,7 @@ class LabSettings:
 
     @classmethod
     def draws_seed(cls) -> bool:
-        """Whether seed=-1 draws one: where one process alone uses it, which says what it has drawn."""
+        """Whether seed=-1 draws one: only if a single process uses the seed, and reports the one it drew."""
         return False
 
 

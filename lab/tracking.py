@@ -1,6 +1,6 @@
-"""Where figures go while a run is under way: metrics.jsonl always, Weights & Biases when it can, progress on stderr.
+"""Sinks of figures during a run: metrics.jsonl always, Weights & Biases if possible, progress on stderr.
 
-No sink can change a result: W&B may be absent, offline or broken, a disk full, and then one warning says so.
+No sink can change a result: if W&B is absent, offline or broken, or a disk full, one warning says so.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, written at once, so that a killed run keeps what it had. Raises OSError."""
+    """One JSON object per line, written at once, so that a killed run keeps its rows. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends `row`, or nothing: a disk that becomes full leaves no half line."""
+        """Append `row`, or nothing: a full disk leaves no partial line."""
         line, size = json.dumps(row, allow_nan=False).encode() + b"\n", os.fstat(self._file.fileno()).st_size
         try:
             while line:
@@ -63,7 +63,7 @@ class HasTracking(Protocol):
 
     @property
     def tracking(self) -> TrackingSettings:
-        """Where its figures go."""
+        """The sinks of its figures."""
 
 
 class Wandb:
@@ -163,7 +163,7 @@ class Tracker:
             return None
         try:
             return Wandb(settings, name, folder)
-        except Exception as error:  # absent, offline, broken: a run goes on without it
+        except Exception as error:  # absent, offline or broken: the run continues without it
             log.warning(
                 "Weights & Biases is off for this run (%s: %s); metrics.jsonl holds every figure",
                 type(error).__name__,
@@ -208,7 +208,7 @@ class Counter:
         self._advance = advance
 
     def advance(self, detail: str = "") -> None:
-        """One unit more is done; `detail` says what stands now."""
+        """Count one more unit as done; `detail` describes the present state."""
         self._advance(detail)
 
 

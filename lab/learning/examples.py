@@ -60,7 +60,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """One reader's examples; no token sequence stands on both sides, or twice on one."""
+    """One reader's examples; no token sequence is in both parts, or twice in one."""
 
     train: list[Example]
     held_out: list[Example]
@@ -94,7 +94,7 @@ class Batch:
 
 
 def examples(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> list[Example]:
-    """All examples of `records` (see `ExampleReader`); what a person should know of them is a warning each."""
+    """All examples of `records` (see `ExampleReader`); warns about everything that the user should know."""
     reader = ExampleReader(tokenizer, sequence_length)
     found = [example for record in records for example in reader.examples(record)]
     for warning in reader.counts.warnings(sequence_length):
@@ -105,7 +105,7 @@ def examples(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, sequ
 class MalformedData(UserError):
     """Lines that cannot be learnt from; the text names the first few. `reasons` holds one line for each.
 
-    `summary` has no more than their number: what may be told to others than the owner of the data.
+    `summary` has only their number, for anyone but the owner of the data.
     """
 
     def __init__(self, malformed: Sequence[MalformedRecord], lines: int) -> None:
@@ -118,7 +118,7 @@ class MalformedData(UserError):
 
     @property
     def summary(self) -> str:
-        """How many lines, without saying which or what is in them."""
+        """The number of malformed lines, without naming or quoting them."""
         return (
             f"project.data must hold lines that can be learnt from, got {len(self.reasons)} of {self.lines} malformed"
         )

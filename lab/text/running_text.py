@@ -1,7 +1,7 @@
-"""A text as its tokens come: characters once they are whole, and an end where a stop string stands.
+"""A text during generation: characters once they are complete, and an end where a stop string occurs.
 
-Where a stop string ends the text depends on the characters alone, not on how tokens cut them or on how many come at
-once: the one that is complete first counts, of those the one that began first. What may become one is held back.
+Where a stop string ends the text depends on its characters only, not on how tokens divide them or how many arrive
+together: the first complete one counts, or the one that began first. A possible beginning of one is held back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class RunningText:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         self.stopped = False
-        """Whether a stop string has ended the text: what comes behind it is not of the text."""
+        """Whether a stop string has ended the text; later characters are not part of it."""
         self._decode, self._stops = decode, list(stops)
         self._before: list[int] = []
         """The tokens of the last piece: a tokenizer may treat the first one of a text apart."""
@@ -39,12 +39,12 @@ class RunningText:
 
     @property
     def text(self) -> str:
-        """All of it so far, without what is no character yet."""
+        """The whole text so far, without incomplete characters."""
         return self._text
 
     @property
     def whole_tokens(self) -> int:
-        """How many tokens stand in the text with all of their characters."""
+        """Number of tokens that are in the text with all of their characters."""
         fitting = (count for count, end in enumerate(self._ends) if 0 <= end <= len(self._text))
         return max(fitting)
 
@@ -64,7 +64,7 @@ class RunningText:
         return shown
 
     def finish(self) -> str:
-        """The text is over; returns what was not shown yet."""
+        """End the text; returns the characters that were not shown yet."""
         if self.stopped:
             return ""
         shown = self._grow(self._piece())
@@ -90,7 +90,7 @@ class RunningText:
         return shown
 
     def _held(self) -> int:
-        """How many characters at the end may begin a stop string."""
+        """Number of characters at the end that may begin a stop string."""
         waiting = self._text[self._given :]
         for length in range(min(len(waiting), max(map(len, self._stops), default=1) - 1), 0, -1):
             end = waiting[-length:]
