@@ -18,11 +18,11 @@ for server_round in range(1, settings.project.rounds + 1):
     mean, losses = ExactMean(index.size), []
     for client in clients:
         client.load(adapter)
-        losses.append(client.evaluate().loss)  # of the adapter that it received, on text it never trains on
+        losses.append(client.evaluate())  # of the adapter that it received, on text it never trains on
         trained, _ = client.train(server_round)
         mean.fold(PackedAdapter.pack(trained, index).to_float32(), client.weight(client.split.train))
     adapter = PackedAdapter.from_float32(mean.mean(), index).unpack()
     print(f"round {server_round}: held-out losses of the sites {', '.join(f'{loss:.4f}' for loss in losses)}")
 for client in clients:
     client.load(adapter)
-    print(f"site {client.site.index} afterwards: {client.evaluate().loss:.4f}")
+    print(f"site {client.site.index} afterwards: {client.evaluate():.4f}")

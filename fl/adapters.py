@@ -4,13 +4,11 @@ An adapter (a *state*) is a `dict[str, torch.Tensor]` whose names are PEFT's own
 adapter's name), in the canonical order: sorted by name. Knows nothing about messages, rounds, weights or files.
 """
 
-from __future__ import annotations
-
 import bz2
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import msgspec
 import numpy as np
@@ -45,7 +43,7 @@ class AdapterIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
             raise ValueError(f"index names must be distinct, sorted and have one shape each, got {self.names[:3]}...")
 
     @classmethod
-    def of(cls, state: Adapter, dtype: WireDtype) -> AdapterIndex:
+    def of(cls, state: Adapter, dtype: WireDtype) -> Self:
         """Index of an adapter's tensors."""
         names = tuple(sorted(state))
         return cls(names, tuple(tuple(state[name].shape) for name in names), dtype)
@@ -65,7 +63,7 @@ class AdapterIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         return bz2.compress(msgspec.json.encode(self))
 
     @classmethod
-    def decode(cls, data: bytes) -> AdapterIndex:
+    def decode(cls, data: bytes) -> Self:
         """The index that `encode` wrote. ValueError for any other bytes, and for implausibly large ones."""
         try:
             inflater = bz2.BZ2Decompressor()
@@ -76,7 +74,7 @@ class AdapterIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         except (OSError, msgspec.DecodeError, ValueError) as error:
             raise ValueError(f"index must be an encoded adapter index, got {len(data)} bytes: {error}") from error
 
-    def difference(self, other: AdapterIndex) -> str | None:
+    def difference(self, other: Self) -> str | None:
         """A phrase that names the first tensor of `other` that differs from this index; None if they are equal."""
         if self == other:
             return None
@@ -99,7 +97,7 @@ class PackedAdapter:
     array: FlatArray
 
     @classmethod
-    def pack(cls, state: Adapter, index: AdapterIndex) -> PackedAdapter:
+    def pack(cls, state: Adapter, index: AdapterIndex) -> Self:
         """`state` in the wire's type (rounded to nearest even for bfloat16).
 
         ValueError naming the tensor when names or shapes are not the index's.
@@ -110,7 +108,7 @@ class PackedAdapter:
         return cls(index, _to_numpy(flat))
 
     @classmethod
-    def from_float32(cls, values: npt.NDArray[np.float32], index: AdapterIndex) -> PackedAdapter:
+    def from_float32(cls, values: npt.NDArray[np.float32], index: AdapterIndex) -> Self:
         """Float32 values [index.size], rounded to nearest even for bfloat16; no copy for float32."""
         return cls(index, _to_numpy(torch.from_numpy(values).to(index.dtype.torch)))
 

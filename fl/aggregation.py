@@ -46,9 +46,8 @@ SHIFTS = tuple(1.5 * 2.0**52 * unit for unit in UNITS)
 SHIFT_BITS = tuple(int(np.float64(shift).view(np.int64)) for shift in SHIFTS)
 COARSE = 2  # the units that every element has; the finer ones are kept for the few tiles that need them
 
-BLOCK = (
-    65_536  # elements: two float64 scratch blocks are 1 MiB, about one L2 cache; 16 Ki is 20 % slower, 96 Ki 5 % faster
-)
+BLOCK = 65_536
+"""Elements: two float64 scratch blocks are 1 MiB, about one L2 cache; 16 Ki is 20 % slower, 96 Ki 5 % faster."""
 TILE = 1_024
 
 LARGEST = float(np.finfo(np.float64).max)

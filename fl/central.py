@@ -3,8 +3,6 @@
 R rounds x H steps at batch N x b, on the same examples, schedule and seed, with one optimizer that keeps its state.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from typing import Any
@@ -48,7 +46,7 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
         "adapter_path": latest_adapter(folders.root),
     }
     with Tracker(settings, "fed_learn", place.folder) as tracker:
-        with progress("round", project.rounds, settings.tracking.progress) as counter:
+        with progress("round", project.rounds, settings.tracking.progress) as advance:
             for number in range(1, project.rounds + 1):
                 figures = train_steps(
                     base.model,
@@ -66,7 +64,7 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
                 written = folders.write(number, read_from(base.model), losses)
                 new = sites.add({str(index): split.counts for index, split in enumerate(splits)}) if number == 1 else {}
                 tracker.log(number, **losses, **({"sites": new} if new else {}))
-                counter.advance(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+                advance(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
         index = AdapterIndex.of(initial, project.wire_dtype)
         result = run_result(settings, place, states, index, written, sites.counts)
         result |= {"wall_seconds": time.perf_counter() - begin}
@@ -85,7 +83,7 @@ def state(number: int, base: Base, splits: list[Split], project: FederatedProjec
     mean = MetricMean()
     for index, split in enumerate(splits):
         if split.held_out:
-            losses[index] = evaluate(base.model, split.held_out, project.optimization.batch_size).loss
+            losses[index] = evaluate(base.model, split.held_out, project.optimization.batch_size)
             mean.fold({"eval_loss": losses[index]}, weight_of(split.held_out, project.weighting))
     return RoundFigures(
         round=number, eval_loss=mean.means()["eval_loss"], client_losses=losses, eval_sites=sorted(losses)

@@ -8,8 +8,6 @@ another certificate cannot be made later, not even by us. `site` makes the key p
 requests; its private half stays on that machine. Nothing is ever overwritten, and nothing is kept in the checkout.
 """
 
-from __future__ import annotations
-
 import argparse
 import ipaddress
 import json

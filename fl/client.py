@@ -3,8 +3,6 @@
 Knows nothing about Flower or the other sites. It returns tensors and scalars only, never text or token ids.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +18,7 @@ from lab.device import open_device, read_memory
 from lab.learning.data import Document, Source, open_source
 from lab.learning.examples import Example, ExampleReader, MalformedData, Split, batches, split_examples
 from lab.learning.records import MalformedRecord
-from lab.learning.training import EvalFigures, Proximal, TrainFigures, derive_seed, evaluate, train_steps
+from lab.learning.training import Proximal, TrainFigures, derive_seed, evaluate, train_steps
 from lab.models.lora import add_lora
 from lab.models.sources import load_model
 from lab.settings import DataSource, UserError, digest
@@ -64,7 +62,7 @@ class LoRAClient:
         """Put `adapter` on the base model. ValueError when it does not fit."""
         load_into(self.base.model, adapter)
 
-    def evaluate(self) -> EvalFigures:
+    def evaluate(self) -> float:
         """Loss of the loaded adapter on the site's held-out part, which is not empty."""
         return evaluate(self.base.model, self.split.held_out, self.project.optimization.batch_size)
 

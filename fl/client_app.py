@@ -6,8 +6,6 @@ configuration (`config-name`, `overrides`), and the node's own `--node-config` n
 An error leaves a site as one line without any of the site's text; Flower itself would send the exception's whole text.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 import traceback
@@ -114,7 +112,7 @@ def site_records(client: LoRAClient) -> dict[str, MetricRecord]:
     records = {DATA: MetricRecord(asdict(client.split.counts))}
     if client.split.held_out:
         begin = time.perf_counter()
-        figures = {"eval_loss": client.evaluate().loss, "eval_seconds": time.perf_counter() - begin}
+        figures = {"eval_loss": client.evaluate(), "eval_seconds": time.perf_counter() - begin}
         records[EVALUATE] = MetricRecord({WEIGHT: client.weight(client.split.held_out), **figures})
     return records
 

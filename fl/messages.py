@@ -10,12 +10,10 @@ what the caller of Flower's `start()` adds). A client replies
     and to the first two optionally with DATA: `lab.learning.counts.Counts` of its lines, in whole numbers.
 """
 
-from __future__ import annotations
-
 import re
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
 from fl.adapters import AdapterIndex, FlatArray, PackedAdapter
@@ -87,18 +85,13 @@ def partition_of(value: object) -> int | None:
     return value
 
 
-def message_bytes(message: Message) -> int:
+def message_bytes(message: InflatableObject) -> int:
     """Bytes of the message as Flower serialises it, including headers of nested objects and metadata.
 
     Flower sends an array in chunks of 5 MiB, each with about 90 bytes of names around it (the environment variable
     FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, read when flwr is imported, makes them larger).
     """
-    return _object_bytes(message)
-
-
-def _object_bytes(item: InflatableObject) -> int:
-    children = item.children or {}
-    return len(item.deflate()) + sum(_object_bytes(child) for child in children.values())
+    return len(message.deflate()) + sum(map(message_bytes, (message.children or {}).values()))
 
 
 def _read_npy(array: Array, index: AdapterIndex) -> FlatArray:

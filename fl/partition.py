@@ -1,7 +1,5 @@
 """Which client holds which documents. Decided from names and sizes alone, so no client reads another's text."""
 
-from __future__ import annotations
-
 import heapq
 import random
 from collections.abc import Iterable

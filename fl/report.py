@@ -1,7 +1,5 @@
 """The report of a run: its history round by round, and the figures of its last line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +39,8 @@ class RoundFigures:
 def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures]:
     """States 0..R. Clients evaluate the adapter that they receive, so a report has the loss from before its round."""
     rows = [*(report.clients for report in reports), run.clients]
-    both = {_name(row) for row in _measured(rows[0])} & {_name(row) for row in _measured(rows[-1])}
-    sites = [{_name(row) for row in _measured(asked)} for asked in rows]
+    both = {row.site for row in _measured(rows[0])} & {row.site for row in _measured(rows[-1])}
+    sites = [{row.site for row in _measured(asked)} for asked in rows]
     sites[0] = sites[-1] = both
     states = [
         RoundFigures(
@@ -57,7 +55,7 @@ def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures
                 client_losses=_losses(after),
                 eval_sites=sorted(asked),
                 train_loss=report.train["train_loss"],
-                train_seconds={_name(row): row.train["train_seconds"] for row in report.clients},
+                train_seconds={row.site: row.train["train_seconds"] for row in report.clients},
                 uplink_bytes=report.uplink_bytes,
                 downlink_bytes=report.downlink_bytes,
                 messages=len(report.clients) + len(report.refused),
@@ -100,14 +98,14 @@ def mean_loss(rows: Sequence[ClientRow], sites: set[int]) -> float | None:
     """Weighted mean of the held-out loss over the `rows` of `sites`; None when there are none."""
     mean = MetricMean()
     for row in rows:
-        if _name(row) in sites:
+        if row.site in sites:
             mean.fold({"eval_loss": row.evaluate["eval_loss"]}, row.evaluate_weight)
     return mean.means().get("eval_loss")
 
 
 def counts_of(rows: Sequence[ClientRow]) -> dict[str, Counts]:
     """Counts of the lines of each site that sent them."""
-    return {str(_name(row)): row.counts for row in rows if row.counts is not None}
+    return {str(row.site): row.counts for row in rows if row.counts is not None}
 
 
 def _measured(rows: Sequence[ClientRow]) -> list[ClientRow]:
@@ -115,8 +113,4 @@ def _measured(rows: Sequence[ClientRow]) -> list[ClientRow]:
 
 
 def _losses(rows: Sequence[ClientRow]) -> dict[int, float]:
-    return {_name(row): row.evaluate["eval_loss"] for row in _measured(rows)}
-
-
-def _name(row: ClientRow) -> int:
-    return row.node_id if row.partition_id is None else row.partition_id
+    return {row.site: row.evaluate["eval_loss"] for row in _measured(rows)}

@@ -3,8 +3,6 @@
 A reply is checked and folded in when it arrives, then discarded.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass
@@ -58,6 +56,11 @@ class ClientRow:
     counts: Counts | None = None
     """Counts of its lines (read, skipped, cut, ...); None if it does not report them."""
 
+    @property
+    def site(self) -> int:
+        """Number for people: of its partition, else of the node."""
+        return self.node_id if self.partition_id is None else self.partition_id
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundReport:
@@ -88,7 +91,6 @@ class RunReport:
     """A finished run: the last adapter, and its figures on the clients' held-out parts."""
 
     adapter: dict[str, torch.Tensor]
-    rounds_completed: int
     evaluate: dict[str, float]
     """Weighted means of the clients' held-out figures of the last adapter."""
     clients: list[ClientRow]
@@ -194,7 +196,7 @@ class RoundFold:
 def _describe_row(row: ClientRow) -> str:
     """`client 2: train_loss 2.1301, eval_loss 2.2010`: the losses among a client's figures."""
     losses = [f"{name} {value:.4f}" for name, value in (row.train | row.evaluate).items() if name.endswith("loss")]
-    return f"client {row.node_id if row.partition_id is None else row.partition_id}: {', '.join(losses)}"
+    return f"client {row.site}: {', '.join(losses)}"
 
 
 def describe_error(reply: Message) -> str:

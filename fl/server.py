@@ -3,8 +3,6 @@
 Knows nothing about where the clients are; a Grid reaches them.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +29,7 @@ from lab.learning.counts import Counts
 from lab.models.base_model import base_name, base_origin
 from lab.models.lora import fresh_adapter, lora_config
 from lab.models.sources import load_config, model_identity
-from lab.settings import UserError
+from lab.settings import UserError, user_errors
 from lab.tracking import Tracker, picture, progress
 
 log = logging.getLogger(__name__)
@@ -61,7 +59,7 @@ def serve(
     place.so_far = lambda: so_far(reports, written[-1], sites.counts)
     log.info("the mean is weighted by each client's number of %s", project.weighting.words)
     with Tracker(settings, "fed_learn", place.folder) as tracker:
-        with progress("client reply", replies_expected(settings), settings.tracking.progress) as counter:
+        with progress("client reply", replies_expected(settings), settings.tracking.progress) as advance:
 
             def on_round(report: RoundReport) -> None:
                 card = {"train_loss": report.train["train_loss"]}
@@ -78,7 +76,7 @@ def serve(
                 initial,
                 num_rounds=project.rounds,
                 on_round=on_round,
-                on_reply=counter.advance,
+                on_reply=advance,
                 stopped=stopped,
             )
         sites.add(counts_of(run.clients))
@@ -202,15 +200,9 @@ def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
     """A new adapter, or that of `project.warm_start`."""
     if settings.project.warm_start is not None:
         folder = path_of(settings.project.warm_start, "project.warm_start")
-        try:
+        with user_errors(f"project.warm_start must be an adapter of this run's kind, got {str(folder)!r}: "):
             lora = lora_config(settings.model.lora_targets, settings.project.lora)
             return load_adapter(folder, base_model(settings), lora, load_config(settings.model))
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(
-                f"project.warm_start must be an adapter of this run's kind, got {str(folder)!r}: {error}"
-            ) from None
     return fresh_adapter(settings.model, settings.project.lora, settings.seed)
 
 

@@ -1,7 +1,5 @@
 """The Flower app of the server: a ServerApp around `fl.server.serve`, for a simulation or a deployment."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

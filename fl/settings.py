@@ -116,11 +116,9 @@ class FederatedProjectSettings:
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
 
 
+@register("fed_learn")
 @dataclass(kw_only=True)
 class FederatedSettings(LabSettings):
     """All settings of `simulations/fed_sim.py` and the Flower apps."""
 
     project: FederatedProjectSettings
-
-
-register("fed_learn", FederatedSettings)

@@ -1,7 +1,5 @@
 """Bytes of an adapter next to those of its base model, from `conf/model` alone: `python -m fl.sizes model=random`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fl.settings import FederatedSettings, WireDtype
@@ -70,10 +68,7 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Print both sizes for one model as a JSON line."""
-    entry.main("fed_learn", FederatedSettings, run)
-
+main = entry.door("fed_learn", FederatedSettings, run)
 
 if __name__ == "__main__":
     main()

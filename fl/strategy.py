@@ -4,8 +4,6 @@ Knows nothing about models, data or settings files. With bfloat16 on the wire, t
 at the end of each round, since it is what the server sends.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import time
@@ -103,11 +101,7 @@ class WeightedFedAvg(Strategy):
             on_round(report)
         fold = self._evaluate_round(grid, num_rounds, packed)
         return RunReport(
-            adapter=packed.unpack(),
-            rounds_completed=num_rounds,
-            evaluate=fold.evaluate_means(),
-            clients=fold.rows,
-            refused=fold.refused,
+            adapter=packed.unpack(), evaluate=fold.evaluate_means(), clients=fold.rows, refused=fold.refused
         )
 
     @override

@@ -105,20 +105,10 @@ def run_parts(
     report: Path,
     rule: str = "project.parts must be of {}",
 ) -> dict[str, Any]:
-    """Measure some parts of a benchmark, in order; return the figures of the last line.
+    """Measure the `chosen` parts of a benchmark, in order; return the figures of the last line.
 
-    Args:
-        name: Name of the benchmark.
-        parts: Measurement of each part, which returns one row or several.
-        chosen: Names of the parts to measure.
-        rig: Opened once, for all parts.
-        settings: Settings of the run, for tracking.
-        place: Folder of the run.
-        report: File of the report. Rows of other parts in it are kept.
-        rule: The rule that an unknown part breaks, with {} for all names.
-
-    Raises:
-        UserError: the benchmark has no part of a chosen name.
+    A part's measurement returns one row or several; the rig is opened once, for all parts. Rows of other parts in the
+    file `report` are kept. UserError for an unknown part: `rule`, with {} for all names.
     """
     if unknown := [part for part in chosen if part not in parts]:
         raise UserError(f"{rule.format(', '.join(parts))}, got {unknown}")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lab.command import entry
 from lab.engine.settings import CacheSettings
-from lab.settings import LabSettings, UserError, register, require, require_at_least
+from lab.settings import LabSettings, UserError, register, require, require_at_least, user_errors
 
 if TYPE_CHECKING:
     from lab.engine.base import Engine
@@ -37,6 +38,7 @@ class DecodeProjectSettings(CacheSettings):
         require(self.context > self.max_new_tokens, rule, self.context)
 
 
+@register("decode")
 @dataclass(kw_only=True)
 class DecodeSettings(LabSettings):
     """All settings of `python -m lab.decode`."""
@@ -44,25 +46,17 @@ class DecodeSettings(LabSettings):
     project: DecodeProjectSettings
 
 
-register("decode", DecodeSettings)
-
-
 def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
     """Time full windows; return the figures of the last line."""
     from lab.device import open_device, read_memory
-    from lab.engine.kv import CacheFull
     from lab.engine.local import LocalEngine
-    from lab.models.layers import load_proved
+    from lab.models.layers import load_proved, with_adapter
     from lab.tracking import Tracker
 
     project, device = settings.project, open_device(settings.device)
-    model = load_proved(settings.model, device).model
-    if settings.model.adapter is not None:
-        from lab.models.adapter import add_adapter  # loads PEFT, which plain models do not need
-
-        add_adapter(model, settings.model)
+    model = with_adapter(load_proved(settings.model, device).model, settings.model)
     with Tracker(settings, "decode", place.folder) as tracker:
-        try:
+        with user_errors("project."), room_for_texts():  # a context that the model was not made for
             engine = LocalEngine(
                 model,
                 sessions=project.sessions,
@@ -73,21 +67,23 @@ def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
                 exact_rows=None,
             )
             figures = time_tokens(
-                engine,
-                context=project.context,
-                sessions=project.sessions,
-                new_tokens=project.max_new_tokens,
+                engine, context=project.context, sessions=project.sessions, new_tokens=project.max_new_tokens
             )
-        except CacheFull as full:
-            raise UserError(f"project.cache_limit_bytes must have room for these texts: {full}") from None
-        except UserError:
-            raise
-        except ValueError as error:  # a context that the model was not made for
-            raise UserError(f"project.{error}") from None
         memory = read_memory(device)
         figures |= {"peak_rss_bytes": memory.peak_rss_bytes, "peak_device_bytes": memory.device_peak_bytes}
         tracker.result(figures)
     return figures
+
+
+@contextmanager
+def room_for_texts() -> Iterator[None]:
+    """UserError where the engine of the block has no room for its texts."""
+    from lab.engine.kv import CacheFull
+
+    try:
+        yield
+    except CacheFull as full:
+        raise UserError(f"project.cache_limit_bytes must have room for these texts: {full}") from None
 
 
 def time_tokens(
@@ -142,10 +138,7 @@ def _ids(text: int, count: int, vocabulary_size: int) -> list[int]:
     return [mix64(text << 32 | place) % vocabulary_size for place in range(count)]
 
 
-def main() -> None:
-    """Run with `conf/decode.yaml`."""
-    entry.main("decode", DecodeSettings, run)
-
+main = entry.door("decode", DecodeSettings, run)
 
 if __name__ == "__main__":
     main()

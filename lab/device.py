@@ -1,7 +1,5 @@
 """The device that computes: cuda > mps > cpu, its precision, threads and memory."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import platform

@@ -3,8 +3,6 @@
 Only looks: nothing is downloaded, converted or sent. A check that fails is a line of the table, and ends nothing.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import socket
@@ -44,14 +42,12 @@ class DoctorProjectSettings:
         require(self.matrix_size % 64 == 0, "matrix_size must be a multiple of NF4's block, 64", self.matrix_size)
 
 
+@register("doctor")
 @dataclass(kw_only=True)
 class DoctorSettings(LabSettings):
     """All settings of `lab.doctor`."""
 
     project: DoctorProjectSettings
-
-
-register("doctor", DoctorSettings)
 
 
 @dataclass(frozen=True)
@@ -197,9 +193,8 @@ def check_nf4(device: torch.device, size: int) -> Finding:
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
     product, exact = bnb.matmul_4bit(rows, packed.t(), quant_state=state), rows @ weight.t()
     error = float((product - exact).norm() / exact.norm())
-    ok = (
-        error < 0.15
-    )  # NF4 rounds normal weights by about 9 % of their size (arXiv 2305.14314); rubbish is off by > 100 %
+    # NF4 rounds normal weights by about 9 % of their size (arXiv 2305.14314); rubbish is off by > 100 %.
+    ok = error < 0.15
     found = f"works on {device.type}: {packed.numel() * 8 / weight.numel():.0f} bits a weight, {error:.1%} off"
     figures = {"ok": ok, "relative_error": error}
     return Finding(found, figures, None if ok else "model.quantization=none: this device's NF4 kernel is wrong")
@@ -260,15 +255,11 @@ def check_ports(host: str, ports: list[int]) -> Finding:
 
 def _is_free(host: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        if sys.platform != "win32":  # as our listeners do; on Windows it would take a port away from its owner
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(1)
-        except OSError:
-            return False
-    return True
+    try:
+        with socket.create_server((host, port), family=family, backlog=1):
+            return True
+    except OSError:
+        return False
 
 
 def check_wandb(mode: WandbMode) -> Finding:
@@ -280,10 +271,7 @@ def check_wandb(mode: WandbMode) -> Finding:
     return Finding(f"mode {mode.name}, version {version or '-'}", figures)
 
 
-def main() -> None:
-    """Run with `conf/doctor.yaml`."""
-    entry.main("doctor", DoctorSettings, run)
-
+main = entry.door("doctor", DoctorSettings, run)
 
 if __name__ == "__main__":
     main()

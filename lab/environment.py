@@ -1,7 +1,5 @@
 """Which code ran where: commit, versions, machine. Recorded with every result."""
 
-from __future__ import annotations
-
 import functools
 import os
 import platform

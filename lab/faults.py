@@ -1,7 +1,5 @@
 """Faults that were foreseen: a command that raises one prints its text as one line, without a traceback, and exits."""
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import ClassVar
 

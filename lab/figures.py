@@ -1,7 +1,5 @@
 """Figures formatted for readers."""
 
-from __future__ import annotations
-
 import math
 
 

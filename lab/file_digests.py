@@ -1,7 +1,5 @@
 """SHA-256 of files. Those of large files are computed once: a record keeps them by the file's name, size and times."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, whatever happens meanwhile; and paths from settings."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Mapping

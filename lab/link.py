@@ -5,7 +5,7 @@ a delay is met to a fraction of a millisecond as long as the machine has a core 
 reordered, as over TCP; only their time changes. The connection itself is made at once: the delay is that of the bytes.
 
 In a process whose other threads compute in Python, the interpreter lock adds up to its switch interval: measure with
-the link in a separate process (`run`).
+the link in a separate process (`simulations.link`).
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
 from typing import Self
 
 logger = logging.getLogger(__name__)
@@ -31,23 +30,21 @@ READ_BYTES = 64 * 1024
 COMMAND_SECONDS = 5.0  # time limit for a command to the link's thread, which is never busy for so long
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class OneWay:
-    """Properties of one direction of a link. The defaults change nothing."""
+    """Properties of one direction of a link. Zeros change nothing."""
 
-    delay_seconds: float = 0.0
+    delay_seconds: float
     """Delay from the arrival of the last byte of a piece to its departure."""
-    jitter_seconds: float = 0.0
+    jitter_seconds: float
     """Added to the delay, uniform in [0, this]; order is kept, so a late piece holds up those behind it."""
-    bytes_per_second: float = math.inf
-    """Shared by all connections; infinite is no limit."""
+    bytes_per_second: float
+    """Shared by all connections; 0: no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("delay_seconds", "jitter_seconds"):
+        for name in ("delay_seconds", "jitter_seconds", "bytes_per_second"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
-        if not self.bytes_per_second > 0:
-            raise ValueError(f"bytes_per_second must be above 0, got {self.bytes_per_second}")
 
 
 class CutKind(Enum):
@@ -59,14 +56,14 @@ class CutKind(Enum):
     """Nothing arrives, and neither end is notified: half-open. Bytes in transit wait, as TCP would resend them."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Cut:
     """A failure at a given time."""
 
     at_seconds: float
     """After the start of the link."""
     kind: CutKind
-    duration_seconds: float = 0.0
+    duration_seconds: float
     """Until the link is whole again; infinite is never. A reset of 0 hits the connections of that moment only."""
 
     def __post_init__(self) -> None:
@@ -160,9 +157,7 @@ class Link:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Reset what is open and end the thread."""
         self._stopping = True
         self._wake()
@@ -266,37 +261,21 @@ class Link:
         self._pairs.append(_Pair(client, target, self._target, self._up, self._down, self._buffer_bytes))
 
 
-def run(
-    target: tuple[str, int],
-    settings: LinkSettings,
-    *,
-    host: str,
-    port: int,
-    announce: Callable[[str, int], None],
-) -> Traffic:
-    """Run a link until Ctrl+C; `announce(host, port)` is called when it listens. Returns the bytes that entered it."""
-    with Link(target, settings, host=host, port=port) as link:
-        announce(host, link.port)
-        with contextlib.suppress(KeyboardInterrupt):
-            link.wait()
-        return link.traffic
-
-
 class _Direction:
     """One way of the link: its clock is shared by all connections, as a wire is."""
 
     def __init__(self, settings: OneWay, random_numbers: random.Random) -> None:
-        self._settings = settings
-        self._random = random_numbers
+        self._settings, self._random = settings, random_numbers
+        self._bytes_per_second = settings.bytes_per_second or math.inf
         self._free_at = 0.0
         self.carried = 0
-        limit = settings.bytes_per_second / 1000
+        limit = self._bytes_per_second / 1000
         self.piece_bytes = READ_BYTES if limit > READ_BYTES else max(PACKET_BYTES, int(limit))
 
     def enter(self, now: float, size_bytes: int) -> float:
         """Take a piece in; return when it comes out at the other end."""
         self.carried += size_bytes
-        self._free_at = max(self._free_at, now) + size_bytes / self._settings.bytes_per_second
+        self._free_at = max(self._free_at, now) + size_bytes / self._bytes_per_second
         jitter = self._random.uniform(0.0, self._settings.jitter_seconds) if self._settings.jitter_seconds else 0.0
         return self._free_at + self._settings.delay_seconds + jitter
 

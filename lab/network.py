@@ -1,7 +1,5 @@
 """From `network.*` settings to what `lab.wire` takes: keys, TLS, deadlines, limits; for every role with a socket."""
 
-from __future__ import annotations
-
 import errno
 import socket
 import ssl
@@ -9,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab.files import path_of
-from lab.settings import NetworkSettings, UserError
+from lab.settings import NetworkSettings, UserError, user_errors
 from lab.wire import (
     Deadlines,
     Endpoint,
@@ -39,7 +37,7 @@ def make_endpoint(
     difference: Callable[[Fingerprints, Fingerprints], str | None] = common_names_differ,
 ) -> Endpoint:
     """One side of the wire. UserError for a key that cannot be read and for deadlines that make no sense."""
-    try:
+    with user_errors():
         return Endpoint(
             role=role,
             peer_roles=peer_roles,
@@ -56,8 +54,6 @@ def make_endpoint(
             fingerprints=fingerprints,
             difference=difference,
         )
-    except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from None
 
 
 def _deadlines(network: NetworkSettings) -> Deadlines:
@@ -79,10 +75,8 @@ def _deadlines(network: NetworkSettings) -> Deadlines:
 
 def shared_key(network: NetworkSettings) -> bytes:
     """The key from `network.key_file` or the environment, empty when there is none. UserError for a bad one."""
-    try:
+    with user_errors():
         return read_key(_path(network.key_file), KEY_VARIABLE)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def listener_tls(network: NetworkSettings) -> ssl.SSLContext | None:
@@ -92,20 +86,15 @@ def listener_tls(network: NetworkSettings) -> ssl.SSLContext | None:
         UserError: a host off loopback without a key, or with one but neither TLS nor `network.trusted_link`.
     """
     certificate, private_key = _path(network.tls_certificate), _path(network.tls_private_key)
-    try:
+    with user_errors():
         check_listener(
-            network.host,
-            key=shared_key(network),
-            tls=certificate is not None,
-            trusted_link=network.trusted_link,
+            network.host, key=shared_key(network), tls=certificate is not None, trusted_link=network.trusted_link
         )
         if certificate is None:
             return None
         if private_key is None:
             raise UserError("network.tls_private_key must be set where network.tls_certificate is, got None")
         return server_tls(certificate, private_key, _path(network.tls_authority))
-    except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from None
 
 
 def cannot_listen(network: NetworkSettings, error: OSError) -> UserError:
@@ -124,10 +113,8 @@ def client_side_tls(network: NetworkSettings) -> ssl.SSLContext | None:
     authority = _path(network.tls_authority)
     if authority is None:
         return None
-    try:
+    with user_errors():
         return client_tls(authority, _path(network.tls_certificate), _path(network.tls_private_key))
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def address_for_peers(host: str) -> str:

@@ -1,7 +1,5 @@
 """One self-contained HTML page: pictures are inlined, no scripts, no external files."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field

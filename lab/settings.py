@@ -4,20 +4,31 @@ The values themselves live in `conf/`. A field without a default is one that the
 `__post_init__`, which names the field; `lab.command.typed` puts the dotted path before it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 
 
 class UserError(ValueError):
     """A mistake of the user: printed as one line, exit code 2, no traceback."""
+
+
+@contextmanager
+def user_errors(before: str = "") -> Iterator[None]:
+    """A ValueError of the block is the user's mistake: a UserError with the same text, `before` in front of it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{before}{error}") from None
 
 
 def require(holds: bool, rule: str, value: object) -> None:
@@ -327,21 +338,27 @@ class LabSettings:
     device: DeviceSettings
     tracking: TrackingSettings
 
+    draws_seed = False  # without a type: no field
+    """Whether seed=-1 draws one: where one process alone uses it, which says what it has drawn."""
+
     def __post_init__(self) -> None:
-        if self.draws_seed():
+        if self.draws_seed:
             require(-1 <= self.seed < 2**31, "seed must be in [0, 2**31), or -1 to draw one", self.seed)
         else:
             require(0 <= self.seed < 2**31, "seed must be in [0, 2**31)", self.seed)
 
-    @classmethod
-    def draws_seed(cls) -> bool:
-        """Whether seed=-1 draws one: only if a single process uses the seed, and reports the one it drew."""
-        return False
+
+Settings = TypeVar("Settings", bound=LabSettings)
 
 
-def register(name: str, settings_type: type[LabSettings]) -> None:
-    """Make `base_<name>` available to `conf/<name>.yaml`: it gives the keys of that file their types."""
-    ConfigStore.instance().store(name=f"base_{name}", node=settings_type)
+def register(name: str) -> Callable[[type[Settings]], type[Settings]]:
+    """Make a class available to `conf/<name>.yaml` as `base_<name>`: it gives the keys of that file their types."""
+
+    def store(settings_type: type[Settings]) -> type[Settings]:
+        ConfigStore.instance().store(name=f"base_{name}", node=settings_type)
+        return settings_type
+
+    return store
 
 
 def to_plain(value: Any) -> Any:

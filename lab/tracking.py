@@ -3,8 +3,6 @@
 No sink can change a result: if W&B is absent, offline or broken, or a disk full, one warning says so.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -14,8 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,15 +22,8 @@ from lab.settings import TrackingSettings, WandbMode, digest, to_plain
 
 log = logging.getLogger(__name__)
 
-
-class Sink(Protocol):
-    """One place that figures go to."""
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """One row of plain JSON values."""
-
-    def close(self) -> None:
-        """Nothing is written after this."""
+Advance = Callable[[str], None]
+"""Counts one unit more of a loop, as `progress` yields it; the text says what stands now."""
 
 
 class JsonLines:
@@ -126,12 +116,10 @@ class Tracker:
         """The figures of the last line, so that every sink holds all of them."""
         self._write({"time": time.time(), "result": True} | self._finite(dict(figures)))
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._jsonl is not None:
             self._jsonl.close()
         if self._wandb is not None:
@@ -158,7 +146,7 @@ class Tracker:
             self._reported.add("metrics.jsonl")
             log.warning("metrics.jsonl lacks rows: %s", error)
 
-    def _open_wandb(self, settings: HasTracking, name: str, folder: Path) -> Sink | None:
+    def _open_wandb(self, settings: HasTracking, name: str, folder: Path) -> Wandb | None:
         if settings.tracking.wandb is WandbMode.disabled:
             return None
         try:
@@ -201,17 +189,6 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list) else value
 
 
-class Counter:
-    """Progress of a loop, as `progress` yields it."""
-
-    def __init__(self, advance: Any) -> None:
-        self._advance = advance
-
-    def advance(self, detail: str = "") -> None:
-        """Count one more unit as done; `detail` describes the present state."""
-        self._advance(detail)
-
-
 def picture(draw: Callable[[], Path]) -> list[Path]:
     """The picture that `draw` makes, alone in a list; none, and one warning, where it cannot be made."""
     try:
@@ -222,11 +199,11 @@ def picture(draw: Callable[[], Path]) -> list[Path]:
 
 
 @contextmanager
-def progress(title: str, total: int, enabled: bool) -> Iterator[Counter]:
+def progress(title: str, total: int, enabled: bool) -> Iterator[Advance]:
     """Counts to `total` on stderr: a live bar on a terminal that has room, else a line a unit (at most about a
     hundred)."""
     if not enabled:
-        yield Counter(lambda detail: None)
+        yield lambda detail: None
     elif has_room(sys.stderr):
         columns = (
             TextColumn("{task.description}"),
@@ -237,12 +214,12 @@ def progress(title: str, total: int, enabled: bool) -> Iterator[Counter]:
         )
         with Progress(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=total, detail="")
-            yield Counter(lambda detail: bar.update(task, advance=1, detail=detail))
+            yield lambda detail: bar.update(task, advance=1, detail=detail)
     else:
         yield _plain_lines(title, total)
 
 
-def _plain_lines(title: str, total: int) -> Counter:
+def _plain_lines(title: str, total: int) -> Advance:
     since, done = time.monotonic(), 0
     every = max(1, total // 100)
 
@@ -257,4 +234,4 @@ def _plain_lines(title: str, total: int) -> Counter:
             flush=True,
         )
 
-    return Counter(advance)
+    return advance

@@ -1,7 +1,5 @@
 """The command of the matrix: `python run_matrix.py matrix=decode model=random project.context=64,128`."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

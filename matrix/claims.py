@@ -4,8 +4,6 @@ A sweep holds an operating-system lock on its own file, which is released when i
 it lists the cells that it has claimed. A sweep that claims cells reads the lists of all live sweeps, one at a time.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -13,7 +11,6 @@ import time
 import uuid
 from collections.abc import Collection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
@@ -40,9 +37,7 @@ class Claims:
             self._alive.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         with self._door:
             self._list.unlink(missing_ok=True)
             self._alive.release()

@@ -1,7 +1,5 @@
 """Digests of what figures depend on besides settings: the files that these name, and the lab's own code."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of a finished sweep: sweep.json, results.csv, plots/, report.html. Reads JSON only, runs nothing."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections import Counter

@@ -1,7 +1,5 @@
 """The grid: overrides of the command line and axes become cells, each with the complete settings of its command."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import json

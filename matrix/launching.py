@@ -1,7 +1,5 @@
 """Launchers of cells: each takes jobs and yields their outcomes as they end; closing it ends the jobs still running."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -67,7 +65,6 @@ class CellLauncher(Protocol):
 
     def run(self, jobs: Sequence[Job]) -> Generator[tuple[int, Outcome]]:
         """Index and outcome of every job, as they end. Closing the iterator ends the jobs that run."""
-        ...
 
 
 class LocalLauncher(CellLauncher):

@@ -3,8 +3,6 @@
 A task holds the stdin of its cell's supervisor, so a worker that is killed ends its cell too.
 """
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import sys

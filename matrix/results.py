@@ -4,8 +4,6 @@ It describes the run (settings, sources, device, limits), not the sweep or the c
 uses the result adds these.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Settings of a sweep: its command, axes, limits, launcher and pictures."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -101,12 +99,10 @@ class SweepSettings:
         require(bool(self.metrics), "metrics must name at least one figure", self.metrics)
 
 
+@register("matrix")
 @dataclass(kw_only=True)
 class MatrixSettings(LabSettings):
     """All settings of `python run_matrix.py`. `model`, `seed`, `network` and `device` apply to the cells, too;
     `project.*` only to the cells."""
 
     matrix: SweepSettings
-
-
-register("matrix", MatrixSettings)

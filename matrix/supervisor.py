@@ -5,8 +5,6 @@ command. The job comes as one JSON line on stdin. When stdin ends, for whatever 
 descendants are killed. The outcome is one JSON line on stdout. Light: no torch, no Hydra.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@ An interrupted sweep continues where it stopped; of two concurrent sweeps, each 
 (`matrix.claims`). Runs of different cells are interleaved (A, B, ..., A, B, ...): drift affects all cells alike.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -155,7 +153,7 @@ class _Missing:
         results, left, said = self._runs[0].folder.parent, list(self._runs), ""
         require_writable(results, "matrix.results")
         enabled = self._settings.tracking.progress
-        with Claims(results, self._folder) as claims, progress("runs", len(left), enabled) as self._counter:
+        with Claims(results, self._folder) as claims, progress("runs", len(left), enabled) as self._advance:
             while left:
                 theirs = claims.take([run.signature for run in left])
                 ours = [run for run in left if run.signature not in theirs and not self._was_done(run, claims)]
@@ -174,7 +172,7 @@ class _Missing:
             return False
         self._records[run.signature] = record
         claims.give_back(run.signature)
-        self._counter.advance(f"{_title(run)}: by another sweep")
+        self._advance(f"{_title(run)}: by another sweep")
         return True
 
     def _run_all(self, runs: Sequence[CellRun], claims: Claims) -> None:
@@ -189,7 +187,7 @@ class _Missing:
                 self._seconds.append(outcome.seconds)
                 _track(run, record, self._settings.tracking, group=f"matrix-{sweep.name}-{self._folder.name}")
                 left = seconds_left(self._seconds, len(runs), launcher.at_once)
-                self._counter.advance(f"{_title(run)}: {_ending(outcome)}; about {left:.0f} s left")
+                self._advance(f"{_title(run)}: {_ending(outcome)}; about {left:.0f} s left")
 
 
 def open_launcher(settings: SweepSettings) -> CellLauncher:

@@ -1,7 +1,5 @@
 """A sweep's results as a table: cells by their values on the axes, every figure a median with spread and n."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools
@@ -11,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from lab.bench import Sample
 from lab.settings import UserError
@@ -86,7 +84,7 @@ class Table:
     rows: list[Row]
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Table:
+    def of(cls, document: Mapping[str, Any]) -> Self:
         """The table of a sweep.json. UserError when it holds no result."""
         rows: dict[str, Row] = {}
         for result in document["results"]:

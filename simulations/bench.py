@@ -8,8 +8,6 @@ Writes `<folder>/results/<date>-<commit>.json` (all rows, each benchmark with it
 figures. Both files name a benchmark that fails; the others still run, and the exit code is 1.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shlex
@@ -73,10 +71,7 @@ def _rows(out: str) -> list[Row]:
     return []
 
 
-def main() -> None:
-    """Run with `conf/bench.yaml`."""
-    entry.main("bench", BenchSettings, run)
-
+main = entry.door("bench", BenchSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,5 @@
 """Settings of `make bench`: the benchmarks and their overrides."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.settings import LabSettings, register, require
@@ -36,11 +34,9 @@ class BenchProjectSettings:
         require(self.timeout_seconds > 0, "timeout_seconds must be greater than 0", self.timeout_seconds)
 
 
+@register("bench")
 @dataclass(kw_only=True)
 class BenchSettings(LabSettings):
     """All settings of `python -m simulations.bench`."""
 
     project: BenchProjectSettings
-
-
-register("bench", BenchSettings)

@@ -3,8 +3,6 @@
 Each part runs in separate processes; the last line holds the figures of every part.
 """
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import time
@@ -47,7 +45,7 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
     }
 
 
-def show(part: Part, settings: DemoSettings, folder: Path) -> PartResult:
+def show(part: "Part", settings: DemoSettings, folder: Path) -> PartResult:
     """Run one part to its end, with its progress on our stderr. Fault with its command when it fails."""
     begin = time.perf_counter()
     overrides = [f"prompt={settings.prompt}"] * part.generates + getattr(settings.project, part.overrides_key)
@@ -142,10 +140,7 @@ PARTS = (
 )
 
 
-def main() -> None:
-    """Run with `conf/demo.yaml`."""
-    entry.main("demo", DemoSettings, run)
-
+main = entry.door("demo", DemoSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,5 @@
 """The page of the demonstration: each part with its command, its result in a sentence, and its pictures."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

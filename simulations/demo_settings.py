@@ -1,7 +1,5 @@
 """Settings of the demonstration: the overrides of each part."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.settings import LabSettings, register, require_above
@@ -30,11 +28,9 @@ class DemoProjectSettings:
         require_above(0, self, "part_timeout_seconds")
 
 
+@register("demo")
 @dataclass(kw_only=True)
 class DemoSettings(LabSettings):
     """All settings of `python -m simulations.demo`."""
 
     project: DemoProjectSettings
-
-
-register("demo", DemoSettings)

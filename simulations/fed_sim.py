@@ -1,7 +1,5 @@
 """A federation on one machine: Flower on Ray. `python simulations/fed_sim.py project.num_clients=4`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fl.settings import Baseline, FederatedSettings
@@ -19,10 +17,7 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     return simulate(settings, place)
 
 
-def main() -> None:
-    """Run with `conf/fed_learn.yaml`."""
-    entry.main("fed_learn", FederatedSettings, run)
-
+main = entry.door("fed_learn", FederatedSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -4,8 +4,6 @@ Messages for all clients are handled by `project.workers` long-lived Ray workers
 that dies is replaced, and its message tried again: a client keeps no state between messages, so its reply is the same.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os

@@ -3,8 +3,6 @@
 python -m simulations.results     # writes the page again; measures nothing
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

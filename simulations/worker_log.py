@@ -4,8 +4,6 @@ Ray captures the output of its workers, and passes on either all of it or nothin
 to one file in the run folder, one JSON line each, and the main process follows that file.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

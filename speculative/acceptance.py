@@ -1,7 +1,5 @@
 """Rules of acceptance, and the hash that tells both sides whether they hold the same text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lab.engine.sampling import mix64

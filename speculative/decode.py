@@ -6,8 +6,6 @@ Every text fills its window: `project.context` tokens, of which the last `projec
 `prompt`, repeated, or by default the source of Python's argparse: text that prompt lookup can draft.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import statistics
@@ -95,10 +93,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     raise UserError(f"project.context must leave room for a prompt, got {len(ids)} tokens for it")
 
 
-def main() -> None:
-    """Run with `conf/spec_decoding.yaml`."""
-    entry.main("spec_decoding", SpeculativeSettings, run)
-
+main = entry.door("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -5,8 +5,6 @@ as text, too, until `correct(position, ids)` reports a rejection. Going back cos
 Knows nothing about networks or verifiers.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from typing import Protocol
@@ -25,7 +23,6 @@ class Drafts(Protocol):
 
     def propose(self, count: int) -> list[int]:
         """Draft up to `count` tokens after the text, and add them to it. Fewer if the source has no more."""
-        ...
 
     def correct(self, position: int, ids: Sequence[int]) -> None:
         """Replace the text from `position` on by `ids`."""

@@ -8,8 +8,6 @@ notice when they begin to pay off; a drafter that gave up tries again later.
 Knows no clock, no socket and no thread: every time is an argument, in seconds of each side's own monotonic clock.
 """
 
-from __future__ import annotations
-
 from speculative.theory import ALONE, Pace, Plan, Speeds, best_plan, survival
 
 FORGET = 0.98
@@ -324,11 +322,6 @@ class DraftLength:
             return 0
         group = self._group if ahead else max(1, self._group // 3)
         return max(0, min(group, self._draft_length or group, self._reach - ahead))
-
-    @property
-    def silent(self) -> bool:
-        """Whether speculation does not pay off at the moment."""
-        return self._silent_for > 0
 
     @property
     def _group(self) -> int:

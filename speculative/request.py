@@ -1,7 +1,5 @@
 """A request to a target, and its outcomes: verdicts, places in line, the end."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 

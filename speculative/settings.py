@@ -1,11 +1,7 @@
 """Settings of the speculative pillar: the request, the draft source, the verifier's limits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
-
-from typing_extensions import override
 
 from lab.engine.kinds import EngineKind
 from lab.engine.settings import CacheSettings
@@ -223,21 +219,16 @@ class SpeculativeProjectSettings(TextSettings, CacheSettings):
             require(not self.exact_shapes, "exact_shapes must be false for engine=split", self.exact_shapes)
 
 
+@register("spec_decoding")
 @dataclass(kw_only=True)
 class SpeculativeSettings(LabSettings):
     """All settings of the verifier and the drafter."""
 
     project: SpeculativeProjectSettings
 
+    draws_seed = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         rule = "seed must be the one that the text was begun with for project.resume"
         require(self.seed >= 0 or self.project.resume is None, rule, self.seed)
-
-    @classmethod
-    @override
-    def draws_seed(cls) -> bool:
-        return True
-
-
-register("spec_decoding", SpeculativeSettings)

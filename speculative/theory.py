@@ -27,8 +27,6 @@ best of all plans is never worse than the better of the two. What the formula le
 slower than the target, unequal delays) is in `simulate`, which plays every draft token and every verdict.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -60,7 +58,7 @@ class Speeds:
         """A pass over the last token and its draft tokens."""
         return self.step_seconds + self.row_seconds * draft_tokens
 
-    def pace(self) -> Pace:
+    def pace(self) -> "Pace":
         """These speeds as the verifier sees them."""
         return Pace(
             step_seconds=self.step_seconds,

@@ -3,8 +3,6 @@
 Compares only ids that a tokenizer has: a matrix may be padded beyond them, differently for each size of a family.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Text from a model that is split over machines. `python -m split.infer prompt="..." project.local_shards=2`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry
@@ -32,10 +30,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
         ) from None
 
 
-def main() -> None:
-    """Run with `conf/split_inf.yaml`."""
-    entry.main("split_inf", SplitSettings, run)
-
+main = entry.door("split_inf", SplitSettings, run)
 
 if __name__ == "__main__":
     main()

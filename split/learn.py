@@ -1,7 +1,5 @@
 """One shard of a model in training, behind a port. `python -m split.learn project.layers=15:30`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry
@@ -15,10 +13,7 @@ def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
     return host(settings, place.folder)
 
 
-def main() -> None:
-    """Run with `conf/split_train.yaml`."""
-    entry.main("split_train", SplitTrainSettings, run)
-
+main = entry.door("split_train", SplitTrainSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -3,8 +3,6 @@
 Everything trained becomes a transformers model, an adapter a PEFT folder; both load without this lab.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +21,12 @@ class MergeProjectSettings:
     """The folder to write; it must not be there yet."""
 
 
+@register("split_merge")
 @dataclass(kw_only=True)
 class MergeSettings(LabSettings):
     """Settings of the merge; `model` is the one that the run began with."""
 
     project: MergeProjectSettings
-
-
-register("split_merge", MergeSettings)
 
 
 def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:
@@ -45,10 +41,7 @@ def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:
     )
 
 
-def main() -> None:
-    """Run with `conf/split_merge.yaml`."""
-    entry.main("split_merge", MergeSettings, run)
-
+main = entry.door("split_merge", MergeSettings, run)
 
 if __name__ == "__main__":
     main()

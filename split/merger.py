@@ -1,7 +1,5 @@
 """Turns the parts of a checkpoint into one folder. Their tensors already have the names of the whole model."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
@@ -30,15 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def merge(model: ModelSettings, checkpoint: Path, output: Path) -> dict[str, Any]:
-    """Write the folder; return the figures of the last line.
-
-    Args:
-        model: The model that the run began with.
-        checkpoint: A run's folder, or one step's.
-        output: A folder that is not there yet.
+    """Write the folder `output` from a run's checkpoints, or one step's; return the figures of the last line.
 
     Raises:
-        UserError: parts are missing or damaged, the model is another one, or `output` exists.
+        UserError: parts are missing or damaged, `model` is not what the run began with, or `output` exists.
     """
     folder = latest_step(checkpoint.absolute())
     manifest = read_manifest(folder)

@@ -1,7 +1,5 @@
 """Which machine should hold which layers. `python -m split.plan model=llama3_70b`: nothing is downloaded."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -77,14 +75,12 @@ class PlanProjectSettings:
         require_at_least(0, self, "overhead_gb", "hop_ms")
 
 
+@register("split_plan")
 @dataclass(kw_only=True)
 class PlanSettings(LabSettings):
     """Settings of the planner."""
 
     project: PlanProjectSettings
-
-
-register("split_plan", PlanSettings)
 
 
 def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:
@@ -179,10 +175,7 @@ def print_plan(plan: Plan, title: str) -> None:
     console.print(f"{1000 * plan.token_seconds:.1f} ms a token, {1 / plan.token_seconds:.1f} tokens a second")
 
 
-def main() -> None:
-    """Run with `conf/split_plan.yaml`."""
-    entry.main("split_plan", PlanSettings, run)
-
+main = entry.door("split_plan", PlanSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -5,8 +5,6 @@ layers, their keys and values, and a workspace. The nodes form a star: a hop bet
 both, at the speed of the slower of their two links.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

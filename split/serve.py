@@ -1,7 +1,5 @@
 """One shard of a split model behind a port. `python -m split.serve project.layers=15:30`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry
@@ -15,10 +13,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     return host(settings)
 
 
-def main() -> None:
-    """Run with `conf/split_inf.yaml`."""
-    entry.main("split_inf", SplitSettings, run)
-
+main = entry.door("split_inf", SplitSettings, run)
 
 if __name__ == "__main__":
     main()

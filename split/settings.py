@@ -1,11 +1,7 @@
 """Settings of a chain of shards, and of inference over one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
-
-from typing_extensions import override
 
 from lab.engine.settings import CacheSettings
 from lab.settings import LabSettings, register, require, require_above, require_at_least
@@ -111,16 +107,11 @@ def _check_address(rule: str, text: str) -> None:
         require(False, rule, text)
 
 
+@register("split_inf")
 @dataclass(kw_only=True)
 class SplitSettings(LabSettings):
     """Settings of a shard and of a client."""
 
     project: SplitProjectSettings
 
-    @classmethod
-    @override
-    def draws_seed(cls) -> bool:
-        return True
-
-
-register("split_inf", SplitSettings)
+    draws_seed = True

@@ -1,7 +1,5 @@
 """Fine-tuning of a model that is split over machines. `python -m split.train project.local_shards=2`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry
@@ -15,10 +13,7 @@ def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
     return run_training(settings, place)
 
 
-def main() -> None:
-    """Run with `conf/split_train.yaml`."""
-    entry.main("split_train", SplitTrainSettings, run)
-
+main = entry.door("split_train", SplitTrainSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -140,7 +140,7 @@ def door(command: str) -> tuple[str, Any]:
     name = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
     module = importlib.import_module(name)
     module = importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
-    [(config, settings_type)] = re.findall(r'entry\.main\("(\w+)", (\w+), ', inspect.getsource(module))
+    [(config, settings_type)] = re.findall(r'entry\.(?:main|door)\("(\w+)", (\w+), ', inspect.getsource(module))
     return config, getattr(module, settings_type)
 
 

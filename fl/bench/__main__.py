@@ -12,8 +12,6 @@ comparison  a federation over identically distributed parts compared with its ce
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -222,10 +220,7 @@ def simulate(overrides: Sequence[str], folder: Path, timeout_seconds: float) -> 
     return run_to_end("simulations.fed_sim", overrides, folder, timeout_seconds)[1]
 
 
-def main() -> None:
-    """Run with conf/fed_bench.yaml."""
-    entry.main("fed_bench", FederatedBenchSettings, run)
-
+main = entry.door("fed_bench", FederatedBenchSettings, run)
 
 if __name__ == "__main__":
     main()

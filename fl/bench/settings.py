@@ -1,7 +1,5 @@
 """Settings of the federated benchmarks: `python -m fl.bench`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.settings import LabSettings, register, require, require_above, require_at_least
@@ -46,11 +44,9 @@ class FederatedBenchProjectSettings:
         require_above(0, self, "run_timeout_seconds")
 
 
+@register("fed_bench")
 @dataclass(kw_only=True)
 class FederatedBenchSettings(LabSettings):
     """All settings of `python -m fl.bench`."""
 
     project: FederatedBenchProjectSettings
-
-
-register("fed_bench", FederatedBenchSettings)

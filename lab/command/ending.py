@@ -5,8 +5,6 @@ In the main thread a signal raises an exception (`Stopped`), or calls a function
 that takes too long to end after a signal; its last line then holds the figures so far.
 """
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import os
@@ -17,8 +15,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, Self, TypeVar
 
 import psutil
 
@@ -103,7 +101,7 @@ class Signals:
         self._before: dict[int, Any] = {}
         self._heard, self._over = threading.Event(), threading.Event()
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         global _current
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
@@ -116,9 +114,7 @@ class Signals:
         _current = self
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         global _current
         _current = None
         for number, handler in self._before.items():

@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 a fault (an unexpected one with its traceback), 2 a mistak
 Ctrl+C and 143 after SIGTERM (0 for roles that serve until then), 141 when the reader of standard output is gone.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -52,9 +50,6 @@ from lab.files import whose_place, write_whole
 from lab.models.architecture import as_described
 from lab.settings import Dtype, LabSettings, UserError, digest, to_plain
 from lab.tracking import finite
-
-__all__ = ["EndedBy", "Run", "compose_config", "compose_settings", "finish", "leave", "main", "settle"]
-
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +99,16 @@ def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -
         raise SystemExit(0)
     with for_owner_alone():
         _main(config_name, settings_type, run)
+
+
+def door(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> Callable[[], NoReturn]:
+    """The `main` of a command's module: it composes `conf/<config_name>.yaml`, and runs."""
+
+    def opened() -> NoReturn:
+        main(config_name, settings_type, run)
+
+    opened.__module__ = run.__module__
+    return opened
 
 
 def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:

@@ -1,7 +1,5 @@
 """One line for a mistake of the user: dotted key, rule, value. From the exceptions of Hydra and OmegaConf."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Overrides of a command line, `key=value`, quoted for Hydra by code: nobody types quotes, here or in a shell."""
 
-from __future__ import annotations
-
 import re
 from argparse import Namespace
 from collections.abc import Sequence

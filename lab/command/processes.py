@@ -1,7 +1,5 @@
 """Commands of the lab as separate processes: how to start one, read its first line, and its last."""
 
-from __future__ import annotations
-
 import json
 import queue
 import subprocess
@@ -74,6 +72,12 @@ def own_words(but: tuple[str, ...] = ()) -> list[str]:
     folders = [source.path for source in own.runtime.config_sources if source.provider == "command-line"]
     words = [word for word in own.overrides.task if not word.startswith(but)]
     return [*(f"--config-dir={folder}" for folder in folders), *words]
+
+
+def say_listening(role: str, host: str, port: int, hint: str, **about: Any) -> None:
+    """Print, when a role is ready, one line of JSON on stdout for `first_line`, and on stderr what to type next."""
+    print(json.dumps({"status": "listening", "role": role, "host": host, "port": port, **about}), flush=True)
+    print(hint, file=sys.stderr, flush=True)
 
 
 def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:

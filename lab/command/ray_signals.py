@@ -1,7 +1,5 @@
 """Keeps the signals of a process that uses Ray in our hands."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

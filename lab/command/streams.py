@@ -3,8 +3,6 @@
 Characters that a stream cannot encode are escaped, line ends stay as they are, and output without a reader is dropped.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -2,8 +2,6 @@
 file or pipe exactly the text.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

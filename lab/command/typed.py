@@ -3,8 +3,6 @@
 Only this module and its callers in lab.command see a DictConfig.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

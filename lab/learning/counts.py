@@ -1,9 +1,8 @@
 """Counts of a reader's lines and examples, which may leave the site although the data may not."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Self
 
 
 @dataclass(kw_only=True)
@@ -36,13 +35,13 @@ class Counts:
     answer_tokens: int = 0
     """Tokens of the examples trained on that the loss counts."""
 
-    def __add__(self, other: Counts) -> Counts:
+    def __add__(self, other: Self) -> Self:
         """Both together."""
         sums = {name: value + getattr(other, name) for name, value in asdict(self).items()}
-        return Counts(**sums | {"longest_tokens": max(self.longest_tokens, other.longest_tokens)})
+        return replace(self, **sums | {"longest_tokens": max(self.longest_tokens, other.longest_tokens)})
 
     @classmethod
-    def checked(cls, numbers: Mapping[str, object]) -> Counts:
+    def checked(cls, numbers: Mapping[str, object]) -> Self:
         """Counts that came from elsewhere; ValueError unless each is there, and a whole number from 0 on."""
         known = {field.name for field in fields(cls)}
         if odd := sorted(known ^ numbers.keys()):

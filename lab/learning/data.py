@@ -4,14 +4,12 @@ Knows nothing about clients, tokenizers or models. A source lists its documents 
 document is opened only by the client that reads it.
 """
 
-from __future__ import annotations
-
 import codecs
 import logging
 import os
 import sysconfig
 import tokenize
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +58,9 @@ class Source(Protocol):
 
     def documents(self) -> list[Document]:
         """Every document, in an order that is the same on every call; reads no text. UserError when there is none."""
-        ...
 
     def read(self, document: Document) -> Iterator[Record]:
         """The records of one document; MalformedRecord with its name, key, rule and value when it is malformed."""
-        ...
 
 
 def open_source(settings: DataSettings) -> Source:
@@ -80,12 +76,6 @@ def open_source(settings: DataSettings) -> Source:
             return TextFolder(path_as_typed(settings.path or "", "project.data.path"))
         case DataSource.hub:
             return HubDataset(settings.repo or "", settings.split)
-
-
-def records(source: Source, documents: Iterable[Document]) -> Iterator[Record]:
-    """Every record of `documents`, one document open at a time."""
-    for document in documents:
-        yield from source.read(document)
 
 
 class PythonLibrary:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import random
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,8 +31,6 @@ from lab.text.marked_messages import Marks, control_of, holds_control, marked, s
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and only names are needed here
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a position that does not count, as torch and transformers have it."""
@@ -91,15 +88,6 @@ class Batch:
         """The same batch on `device`."""
         tensors = (self.ids_BT.to(device), self.attention_BT.to(device), self.labels_BT.to(device))
         return Batch(*tensors, self.targets)
-
-
-def examples(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> list[Example]:
-    """All examples of `records` (see `ExampleReader`); warns about everything that the user should know."""
-    reader = ExampleReader(tokenizer, sequence_length)
-    found = [example for record in records for example in reader.examples(record)]
-    for warning in reader.counts.warnings(sequence_length):
-        log.warning("%s", warning)
-    return found
 
 
 class MalformedData(UserError):

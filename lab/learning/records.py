@@ -11,8 +11,6 @@ Knows nothing about files, tokenizers or models. The first format whose keys a J
 A "system" text beside the second, third and fourth becomes the first message. Other keys are metadata, and not read.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

@@ -5,8 +5,6 @@ Knows nothing about where a model, its examples or its first weights come from.
 Shapes: B examples, T positions, V vocabulary, N = B * T rows of logits.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -16,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Self
 
 import numpy as np
 import torch
@@ -61,16 +60,6 @@ class TrainFigures:
     """Mean over the steps, before clipping."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalFigures:
-    """One pass over held-out examples."""
-
-    loss: float
-    """Mean cross-entropy per counted token, in nats."""
-    tokens: int
-    examples: int
-
-
 @dataclass(frozen=True, eq=False)
 class Proximal:
     """FedProx (arXiv 1812.06127): adds mu / 2 * |w - w_global|^2 over the trainable parameters to the loss."""
@@ -80,7 +69,7 @@ class Proximal:
     """w_global: one tensor for each trainable parameter, in their order."""
 
     @classmethod
-    def around(cls, model: torch.nn.Module, mu: float) -> Proximal:
+    def around(cls, model: torch.nn.Module, mu: float) -> Self:
         """The term that pulls towards the weights that `model` has now."""
         return cls(mu, [parameter.detach().clone() for parameter in trainable_parameters(model)])
 
@@ -306,8 +295,8 @@ def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return token_cross_entropy(logits_BTV, batch.labels_BT)[0]
 
 
-def evaluate(model: torch.nn.Module, examples: Iterable[Example], batch_size: int) -> EvalFigures:
-    """Token-weighted mean loss over `examples`; the same, but for rounding, for every batch size."""
+def evaluate(model: torch.nn.Module, examples: Iterable[Example], batch_size: int) -> float:
+    """Mean cross-entropy per counted token of `examples`, in nats; the same, but for rounding, for every batch size."""
     ordered = sorted(examples, key=lambda example: len(example.ids_T))  # little padding in a batch
     assert ordered, "evaluation needs at least one example"
     keep_differentiable(model)
@@ -317,7 +306,7 @@ def evaluate(model: torch.nn.Module, examples: Iterable[Example], batch_size: in
             batch = collate(ordered[start : start + batch_size])
             loss += batch_loss(model, batch).item()
             tokens += batch.targets
-    return EvalFigures(loss=loss / tokens, tokens=tokens, examples=len(ordered))
+    return loss / tokens
 
 
 @contextmanager

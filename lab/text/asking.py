@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lab.engine.sampling import Sampling
-from lab.settings import UserError
+from lab.settings import UserError, user_errors
 from lab.text.settings import FILL, TextSettings
 from lab.text.words import Words
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and only names are ne
 
 def asked_sampling(asked: TextSettings, seed: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Sampling:
     """The sampling of a text with such a prompt. UserError for invalid penalties, biases or bad words."""
-    try:
+    with user_errors("project."):
         words = Words(
             prompt_tokens=prompt_tokens,
             repetition_penalty=asked.repetition_penalty,
@@ -25,8 +25,6 @@ def asked_sampling(asked: TextSettings, seed: int, tokenizer: PreTrainedTokenize
             logit_bias=tuple(asked.biases),
             bad_words=tuple(word for text in asked.bad_words for word in bad_word_ids(tokenizer, text)),
         )
-    except ValueError as error:
-        raise UserError(f"project.{error}") from None
     return Sampling(
         seed=seed,
         temperature=asked.temperature,

@@ -1,7 +1,5 @@
 """Marks around the control tokens that stand in messages, so that they are known again behind a chat template."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple

@@ -4,9 +4,7 @@ Where a stop string ends the text depends on its characters only, not on how tok
 together: the first complete one counts, or the one that began first. A possible beginning of one is held back.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -108,6 +106,12 @@ class FinalText:
     """The tokens that are in it with all of their characters."""
     stopped: bool
     """Whether a stop string ended it."""
+
+    def ended_by(self, end_ids: Collection[int]) -> str:
+        """`stop`, `end_token` or `length`: `ended_by` of the last line."""
+        if self.stopped:
+            return "stop"
+        return "end_token" if self.ids and self.ids[-1] in end_ids else "length"
 
 
 def final_text(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str]) -> FinalText:

@@ -1,7 +1,5 @@
 """Settings of a generation, which `speculative.drafter` and `split.infer` share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -7,11 +7,10 @@ vLLM does it (docs.vllm.ai, v1/sample/sampler.py): banned tokens, bias, repetiti
 Knows nothing about logits: `lab.engine.history` changes them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 1024
@@ -76,7 +75,7 @@ class Words:
                 f"logit_bias and bad_words must name ids in [0, {vocabulary_size}), got {self._largest_id}"
             )
 
-    def within(self, vocabulary_size: int) -> Words:
+    def within(self, vocabulary_size: int) -> Self:
         """The same for a drafter whose vocabulary is shorter: without the ids that it does not have."""
         if self._largest_id < vocabulary_size:
             return self

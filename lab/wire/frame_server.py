@@ -7,7 +7,6 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 from typing import Self
 
 from lab.wire.endpoint import Endpoint
@@ -84,9 +83,7 @@ class FrameServer:
         )
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         """Stop listening and end every connection."""
         self._server.close()
         for transport in list(self.refusals):

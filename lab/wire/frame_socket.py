@@ -7,7 +7,6 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
 
 from lab.wire.conversation import Conversation
@@ -107,9 +106,7 @@ class FrameSocket(PeerConnection):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _shake_hands(self) -> None:

@@ -16,7 +16,7 @@ class Arrival:
     def wait(self, timeout_seconds: float) -> bool:
         """Return whether there is something to read within the time."""
         if self._poll is None or self._socket.fileno() < 0:
-            return can_read(self._socket, timeout_seconds)
+            return _wait(self._socket, timeout_seconds, writing=False)
         return bool(self._poll.poll(min(timeout_seconds, _AT_MOST_SECONDS) * 1000))
 
 
@@ -31,11 +31,6 @@ def has_ended(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, _ENDED)
     return bool(poll.poll(0))
-
-
-def can_read(waited_for: socket.socket, timeout_seconds: float) -> bool:
-    """Wait until there is something to read (or an end to see); return whether there is."""
-    return _wait(waited_for, timeout_seconds, writing=False)
 
 
 def can_write(waited_for: socket.socket, timeout_seconds: float) -> bool:

@@ -32,8 +32,6 @@ Engine real: `model` as the target, `project.draft` as the draft source.
 Bytes are all that crossed the connection during generation, in both directions, headers and heartbeats included.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,10 +90,7 @@ def draw(folder: Path, rows: list[Row]) -> list[Path]:
     return pictures
 
 
-def main() -> None:
-    """Run with `conf/spec_decoding.yaml`."""
-    entry.main("spec_decoding", SpeculativeSettings, run)
-
+main = entry.door("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

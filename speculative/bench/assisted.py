@@ -1,7 +1,5 @@
 """transformers' own speculation, as a baseline: target and drafter in one process, no network."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

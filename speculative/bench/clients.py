@@ -1,7 +1,5 @@
 """Parts of the benchmark with several concurrent clients."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import statistics
@@ -22,7 +20,7 @@ from speculative.bench.rows import ASYNC, at_least, plain_row, synthetic_case
 from speculative.drafter.loop import TargetLost
 from speculative.drafter.session import make_request
 from speculative.drafter.tally import Tally
-from speculative.drafter.target import RemoteTarget, join
+from speculative.drafter.target import join
 from speculative.settings import DraftSource, SpeculativeSettings
 
 LEAST_OVER_ONE = 2.5
@@ -135,14 +133,7 @@ def _generate_together(rig: Rig, cases: Sequence[Case]) -> list[Tally]:
     with ExitStack() as stack:
         targets = [stack.enter_context(rig.join(case.rtt_seconds)) for case in cases]
         with ThreadPoolExecutor(len(cases)) as pool:
-            return list(pool.map(lambda pair: _generate(rig, *pair), zip(cases, targets)))
-
-
-def _generate(rig: Rig, case: Case, target: RemoteTarget) -> Tally:
-    tally = Tally()
-    for done in rig.rounds(case, target):
-        tally.add(done)
-    return tally
+            return list(pool.map(rig.tally, cases, targets))
 
 
 @contextmanager
@@ -150,7 +141,7 @@ def _calm(rig: Rig) -> Iterator[None]:
     """A fourth client like the others."""
     case = replace(_neighbour(rig), seed=1)
     with rig.join(case.rtt_seconds) as target, ThreadPoolExecutor(1) as pool:
-        pool.submit(_generate, rig, case, target)
+        pool.submit(rig.tally, case, target)
         yield
 
 

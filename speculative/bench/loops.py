@@ -3,8 +3,6 @@
 `speculative.bench` describes them.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ Verifier and links are processes; the drafter is this one. Two cores are enough 
 the drafter drafts, and a link only moves bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -94,13 +92,13 @@ class Reading:
         return lambda place, in_epoch: place not in wrong
 
 
-class Rig:
-    """A context manager: leaving it ends the processes."""
+class Rig(ExitStack):
+    """A verifier with its links and connections. Leaving it ends the processes."""
 
     def __init__(self, settings: SpeculativeSettings, folder: Path) -> None:
+        super().__init__()
         self.settings, self.folder = settings, folder
         self.is_real = settings.project.bench.engine is BenchEngine.real
-        self._stack = ExitStack()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer_only(settings.model)
         self.texts = token_texts(self.tokenizer)
         self._links: dict[float, int] = {}
@@ -108,16 +106,10 @@ class Rig:
         self._drafts: dict[tuple[Any, ...], Drafts] = {}
 
     def __enter__(self) -> Self:
-        self._stack.__enter__()
-        self._stack.enter_context(pinned(DRAFTER_CORE))
+        self.enter_context(pinned(DRAFTER_CORE))
         with pinned(VERIFIER_CORE):
-            self.port = self._stack.enter_context(verifier_process(self.settings, self.folder / "verifier"))
+            self.port = self.enter_context(verifier_process(self.settings, self.folder / "verifier"))
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        for drafts in self._drafts.values():
-            drafts.close()
-        self._stack.__exit__(*error)
 
     @property
     def drafter_words(self) -> list[str]:
@@ -128,9 +120,7 @@ class Rig:
         """Port of a link to the verifier with this round-trip time, half each way."""
         if rtt_seconds not in self._links:
             folder = self.folder / f"link-{rtt_seconds:g}"
-            self._links[rtt_seconds] = self._stack.enter_context(
-                link_process(self.port, rtt_seconds, folder, START_SECONDS)
-            )
+            self._links[rtt_seconds] = self.enter_context(link_process(self.port, rtt_seconds, folder, START_SECONDS))
         return self._links[rtt_seconds]
 
     def join(self, rtt_seconds: float) -> RemoteTarget:
@@ -145,7 +135,7 @@ class Rig:
     def target(self, rtt_seconds: float) -> RemoteTarget:
         """The warm connection through such a link, which all runs share."""
         if rtt_seconds not in self._targets:
-            self._targets[rtt_seconds] = self._stack.enter_context(self.join(rtt_seconds))
+            self._targets[rtt_seconds] = self.enter_context(self.join(rtt_seconds))
             self.generate(Case(mode=Mode.target_only, rtt_seconds=rtt_seconds, new_tokens=WARM_UP_TOKENS))
         return self._targets[rtt_seconds]
 
@@ -153,10 +143,15 @@ class Rig:
         """Generate one text."""
         target = self.target(case.rtt_seconds)
         before = target.bytes_sent + target.bytes_received
+        tally = self.tally(case, target)
+        return Reading(tally, target.bytes_sent + target.bytes_received - before)
+
+    def tally(self, case: Case, target: RemoteTarget) -> Tally:
+        """Generate one text over a connection."""
         tally = Tally()
         for done in self.rounds(case, target):
             tally.add(done)
-        return Reading(tally, target.bytes_sent + target.bytes_received - before)
+        return tally
 
     def rounds(
         self, case: Case, target: RemoteTarget, wrap: Callable[[Drafts], Drafts] = lambda drafts: drafts
@@ -213,6 +208,7 @@ class Rig:
         key = (draft.source, draft.layers, draft.model, sampling)
         if key not in self._drafts:
             self._drafts[key] = make()
+            self.callback(self._drafts[key].close)
         return self._drafts[key]
 
 

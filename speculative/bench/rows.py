@@ -1,7 +1,5 @@
 """Cases of the benchmark and their rows: measured figures, compared with the target alone and the formulas."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Settings of `python -m speculative.bench`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 

@@ -4,8 +4,6 @@ For a picture, not for a figure: the verifier is a thread of this process, so th
 real verifier, behind a real socket and a link process.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

@@ -1,7 +1,5 @@
 """The drafter: drafts on this machine, lets the verifier check, prints the text. `python -m speculative.drafter`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lab.command import entry
@@ -15,10 +13,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     return draft(settings, place)
 
 
-def main() -> None:
-    """Run with `conf/spec_decoding.yaml`."""
-    entry.main("spec_decoding", SpeculativeSettings, run)
-
+main = entry.door("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,5 @@
 """Compares a generated text with the target's own: every token that differs is a flip."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 

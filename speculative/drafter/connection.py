@@ -4,8 +4,6 @@ One thread stays in `recv`, where heartbeats are handled: so a drafter that comp
 fails to notice a dead verifier.
 """
 
-from __future__ import annotations
-
 import queue
 import ssl
 import threading

@@ -3,8 +3,6 @@
 Settings are built directly, not as overrides for Hydra to parse: a folder may have any name.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -52,8 +50,7 @@ def _folders() -> list[Path]:
 def _of_yaml(file: Path, name: str) -> ModelSettings:
     """A YAML file, completed by what `conf/main.yaml` gives to every model."""
     try:
-        shared = cast(DictConfig, OmegaConf.load(Path(conf.__file__).parent / "main.yaml")).model
-        merged = OmegaConf.merge(OmegaConf.structured(ModelSettings), shared, OmegaConf.load(file))
+        merged = OmegaConf.merge(OmegaConf.structured(ModelSettings), _shared(), OmegaConf.load(file))
         return cast(ModelSettings, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise UserError(f"project.draft.model {name}: {describe(error)}") from None
@@ -76,7 +73,7 @@ def _of_place(name: str, target: ModelSettings) -> ModelSettings:
         adapter=None,
         source=ModelSource.random,
         quantization=Quantization.none,
-        dtype=_shared_dtype(),
+        dtype=Dtype[str(_shared().dtype)],
     )
     if path.is_dir():
         found = replace(here, source=ModelSource.path, path=str(path.absolute()))
@@ -93,7 +90,6 @@ def _of_place(name: str, target: ModelSettings) -> ModelSettings:
     return replace(found, name=own_name(found))
 
 
-def _shared_dtype() -> Dtype:
-    """The default dtype, for models without a YAML file."""
-    shared = cast(DictConfig, OmegaConf.load(Path(conf.__file__).parent / "main.yaml"))
-    return Dtype[str(shared.model.dtype)]
+def _shared() -> DictConfig:
+    """The values that all models share."""
+    return cast(DictConfig, OmegaConf.load(Path(conf.__file__).parent / "main.yaml").model)

@@ -3,8 +3,6 @@
 Knows nothing about sockets, models or tokenizers: draft tokens come from a `Drafts`, verdicts from a `Target`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Collection, Generator, Sequence
@@ -47,42 +45,33 @@ class Target(Protocol):
     @property
     def longest_draft(self) -> int:
         """Most draft tokens in one `draft`."""
-        ...
 
     @property
     def window(self) -> int:
         """Most draft tokens beyond the last verdict."""
-        ...
 
     @property
     def rtt_seconds(self) -> float | None:
         """Round-trip time; None: unknown yet."""
-        ...
 
     def open(self, request: GenerationRequest) -> None:
         """Begin a request, the only one until `leave`."""
-        ...
 
     def resume(self, request: GenerationRequest) -> None:
         """Resume it after `TargetLost`, if that is possible, or after `Desync`. A verdict with all later tokens
         follows."""
-        ...
 
     def draft(self, epoch: int, position: int, draft_ids: Sequence[int]) -> None:
         """Send draft tokens; does not wait."""
-        ...
 
     def has_news(self) -> bool:
         """Whether `next` would return at once."""
-        ...
 
     def next(self) -> Outcome:
         """Wait for the next outcome."""
-        ...
 
     def leave(self) -> None:
         """Stop following this request."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,5 @@
 """One request of a drafter, from its prompt to its figures."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys
@@ -18,10 +16,10 @@ from lab.device import open_device
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
-from lab.settings import UserError
+from lab.settings import UserError, user_errors
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
-from lab.text.running_text import FinalText, final_text
+from lab.text.running_text import final_text
 from lab.tracking import Tracker
 from speculative.drafter.check import find_flips
 from speculative.drafter.loop import SYNC_LENGTH, RequestRefused, Round, speculate
@@ -84,10 +82,8 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
     """UserError for a prompt that is too long, and for ids that the target does not have."""
     if request.sampling.words is not None:
-        try:
+        with user_errors("project."):
             request.sampling.words.check_ids(welcome.vocabulary_size)
-        except ValueError as error:
-            raise UserError(f"project.{error}") from None
     if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
         raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
     wrong = next((token for token in request.prompt_ids if token >= welcome.vocabulary_size), None)
@@ -133,10 +129,8 @@ def show(stream: TextStream, done: Round) -> None:
 
 def set_ticket(resume: str | None, target: RemoteTarget, path: Path) -> None:
     """Give the next request a new ticket, or the ticket in the file `resume` of another process; write it to `path`."""
-    try:
+    with user_errors("project.resume "):
         ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(path_of(resume, "project.resume"))
-    except ValueError as error:
-        raise UserError(f"project.resume {error}") from None
     try:
         ticket.write(path)
     except OSError as error:
@@ -175,7 +169,7 @@ def _figures(
         "waited_seconds": target.waited_seconds,
         "bytes_sent": target.bytes_sent,
         "bytes_received": target.bytes_received,
-        "ended_by": _ended_by(text, target.welcome.end_ids),
+        "ended_by": text.ended_by(target.welcome.end_ids),
         "mode": project.mode,
         "drafter": "none" if project.mode is Mode.target_only else project.draft.source,
         "draft_length": project.draft.length,
@@ -186,12 +180,6 @@ def _figures(
         "target_dtype": target.welcome.dtype,
         "flips": None,
     }
-
-
-def _ended_by(text: FinalText, end_ids: Sequence[int]) -> str:
-    if text.stopped:
-        return "stop"
-    return "end_token" if text.ids and text.ids[-1] in end_ids else "length"
 
 
 def _predicted(project: SpeculativeProjectSettings, target: RemoteTarget, figures: dict[str, Any]) -> float | None:

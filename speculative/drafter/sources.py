@@ -3,8 +3,6 @@
 Shapes: V vocabulary, H hidden size.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -14,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lab.engine.base import Engine
@@ -175,14 +172,9 @@ def _draft_model(settings: SpeculativeSettings, device: torch.device, target_tex
         tokenizer = load_tokenizer_only(model)
     except UserError as error:
         raise UserError(f"{whose}: {error}") from None
-    check_same_vocabulary(tokenizer, target_texts, whose)
-    return load_proved(model, device).model
-
-
-def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, target_texts: list[str], whose: str) -> None:
-    """UserError that names the first id which differs from the target's."""
     if difference := first_difference(token_texts(tokenizer), target_texts):
         raise UserError(f"{whose} must have the target's tokenizer: {difference}")
+    return load_proved(model, device).model
 
 
 def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:

@@ -16,8 +16,6 @@ ms_per_token_p50        median over tokens; each of the n tokens of a round took
 tokens_per_second       new tokens / generation_seconds: from the request (connected, models loaded) to the last token.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import Counter

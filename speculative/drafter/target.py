@@ -1,7 +1,5 @@
 """A verifier over the wire, as a drafter's `Target`: one request at a time, over any number of connections."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -10,7 +8,6 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, Self
 
 import msgspec
@@ -58,12 +55,12 @@ class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: dict[str, str]
 
     @classmethod
-    def new(cls, target: dict[str, str]) -> Ticket:
+    def new(cls, target: dict[str, str]) -> Self:
         """Draw a new ticket."""
         return cls(secrets.token_hex(8), secrets.token_hex(OWNER_BYTES), target)
 
     @classmethod
-    def read(cls, path: Path) -> Ticket:
+    def read(cls, path: Path) -> Self:
         """Read a ticket file. Raises `ValueError` for any other file."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
@@ -203,9 +200,7 @@ class RemoteTarget(Target):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _begin(self, request: GenerationRequest, ticket: Ticket, *, again: bool) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
-import sys
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
 from lab.command import entry
 from lab.command.ending import run_async
+from lab.command.processes import say_listening
 from lab.network import address_for_peers, listener_tls
 from lab.settings import NetworkSettings
 from lab.tracking import Tracker
@@ -54,20 +53,12 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 def announce(network: NetworkSettings, target: OpenTarget, port: int) -> None:
     """Print one JSON line on stdout for programs; on stderr the command for the drafter's machine."""
-    ready = {
-        "status": "listening",
-        "role": "verifier",
-        "host": network.host,
-        "port": port,
-        "target": target.model,
-        "target_dtype": target.dtype,
-    }
-    print(json.dumps(ready), flush=True)
     words = [f"network.host={address_for_peers(network.host)}", f"network.port={port}", *_words_for_both_roles()]
     if network.tls_certificate is not None:
         words.append("network.tls_authority=<the authority's certificate>")
     command = " ".join([*(shlex.quote(word) for word in words), 'prompt="..."'])
-    print(f"on the drafter's machine: python -m speculative.drafter {command}", file=sys.stderr, flush=True)
+    hint = f"on the drafter's machine: python -m speculative.drafter {command}"
+    say_listening("verifier", network.host, port, hint, target=target.model, target_dtype=target.dtype)
 
 
 def _words_for_both_roles() -> list[str]:
@@ -76,10 +67,7 @@ def _words_for_both_roles() -> list[str]:
     return [word for word in HydraConfig.get().overrides.task if word.startswith(both)]
 
 
-def main() -> None:
-    """Composes `conf/spec_decoding.yaml` and serves."""
-    entry.main("spec_decoding", SpeculativeSettings, run)
-
+main = entry.door("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

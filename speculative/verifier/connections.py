@@ -3,8 +3,6 @@
 A connection that sends too many frames is not cut off: it is read more slowly, without slowing others.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import struct

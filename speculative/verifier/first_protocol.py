@@ -1,7 +1,5 @@
 """Requests of the first protocol (`speculative.protocol`): plain text in, the target's own greedy continuation out."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Between two passes all calls that have arrived are run, so that sequences whose 
 next one. Knows nothing about networks; it never blocks the event loop in which outcomes are delivered.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
@@ -13,7 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Self
 
 from speculative.messages import Reason
@@ -81,9 +78,7 @@ class ForwardThread:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._calls.put(None)
         self._thread.join(END_SECONDS)
 

@@ -1,7 +1,5 @@
 """Limits of a verifier, and the reasons for refusing a request."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The verifier's own draft tokens for one sequence: prompt lookup, for passes without a drafter's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from speculative.acceptance import common_length

@@ -11,8 +11,6 @@ Knows nothing about tokenizers, networks or threads: a `Scheduler` is called fro
 `patience()` between two ticks unless a call arrives.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import logging

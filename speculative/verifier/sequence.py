@@ -9,8 +9,6 @@ Draft tokens have positions, and wait until a pass takes them or the sequence ha
 defined in `speculative.messages`. Knows nothing about tokenizers, networks or threads, and reads no clock.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field

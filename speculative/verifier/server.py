@@ -1,7 +1,5 @@
 """A running verifier: port, connections, forward thread, and the figures of every sequence that it has served."""
 
-from __future__ import annotations
-
 import asyncio
 import ssl
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The verifier's target as the settings select it: a whole model, a split one or a synthetic one."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 import torch

@@ -20,9 +20,6 @@ memory       peak memory of shards of a large random model over that of a tiny o
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
 
-from __future__ import annotations
-
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +35,11 @@ def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
 
     project = settings.project
     report = Path(project.report or place.folder / "bench.json")
-    rig = contextlib.closing(Rig(settings, place.folder))
+    rig = Rig(settings, place.folder)
     return run_parts("split", PARTS, project.parts, rig, settings=settings, place=place, report=report)
 
 
-def main() -> None:
-    """Run with `conf/split_bench.yaml`."""
-    entry.main("split_bench", SplitBenchSettings, run)
-
+main = entry.door("split_bench", SplitBenchSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,5 @@
 """The parts of `split.bench`: each measures with the processes of a `Rig` and gives a row of figures."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import math

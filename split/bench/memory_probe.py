@@ -3,8 +3,6 @@
 Shapes: B examples, T positions, H hidden size.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

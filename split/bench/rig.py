@@ -3,8 +3,6 @@
 This process holds the whole model for comparison; it stays on the first shard's core, which waits while it computes.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -47,13 +45,13 @@ class OnCore(InferenceStage):
             yield from super().take(message, client)
 
 
-class Rig:
-    """Shards and engines that the parts share. Close it: it ends the processes."""
+class Rig(ExitStack):
+    """Shards and engines that the parts share. Leaving it ends the processes."""
 
     def __init__(self, settings: SplitBenchSettings, folder: Path) -> None:
+        super().__init__()
         self.project, self.model, self.folder = settings.project, settings.model, folder
-        self._stack = ExitStack()
-        self._stack.enter_context(pinned(0))
+        self.enter_context(pinned(0))
         self.device = open_device(settings.device)
         inference = compose_settings("split_inf", "", SplitSettings)
         self.settings = replace(
@@ -77,10 +75,6 @@ class Rig:
         ]
         self._addresses: dict[tuple[int, bool], list[str]] = {}
 
-    def close(self) -> None:
-        """End the shards."""
-        self._stack.close()
-
     def addresses(self, cut: int, *, awake: bool = True) -> list[str]:
         """Addresses of two shards, the second of which begins at `cut`; started at the first call. Those that are not
         `awake` sleep as soon as a pass is over."""
@@ -88,7 +82,7 @@ class Rig:
             folder = self.folder / f"cut-{cut}{'' if awake else '-asleep'}"
             words = self._words if awake else [*self._words, "project.awake_seconds=0"]
             shards = LocalShards(self.ranges(cut), folder, self.project.start_seconds, words, pin=True)
-            self._addresses[cut, awake] = [str(address) for address in self._stack.enter_context(shards).addresses]
+            self._addresses[cut, awake] = [str(address) for address in self.enter_context(shards).addresses]
         return self._addresses[cut, awake]
 
     def ranges(self, cut: int) -> list[range]:

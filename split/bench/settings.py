@@ -1,7 +1,5 @@
 """Settings of the benchmarks of split inference and of split training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.settings import LabSettings, register, require, require_at_least
@@ -93,6 +91,7 @@ class SplitTrainBenchProjectSettings(TwoShardsSettings):
         require(all(m >= 1 for m in self.micro_batches), "micro_batches must be at least 1 each", self.micro_batches)
 
 
+@register("split_bench")
 @dataclass(kw_only=True)
 class SplitBenchSettings(LabSettings):
     """Settings of `python -m split.bench`."""
@@ -100,12 +99,9 @@ class SplitBenchSettings(LabSettings):
     project: SplitBenchProjectSettings
 
 
+@register("split_train_bench")
 @dataclass(kw_only=True)
 class SplitTrainBenchSettings(LabSettings):
     """Settings of `python -m split.bench.training`."""
 
     project: SplitTrainBenchProjectSettings
-
-
-register("split_bench", SplitBenchSettings)
-register("split_train_bench", SplitTrainBenchSettings)

@@ -15,9 +15,6 @@ adapter     a LoRA adapter on real text, as `split.train` trains it, over two sh
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
 
-from __future__ import annotations
-
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +29,11 @@ def run(settings: SplitTrainBenchSettings, place: entry.Run) -> dict[str, Any]:
 
     project = settings.project
     report = Path(project.report or place.folder / "bench.json")
-    rig = contextlib.closing(TrainingRig(settings, place.folder))
+    rig = TrainingRig(settings, place.folder)
     return run_parts("split_train", PARTS, project.parts, rig, settings=settings, place=place, report=report)
 
 
-def main() -> None:
-    """Run with `conf/split_train_bench.yaml`."""
-    entry.main("split_train_bench", SplitTrainBenchSettings, run)
-
+main = entry.door("split_train_bench", SplitTrainBenchSettings, run)
 
 if __name__ == "__main__":
     main()

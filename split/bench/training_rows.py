@@ -1,7 +1,5 @@
 """The parts of `split.bench.training`: pinned shard processes, and the whole model in this one."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import statistics
@@ -42,12 +40,12 @@ MOST_MEMORY = 1.1
 ADAPTER_BAND = 1e-4
 
 
-class TrainingRig:
-    """Shards and models that the parts share; a method for each part. Close it: it ends the processes."""
+class TrainingRig(ExitStack):
+    """Shards and models that the parts share; a method for each part. Leaving it ends the processes."""
 
     def __init__(self, settings: SplitTrainBenchSettings, folder: Path) -> None:
+        super().__init__()
         self._project, self._folder = settings.project, folder
-        self._stack = ExitStack()
         self._device = open_device(settings.device)
         training = compose_settings("split_train", "", SplitTrainSettings)
         self._settings = replace(
@@ -70,10 +68,6 @@ class TrainingRig:
         shape = (64, self._project.sequence_length)
         ids_BT = generator.integers(0, vocabulary, shape).astype(np.int32)
         self._examples = [Example(ids_T, np.ones(len(ids_T), dtype=np.bool_)) for ids_T in ids_BT]
-
-    def close(self) -> None:
-        """End the shards."""
-        self._stack.close()
 
     def pipeline(self) -> Row:
         """Measure both schedules at every number of micro-batches."""
@@ -193,7 +187,7 @@ class TrainingRig:
         assert settings.project.transport is TransportKind.tcp
         words = [word for word in own_words() if word.startswith(("--config-dir", "model", "device."))]
         recipe, checkpoints = make_recipe(settings), self._folder / "checkpoints"
-        return self._stack.enter_context(open_shards(settings, recipe, self._device, self._folder, checkpoints, words))
+        return self.enter_context(open_shards(settings, recipe, self._device, self._folder, checkpoints, words))
 
     def _trainer(
         self,

@@ -1,8 +1,7 @@
 """The address of a shard."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -13,7 +12,7 @@ class Address:
     port: int
 
     @classmethod
-    def parse(cls, text: str) -> Address:
+    def parse(cls, text: str) -> Self:
         """Parse `host:port`; an IPv6 host is in brackets. ValueError for anything else."""
         host, colon, port = text.rpartition(":")
         if not (colon and host and port.isdecimal() and 0 < int(port) <= 65535):

@@ -1,7 +1,5 @@
 """Encodings of hidden states between two shards, and their sizes. Loads no torch."""
 
-from __future__ import annotations
-
 from enum import Enum
 
 SCALE_BYTES = 4

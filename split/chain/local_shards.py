@@ -1,7 +1,5 @@
 """Shard processes on this machine, started and ended by their client."""
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import threading
@@ -9,7 +7,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from lab.bench import pinned
@@ -72,9 +69,7 @@ class LocalShards:
         self._watcher.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.stop()
 
     def stop(self) -> None:

@@ -12,8 +12,7 @@
 Each pillar adds its own: `split.inference.messages`, `split.training.messages`.
 """
 
-from __future__ import annotations
-
+import time
 from collections.abc import Mapping
 from enum import Enum, IntEnum
 from typing import Annotated, Any
@@ -69,12 +68,16 @@ class Ask(Head):
 
 
 class ShardFigures(Answer):
-    """The sizes of a shard at the moment, in answer to ASK; each pillar has its own fields."""
+    """The sizes of a shard at the moment, in answer to ASK; each pillar adds its own."""
 
-    @property
-    def clock_seconds(self) -> float:
-        """The monotonic clock of the shard's machine at its answer."""
-        raise NotImplementedError
+    clock_seconds: float
+    """The monotonic clock of the shard's machine at its answer."""
+    device: ShortText
+    weights_bytes: int
+    rss_bytes: int
+    peak_rss_bytes: int
+    device_memory_used_bytes: int | None
+    device_memory_total_bytes: int | None
 
 
 class FaultCode(Enum):
@@ -94,10 +97,11 @@ class FaultCode(Enum):
     """The shard failed."""
 
 
-def memory_fields(device: torch.device) -> dict[str, Any]:
+def process_figures(device: torch.device) -> dict[str, Any]:
     """Present memory of this process and its device: fields that all `ShardFigures` have."""
     memory = read_memory(device)
     return {
+        "clock_seconds": time.monotonic(),
         "device": str(device),
         "rss_bytes": memory.rss_bytes,
         "peak_rss_bytes": memory.peak_rss_bytes,

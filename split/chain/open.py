@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lab.command.processes import own_words
+from lab.command.ending import run_async
+from lab.command.processes import own_words, say_listening
 from lab.models.shape import ModelShape
 from lab.models.sources import load_config
-from lab.network import client_side_tls, listener_tls, make_endpoint
+from lab.network import address_for_peers, cannot_listen, client_side_tls, listener_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, MessageTable, WireError
 from split.chain.address import Address
 from split.chain.local_shards import LocalShards
-from split.chain.process import serve_port, until_stopped
+from split.chain.process import serve, until_stopped
 from split.chain.server import ChainServer, Place
 from split.settings import ChainSettings, TransportKind, parse_layers
 from split.transport.base import ChainMismatch, ShardLost, Stage, Transport
@@ -216,8 +218,23 @@ class Chain:
         )
         server = make_server(stage, place)
         with until_stopped(project.follow_stdin):
-            serve_port(server, project, network, tls, role=self.kind.shard, peer_role=self.kind.client)
+            self._serve_port(server, tls)
         return stage, server.attached
+
+    def _serve_port(self, server: ChainServer, tls: ssl.SSLContext | None) -> None:
+        """Serve over tcp until Ctrl+C. UserError for a taken address."""
+        network, project = self.network, self.project
+
+        def announce(port: int) -> None:
+            address = f"{address_for_peers(network.host)}:{port}"
+            hint = f"this shard's address in the {self.kind.client}'s project.shards=[...]: {address}"
+            say_listening(self.kind.shard, network.host, port, hint, layers=project.layers)
+
+        most = project.max_connections
+        try:
+            run_async(serve(server, network.host, network.port, max_connections=most, tls=tls, announce=announce))
+        except OSError as error:
+            raise cannot_listen(network, error) from None
 
     @property
     def model_layers(self) -> int:

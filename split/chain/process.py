@@ -1,9 +1,6 @@
-"""The process of a shard, for inference and training: reports its address, and serves until it is stopped."""
-
-from __future__ import annotations
+"""The process of a shard, for inference and training: serves a port until it is stopped."""
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -13,52 +10,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lab.command.ending import run_async
-from lab.network import address_for_peers, cannot_listen
-from lab.settings import NetworkSettings
 from lab.wire import FrameServer
 from split.chain.server import ChainServer
-from split.settings import ChainSettings
 
 log = logging.getLogger(__name__)
 
 
-def serve_port(
-    server: ChainServer,
-    project: ChainSettings,
-    network: NetworkSettings,
-    tls: ssl.SSLContext | None,
-    *,
-    role: str,
-    peer_role: str,
-) -> None:
-    """Serve over tcp until Ctrl+C; the settings of `peer_role` name this shard. UserError for a taken address."""
-
-    def announce(port: int) -> None:
-        ready = {"status": "listening", "role": role, "host": network.host, "port": port, "layers": project.layers}
-        print(json.dumps(ready), flush=True)
-        address = f"{address_for_peers(network.host)}:{port}"
-        print(f"this shard's address in the {peer_role}'s project.shards=[...]: {address}", file=sys.stderr, flush=True)
-
-    serving = serve(
-        server,
-        host=network.host,
-        port=network.port,
-        max_connections=project.max_connections,
-        tls=tls,
-        announce=announce,
-    )
-    try:
-        run_async(serving)
-    except OSError as error:
-        raise cannot_listen(network, error) from None
-
-
 async def serve(
     server: ChainServer,
-    *,
     host: str,
     port: int,
+    *,
     max_connections: int,
     tls: ssl.SSLContext | None,
     announce: Callable[[int], None],

@@ -5,8 +5,6 @@ these ends at this shard, on either side, the client's other connections end wit
 client is dropped; the same then happens along the chain. Other clients are not affected.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

@@ -3,8 +3,6 @@
 Shapes: N positions, H hidden size.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

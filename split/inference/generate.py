@@ -1,7 +1,5 @@
 """Generation of one text by a `ShardedModel`, shown token by token, with its figures."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time
@@ -19,7 +17,7 @@ from lab.command.terminal import TextStream
 from lab.engine.base import Session, check_words
 from lab.engine.sampling import Sampling
 from lab.models.sources import end_ids_of, load_tokenizer_only
-from lab.settings import UserError
+from lab.settings import UserError, user_errors
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import final_text
@@ -48,11 +46,10 @@ class Generation:
     def figures(self) -> dict[str, Any]:
         """The text and its ending."""
         found = final_text(decoder(self.tokenizer, self.ends), self.ids, self.settings.project.stops)
-        by_end = "end_token" if self.ids and self.ids[-1] in self.ends else "length"
         return {
             "text": found.text,
             "token_ids": found.ids,
-            "ended_by": "stop" if found.stopped else by_end,
+            "ended_by": found.ended_by(self.ends),
             "seed": self.settings.seed,
         }
 
@@ -82,10 +79,8 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
             f"got {tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong})"
         )
     sampling = asked_sampling(project, settings.seed, tokenizer, len(prompt))
-    try:
+    with user_errors("project."):
         check_words(engine, sampling)
-    except ValueError as error:
-        raise UserError(f"project.{error}") from None
     generation = Generation(settings, tokenizer, end_ids_of(settings.model))
     place.so_far = generation.figures
     write(engine, generation, prompt, sampling, most, tracker)

@@ -24,8 +24,6 @@ ATTACH, WELCOME, JOIN, ASK and FAULT are those of every chain (`split.chain.mess
 Shapes: N positions of all pieces of a pass together, H hidden size.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
 from typing import Annotated
@@ -50,7 +48,7 @@ from split.chain.messages import (
 )
 from split.transport.base import HOP_BYTES, REPORTED_PASSES
 
-PROTOCOL = range(3, 4)
+PROTOCOL = range(4, 5)
 
 MAX_PIECES = 512
 """Most pieces of a pass; the head has room for the reason of each that stopped."""
@@ -140,15 +138,8 @@ class Steps(Answer):
 class Report(ShardFigures):
     """A shard's present figures. The body holds its last passes, a packed `split.transport.base.Hop` each."""
 
-    clock_seconds: float
     name: ShortText
-    device: ShortText
-    weights_bytes: int
     kv_bytes: int
-    rss_bytes: int
-    peak_rss_bytes: int
-    device_memory_used_bytes: int | None
-    device_memory_total_bytes: int | None
 
 
 _PASS_HEAD_BYTES = 2**16

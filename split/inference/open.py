@@ -50,10 +50,9 @@ def sharded_model(settings: SplitSettings, device: torch.device, folder: Path) -
         transport = _chain(settings).open(
             LocalPlaces(folder), lambda layers: load_stage(settings, device, layers), stack
         )
-        yield _engine(
+        yield ShardedModel(
             transport,
-            settings.model,
-            context=project.context,
+            **_sizes(transport, settings.model, project.context),
             prefill_chunk=project.prefill_chunk,
             recovery_seconds=project.recovery_seconds,
             line_seconds=project.line_seconds,
@@ -95,10 +94,9 @@ def join_shards(
         names = ", ".join(Boundary.__members__)
         raise UserError(f"boundary must be one of {names}, got {boundary!r}")
     chain = INFERENCE.connect(network, fingerprints(model, known), shards, spares, start_seconds)
-    return _engine(
+    return ShardedModel(
         chain,
-        model,
-        context=context,
+        **_sizes(chain, model, context),
         prefill_chunk=prefill_chunk,
         recovery_seconds=recovery_seconds,
         line_seconds=line_seconds,
@@ -110,23 +108,11 @@ def _chain(settings: SplitSettings) -> Chain:
     return Chain(INFERENCE, settings.model, settings.network, settings.project, prints)
 
 
-def _engine(
-    transport: Transport,
-    model: ModelSettings,
-    *,
-    context: int,
-    prefill_chunk: int,
-    recovery_seconds: float,
-    line_seconds: float,
-) -> ShardedModel:
-    return ShardedModel(
-        transport,
-        vocabulary_size=ModelShape.of(load_config(model)).vocabulary,
-        context=min(transport.context, model_context(load_config(model), context)),
-        prefill_chunk=prefill_chunk,
-        recovery_seconds=recovery_seconds,
-        line_seconds=line_seconds,
-    )
+def _sizes(transport: Transport, model: ModelSettings, context: int) -> dict[str, int]:
+    """Rows of the model's embedding, and the most tokens of a request."""
+    config = load_config(model)
+    most = min(transport.context, model_context(config, context))
+    return {"vocabulary_size": ModelShape.of(config).vocabulary, "context": most}
 
 
 # A shard

@@ -3,8 +3,6 @@
 A request for which there is no room waits in line; the line is in order of arrival.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os
@@ -42,8 +40,6 @@ class ShardServer(ChainServer):
     """Serves one stage.
 
     Args:
-        stage: The shard.
-        place: Its place in the chain.
         awake_seconds: Time after a pass in which the next one is looked for without sleeping.
         most_waiting: Most requests in line for room; more are refused at once.
     """

@@ -6,8 +6,6 @@ Shapes: B batch rows, T positions, N positions of all pieces of a pass together,
 logits kept of each piece.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -27,7 +25,7 @@ from lab.engine.history import History
 from lab.engine.kv import CacheFull, PassPlan, SlotCache, UnknownState, check_attention, layer_shapes
 from lab.engine.sampling import Sampling
 from lab.engine.wide_products import pack_products
-from lab.models.layers import load_layers
+from lab.models.layers import load_layers, with_adapter
 from lab.models.quantized import stored_bytes
 from lab.models.shape import ModelShape
 from lab.models.slices import run_slice
@@ -89,7 +87,7 @@ class PassInput:
         """The ids of each piece."""
         return [self.ids[rows] for rows in self.rows_of_pieces()]
 
-    def only(self, places: Sequence[int]) -> PassInput:
+    def only(self, places: Sequence[int]) -> "PassInput":
         """The pass with only these of its pieces."""
         if len(places) == len(self.pieces):
             return self
@@ -354,11 +352,7 @@ def load_shard(settings: ModelSettings, device: torch.device, layers: range, lim
         UserError: the model lacks these layers, or `load_layers` or `add_adapter` refuses it.
     """
     first, last = layers.start == 0, layers.stop == ModelShape.of(load_config(settings)).layers
-    model = load_layers(settings, device, layers, embedding=first, head=last)
-    if settings.adapter is not None:
-        from lab.models.adapter import add_adapter  # loads PEFT, which plain models can do without
-
-        add_adapter(model, settings)
+    model = with_adapter(load_layers(settings, device, layers, embedding=first, head=last), settings)
     return shard_class(first, last)(model, layers, limits)
 
 

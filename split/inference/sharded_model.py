@@ -5,8 +5,6 @@ A request's journal is its ids and its sampling: a lost shard gets them again in
 with the same tokens. Knows no networks and no tensors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

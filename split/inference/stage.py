@@ -3,8 +3,6 @@
 Knows the encoding of the boundaries; knows nothing about networks.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from lab.settings import UserError
 from lab.wire import pack_tokens
 from lab.wire.tokens import TOKEN_BYTES
 from split.chain.boundary import Boundary
-from split.chain.messages import Fault, FaultCode, memory_fields
+from split.chain.messages import Fault, FaultCode, process_figures
 from split.inference.coding import decode, encode, stored
 from split.inference.messages import STOPPED_BYTES, Close, Open, Opened, Pass, Piece, Report, Steps, Stopped, pack_steps
 from split.inference.shard import PassInput, PassOutput, RequestLost, Shard
@@ -106,11 +104,10 @@ class InferenceStage(Stage):
     def figures(self, name: str) -> Report:
         shard = self.shard
         return Report(
-            clock_seconds=time.monotonic(),
             name=name,
             weights_bytes=shard.weights_bytes,
             kv_bytes=shard.cache.allocated_bytes,
-            **memory_fields(shard.device),
+            **process_figures(shard.device),
         )
 
     def prove(self) -> None:

@@ -3,8 +3,6 @@
 The parts follow each other from the client's send to its receive, so that they add up to the pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ joint backward: a backward for each of them hangs until its time-out. So the for
 all micro-batches, as under GPipe.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
@@ -30,7 +28,7 @@ from lab.device import read_memory
 from lab.learning.examples import Batch
 from lab.settings import UserError
 from split.training.messages import MAX_JOINT_MICRO_BATCHES, Apply, Recipe, Step
-from split.training.optimizer import MasterAdamW
+from split.training.optimizer import MasterAdamW, adamw_options
 from split.training.settings import Train
 from split.training.shard import MicroBatch
 from split.training.stage import TrainingStage
@@ -154,12 +152,7 @@ class LearnerSeat(Seat):
 
 
 class Autograd(Backward):
-    """A `Backward` over the seats of a group.
-
-    Args:
-        shards: Over `rpc`.
-        recipe: What is trained, and how.
-    """
+    """A `Backward` over the seats of a group: its shards are reached over `rpc`."""
 
     def __init__(self, shards: Shards, recipe: Recipe) -> None:
         assert isinstance(shards.transport, RpcChain)
@@ -173,14 +166,11 @@ class Autograd(Backward):
     @override
     def begin(self) -> None:
         # an optimizer at every shard that has trainable weights
-        recipe = self._recipe
         weights = [weight for seat in self._transport.seats for weight in seat.rpc_sync().parameters()]
         logging.getLogger("torch.distributed.optim").setLevel(logging.ERROR)  # it warns of plain Python, which we want
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the TorchScript that it uses here
-            self._optimizer = DistributedOptimizer(
-                MasterAdamW, weights, lr=0.0, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay
-            )
+            self._optimizer = DistributedOptimizer(MasterAdamW, weights, **adamw_options(self._recipe))
         made = {optimizer.owner().name: optimizer for optimizer in self._optimizer.remote_optimizers}
         for seat in self._transport.seats:
             if seat.owner().name in made:

@@ -9,8 +9,6 @@ Schedule, order of the data and dropout are functions of the step and of the run
 are on the machine of their shard, the manifest on the trainer's; on one machine all of them are in one folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

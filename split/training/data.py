@@ -1,7 +1,5 @@
 """Training examples of a split run, in an order that depends on the seed alone."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import random

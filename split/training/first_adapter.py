@@ -1,7 +1,5 @@
 """The adapter that split training starts from: that of `model.adapter`, with its whole description, or a new one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 

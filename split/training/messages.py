@@ -19,8 +19,6 @@ ATTACH, WELCOME, JOIN, ASK and FAULT are those of every chain (`split.chain.mess
 Shapes: B examples, T positions, H hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import struct
 from typing import Annotated
 
@@ -33,7 +31,7 @@ from split.chain.messages import Answer, Ask, Attach, Count, Fault, Join, ShardF
 from split.training.schedule import Operation, Phase, Schedule, Span
 from split.training.settings import MAX_EXAMPLES, MAX_MICRO_BATCHES, Train
 
-PROTOCOL = range(2, 3)
+PROTOCOL = range(3, 4)
 MAX_JOINT_MICRO_BATCHES = 64
 """In a step by torch's own autograd: each may keep a thread of a shard's agent waiting, of twice as many."""
 
@@ -174,15 +172,8 @@ class Figures(ShardFigures):
     """A shard's present sizes, in answer to ASK."""
 
     shard: Uint31
-    clock_seconds: float
-    device: ShortText
-    weights_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    rss_bytes: int
-    peak_rss_bytes: int
-    device_memory_used_bytes: int | None
-    device_memory_total_bytes: int | None
 
 
 OPERATION = struct.Struct("<IBdd")

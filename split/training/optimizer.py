@@ -1,11 +1,11 @@
 """The optimizer of a shard: AdamW that steps in float32, whatever the precision of the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+from split.training.messages import Recipe
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -61,6 +61,11 @@ class MasterAdamW(torch.optim.AdamW):
             self.state[master] = {key: tensors[f"{key}.{name}"].clone() for key in keys}
             if master is not parameter:
                 master.copy_(tensors[f"{_MASTER}.{name}"])
+
+
+def adamw_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of a recipe's optimizer; its learning rate comes with each step."""
+    return {"lr": 0.0, "betas": (recipe.beta1, recipe.beta2), "weight_decay": recipe.weight_decay}
 
 
 _MASTER = "master"

@@ -1,7 +1,5 @@
 """A run of split training: opens the shards, takes the steps, keeps checkpoints, compares, reports."""
 
-from __future__ import annotations
-
 import logging
 import secrets
 import statistics
@@ -229,13 +227,13 @@ def take_steps(
     project = settings.project
     taken: dict[int, StepFigures] = {}
     folder: Path | None = None
-    with progress("step", project.steps - trainer.step, settings.tracking.progress) as counter:
+    with progress("step", project.steps - trainer.step, settings.tracking.progress) as advance:
         while folder is None:
             if trainer.step < project.steps:
                 figures = trainer.train_step()
                 if figures.step not in taken:  # a step that is taken again after a loss is the same step
                     tracker.log(figures.step, **step_row(figures))
-                    counter.advance(describe(figures))
+                    advance(describe(figures))
                 taken[figures.step] = figures
             if trainer.step == project.steps:
                 folder = trainer.save()

@@ -22,11 +22,10 @@ micro-batch, a part of the bubble that more micro-batches do not shrink; another
 formulas; `replay` gives the times of either schedule exactly, links included.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Self
 
 
 class Schedule(Enum):
@@ -92,9 +91,9 @@ class Span:
     begin: float
     end: float
 
-    def shifted(self, seconds: float) -> Span:
+    def shifted(self, seconds: float) -> Self:
         """The span by a clock that is `seconds` ahead."""
-        return Span(self.operation, self.begin + seconds, self.end + seconds)
+        return replace(self, begin=self.begin + seconds, end=self.end + seconds)
 
 
 @dataclass(frozen=True)

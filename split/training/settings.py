@@ -1,7 +1,5 @@
 """Settings of split training: trained weights, micro-batches, checkpoints."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 
@@ -107,11 +105,9 @@ class SplitTrainProjectSettings(ChainSettings):
             )
 
 
+@register("split_train")
 @dataclass(kw_only=True)
 class SplitTrainSettings(LabSettings):
     """Settings of a trainer and of its shards."""
 
     project: SplitTrainProjectSettings
-
-
-register("split_train", SplitTrainSettings)

@@ -5,8 +5,6 @@ Knows nothing about networks, schedules or the other shards, except whether it i
 Shapes: B examples, T positions, H hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +17,7 @@ from lab.models.quantized import stored_bytes
 from lab.models.shape import ModelShape
 from lab.models.slices import cut_of, run_slice
 from split.training.messages import Recipe
-from split.training.optimizer import MasterAdamW
+from split.training.optimizer import MasterAdamW, adamw_options
 from split.training.settings import Train
 
 
@@ -55,7 +53,6 @@ class TrainingShard:
     Args:
         model: From `lab.models.layers.load_layers`, with the adapter on it where one is trained.
         weights: The trained weights, by their names in the whole model (in a PEFT file, for an adapter).
-        recipe: The recipe of the run.
     """
 
     def __init__(self, model: PreTrainedModel, weights: dict[str, torch.nn.Parameter], recipe: Recipe) -> None:
@@ -67,7 +64,7 @@ class TrainingShard:
         shape = ModelShape.of(model.config)
         self.hidden_size, self.vocabulary_size = shape.hidden_size, shape.vocabulary
         self.weights = weights
-        self.optimizer = self._new_optimizer() if self.weights else None
+        self.optimizer = MasterAdamW(weights.values(), **adamw_options(recipe)) if weights else None
         is_copy = cut.is_tied and not (self.is_first and self.is_last) and recipe.train is Train.everything
         self.tied: torch.nn.Parameter | None = self._tied_copy() if is_copy else None
         """This shard's copy of a tied embedding whose other copy is trained at another shard."""
@@ -164,11 +161,6 @@ class TrainingShard:
     def optimizer_bytes(self) -> int:
         """Size of moments and masters; 0 before the first step."""
         return self.optimizer.state_bytes if self.optimizer else 0
-
-    def _new_optimizer(self) -> MasterAdamW:
-        recipe = self.recipe
-        betas = (recipe.beta1, recipe.beta2)
-        return MasterAdamW(self.weights.values(), lr=0.0, betas=betas, weight_decay=recipe.weight_decay)
 
     def _tied_copy(self) -> torch.nn.Parameter | None:
         if self.is_first:

@@ -4,8 +4,6 @@ It takes messages in any order, and does its operations in the order of the sche
 arrived. Knows nothing about networks.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -21,7 +19,7 @@ from typing_extensions import override
 from lab.device import read_memory, synchronize
 from lab.wire import Head, Peer, WireError
 from lab.wire.tensors import TensorSpec, read_tensor, tensor_bytes, tensor_spec
-from split.chain.messages import Fault, FaultCode, memory_fields
+from split.chain.messages import Fault, FaultCode, process_figures
 from split.training.checkpoint import Part, Parts, part_of
 from split.training.messages import (
     Apply,
@@ -131,9 +129,7 @@ class TrainingStage(Stage):
     # A run
 
     def _begin(self, step: int, start: Start) -> Sent:
-        self._waiting.clear()
-        self._order.clear()
-        self._step = None
+        self.forget()
         if self._start is not None:  # free the old shard first: there is memory for one
             self._start = None
             del self.shard, self._initial
@@ -178,11 +174,10 @@ class TrainingStage(Stage):
         start, shard = self._start, getattr(self, "shard", None)  # both may change meanwhile
         return Figures(
             shard=start.shard if start else 0,
-            clock_seconds=time.monotonic(),
             weights_bytes=shard.weights_bytes if shard else 0,
             gradient_bytes=shard.gradient_bytes if shard else 0,
             optimizer_bytes=shard.optimizer_bytes if shard else 0,
-            **memory_fields(shard.device if shard else torch.device("cpu")),
+            **process_figures(shard.device if shard else torch.device("cpu")),
         )
 
     # A step

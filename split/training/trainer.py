@@ -5,8 +5,6 @@ the loss and one scalar from each shard, from which it computes the global gradi
 gradients: `Explicit` in this module, over any transport; `split.training.autograd.Autograd` over torch's.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -81,16 +79,13 @@ class Backward(Protocol):
     """A way to compute gradients and to apply them."""
 
     def begin(self) -> None:
-        """Prepare after the shards have been started, or started again."""
-        ...
+        """Get ready after the shards have been started, or started again."""
 
     def gradients(self, step: int, micro_batches: Sequence[Batch], plan: Step) -> Gradients:
         """Do all forwards and backwards of a step."""
-        ...
 
     def apply(self, step: int, apply: Apply) -> None:
         """Take the optimizer's step at every shard."""
-        ...
 
 
 class Shards:

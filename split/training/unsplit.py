@@ -1,7 +1,5 @@
 """The same steps of the whole model in one process, by the lab's own trainer, to compare with a split run."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +11,7 @@ from lab.models.sources import load_model
 from lab.tracking import progress
 from split.training.data import ordered
 from split.training.messages import Recipe
-from split.training.optimizer import MasterAdamW
+from split.training.optimizer import MasterAdamW, adamw_options
 from split.training.settings import SplitTrainSettings, Train
 from split.training.trainer import split_batch
 
@@ -24,19 +22,15 @@ def train_unsplit(
     """Train the whole model; return the loss of every step."""
     project, optimization = settings.project, settings.project.optimization
     model = whole_model(settings, recipe, device)
-    optimizer = MasterAdamW(
-        [weight for weight in model.parameters() if weight.requires_grad],
-        lr=0.0,
-        betas=(recipe.beta1, recipe.beta2),
-        weight_decay=recipe.weight_decay,
-    )
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = MasterAdamW(trained, **adamw_options(recipe))
     batches = ordered(examples, optimization.batch_size, settings.seed)
     losses: list[float] = []
-    with progress("unsplit step", project.steps, settings.tracking.progress) as counter:
+    with progress("unsplit step", project.steps, settings.tracking.progress) as advance:
 
         def note(figures: StepFigures) -> None:
             losses.append(figures.loss)
-            counter.advance(f"loss {figures.loss:.4f}")
+            advance(f"loss {figures.loss:.4f}")
 
         train_steps(
             model,

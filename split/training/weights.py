@@ -1,7 +1,5 @@
 """Weights at the start of split training: a slice of a model, made trainable."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 

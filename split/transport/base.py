@@ -1,7 +1,5 @@
 """Transports carry messages between a client and the stages of its chain; both interfaces. Knows no tensors."""
 
-from __future__ import annotations
-
 import math
 import struct
 import time
@@ -61,15 +59,12 @@ class Stage(Protocol):
 
         Never raises for the content of a message: a `Fault` is sent instead.
         """
-        ...
 
     def forget(self, client: Hashable = 0) -> None:
         """Drop all that is held for a client that has left."""
-        ...
 
     def figures(self, name: str) -> ShardFigures:
-        """Present sizes of the shard, and the clock of its machine; from any thread. `name` is for messages."""
-        ...
+        """The sizes of the shard and the clock of its machine, now; from any thread. `name` is for people."""
 
 
 def welcome_of(stage: Stage, model_layers: int, instance: int = 0) -> Welcome:
@@ -184,8 +179,7 @@ class Transport(Protocol):
     """Most tokens of a request that every shard takes."""
 
     def send(self, shard: int, message: Message) -> None:
-        """Send a shard a message, after those before it, without waiting for its work. Raises `ShardLost`."""
-        ...
+        """Give a shard a message, after those before it, without waiting for its work. Raises `ShardLost`."""
 
     def collect(self, wait_seconds: float | None = None) -> Message:
         """Return the next message of any shard to the client; those of one shard come in the order of its work.
@@ -194,7 +188,6 @@ class Transport(Protocol):
             ShardLost: also when nothing came within the transport's own deadline.
             TimeoutError: nothing came within `wait_seconds`, where these are given.
         """
-        ...
 
     def restore(self, deadline: float) -> None:
         """Repair the chain until `deadline` (monotonic seconds): every shard connected, no message in transit.
@@ -202,12 +195,9 @@ class Transport(Protocol):
         Raises:
             ShardLost: not within that time; `ChainLost`: never.
         """
-        ...
 
     def reports(self) -> list[ShardReport[ShardFigures]]:
         """The figures of every shard, first to last. Raises `ShardLost`."""
-        ...
 
     def shutdown(self) -> None:
         """Leave every shard."""
-        ...

@@ -1,7 +1,5 @@
 """All shards in this process, on this thread: for tests, and to measure what a split costs without a network."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Sequence

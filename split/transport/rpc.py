@@ -7,8 +7,6 @@ every shard; seats hold RRefs to their neighbours. A lost process cannot be repl
 RPC hands calls to threads, which loses their order: a sender numbers its messages to each receiver.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -13,13 +13,14 @@ from fl.server import first_adapter
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
 from lab.learning import training
-from lab.learning.examples import Batch, Example, collate, examples
+from lab.learning.examples import Batch, Example, collate
 from lab.learning.records import Text
 from lab.learning.training import TrainFigures
 from lab.models.lora import add_lora, fresh_adapter
 from lab.models.sources import LoadedModel, load_model
 from lab.settings import UserError
 from tests.federated import small_settings, write_dialogues
+from tests.shared import examples
 
 
 @pytest.fixture

@@ -66,9 +66,9 @@ def test_a_train_reply_is_the_trained_adapter_and_figures_of_the_received_one(se
     assert {*metrics} == {PARTITION, WEIGHT, *TRAIN_FIGURES}
     assert (metrics[PARTITION], metrics[WEIGHT]) == (1, len(client.split.train))
     client.load(from_records(message_of(settings, "train").content).unpack())
-    assert evaluation["eval_loss"] == client.evaluate().loss
+    assert evaluation["eval_loss"] == client.evaluate()
     client.load(from_records(reply.content).unpack())
-    assert evaluation["eval_loss"] != client.evaluate().loss
+    assert evaluation["eval_loss"] != client.evaluate()
     assert evaluation[WEIGHT] == len(client.split.held_out)
 
 

@@ -37,7 +37,7 @@ def report(number: int, losses: list[float], refused: int = 0) -> RoundReport:
 def finished(losses: list[float]) -> RunReport:
     rows = [row(partition, loss) for partition, loss in enumerate(losses)]
     mean = {"eval_loss": sum(losses) / len(losses)}
-    return RunReport(adapter={}, rounds_completed=2, evaluate=mean, clients=rows, refused=[])
+    return RunReport(adapter={}, evaluate=mean, clients=rows, refused=[])
 
 
 REPORTS = [report(1, [5.0, 4.0]), report(2, [3.0], refused=1)]
@@ -64,9 +64,7 @@ def test_the_last_line_sums_over_rounds_and_counts_bytes_per_message() -> None:
 
 
 def test_a_client_without_a_partition_goes_by_its_node() -> None:
-    [state] = history(
-        [], RunReport(adapter={}, rounds_completed=0, evaluate={"eval_loss": 1.0}, clients=[row(None, 1.0)], refused=[])
-    )
+    [state] = history([], RunReport(adapter={}, evaluate={"eval_loss": 1.0}, clients=[row(None, 1.0)], refused=[]))
     assert state.client_losses == {1_000: 1.0}
 
 
@@ -78,7 +76,7 @@ def test_rounds_that_sent_nothing_have_no_bytes() -> None:
 
 def test_before_and_after_are_means_over_the_sites_that_reported_both() -> None:
     first = report(1, [5.0, 1.0])
-    last = RunReport(adapter={}, rounds_completed=1, evaluate={}, clients=[row(0, 4.0), row(2, 90.0)], refused=[])
+    last = RunReport(adapter={}, evaluate={}, clients=[row(0, 4.0), row(2, 90.0)], refused=[])
     states = history([first], last)
     assert [(state.eval_loss, state.eval_sites) for state in states] == [(5.0, [0]), (4.0, [0])]
     assert [state.client_losses for state in states] == [{0: 5.0, 1: 1.0}, {0: 4.0, 2: 90.0}]
@@ -86,7 +84,7 @@ def test_before_and_after_are_means_over_the_sites_that_reported_both() -> None:
 
 def test_a_site_that_holds_nothing_out_has_no_loss() -> None:
     bare = replace(row(1, 9.0), evaluate={}, evaluate_weight=0)
-    run = RunReport(adapter={}, rounds_completed=0, evaluate={}, clients=[bare], refused=[])
+    run = RunReport(adapter={}, evaluate={}, clients=[bare], refused=[])
     [state] = history([], run)
     assert (state.eval_loss, state.client_losses, state.eval_sites) == (None, {}, [])
     assert summary([state], 1, Path("/a"), [])["eval_loss_after"] is None

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.link import Cut, CutKind, Link, LinkSettings, OneWay
+from tests.shared import one_way
 
 DEADLINE_SECONDS = 20.0
 
@@ -63,7 +64,7 @@ def server() -> Iterator[EchoServer]:
 def settings(
     up: OneWay | None = None, down: OneWay | None = None, *, buffer_bytes: int = 2**20, cuts: tuple[Cut, ...] = ()
 ) -> LinkSettings:
-    return LinkSettings(up=up or OneWay(), down=down or OneWay(), buffer_bytes=buffer_bytes, seed=0, cuts=cuts)
+    return LinkSettings(up=up or one_way(), down=down or one_way(), buffer_bytes=buffer_bytes, seed=0, cuts=cuts)
 
 
 def link_to(server: EchoServer, link_settings: LinkSettings) -> Link:
@@ -121,8 +122,8 @@ def until(true: "list[str]", seconds: float = 5.0) -> None:
 
 @pytest.mark.parametrize(("up_seconds", "down_seconds"), [(0.01, 0.01), (0.03, 0.0), (0.0, 0.1)])
 def test_the_delay_is_met_and_never_early(server: EchoServer, up_seconds: float, down_seconds: float) -> None:
-    one_way = settings(OneWay(delay_seconds=up_seconds), OneWay(delay_seconds=down_seconds))
-    with link_to(server, one_way) as link, dial(link) as connection:
+    both_ways = settings(one_way(up_seconds), one_way(down_seconds))
+    with link_to(server, both_ways) as link, dial(link) as connection:
         errors = [ask(connection) - up_seconds - down_seconds for _ in range(15)]
     assert min(errors) >= 0
     assert min(errors) < 0.005
@@ -137,7 +138,7 @@ def test_without_settings_it_is_only_a_proxy(server: EchoServer) -> None:
 
 
 def test_many_pieces_are_under_way_at_once(server: EchoServer) -> None:
-    with link_to(server, settings(OneWay(delay_seconds=0.1))) as link, dial(link) as connection:
+    with link_to(server, settings(one_way(0.1))) as link, dial(link) as connection:
         started = time.monotonic()
         for number in range(10):
             connection.sendall(bytes([number]) * 10)
@@ -149,7 +150,7 @@ def test_many_pieces_are_under_way_at_once(server: EchoServer) -> None:
 
 @given(st.binary(min_size=1, max_size=5000), st.floats(0, 0.003))
 def test_jitter_keeps_order_and_every_byte(message: bytes, jitter_seconds: float) -> None:
-    way = OneWay(jitter_seconds=jitter_seconds)
+    way = one_way(jitter_seconds=jitter_seconds)
     connection = _JITTERY.connection(way)
     for start in range(0, len(message), 1000):
         connection.sendall(message[start : start + 1000])
@@ -165,7 +166,7 @@ class _Jittery:
     def connection(self, way: OneWay) -> socket.socket:
         rounded = round(way.jitter_seconds, 3)
         if rounded not in self._connections:
-            link = link_to(EchoServer(), settings(OneWay(jitter_seconds=rounded), OneWay(jitter_seconds=rounded)))
+            link = link_to(EchoServer(), settings(one_way(jitter_seconds=rounded), one_way(jitter_seconds=rounded)))
             link.__enter__()
             self._connections[rounded] = dial(link)
         return self._connections[rounded]
@@ -175,7 +176,7 @@ _JITTERY = _Jittery()
 
 
 def test_jitter_varies_within_its_bounds(server: EchoServer) -> None:
-    with link_to(server, settings(OneWay(delay_seconds=0.01, jitter_seconds=0.03))) as link, dial(link) as connection:
+    with link_to(server, settings(one_way(0.01, jitter_seconds=0.03))) as link, dial(link) as connection:
         trips = [ask(connection) for _ in range(30)]
     assert min(trips) >= 0.01
     assert max(trips) - min(trips) > 0.01
@@ -183,7 +184,7 @@ def test_jitter_varies_within_its_bounds(server: EchoServer) -> None:
 
 
 def test_bandwidth_limits_one_direction_and_is_shared(server: EchoServer) -> None:
-    narrow = settings(OneWay(bytes_per_second=1e6))
+    narrow = settings(one_way(bytes_per_second=1e6))
     with link_to(server, narrow) as link, dial(link) as first, dial(link) as second:
         started = time.monotonic()
         for connection in (first, second):
@@ -197,7 +198,7 @@ def test_bandwidth_limits_one_direction_and_is_shared(server: EchoServer) -> Non
 
 
 def test_back_pressure_reaches_the_sender(server: EchoServer) -> None:
-    far = settings(OneWay(delay_seconds=60.0), buffer_bytes=2**16)
+    far = settings(one_way(60.0), buffer_bytes=2**16)
     with link_to(server, far) as link, dial(link) as connection:
         connection.setblocking(False)
         sent, deadline = 0, time.monotonic() + 1
@@ -210,7 +211,7 @@ def test_back_pressure_reaches_the_sender(server: EchoServer) -> None:
 
 
 def test_an_end_follows_the_bytes_and_half_closing_works(server: EchoServer) -> None:
-    with link_to(server, settings(OneWay(delay_seconds=0.05))) as link, dial(link) as connection:
+    with link_to(server, settings(one_way(0.05))) as link, dial(link) as connection:
         started = time.monotonic()
         connection.sendall(b"last words")
         connection.shutdown(socket.SHUT_WR)
@@ -221,7 +222,7 @@ def test_an_end_follows_the_bytes_and_half_closing_works(server: EchoServer) -> 
 
 
 def test_a_reset_travels(server: EchoServer) -> None:
-    with link_to(server, settings(OneWay(delay_seconds=0.05))) as link:
+    with link_to(server, settings(one_way(0.05))) as link:
         connection = dial(link)
         ask(connection)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -292,7 +293,10 @@ def test_a_cut_ends_by_itself(server: EchoServer) -> None:
 
 
 def test_cuts_come_when_they_are_due(server: EchoServer) -> None:
-    cuts = (Cut(at_seconds=0.5, kind=CutKind.reset), Cut(at_seconds=0.1, kind=CutKind.blackhole, duration_seconds=0.2))
+    cuts = (
+        Cut(at_seconds=0.5, kind=CutKind.reset, duration_seconds=0),
+        Cut(at_seconds=0.1, kind=CutKind.blackhole, duration_seconds=0.2),
+    )
     with link_to(server, settings(cuts=cuts)) as link, dial(link) as connection:
         started = time.monotonic()
         trips = ask_until_it_fails(connection)
@@ -301,7 +305,7 @@ def test_cuts_come_when_they_are_due(server: EchoServer) -> None:
 
 
 def test_many_connections_at_once(server: EchoServer) -> None:
-    with link_to(server, settings(OneWay(delay_seconds=0.02))) as link, contextlib.ExitStack() as stack:
+    with link_to(server, settings(one_way(0.02))) as link, contextlib.ExitStack() as stack:
         connections = [stack.enter_context(dial(link)) for _ in range(50)]
         started = time.monotonic()
         for number, connection in enumerate(connections):
@@ -328,14 +332,17 @@ def _started_by_this_test(link: Link) -> list[threading.Thread]:
     return [link._thread]
 
 
-def test_run_is_a_link_until_ctrl_c(server: EchoServer) -> None:
+def test_it_is_a_link_until_ctrl_c(server: EchoServer) -> None:
     code = f"""
-from lab.link import LinkSettings, OneWay, run
-way = OneWay(delay_seconds=0.01)
+from contextlib import suppress
+from lab.link import Link, LinkSettings, OneWay
+way = OneWay(delay_seconds=0.01, jitter_seconds=0, bytes_per_second=0)
 settings = LinkSettings(up=way, down=way, buffer_bytes=2**20, seed=0)
-say = lambda host, port: print(port, flush=True)
-traffic = run({server.address!r}, settings, host="127.0.0.1", port=0, announce=say)
-print(traffic.up_bytes, traffic.down_bytes)
+with Link({server.address!r}, settings, host="127.0.0.1", port=0) as link:
+    print(link.port, flush=True)
+    with suppress(KeyboardInterrupt):
+        link.wait()
+    print(link.traffic.up_bytes, link.traffic.down_bytes)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         watchdog = threading.Timer(60, process.kill)
@@ -352,11 +359,11 @@ print(traffic.up_bytes, traffic.down_bytes)
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
-        (lambda: OneWay(delay_seconds=-1), "delay_seconds must be a finite number of at least 0, got -1"),
-        (lambda: OneWay(jitter_seconds=math.nan), "jitter_seconds must be"),
-        (lambda: OneWay(bytes_per_second=0), "bytes_per_second must be above 0, got 0"),
+        (lambda: one_way(-1), "delay_seconds must be a finite number of at least 0, got -1"),
+        (lambda: one_way(jitter_seconds=math.nan), "jitter_seconds must be"),
+        (lambda: one_way(bytes_per_second=-1), "bytes_per_second must be a finite number of at least 0, got -1"),
         (lambda: settings(buffer_bytes=10), "buffer_bytes must be at least 1460, got 10"),
-        (lambda: Cut(at_seconds=math.inf, kind=CutKind.reset), "at_seconds must be"),
+        (lambda: Cut(at_seconds=math.inf, kind=CutKind.reset, duration_seconds=0), "at_seconds must be"),
         (lambda: Cut(at_seconds=1, kind=CutKind.reset, duration_seconds=-1), "duration_seconds must be at least 0"),
     ],
 )

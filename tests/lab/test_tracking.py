@@ -249,9 +249,9 @@ def test_offline_run_holds_every_figure_and_stays_in_its_folder(
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str], enabled: bool) -> None:
-    with progress("round", 2, enabled) as counter:
-        counter.advance("loss 2")
-        counter.advance()
+    with progress("round", 2, enabled) as advance:
+        advance("loss 2")
+        advance("")
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.splitlines() == (["round 1/2 after 0 s loss 2", "round 2/2 after 0 s"] if enabled else [])
@@ -262,9 +262,9 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    with progress("round", 2, True) as counter:
-        counter.advance("loss 2")
-        counter.advance("loss 1")
+    with progress("round", 2, True) as advance:
+        advance("loss 2")
+        advance("loss 1")
     assert "2/2" in capsys.readouterr().err
 
 

@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab import ping_pong
-from lab.link import CutKind, Link, LinkSettings, OneWay
+from lab.link import CutKind, Link, LinkSettings
 from lab.wire import (
     MAGIC,
     BadFrame,
@@ -71,6 +71,7 @@ from lab.wire.heartbeat import Heartbeat
 from lab.wire.tensors import TensorSpec, WireDtype, read_tensor, read_tensors, tensor_bytes, tensor_spec
 from speculative.protocol import MAX_TEXT_BYTES
 from tests import wire_fuzz
+from tests.shared import one_way
 
 NOTE, STEP = 16, 17
 KEY = b"a key for the tests only"
@@ -858,7 +859,7 @@ def link_to(port: int, one_way_seconds: float = 0.0) -> Link:
 
 
 def link_settings(one_way_seconds: float = 0.0) -> LinkSettings:
-    way = OneWay(delay_seconds=one_way_seconds)
+    way = one_way(one_way_seconds)
     return LinkSettings(up=way, down=way, buffer_bytes=2**20, seed=0)
 
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 from lab.command.entry import compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
-from lab.link import CutKind, Link, LinkSettings, OneWay
+from lab.link import CutKind, Link, LinkSettings
 from lab.models.conversion import BYTE_EOS
 from lab.models.sources import load_model, load_tokenizer_only
 from lab.text.prompts import prompt_ids
@@ -30,6 +30,7 @@ from speculative.drafter.target import RemoteTarget, join
 from speculative.request import GenerationRequest
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.vocabulary import token_texts
+from tests.shared import one_way
 from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.processes import RANDOM, Role, drafted, drafter_process, verifier
 
@@ -78,9 +79,9 @@ class _Scene:
         self.words = words
         self.settings = compose_settings("spec_decoding", " ".join(words), SpeculativeSettings)
         self._living: tuple[ExitStack, Role] = self._started(0)
-        one_way = OneWay(delay_seconds=DELAY_SECONDS, jitter_seconds=DELAY_SECONDS)
+        way = one_way(DELAY_SECONDS, jitter_seconds=DELAY_SECONDS)
         target = ("127.0.0.1", self._living[1].port)
-        settings = LinkSettings(up=one_way, down=one_way, buffer_bytes=2**20, seed=1)
+        settings = LinkSettings(up=way, down=way, buffer_bytes=2**20, seed=1)
         self.link = stack.enter_context(Link(target, settings, host="127.0.0.1", port=0))
         self.harmed_at = self.whole_at = 0.0
         self._mending: threading.Thread | None = None

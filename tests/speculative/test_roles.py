@@ -21,10 +21,10 @@ import psutil
 import pytest
 import torch
 
-from lab.command.entry import EndedBy, Run, compose_settings
+from lab.command.entry import Run, compose_settings
 from lab.device import open_device
 from lab.engine.sampling import Sampling
-from lab.faults import Fault
+from lab.faults import EndedBy, Fault
 from lab.models.conversion import BYTE_EOS
 from lab.models.sources import LoadedModel, load_model
 from lab.settings import UserError

@@ -2,12 +2,13 @@ import json
 import sys
 import types
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lab.learning.data import Document, PythonLibrary, open_source, records
+from lab.learning.data import Document, PythonLibrary, open_source
 from lab.learning.records import Dialogue, Message, Text
 from lab.settings import DataSettings, DataSource, UserError
 
@@ -66,7 +67,7 @@ def test_tests_installed_packages_and_build_descriptions_are_left_out(tmp_path: 
 def test_every_document_of_the_standard_library_can_be_read() -> None:
     source = open_source(data_settings())
     documents = source.documents()
-    texts = list(records(source, documents))
+    texts = list(chain.from_iterable(map(source.read, documents)))
     assert len(texts) == len(documents)
     assert all(isinstance(record, Text) and record.text for record in texts)
 
@@ -108,7 +109,7 @@ def test_a_message_about_a_line_does_not_quote_it(tmp_path: Path, content: bytes
     (tmp_path / "d.jsonl").write_bytes(content)
     source = open_source(data_settings(source=DataSource.jsonl, path=str(tmp_path / "d.jsonl")))
     with pytest.raises(UserError, match=r"d\.jsonl:1 ") as caught:
-        list(records(source, source.documents()))
+        list(chain.from_iterable(map(source.read, source.documents())))
     assert "canary" not in str(caught.value)
 
 
@@ -145,7 +146,7 @@ def test_a_mark_of_the_byte_order_is_no_line(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf\r\n \t\r\n\xef\xbb\xbf" + b'{"text": "a"}\r\n')
     source = open_source(data_settings(source=DataSource.jsonl, path=str(path)))
     assert [document.name for document in source.documents()] == [f"{path}:3"]
-    assert list(records(source, source.documents())) == [Text("a", whole=True)]
+    assert list(chain.from_iterable(map(source.read, source.documents()))) == [Text("a", whole=True)]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import logging
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -15,11 +14,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import lab.learning.examples
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
-from lab.learning.examples import IGNORED, Example, batches, collate, examples, split_examples
+from lab.learning.examples import IGNORED, Example, ExampleReader, batches, collate, split_examples
 from lab.learning.records import Dialogue, Message, Text
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.text.chat import Chat
+from tests.shared import examples
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -190,20 +190,21 @@ def test_a_template_brings_its_own_begin_token() -> None:
     assert tokenizer.bos_token_id not in only(dialogue("Hi", "Hello"), tokenizer).ids_T
 
 
-def test_a_long_dialogue_is_cut_at_its_end_and_one_without_an_answer_left_is_counted_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_long_dialogue_is_cut_at_its_end_and_one_without_an_answer_left_is_counted_once() -> None:
     tokenizer = byte_tokenizer()
-    found = examples([dialogue("abc", "defg"), dialogue("x" * 20, "y"), dialogue("z" * 20, "y")], tokenizer, 6)
+    dialogues = [dialogue("abc", "defg"), dialogue("x" * 20, "y"), dialogue("z" * 20, "y")]
+    reader = ExampleReader(tokenizer, 6)
+    found = [example for one in dialogues for example in reader.examples(one)]
     assert [parts(example, tokenizer) for example in found] == [("de", "abc\n")]
     remedy = "project.data.sequence_length=23 would hold all of them"
-    assert [(r.levelno, r.message) for r in caplog.records] == [
-        (logging.WARNING, f"2 of 3 lines are masked whole: no answer within the first 6 tokens; {remedy}"),
-        (logging.WARNING, f"3 of 3 answers are cut before their end token; {remedy}"),
+    assert list(reader.counts.warnings(6)) == [
+        f"2 of 3 lines are masked whole: no answer within the first 6 tokens; {remedy}",
+        f"3 of 3 answers are cut before their end token; {remedy}",
     ]
-    enough = examples([dialogue("abc", "defg"), dialogue("x" * 20, "y"), dialogue("z" * 20, "y")], tokenizer, 23)
+    reader = ExampleReader(tokenizer, 23)
+    enough = [example for one in dialogues for example in reader.examples(one)]
     assert [int(example.ids_T[-1]) for example in enough] == [tokenizer.eos_token_id] * 3
-    assert len(caplog.records) == 2
+    assert not list(reader.counts.warnings(23))
 
 
 def test_a_template_that_refuses_a_dialogue_is_the_users_to_know() -> None:

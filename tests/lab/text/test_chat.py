@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from lab.learning.examples import examples
 from lab.learning.records import Dialogue, MalformedRecord, Message, parse_line, parse_row
 from lab.models.conversion import byte_tokenizer
 from lab.text.chat import Chat
+from tests.shared import examples
 
 TURNS = (("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2"))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lab.engine.sampling import Sampling
-from lab.link import CutKind, Link, LinkSettings, OneWay
+from lab.link import CutKind, Link, LinkSettings
 from lab.wire import FrameSocket, PeerMismatch, PeerRefused, WrongKey
 from split.chain.address import Address
 from split.chain.boundary import Boundary
@@ -22,6 +22,7 @@ from split.inference.coding import encode
 from split.inference.sharded_model import ShardedModel
 from split.inference.times import take_apart
 from split.transport.base import ChainMismatch, ShardLost
+from tests.shared import one_way
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
 from tests.split.inference.test_sharded_model import conversation
 from tests.split.processes import Process, chain, endpoint
@@ -149,7 +150,7 @@ def test_a_link_between_two_shards_that_breaks_is_mended(tmp_path: Path) -> None
     settings = saved_model("llama", tmp_path)
     expected = _greedy(inprocess(settings, (0, 4)), 12)
     first, last = shards(settings, (0, 2, 4))
-    no_delay = LinkSettings(up=OneWay(), down=OneWay(), buffer_bytes=2**20, seed=0)
+    no_delay = LinkSettings(up=one_way(), down=one_way(), buffer_bytes=2**20, seed=0)
     with contextlib.ExitStack() as stack:
         second = stack.enter_context(Process(last))
         target = ("127.0.0.1", second.address.port)
@@ -245,7 +246,7 @@ def test_an_int8_boundary_is_half_of_bfloat16_plus_4() -> None:
 
 def test_a_shard_that_falls_silent_is_found_in_time(tmp_path: Path) -> None:
     """Nobody resets a connection to a machine without power: heartbeats find it, here after 1 s."""
-    no_delay = LinkSettings(up=OneWay(), down=OneWay(), buffer_bytes=2**20, seed=0)
+    no_delay = LinkSettings(up=one_way(), down=one_way(), buffer_bytes=2**20, seed=0)
     with _serving(tmp_path, (0, 2, 4)) as (one, two), Link(
         ("127.0.0.1", two.address.port), no_delay, host="127.0.0.1", port=0
     ) as link, _engine([one.address, Address("127.0.0.1", link.port)]) as engine:  # fmt: skip
