@@ -122,3 +122,7 @@ class FederatedSettings(LabSettings):
     """All settings of `simulations/fed_sim.py` and the Flower apps."""
 
     project: FederatedProjectSettings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_differentiable()
