@@ -1,6 +1,6 @@
-"""The picture of the README, docs/images/pillars.png: `python docs/draw_pillars.py`.
+"""Draws docs/images/pillars.png, the picture of the README: `python docs/draw_pillars.py`.
 
-Four pillars side by side, each with its machines and with what travels between them, over the rooms of `lab`.
+Four pillars side by side, each with its machines and with what travels between them, over the packages of `lab`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from matplotlib.patches import FancyBboxPatch
 
 INK, GREY = "#1f2933", "#66727f"
 PILLARS = ("#2f6fb0", "#2a8a5e", "#b0632f", "#8a3f8f")
-ROOMS = ("command", "models", "engine", "text", "learning", "wire")
+PACKAGES = ("command", "models", "engine", "text", "learning", "wire")
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, colour: str, fill: str) -> None:
-    """A machine or a room: centre, size, text."""
+    """A machine or a package: a box with its centre at (x, y), and text in it."""
     style = "round,pad=0,rounding_size=0.12"
     corner = (x - width / 2, y - height / 2)
     axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, edgecolor=colour, facecolor=fill, lw=1.4))
@@ -28,19 +28,19 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, 
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    """Something travels from `start` to `end`."""
+    """An arrow from `start` to `end`."""
     axes.annotate(
         "", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.5, "shrinkA": 2, "shrinkB": 2}
     )
 
 
 def label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-    """What travels."""
+    """The name of what travels along an arrow."""
     axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color=colour, style="italic")
 
 
 def pillar(axes: Axes, x: float, title: str, folder: str, colour: str) -> None:
-    """The frame of a pillar around x, with its name."""
+    """The frame of a pillar, centred at x, with its title and folder."""
     axes.add_patch(FancyBboxPatch((x - 1.95, 2.0), 3.9, 5.3, boxstyle="round,pad=0,rounding_size=0.15",
                                   edgecolor="#d5dbe1", facecolor="#fbfcfd", lw=1.2))  # fmt: skip
     axes.text(x, 6.85, title, ha="center", va="center", fontsize=11.5, color=colour, weight="bold")
@@ -48,7 +48,7 @@ def pillar(axes: Axes, x: float, title: str, folder: str, colour: str) -> None:
 
 
 def draw(path: Path) -> None:
-    """Writes the picture."""
+    """Write the picture to `path`."""
     figure, axes = plt.subplots(figsize=(13, 5.6))
     axes.set(xlim=(0, 16.6), ylim=(0, 7.5))
     axes.axis("off")
@@ -64,7 +64,7 @@ def draw(path: Path) -> None:
 
     pillar(axes, 6.25, "speculative decoding", "speculative/", green)
     box(axes, 6.25, 5.55, 3.3, 0.8, "verifier: large model\nchecks many tokens at once", green, "#e7f4ee")
-    box(axes, 6.25, 3.0, 2.9, 1.1, "drafter: your machine\nguesses ahead,\nshows the text", green, "white")
+    box(axes, 6.25, 3.0, 2.9, 1.1, "drafter: your machine\ndrafts ahead,\nshows the text", green, "white")
     arrow(axes, (5.7, 3.58), (5.7, 5.13), green)
     arrow(axes, (6.8, 5.13), (6.8, 3.58), green)
     label(axes, 5.02, 4.35, "draft\ntokens", green)
@@ -84,9 +84,9 @@ def draw(path: Path) -> None:
     label(axes, 10.3, 2.22, "a model too large for one machine", orange)
 
     pillar(axes, 14.35, "split training", "split/training/", purple)
-    box(axes, 13.3, 5.55, 1.65, 0.8, "shard 1\nlearns 0:15", purple, "#f5eaf6")
-    box(axes, 15.4, 5.55, 1.65, 0.8, "shard 2\nlearns 15:30", purple, "#f5eaf6")
-    box(axes, 14.35, 3.0, 2.9, 1.1, "trainer: no weights\nholds data, schedule,\ncheckpoints", purple, "white")
+    box(axes, 13.3, 5.55, 1.65, 0.8, "shard 1\ntrains 0:15", purple, "#f5eaf6")
+    box(axes, 15.4, 5.55, 1.65, 0.8, "shard 2\ntrains 15:30", purple, "#f5eaf6")
+    box(axes, 14.35, 3.0, 2.9, 1.1, "trainer: no weights\nholds data, schedule,\ncheckpoint manifests", purple, "white")
     arrow(axes, (14.1, 5.68), (14.6, 5.68), purple)
     arrow(axes, (14.6, 5.4), (14.1, 5.4), purple)
     arrow(axes, (13.35, 3.58), (13.35, 5.13), purple)
@@ -96,13 +96,13 @@ def draw(path: Path) -> None:
     label(axes, 14.25, 4.8, "hidden states,\ngradients", purple)
     label(axes, 14.86, 4.0, "labels", purple)
     label(axes, 15.86, 4.35, "loss", purple)
-    label(axes, 14.35, 2.22, "the unsplit model's steps", purple)
+    label(axes, 14.35, 2.22, "same steps as the unsplit model", purple)
 
-    axes.text(0.27, 1.52, "lab/   what all four stand on", fontsize=10, color=INK, weight="bold", va="center")
-    width = 16.0 / len(ROOMS)
-    for at, room in enumerate(ROOMS):
-        box(axes, 0.3 + width * (at + 0.5), 0.95, width - 0.15, 0.55, room, GREY, "#eef1f4")
-    axes.text(0.27, 0.3, "matrix/   runs any of them over a grid of settings, a fresh process for each cell",
+    axes.text(0.27, 1.52, "lab/   shared by all four", fontsize=10, color=INK, weight="bold", va="center")
+    width = 16.0 / len(PACKAGES)
+    for at, package in enumerate(PACKAGES):
+        box(axes, 0.3 + width * (at + 0.5), 0.95, width - 0.15, 0.55, package, GREY, "#eef1f4")
+    axes.text(0.27, 0.3, "matrix/   runs any of them over a grid of settings, in a new process for each cell",
               fontsize=10, color=INK, weight="bold", va="center")  # fmt: skip
     figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.08, facecolor="white")
     plt.close(figure)

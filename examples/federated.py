@@ -9,8 +9,8 @@ from fl.server import first_adapter
 from fl.settings import FederatedSettings, WireDtype
 from lab.command.entry import compose_settings
 
-WORDS = ["project.num_clients=2", "project.local_steps=4", "project.data.max_held_out=8", "model.quantization=none"]
-settings = compose_settings("fed_learn", [*WORDS, *sys.argv[1:]], FederatedSettings)
+OVERRIDES = ["project.num_clients=2", "project.local_steps=4", "project.data.max_held_out=8", "model.quantization=none"]
+settings = compose_settings("fed_learn", [*OVERRIDES, *sys.argv[1:]], FederatedSettings)
 clients = [open_client(settings, Site(number)) for number in range(settings.project.num_clients)]
 adapter = first_adapter(settings)
 index = AdapterIndex.of(adapter, WireDtype.float32)

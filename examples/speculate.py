@@ -1,4 +1,4 @@
-"""Prompt lookup guesses, the model checks all guesses in one forward pass. `python examples/speculate.py`"""
+"""Prompt lookup drafts tokens, the model checks all of them in one forward pass. `python examples/speculate.py`"""
 
 import sys
 

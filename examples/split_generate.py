@@ -13,8 +13,8 @@ from split.settings import SplitSettings
 
 def write(shards: int, tokens: int = 24) -> str:
     """Greedy text of a model cut into `shards`, all of them in this process."""
-    words = ["project.transport=inproc", f"project.local_shards={shards}"]
-    settings = compose_settings("split_inf", [*words, *sys.argv[1:]], SplitSettings)
+    overrides = ["project.transport=inproc", f"project.local_shards={shards}"]
+    settings = compose_settings("split_inf", [*overrides, *sys.argv[1:]], SplitSettings)
     prompt = load_tokenizer_only(settings.model)("The sky is blue because")["input_ids"]
     model = sharded_model(settings, open_device(settings.device), Path())
     with model as engine, engine.open(prompt, Sampling.greedy()) as session:

@@ -8,7 +8,7 @@ from lab.command.entry import Run, compose_settings
 from split.training.run import run_training
 from split.training.settings import SplitTrainSettings
 
-WORDS = [
+OVERRIDES = [
     "project.transport=inproc",  # both shards in this process; tcp puts each in one of its own
     "project.local_shards=2",
     "project.baseline=unsplit",  # the same steps of the whole model afterwards, to compare with
@@ -16,7 +16,7 @@ WORDS = [
     "project.micro_batches=2",
     "tracking=none",
 ]
-settings = compose_settings("split_train", [*WORDS, *sys.argv[1:]], SplitTrainSettings)
+settings = compose_settings("split_train", [*OVERRIDES, *sys.argv[1:]], SplitTrainSettings)
 with tempfile.TemporaryDirectory() as folder:
     figures = run_training(settings, Run(Path(folder)))
 pairs = zip(figures["loss_by_step"], figures["unsplit_loss_by_step"], strict=True)

@@ -1,1 +1,1 @@
-"""Federated fine-tuning: one LoRA adapter trained by many, over data that never moves."""
+"""Federated fine-tuning: several sites train one LoRA adapter, and their data never leaves them."""

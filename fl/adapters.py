@@ -1,4 +1,4 @@
-"""An adapter in a model and packed for the wire: LoRA tensors only, one flat array and a small index of it.
+"""An adapter in a model and packed for the wire: LoRA tensors only, one flat array and a small index.
 
 An adapter (a *state*) is a `dict[str, torch.Tensor]` whose names are PEFT's own (`...q_proj.lora_A.weight`, without the
 adapter's name), in the canonical order: sorted by name. Knows nothing about messages, rounds, weights or files.
@@ -22,7 +22,7 @@ from fl.settings import WireDtype
 
 MAX_TENSORS = 1 << 16
 MAX_INDEX_BYTES = 8 << 20
-"""Largest index, inflated: SmolLM2's 420 tensors take 30 kB, the 37,000 of a mixture of experts 3 MB."""
+"""Largest index, decompressed: SmolLM2's 420 tensors take 30 kB, the 37,000 of a mixture of experts 3 MB."""
 
 Adapter = Mapping[str, torch.Tensor]
 FlatArray = npt.NDArray[Any]
@@ -59,12 +59,12 @@ class AdapterIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         return self.size * self.dtype.itemsize
 
     def encode(self) -> bytes:
-        """The index as it travels: compressed JSON, 0.7 kB for SmolLM2 (zlib: 1.2 kB)."""
+        """The index as sent: compressed JSON, 0.7 kB for SmolLM2 (zlib: 1.2 kB)."""
         return bz2.compress(msgspec.json.encode(self))
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """The index that `encode` wrote. ValueError when the bytes are anything else, or too large to be believed."""
+        """The index that `encode` wrote. ValueError for any other bytes, and for implausibly large ones."""
         try:
             inflater = bz2.BZ2Decompressor()
             text = inflater.decompress(data, MAX_INDEX_BYTES)
@@ -75,7 +75,7 @@ class AdapterIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
             raise ValueError(f"index must be an encoded adapter index, got {len(data)} bytes: {error}") from error
 
     def difference(self, other: Self) -> str | None:
-        """One phrase that names the first tensor in which `other` is not as expected here; None if they are equal."""
+        """A phrase that names the first tensor of `other` that differs from this index; None if they are equal."""
         if self == other:
             return None
         mine, theirs = dict(zip(self.names, self.shapes)), dict(zip(other.names, other.shapes))
@@ -91,7 +91,7 @@ class AdapterIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """An adapter as it travels: all values in one flat array [index.size] of the wire's type, and their index."""
+    """An adapter as sent: all values in one flat array [index.size] in the wire's number format, and their index."""
 
     index: AdapterIndex
     array: FlatArray
@@ -140,7 +140,7 @@ def read_from(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_into(model: nn.Module, state: Adapter) -> None:
     """Copy an adapter into a PEFT model's active adapter, in place; all of it or nothing.
 
-    Strict, because `peft.set_peft_model_state_dict` drops unknown names in silence: ValueError naming the first tensor
+    Strict, because `peft.set_peft_model_state_dict` silently drops unknown names: ValueError naming the first tensor
     that is unknown, missing or of another shape. Values are converted to the model's own type and device.
     """
     parameters = lora_parameters(model)

@@ -40,7 +40,7 @@ MAX_PRODUCT = 2.0**29
 """Largest `abs(weight * value)` of one element of one reply."""
 MAX_REPLIES = 2**16
 
-UNIT_BITS = 47  # from one unit to the next; a rest is at most half a unit, so its count of next units is at most 2**46
+UNIT_BITS = 47  # from one unit to the next; a remainder is at most half a unit, so at most 2**46 of the next
 UNITS = tuple(2.0 ** -(17 + UNIT_BITS * k) for k in range(4))
 SHIFTS = tuple(1.5 * 2.0**52 * unit for unit in UNITS)
 SHIFT_BITS = tuple(int(np.float64(shift).view(np.int64)) for shift in SHIFTS)
@@ -58,7 +58,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 class TooManyReplies(RuntimeError):
-    """More replies than the integers are sure to hold; whoever invites clients has to invite fewer."""
+    """More replies than the integers are guaranteed to hold; ask fewer clients."""
 
 
 def check_weight(weight: object) -> int:
@@ -71,7 +71,7 @@ def check_weight(weight: object) -> int:
 
 
 class ExactMean:
-    """The weighted mean of float32 vectors, folded in one by one and not kept; the module says how and in what range.
+    """The weighted mean of float32 vectors, folded in one by one and then discarded; see the module for how.
 
     size: number of elements of each vector. `count` and `total_weight` say what has been folded in.
     """
@@ -106,7 +106,7 @@ class ExactMean:
         self.total_weight += weight
 
     def mean(self) -> Float32:
-        """The correctly rounded weighted mean of what was folded in, float32; ValueError when that is nothing."""
+        """The correctly rounded weighted mean of the replies, float32; ValueError if there were none."""
         if self.count == 0:
             raise ValueError("mean must be taken of at least 1 reply, got 0")
         result: Float32 = np.empty(self.size, np.float32)
@@ -120,7 +120,7 @@ class ExactMean:
             raise ValueError(
                 f"values must be a contiguous float32 vector of {self.size}, got {values.dtype} {values.shape}"
             )
-        with np.errstate(invalid="ignore"):  # a NaN is an answer here, not an accident
+        with np.errstate(invalid="ignore"):  # a NaN is checked for below
             high, low = float(values.max()), float(values.min())
         if not (math.isfinite(high) and math.isfinite(low)):
             raise ValueError(f"values must be finite, got a range of [{low}, {high}]")
@@ -209,7 +209,7 @@ def _side(limbs: Int64, middle: Float64, total_weight: int) -> Int64:
 class MetricMean:
     """Weighted means of named numbers, exact (fractions) until they are read; any order gives the same floats.
 
-    A name is averaged over the replies that have it: a client that reports more than the others harms nobody.
+    A name is averaged over the replies that have it: extra figures of one client do no harm.
     """
 
     def __init__(self) -> None:

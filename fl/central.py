@@ -24,7 +24,7 @@ from lab.tracking import Tracker, progress
 
 
 def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
-    """Trains in this process and returns the figures of the last line, those of a federated run."""
+    """Train in this process and return the figures of the last line, the same as those of a federated run."""
     begin = time.perf_counter()
     project = settings.project
     require_writable(place.folder, "hydra.run.dir")
@@ -78,7 +78,7 @@ def union_batches(optimization: OptimizationSettings, num_clients: int) -> Optim
 
 
 def state(number: int, base: Base, splits: list[Split], project: FederatedProjectSettings) -> RoundFigures:
-    """Held-out loss of the model as it is now, per client and weighted as a federation weights it."""
+    """Held-out loss of the model in its present state, per client and weighted as in a federation."""
     losses = {}
     mean = MetricMean()
     for index, split in enumerate(splits):

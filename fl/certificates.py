@@ -201,7 +201,7 @@ def outside_checkout(folder: Path) -> Path:
 
 
 def refuse_existing(files: Iterable[Path]) -> None:
-    """UserError when one of `files` is there."""
+    """UserError if one of `files` exists."""
     for file in files:
         if file.exists():
             raise UserError(f"{file.name} must not be there yet (move it away to make another), got {str(file)!r}")
@@ -244,7 +244,7 @@ Send {quoted(files.public_key)} to the server (no secret), and get its ca.crt an
 Once the key is registered, here:
   flower-supernode --superlink HOST:PORT --root-certificates ca.crt --auth-supernode-private-key {quoted(files.key)} \
 --node-config "partition-id=0 data-path='/path/to/this/site.jsonl'"
-Every site has a partition-id of its own: 0, 1, 2, ...
+Every site has its own partition-id: 0, 1, 2, ...
 """
 
 

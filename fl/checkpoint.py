@@ -1,8 +1,8 @@
-"""Adapters on disk: after every round a PEFT folder that any program with peft can load, whole or not there at all.
+"""Adapters on disk: after every round a PEFT folder that any program with peft can load, written whole or not at all.
 
 `adapter_config.json` and `adapter_model.safetensors` are PEFT's own, and the tensor file depends on the tensors alone;
 `README.md` is a model card; `lab_adapter.json` records the base model, which a later run checks before it starts from
-the folder. Knows nothing about rounds but their number.
+the folder. Knows nothing about rounds except their numbers.
 """
 
 import copy
@@ -31,19 +31,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """The model an adapter belongs to."""
+    """The model that an adapter belongs to."""
 
     name: str
     """Hub id or folder, as `from_pretrained` takes it."""
     digest: str
     """Digest of its tensors; equal digests mean equal models, whatever their names."""
     origin: str = ""
-    """How to get it elsewhere, as a sentence for the model card."""
+    """How to get it, as a sentence for the model card."""
 
 
 @dataclass
 class AdapterFolders:
-    """`root/round-0000`, `root/round-0001`, ...: one PEFT folder a round, the highest the latest.
+    """`root/round-0000`, `root/round-0001`, ...: one PEFT folder per round, the highest is the latest.
 
     Whatever happens (Ctrl+C, a crash, a full disk), every `round-*` folder can be loaded.
     """
@@ -54,7 +54,7 @@ class AdapterFolders:
     """The adapter's own configuration."""
     base: BaseModel
     data_source: str
-    """For the model card, as is all below."""
+    """For the model card, as are all fields below."""
     num_clients: int
     weighting: str
     """Unit of a client's weight in the mean, in words."""
@@ -66,7 +66,7 @@ class AdapterFolders:
         self.lora = copy.deepcopy(self.lora)
         self.lora.base_model_name_or_path = self.base.name
         self.lora.inference_mode = True
-        if isinstance(self.lora.target_modules, set):  # a set has another order in every process
+        if isinstance(self.lora.target_modules, set):  # the order of a set differs between processes
             self.lora.target_modules = sorted(self.lora.target_modules)
 
     def write(self, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> Path:
@@ -120,7 +120,7 @@ which stayed with them; only adapters were exchanged and averaged, weighted by t
 
 
 def latest_adapter(root: Path) -> Path | None:
-    """The folder of the highest round under root; None when there is none."""
+    """The folder of the highest round below root; None if there is none."""
     rounds = {
         int(found[1]): path for path in root.glob("round-*") if (found := re.fullmatch(r"round-(\d+)", path.name))
     }

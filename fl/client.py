@@ -1,6 +1,6 @@
 """LoRAClient: one site. Its own examples, a frozen base model, and one adapter that it receives, evaluates and trains.
 
-Knows nothing about Flower or the other sites. What it gives out is tensors and scalars, never text or token ids.
+Knows nothing about Flower or the other sites. It returns tensors and scalars only, never text or token ids.
 """
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Site:
-    """The place whose examples a client reads."""
+    """The source of a client's examples."""
 
     index: int
     """Number of the client; with the seed and the round it fixes the order of its examples."""
@@ -49,7 +49,7 @@ class Base:
 class LoRAClient:
     """One site with its model: `load` an adapter, then `evaluate` or `train` it.
 
-    Keeps nothing between rounds, so a new process gives the same answer.
+    Keeps no state between rounds, so a new process gives the same reply.
     """
 
     project: FederatedProjectSettings
@@ -106,7 +106,7 @@ def open_client(settings: FederatedSettings, site: Site) -> LoRAClient:
     if key not in _splits:
         _splits[key] = split = read_split(settings, site, base.tokenizer)
         for line in (split.counts.line(), *split.counts.warnings(settings.project.data.sequence_length)):
-            log.info("site %d: %s", site.index, line)  # the server says it to whoever started the run
+            log.info("site %d: %s", site.index, line)  # the server reports it to the user
     return LoRAClient(settings.project, settings.seed, site, base, _splits[key])
 
 
@@ -124,13 +124,13 @@ def open_base(settings: FederatedSettings) -> Base:
 
 
 def read_split(settings: FederatedSettings, site: Site, tokenizer: PreTrainedTokenizerBase) -> Split:
-    """Training and held-out examples of `site`, with counts of its lines; opens no other site's documents.
+    """Training and held-out examples of `site`, with counts of its lines; reads no other site's documents.
 
-    UserError when there is nothing to train on; MalformedData when a line cannot be learnt from.
+    UserError if there is nothing to train on; MalformedData for a line that cannot be learnt from.
     """
     project, data = settings.project, settings.project.data
     if site.data_path is not None:
-        if data.source not in (DataSource.jsonl, DataSource.text):  # the others would not look at the path
+        if data.source not in (DataSource.jsonl, DataSource.text):  # other sources ignore the path
             raise UserError(f"project.data.source must be jsonl or text for sites' own files, got {data.source.name!r}")
         source = open_source(replace(data, path=site.data_path))
         documents = source.documents()
@@ -156,7 +156,7 @@ def read_all(settings: FederatedSettings, tokenizer: PreTrainedTokenizerBase) ->
             splits.append(split_documents(settings, source, part, tokenizer))
         except MalformedData as error:
             malformed += error.malformed
-        except UserError as error:  # a site without anything to train on: malformed lines come first
+        except UserError as error:  # a site without anything to train on; malformed lines are reported first
             unusable = unusable or error
     if malformed:
         raise MalformedData(malformed, len(documents))

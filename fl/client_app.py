@@ -1,9 +1,9 @@
-"""Flower's side of a client: a message in, a LoRAClient's work, a message out.
+"""The Flower app of a client: takes a message, lets a LoRAClient work, returns a message.
 
 In a simulation the settings come with the app (`make_client_app`); in a deployment `app` composes them from the run's
 configuration (`config-name`, `overrides`), and the node's own `--node-config` names its data.
 
-An error leaves a site as one line without any of its text; Flower itself would send the whole text of an exception.
+An error leaves a site as one line without any of the site's text; Flower itself would send the exception's whole text.
 """
 
 import logging
@@ -28,7 +28,7 @@ from lab.settings import UserError
 log = logging.getLogger(__name__)
 
 MAX_LOGGED = 100
-"""Malformed lines that a site's log names."""
+"""Most malformed lines that a site's log names."""
 
 CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode
 
@@ -55,8 +55,8 @@ def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> Clie
 def guarded(message: Message, answer: Callable[[], Message]) -> Message:
     """The reply of `answer`; if it raises, an error reply that holds none of the site's text.
 
-    The text of our own errors travels: it names files, rules and figures. Any other error could quote the data, so only
-    its type and place do. The malformed lines are named in the site's own log alone.
+    The message of one of our own errors travels: it names files, rules and figures. Any other error could quote the
+    data, so only its type and place travel. Only the site's own log names malformed lines.
     """
     try:
         return answer()
@@ -66,7 +66,7 @@ def guarded(message: Message, answer: Callable[[], Message]) -> Message:
             log.error("%s", line)
     except (UserError, Diverged) as error:
         reason = " ".join(str(error).split())
-    except Exception as error:  # the one place that can keep a site's text from leaving with it
+    except Exception as error:  # the only place that can keep the site's text out of it
         frames = traceback.extract_tb(error.__traceback__)
         reason = f"{type(error).__name__} in {frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
         log.error("%s\n%s", reason, "".join(traceback.format_list(frames)))
@@ -74,7 +74,7 @@ def guarded(message: Message, answer: Callable[[], Message]) -> Message:
 
 
 def answer_train(message: Message, client: LoRAClient) -> Message:
-    """Evaluate the received adapter, train it, and answer with both."""
+    """Evaluate the received adapter, train it, and reply with both."""
     received = from_records(message.content)
     client.load(received.unpack())
     about = site_records(client)
@@ -103,12 +103,12 @@ def answer_evaluate(message: Message, client: LoRAClient) -> Message:
 
 
 def answer_query(message: Message, site: Site) -> Message:
-    """Answer with the site's number."""
+    """Reply with the site's number."""
     return Message(RecordDict({METRICS: MetricRecord({PARTITION: site.index})}), reply_to=message)
 
 
 def site_records(client: LoRAClient) -> dict[str, MetricRecord]:
-    """Counts of the site's lines and, unless it holds nothing out, the loss of the loaded adapter there."""
+    """Counts of the site's lines and, if it has a held-out part, the loss of the loaded adapter on it."""
     records = {DATA: MetricRecord(asdict(client.split.counts))}
     if client.split.held_out:
         begin = time.perf_counter()
@@ -118,7 +118,7 @@ def site_records(client: LoRAClient) -> dict[str, MetricRecord]:
 
 
 def site_of(context: Context) -> Site:
-    """A node's site: `partition-id`, and `data-path` when the node has a file of its own."""
+    """A node's site: `partition-id`, and `data-path` if the node has its own file."""
     index, path = context.node_config.get("partition-id"), context.node_config.get("data-path")
     if not isinstance(index, int) or index < 0:
         raise UserError(f"partition-id of --node-config must be a whole number from 0 on, got {index!r}")

@@ -1,13 +1,13 @@
-"""Messages of a federated round: the records they hold, and an adapter in them.
+"""Messages of a federated round: their records, and how an adapter is packed into them.
 
-One message a client a round. The server sends the adapter (records ARRAYS and INDEX) and CONFIG (SERVER_ROUND, and what
-the caller of Flower's `start()` adds). A client answers
-    a train message with the adapter it trained (ARRAYS, INDEX), METRICS (WEIGHT = its training examples or their answer
-        tokens, PARTITION, figures of the training) and, if it has a held-out part, EVALUATE (WEIGHT = the same of that
-        part, figures of the adapter it *received*);
-    an evaluate message with EVALUATE if it has a held-out part, and METRICS (PARTITION) if it likes;
-    a query message (sent only when `fraction` < 1) with METRICS (PARTITION);
-    the first two with DATA if it likes: `lab.learning.counts.Counts` of its lines, in whole numbers.
+One message per client and round. The server sends the adapter (records ARRAYS and INDEX) and CONFIG (SERVER_ROUND, and
+what the caller of Flower's `start()` adds). A client replies
+    to a train message with the adapter it trained (ARRAYS, INDEX), METRICS (WEIGHT = its training examples or their
+        answer tokens, PARTITION, figures of the training) and, if it has a held-out part, EVALUATE (WEIGHT = the same
+        of that part, figures of the adapter it *received*);
+    to an evaluate message with EVALUATE if it has a held-out part, and optionally METRICS (PARTITION);
+    to a query message (sent only when `fraction` < 1) with METRICS (PARTITION);
+    and to the first two optionally with DATA: `lab.learning.counts.Counts` of its lines, in whole numbers.
 """
 
 import re
@@ -44,7 +44,7 @@ def to_array_record(packed: PackedAdapter) -> ArrayRecord:
 
 
 def to_index_record(index: AdapterIndex) -> ConfigRecord:
-    """The record that says how to read it."""
+    """The record with the index that is needed to read it."""
     return ConfigRecord({INDEX: index.encode()})
 
 
@@ -54,10 +54,10 @@ def to_records(packed: PackedAdapter) -> RecordDict:
 
 
 def from_records(content: RecordDict, expected: AdapterIndex | None = None) -> PackedAdapter:
-    """The packed adapter a message carries, read-only and not copied.
+    """The packed adapter of a message, read-only and not copied.
 
     ValueError when a record is missing, when the index does not decode or is not the expected one, or when the array's
-    type, size or serialisation is not as the index says.
+    type, size or serialisation do not match the index.
     """
     # Not content.array_records: that view refers to itself, and keeps the whole reply until the garbage collector runs.
     record, arrays = content.get(INDEX), content.get(ARRAYS)
@@ -73,7 +73,7 @@ def from_records(content: RecordDict, expected: AdapterIndex | None = None) -> P
 
 
 def metrics_of(content: RecordDict, name: str) -> dict[str, object]:
-    """A copy of one MetricRecord; empty when there is none."""
+    """A copy of one MetricRecord; empty if there is none."""
     record = content.get(name)  # not content.metric_records: see from_records
     return {**record} if isinstance(record, MetricRecord) else {}
 
@@ -86,7 +86,7 @@ def partition_of(value: object) -> int | None:
 
 
 def message_bytes(message: InflatableObject) -> int:
-    """Bytes of a message as Flower serialises it: every nested object with its header, metadata included.
+    """Bytes of the message as Flower serialises it, including headers of nested objects and metadata.
 
     Flower sends an array in chunks of 5 MiB, each with about 90 bytes of names around it (the environment variable
     FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, read when flwr is imported, makes them larger).

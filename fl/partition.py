@@ -1,4 +1,4 @@
-"""Which client holds which documents. Decided from names and sizes alone, so no client opens another's text."""
+"""Which client holds which documents. Decided from names and sizes alone, so no client reads another's text."""
 
 import heapq
 import random
@@ -12,12 +12,12 @@ from lab.settings import UserError
 
 
 def partition(documents: list[Document], num_clients: int, by: PartitionBy, seed: int) -> list[list[Document]]:
-    """Deals `documents` to `num_clients` clients, every client at least one; the same for the same arguments.
+    """Deal `documents` to `num_clients` clients, at least one to each; the same for the same arguments.
 
     by=package: whole units, the largest first, each to the client with the fewest bytes so far: text of different
     units, so not identically distributed, and `seed` plays no part. by=iid: single documents, in an order drawn by
     `seed`, each to the client with the fewest bytes so far. A client keeps its documents in their first order.
-    UserError when there are more clients than there is to deal.
+    UserError if there are more clients than shares.
     """
     shares = _units(documents) if by is PartitionBy.package else _shuffled(documents, seed)
     if not 1 <= num_clients <= len(shares):
@@ -49,7 +49,7 @@ def _shuffled(documents: Iterable[Document], seed: int) -> list[list[Document]]:
 
 
 def _deal(shares: Iterable[list[Document]], num_clients: int) -> list[list[Document]]:
-    """Each share to the client with the fewest bytes, then the fewest shares (so nobody stays empty-handed)."""
+    """Give each share to the client with the fewest bytes, then the fewest shares, so that no client stays empty."""
     clients: list[list[Document]] = [[] for _ in range(num_clients)]
     heap = [(0, 0, index) for index in range(num_clients)]
     for share in shares:

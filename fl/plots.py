@@ -1,4 +1,4 @@
-"""The picture of a federated run: held-out loss per round and client, bytes on the wire, where the time went."""
+"""The picture of a federated run: held-out loss per round and client, bytes on the wire, time by phase."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_LABELLED_CLIENTS = 12
-"""More lines than this are drawn as one grey crowd without a legend."""
+"""More lines than this are drawn in grey without a legend."""
 
 
 def draw_run(states: Sequence[RoundFigures], title: str, base_bytes: int, path: Path) -> Path:
-    """Three panels as a PNG at `path`; `base_bytes` is what did not have to travel."""
+    """Draw three panels as a PNG at `path`; `base_bytes` is the size of the base model, which was not sent."""
     with drawn(path, size=(5.3, 5), panels=3, title=title) as (loss, sizes, seconds):
         _draw_loss(loss, states)
         _draw_bytes(sizes, states, base_bytes)

@@ -17,27 +17,27 @@ class RoundFigures:
 
     round: int
     eval_loss: float | None
-    """Held-out loss of this round's adapter, weighted mean over `eval_sites`; None when there are none."""
+    """Held-out loss of this round's adapter, weighted mean over `eval_sites`; None if there are none."""
     client_losses: dict[int, float]
-    """Held-out loss per client that was asked and holds something out."""
+    """Held-out loss per client that was asked and has a held-out part."""
     eval_sites: list[int]
-    """The sites in that mean. The first and the last state have the same, so that they can be compared."""
+    """The sites in that mean. First and last state have the same sites, so that they can be compared."""
     train_loss: float | None = None
     train_seconds: dict[int, float] = field(default_factory=dict)
     """Seconds that each client trained."""
     uplink_bytes: int = 0
     downlink_bytes: int = 0
     messages: int = 0
-    """Clients that were sent something."""
+    """Clients that were sent a message."""
     replies: int = 0
-    """Clients whose answer was folded in; `uplink_bytes` are theirs."""
+    """Clients whose reply was folded in; `uplink_bytes` are theirs."""
     round_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     refused: list[str] = field(default_factory=list)
 
 
 def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures]:
-    """States 0..R. Clients evaluate the adapter they receive, so a report has the loss from before its round."""
+    """States 0..R. Clients evaluate the adapter that they receive, so a report has the loss from before its round."""
     rows = [*(report.clients for report in reports), run.clients]
     both = {row.site for row in _measured(rows[0])} & {row.site for row in _measured(rows[-1])}
     sites = [{row.site for row in _measured(asked)} for asked in rows]

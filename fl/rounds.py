@@ -1,6 +1,6 @@
-"""Reports of rounds and runs, and the fold that turns the replies of a round into one.
+"""Reports of rounds and runs, and the fold that combines the replies of a round.
 
-A reply is checked and folded in when it arrives, and not kept.
+A reply is checked and folded in when it arrives, then discarded.
 """
 
 import logging
@@ -41,7 +41,7 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
-    """One client's part in one round; its figures are in `train` and `evaluate` under the names it gave them."""
+    """One client's part in one round; its figures are in `train` and `evaluate`, under the client's names for them."""
 
     node_id: int
     partition_id: int | None
@@ -52,9 +52,9 @@ class ClientRow:
     train: dict[str, float]
     evaluate: dict[str, float]
     uplink_bytes: int
-    """Its reply as Flower serialises it; 0 under Flower's own `start()`, which does not look."""
+    """Size of its reply as Flower serialises it; 0 under Flower's own `start()`, where it is not measured."""
     counts: Counts | None = None
-    """Its lines by what became of them; None when it does not say."""
+    """Counts of its lines (read, skipped, cut, ...); None if it does not report them."""
 
     @property
     def site(self) -> int:
@@ -68,27 +68,27 @@ class RoundReport:
 
     round: int
     adapter: dict[str, torch.Tensor]
-    """The new global adapter, in the wire's type."""
+    """The new global adapter, in the number format of the wire."""
     train: dict[str, float]
     """Weighted means of the clients' training figures."""
     evaluate: dict[str, float]
     """Weighted means of the clients' held-out figures, of the adapter they *received*: that of the round before."""
     clients: list[ClientRow]
-    """By partition; only those folded in."""
+    """Rows of the clients that were folded in, by partition."""
     refused: list[Refusal]
     downlink_bytes: int
-    """All messages sent in the round, as Flower serialises them."""
+    """Bytes of all messages sent in the round, as Flower serialises them."""
     uplink_bytes: int
-    """All replies folded in."""
+    """Bytes of all replies folded in."""
     round_seconds: float
-    """From the first message sent to the new adapter."""
+    """Time from the first message sent to the new adapter."""
     aggregate_seconds: float
     """Part of `round_seconds`: checking and folding replies, and taking the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """A finished run: the last adapter and how it does on the clients' held-out parts."""
+    """A finished run: the last adapter, and its figures on the clients' held-out parts."""
 
     adapter: dict[str, torch.Tensor]
     evaluate: dict[str, float]
@@ -117,7 +117,7 @@ class NodesMissing(Lost):
 
 
 class RoundFold:
-    """One round's replies, folded into exact sums one at a time: the same replies in any order give the same result.
+    """The replies of one round, folded into exact sums one by one: the same replies in any order give the same result.
 
     trains: whether the replies carry adapters, or held-out figures only.
     """
@@ -133,7 +133,7 @@ class RoundFold:
         self.last_line = ""
 
     def add(self, node_id: int, reply: Message, uplink_bytes: int) -> None:
-        """Check a reply and fold it in, or refuse it as a whole, saying so once."""
+        """Check a reply and fold it in, or refuse it as a whole with one warning."""
         started = time.perf_counter()
         if reply.has_error():
             self.refuse(node_id, describe_error(reply))
@@ -146,10 +146,10 @@ class RoundFold:
         self.seconds += time.perf_counter() - started
 
     def refuse(self, node_id: int, reason: str) -> None:
-        """Count a client out of this round."""
+        """Exclude a client from this round."""
         self.refused.append(Refusal(node_id=node_id, reason=reason))
         self.last_line = f"node {node_id} {reason}"
-        log.warning("node %d %s; the round goes on without it", node_id, reason)
+        log.warning("node %d %s; the round continues without it", node_id, reason)
 
     @property
     def rows(self) -> list[ClientRow]:
@@ -173,7 +173,7 @@ class RoundFold:
         return self._evaluate.means()
 
     def _fold(self, node_id: int, content: RecordDict, uplink_bytes: int) -> ClientRow:
-        """Everything is checked before anything is added, so that a refused reply leaves no trace."""
+        """Check everything before adding anything, so that a refused reply changes nothing."""
         train, evaluate = metrics_of(content, METRICS), metrics_of(content, EVALUATE)
         row = ClientRow(
             node_id=node_id,
@@ -200,7 +200,7 @@ def _describe_row(row: ClientRow) -> str:
 
 
 def describe_error(reply: Message) -> str:
-    """One line for an error reply; the simulation's reasons are whole tracebacks, whose last line says it."""
+    """One line for an error reply. Reasons of the simulation are whole tracebacks: the last line is taken."""
     code, reason = reply.error.code, reply.error.reason or ""
     last_line = (reason.strip().splitlines() or ["no reason given"])[-1]
     return f"{ERRORS.get(code, 'failed')} (Flower code {code}: {last_line[-300:]})"
@@ -214,7 +214,7 @@ def _counts(numbers: dict[str, object]) -> Counts | None:
 
 
 def _take_weight(record: str, metrics: dict[str, object]) -> int:
-    """The record's weight, taken out of its figures."""
+    """Remove the weight from a record's figures, and return it."""
     if WEIGHT not in metrics:
         raise ValueError(f"{record}.{WEIGHT} is missing")
     try:

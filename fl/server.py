@@ -35,17 +35,17 @@ from lab.tracking import Tracker, picture, progress
 log = logging.getLogger(__name__)
 
 MEASURED_PER_TRAINED = 8
-"""Held-out examples per training example above which measuring costs a client more than training: an evaluated
-example takes about a third of the time."""
+"""From this number of held-out examples per training example on, evaluation takes a client longer than training: an
+evaluated example takes about a third of the time."""
 
 
 def serve(
     grid: Grid, settings: FederatedSettings, place: Run, stopped: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Runs all rounds over `grid` and returns the figures of the last line.
+    """Run all rounds over `grid` and return the figures of the last line.
 
-    Raises UserError where results cannot be written, and what `WeightedFedAvg.run` raises; every finished round's
-    adapter is on disk then.
+    Raises UserError if results cannot be written, and what `WeightedFedAvg.run` raises; by then the adapter of every
+    finished round is on disk.
     """
     begin = time.perf_counter()
     require_writable(place.folder, "hydra.run.dir")
@@ -65,7 +65,7 @@ def serve(
                 card = {"train_loss": report.train["train_loss"]}
                 card |= {f"{name}_before_round": report.evaluate[name] for name in ("eval_loss",) if report.evaluate}
                 written.append(folders.write(report.round, report.adapter, card))
-                reports.append(replace(report, adapter={}))  # the history keeps figures, no tensors
+                reports.append(replace(report, adapter={}))  # the history keeps figures, not tensors
                 new = sites.add(counts_of(report.clients))
                 figures = row(report) | {"server_rss_bytes": read_memory(device).rss_bytes}
                 tracker.log(report.round, **figures, **({"sites": new} if new else {}))
@@ -87,11 +87,11 @@ def serve(
 
 
 def so_far(reports: Sequence[RoundReport], adapter: Path, sites: Mapping[str, Counts]) -> dict[str, Any]:
-    """Figures of the last line when the run is cut short."""
+    """Figures of the last line if the run ends early."""
     return {
         "rounds_completed": len(reports),
         "train_loss_by_round": [report.train["train_loss"] for report in reports],
-        # Each round measures the adapter from before it.
+        # Each round evaluates the adapter from before it.
         "eval_loss_by_round": [report.evaluate["eval_loss"] for report in reports[1:] if report.evaluate],
         "adapter_path": adapter,
         "sites": sites,
@@ -114,7 +114,7 @@ class SiteLog:
             for warning in counts.warnings(data.sequence_length):
                 log.warning("client %s: %s", name, warning)
             if not counts.examples_held_out:
-                log.warning("client %s holds nothing out (project.data.held_out_fraction): it is not measured", name)
+                log.warning("client %s has no held-out part (project.data.held_out_fraction) to be measured", name)
         self._say_what_measuring_costs(new)
         self.counts |= new
         return new
@@ -137,7 +137,7 @@ def describe_loss(report: RoundReport) -> str:
 
 
 def replies_expected(settings: FederatedSettings) -> int:
-    """Number of messages in a whole run: one a client a round, and the evaluation after the last."""
+    """Number of messages in a whole run: one per client and round, and the evaluation after the last round."""
     return (settings.project.rounds + 1) * max(1, round(settings.project.fraction * settings.project.num_clients))
 
 
@@ -183,7 +183,7 @@ def run_result(
 
 
 def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg:
-    """The run's strategy, for our own loop or Flower's `start()`."""
+    """The strategy of the run, for our own loop or Flower's `start()`."""
     project = settings.project
     return WeightedFedAvg(
         index,
@@ -197,7 +197,7 @@ def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg
 
 
 def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
-    """A fresh adapter, or that of `project.warm_start`."""
+    """A new adapter, or that of `project.warm_start`."""
     if settings.project.warm_start is not None:
         folder = path_of(settings.project.warm_start, "project.warm_start")
         with user_errors(f"project.warm_start must be an adapter of this run's kind, got {str(folder)!r}: "):
@@ -207,7 +207,7 @@ def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
 
 
 def adapter_folders(settings: FederatedSettings, place: Run) -> AdapterFolders:
-    """One PEFT folder a round for the run's adapters. UserError where another run has left its own."""
+    """One PEFT folder per round for the run's adapters. UserError if the folder has those of another run."""
     project, root = settings.project, place.folder / "adapters"
     if next(root.glob("round-*"), None) is not None:
         raise UserError(f"hydra.run.dir must be a folder without another run's adapters, got {str(place.folder)!r}")

@@ -1,4 +1,4 @@
-"""Flower's side of the server: a ServerApp around `fl.server.serve`, for a simulation or a deployment."""
+"""The Flower app of the server: a ServerApp around `fl.server.serve`, for a simulation or a deployment."""
 
 import logging
 import time
@@ -20,7 +20,7 @@ from lab.settings import UserError
 log = logging.getLogger(__name__)
 
 MAX_REASONS = 3
-"""Different reasons that a failed run's last words quote; every one is in the log."""
+"""Most reasons that the message of a failed run quotes; all are in the log."""
 
 
 def make_server_app(work: Callable[[Grid, Context], None]) -> ServerApp:
@@ -37,15 +37,15 @@ def make_server_app(work: Callable[[Grid, Context], None]) -> ServerApp:
 def deployed(grid: Grid, context: Context) -> None:
     """A run started by `flwr run`: settings from its configuration, results below the SuperLink's working folder.
 
-    Raises the error that ended the run: an exit code would be lost, and Flower would take the run for one that is
-    still going on. A run that has begun leaves its last line and result.json all the same.
+    Raises the error that ended the run: an exit code would be lost, and Flower would list the run as still running.
+    A run that has begun still leaves its last line and result.json.
     """
     log_beside_flower()
     try:
         settings = settings_from_run(context)
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{context.run_id}"
         place = Run(Path("results/fed_learn").absolute() / name)
-        # Flower carries the code itself and leaves the checkout behind: its hash says which code ran.
+        # Flower sends the code itself, not the checkout: the hash of that code says what ran.
         code = {"fab_hash": grid.run.fab_hash}
         try:
             figures = serve(grid, settings, place)
@@ -61,14 +61,14 @@ def deployed(grid: Grid, context: Context) -> None:
 
 
 def unfinished(error: RoundFailed | NodesMissing, folder: Path) -> Fault:
-    """The end of a run in one line: each reason once, and the adapter that is left in its folder."""
+    """The message of a run that ended early: each reason once, and the folder of the last adapter."""
     left = f"the last good adapter is {latest_adapter(folder / 'adapters')}"
     if isinstance(error, NodesMissing):
         return Lost(f"{error}; {left}")
     reasons = Counter(refusal.reason for refusal in error.refused).most_common()
-    told = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
+    counted = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
     more = [f"{len(reasons) - MAX_REASONS} more reasons"] if len(reasons) > MAX_REASONS else []
-    return Fault(f"round {error.server_round} had no good reply: {'; '.join(told + more)}; {left}")
+    return Fault(f"round {error.server_round} had no good reply: {'; '.join(counted + more)}; {left}")
 
 
 app = make_server_app(deployed)

@@ -1,4 +1,4 @@
-"""Settings of the federated pillar: who takes part, what a round is, what travels."""
+"""Settings of the federated pillar: clients, rounds, and the format on the wire."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class PartitionBy(Enum):
-    """`package`: whole units go to clients (not identically distributed); `iid`: documents are mixed first."""
+    """`package`: whole units go to clients (not identically distributed); `iid`: documents are shuffled first."""
 
     package = "package"
     iid = "iid"
 
 
 class WireDtype(Enum):
-    """Number format of an adapter on the wire; bfloat16 travels as uint16, because numpy (and so Flower) has none."""
+    """Number format of an adapter on the wire; bfloat16 travels as uint16, because numpy, and so Flower, lacks it."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -38,7 +38,7 @@ class WireDtype(Enum):
     @property
     def torch(self) -> torch.dtype:
         """The torch type of the tensors."""
-        import torch  # here, so that a bad setting is said without it
+        import torch  # here, so that a bad setting is reported without loading it
 
         return torch.float32 if self is WireDtype.float32 else torch.bfloat16
 
@@ -65,12 +65,12 @@ class Weighting(Enum):
 
     @property
     def words(self) -> str:
-        """The unit, for a sentence."""
+        """The unit, as used in a sentence."""
         return self.value.replace("_", " ")
 
 
 class Baseline(Enum):
-    """`central`: the same number of steps on the union of the clients' data in one place, to compare with."""
+    """`central`: the same number of steps on the union of the clients' data in one place, for comparison."""
 
     none = "none"
     central = "central"
@@ -94,17 +94,17 @@ class FederatedProjectSettings:
     """FedProx (arXiv 1812.06127): mu / 2 * |w - w_global|^2 added to the loss; 0: plain FedAvg."""
     baseline: Baseline
     warm_start: str | None
-    """PEFT folder of this base model to start from; null: a fresh adapter."""
+    """PEFT folder of this base model to start from; null: a new adapter."""
     node_timeout_seconds: float
-    """How long the server waits for `num_clients` nodes to connect."""
+    """Time limit for `num_clients` nodes to connect."""
     reply_timeout_seconds: float
-    """Time to live of a message: a client that has not answered by then has missed the round."""
+    """Time to live of a message: a client that has not replied by then is left out of the round."""
     poll_seconds: float
-    """Pause between two looks for replies."""
+    """Pause between two polls for replies."""
     workers: int
     """Ray workers in a simulation, each with its own copy of the base model; 0: one per core."""
     worker_retries: int
-    """How often a message of a simulation is tried again when its worker died; then it has failed."""
+    """How often a message of a simulation is tried again after its worker died; then it has failed."""
     lora: LoraSettings
     optimization: OptimizationSettings
     data: DataSettings
@@ -119,7 +119,7 @@ class FederatedProjectSettings:
 @register("fed_learn")
 @dataclass(kw_only=True)
 class FederatedSettings(LabSettings):
-    """Everything `simulations/fed_sim.py` and the Flower apps read."""
+    """All settings of `simulations/fed_sim.py` and the Flower apps."""
 
     project: FederatedProjectSettings
 

@@ -7,14 +7,14 @@ from lab.command import entry
 from lab.settings import ArchitectureSettings, ModelSettings, UserError
 
 CHECKPOINT_NUMBER_BYTES = 2
-"""Such models are published in 16 bits a number, whatever they compute in."""
+"""Bytes per value of a published base model: it is published in 16 bits, in whatever precision it computes."""
 
 
 def base_bytes(model: ModelSettings) -> int:
-    """Bytes of the base model as it is published, from the numbers of its architecture.
+    """Bytes of the base model as it is published, from the sizes of its architecture.
 
-    Linear layers, two norms a layer and a last one, the embedding, and the head unless it is tied to it; Qwen2 has a
-    bias on queries, keys and values, Qwen3 a norm (one vector of head_dim) on queries and on keys.
+    Linear layers, two norms per layer and a final one, the embedding, and the head unless it is tied to the embedding.
+    Qwen2 has biases on queries, keys and values, Qwen3 a norm (one vector of head_dim) on queries and on keys.
     """
     numbers = model.architecture
     layer = sum(out * into for out, into in linear_shapes(numbers).values()) + 2 * numbers.hidden_size
@@ -24,7 +24,7 @@ def base_bytes(model: ModelSettings) -> int:
     return (numbers.layers * layer + embeddings + numbers.hidden_size) * CHECKPOINT_NUMBER_BYTES
 
 
-def travelling_bytes(model: ModelSettings, rank: int, dtype: WireDtype) -> int:
+def adapter_bytes(model: ModelSettings, rank: int, dtype: WireDtype) -> int:
     """Bytes of one adapter on the wire.
 
     A LoRA pair on a linear layer in -> out has rank * (in + out) values (Hu et al. 2021, arXiv 2106.09685). UserError
@@ -55,7 +55,7 @@ def linear_shapes(numbers: ArchitectureSettings) -> dict[str, tuple[int, int]]:
 
 def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     """Adapter bytes next to base bytes."""
-    adapter = travelling_bytes(settings.model, settings.project.lora.rank, settings.project.wire_dtype)
+    adapter = adapter_bytes(settings.model, settings.project.lora.rank, settings.project.wire_dtype)
     base = base_bytes(settings.model)
     return {
         "model": settings.model.name,

@@ -1,7 +1,7 @@
-"""Federated averaging of LoRA adapters, weighted as the clients say: the server's side of a round.
+"""Federated averaging of LoRA adapters, with the weights that clients report: the server's side of a round.
 
-Knows nothing about models, data or settings files. The global adapter is what travels: with bfloat16 on the wire the
-mean is rounded to bfloat16 at the end of each round.
+Knows nothing about models, data or settings files. With bfloat16 on the wire, the global adapter is rounded to bfloat16
+at the end of each round, since it is what the server sends.
 """
 
 import logging
@@ -34,7 +34,7 @@ from fl.messages import (
 from fl.rounds import ERRORS, NodesMissing, RoundFailed, RoundFold, RoundReport, RunReport, RunStopped, describe_error
 
 EXPIRY_GRACE_SECONDS = 5.0
-"""A SuperLink itself reports a message that outlived its time; if that report does not come either, we stop waiting."""
+"""Flower's SuperLink reports a message that has expired; if that report does not arrive either, we stop waiting."""
 WAITING_LOG_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class WeightedFedAvg(Strategy):
-    """The mean of the clients' LoRA tensors, weighted by what they say (FedAvg, arXiv:1602.05629), exact.
+    """The exact mean of the clients' LoRA tensors, with the weights they report (FedAvg, arXiv:1602.05629).
 
     `run` is its own round loop. The `configure_*` and `aggregate_*` methods use the same fold, so that Flower's
     `start()` and its wrappers work too and give the same bytes. (The wrappers for differential privacy want a float32
@@ -53,12 +53,12 @@ class WeightedFedAvg(Strategy):
     """Tensors of every adapter of the run, and their type on the wire."""
     _: KW_ONLY
     num_clients: int
-    """Nodes that must be registered before round 1; later rounds go on with those that are there."""
+    """Nodes that must be registered before round 1; later rounds use those that are still there."""
     fraction: float
-    """Part of the registered nodes asked in a round, in (0, 1]; drawn from (seed, round) over partitions."""
+    """Share of the registered nodes that take part in a round, in (0, 1]; drawn from (seed, round) over partitions."""
     seed: int
     message_ttl_seconds: float
-    """Time a client may take for one message; then it counts as failed."""
+    """Time limit of a client for one message; then it counts as failed."""
     register_timeout_seconds: float
     """Longest wait for `num_clients` nodes."""
     poll_seconds: float
@@ -87,9 +87,8 @@ class WeightedFedAvg(Strategy):
     ) -> RunReport:
         """Run all rounds, then evaluate the last adapter at the nodes of round 1, which evaluated the first one.
 
-        `on_round` is called after every round, to write it down; `on_reply` with one line for every client asked, as
-        soon as it has answered or was counted out, to show progress. `stopped` is asked between two looks for
-        replies or nodes.
+        `on_round` is called after every round, to record it; `on_reply` with one line for every client asked, as soon
+        as it has replied or failed, to show progress. `stopped` is called between two polls for replies or nodes.
 
         Raises NodesMissing, RoundFailed when a round (or the last evaluation) has no good reply, and RunStopped.
         """
@@ -195,7 +194,7 @@ class WeightedFedAvg(Strategy):
         return nodes
 
     def _registered(self, grid: Grid, needed: int) -> list[int]:
-        """All registered nodes, once there are enough."""
+        """All registered nodes, once there are enough of them."""
         started = time.monotonic()
         last_log = -WAITING_LOG_SECONDS
         while len(nodes := sorted(grid.get_node_ids())) < needed:
@@ -212,7 +211,7 @@ class WeightedFedAvg(Strategy):
         return nodes
 
     def _by_partition(self, grid: Grid, nodes: list[int]) -> list[int]:
-        """The nodes that say which partition they hold, by partition; each is asked once in a run."""
+        """The nodes that report their partition, by partition; each is asked once per run."""
         unknown = [node_id for node_id in nodes if node_id not in self._partitions]
         messages = [self._message(RecordDict(), node_id, MessageType.QUERY, 0) for node_id in unknown]
         for node_id, reply in self._replies(grid, messages):
@@ -242,8 +241,8 @@ class WeightedFedAvg(Strategy):
     def _replies(self, grid: Grid, messages: list[Message]) -> Iterator[tuple[int, Message | None]]:
         """(node, reply) as they arrive, None for a node that could not be asked or sent nothing in time.
 
-        One message a pull: a pull of many would hold every reply that has arrived. One message a push: what a push of
-        many returns when one fails differs from grid to grid.
+        One message per pull: pulling many would hold every reply that has arrived. One message per push: if one of many
+        fails, the results of pushing differ between kinds of grid.
         """
         pending: dict[str, int] = {}
         for message in messages:
@@ -256,7 +255,7 @@ class WeightedFedAvg(Strategy):
         while pending and time.monotonic() < deadline:
             for message_id in [*pending]:
                 for reply in grid.pull_messages([message_id]) if message_id in pending else ():
-                    self._go_on()  # a client that is ended by whoever stops us answers with an error
+                    self._check_stopped()  # when we are stopped, clients are killed and reply with errors
                     if (node_id := pending.pop(reply.metadata.reply_to_message_id, None)) is not None:
                         yield node_id, reply
                     del reply
@@ -265,15 +264,15 @@ class WeightedFedAvg(Strategy):
         yield from ((node_id, None) for node_id in pending.values())
 
     def _pause(self) -> None:
-        self._go_on()
+        self._check_stopped()
         time.sleep(self.poll_seconds)
 
-    def _go_on(self) -> None:
+    def _check_stopped(self) -> None:
         if self._stopped():
             raise RunStopped("stopped")
 
     def _fold_all(self, phase: str, server_round: int, replies: Iterable[Message]) -> RoundFold:
-        """All replies, folded in one at a time; RoundFailed when none is good."""
+        """All replies, folded in one by one; RoundFailed when none is good."""
         fold = RoundFold(self.index, trains=phase == "train")
         for reply in replies:
             fold.add(self._asked_node(reply), reply, 0)
@@ -284,6 +283,6 @@ class WeightedFedAvg(Strategy):
         return fold
 
     def _asked_node(self, reply: Message) -> int:
-        """The node a reply is about; the SuperLink answers in its own name for a node that cannot."""
+        """The node that a reply is about; for a node that cannot reply, the SuperLink does."""
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._asked}
         return asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)

@@ -1,4 +1,4 @@
-"""Tools that every benchmark shares: warm-up, interleaved runs, median with spread, cores, environment, JSON.
+"""Tools shared by all benchmarks: warm-up, interleaved runs, median with spread, cores, environment, JSON.
 
 Timings on a shared machine drift, so cases are interleaved (A, B, A, B, ...) and compared by ratios within a turn.
 """
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Rig = TypeVar("Rig")
-"""Processes and models that the parts of a benchmark measure with."""
+"""The processes and models that the parts of a benchmark use."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Sample:
 
     @classmethod
     def of(cls, readings: Sequence[float]) -> Sample:
-        """ValueError when there is no reading."""
+        """The sample of some readings. ValueError for none."""
         if not readings:
             raise ValueError("readings must hold at least one figure, got none")
         return cls(statistics.median(readings), min(readings), max(readings), len(readings))
 
 
 def interleaved(cases: Mapping[str, Callable[[], float | None]], warmup: int, repeats: int) -> dict[str, list[float]]:
-    """Readings of every case, interleaved: `warmup` turns thrown away, then `repeats` kept.
+    """Readings of every case, interleaved: `warmup` turns are discarded, then `repeats` turns kept.
 
     A case returns its own figure, or None to be timed by the wall clock (seconds).
     """
@@ -69,7 +69,7 @@ def interleaved(cases: Mapping[str, Callable[[], float | None]], warmup: int, re
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Sample:
-    """over / under turn by turn: drift of the machine cancels."""
+    """over / under within each turn, so that drift of the machine cancels."""
     return Sample.of([a / b for a, b in zip(over, under, strict=True)])
 
 
@@ -80,10 +80,10 @@ def _cores() -> list[int]:
 
 @contextmanager
 def pinned(core: int) -> Iterator[None]:
-    """Keep this thread, and what it starts meanwhile, on one core: number `core` of those we may use, counted around.
-    Nothing happens on systems without it."""
+    """Keep this thread, and the processes it starts meanwhile, on one core: number `core` of those we may use, modulo
+    their count. Has no effect on systems that cannot pin."""
     if sys.platform != "linux":
-        log.warning("processes are not pinned to a core each: %s has no call for it", sys.platform)
+        log.warning("processes are not pinned to cores: %s has no call for it", sys.platform)
         yield
         return
     before = os.sched_getaffinity(0)
@@ -107,8 +107,8 @@ def run_parts(
 ) -> dict[str, Any]:
     """Measure the `chosen` parts of a benchmark, in order; return the figures of the last line.
 
-    A part's measurement gives a row or several; the rig is opened once, for all parts. Rows of other parts that the
-    file `report` holds stay. UserError for a chosen name that is no part: `rule`, with {} for all names.
+    A part's measurement returns one row or several; the rig is opened once, for all parts. Rows of other parts in the
+    file `report` are kept. UserError for an unknown part: `rule`, with {} for all names.
     """
     if unknown := [part for part in chosen if part not in parts]:
         raise UserError(f"{rule.format(', '.join(parts))}, got {unknown}")
@@ -123,37 +123,37 @@ def run_parts(
             for row in measured if isinstance(measured, list) else [measured]:
                 rows.append(finite(to_plain({"row": part, **row, "load_average": load_average()})))
                 tracker.log(len(rows), **rows[-1])
-            write_report(report, name, [*kept, *rows])  # now: the next part may fail
+            write_report(report, name, [*kept, *rows])  # at once, since the next part may fail
     return {"benchmark": name, "report": report, "missed": missed(rows), "rows": rows}
 
 
 @contextmanager
-def link_process(port: int, rtt_seconds: float, folder: Path, start_seconds: float, *words: str) -> Iterator[int]:
-    """A link to a port of this machine, half of the round-trip time each way, as a process; yields its own port."""
+def link_process(port: int, rtt_seconds: float, folder: Path, start_seconds: float, *more: str) -> Iterator[int]:
+    """A process with a link to a port of this machine, half of the round-trip time each way; yields its own port."""
     delays = [f"project.{way}.delay_seconds={rtt_seconds / 2}" for way in ("up", "down")]
-    told = ["network.port=0", "tracking=none", f"project.target_port={port}", *delays, *words]
-    with listening("simulations.link", told, folder, start_seconds) as own:
+    overrides = ["network.port=0", "tracking=none", f"project.target_port={port}", *delays, *more]
+    with listening("simulations.link", overrides, folder, start_seconds) as own:
         yield own
 
 
 def load_average() -> float | None:
-    """Processes that wanted a core in the last minute, on average; None on systems that do not say."""
+    """Average number of processes that were ready to run in the last minute; None on systems without this figure."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def judged(name: str, row: Mapping[str, Any], target: str, holds: bool) -> dict[str, Any]:
-    """The row with the target that it was to show and whether it did; logs both."""
+    """The row with its target, and whether it holds; logs both."""
     log.info("%s: %s (%s)", name, "holds" if holds else "DOES NOT HOLD", target)
     return {**row, "target": target, "holds": holds}
 
 
 def missed(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Number of rows that missed their target; a row without a judgement misses none."""
+    """Number of rows that missed their target; a row without a target counts as no miss."""
     return sum(not row.get("holds", True) for row in rows)
 
 
 def write_report(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The benchmark's document (rows beside where they were measured), written to `path` and returned."""
+    """The document of a benchmark (rows, and where they were measured), written to `path` and returned."""
     figures = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),

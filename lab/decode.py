@@ -1,4 +1,4 @@
-"""Cost of a token in a whole model on this machine: `python -m lab.decode project.context=1024`.
+"""Time per token of a whole model on this machine: `python -m lab.decode project.context=1024`.
 
 Every text fills its window: prompts of `context - new_tokens` tokens, then `new_tokens` more, so that the timed tokens
 see as much context as there is room for. The tokens themselves do not matter for the time, so they come from a hash.
@@ -26,7 +26,7 @@ WARM_UP_TOKENS = 4
 
 @dataclass(kw_only=True)
 class DecodeProjectSettings(CacheSettings):
-    """A measurement of a whole model, at the end of texts of `context` tokens."""
+    """Measures a whole model, at the end of texts of `context` tokens."""
 
     max_new_tokens: int
     """Tokens at the end of each text that are generated and timed."""
@@ -41,13 +41,13 @@ class DecodeProjectSettings(CacheSettings):
 @register("decode")
 @dataclass(kw_only=True)
 class DecodeSettings(LabSettings):
-    """Everything `python -m lab.decode` reads."""
+    """All settings of `python -m lab.decode`."""
 
     project: DecodeProjectSettings
 
 
 def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
-    """Times full windows; the figures of the last line."""
+    """Time full windows; return the figures of the last line."""
     from lab.device import open_device, read_memory
     from lab.engine.compiled import Compiler
     from lab.engine.local import LocalEngine
@@ -92,7 +92,7 @@ def room_for_texts() -> Iterator[None]:
 def time_tokens(
     engine: Engine, *, context: int, sessions: int, new_tokens: int, sampling: Sampling | None = None
 ) -> dict[str, Any]:
-    """Time `sessions` texts in step, one pass a token; greedy unless `sampling` is given.
+    """Time `sessions` concurrent texts, one pass for each token of all; greedy unless `sampling` is given.
 
     Returns:
         `time_to_first_token_seconds`: all prompts in one batch, until each text has its first token.

@@ -26,7 +26,7 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class Memory:
-    """One reading, in bytes; device figures are None where the device is the CPU."""
+    """One reading, in bytes; figures of the device are None if it is the CPU."""
 
     rss_bytes: int
     """Resident now (memory-mapped weights included)."""
@@ -39,7 +39,7 @@ class Memory:
 
 
 def available() -> list[DeviceName]:
-    """Devices of this machine, best first; the CPU is always there."""
+    """Devices of this machine, best first; always includes the CPU."""
     found = []
     if torch.cuda.is_available():
         found.append(DeviceName.cuda)
@@ -49,7 +49,7 @@ def available() -> list[DeviceName]:
 
 
 def choose_device(settings: DeviceSettings) -> torch.device:
-    """The device that `settings` ask for; UserError when it is not there."""
+    """The device that `settings` select; UserError if this machine lacks it."""
     present = available()
     name = present[0] if settings.name is DeviceName.auto else settings.name
     if name not in present:
@@ -75,14 +75,14 @@ def hardware(device: torch.device) -> str:
 
 
 def check_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
-    """The torch dtype, or a UserError where the device cannot compute in it."""
+    """The torch dtype; UserError if the device cannot compute in it."""
     if device.type == "mps" and dtype is Dtype.float64:
         raise UserError("model.dtype must be float32, bfloat16 or float16 on mps, got float64")
     return TORCH_DTYPES[dtype]
 
 
 def best_dtype(device: torch.device) -> Dtype:
-    """The dtype for `model.dtype=auto` on this device: bfloat16 where it has instructions for it, else float32."""
+    """The dtype for `model.dtype=auto` on this device: bfloat16 if it has instructions for it, else float32."""
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "mps":
@@ -102,7 +102,7 @@ def lacks_sixteen_bits(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def read_memory(device: torch.device) -> Memory:
-    """Memory of this process and of its device, now."""
+    """Present memory of this process and of its device."""
     rss = int(psutil.Process().memory_info().rss)
     used, peak, total = _device_memory(device)
     return Memory(rss, max(rss, peak_rss_bytes()), used, peak, total)
@@ -152,7 +152,7 @@ _M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has finished what was asked of it, so that a clock read after it is true."""
+    """Wait until the device has finished all queued work, so that a clock read afterwards is right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

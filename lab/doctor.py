@@ -1,6 +1,6 @@
 """A report of this machine, with the remedy for what it lacks: `python -m lab.doctor [model=...] [device.name=...]`.
 
-Looks only: nothing is downloaded, converted or sent. A check that fails is a line of the table, never an end.
+Only looks: nothing is downloaded, converted or sent. A check that fails is a line of the table, and ends nothing.
 """
 
 import os
@@ -29,10 +29,10 @@ GIB = 2**30
 
 @dataclass(kw_only=True)
 class DoctorProjectSettings:
-    """Checks besides those of the common settings."""
+    """Checks in addition to those of the common settings."""
 
     ports: list[int]
-    """TCP ports to try on `network.host`, besides `network.port` and one that the system chooses."""
+    """TCP ports to try on `network.host`, in addition to `network.port` and one that the system chooses."""
     matrix_size: int
     """Rows and columns of the matrices that precisions are compared with."""
 
@@ -45,7 +45,7 @@ class DoctorProjectSettings:
 @register("doctor")
 @dataclass(kw_only=True)
 class DoctorSettings(LabSettings):
-    """Everything `lab.doctor` reads."""
+    """All settings of `lab.doctor`."""
 
     project: DoctorProjectSettings
 
@@ -62,7 +62,7 @@ class Finding:
 
 
 def run(settings: DoctorSettings, place: entry.Run) -> dict[str, Any]:
-    """Shows the table on stderr and returns every finding, `missing` naming the lines that have a remedy."""
+    """Show the table on stderr; return every finding, with `missing` naming the lines that have a remedy."""
     findings = examine(settings)
     show(findings)
     missing = [name for name, finding in findings.items() if finding.remedy]
@@ -96,9 +96,9 @@ def examine(settings: DoctorSettings) -> dict[str, Finding]:
 def _guarded(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
-    except UserError as error:  # says its own remedy
+    except UserError as error:  # contains its own remedy
         return Finding("missing", {"ok": False}, str(error))
-    except Exception as error:  # whatever is broken here is what the reader wants to see
+    except Exception as error:  # the reader wants to see whatever is broken
         return Finding(f"failed: {type(error).__name__}", {"ok": False}, " ".join(str(error).split())[:300] or "-")
 
 
@@ -124,7 +124,7 @@ def check_python() -> Finding:
 
 
 def check_packages() -> Finding:
-    """Versions of what the pillars stand on."""
+    """Versions of the packages that the pillars need."""
     versions: dict[str, str | None] = describe_environment()["versions"]
     absent = [name for name, version in versions.items() if version is None]
     found = ", ".join(f"{name} {version or '-'}" for name, version in versions.items() if name != "python")
@@ -154,7 +154,7 @@ def _product_seconds(device: torch.device, dtype: Dtype, size: int) -> float | N
     try:
         matrix = torch.ones(size, size, dtype=TORCH_DTYPES[dtype], device=device)
         return statistics.median(_seconds(lambda: matrix @ matrix, device) for _ in range(5))
-    except (RuntimeError, TypeError):  # torch's two ways to say that the device lacks it
+    except (RuntimeError, TypeError):  # torch raises either if the device lacks the dtype
         return None
 
 
@@ -208,7 +208,7 @@ def check_torch_rpc() -> Finding:
 
 
 def check_model(model: ModelSettings) -> Finding:
-    """Whether the model's files are here; UserError with the remedy when its source is not."""
+    """Whether the model's files are on this machine; UserError with the remedy if they are not."""
     from lab.models.conversion import converted_folder, gguf_file
     from lab.models.sources import model_identity
 

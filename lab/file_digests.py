@@ -13,9 +13,9 @@ from lab.files import write_whole
 log = logging.getLogger(__name__)
 
 RECORD_FILE = ".lab_digests.json"
-"""Beside the files that it is about."""
+"""Name of the record next to the files."""
 LARGE_BYTES = 2**30
-"""From here on the first reading takes seconds, and is announced."""
+"""From this size the first reading takes seconds, and is announced."""
 
 
 def sha256_of(file: Path) -> bytes:
@@ -48,7 +48,7 @@ def file_digests(folder: Path, names: Sequence[str], records: Sequence[Path]) ->
 
 
 def record_in_cache(folder: Path, cache_dir: Path) -> Path:
-    """Where the digests of files of `folder` are kept when not beside them."""
+    """Record of the digests of `folder` if it cannot be next to the files."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return cache_dir / "digests" / f"{name}.json"
 

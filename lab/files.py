@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written; and places for them."""
+"""Files that are written whole or not at all, whatever happens meanwhile; and paths from settings."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ from lab.settings import UserError
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends well it is on disk and stands at `target`, else nothing does.
+    """A folder to fill; if the block ends without an error it is moved to `target`, else it is removed.
 
-    A folder that stood there is replaced. It may be read by whoever may read the folder that it is put in.
+    An existing folder at `target` is replaced. Anyone who may read the parent folder may read the new one.
     """
     unfinished = target.parent / f".{target.name}.{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -32,17 +32,17 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def share_like_parent(place: Path) -> None:
-    """Let whoever may read the folder around a file or folder read it, too: commands write for their owner alone
-    (`lab.command.entry`), which is not meant for a model that several users of a machine share."""
+    """Give a file or folder the read permissions of its parent folder: commands write for their owner only
+    (`lab.command.entry`), which does not suit a model that several users of a machine share."""
     around = place.parent.stat().st_mode & 0o777
     for each in [place, *(place.rglob("*") if place.is_dir() else ())]:
         each.chmod(0o700 | around if each.is_dir() else 0o600 | around & 0o666)
 
 
 def write_whole(target: Path, text: str, *, share: bool = False) -> None:
-    """Writes `text` under another name first: whoever reads `target`, or is killed here, never sees half of it.
+    """Write `text` under another name, then rename: no reader ever sees half of it, even if we are killed.
 
-    `share`: see `share_like_parent`; else it is for its owner alone.
+    `share`: see `share_like_parent`; else only its owner may read it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.parent / f".{target.name}.{os.getpid()}"
@@ -63,7 +63,7 @@ def path_of(text: str, key: str) -> Path:
 
 
 def path_as_typed(text: str, key: str) -> Path:
-    """The same, relative where it was typed so: for messages that others read, too."""
+    """The same path, but relative if it was typed so: for messages that others read, too."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -82,7 +82,7 @@ def require_writable(folder: Path, key: str) -> None:
 
 
 def cannot_use(key: str, where: object, error: OSError) -> UserError:
-    """The UserError for a place named by `key` that cannot be written or read."""
+    """The UserError for a path, named by `key`, that cannot be written or read."""
     return UserError(f"{key} must be a folder that can be written, got {str(where)!r} ({error.strerror or error})")
 
 
@@ -104,12 +104,12 @@ def whose_place(error: OSError, places: Mapping[str, str]) -> UserError | None:
 def _absolute(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
-    except RuntimeError:  # nobody's home
+    except RuntimeError:  # `~` of a user without a home
         return Path(text).absolute()
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder on disk before what depends on it; Windows cannot open folders, and does without."""
+    """Flush a file or folder to disk before anything that depends on it; skipped on Windows for folders."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -5,7 +5,7 @@ a delay is met to a fraction of a millisecond as long as the machine has a core 
 reordered, as over TCP; only their time changes. The connection itself is made at once: the delay is that of the bytes.
 
 In a process whose other threads compute in Python, the interpreter lock adds up to its switch interval: measure with
-the link in a process of its own (`simulations.link`).
+the link in a separate process (`simulations.link`).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 PACKET_BYTES = 1460  # a narrow link sends in pieces of about this size
 READ_BYTES = 64 * 1024
-COMMAND_SECONDS = 5.0  # for the link's own thread to do as told; it is never busy for that long
+COMMAND_SECONDS = 5.0  # time limit for a command to the link's thread, which is never busy for so long
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class OneWay:
     """Properties of one direction of a link. Zeros change nothing."""
 
     delay_seconds: float
-    """From the last byte of a piece in to the same out."""
+    """Delay from the arrival of the last byte of a piece to its departure."""
     jitter_seconds: float
     """Added to the delay, uniform in [0, this]; order is kept, so a late piece holds up those behind it."""
     bytes_per_second: float
@@ -53,7 +53,7 @@ class CutKind(Enum):
     reset = "reset"
     """Every connection is reset at both ends; so are new ones while it lasts."""
     blackhole = "blackhole"
-    """Nothing arrives and nobody is told: half-open. Bytes on their way wait, as TCP would send them again."""
+    """Nothing arrives, and neither end is notified: half-open. Bytes in transit wait, as TCP would resend them."""
 
 
 @dataclass(kw_only=True)
@@ -106,7 +106,7 @@ class Traffic:
 class Link:
     """A running link: `with Link((host, port), settings, host="127.0.0.1", port=0) as link: connect to link.port`.
 
-    Thread-safe; one thread of its own, which `with` starts and ends.
+    Thread-safe; it has its own thread, which `with` starts and ends.
     """
 
     def __init__(self, target: tuple[str, int], settings: LinkSettings, *, host: str, port: int) -> None:
@@ -146,7 +146,7 @@ class Link:
         self._command(lambda: self._begin_cut(kind, time.monotonic() + duration_seconds))
 
     def heal(self) -> None:
-        """Be whole again."""
+        """Repair the link."""
         self._command(self._heal)
 
     def wait(self) -> None:
@@ -192,7 +192,7 @@ class Link:
             self._over.set()
 
     def _obey(self, elapsed: float, now: float) -> None:
-        """Do what was asked for and what is due."""
+        """Run commands and planned cuts that are due."""
         while self._commands:
             do, done = self._commands.popleft()
             do()

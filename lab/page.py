@@ -1,4 +1,4 @@
-"""One HTML page that carries everything: pictures inlined, no script, nothing from elsewhere."""
+"""One self-contained HTML page: pictures are inlined, no scripts, no external files."""
 
 import base64
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from lab.files import write_whole
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading and what stands below it, in this order."""
+    """A heading with its content, in this order."""
 
     title: str
     text: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     """Names and values."""
     pictures: Sequence[Path | str] = ()
-    """PNG files; in the place of one that is not there, a text that says why."""
+    """PNG files; for a missing one, a text with the reason."""
     header: Sequence[str] = ()
     rows: Sequence[Sequence[Any]] = ()
     """A table below `header`."""
@@ -28,7 +28,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
-    """Writes the page to `path`, which is returned."""
+    """Write the page to `path`, and return it."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["inlined"] = _inlined
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))

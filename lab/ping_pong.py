@@ -1,7 +1,7 @@
-"""Cost of a frame: there and back through both of our ends, beside a raw blocking ping-pong of the same bytes.
+"""Cost of a frame: a round trip between both of our ends, compared with a raw blocking one of the same bytes.
 
 Both servers live in one other process (`python -m lab.ping_pong`), as a verifier would; rounds of the two are
-interleaved, so that whatever else the machine does happens to both.
+interleaved, so that other load of the machine affects both.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""Where figures go while a run is under way: metrics.jsonl always, Weights & Biases when it can, progress on stderr.
+"""Sinks of figures during a run: metrics.jsonl always, Weights & Biases if possible, progress on stderr.
 
-No sink can change a result: W&B may be absent, offline or broken, a disk full, and then one warning says so.
+No sink can change a result: if W&B is absent, offline or broken, or a disk full, one warning says so.
 """
 
 import json
@@ -27,14 +27,14 @@ Advance = Callable[[str], None]
 
 
 class JsonLines:
-    """One JSON object a line, written at once, so that a killed run keeps what it had. Raises OSError."""
+    """One JSON object per line, written at once, so that a killed run keeps its rows. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends `row`, or nothing: a disk that becomes full leaves no half line."""
+        """Append `row`, or nothing: a full disk leaves no partial line."""
         line, size = json.dumps(row, allow_nan=False).encode() + b"\n", os.fstat(self._file.fileno()).st_size
         try:
             while line:
@@ -48,18 +48,18 @@ class JsonLines:
         self._file.close()
 
 
-class Tracked(Protocol):
+class HasTracking(Protocol):
     """Settings of a command, or of one cell of a sweep, which become the config of its W&B run."""
 
     @property
     def tracking(self) -> TrackingSettings:
-        """Where its figures go."""
+        """The sinks of its figures."""
 
 
 class Wandb:
     """A Weights & Biases run that keeps all its files in the run folder; scalars are logged, the rest is summary."""
 
-    def __init__(self, settings: Tracked, group: str, folder: Path) -> None:
+    def __init__(self, settings: HasTracking, group: str, folder: Path) -> None:
         places = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
         self._variables = {name: str(folder) for name in places if name not in os.environ}
         self._variables |= {} if "WANDB_SILENT" in os.environ else {"WANDB_SILENT": "true"}
@@ -102,7 +102,7 @@ class Wandb:
 class Tracker:
     """All sinks of one run, as a context manager."""
 
-    def __init__(self, settings: Tracked, name: str, folder: Path) -> None:
+    def __init__(self, settings: HasTracking, name: str, folder: Path) -> None:
         self._tracking: TrackingSettings = settings.tracking
         self._reported: set[str] = set()
         self._jsonl = self._open_jsonl(folder / "metrics.jsonl")
@@ -146,12 +146,12 @@ class Tracker:
             self._reported.add("metrics.jsonl")
             log.warning("metrics.jsonl lacks rows: %s", error)
 
-    def _open_wandb(self, settings: Tracked, name: str, folder: Path) -> Wandb | None:
+    def _open_wandb(self, settings: HasTracking, name: str, folder: Path) -> Wandb | None:
         if settings.tracking.wandb is WandbMode.disabled:
             return None
         try:
             return Wandb(settings, name, folder)
-        except Exception as error:  # absent, offline, broken: a run goes on without it
+        except Exception as error:  # absent, offline or broken: the run continues without it
             log.warning(
                 "Weights & Biases is off for this run (%s: %s); metrics.jsonl holds every figure",
                 type(error).__name__,

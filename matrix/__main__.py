@@ -1,4 +1,4 @@
-"""The command: `python run_matrix.py matrix=decode model=random project.context=64,128`."""
+"""The command of the matrix: `python run_matrix.py matrix=decode model=random project.context=64,128`."""
 
 import logging
 import sys
@@ -9,16 +9,16 @@ from typing import Any
 from lab.command import entry
 from lab.files import require_writable
 from lab.settings import UserError
-from matrix.grid import Words, sort_words
+from matrix.grid import CommandLine, sort_overrides
 from matrix.settings import MatrixSettings
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Composes `conf/matrix.yaml` and sweeps, or draws a sweep again."""
+    """Compose `conf/matrix.yaml` and run the sweep, or draw an earlier one again."""
     try:
-        words = sort_words(sys.argv[1:])
+        words = sort_overrides(sys.argv[1:])
     except UserError as error:
         entry.leave(2, str(error))
     sys.argv[1:] = words.sweep
@@ -29,8 +29,8 @@ def main() -> None:
     entry.main("matrix", MatrixSettings, run)
 
 
-def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> dict[str, Any]:
-    """The figures of the last line."""
+def sweep_or_draw(settings: MatrixSettings, words: CommandLine, place: entry.Run) -> dict[str, Any]:
+    """Run or draw; return the figures of the last line."""
     from matrix.drawing import draw, load_sweep, write_report
     from matrix.sweep import run_sweep
 
@@ -45,10 +45,10 @@ def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> d
     result = run_sweep(settings, words, place.folder)
     figures = write_report(result.document, place.folder, other)
     figures |= {"skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
-    place.so_far = lambda: figures  # drawing may take longer than there is time for after a signal
+    place.so_far = lambda: figures  # after a signal there may be no time left for drawing
     if isinstance(result.ended_by, KeyboardInterrupt):
         left = f"{figures['not_run']} of {figures['cells']}"
-        log.warning("%s cells have no result; the same words go on from here", left)
+        log.warning("%s cells have no result; the same command continues the sweep", left)
     figures |= draw(result.document, place.folder, sweep, other)
     if result.ended_by is not None:
         raise result.ended_by

@@ -1,7 +1,7 @@
-"""Which sweep is about to run which cells, so that two in one results folder run none twice.
+"""Records which sweep is about to run which cells, so that two sweeps in one results folder run none twice.
 
-A sweep holds an operating-system lock on a file of its own, which falls with its process however that ends, and writes
-beside it what it has taken. Who takes cells reads the lists of all others that live, one sweep at a time.
+A sweep holds an operating-system lock on its own file, which is released when its process ends in any way. Next to it,
+it lists the cells that it has claimed. A sweep that claims cells reads the lists of all live sweeps, one at a time.
 """
 
 import json
@@ -19,10 +19,10 @@ from lab.files import write_whole
 
 
 class Claims:
-    """The runs that one sweep has claimed, as a context manager: leaving it gives back the rest."""
+    """The runs that one sweep has claimed, as a context manager: leaving it releases those that are left."""
 
     def __init__(self, results: Path, sweep: Path) -> None:
-        """`results`: the folder of the cells; `sweep`: that of the sweep, for others to name it."""
+        """`results`: the folder of the cells; `sweep`: that of the sweep, shown to others."""
         self._folder = results / ".sweeps"
         self._list = self._folder / f"{uuid.uuid4().hex}.json"
         self._alive = FileLock(self._list.with_suffix(".lock"))
@@ -33,7 +33,7 @@ class Claims:
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._door:  # or another would find our file between its making and its locking, and take us for dead
+        with self._door:  # else another sweep might find our file before it is locked, and take us for dead
             self._alive.acquire()
         return self
 
@@ -44,7 +44,7 @@ class Claims:
             Path(self._alive.lock_file).unlink(missing_ok=True)
 
     def take(self, signatures: Collection[str]) -> dict[str, str]:
-        """Takes these cells, but for those that another sweep has: those are returned, with who has them."""
+        """Claim these cells, except those that another sweep has claimed: returns them, with the name of that sweep."""
         with self._door:
             others = self._others()
             theirs = {signature: others[signature] for signature in signatures if signature in others}
@@ -54,7 +54,7 @@ class Claims:
         return theirs
 
     def give_back(self, signature: str) -> None:
-        """It is done."""
+        """Release a cell that is done."""
         self._taken.discard(signature)
         self._write()
 

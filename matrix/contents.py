@@ -1,4 +1,4 @@
-"""Digests of what a figure depends on besides its settings: the files that these name, and the code that runs."""
+"""Digests of what figures depend on besides settings: the files that these name, and the lab's own code."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class Contents:
         self._known: dict[Path, str] = {}
 
     def of(self, settings: Mapping[str, Any]) -> dict[str, str]:
-        """Digests by dotted key, for those of the keys whose file or folder exists."""
+        """Digests by dotted key, for the keys that name an existing file or folder."""
         named = {key: look_up(settings, key) for key in self._keys}
         paths = {key: Path(value).expanduser().absolute() for key, value in named.items() if isinstance(value, str)}
         return {key: self._digest(path) for key, path in paths.items() if path.exists()}
@@ -31,9 +31,9 @@ class Contents:
 
 
 def sources_digest(packages: Sequence[str]) -> str:
-    """Sixteen hex digits over every .py file below the packages, which are found, not imported, whatever the commit.
+    """Sixteen hex digits over every .py file below the packages, which are found without importing them.
 
-    Values in conf/ are no sources: a cell's own settings are signed one by one. UserError for a name that is no
+    Values in conf/ are not included: they are in the settings of each cell. UserError for a name that is not a
     package.
     """
     return content_digest(

@@ -11,7 +11,7 @@ from lab.figures import number
 from lab.files import write_whole
 from lab.page import Section, write_page
 from lab.settings import UserError
-from matrix.plots import Drawn, draw_sweep
+from matrix.plots import Drawing, draw_sweep
 from matrix.settings import SweepSettings
 from matrix.table import Metric, Row, Table, in_words
 
@@ -23,7 +23,7 @@ _LEGEND_OF_RATIOS = " Ratios are this sweep's median over the other's: green is 
 
 
 def load_sweep(key: str, folder: str) -> Document:
-    """The sweep.json of a sweep's folder. UserError, naming the setting `key`, when there is none with results."""
+    """The sweep.json of a sweep's folder. UserError, which names the setting `key`, if it has no results."""
     file = Path(folder).expanduser() / "sweep.json"
     try:
         document: Document = json.loads(file.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def load_sweep(key: str, folder: str) -> Document:
 
 
 def write_report(document: Document, folder: Path, other: Document | None) -> dict[str, Any]:
-    """Writes everything but the pictures, none of which can cost the rest. The figures of the last line."""
+    """Write everything but the pictures, so that a failing picture loses nothing else. The figures of the last line."""
     table = Table.of(document)
     report, title = folder / "report.html", _title(table)
     write_whole(folder / "sweep.json", json.dumps(document, indent=1) + "\n")
@@ -54,7 +54,7 @@ def write_report(document: Document, folder: Path, other: Document | None) -> di
 
 
 def draw(document: Document, folder: Path, settings: SweepSettings, other: Document | None) -> dict[str, Any]:
-    """Draws the pictures and puts them into the report. What the last line says of them."""
+    """Draw the pictures and put them into the report. Their figures for the last line."""
     table, beside = Table.of(document), None if other is None else Table.of(other)
     drawn = draw_sweep(table, folder / "plots", settings.lines_from, beside)
     pictures = [_in_its_place(picture) for picture in drawn]
@@ -70,7 +70,7 @@ def _title(table: Table) -> str:
 
 
 def counts_of(table: Table) -> dict[str, Any]:
-    """How many cells there are of each kind."""
+    """Numbers of cells by status."""
     counts = Counter(row.status for row in table.rows)
     return {"cells": len(table.rows), "ok": counts["ok"], "failed": counts["failed"], "not_run": counts["not run"]}
 
@@ -78,14 +78,14 @@ def counts_of(table: Table) -> dict[str, Any]:
 _NOT_YET = "The pictures were not drawn: the sweep ended before that. `matrix.plot=` with this folder draws them."
 
 
-def _in_its_place(picture: Drawn) -> Path | str:
+def _in_its_place(picture: Drawing) -> Path | str:
     if picture.failure is None:
         return picture.file
     return f"{picture.file.name} could not be drawn ({picture.failure}). Its figures are in the table below."
 
 
 def sections_of(table: Table, pictures: Sequence[Path | str], other: Table | None) -> list[Section]:
-    """The report: setup, pictures, table, failures, commands."""
+    """Sections of the report: setup, pictures, table, failures, commands."""
     sweep = table.sweep
     setup = {
         "command": shlex.join(["python", "run_matrix.py", *sweep["asked"]]),

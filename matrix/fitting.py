@@ -1,4 +1,4 @@
-"""Texts of a picture that fit where they stand: shortened, smaller, turned, or left out."""
+"""Texts that fit into a picture: shortened, smaller, turned, or left out."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 SMALLEST_POINTS = 6.0
-"""Smallest size of text that can be read."""
+"""Smallest legible size."""
 
 MARGIN = 6.0
-"""Pixels between a text and the edge of its cell, both sides together; and between two names at an axis."""
+"""Pixels between a text and the edges of its cell, both sides together; also between two names at an axis."""
 
 
 def shortened(text: str, longest: int) -> str:
-    """On one line, and without its middle where it is longer: both ends tell names apart."""
+    """The text on one line; if it is too long, without its middle, since both ends tell names apart."""
     text = "".join(sign if sign.isprintable() else " " for sign in text)
     text = " ".join(text.split())
     tail = (longest - 1) // 2
@@ -28,7 +28,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def told_apart(texts: Sequence[str], longest: int) -> list[str]:
-    """Each shortened; where that makes two the same, without their common start; numbered where that does, too."""
+    """Shortened texts; if two become equal, without their common start; if they are still equal, numbered."""
     short = [shortened(text, longest) for text in texts]
     if len(set(short)) < len(texts):
         whole = [shortened(text, max(map(len, texts))) for text in texts]
@@ -43,18 +43,18 @@ def told_apart(texts: Sequence[str], longest: int) -> list[str]:
 
 
 def _same_start(texts: Sequence[str]) -> int:
-    """How many characters all of them begin with."""
+    """Number of characters that all texts begin with."""
     return sum(1 for _ in itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*texts)))
 
 
 def lines_of(title: str, width: int) -> str:
-    """The title in lines of at most `width` characters."""
+    """A title, wrapped into lines of at most `width` characters."""
     return "\n".join(textwrap.fill(line, width) for line in title.splitlines())
 
 
 def fit_cells(axes: Axes, texts: Sequence[Text], least: float = SMALLEST_POINTS) -> bool:
-    """Makes texts that stand in cells of size 1 small enough for them, all alike. False, and they stay as they are,
-    where that would be below `least` points. The picture must have been laid out."""
+    """Shrink texts in cells of size 1, all to the same size, until they fit. If that would be below `least` points,
+    leave them as they are and return False. Needs a picture that was laid out."""
     (left, low), (right, high) = axes.transData.transform([(0, 0), (1, 1)])
     width, height = abs(right - left) - MARGIN, abs(high - low) - MARGIN / 2
     boxes = [text.get_window_extent() for text in texts if text.get_text()]
@@ -70,11 +70,11 @@ def fit_cells(axes: Axes, texts: Sequence[Text], least: float = SMALLEST_POINTS)
 
 
 def name_across(axes: Axes, names: Sequence[str], tallest: float) -> None:
-    """Names below the columns; where they are wider than these, upright, and the picture gets the height for that."""
+    """Write names below the columns; upright if they are wider than these, with the picture made taller by as much."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     axes.set_xticks([place + 0.5 for place in range(len(names))], names, rotation=0)
-    figure.draw_without_rendering()  # lays it out
+    figure.draw_without_rendering()  # for the layout
     (left, _), (right, _) = axes.transData.transform([(0, 0), (1, 0)])
     widest = max(label.get_window_extent().width for label in axes.get_xticklabels())
     if widest + MARGIN > right - left:
@@ -84,7 +84,7 @@ def name_across(axes: Axes, names: Sequence[str], tallest: float) -> None:
 
 
 def fit_ticks(axes: Axes, which: str) -> None:
-    """Leaves out names that would lie over the one before. The picture must have been laid out."""
+    """Remove names that would overlap the one before. Needs a picture that was laid out."""
     along, axis = (0, axes.xaxis) if which == "x" else (1, axes.yaxis)
     end = -math.inf
     labels = [tick.label1 for tick in axis.get_major_ticks()]

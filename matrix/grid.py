@@ -1,4 +1,4 @@
-"""The grid: words of the command line and axes become cells, each a whole composition of its command's settings."""
+"""The grid: overrides of the command line and axes become cells, each with the complete settings of its command."""
 
 import importlib
 import itertools
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 SWEEPS_OWN = ("matrix", "hydra", "tracking")
 CELLS_OWN = ("project", "prompt", "prompt_file")
 QUIET = ("tracking=none", "tracking.progress=false")
-"""A sweep tracks its cells itself: nothing else is to run beside what is measured."""
+"""A sweep tracks its cells itself: nothing else may run while they are measured."""
 
 
 @dataclass(frozen=True)
-class Words:
-    """The words of a command line, by who reads them."""
+class CommandLine:
+    """The overrides of a command line, by reader."""
 
     asked: list[str]
-    """All of them, as they were typed."""
+    """All of them, as typed."""
     sweep: list[str]
-    """Hydra's, `matrix.*` and `tracking.*`; with them what both read: model, seed, network, device."""
+    """Hydra's options, `matrix.*` and `tracking.*`; and those that cells read too: model, seed, network, device."""
     cells: list[str]
     axes: dict[str, list[str]]
-    """`key=a,b,c` by key (without `+`), as one word a value."""
+    """`key=a,b,c` by key (without `+`), as one override per value."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,23 @@ class Cell:
     point: dict[str, Any]
     """Its value on each axis."""
     words: list[str]
-    """Words of its command, as one would type them."""
+    """Overrides of its command, as typed on a command line."""
     settings: dict[str, Any]
-    """The settings that these compose."""
+    """The complete settings that these overrides give."""
 
     def signature(
         self, settings: SweepSettings, repeat: int, sources: str, device: str, contents: Mapping[str, str]
     ) -> str:
-        """Sixteen hex digits over all that its figures depend on; `contents`: of the files that its settings name."""
+        """Sixteen hex digits over all that figures depend on; `contents`: digests of files that the settings name."""
         signed = {"command": settings.command, "settings": without(self.settings, settings.unsigned)}
         return digest(signed | {"repeat": repeat, "sources": sources, "device": device, "contents": dict(contents)})
 
 
-def sort_words(arguments: Sequence[str]) -> Words:
-    """Sort words by their readers. UserError for one that Hydra cannot read, and for an axis that is given twice."""
-    parser, words = OverridesParser.create(), Words(list(arguments), [], [], {})
+def sort_overrides(arguments: Sequence[str]) -> CommandLine:
+    """Sort overrides by reader. UserError for one that Hydra cannot parse, and for an axis that is given twice."""
+    parser, words = OverridesParser.create(), CommandLine(list(arguments), [], [], {})
     options = parse_options(arguments)
-    if options.config_dir is not None:  # of Hydra's options the one that changes what a cell is made of
+    if options.config_dir is not None:  # the only one of Hydra's options that changes a cell
         words.cells.append(override("hydra.searchpath", [f"file://{Path(options.config_dir).absolute()}"]))
     for argument in arguments:
         root = re.split(r"[=.@]", argument.lstrip("+~"), maxsplit=1)[0]
@@ -91,17 +91,17 @@ def _key(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
 
 
-def _check_given_once(word: str, words: Words, among: Mapping[str, Any] | None = None) -> None:
-    """UserError for an axis and another word for the same key: whichever it were, one of them would be dropped."""
+def _check_given_once(word: str, words: CommandLine, among: Mapping[str, Any] | None = None) -> None:
+    """UserError for an axis and another override of the same key: one of them would have no effect."""
     known = {_key(cell) for cell in words.cells} | set(words.axes) if among is None else among
     if _key(word) in known:
         raise UserError(f"{_key(word)} must be given once where it is an axis, got {word!r}, too")
 
 
 def _as_hydra_reads_it(parser: OverridesParser, word: str) -> str:
-    """The word; its value as a text in quotes where Hydra would stumble over it: an accent, a space, a bracket.
+    """The override, with its value in quotes if Hydra would misread it: an accent, a space, a bracket.
 
-    With a comma it stays as it is, since what was meant, one value or several, is not ours to guess.
+    A value with a comma stays as it is: it may be one text or several values.
     """
     key, equals, value = word.partition("=")
     try:
@@ -113,7 +113,7 @@ def _as_hydra_reads_it(parser: OverridesParser, word: str) -> str:
 
 
 def _sweep_values(parser: OverridesParser, word: str) -> list[str] | None:
-    """The values of `key=a,b,c` as words, None for one that is no sweep."""
+    """The values of `key=a,b,c`, each as an override; None for an override with one value."""
     try:
         (parsed,) = parser.parse_overrides([word])
     except OverrideParseException as error:
@@ -124,8 +124,8 @@ def _sweep_values(parser: OverridesParser, word: str) -> list[str] | None:
     return [f"{key}={value}" for value in parsed.sweep_string_iterator()]
 
 
-def axes_of(settings: SweepSettings, words: Words) -> dict[str, list[str]]:
-    """The words of every axis by key: the preset's, but for those that the command line replaces or fixes.
+def axes_of(settings: SweepSettings, words: CommandLine) -> dict[str, list[str]]:
+    """The overrides of every axis by key: the preset's, except those that the command line replaces or fixes.
 
     UserError for an axis without a value, and for more cells than are allowed.
     """
@@ -142,22 +142,22 @@ def axes_of(settings: SweepSettings, words: Words) -> dict[str, list[str]]:
 
 
 def as_word(key: str, value: Any) -> str:
-    """`key=value` as one would type it for Hydra."""
+    """`key=value` as typed for Hydra."""
     plain = isinstance(value, str) and re.fullmatch(r"[a-zA-Z_/][\w./:-]*", value) and value.lower() not in _NO_TEXT
     return f"{key}={value}" if plain or key == "prompt" else override(key, value)
 
 
 _NO_TEXT = ("null", "true", "false", "nan", "inf")
-"""Texts that Hydra reads as another type where they stand without quotes."""
+"""Texts that Hydra reads as another type unless they are in quotes."""
 
 
-def make_cells(settings: SweepSettings, words: Words) -> list[Cell]:
-    """Every point of the grid, the last axis fastest; a value that is there twice (1 and 1.0, 32 and "32") counts once.
+def make_cells(settings: SweepSettings, words: CommandLine) -> list[Cell]:
+    """Every point of the grid, the last axis fastest; equal values (1 and 1.0, 32 and "32") give one cell.
 
-    UserError for a key or value that the command does not take.
+    UserError for a key or value that the command does not accept.
     """
     try:
-        if hasattr(importlib.import_module(settings.command), "__path__"):  # either of the two registers its settings
+        if hasattr(importlib.import_module(settings.command), "__path__"):  # one of the two registers its settings
             importlib.import_module(f"{settings.command}.__main__")
     except ModuleNotFoundError as error:
         raise UserError(f"matrix.command must be a module, got {settings.command!r} ({error})") from None
@@ -165,22 +165,22 @@ def make_cells(settings: SweepSettings, words: Words) -> list[Cell]:
     for values in itertools.product(*axes.values()):
         config = compose_config(settings.config, literal_prompt([*settings.overrides, *words.cells, *values, *QUIET]))
         refusal = _refusal(config)
-        for word in (*values, ""):  # "": of the whole grid
+        for word in (*values, ""):  # "": the whole grid
             refused[word] = refused.get(word, refusal) if refusal else None
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # type: ignore[assignment]  # its roots are names
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # type: ignore[assignment]  # its top-level keys are names
         point = {key: _value_at(plain, key, word) for key, word in zip(axes, values)}
         cells.setdefault(identity(point), Cell(point, [*settings.overrides, *words.cells, *values], plain))
     for refusal in refused.values():
         if refusal is not None:  # no cell with this value could run
             raise refusal
     if len(cells) < (asked := math.prod(map(len, axes.values()))):
-        log.warning("%d cells of this grid are the same as others of it, and count once", asked - len(cells))
+        log.warning("%d cells of this grid equal other cells, and run once", asked - len(cells))
     return list(cells.values())
 
 
 def _refusal(config: DictConfig) -> UserError | None:
-    """The error with which the command would refuse these settings; None where it takes them. A refused combination is
-    a result like any other failure, as long as each of its values occurs in one that is not refused."""
+    """The error with which the command would refuse these settings; None if it accepts them. A refused combination is a
+    failed cell, if each of its values occurs in an accepted combination as well."""
     try:
         check_rules(config)
     except UserError as error:
@@ -189,12 +189,12 @@ def _refusal(config: DictConfig) -> UserError | None:
 
 
 def identity(value: Any) -> str:
-    """The same text for the same value of an axis, or the same point, and for no other: 1 is not true, nor a list."""
+    """A text that is the same for equal values or points only: 1, true and [1] differ."""
     return json.dumps(value, sort_keys=True)
 
 
 def _value_at(settings: dict[str, Any], key: str, word: str) -> Any:
-    """The value as the command has it; of a group (`model=random`) its name."""
+    """The value in the composed settings; for a group (`model=random`) its name."""
     parent, _, name = key.rpartition(".")
     above = look_up(settings, parent) if parent else settings
     typed = word.partition("=")[2]
@@ -204,7 +204,7 @@ def _value_at(settings: dict[str, Any], key: str, word: str) -> Any:
 
 
 def look_up(document: Any, key: str) -> Any:
-    """The value at a dotted key, None where there is none; `losses.-1` is the last of a list."""
+    """The value at a dotted key, None if there is none; `losses.-1` is the last item of a list."""
     for name in key.split("."):
         if isinstance(document, list) and re.fullmatch(r"-?\d+", name):
             document = document[int(name)] if -len(document) <= int(name) < len(document) else None
@@ -214,7 +214,7 @@ def look_up(document: Any, key: str) -> Any:
 
 
 def without(settings: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """A copy that lacks some dotted keys."""
+    """A copy without some dotted keys."""
     below = {key: [rest for name, _, rest in (k.partition(".") for k in keys) if name == key] for key in settings}
     return {
         key: without(value, below[key]) if isinstance(value, dict) else value

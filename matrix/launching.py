@@ -1,4 +1,4 @@
-"""Launchers of cells: each takes jobs and yields their outcomes as they end; closing it ends those that still run."""
+"""Launchers of cells: each takes jobs and yields their outcomes as they end; closing it ends the jobs still running."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from matrix.settings import SweepSettings
 from matrix.supervisor import Job, Outcome
 
 
-class Supervised:
+class SupervisedJob:
     """A job under its supervisor, both with `environment`. Closing it ends both."""
 
     def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
@@ -28,14 +28,14 @@ class Supervised:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
-            start_new_session=True,  # Ctrl+C is for us
+            start_new_session=True,  # Ctrl+C must reach only us
         )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(job)) + "\n")
         self._process.stdin.flush()
 
     def outcome(self) -> Outcome:
-        """Waits for the end. A supervisor that was killed itself is a failure of its cell."""
+        """Wait for the end. If the supervisor itself was killed, its cell has failed."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
@@ -44,7 +44,7 @@ class Supervised:
         return Outcome(failure="error", detail=detail, figures={}, seconds=0.0, peak_rss_bytes=0, host="")
 
     def close(self) -> None:
-        """End of stdin: the supervisor kills what runs, and goes."""
+        """End its stdin: the supervisor kills the command, then exits."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
@@ -53,28 +53,28 @@ class Supervised:
 
 
 def run_job(job: Job) -> Outcome:
-    """One job, from its start to its end."""
-    with closing(Supervised(job, os.environ)) as supervised:
+    """Run one job from start to end."""
+    with closing(SupervisedJob(job, os.environ)) as supervised:
         return supervised.outcome()
 
 
 class CellLauncher(Protocol):
-    """Starts jobs in their order, as many at once as it has places."""
+    """Starts jobs in their order, at most `at_once` concurrently."""
 
     at_once: int
 
     def run(self, jobs: Sequence[Job]) -> Generator[tuple[int, Outcome]]:
-        """Index and outcome of every job, as they end. Closing the iterator ends what runs."""
+        """Index and outcome of every job, as they end. Closing the iterator ends the jobs that run."""
 
 
 class LocalLauncher(CellLauncher):
-    """Cells on this machine."""
+    """Runs cells on this machine."""
 
     def __init__(self, at_once: int) -> None:
         self.at_once = at_once
         self._environment = dict(os.environ)
-        """A copy, since the threads below start cells while W&B changes our own for the cell that has ended."""
-        self._running: set[Supervised] = set()
+        """A copy: the threads below start cells while W&B changes the original for a cell that has ended."""
+        self._running: set[SupervisedJob] = set()
         self._lock = threading.Lock()
         self._stopped = False
 
@@ -93,7 +93,7 @@ class LocalLauncher(CellLauncher):
         with self._lock:
             if self._stopped:
                 raise CancelledError
-            supervised = Supervised(job, self._environment)
+            supervised = SupervisedJob(job, self._environment)
             self._running.add(supervised)
         try:
             return supervised.outcome()
@@ -110,7 +110,7 @@ class LocalLauncher(CellLauncher):
 
 
 def places(settings: SweepSettings) -> int:
-    """Cells at once on this machine: what is asked for, where cores and memory have room for them; at least one."""
+    """Number of concurrent cells on this machine: as set, or limited by its cores and memory; at least one."""
     by_cores = int((os.cpu_count() or 1) / settings.cores)
     by_memory = int(psutil.virtual_memory().available / (settings.memory_limit_gib * 2**30))
     room = max(1, min(by_cores, by_memory))

@@ -1,6 +1,6 @@
-"""Cells on a Ray cluster: a task each, with its demands; what a lost node or worker took along runs again.
+"""Cells on a Ray cluster: one task each, with its demands; runs that were lost with a node or worker run again.
 
-A task holds the cell's supervisor by its stdin, so that a worker that is killed takes its cell with it.
+A task holds the stdin of its cell's supervisor, so a worker that is killed ends its cell too.
 """
 
 import logging
@@ -20,13 +20,13 @@ from matrix.supervisor import Job, Outcome
 log = logging.getLogger(__name__)
 
 LOST_RETRIES = 3
-"""How often a task is started again after its worker or node was lost."""
+"""Restarts of a task after its worker or node was lost."""
 
 NEW_CLUSTER = "local"
 
 
 class RayLauncher(CellLauncher):
-    """Cells spread over the nodes of a cluster, as many at once as their demands leave room for.
+    """Spreads cells over the nodes of a cluster, as many concurrently as their demands allow.
 
     UserError when the cluster does not answer in time.
     """
@@ -67,7 +67,7 @@ class RayLauncher(CellLauncher):
                 (done,), _ = ray.wait(list(waiting), num_returns=1)
                 yield waiting.pop(done), _outcome(done)
         finally:
-            ray.shutdown()  # ends our workers, they end their supervisors, these their cells
+            ray.shutdown()  # ends our workers, and with them their supervisors and cells
 
 
 def _outcome(task: Any) -> Outcome:
@@ -76,13 +76,13 @@ def _outcome(task: Any) -> Outcome:
     try:
         outcome: Outcome = ray.get(task)
         return outcome
-    except ray.exceptions.RayError as error:  # lost again and again
+    except ray.exceptions.RayError as error:  # lost too often
         detail = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Outcome(failure="error", detail=detail, figures={}, seconds=0.0, peak_rss_bytes=0, host="")
 
 
 def check_answers(address: str, timeout_seconds: float) -> None:
-    """UserError unless a cluster answers there. Asked by another process: Ray's own wait has no end and may abort."""
+    """UserError unless a cluster answers. A separate process asks: Ray's own wait has no time limit and may abort."""
     code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
     try:
         done = subprocess.run(

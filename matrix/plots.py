@@ -1,7 +1,7 @@
-"""A sweep's pictures: a heatmap per metric, or lines where an axis has many numbers; ratios to another sweep.
+"""Pictures of a sweep: a heatmap per metric, or lines for an axis with many numbers; ratios to another sweep.
 
-Yellow is good, whichever way the figure goes. A cell without a figure is hatched and says why. What has no room (the
-numbers of 200 cells, a name of 60 letters) is left out or shortened: the report's table and results.csv have all of it.
+Yellow is good, whether small or large figures are better. A cell without a figure is hatched, with the reason. If space
+is short, texts are shortened or left out (200 figures, a name of 60 letters), but not in the report or results.csv.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ CHARACTERS_AN_INCH = 11
 """Width of a title, and of the names at an axis."""
 
 LONGEST_NAME, LONGEST_TITLE = 28, 100
-"""Characters of a value at an axis, and of one thing that a title names."""
+"""Longest value at an axis, and longest part of a title, in characters."""
 
 MOST_FIGURES = 400
-"""With more cells, none has its figure written into it."""
+"""With more cells, no figures are written into them."""
 
 MOST_LINES = 10
-"""Most lines with colours and markers that can be told apart; more become a heatmap."""
+"""At most this many lines can be told apart by colour and marker; more become a heatmap."""
 
 LEAST_RANGE = 0.2
 """Smallest range of the colour scale, as a share of the largest figure."""
 
 WIDE_RANGE, LONG_AXIS = 1000, 100
-"""Largest figure over the smallest from which a scale is logarithmic; the same of the numbers along an axis."""
+"""From this ratio of the largest to the smallest figure, a scale is logarithmic; the same for numbers at an axis."""
 
 GOOD_IS_HIGH, GOOD_IS_LOW = "viridis", "viridis_r"
 RATIO_GOOD_IS_HIGH, RATIO_GOOD_IS_LOW = "BrBG", "BrBG_r"
 MARKERS = "osD^vP*X<>"
 HATCHES = ("///", "\\\\\\", "xxx", "...", "+++", "ooo")
 MARKS = "x+1234"
-"""By reason, in lines and in heatmaps."""
+"""Markers and hatches by reason, for lines and heatmaps."""
 
 NO_ROOM = "(no room for the figures: they are in results.csv and in the report's table)"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One picture, or why it is not there."""
+class Drawing:
+    """One picture, or the reason why it could not be drawn."""
 
     file: Path
     failure: str | None
@@ -72,7 +72,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Picture:
-    """One pair of axes, everything else fixed."""
+    """One pair of axes, with fixed values of all others."""
 
     table: Table
     down: str | None
@@ -82,32 +82,32 @@ class Picture:
     """Values of all other axes."""
 
     def grid(self) -> list[list[Row | None]]:
-        """Cells by value, first down, then across."""
+        """Cells by value, by row, then by column."""
         return [
             [self.table.cell(self._point(down, across)) for across in self.values(self.across)]
             for down in self.values(self.down)
         ]
 
     def along(self, axis: str) -> list[tuple[Any, list[Row | None]]]:
-        """The cells along an axis, by the value of the other one."""
+        """The cells along an axis, by value of the other axis."""
         lines = self.grid() if axis == self.across else [list(line) for line in zip(*self.grid(), strict=True)]
         return list(zip(self.values(self.down if axis == self.across else self.across), lines, strict=True))
 
     def values(self, axis: str | None) -> list[Any]:
-        """Values of an axis; one empty text where there is no such axis."""
+        """Values of an axis; one empty text if there is no such axis."""
         return [""] if axis is None else self.table.values(axis)
 
     def label(self, axis: str | None) -> str:
-        """Name and unit."""
+        """Name and unit of an axis."""
         return "" if axis is None else self.table.label(axis)
 
     def title(self, metric: str) -> str:
-        """The title: metric, fixed values, model, device, commit."""
+        """Title of a picture: metric, fixed values, model, device, commit."""
         fixed = "".join(f", {self.label(key)} = {shortened(name(value), 60)}" for key, value in self.fixed.items())
         return f"{metric}{fixed}\n{_origin(self.table)}"
 
     def file(self, start: str) -> str:
-        """A file name that says what is fixed, as far as letters and digits can."""
+        """A file name made of the fixed values, as far as they consist of letters and digits."""
         words = [start, *(f"{key.rpartition('.')[2]}-{in_words(value)}" for key, value in self.fixed.items())]
         return "".join(c if c.isalnum() or c in "-." else "_" for c in "_".join(words))
 
@@ -117,12 +117,12 @@ class Picture:
 
 
 def name(value: Any) -> str:
-    """A value at an axis."""
+    """A value as written at an axis."""
     return f"{value:,.15g}" if _is_number(value) else in_words(value)
 
 
 def pictures_of(table: Table) -> list[Picture]:
-    """The first two axes against each other, once for every combination of the others' values that has cells."""
+    """The first two axes against each other, once for every combination of the other axes' values that has cells."""
     axes = list(table.sweep["axes"])
     down, across = (axes[0], axes[1]) if len(axes) > 1 else (None, axes[0] if axes else None)
     others = [axis for axis in axes if axis not in (down, across)]
@@ -130,9 +130,9 @@ def pictures_of(table: Table) -> list[Picture]:
     return [Picture(table, down, across, fixed) for fixed in {identity(f): f for f in combinations}.values()]
 
 
-def draw_sweep(table: Table, folder: Path, lines_from: int, other: Table | None = None) -> list[Drawn]:
-    """All pictures of a sweep as PNG files in `folder`: metric by metric, ratios to `other` behind each."""
-    drawn, taken = list[Drawn](), set[str]()
+def draw_sweep(table: Table, folder: Path, lines_from: int, other: Table | None = None) -> list[Drawing]:
+    """Draw all pictures of a sweep as PNG files in `folder`: metric by metric, each followed by ratios to `other`."""
+    drawn, taken = list[Drawing](), set[str]()
 
     def add(words: str, draw: Callable[[], Figure]) -> None:
         drawn.append(_draw(draw, folder / _new_name(words, taken)))
@@ -145,7 +145,7 @@ def draw_sweep(table: Table, folder: Path, lines_from: int, other: Table | None 
 
 
 def _new_name(words: str, taken: set[str]) -> str:
-    """A name that no other picture has, also where capitals and accents do not tell files apart; not too long."""
+    """A file name, not too long, that no other picture has, also on file systems that ignore case and accents."""
     whole = unicodedata.normalize("NFKC", words)[:60]
     names = itertools.chain([whole], (f"{whole}_{count}" for count in itertools.count(2)))
     new = next(one for one in names if one.casefold() not in taken)
@@ -153,16 +153,16 @@ def _new_name(words: str, taken: set[str]) -> str:
     return f"{new}.png"
 
 
-def _draw(draw: Callable[[], Figure], path: Path) -> Drawn:
-    """One picture. Whatever goes wrong costs this picture only."""
+def _draw(draw: Callable[[], Figure], path: Path) -> Drawing:
+    """Draw one picture. A failure affects this picture only."""
     try:
         with drawing_style("white"):
             save(draw(), path)
     except Exception as error:
         failure = " ".join(f"{type(error).__name__}: {error}".split())
         log.warning("%s could not be drawn (%s)", path.name, failure)
-        return Drawn(path, failure)
-    return Drawn(path, None)
+        return Drawing(path, failure)
+    return Drawing(path, None)
 
 
 def _picture(picture: Picture, metric: Metric, lines_from: int) -> Figure:
@@ -171,7 +171,7 @@ def _picture(picture: Picture, metric: Metric, lines_from: int) -> Figure:
 
 
 def _long_axis(picture: Picture, lines_from: int) -> str | None:
-    """The axis with many numbers, the longer of two, unless the other would make too many lines."""
+    """The axis with many numbers, the longer one of two; None if the other axis would make too many lines."""
     counts = {axis: len(picture.values(axis)) for axis in (picture.down, picture.across)}
     numeric = [axis for axis in counts if axis is not None and all(map(_is_number, picture.values(axis)))]
     longest = max(numeric, key=lambda axis: counts[axis], default=None)
@@ -207,7 +207,7 @@ def _heatmap(picture: Picture, metric: Metric) -> Figure:
 
 
 def _ratio_heatmap(picture: Picture, metric: Metric, other: Table) -> Figure:
-    """This sweep's median over the other's; colours by the logarithm, so that half and double weigh the same."""
+    """This sweep's median over the other's, coloured by logarithm, so that half and double look equally strong."""
     from matplotlib.colors import Normalize
 
     grid = picture.grid()
@@ -280,7 +280,7 @@ def _draw_grid(
     figures = list(axes.texts)
     hatched = _hatch(axes, grid.reasons)
     for text in axes.texts:
-        text.set_in_layout(False)  # in their cells, or not at all: what the layout makes of 200 of them takes seconds
+        text.set_in_layout(False)  # they stay in their cells; laying out 200 of them would take seconds
     axes.set_yticks([place + 0.5 for place in range(lines)], down, rotation=0)
     name_across(axes, across, TALLEST_INCHES)
     if not _fit_reasons(axes, hatched):
@@ -294,7 +294,7 @@ def _draw_grid(
 
 
 def _hatch(axes: Axes, reasons: Sequence[Sequence[str | None]]) -> dict[str, list[Text]]:
-    """Every cell without a figure, with the reason; the texts by reason."""
+    """Hatch every cell without a figure and write the reason into it; returns these texts by reason."""
     from matplotlib.patches import Rectangle
 
     box = {"facecolor": "white", "edgecolor": "none", "pad": 2.0}
@@ -310,7 +310,7 @@ def _hatch(axes: Axes, reasons: Sequence[Sequence[str | None]]) -> dict[str, lis
 
 
 def _fit_reasons(axes: Axes, hatched: Mapping[str, Sequence[Text]]) -> bool:
-    """On one line where it fits, else a word a line. False where there is no room for them."""
+    """Write reasons on one line if they fit, else one word per line. False if there is no space for them."""
     every = list(itertools.chain(*hatched.values()))
     if fit_cells(axes, every, least=9.0):
         return True
@@ -320,7 +320,7 @@ def _fit_reasons(axes: Axes, hatched: Mapping[str, Sequence[Text]]) -> bool:
 
 
 def _fit_figures(axes: Axes, figures: Sequence[Text]) -> bool:
-    """With their spread where it fits, else without. False, and none of them, where there is no room for them."""
+    """Write figures with their spread if they fit, else without. False, and no figures, if there is no space."""
     if fit_cells(axes, figures):
         return True
     for text in figures:
@@ -333,7 +333,7 @@ def _fit_figures(axes: Axes, figures: Sequence[Text]) -> bool:
 
 
 def _name_hatches(figure: Figure, hatched: Mapping[str, Sequence[Text]]) -> None:
-    """Below the picture, where the cells have no room for the reasons."""
+    """Explain hatches below the picture, if the cells have no space for the reasons."""
     from matplotlib.patches import Patch
 
     for text in itertools.chain(*hatched.values()):
@@ -346,7 +346,7 @@ def _name_hatches(figure: Figure, hatched: Mapping[str, Sequence[Text]]) -> None
 
 
 def _legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Below the picture, in as many columns as there is room for."""
+    """Draw a legend below the picture, with as many columns as fit."""
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
         room = int(figure.get_figwidth() * CHARACTERS_AN_INCH / (longest + 8))
@@ -360,7 +360,7 @@ def _reason(row: Row | None, metric: Metric) -> str | None:
 
 
 def _reason_beside(row: Row | None, metric: Metric, other: Table) -> str | None:
-    """Why a cell has no ratio, here or in the other sweep; None for one that has."""
+    """Why a cell has no ratio, in this or the other sweep; None for one that has."""
     if (ours := _reason(row, metric)) or not math.isnan(_ratio(row, metric, other)):
         return ours
     assert row is not None
@@ -407,7 +407,7 @@ def _lines(picture: Picture, metric: Metric, along: str) -> Figure:
 
 
 def _draw_line(axes: Axes, known: Sequence[tuple[Any, Sample | None]], colour: Any, marker: str, label: str) -> Any:
-    """Medians with a band from the smallest to the largest."""
+    """Draw medians, with a band from the smallest to the largest reading."""
     drawn = sorted((place, sample) for place, sample in known if sample is not None)
     places, samples = [place for place, _ in drawn], [sample for _, sample in drawn]
     (line,) = axes.plot(places, [sample.median for sample in samples], marker=marker, color=colour, label=label)
@@ -417,8 +417,8 @@ def _draw_line(axes: Axes, known: Sequence[tuple[Any, Sample | None]], colour: A
 
 
 def _mark_failures(axes: Axes, reasons: Sequence[Sequence[str | None]], places: Sequence[Any]) -> list[Any]:
-    """At the foot of the picture, a row a line and in its colour, a mark where a cell has no figure; for the legend,
-    what each mark means."""
+    """Mark points without a figure at the foot of the picture, one row per line in its colour; returns legend entries
+    for the marks."""
     from matplotlib.lines import Line2D
 
     failing = [(line, [(at, why) for at, why in zip(places, row) if why]) for line, row in zip(axes.lines[:], reasons)]
@@ -441,7 +441,7 @@ def _mark_failures(axes: Axes, reasons: Sequence[Sequence[str | None]], places: 
 
 
 def _number_axis(figure: Figure, axes: Axes, values: Sequence[Any]) -> None:
-    """Powers of two stand at equal distances, and so does what is spread over decades, each with its own number."""
+    """Space an axis of powers of two, or of numbers over several decades, evenly, with a tick for each number."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     doubling = min(values) > 0 and len(values) > 2 and all(math.log2(value).is_integer() for value in values)
@@ -470,13 +470,13 @@ def _scale(set_scale: Callable[[str], None], values: Sequence[float], span: floa
 
 
 def _heading(title: str, samples: Iterator[Sample | None] | Sequence[Sample]) -> str:
-    """The metric, and how often each cell was read."""
+    """The metric, and the number of runs of each cell."""
     counts = sorted({sample.n for sample in samples if sample is not None})
     return f"{title} (n = {'–'.join(map(str, counts))})" if counts else title
 
 
 def _limits(known: Sequence[float]) -> tuple[float, float]:
-    """Where the colours begin and end: never closer than a share of the figures, or mere noise would fill the scale."""
+    """Limits of the colour scale: at least a share of the largest figure apart, or mere noise would fill the scale."""
     low, high = min(known, default=0.0), max(known, default=1.0)
     slack = max(0.0, LEAST_RANGE * max(abs(low), abs(high)) - (high - low)) / 2
     return (low - slack, high + slack) if slack or low < high else (low - 1, high + 1)
@@ -495,7 +495,7 @@ def _ratio(row: Row | None, metric: Metric, other: Table) -> float:
 
 
 def _text(sample: Sample) -> str:
-    """Median, with the smallest and largest below it when there are several readings."""
+    """Median, with the smallest and largest below it if there are several readings."""
     spread = f"\n{number(sample.low)} – {number(sample.high)}" if sample.n > 1 else ""
     return number(sample.median) + spread
 
@@ -506,6 +506,6 @@ def _origin(table: Table) -> str:
 
 
 def _say_better(axes: Axes, *, top: bool) -> None:
-    """At the good end of the colour bar."""
+    """Write `better` at the good end of the colour bar."""
     place: Mapping[str, Any] = {"y": 1.02, "va": "bottom"} if top else {"y": -0.02, "va": "top"}
     axes.text(0.5, s="better", ha="center", fontsize=9, transform=axes.transAxes, **place)

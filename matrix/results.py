@@ -1,7 +1,7 @@
-"""The result of a run of a cell: `<results>/<signature>/result.json`, written whole or not at all.
+"""The result of one run of a cell: `<results>/<signature>/result.json`, written whole or not at all.
 
-It says what the run was (settings, sources, device, limits), and nothing of the sweep that asked for it: where it
-stands in a grid is said by whoever uses it.
+It describes the run (settings, sources, device, limits), not the sweep or the cell's position in a grid: a sweep that
+uses the result adds these.
 """
 
 import json
@@ -23,51 +23,51 @@ from matrix.supervisor import Outcome
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-"""A result.json: `status` is `ok` or `failed`, `failure` and `detail` say why."""
+"""A result.json: `status` is `ok` or `failed`; `failure` and `detail` give the reason."""
 
 Result = dict[str, Any]
-"""A record as one sweep uses it: with its `point`, `words` and `settings` there. `status` may be `not run`, too."""
+"""A record as used by one sweep, with its `point`, `words` and `settings`. `status` may also be `not run`."""
 
 _ABOUT_THE_PROCESS = ("status", "run_folder", "settings_digest")
 
 
 @dataclass(frozen=True)
 class CellRun:
-    """One run of one cell, and where its result is."""
+    """One run of one cell, and the folder of its result."""
 
     cell: Cell
     repeat: int
     signature: str
     folder: Path
     device: str
-    """Name of the device that computes it."""
+    """Name of the device that it runs on."""
 
     def record(self) -> Record | None:
-        """The result of an earlier run; None where there is none."""
+        """The result of an earlier run; None if there is none."""
         file = self.folder / "result.json"
         if not file.exists():
             return None
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
-            log.warning("%s is no JSON document; its cell runs again", file)
+            log.warning("%s is not a JSON document; its cell runs again", file)
             return None
         if not isinstance(found, dict) or found.get("signature") != self.signature:
-            log.warning("%s is no result of this cell, which runs again", file)
+            log.warning("%s is not a result of this cell, which runs again", file)
             return None
         return found
 
     def new_folder(self) -> Path:
-        """For the files of a run that begins now. Those of earlier ones go: whoever calls this has taken the cell."""
+        """A new folder for the files of a run; removes those of earlier runs. The caller has claimed the cell."""
         for left in self.folder.glob("run*"):
             shutil.rmtree(left, ignore_errors=True)
-        return self.folder / f"run-{uuid.uuid4().hex[:8]}"  # one whose sweep was killed may still be ending in the old
+        return self.folder / f"run-{uuid.uuid4().hex[:8]}"  # a run of a killed sweep may still write to the old one
 
     def keep(self, outcome: Outcome, command: str) -> Record:
-        """Writes what came of it, and returns it."""
+        """Write the record of an outcome, and return it."""
         environment = describe_environment()
         said = {key: value for key, value in outcome.figures.items() if key not in _ABOUT_THE_PROCESS}
-        where = {key: said.pop(key, value) for key, value in environment.items()}  # a node's own, where it said it
+        where = {key: said.pop(key, value) for key, value in environment.items()}  # the node's own, if it reported any
         record = {
             "status": "failed" if outcome.failure else "ok",
             "failure": outcome.failure,
@@ -92,16 +92,16 @@ class CellRun:
         return plain
 
     def used(self, record: Record) -> Result:
-        """The record as the cell of this sweep."""
+        """The record as a result of this sweep."""
         return {"point": self.cell.point, **record, "words": self.cell.words, "settings": self.cell.settings}
 
     def not_run(self, why: str, command: str) -> Result:
-        """In place of a record, in a sweep that ended before its end."""
+        """A result for a run that a sweep did not reach before it ended."""
         about = {"status": "not run", "failure": "not run", "detail": why, "repeat": self.repeat, "figures": {}}
         about |= {"seconds": 0.0, "device": self.device, "host": "", "commit": "", "command": command}
         return self.used(about | {"signature": self.signature})
 
 
 def outgrown(record: Record, settings: SweepSettings) -> bool:
-    """Whether it failed on a limit that is larger now."""
+    """Whether the run failed on a limit that has been raised since."""
     return any(getattr(settings, name) > was for name, was in record.get("limit", {}).items())

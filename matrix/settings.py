@@ -1,4 +1,4 @@
-"""Settings of a sweep: which command over which axes, within which limits, where, and what is drawn of it."""
+"""Settings of a sweep: its command, axes, limits, launcher and pictures."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,14 +8,14 @@ from lab.settings import LabSettings, register, require, require_above, require_
 
 
 class Launcher(Enum):
-    """The launcher of the cells: this process on this machine, or a Ray cluster on all of its machines."""
+    """Launcher of the cells: this process on this machine, or a Ray cluster on all of its machines."""
 
     local = "local"
     ray = "ray"
 
 
 class Better(Enum):
-    """Which way a figure is good."""
+    """Whether smaller or larger figures are better."""
 
     lower = "lower"
     higher = "higher"
@@ -23,10 +23,10 @@ class Better(Enum):
 
 @dataclass(kw_only=True)
 class MetricSettings:
-    """One figure of a cell that is drawn."""
+    """A figure of each cell that is drawn."""
 
     figure: str
-    """Where it stands in a cell's result.json, dotted."""
+    """Its key in a cell's result.json, dotted."""
     title: str
     unit: str
     """Unit of the figure times `scale`."""
@@ -39,57 +39,57 @@ class MetricSettings:
 
 @dataclass(kw_only=True)
 class SweepSettings:
-    """One sweep. `name`, `command`, `config`, `axes` and `metrics` are the preset's (conf/matrix)."""
+    """One sweep. The preset (conf/matrix) gives `name`, `command`, `config`, `axes` and `metrics`."""
 
     name: str
-    """The preset's own, for titles and folders."""
+    """Name of the preset, for titles and folders."""
     command: str
-    """Module of a cell: `python -m <command>`; its last line holds the cell's figures."""
+    """Module that a cell runs, `python -m <command>`; its last line holds the figures of the cell."""
     config: str
-    """That command's primary config."""
+    """Primary config of that command."""
     overrides: list[str]
-    """Words of every cell; those of the command line come behind them."""
+    """Overrides of every cell; those of the command line follow them."""
     axes: dict[str, list[Any]]
-    """Values by dotted key. `key=a,b,c` on the command line replaces an axis or adds one, `key=a` takes it away."""
+    """Values by dotted key. On the command line, `key=a,b,c` replaces or adds an axis, and `key=a` removes it."""
     metrics: list[MetricSettings]
     labels: dict[str, str]
-    """Names of axes, with their units; another axis goes by its key."""
+    """Names of axes, with their units; the name of any other axis is its key."""
     repeats: int
     """Runs of each cell, interleaved (A, B, ..., A, B, ...)."""
     max_cells: int
-    """Most cells of a sweep."""
+    """A sweep with more cells is refused."""
     retry_failed: bool
-    """Run those again whose result is a failure."""
+    """Run cells again whose result is a failure."""
     time_limit_seconds: float
-    """Most time of one run of a cell."""
+    """Time limit of one run of a cell."""
     memory_limit_gib: float
-    """Resident memory of a cell's processes together, in GiB."""
+    """Limit of the resident memory of all processes of a cell, in GiB."""
     launcher: Launcher
     at_once: int
-    """Cells at once on this machine (launcher=local); 0: as many as cores and memory allow. More than one disturb each
-    other."""
+    """Concurrent cells on this machine (launcher=local); 0: as many as cores and memory allow. Concurrent cells slow
+    each other down."""
     cores: float
-    """CPU cores that a cell takes."""
+    """CPU cores that a cell demands."""
     gpus: float
-    """GPUs that a cell takes (launcher=ray)."""
+    """GPUs that a cell demands (launcher=ray)."""
     address: str
-    """Ray cluster, `host:port`; auto: the one that runs on this machine; local: one for this sweep only."""
+    """The Ray cluster, `host:port`; auto: the one that runs on this machine; local: a new one for this sweep only."""
     address_timeout_seconds: float
-    """How long that cluster may take to answer."""
+    """Time limit for that cluster to answer."""
     results: str
     """Folder of the cells: `<results>/<signature>/result.json`, shared by all sweeps."""
     plot: str | None
     """Folder of a finished sweep to draw again instead of running anything."""
     compare: str | None
-    """Folder of another sweep to draw ratios to."""
+    """Folder of another sweep, for pictures of the ratios."""
     lines_from: int
-    """Least number of values with which a numeric axis is drawn as a line plot."""
+    """A numeric axis with at least this many values is drawn as a line plot."""
     sources: list[str]
     """Packages whose code is part of a cell's signature."""
     contents: list[str]
-    """Settings that name a local file or folder, dotted: what stands in it is part of a cell's signature, too."""
+    """Dotted keys of settings that name a local file or folder, whose contents are part of a cell's signature, too."""
     unsigned: list[str]
-    """Settings that change no figure and are left out of it, dotted; a group stands for all below it."""
+    """Dotted keys of settings that change no figure and are not part of it; a group includes everything below it."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "repeats", "max_cells")
@@ -102,7 +102,7 @@ class SweepSettings:
 @register("matrix")
 @dataclass(kw_only=True)
 class MatrixSettings(LabSettings):
-    """Everything `python run_matrix.py` reads. `model`, `seed`, `network` and `device` are for the cells, too;
-    `project.*` is for the cells alone."""
+    """All settings of `python run_matrix.py`. `model`, `seed`, `network` and `device` apply to the cells, too;
+    `project.*` only to the cells."""
 
     matrix: SweepSettings

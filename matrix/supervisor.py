@@ -1,8 +1,8 @@
-"""One command as a fresh process, watched from outside: its time, its memory, how it ended.
+"""Runs one command as a new process and watches its time, its memory and how it ends.
 
-A process of its own (`python -m matrix.supervisor`), so that it survives whoever asked for the cell just long
-enough to end what that one had started: the job comes as one JSON line on stdin, and when stdin ends, however that
-came, the command is killed with everything below it. The outcome is one JSON line on stdout. Light: no torch, no Hydra.
+The supervisor is a separate process (`python -m matrix.supervisor`): it outlives its parent just long enough to end the
+command. The job comes as one JSON line on stdin. When stdin ends, for whatever reason, the command and all its
+descendants are killed. The outcome is one JSON line on stdout. Light: no torch, no Hydra.
 """
 
 import json
@@ -20,7 +20,7 @@ import psutil
 
 POLL_SECONDS = 0.05
 FAMILY_SECONDS = 0.5
-"""How often to look for new children: that reads the state of every process of the machine."""
+"""Seconds between two searches for new children; each search reads the state of every process of the machine."""
 OUT_OF_MEMORY = ("outofmemory", "out of memory", "memoryerror", "cannot allocate memory", "can't allocate memory")
 
 
@@ -31,24 +31,24 @@ class Job:
     arguments: list[str]
     """The whole command line."""
     working_folder: str
-    """Where relative paths of its settings begin, if this machine has it."""
+    """Base of relative paths in its settings, if this machine has that folder."""
     folder: str
-    """Where its stdout.log and stderr.log go: its own, and new."""
+    """New folder of its stdout.log and stderr.log."""
     time_limit_seconds: float
     memory_limit_bytes: int
     """Resident memory of the command and all its children together."""
     omp_threads: str | None
-    """OMP_NUM_THREADS as the one who asked has it: Ray sets its own for a worker."""
+    """OMP_NUM_THREADS of the process that started the sweep: Ray sets another one for a worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How it ended."""
+    """How the job ended."""
 
     failure: str | None
-    """None: it did what it was to do; else `out of memory`, `time-out` or `error`."""
+    """None: it succeeded; else `out of memory`, `time-out` or `error`."""
     detail: str
-    """About a failure: the limit, or the last line of its stderr."""
+    """Details of a failure: the limit, or the last line of stderr."""
     figures: dict[str, Any]
     """The document of its last line."""
     seconds: float
@@ -56,11 +56,11 @@ class Outcome:
     """Largest sum over its processes (memory-mapped weights included), read every 50 ms."""
     host: str
     limit: dict[str, float] = field(default_factory=dict)
-    """The setting of the sweep that ended it, with the value it had: a larger one may have let it go on."""
+    """The setting of the sweep that ended it, and its value then; with a larger value the job may succeed."""
 
 
 class Family:
-    """A process and all that came of it."""
+    """A process and all its descendants."""
 
     def __init__(self, root: psutil.Process) -> None:
         self._members = [root]
@@ -68,7 +68,7 @@ class Family:
         self.peak_bytes = 0
 
     def rss_bytes(self) -> int:
-        """Resident memory of all of them, now."""
+        """Resident memory of all of them now."""
         if time.monotonic() - self._looked > FAMILY_SECONDS:
             self._look()
         now = sum(_rss_bytes(member) for member in self._members)
@@ -78,7 +78,7 @@ class Family:
     def _look(self) -> None:
         self._looked = time.monotonic()
         known = {member.pid for member in self._members}
-        for member in self._members[:]:  # one whose parent has ended stays ours
+        for member in self._members[:]:  # one whose parent has ended still belongs to us
             try:
                 found = [child for child in member.children(recursive=True) if child.pid not in known]
             except psutil.Error:
@@ -87,11 +87,11 @@ class Family:
             known |= {child.pid for child in found}
 
     def kill(self) -> None:
-        """End everyone at once; a process that took the number of one that had ended is not one of them."""
+        """Kill all of them, and no other process that was given the number of an ended one."""
         self._look()
         for member in self._members:
             try:
-                member.kill()  # psutil compares the time of birth first
+                member.kill()  # psutil compares the start time first
             except psutil.Error:
                 continue
 
@@ -104,7 +104,7 @@ def _rss_bytes(process: psutil.Process) -> int:
 
 
 def supervise(job: Job, abandoned: threading.Event) -> Outcome | None:
-    """Runs the job to its end, or to a limit. None when it was abandoned."""
+    """Run the job until it ends or exceeds a limit. None when it was abandoned."""
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -141,7 +141,7 @@ def supervise(job: Job, abandoned: threading.Event) -> Outcome | None:
 def _watch(
     process: subprocess.Popen[bytes], family: Family, job: Job, began: float, abandoned: threading.Event
 ) -> tuple[dict[str, float], tuple[str, str]] | None:
-    """Waits for the end; which limit was passed, if one was, with failure and detail."""
+    """Wait for the end; if a limit was exceeded, the limit with failure and detail."""
     while process.poll() is None:
         resident = family.rss_bytes()
         if resident > job.memory_limit_bytes:
@@ -157,7 +157,7 @@ def _watch(
 
 
 def _said(code: int, folder: Path) -> tuple[str | None, str]:
-    """Failure and its last line, out of what the command left."""
+    """Failure and detail, from the exit code and the files that the command left."""
     last = _last_line(folder / "stderr.log")
     if code < 0:
         number = -code
@@ -187,7 +187,7 @@ def _environment(job: Job) -> dict[str, str]:
 
 
 def main() -> None:
-    """Job on stdin, outcome on stdout."""
+    """Read the job from stdin, write the outcome to stdout."""
     job = Job(**json.loads(sys.stdin.readline()))
     abandoned = threading.Event()
 
@@ -201,7 +201,7 @@ def main() -> None:
     outcome = supervise(job, abandoned)
     if outcome is not None:
         print(json.dumps(asdict(outcome)), flush=True)
-    os._exit(0)  # the thread that reads stdin holds its lock; nothing is left to be done
+    os._exit(0)  # Python's own exit would wait for the thread that reads stdin
 
 
 if __name__ == "__main__":

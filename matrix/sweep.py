@@ -1,7 +1,7 @@
-"""One sweep: which runs are missing, in which order they go, what is kept of each.
+"""One sweep: which runs are missing, in which order they run, what is kept of each.
 
-Interrupted, it goes on where it was; of two at once each uses what the other does (`matrix.claims`). Runs of a cell
-are interleaved with those of the others (A, B, ..., A, B, ...), so that a machine that drifts disturbs all alike.
+An interrupted sweep continues where it stopped; of two concurrent sweeps, each uses the other's results
+(`matrix.claims`). Runs of different cells are interleaved (A, B, ..., A, B, ...): drift affects all cells alike.
 """
 
 import logging
@@ -23,7 +23,7 @@ from lab.settings import DeviceName, DeviceSettings, TrackingSettings, UserError
 from lab.tracking import Tracker, progress
 from matrix.claims import Claims
 from matrix.contents import Contents, sources_digest
-from matrix.grid import QUIET, Cell, Words, make_cells
+from matrix.grid import QUIET, Cell, CommandLine, make_cells
 from matrix.launching import CellLauncher, LocalLauncher, places
 from matrix.on_ray import RayLauncher
 from matrix.results import CellRun, Record, Result, outgrown
@@ -33,7 +33,7 @@ from matrix.supervisor import Job, Outcome
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.2
-"""Between two looks at what another sweep is done with."""
+"""Seconds between two looks at the results of another sweep."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ class CellTracking:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All that a sweep has."""
+    """The results of a sweep, and how it ended."""
 
     document: dict[str, Any]
-    """`sweep`: what was asked; `results`: every run's result. The content of sweep.json."""
+    """`sweep`: its settings; `results`: the result of every run. The content of sweep.json."""
     skipped: int
-    """Cells of which nothing had to run now."""
+    """Cells of which all runs were already kept."""
     ended_by: BaseException | None
-    """The exception that ended it early; None where it is complete."""
+    """The exception that ended it early; None if it is complete."""
 
 
-def run_sweep(settings: MatrixSettings, words: Words, folder: Path) -> SweepResult:
-    """Runs what is missing. `folder` names the sweep; cells are kept in `matrix.results`. UserError before any ran.
+def run_sweep(settings: MatrixSettings, words: CommandLine, folder: Path) -> SweepResult:
+    """Run what is missing. `folder` names the sweep; cells are kept in `matrix.results`.
 
-    Whatever else ends it is in the result, beside what was done by then.
+    UserError before the first run. Any later exception is in the result, with the runs that are done.
     """
     began = time.monotonic()
     sweep = settings.matrix
@@ -75,7 +75,7 @@ def run_sweep(settings: MatrixSettings, words: Words, folder: Path) -> SweepResu
             _Missing(missing, settings, folder, records, ran).run()
     except UserError:
         raise
-    except BaseException as error:  # Ctrl+C, a full disk, a cluster that is gone: what is done is there
+    except BaseException as error:  # Ctrl+C, a full disk, a lost cluster: results so far are kept
         ended_by = error
     about = {
         "name": sweep.name,
@@ -97,7 +97,7 @@ def run_sweep(settings: MatrixSettings, words: Words, folder: Path) -> SweepResu
 
 
 def plan(sweep: SweepSettings, cells: Sequence[Cell]) -> list[CellRun]:
-    """Every run of every cell in the order in which they go. UserError for a device that is not there."""
+    """Every run of every cell, in the order in which they run. UserError for a device that this machine lacks."""
     sources, results = sources_digest(sweep.sources), Path(sweep.results).expanduser().absolute()
     contents, runs = Contents(sweep.contents), []
     devices = {name: _device(name) for name in {cell.settings["device"]["name"] for cell in cells}}
@@ -120,7 +120,7 @@ def _is_missing(record: Record | None, sweep: SweepSettings) -> bool:
 def _results(
     runs: Sequence[CellRun], records: Mapping[str, Record | None], command: str, ended_by: BaseException | None
 ) -> list[Result]:
-    """In the order of the plan. Of a sweep that ended early: the runs that were done; a cell without one says so."""
+    """Results in the order of the plan. After an early end only of runs that are done; a cell without any says so."""
     done = {id(run.cell) for run in runs if records[run.signature] is not None}
     why = "the sweep was interrupted" if isinstance(ended_by, KeyboardInterrupt) else f"the sweep ended: {ended_by!r}"
     results = []
@@ -133,7 +133,7 @@ def _results(
 
 
 class _Missing:
-    """The runs that a sweep has to do, one after the other, each kept as soon as it is there."""
+    """Runs what is missing, and keeps each result at once."""
 
     def __init__(
         self,
@@ -143,13 +143,13 @@ class _Missing:
         records: dict[str, Record | None],
         ran: set[str],
     ) -> None:
-        """`records` gets what comes of them, `ran` the signatures of those that ran here."""
+        """`records` collects the results, `ran` the signatures of the runs of this sweep."""
         self._runs, self._settings, self._folder = runs, settings, folder
         self._before, self._records, self._ran = dict(records), records, ran
         self._seconds: list[float] = []
 
     def run(self) -> None:
-        """Until each has a record, of this sweep or of one that runs beside it."""
+        """Continue until each run has a record, made by this sweep or by a concurrent one."""
         results, left, said = self._runs[0].folder.parent, list(self._runs), ""
         require_writable(results, "matrix.results")
         enabled = self._settings.tracking.progress
@@ -162,11 +162,11 @@ class _Missing:
                     self._run_all(ours, claims)
                 elif left:
                     if said != (said := theirs[left[0].signature]):
-                        log.info("waiting for %d runs that another sweep does: %s", len(left), said)
+                        log.info("waiting for %d runs of another sweep: %s", len(left), said)
                     time.sleep(WAIT_SECONDS)
 
     def _was_done(self, run: CellRun, claims: Claims) -> bool:
-        """Whether another sweep has done it since ours began."""
+        """Whether another sweep has finished the run since ours began."""
         record = run.record()
         if record is None or record == self._before[run.signature] or outgrown(record, self._settings.matrix):
             return False
@@ -191,12 +191,12 @@ class _Missing:
 
 
 def open_launcher(settings: SweepSettings) -> CellLauncher:
-    """The launcher that `settings` name. UserError where a Ray cluster does not answer."""
+    """The launcher that `settings` select. UserError for a Ray cluster that does not answer."""
     return RayLauncher(settings) if settings.launcher is Launcher.ray else LocalLauncher(places(settings))
 
 
 def seconds_left(done: Sequence[float], runs: int, at_once: int) -> float:
-    """Estimate for the missing runs: the mean length so far, `at_once` at a time."""
+    """Estimated time of the missing runs: the mean duration so far, `at_once` concurrently."""
     mean = sum(done) / len(done)
     return math.ceil((runs - len(done)) / at_once) * mean
 
@@ -217,9 +217,9 @@ def _job(run: CellRun, sweep: SweepSettings) -> Job:
 
 
 def _track(run: CellRun, record: Record, tracking: TrackingSettings, group: str) -> None:
-    """The cell as a run of its own, in the group of its sweep."""
-    told = CellTracking(tracking, {"point": run.cell.point, "repeat": run.repeat, **record["settings"]})
-    with Tracker(told, group, run.folder) as tracker:
+    """Log the cell as a separate run, grouped by sweep."""
+    tracked = CellTracking(tracking, {"point": run.cell.point, "repeat": run.repeat, **record["settings"]})
+    with Tracker(tracked, group, run.folder) as tracker:
         tracker.result({key: record[key] for key in _TRACKED} | record["figures"])
 
 

@@ -22,7 +22,7 @@ class Metric:
     """One figure of a cell, as `MetricSettings` describe it."""
 
     column: str
-    """Its name in results.csv, where it stands in its own unit."""
+    """Column of the unscaled figure in results.csv."""
 
     figure: str
     title: str
@@ -33,20 +33,20 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """Title with the unit it is drawn in."""
+        """Title with the unit of the scaled figure."""
         return f"{self.title} ({self.unit})"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell: all its runs."""
+    """One cell with all its runs."""
 
     point: dict[str, Any]
     results: list[Result]
 
     @property
     def failed(self) -> Result | None:
-        """The first run that failed, or was not run: then the cell has no figures."""
+        """The first run that failed or was not run; if there is one, the cell has no figures."""
         return next((result for result in self.results if result["status"] != "ok"), None)
 
     @property
@@ -55,7 +55,7 @@ class Row:
         return str(self.failed["status"]) if self.failed else "ok"
 
     def lacks(self, metric: Metric) -> str | None:
-        """Why it does not have this figure, in a few words; None where it has."""
+        """Why the cell lacks this figure, in a few words; None if it has the figure."""
         if self.failed:
             return str(self.failed["failure"])
         found = [look_up(result, metric.figure) for result in self.results]
@@ -64,14 +64,14 @@ class Row:
         return None
 
     def sample(self, metric: Metric) -> Sample | None:
-        """The metric in its own unit, unscaled; None for a failed cell, and where a run does not have it."""
+        """The metric in its own unit, unscaled; None for a failed cell, and if a run does not report it."""
         if self.lacks(metric) is not None:
             return None
         return Sample.of([float(look_up(result, metric.figure)) for result in self.results])
 
     @property
     def command(self) -> str:
-        """Command line that repeats its first run."""
+        """Command line that repeats the cell's first run."""
         first = self.results[0]
         return shlex.join(["python", "-m", first["command"], *first["words"]])
 
@@ -95,12 +95,12 @@ class Table:
 
     @cached_property
     def metrics(self) -> list[Metric]:
-        """Those that at least one cell has."""
+        """Metrics that at least one cell reports."""
         return [metric for metric in self._asked if any(row.sample(metric) for row in self.rows)]
 
     @cached_property
     def unknown(self) -> list[Metric]:
-        """Those that no cell has."""
+        """Metrics that no cell reports."""
         return [metric for metric in self._asked if not any(row.sample(metric) for row in self.rows)]
 
     @property
@@ -114,15 +114,15 @@ class Table:
 
     @property
     def failures(self) -> list[Row]:
-        """Cells without figures: a run failed, or there was none."""
+        """Cells without figures: a run failed, or was not run."""
         return [row for row in self.rows if row.failed]
 
     def label(self, axis: str) -> str:
-        """Its name with its unit."""
+        """Name of an axis, with its unit."""
         return str(self.sweep["labels"].get(axis, axis))
 
     def cell(self, point: Mapping[str, Any]) -> Row | None:
-        """The one with these values on the same axes."""
+        """The cell with these values on its axes."""
         return self._cells.get(identity(point))
 
     @cached_property
@@ -130,7 +130,7 @@ class Table:
         return {identity(row.point): row for row in self.rows}
 
     def values(self, axis: str) -> list[Any]:
-        """Values of an axis, in the order in which they were asked for."""
+        """Values of an axis, in the order of the command line."""
         return list({identity(row.point[axis]): row.point[axis] for row in self.rows}.values())
 
     def figures(self) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ class Table:
         ]
 
     def csv(self) -> str:
-        """results.csv: a line a cell; figures unscaled, each as median, smallest, largest and number of its runs."""
+        """results.csv: a line per cell; figures unscaled, each as median, smallest, largest and number of its runs."""
         lines = [self._line(row) for row in self.rows]
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
@@ -168,11 +168,11 @@ class Table:
 _COLUMNS = (("", "median"), ("_low", "low"), ("_high", "high"), ("_n", "n"))
 _ABOUT_A_CELL = ("status", "failure", "detail", "seconds", "device", "host", "commit", "signature", "command")
 LONGEST_REASON = 40
-"""Characters of what stands in a picture where a figure should."""
+"""Longest reason, in characters, that is drawn in place of a figure."""
 
 
 def _names(figure: str) -> Iterator[str]:
-    """Candidates for the name of a metric's column: the last part that is no list index, then longer ones."""
+    """Candidates for the column name of a metric: the last part that is no list index, then longer names."""
     yield [figure, *(name for name in figure.split(".") if not name.lstrip("-").isdecimal())][-1]
     yield figure
     yield from (f"{figure}_{count}" for count in itertools.count(2))
@@ -183,7 +183,7 @@ def _is_figure(value: Any) -> bool:
 
 
 def in_words(value: Any) -> str:
-    """A value of an axis as people read it: texts as they are, the rest as one would type it."""
+    """A value of an axis for readers: texts without quotes, other values as on the command line."""
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list):

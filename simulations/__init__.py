@@ -1,1 +1,1 @@
-"""Commands that stand in for a network: a federation on one machine, a slow link."""
+"""Commands that run the lab on one machine: demo, benchmarks, a simulated federation, a slow link."""

@@ -1,11 +1,11 @@
-"""`make bench`: every pillar's benchmarks, one after the other, and one page of what they found.
+"""`make bench`: the benchmarks of every pillar, one after the other, and one page of their figures.
 
     python -m simulations.bench                              # all of them, more than an hour
     python -m simulations.bench 'project.only=[split]'       # one; the others' figures stay on the page
 
 Writes `<folder>/results/<date>-<commit>.json` (all rows, each benchmark with its commit, versions and machine) and
-`<folder>/RESULTS.md` (`simulations.results`); both after every benchmark, so that one that is cut off
-loses only itself. A benchmark that fails is named in both, the others run; the exit code is 1 then.
+`<folder>/RESULTS.md` (`simulations.results`) after every benchmark, so that one that is interrupted loses only its own
+figures. Both files name a benchmark that fails; the others still run, and the exit code is 1.
 """
 
 import json
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: BenchSettings, place: entry.Run) -> dict[str, Any]:
-    """The benchmarks asked for, in turn; the figures of the last line."""
+    """Run the selected benchmarks in turn; return the figures of the last line."""
     project, folder = settings.project, Path(settings.project.folder)
     report = folder / "results" / f"{time.strftime('%Y-%m-%d')}-{commit() or 'unknown'}.json"
     found = known_figures(folder / "results")
@@ -41,7 +41,7 @@ def run(settings: BenchSettings, place: entry.Run) -> dict[str, Any]:
         page = write_results(project.benchmarks, folder)
     failed = [benchmark.name for benchmark in asked if found[benchmark.name]["failure"]]
     if failed:
-        log.error("%s failed; %s has the others", ", ".join(failed), report)
+        log.error("%s failed; the other benchmarks are in %s", ", ".join(failed), report)
         raise SystemExit(1)
     rows = [row for benchmark in asked for row in found[benchmark.name]["rows"]]
     names = [benchmark.name for benchmark in asked]
@@ -49,11 +49,11 @@ def run(settings: BenchSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) -> Row:
-    """One benchmark as a process of its own: its rows, or why there are none."""
-    words = ["-m", benchmark.command, *benchmark.overrides]
-    log.info("python %s", " ".join(words))
+    """Run one benchmark as a separate process; its rows, or the reason why there are none."""
+    arguments = ["-m", benchmark.command, *benchmark.overrides]
+    log.info("python %s", " ".join(arguments))
     began = time.monotonic()
-    done: Row = {"command": f"python {shlex.join(words)}", "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+    done: Row = {"command": f"python {shlex.join(arguments)}", "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     done |= {**describe_environment(), "failure": None, "rows": []}
     try:
         done["rows"] = run_to_end(benchmark.command, benchmark.overrides, folder, timeout_seconds)[1]["rows"]
@@ -65,7 +65,7 @@ def measure(benchmark: BenchmarkSettings, folder: Path, timeout_seconds: float) 
 
 
 def _rows(out: str) -> list[Row]:
-    """The rows that a benchmark that failed has printed all the same: one that finds something says what."""
+    """The rows that a benchmark printed, even if it failed: they say what it found."""
     with suppress(ValueError, LookupError, TypeError):
         return list(json.loads(out.splitlines()[-1])["rows"])
     return []

@@ -1,4 +1,4 @@
-"""Settings of `make bench`: which benchmarks, told what."""
+"""Settings of `make bench`: the benchmarks and their overrides."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ class BenchmarkSettings:
 
     name: str
     command: str
-    """Its module."""
+    """Module that it runs."""
     overrides: list[str]
 
 
 @dataclass(kw_only=True)
 class BenchProjectSettings:
-    """All of them, and where the figures go."""
+    """The benchmarks, and where their figures are written."""
 
     benchmarks: list[BenchmarkSettings]
     only: list[str]
-    """Names of those to run; of the others the figures of the last report stay. Empty: all."""
+    """Names of the benchmarks to run; for the others, the figures of the last report are kept. Empty: all."""
     folder: str
-    """Gets results/<date>-<commit>.json and RESULTS.md."""
+    """Folder of results/<date>-<commit>.json and RESULTS.md."""
     timeout_seconds: float
-    """Longest that one benchmark may take."""
+    """Time limit of one benchmark."""
 
     def __post_init__(self) -> None:
         require(bool(self.benchmarks), "benchmarks must name at least one", self.benchmarks)
@@ -37,6 +37,6 @@ class BenchProjectSettings:
 @register("bench")
 @dataclass(kw_only=True)
 class BenchSettings(LabSettings):
-    """Everything `python -m simulations.bench` reads."""
+    """All settings of `python -m simulations.bench`."""
 
     project: BenchProjectSettings

@@ -1,6 +1,6 @@
-"""`make demo`: every pillar once, on this machine, with the commands that anyone would type.
+"""`make demo`: every pillar once, on this machine, with the commands that a user would type.
 
-Each part is processes of its own; the last line holds every part's figures.
+Each part runs in separate processes; the last line holds the figures of every part.
 """
 
 import logging
@@ -15,21 +15,21 @@ from typing import Any
 from lab.command import entry
 from lab.command.processes import listening, run_to_end
 from lab.faults import Fault
-from simulations.demo_page import Shown, write_demo_page
+from simulations.demo_page import PartResult, write_demo_page
 from simulations.demo_settings import DemoSettings
 
 log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-"""Longest wait for the verifier to listen."""
+"""Time limit for the verifier to listen."""
 
 Figures = Mapping[str, Any]
 
 
 def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
-    """The parts one after the other; a part that fails ends the demonstration with its own words on stderr."""
+    """Run the parts one after the other; a part that fails ends the demonstration, with its own message on stderr."""
     begin = time.perf_counter()
-    shown: list[Shown] = []
+    shown: list[PartResult] = []
     place.so_far = lambda: {each.name: each.figures for each in shown}
     for number, part in enumerate(PARTS, start=1):
         left = ", ".join(later.name.replace("_", " ") for later in PARTS[number:]) or "the page"
@@ -45,26 +45,26 @@ def run(settings: DemoSettings, place: entry.Run) -> dict[str, Any]:
     }
 
 
-def show(part: "Part", settings: DemoSettings, folder: Path) -> Shown:
-    """Run one part to its end, its progress on our stderr. Fault with its command when it fails."""
+def show(part: "Part", settings: DemoSettings, folder: Path) -> PartResult:
+    """Run one part to its end, with its progress on our stderr. Fault with its command when it fails."""
     begin = time.perf_counter()
-    words = [f"prompt={settings.prompt}"] * part.generates + getattr(settings.project, part.told)
+    overrides = [f"prompt={settings.prompt}"] * part.generates + getattr(settings.project, part.overrides_key)
     with ExitStack() as stack:
-        if part.told == "drafter":
-            told = ["network.port=0", *settings.project.verifier]
-            role = listening("speculative.verifier", told, folder / "verifier", START_SECONDS)
-            words.append(f"network.port={stack.enter_context(role)}")
+        if part.overrides_key == "drafter":
+            own = ["network.port=0", *settings.project.verifier]
+            role = listening("speculative.verifier", own, folder / "verifier", START_SECONDS)
+            overrides.append(f"network.port={stack.enter_context(role)}")
             folder /= "drafter"
-        command = f"python -m {part.module} {' '.join(words)}"
+        command = f"python -m {part.module} {' '.join(overrides)}"
         try:
-            text, figures = run_to_end(part.module, words, folder, settings.project.part_timeout_seconds)
+            text, figures = run_to_end(part.module, overrides, folder, settings.project.part_timeout_seconds)
         except subprocess.CalledProcessError as error:
             raise Fault(f"{command} ended with code {error.returncode}") from None
         except subprocess.TimeoutExpired as error:
             raise Fault(f"{command} was not done after {error.timeout:g} s (project.part_timeout_seconds)") from None
     print("\n".join(text), flush=True)
     seconds = time.perf_counter() - begin
-    return Shown(part.name, part.title, [part.module, *words], seconds, part.found(figures), figures)
+    return PartResult(part.name, part.title, [part.module, *overrides], seconds, part.found(figures), figures)
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,22 @@ class Part:
     name: str
     """Key of its figures in the last line."""
     module: str
-    """Its command."""
-    told: str
-    """Key in `project` of the command's overrides."""
+    """Module that it runs."""
+    overrides_key: str
+    """Key in `project` of its overrides."""
     found: Callable[[Figures], str]
-    """Puts its figures into one sentence; its docstring says what happens."""
+    """Turns its figures into one sentence; its docstring is the title of the part."""
     generates: bool = False
-    """Whether it gets the prompt."""
+    """Whether it takes the prompt."""
 
     @property
     def title(self) -> str:
-        """What happens, in one sentence."""
+        """Title of the part, in one sentence."""
         return self.found.__doc__ or ""
 
 
 def federated(figures: Figures) -> str:
-    """Sites fine-tune one adapter together, and none of them shows its text."""
+    """Sites fine-tune one adapter together, and no text leaves a site."""
     losses = [figures["eval_loss_before"], *figures["eval_loss_by_round"]]
     return (
         f"held-out loss {' -> '.join(f'{loss:.4f}' for loss in losses)} over {figures['num_clients']} sites; "
@@ -98,7 +98,7 @@ def federated(figures: Figures) -> str:
 
 
 def speculative(figures: Figures) -> str:
-    """A drafter guesses, a verifier in another process checks; the text is the verifier's own."""
+    """A drafter proposes tokens, a verifier in another process checks them; the text is the verifier's own."""
     return (
         f"{figures['new_tokens']} tokens, {100 * (figures['alpha'] or 0.0):.0f} % of the draft tokens accepted, "
         f"{figures['ms_per_token_p50']:.0f} ms a token; "
@@ -107,7 +107,7 @@ def speculative(figures: Figures) -> str:
 
 
 def split(figures: Figures) -> str:
-    """Two processes with half of the model each write one text; hidden states cross between them."""
+    """Two processes, each with half of the model, write one text; hidden states travel between them."""
     return (
         f"{len(figures['token_ids'])} tokens, {1000 * (figures['token_seconds_p50'] or float('nan')):.0f} ms a token; "
         f"{figures['boundary_bytes_per_token']} bytes forward and {figures['return_bytes_per_token']} back for each"
@@ -115,7 +115,7 @@ def split(figures: Figures) -> str:
 
 
 def split_training(figures: Figures) -> str:
-    """Two processes with half of the model each train an adapter; gradients cross between them."""
+    """Two processes, each with half of the model, train one adapter; gradients travel between them."""
     return (
         f"loss {figures['loss_by_step'][0]:.4f} -> {figures['loss_by_step'][-1]:.4f}, "
         f"at most {figures.get('largest_loss_difference', float('nan')):.1g} from the unsplit run's; "
@@ -124,7 +124,7 @@ def split_training(figures: Figures) -> str:
 
 
 def matrix(figures: Figures) -> str:
-    """The speed of this machine by context window and batch size, a process a cell."""
+    """The speed of this machine by context window and batch size, in a new process for each cell."""
     return (
         f"cells: {figures['ok'] - figures['skipped']} done, {figures['failed']} failed, "
         f"{figures['skipped']} known from before; page: {figures['report']}"

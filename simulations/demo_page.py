@@ -1,4 +1,4 @@
-"""The demonstration's page: each part with its command, its result in a sentence, and its pictures."""
+"""The page of the demonstration: each part with its command, its result in a sentence, and its pictures."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from lab.page import Section, write_page
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One part that has run."""
+class PartResult:
+    """One part after its run."""
 
     name: str
     title: str
@@ -25,8 +25,8 @@ class Shown:
     """Its last line."""
 
 
-def write_demo_page(path: Path, parts: Sequence[Shown]) -> Path:
-    """The page at `path`: an overview, a section a part with the pictures that its figures name, and the machine."""
+def write_demo_page(path: Path, parts: Sequence[PartResult]) -> Path:
+    """Write the page to `path`: an overview, a section per part with its pictures, and the machine."""
     took = [(f"{_name(part)}: {part.found}", f"{part.seconds:.0f}") for part in parts]
     sections = [Section(title="At a glance", header=("what it found", "seconds"), rows=took)]
     for part in parts:
@@ -37,7 +37,7 @@ def write_demo_page(path: Path, parts: Sequence[Shown]) -> Path:
     return write_page(path, "distributed-llm-lab: demonstration", [*sections, _machine()])
 
 
-def _name(part: Shown) -> str:
+def _name(part: PartResult) -> str:
     return part.name.replace("_", " ").capitalize()
 
 

@@ -1,4 +1,4 @@
-"""Settings of the demonstration: overrides of each part's own command."""
+"""Settings of the demonstration: the overrides of each part."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from lab.settings import LabSettings, register, require_above
 
 @dataclass(kw_only=True)
 class DemoProjectSettings:
-    """Overrides of the parts' commands; those that generate get the demonstration's prompt, too."""
+    """Overrides of the parts' commands; those that generate text also take the demonstration's prompt."""
 
     federated: list[str]
     """For simulations/fed_sim.py."""
@@ -22,7 +22,7 @@ class DemoProjectSettings:
     matrix: list[str]
     """For run_matrix.py."""
     part_timeout_seconds: float
-    """Longest that one part may take."""
+    """Time limit of one part."""
 
     def __post_init__(self) -> None:
         require_above(0, self, "part_timeout_seconds")
@@ -31,6 +31,6 @@ class DemoProjectSettings:
 @register("demo")
 @dataclass(kw_only=True)
 class DemoSettings(LabSettings):
-    """Everything `python -m simulations.demo` reads."""
+    """All settings of `python -m simulations.demo`."""
 
     project: DemoProjectSettings

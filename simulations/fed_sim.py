@@ -7,7 +7,7 @@ from lab.command import entry
 
 
 def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
-    """The federated run, or its central baseline."""
+    """Run the federation, or its central baseline."""
     if settings.project.baseline is Baseline.central:
         from fl.central import train_centrally
 

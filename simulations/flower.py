@@ -1,7 +1,7 @@
-"""The one seam around Flower's simulation, which is deprecated upstream: swap it here when it goes.
+"""The only module that uses Flower's simulation, which Flower has deprecated: replace it here once it is removed.
 
-Every client is a message to one of `project.workers` long-lived Ray workers; each worker holds one base model. A worker
-that dies is replaced, and its message tried again: a client keeps nothing between messages, so its answer is the same.
+Messages for all clients are handled by `project.workers` long-lived Ray workers, each with one base model. A worker
+that dies is replaced, and its message tried again: a client keeps no state between messages, so its reply is the same.
 """
 
 import io
@@ -26,7 +26,7 @@ from fl.server import first_adapter, serve
 from fl.server_app import make_server_app, unfinished
 from fl.settings import FederatedSettings
 from lab.command import entry
-from lab.command.ending import told
+from lab.command.ending import calling_on_signal
 from lab.command.ray_signals import ray_leaves_signals_alone
 from lab.device import check_dtype, open_device
 from lab.files import require_writable
@@ -39,16 +39,16 @@ log = logging.getLogger(__name__)
 
 
 def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
-    """Runs the federation here and returns the figures of the last line.
+    """Simulate the federation on this machine and return the figures of the last line.
 
-    Raises what the server raises, Fault when the clients cannot go on, and what a signal raises when every worker
+    Raises what the server raises, Fault when no client can continue, and the exception of a signal once every worker
     has ended.
     """
     require_writable(place.folder, "hydra.run.dir")
     check(settings)
     warnings = place.folder / worker_log.FILE
-    # A long-lived worker that loads and trains in turn otherwise keeps much of what it freed (glibc's arenas). A low
-    # MALLOC_TRIM_THRESHOLD_ would give back more, and double a step of SmolLM2 in 4 bits: every tensor is fresh pages.
+    # Otherwise a long-lived worker that loads and trains in turn keeps much of the memory it freed (glibc's arenas). A
+    # low MALLOC_TRIM_THRESHOLD_ would return more, but double a step of SmolLM2 in 4 bits: all tensors need new pages.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     from flwr.simulation import run_simulation
 
@@ -63,7 +63,7 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
         worker_log.send_warnings(warnings)
         return settings
 
-    ray_output = UntilEnding(lambda: stop.is_set() or bool(figures))
+    ray_output = WorkerOutput(lambda: stop.is_set() or bool(figures))
     with quiet_flower(), redirect_stdout(ray_output), interruptible(stop), worker_log.warnings_from(warnings):
         try:
             run_simulation(
@@ -78,9 +78,9 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def check(settings: FederatedSettings) -> None:
-    """UserError now for what clients or server would run into later: data, model, adapter, device."""
+    """UserError now for faults that clients or server would find later: data, model, adapter, device."""
     project = settings.project
-    if project.data.source is DataSource.python_stdlib:  # it has no malformed line, and takes seconds to read
+    if project.data.source is DataSource.python_stdlib:  # always well formed, and takes seconds to read
         client_documents(open_source(project.data), 0, project.num_clients, project.partition_by, settings.seed)
     else:
         read_all(settings, load_tokenizer_only(settings.model))
@@ -90,10 +90,10 @@ def check(settings: FederatedSettings) -> None:
 
 
 def backend(settings: FederatedSettings) -> dict[str, Any]:
-    """Ray's resources: one core a worker, and an equal share of the GPUs where there are any.
+    """Ray's resources: one core for each worker, and an equal share of the GPUs, if there are any.
 
-    `client_resources` reach Ray as the options of its actors. Without the last two Flower would go on giving messages
-    to a worker that is no more, and each would fail.
+    `client_resources` are options of Ray's actors. Without the last two, Flower would send further messages to a worker
+    that is gone, and each would fail.
     """
     clients = settings.project.num_clients
     workers = min(settings.project.workers or os.cpu_count() or 1, clients)
@@ -101,7 +101,7 @@ def backend(settings: FederatedSettings) -> dict[str, Any]:
     log.info("simulating %d clients on %d Ray workers (1 core, %.2f GPU each)", clients, workers, gpus / workers)
     return {
         "init_args": {
-            "address": "local",  # also where a cluster runs already, which takes no `num_cpus` from us
+            "address": "local",  # even if a cluster is running: it would not accept our `num_cpus`
             "num_cpus": workers,
             "num_gpus": gpus,
             "logging_level": "ERROR",
@@ -110,53 +110,53 @@ def backend(settings: FederatedSettings) -> dict[str, Any]:
         "client_resources": {
             "num_cpus": 1,
             "num_gpus": gpus / workers,
-            "max_restarts": -1,  # as often as it takes
+            "max_restarts": -1,  # without limit
             "max_task_retries": settings.project.worker_retries,
         },
     }
 
 
 WORKERS = ("ray::ClientAppActor", "ray::IDLE")
-"""How Ray names its processes that serve clients, or are about to."""
+"""How Ray names processes that serve clients, or are about to."""
 WORKERS_SECONDS = 0.5
-"""Pause between two looks for them."""
+"""Pause between two searches for them."""
 
 
 @contextmanager
 def interruptible(stop: threading.Event) -> Iterator[None]:
-    """On a signal: stops the server and ends the workers, whatever they are computing. The signal is raised at the end
-    of the block, in the place of what workers that are killed end in.
+    """On a signal, stop the server and end the workers, even in the middle of a computation. The signal's exception is
+    raised at the end of the block, in place of the errors of the killed workers.
 
-    Ray itself goes afterwards, by Flower's hand: a `ray.get` that waits while Ray is shut down waits for ever, and so
-    would Flower's threads, which is why the signal is not raised into them.
+    Flower shuts Ray down afterwards. While Ray is shut down, a waiting `ray.get` would wait for ever, and so would
+    Flower's threads: that is why the signal is not raised in them.
     """
     done = threading.Event()
     threading.Thread(target=end_workers, args=[stop, done], daemon=True).start()
     try:
-        with told(stop.set), ray_leaves_signals_alone():
+        with calling_on_signal(stop.set), ray_leaves_signals_alone():
             yield
     finally:
         done.set()
 
 
 def end_workers(stop: threading.Event, done: threading.Event) -> None:
-    """From `stop` on kills Ray's workers below this process until `done`: one may still be starting."""
+    """From `stop` until `done`, kill Ray's workers below this process, including those that are just starting."""
     while not stop.wait(WORKERS_SECONDS):
         if done.is_set():
             return
     replace_no_worker()
     while not done.is_set():
         for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):  # it is gone already
-                if " ".join(process.cmdline()).startswith(WORKERS):  # a process that is ending has none
+            with suppress(psutil.Error):  # already gone
+                if " ".join(process.cmdline()).startswith(WORKERS):  # empty for a process that is ending
                     process.kill()
         done.wait(WORKERS_SECONDS)
 
 
 def replace_no_worker() -> None:
-    """Kills Ray's actors for good: one whose process alone dies comes back, and its message waits for that."""
+    """Kill Ray's actors for good: an actor whose process alone dies is restarted, and its message waits for it."""
     import ray
-    from ray._private import state, worker  # the public ways need a handle, which Flower keeps, or a dashboard
+    from ray._private import state, worker  # the public API needs a handle, which only Flower has, or a dashboard
 
     if ray.is_initialized():
         ours = worker.global_worker
@@ -164,20 +164,20 @@ def replace_no_worker() -> None:
             ours.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)  # True: no restart
 
 
-class UntilEnding(io.TextIOBase):
-    """A stdout for Ray, which prints there when a worker ends: to stderr, and no more once it is we who end them."""
+class WorkerOutput(io.TextIOBase):
+    """A stdout for Ray, which reports ended workers there: passes text on to stderr, until we end the workers."""
 
     def __init__(self, ending: Callable[[], bool]) -> None:
         self._ending = ending
 
     def write(self, text: str) -> int:
-        """Hands `text` on to stderr."""
+        """Pass `text` on to stderr."""
         return len(text) if self._ending() else sys.stderr.write(text)
 
 
 @contextmanager
 def quiet_flower() -> Iterator[None]:
-    """Flower logs every step, its deprecation, and pages for a client that fails; the strategy says that in a line."""
+    """Silence Flower, which logs every step, its deprecation, and pages for a failing client."""
     logger = logging.getLogger("flwr")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

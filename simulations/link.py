@@ -13,7 +13,7 @@ from simulations.link_settings import LinkProjectSettings, LinkRunSettings
 
 
 def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
-    """Carries bytes until Ctrl+C; then says how many."""
+    """Carry bytes until Ctrl+C, then report their number."""
     project, network = settings.project, settings.network
     target = project.target_host, project.target_port
     try:
@@ -34,7 +34,7 @@ def run(settings: LinkRunSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def link_settings(project: LinkProjectSettings, seed: int) -> LinkSettings:
-    """What `lab.link` takes."""
+    """These settings as `lab.link` takes them."""
     return LinkSettings(
         up=project.up, down=project.down, buffer_bytes=project.buffer_bytes, seed=seed, cuts=tuple(project.cuts)
     )

@@ -1,4 +1,4 @@
-"""Settings of `simulations/link.py`: what happens to the bytes of each direction, and when the link fails."""
+"""Settings of `simulations/link.py`: delay and speed of each direction, and when the link fails."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ class LinkProjectSettings:
     target_host: str
     target_port: int
     up: OneWay
-    """From whoever connects to the target."""
+    """From the peer that connects, to the target."""
     down: OneWay
-    """From the target back."""
+    """From the target, to that peer."""
     buffer_bytes: int
-    """Bytes of one connection and direction that may be under way."""
+    """Most bytes in transit for one connection and direction."""
     cuts: list[Cut]
 
     def __post_init__(self) -> None:
@@ -28,6 +28,6 @@ class LinkProjectSettings:
 @register("link")
 @dataclass(kw_only=True)
 class LinkRunSettings(LabSettings):
-    """Everything this command reads."""
+    """All settings of this command."""
 
     project: LinkProjectSettings

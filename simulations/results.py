@@ -1,6 +1,6 @@
-"""The page of all results, `benchmarks/RESULTS.md`, made of the reports beside it: no figure on it is typed by hand.
+"""The page of all results, `benchmarks/RESULTS.md`, made from the reports next to it: no figure is typed by hand.
 
-python -m simulations.results     # draws the page again; measures nothing
+python -m simulations.results     # writes the page again; measures nothing
 """
 
 import json
@@ -17,12 +17,12 @@ from simulations.bench_settings import BenchmarkSettings, BenchSettings
 Row = dict[str, Any]
 
 LONGEST_LIST = 16
-"""Values of a list that are shown; the report has all of them."""
+"""Most values of a list that are shown; the report has all of them."""
 LONGEST_TEXT = 200
-"""Characters of a value that are shown."""
+"""Longest value that is shown, in characters."""
 
 _KINDS = ("part", "row")
-"""How benchmarks name a kind of row."""
+"""Columns in which benchmarks name the kind of a row."""
 _NAMING = ("name", "model", "text", "mode", "drafter", "draft_length", "rtt_seconds", "fourth", "seed", "micro_batches")
 """Columns that tell rows of one kind apart."""
 
@@ -59,7 +59,7 @@ def results_page(benchmarks: Sequence[BenchmarkSettings], reports: Path) -> str:
     lines = [
         "# Results",
         "",
-        "Written by `make bench` from the reports in [results](results), in which every reading stands. What is",
+        "Written by `make bench` from the reports in [results](results), which hold every reading. What is",
         "measured, how, and why some targets are missed: [docs/benchmarks.md](../docs/benchmarks.md).",
         "",
         "- 1.23 (1.20 – 1.30, n = 5): the median of five readings, the smallest and the largest.",
@@ -112,7 +112,7 @@ def _kind(row: Row) -> str:
 
 
 def _section(rows: Sequence[Row]) -> list[str]:
-    """Rows of one kind: a single one as a list of its figures; several below each other, without what all share."""
+    """Rows of one kind: a single row as a list of its figures; several as a table, without their common values."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _KINDS]
     if len(rows) > 1:
         columns.sort(key=lambda column: _NAMING.index(column) if column in _NAMING else len(_NAMING))
@@ -163,7 +163,7 @@ def _text(value: Any) -> str:
 
 
 def write_results(benchmarks: Sequence[BenchmarkSettings], folder: Path) -> Path:
-    """Writes `<folder>/RESULTS.md` from `<folder>/results`."""
+    """Write `<folder>/RESULTS.md` from `<folder>/results`."""
     page = folder / "RESULTS.md"
     write_whole(page, results_page(benchmarks, folder / "results"))
     return page

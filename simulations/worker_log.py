@@ -1,7 +1,7 @@
-"""Warnings of Ray workers, brought to the person who started the simulation.
+"""Shows warnings of Ray workers to the user who started the simulation.
 
-Ray keeps the output of its workers to itself, and passes on either all of it or nothing. So every worker appends its
-warnings to one file of the run folder, a line of JSON each, and the process that the person sees follows that file.
+Ray captures the output of its workers, and passes on either all of it or nothing. So every worker appends its warnings
+to one file in the run folder, one JSON line each, and the main process follows that file.
 """
 
 import json
@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class JsonLine(logging.Formatter):
-    """A record as one line of JSON."""
+    """Formats a record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Level, logger and text."""
+        """Level, logger and message."""
         return json.dumps({"level": record.levelno, "name": record.name, "text": record.getMessage()})
 
 
 def send_warnings(path: Path) -> None:
-    """Have every warning of this process appended to `path`; a second call changes nothing."""
+    """Append every warning of this process to `path`; a second call changes nothing."""
     root = logging.getLogger()
     if any(
         isinstance(handler, logging.FileHandler) and isinstance(handler.formatter, JsonLine)
@@ -36,7 +36,7 @@ def send_warnings(path: Path) -> None:
     handler = logging.FileHandler(path, delay=True, encoding="utf-8")  # appends whole lines; no warning, no file
     handler.setLevel(logging.WARNING)
     handler.setFormatter(JsonLine())
-    handler.addFilter(lambda record: not record.name.startswith("flwr"))  # the strategy says it in a line
+    handler.addFilter(lambda record: not record.name.startswith("flwr"))  # the strategy reports it in one line
     root.addHandler(handler)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `lab.command.entry`
     logging.captureWarnings(True)
@@ -44,7 +44,7 @@ def send_warnings(path: Path) -> None:
 
 @contextmanager
 def warnings_from(path: Path) -> Iterator[None]:
-    """Inside, what workers append to `path` is logged here, each text once; at the end, the rest of it."""
+    """Inside, log here what workers append to `path`, each message once; at the end, log the rest."""
     done = threading.Event()
     follower = threading.Thread(target=_follow, args=[path, done], daemon=True)
     follower.start()
@@ -59,14 +59,14 @@ def _follow(path: Path, done: threading.Event) -> None:
     seen: set[str] = set()
     position = 0
     while True:
-        ending = done.wait(LOOK_SECONDS)  # asked first: what was written before the end is read below
+        ending = done.wait(LOOK_SECONDS)  # read before the file, so that nothing written before the end is missed
         position = _log_new(path, position, seen)
         if ending:
             return
 
 
 def _log_new(path: Path, position: int, seen: set[str]) -> int:
-    """Log the whole lines behind `position`; where they end."""
+    """Log the complete lines after `position`; return where they end."""
     if not path.exists():
         return position
     with path.open("rb") as file:

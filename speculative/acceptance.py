@@ -1,4 +1,4 @@
-"""Rules of acceptance, and the hash by which both sides know that they hold the same text."""
+"""Rules of acceptance, and the hash that tells both sides whether they hold the same text."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,14 @@ from lab.engine.sampling import mix64
 
 
 def prefix_hash(ids: Sequence[int], before: int = 0) -> int:
-    """A hash of 64 bits over the ids of a text, in order; `before` is that of the ids in front of them."""
+    """A 64-bit hash over the ids of a text, in order; `before` is the hash of the ids in front of them."""
     for token in ids:
         before = mix64(before ^ token)
     return before
 
 
 def common_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of ids at the beginning that are the same on both sides."""
+    """Length of the common prefix."""
     for count, (a, b) in enumerate(zip(left, right)):
         if a != b:
             return count
@@ -26,7 +26,7 @@ def accepted_length(
     """Number of draft tokens that are accepted: the longest prefix that equals the target's choices.
 
     With a `threshold`, draft tokens whose cross-entropy `nll` under the target is at most that are accepted, too; then
-    the text is no longer the target's.
+    the text is no longer the target's own.
     """
     for count, (token, choice, cost) in enumerate(zip(draft_ids, chosen, nll)):
         if token != choice and (threshold is None or not cost <= threshold):

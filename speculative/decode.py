@@ -1,9 +1,9 @@
-"""Speed of speculation for several full windows at once: a verifier process, and a drafter for each text in this one.
+"""Speed of speculation for several full windows at once: one verifier process, and all drafters in this process.
 
     python -m speculative.decode project.context=1024 project.sessions=4
 
-Every text ends where its window does: `project.context` tokens, of which the last `project.max_new_tokens` are timed.
-Prompts are `prompt`, repeated, or else the source of Python's argparse: text that prompt lookup can draft.
+Every text fills its window: `project.context` tokens, of which the last `project.max_new_tokens` are timed. Prompts are
+`prompt`, repeated, or by default the source of Python's argparse: text that prompt lookup can draft.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _NOT_FOR_THE_VERIFIER = ("prompt", "hydra.", "network.port=")
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Generate all texts at once; returns the figures of the last line."""
+    """Generate all texts concurrently; return the figures of the last line."""
     project = settings.project
     context = project.context or settings.model.architecture.context
     if project.max_new_tokens < 1:
@@ -62,7 +62,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def figures_of(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens of all texts over the seconds of the slowest, medians of their own times, acceptance of all together."""
+    """Tokens of all texts over the time of the slowest, medians of their own times, acceptance over all texts."""
     checked = sum(text["drafts_checked"] for text in texts)
     tokens = sum(text["new_tokens"] for text in texts)
     return {
@@ -75,7 +75,7 @@ def figures_of(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _prompts(settings: SpeculativeSettings, length: int) -> list[str]:
-    """One prompt of about `length` tokens for each session, never longer."""
+    """One prompt of about `length` tokens, never more, for each session."""
     tokenizer = load_tokenizer_only(settings.model)
     text = settings.prompt or inspect.getsource(argparse)
     ids = list(tokenizer(text)["input_ids"])
@@ -85,7 +85,7 @@ def _prompts(settings: SpeculativeSettings, length: int) -> list[str]:
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of these ids, shortened until it has no more tokens than they are: cut text can take others."""
+    """The text of these ids, shortened until it has at most as many tokens: a cut text may be tokenized differently."""
     for count in range(len(ids), 0, -1):
         text = str(tokenizer.decode(ids[:count]))
         if text and len(tokenizer(text)["input_ids"]) <= len(ids):

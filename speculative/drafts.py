@@ -1,7 +1,7 @@
 """Draft sources, and those that need no model.
 
-A source holds its own copy of the text. It is told the text as far as it is verified, proposes tokens behind it, and
-holds these as text, too, until it is told otherwise: a rejection is `correct(position, ids)`. Going back costs nothing.
+A source holds its own copy of the text. It receives the verified text, proposes tokens to follow it, and counts these
+as text, too, until `correct(position, ids)` reports a rejection. Going back costs nothing.
 Knows nothing about networks or verifiers.
 """
 
@@ -18,11 +18,11 @@ class Drafts(Protocol):
     """A source of draft tokens for one text."""
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
-        """Take a new text."""
+        """Start a new text."""
         return
 
     def propose(self, count: int) -> list[int]:
-        """Draft up to `count` tokens behind the text that is held, and hold them, too. Fewer when there are no more."""
+        """Draft up to `count` tokens after the text, and add them to it. Fewer if the source has no more."""
 
     def correct(self, position: int, ids: Sequence[int]) -> None:
         """Replace the text from `position` on by `ids`."""
@@ -42,17 +42,17 @@ class NoDrafts(Drafts):
 
 
 class NgramDrafts(Drafts):
-    """Prompt lookup (Saxena, https://github.com/apoorvumang/prompt-lookup-decoding): what followed last time.
+    """Prompt lookup (Saxena, https://github.com/apoorvumang/prompt-lookup-decoding): repeats what followed last time.
 
-    The longest n-gram at the end of the text that stood in it before is looked up, and what followed it is proposed.
-    An index of positions is kept by n-gram; adding and removing a token costs the same at any length of the text.
+    Takes the longest n-gram at the end of the text that occurred before, and proposes the tokens that followed it. An
+    index keeps the positions of every n-gram; adding or removing a token costs the same at any length of the text.
     """
 
     def __init__(self, longest: int, shortest: int) -> None:
         self._sizes = range(longest, shortest - 1, -1)
         self._text: list[int] = []
         self._positions: dict[tuple[int, ...], list[int]] = {}
-        """Positions behind each n-gram, in order."""
+        """Positions after each n-gram, in order."""
 
     @override
     def begin(self, prompt_ids: Sequence[int]) -> None:
@@ -79,7 +79,7 @@ class NgramDrafts(Drafts):
     def _look_up(self) -> int | None:
         for gram in self._last_grams():
             positions = self._positions[gram]
-            if len(positions) > 1:  # the last one is the end of the text itself
+            if len(positions) > 1:  # the last position is the end of the text itself
                 return positions[-2]
         return None
 
@@ -116,7 +116,7 @@ class RandomDrafts(Drafts):
 
 
 class RecordedDrafts(Drafts):
-    """Tokens of a text that is known beforehand, each right with probability `agreement`, independently."""
+    """Tokens of a known text, each right with probability `agreement`, independently."""
 
     def __init__(self, ids: Sequence[int], agreement: float, seed: int, vocabulary_size: int) -> None:
         self._ids, self._agreement, self._vocabulary_size = list(ids), agreement, vocabulary_size

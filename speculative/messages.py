@@ -1,52 +1,51 @@
 """Messages between a drafter and a verifier, as frames of `lab.wire`. Token ids travel raw, 4 bytes each.
 
     drafter                                  verifier
-                                      <-     WELCOME                     what the target is, and its limits
+                                      <-     WELCOME                     the target, and its limits
     OPEN(name, owner, sampling) prompt ->                                a request; the frame's session is its number
     RESUME(the same, new tokens) ids  ->                                 the same request again, on another connection
     DRAFT(epoch, position) ids        ->                                 draft tokens from `position` on
                                       <-     VERDICT(epoch, position, accepted, prefix) ids
-                                      <-     SCORES(position, draft_tokens) numbers     only where OPEN asked for them
-                                      <-     WAITING(place)              the request stands in line for room
+                                      <-     SCORES(position, draft_tokens) numbers     only if OPEN asked for them
+                                      <-     WAITING(place)              the request waits in line for room
                                       <-     CLOSE(reason, text)         the request is finished, or refused
-    CLOSE(left)                       ->                                 the drafter has all it wants
+    CLOSE(left)                       ->                                 the drafter needs no more
 
-A request has room for its prompt and all of its new tokens before the first of them is made. Where there is none just
-now, WAITING tells its place in line, again when that changes, at most once a second; a request for which there never
-will be any is closed at once.
+A request gets room for its prompt and all of its new tokens before it starts. If there is none at the moment, WAITING
+reports its place in line, and again when that changes, at most once a second. A request that can never get room is
+closed at once.
 
-The verifier owns the text. A VERDICT says how it goes on: from `position` on come the first `accepted` draft tokens and
-then the ids in its body, whether the target put them there in a pass that checked draft tokens or in one without any.
-VERDICTs follow each other without a gap, each from where the one before ended. No DRAFT waits for an answer of its own.
+The verifier owns the text. A VERDICT extends it from `position` on: by the first `accepted` draft tokens, then by the
+ids in its body. These are the target's own, from a pass that checked draft tokens or from one without any. Each
+VERDICT begins where the one before ended. No DRAFT waits for an answer.
 
-Draft tokens belong to positions. Those of one epoch are one run: each DRAFT goes on where the one before ended, or,
-where the target has gone further meanwhile, behind the last token of the last VERDICT. Draft tokens for positions that
-have been decided since they were sent are compared with the text: where they agree they have merely come too late, and
-those behind them are as good as ever. The first draft token that differs from the text, in a pass or late, ends the
-epoch.
+Draft tokens belong to positions. Those of one epoch are consecutive: each DRAFT begins where the one before ended or,
+if the text has grown beyond that, at the end of the last VERDICT. Draft tokens for positions that were decided in the
+meantime are compared with the text: if they agree they are merely late, and those after them are still good. The
+first draft token that differs from the text, in a pass or late, ends the epoch.
 
-Both sides see that without being told. The verifier compares draft tokens with the text when it has both, the drafter
-when a VERDICT comes; they compare the same numbers, so that both count the same epochs. Behind a wrong draft token the
-drafter goes back and begins the next epoch at once; the verifier drops what still comes of the old one by its number
-alone. (A draft token that was made but not yet sent is simply made anew: only one that was sent can end an epoch.)
+Both sides detect that independently. The verifier compares draft tokens with the text as soon as it has both, the
+drafter when a VERDICT arrives; they compare the same numbers, so both count the same epochs. After a wrong draft
+token the drafter goes back and begins the next epoch at once; the verifier drops later frames of the old epoch by its
+number. (A draft token that was made but not sent is made again: only sent ones can end an epoch.)
 
-At most `window` draft tokens (WELCOME) may be sent beyond the end of the last VERDICT: that is all the credit a drafter
-has, and VERDICTs renew it.
+At most `window` draft tokens (WELCOME) may be sent beyond the end of the last VERDICT: this is a drafter's credit,
+which VERDICTs renew.
 
-`prefix` is a hash of 64 bits over all ids of the text up to the end of the VERDICT (`prefix_hash`). A drafter that has
-another one holds another text: it sends RESUME on the same connection, and gives up if that does not help. Everything
-is rebuilt from ids and seed: after a connection ended, for whatever reason, RESUME carries all ids that the drafter
-has. A verifier that still has the sequence (it rests meanwhile: nothing is computed for it) answers with a VERDICT of
-all that came since; one that does not (it was started anew) reads the ids like a prompt; both go on with it. RESUME
-also says at which target the request was begun: other weights under the same name would make a text of two halves, so
-that a verifier whose fingerprints (WELCOME) are others refuses it. Both begin at epoch 0. A request is named by 64
-random bits, and belongs to the client that knows the 128 which were sent with them in OPEN: RESUME by another client is
-refused, and one that comes while the old connection still seems to live takes the request over.
+`prefix` is a 64-bit hash over all ids of the text up to the end of the VERDICT (`prefix_hash`). A drafter with a
+different hash holds a different text: it sends RESUME on the same connection, and gives up if that does not help.
+Everything can be rebuilt from ids and seed: after a connection has ended, RESUME carries all ids that the drafter
+has. A verifier that still has the sequence (which it keeps without computing for it) replies with a VERDICT of all
+later tokens; one that does not, because it was restarted, reads the ids like a prompt; then both continue. RESUME
+also names the target at which the request began: with other weights, the text would consist of two unequal halves, so
+a verifier with other fingerprints (WELCOME) refuses it. Both begin at epoch 0. A random 64-bit name identifies a
+request, and it belongs to the client that knows the 128 bits which were sent with the name in OPEN: RESUME by another
+client is refused. RESUME may come while the old connection still seems alive: it takes the request over.
 
-In mode sync a pass waits for a DRAFT, also an empty one, which asks for the target's next token; `prefix` is left out,
-since a DRAFT that answers each VERDICT says by its position whether both hold as much.
+In mode sync a pass waits for a DRAFT, possibly an empty one, which asks for the target's next token. `prefix` is left
+out: a DRAFT answers each VERDICT, and its position shows whether both sides hold the same number of tokens.
 
-ASK_VOCABULARY and VOCABULARY are sent only when the tokenizers' fingerprints differ, to name what differs.
+ASK_VOCABULARY and VOCABULARY are sent only if the tokenizers' fingerprints differ, to name the difference.
 """
 
 from enum import Enum, IntEnum
@@ -64,17 +63,17 @@ from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
 PROTOCOL = range(4, 5)
 TOKENIZER = "tokenizer"
-"""Name of the fingerprint that both roles show in the handshake."""
+"""Name of the fingerprint that both roles send in the handshake."""
 MAX_PROMPT_TOKENS = 2**18
 MAX_VOCABULARY_BYTES = 2**24
 MAX_END_IDS = 16
 
 OWNER_BYTES = 16
 
-Uint64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack knows no longer one
+Uint64 = Annotated[int, msgspec.Meta(ge=0)]  # the longest integer of msgpack
 Owner = Annotated[bytes, msgspec.Meta(min_length=OWNER_BYTES, max_length=OWNER_BYTES)]
 Target = Annotated[dict[ShortText, ShortText], msgspec.Meta(max_length=16)]
-"""Weights, adapter, dtype, quantisation: all that a text depends on, by name (`lab.models.fingerprints`)."""
+"""Weights, adapter, dtype, quantisation: everything that a text depends on, by name (`lab.models.fingerprints`)."""
 EndIds = Annotated[list[Uint32], msgspec.Meta(max_length=MAX_END_IDS)]
 
 
@@ -90,21 +89,21 @@ class Reason(Enum):
     """Reasons for CLOSE."""
 
     end_token = "end_token"
-    """The target ended it."""
+    """The target generated an end token."""
     length = "length"
-    """It has as many new tokens as were asked for."""
+    """It has as many new tokens as were requested."""
     left = "left"
-    """The drafter left, or has all it wants."""
+    """The drafter left, or needs no more."""
     evicted = "evicted"
-    """No DRAFT has come for too long (mode sync)."""
+    """No DRAFT came in time (mode sync)."""
     refused = "refused"
-    """It cannot be served: too long, no room, another tokenizer; CLOSE says why."""
+    """It cannot be served: too long, no room, another tokenizer; CLOSE gives the reason."""
     failed = "failed"
     """The two sides hold different texts, or the target failed."""
 
 
 class WelcomeFrame(Head):
-    """The verifier's first frame: what the target is, and its limits."""
+    """The verifier's first frame: the target, and its limits."""
 
     model: ShortText
     dtype: ShortText
@@ -117,26 +116,26 @@ class WelcomeFrame(Head):
     window: Uint32
     """Most draft tokens beyond the end of the last VERDICT."""
     end_ids: EndIds
-    """A text ends with any of these."""
+    """Any of these ids ends a text."""
     target: Target
-    """A request that was begun at one target is not resumed at another, whatever its name."""
+    """A request that began at one target is not resumed at another, even under the same name."""
 
 
 class OpenFrame(SamplingHead):
     """A new request; the body is its prompt."""
 
     name: Uint64
-    """Random; how RESUME finds the request."""
+    """Random; RESUME finds the request by it."""
     owner: Owner
     """Random, and secret: proves that RESUME comes from the owner."""
     max_new_tokens: Uint32
     mode: Mode
     draft_length: Uint32
-    """Most draft tokens of a pass; 0: as many as pay."""
+    """Most draft tokens of a pass; 0: as many as pay off."""
     threshold: float | None
-    """None: rule exact. Else, in nats, what a draft token may cost: rule cross_entropy, which is lossy."""
+    """None: rule exact. Else rule cross_entropy (lossy): most nats of cross-entropy of an accepted draft token."""
     report: bool
-    """Whether SCORES are wanted."""
+    """Whether SCORES are requested."""
 
 
 class ResumeFrame(OpenFrame):
@@ -145,30 +144,30 @@ class ResumeFrame(OpenFrame):
     new_tokens: Uint32
     """Number of new tokens at the end of the body."""
     target: Target
-    """Fingerprints of the target at which the request was begun, as WELCOME showed them."""
+    """Fingerprints of the target at which the request began, from its WELCOME."""
 
 
 class DraftFrame(Head):
-    """Draft tokens, in the body, for the positions from `position` on."""
+    """Draft tokens (the body) for the positions from `position` on."""
 
     epoch: Uint32
     position: Uint32
 
 
 class VerdictFrame(Head):
-    """How the text goes on from `position`: `accepted` draft tokens, then the ids in the body."""
+    """Extends the text from `position` on: by `accepted` draft tokens, then by the ids in the body."""
 
     epoch: Uint32
-    """The epoch from now on, as far as the verifier has compared draft tokens."""
+    """The current epoch, as far as the verifier has compared draft tokens."""
     position: Uint32
     accepted: Uint32
     prefix: Uint64 | None
-    """`prefix_hash` of the text, these tokens included; None in mode sync."""
+    """`prefix_hash` of the text including these tokens; None in mode sync."""
 
 
 class ScoresFrame(Head):
-    """float32 numbers in the body, little-endian: the cross-entropy of each draft token of the pass (nats), up to the
-    first that was rejected, then the margin of each new token (`Choice.margins`)."""
+    """float32 numbers in the body, little-endian: the cross-entropy (nats) of each draft token of the pass, up to the
+    first rejected one, then the margin of each new token (`Choice.margins`)."""
 
     position: Uint32
     draft_tokens: Uint32
@@ -176,10 +175,10 @@ class ScoresFrame(Head):
 
 
 class WaitingFrame(Head):
-    """The request stands in line for room in the target."""
+    """The request waits in line for room in the target."""
 
     place: Uint32
-    """1: it is the next."""
+    """Place in line; 1: next."""
 
 
 class CloseFrame(Head):
@@ -188,13 +187,13 @@ class CloseFrame(Head):
     reason: Reason
     text: LongText
     step_seconds: float = 0.0
-    """Seconds of a forward pass over one row, as measured; 0: not known."""
+    """Seconds of a forward pass over one row, as measured; 0: unknown."""
     row_seconds: float = 0.0
     """Seconds of each further row."""
 
 
 class AskVocabularyFrame(Head):
-    """Asks for all token texts."""
+    """Asks for the texts of all tokens."""
 
 
 class VocabularyFrame(Head):
@@ -214,7 +213,7 @@ TABLE = MessageTable(
         MessageType.resume: MessageKind(
             head=ResumeFrame, max_bytes=4096 + SAMPLING_BYTES + _ids(MAX_PROMPT_TOKENS), has_body=True
         ),
-        # A pass gives few ids; the answer to a RESUME holds all that came since.
+        # A pass gives few ids; the answer to a RESUME holds all later tokens.
         MessageType.verdict: MessageKind(head=VerdictFrame, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         MessageType.scores: MessageKind(head=ScoresFrame, max_bytes=32 + 4 * (2 * MAX_DRAFT_LENGTH + 1), has_body=True),
         MessageType.waiting: MessageKind(head=WaitingFrame, max_bytes=16),

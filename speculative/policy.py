@@ -1,46 +1,46 @@
-"""Policies of draft length and waiting: decisions that follow what was measured.
+"""Policies of draft length and waiting: decisions based on measured times and acceptance.
 
 The verifier asks its `Pacing` before every pass of a sequence, the drafter its `DraftLength` before every DRAFT. Both
-keep a short memory of acceptance and times and take the best `Plan` of `speculative.theory` for them; where the target
-alone is as fast, that plan is not to speculate at all. The verifier still compares draft tokens that arrive with the
-text, so that it notices when they begin to pay; a drafter that gave up tries again later.
+have a short memory of acceptance and times, and take the best `Plan` of `speculative.theory` for them; if the target
+alone is as fast, that plan is not to speculate. The verifier still compares arriving draft tokens with the text, to
+notice when they begin to pay off; a drafter that gave up tries again later.
 
-Knows no clock, no socket and no thread: every time is an argument. Seconds, of one monotonic clock a side.
+Knows no clock, no socket and no thread: every time is an argument, in seconds of each side's own monotonic clock.
 """
 
 from speculative.theory import ALONE, Pace, Plan, Speeds, best_plan, survival
 
 FORGET = 0.98
-"""Weight of all older observations when one is added: a memory of about 50 of them."""
+"""Factor on the weight of older observations when one is added: a memory of about 50 observations."""
 FORGET_PLACE = 0.97
 PLACES = 16
-"""Places of an epoch whose acceptance is kept apart; all further ones count as the last."""
+"""Positions in an epoch whose acceptance is measured separately; all later ones count as the last of them."""
 BELIEF = 8.0
-"""Number of observations at which a place weighs as much as all places together."""
+"""Number of observations at which a position weighs as much as all positions together."""
 ROW_SHARE = 0.02
-"""Cost of a further row as a share of the step, until passes of several sizes were measured."""
+"""Assumed time of a further row as a share of the step, until passes of several sizes were measured."""
 ROW_BELIEF = 4.0
-"""Weight of that, in rows squared."""
+"""Weight of that assumption, in rows squared."""
 LEAST_GAIN = 1.01
-"""Speculation pays from this multiple of the target's own speed."""
+"""Speculation pays off from this multiple of the target's own speed."""
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 PLAN_EVERY = 24
-"""Most draft tokens compared between two plans; a third of all while they are few."""
+"""Most draft tokens that are compared between two plans; a third of all while they are few."""
 LONGEST_EPOCH = 64
 """Longest epoch that a plan considers, in tokens."""
 GROUP_SHARE = 0.3
-"""Part of a pass, or of the round trip if that is shorter, for which draft tokens are gathered before they are sent."""
+"""Share of a pass, or of a shorter round trip, for which draft tokens are collected before they are sent."""
 LARGEST_GROUP = 16
 HOPELESS = 0.03
 """Probability of being right below which a draft token is not worth its bytes."""
 PAUSES = (32, 64, 128, 256, 512)
-"""New tokens for which a drafter that does not pay stays silent, the first time, the second, ..."""
+"""New tokens for which a drafter that does not pay off stays silent: the first time, the second, ..."""
 PROBE = 24
 """Draft tokens that must have been compared before a drafter gives up, each time."""
 
 
 class Mean:
-    """A mean that forgets; None before the first reading."""
+    """A mean with exponentially decaying weights; None before the first reading."""
 
     def __init__(self, forget: float = 0.8) -> None:
         self._forget = forget
@@ -58,13 +58,13 @@ class Mean:
 
 
 class PassCosts:
-    """Seconds of the target's passes for each of the sequences that share them: of a step, and of each draft token.
+    """Seconds of the target's passes, as each of the sequences that share them sees them: per step and draft token.
 
-    A pass over a single row may be another matter than one over several (a vector times a matrix needs no tiles), so
-    that the first draft token can cost far more than the next ones: passes of one row have a mean, the others a line.
+    A pass over a single row may differ from one over several (a vector times a matrix needs no tiles), so the first
+    draft token can cost far more than the next ones: passes of one row have a mean, all others a fitted line.
 
-    A row that one sequence adds holds up all the others, and they do the same: so a draft token costs its row once for
-    each sequence.
+    A row of one sequence delays all others, and theirs delay it: so a draft token costs its row once for each
+    sequence.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class PassCosts:
         """Add a pass over `rows` rows of `sequences` sequences."""
         self._sequences.add(sequences)
         if self._single.value is not None if rows == 1 else self._weight >= 1:
-            seconds = min(seconds, 4 * self.pass_seconds(rows))  # an outlier says little of the next pass
+            seconds = min(seconds, 4 * self.pass_seconds(rows))  # an outlier says little about the next pass
         if rows == 1:
             self._single.add(seconds)
             return
@@ -93,12 +93,12 @@ class PassCosts:
 
     @property
     def row_seconds(self) -> float:
-        """Seconds of one more draft token in every sequence."""
+        """Seconds for one more draft token in every sequence."""
         return (self._sequences.value or 1.0) * self._slope
 
     @property
     def first_seconds(self) -> float:
-        """Extra seconds of the first draft token; 0 where several sequences make a pass of several rows anyway."""
+        """Extra seconds of the first draft token; 0 if several sequences make a pass of several rows anyway."""
         single = self._single.value
         if single is None or not self._weight or (self._sequences.value or 1.0) >= 1.5:
             return 0.0
@@ -122,7 +122,7 @@ class PassCosts:
 
     @property
     def _slope(self) -> float:
-        """Seconds of each further row: least squares, near `ROW_SHARE` of a step where all passes were alike."""
+        """Seconds of each further row: least squares, near `ROW_SHARE` of a step if all passes had equal sizes."""
         if not self._weight:
             return ROW_SHARE * (self._single.value or 0.0)
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
@@ -132,14 +132,14 @@ class PassCosts:
         return max(0.0, (together + ROW_BELIEF * usual) / (spread + ROW_BELIEF))
 
 
-class AcceptanceByPlace:
-    """Recent acceptance of draft tokens by their place in the epoch: right ones often come in runs."""
+class AcceptanceByPosition:
+    """Recent acceptance of draft tokens by position in the epoch: right ones often come in runs."""
 
     def __init__(self) -> None:
         self._right, self._seen = 1.0, 2.0
         self._right_at, self._seen_at = [0.0] * PLACES, [0.0] * PLACES
         self.place = 0
-        """Right draft tokens of this epoch so far: the place of the next one."""
+        """Right draft tokens of this epoch so far: the position of the next one."""
         self.compared = 0
         """Number of all draft tokens."""
 
@@ -156,13 +156,13 @@ class AcceptanceByPlace:
 
     @property
     def rates(self) -> list[float]:
-        """Probability that a draft token is right when all before it in its epoch were, by place."""
+        """Probability that a draft token is right if all before it in its epoch were, by position."""
         overall = self._right / self._seen
         return [(r + BELIEF * overall) / (s + BELIEF) for r, s in zip(self._right_at, self._seen_at)]
 
     def worth(self, most: int, costs: PassCosts) -> int:
-        """Number of draft tokens, of `most` that there are, that a pass should take: the n-th saves a step when all up
-        to it are right, and costs a row when it is not."""
+        """Number of draft tokens, of `most` available ones, that a pass should take: the n-th saves a step if all up to
+        it are right, and costs a row if not."""
         step, row, rates = costs.step_seconds, costs.row_seconds, self.rates
         chance, gain, best, count = 1.0, -costs.first_seconds, 0.0, 0
         for number in range(most):
@@ -173,14 +173,14 @@ class AcceptanceByPlace:
         return count
 
     def discount(self) -> None:
-        """Give all observations so far a tenth of their weight."""
+        """Reduce the weight of all observations so far to a tenth."""
         self._right, self._seen = 0.1 * self._right, 0.1 * self._seen
         self._right_at = [0.1 * right for right in self._right_at]
         self._seen_at = [0.1 * seen for seen in self._seen_at]
 
 
 class Pacing:
-    """When the next pass of a sequence begins and how many draft tokens it takes: the verifier's policy.
+    """The verifier's policy: when the next pass of a sequence begins, and how many draft tokens it takes.
 
     Args:
         costs: Measured passes of the target; the scheduler adds to them.
@@ -193,7 +193,7 @@ class Pacing:
         self._longest = longest
         self._is_free = draft_length is None
         self._lengths = [n for n in LENGTHS if n <= longest] if draft_length is None else [min(draft_length, longest)]
-        self.acceptance = AcceptanceByPlace()
+        self.acceptance = AcceptanceByPosition()
         self.plan = Plan(self._lengths[-1], 0)
         self._planned_at = 0
         self._answer, self._spacing = Mean(), Mean()
@@ -201,16 +201,16 @@ class Pacing:
         self._answered_at: float | None = None
         self._arrived_at = 0.0
         self._arrivals = 0
-        """Draft tokens that arrived since the clock was started."""
+        """Draft tokens that have arrived since the clock was started."""
         self._has_more = True
 
     def on_rejection(self, now: float) -> None:
-        """A verdict that ends the epoch is sent; draft tokens of the next one are awaited."""
+        """A verdict that ends the epoch was sent; draft tokens of the next epoch are awaited."""
         self._note_spacing()
         self._rejected_at, self._answered_at, self._arrivals, self._has_more = now, None, 0, True
 
     def on_draft(self, now: float, count: int) -> None:
-        """A DRAFT of this epoch came with `count` draft tokens; 0: the drafter has none for now."""
+        """A DRAFT of this epoch arrived with `count` draft tokens; 0: the drafter has none for now."""
         self._has_more = count > 0
         if not count:
             return
@@ -226,13 +226,13 @@ class Pacing:
             self._note_spacing()
 
     def on_compared(self, right: int, wrong: int) -> None:
-        """`right` draft tokens equalled the target's choices; then `wrong` (0 or 1) did not."""
+        """`right` draft tokens equalled the target's choices; after them `wrong` (0 or 1) did not."""
         self.acceptance.add(right, wrong)
         if self.acceptance.compared - self._planned_at >= min(PLAN_EVERY, self.acceptance.compared / 3):
             self._make_plan()
 
     def rows(self, waiting: int) -> int:
-        """Number of draft tokens, of `waiting` that there are, that the next pass takes."""
+        """Number of draft tokens, of `waiting` available ones, that the next pass takes."""
         most = min(waiting, self.plan.draft_length)
         return self.acceptance.worth(most, self._costs) if self._is_free and self._costs.known else most
 
@@ -270,11 +270,11 @@ class Pacing:
 
 
 class DraftLength:
-    """Number of draft tokens in the next DRAFT: the drafter's policy, one for each request.
+    """The drafter's policy: the number of draft tokens in the next DRAFT, for one request.
 
-    Over a distance draft tokens are sent in groups, since at the verifier they wait for the next pass; the first of an
-    epoch are sent sooner, and near by, where the verifier may wait, each is sent alone. Tokens that are hardly ever
-    reached are not drafted.
+    Over a distance draft tokens are sent in groups, since they wait at the verifier for the next pass; the first of an
+    epoch are sent sooner. Near by, where the verifier may wait, each is sent alone. Tokens that are hardly ever reached
+    are not drafted.
 
     Args:
         draft_length: Most draft tokens of a DRAFT; None: what pays best, which may be none.
@@ -283,16 +283,16 @@ class DraftLength:
 
     def __init__(self, draft_length: int | None, window: int) -> None:
         self.rtt_seconds: float | None = None
-        """Set by the drafter's loop as it is measured."""
+        """Round-trip time, set by the drafter's loop when measured."""
         self._draft_length = draft_length
         self._window = window
-        self.acceptance = AcceptanceByPlace()
+        self.acceptance = AcceptanceByPosition()
         self._draft_step = Mean()
         self._pass = Mean()
         self._reach = self._worth_making()
         self._verdict_at: float | None = None
         self._silent_for = 0
-        """Number of new tokens until the next try."""
+        """New tokens until the next attempt."""
         self._pauses = 0
         self._tried_at = 0
 
@@ -302,7 +302,7 @@ class DraftLength:
             self._draft_step.add(seconds / count)
 
     def on_verdict(self, now: float, right: int, wrong: int, tokens: int) -> None:
-        """A VERDICT of `tokens` new tokens came: `right` draft tokens equalled them, then `wrong` (0 or 1) did not."""
+        """A VERDICT of `tokens` new tokens arrived: `right` draft tokens equalled them, `wrong` (0 or 1) did not."""
         if self._verdict_at is not None:
             self._pass.add(now - self._verdict_at)
         self._verdict_at = now
@@ -317,7 +317,7 @@ class DraftLength:
             self._judge()
 
     def next(self, ahead: int) -> int:
-        """Draft tokens of the next DRAFT when `ahead` were sent beyond the last verdict; 0: wait for the next."""
+        """Draft tokens of the next DRAFT when `ahead` were sent beyond the last verdict; 0: wait for a verdict."""
         if self._silent_for:
             return 0
         group = self._group if ahead else max(1, self._group // 3)
@@ -362,7 +362,7 @@ class DraftLength:
 
 
 def _paying_plan(rates: list[float], pace: Pace, lengths: list[int]) -> Plan:
-    """The best plan; the target alone where the best gains next to nothing and 0 is one of the lengths."""
+    """The best plan; the target alone if the best gains almost nothing and 0 is one of the lengths."""
     plan, speed = best_plan(survival(rates, LONGEST_EPOCH), pace, lengths)
     if 0 in lengths and speed * pace.step_seconds < LEAST_GAIN:
         return ALONE

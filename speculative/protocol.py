@@ -1,12 +1,12 @@
-"""The lab's first protocol (v0): ask with text, be answered with token ids. Any client may speak it, in any language.
+"""The lab's first protocol (v0): send text, receive token ids. Any client can implement it, in any language.
 
     request    [4 bytes length][UTF-8 text]
     response   [4 bytes count][count x int32]
 
-All integers in network byte order; any number of requests on a connection, one after the other; an error closes it. Who
-closes a connection, or only its own side of it, has left: nothing more is computed for it. The answer is
-the target's own greedy continuation of the plain text. It has no key, no version and no session: those are the frames
-of `lab.wire`, on the same port; the two are told apart by the first four bytes (`lab.wire.sniff`).
+All integers in network byte order; any number of requests on a connection, one after the other; an error closes it. A
+client that closes the connection, or its sending side, has left: nothing more is computed for it. The answer is the
+target's own greedy continuation of the plain text. The protocol has no key, no version and no session: the frames of
+`lab.wire` on the same port have them; the first four bytes tell the two protocols apart (`lab.wire.sniff`).
 
 A client:
 
@@ -25,11 +25,11 @@ from collections.abc import Iterator, Sequence
 from lab.wire import BadFrame, Peer, PeerGone, PeerSilent
 
 MAX_TEXT_BYTES = 2**20
-"""Longest request, part of the protocol: `lab.wire.MAGIC` read as a length is 3,000 times as much."""
+"""Longest request, part of the protocol: `lab.wire.MAGIC`, read as a length, is 3,000 times larger."""
 MAX_TOKENS = 2**16
 """Longest response, part of the protocol."""
 TIMEOUT_SECONDS = 300.0
-"""For one whole message, when neither the caller nor the socket says another time; an answer must be computed."""
+"""Time limit of one whole message if neither the caller nor the socket has one; an answer must be computed."""
 
 _LENGTH = struct.Struct("!I")
 
@@ -37,8 +37,8 @@ _LENGTH = struct.Struct("!I")
 def send_msg(connection: socket.socket, text: str, *, timeout_seconds: float | None = None) -> None:
     """Send a request. Raises `ValueError` for text over the cap, `PeerGone`, `PeerSilent`.
 
-    Works on blocking and non-blocking sockets, TLS or not; one thread at a time. `timeout_seconds` None is the socket's
-    own time-out, or `TIMEOUT_SECONDS` where it has none.
+    Works on blocking and non-blocking sockets, with and without TLS; one thread at a time. `timeout_seconds` None is
+    the socket's own time-out, or `TIMEOUT_SECONDS` if it has none.
     """
     _Turn(connection, "request", timeout_seconds).write(encode_msg(text))
 
@@ -49,7 +49,7 @@ def recv_msg(
     """Return the next request. Sockets and time as in `send_msg`.
 
     Raises `BadFrame` for a length over `max_bytes` (nothing is allocated for it) or bytes that are not UTF-8,
-    `PeerGone` when the peer left (`LeftBetweenMessages` where it may), `PeerSilent` when it took too long.
+    `PeerGone` when the peer left (`LeftBetweenMessages` between messages), `PeerSilent` when it took too long.
     """
     turn = _Turn(connection, "request", timeout_seconds)
     length = _checked_length(turn.read(_LENGTH.size), max_bytes, turn.peer)
@@ -57,7 +57,7 @@ def recv_msg(
 
 
 def send_tokens(connection: socket.socket, ids: Sequence[int], *, timeout_seconds: float | None = None) -> None:
-    """Send a response. Raises `ValueError` for an id that is no int32 or too many of them, `PeerGone`, `PeerSilent`."""
+    """Send a response. Raises `ValueError` for too many ids or one that is not an int32, `PeerGone`, `PeerSilent`."""
     _Turn(connection, "response", timeout_seconds).write(encode_tokens(ids))
 
 
@@ -71,7 +71,7 @@ def recv_tokens(
 
 
 def encode_msg(text: str) -> bytes:
-    """Return a request as it travels. Raises `ValueError` when it is over the cap."""
+    """Return an encoded request. Raises `ValueError` if it is over the cap."""
     encoded = text.encode()
     if len(encoded) > MAX_TEXT_BYTES:
         raise ValueError(f"prompt must be at most {MAX_TEXT_BYTES} bytes of UTF-8, got {len(encoded)}")
@@ -79,7 +79,7 @@ def encode_msg(text: str) -> bytes:
 
 
 def encode_tokens(ids: Sequence[int]) -> bytes:
-    """Return a response as it travels. Raises `ValueError` when an id is no int32 or there are too many."""
+    """Return an encoded response. Raises `ValueError` for too many ids or one that is not an int32."""
     if len(ids) > MAX_TOKENS:
         raise ValueError(f"a response must be at most {MAX_TOKENS} tokens, got {len(ids)}")
     try:
@@ -111,7 +111,7 @@ async def write_tokens(writer: asyncio.StreamWriter, ids: Sequence[int], *, peer
 
 
 class LeftBetweenMessages(PeerGone):
-    """The peer closed the connection where it may: after a whole message."""
+    """The peer closed the connection at a permitted point: after a whole message."""
 
 
 async def _exactly(reader: asyncio.StreamReader, count: int, peer: Peer, *, within: bool = False) -> bytes:
@@ -179,12 +179,12 @@ class _Turn:
         return memory
 
     def _limit_wait(self) -> None:
-        """Let the next call on the socket wait until the deadline, and no longer."""
-        self.connection.settimeout(max(1e-6, self.deadline - time.monotonic()))  # 0 would not wait for TLS to go on
+        """Let the next call on the socket wait until the deadline at most."""
+        self.connection.settimeout(max(1e-6, self.deadline - time.monotonic()))  # 0 would not wait for TLS
 
     @contextlib.contextmanager
     def _until_deadline(self, did: str) -> Iterator[None]:
-        """Name the faults of the block, and give the socket its own time-out back."""
+        """Report the faults of the block, and restore the socket's own time-out."""
         own = self.connection.gettimeout()
         try:
             yield

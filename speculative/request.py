@@ -10,19 +10,19 @@ from speculative.settings import Mode
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """A prompt, and how the target is to continue it."""
+    """A prompt, and the settings with which the target continues it."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     max_new_tokens: int
-    """Counts `new_ids`, too."""
+    """Includes `new_ids`."""
     mode: Mode
     threshold: float | None
-    """None: rule exact. Else, in nats, what a draft token may cost: rule cross_entropy, which is lossy."""
+    """None: rule exact. Else rule cross_entropy (lossy): most nats of cross-entropy of an accepted draft token."""
     draft_length: int = 0
-    """Draft tokens of a pass at most; 0: as many as pay."""
+    """Most draft tokens of a pass; 0: as many as pay off."""
     new_ids: Sequence[int] = ()
-    """New tokens that are known already: the request was begun before, elsewhere."""
+    """New tokens that are already known: the request began at an earlier connection."""
 
     @property
     def ids(self) -> list[int]:
@@ -32,36 +32,36 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Verdict:
-    """New tokens: the accepted draft tokens, and those that the target put behind them."""
+    """New tokens: the accepted draft tokens, then tokens of the target's own."""
 
     key: Hashable
-    """Names the request, in every outcome."""
+    """Key of the request, in every outcome."""
     epoch: int
     """The epoch that draft tokens belong to from now on."""
     position: int
     """Position of the first new token."""
     accepted: int
-    """Number of draft tokens that are the first of the new tokens."""
+    """Number of draft tokens among the new tokens: the first ones."""
     ids: list[int]
-    """New tokens behind the accepted ones."""
+    """New tokens after the accepted ones."""
     prefix: int | None
-    """`prefix_hash` of the text, the new tokens included; None in mode sync."""
+    """`prefix_hash` of the text including the new tokens; None in mode sync."""
     draft_nll: list[float]
-    """Cross-entropy under the target, in nats, of each draft token of the pass, up to the first that was rejected."""
+    """Cross-entropy under the target, in nats, of each draft token of the pass, up to the first rejected one."""
     margins: list[float]
     """`Choice.margins` of each new token; empty in the answer to a RESUME."""
 
 
 @dataclass(frozen=True)
-class Ended:
+class Ending:
     """The last outcome of a request."""
 
     key: Hashable
     reason: Reason
     text: str
-    """For people, when the request was refused or failed."""
+    """Explanation for the user, when the request was refused or failed."""
     step_seconds: float = 0.0
-    """Seconds of a forward pass over one row, as measured; 0: not known."""
+    """Seconds of a forward pass over one row, as measured; 0: unknown."""
     row_seconds: float = 0.0
     """Seconds of each further row."""
 
@@ -72,7 +72,7 @@ class Waiting:
 
     key: Hashable
     place: int
-    """1: it is the next."""
+    """Place in line; 1: next."""
 
 
-Outcome = Verdict | Ended | Waiting
+Outcome = Verdict | Ending | Waiting

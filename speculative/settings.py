@@ -13,19 +13,19 @@ MAX_DRAFT_LENGTH = 64
 """Most draft tokens in one DRAFT, part of the protocol; a verifier's own limit is `project.max_draft_length`."""
 
 SYNTHETIC_CONTEXT = 2**17
-"""Tokens of a text in a synthetic engine where `project.context` is 0; it has no model to ask."""
+"""Context of a synthetic engine, in tokens, if `project.context` is 0: there is no model that has one."""
 
 AUTO = "auto"
 MAX_WINDOW = 1024
-"""Most draft tokens of a request that are under way or wait; a verifier's own limit is `project.draft.window`."""
+"""Most draft tokens of a request that are in transit or waiting; a verifier's own limit is `project.draft.window`."""
 
 Mode = Enum("Mode", {"async": "async", "sync": "sync", "target_only": "target_only"})  # `async` is a keyword of Python
-"""`async`: the drafter drafts ahead all the time, and the target goes on alone where no draft token has come. `sync`:
-draft, send, wait for the verdict. `target_only`: the target streams its text, and nothing is drafted."""
+"""`async`: the drafter keeps drafting, and the target decodes by itself when no draft token has arrived. `sync`: draft,
+send, wait for the verdict. `target_only`: the target streams its text without drafts."""
 
 
 class Rule(Enum):
-    """When a draft token is accepted. `exact`: when it is the target's choice, so that the text is the target's own.
+    """When a draft token is accepted. `exact`: if it is the target's choice, so that the text is the target's own.
 
     `cross_entropy` also accepts one whose cross-entropy under the target is at most a threshold: LOSSY.
     """
@@ -40,7 +40,7 @@ class DraftSource(Enum):
     model = "model"
     """Another, smaller model with the same tokenizer: `project.draft.model`."""
     ngram = "ngram"
-    """Prompt lookup: the tokens that followed the last time the same ones stood in the text; no model."""
+    """Prompt lookup: the tokens that followed the last time the same ones occurred in the text; no model."""
     layers = "layers"
     """The first layers of the target's own checkpoint, with its head."""
     noisy = "noisy"
@@ -48,7 +48,7 @@ class DraftSource(Enum):
     random = "random"
     """Ids from a hash, for tests."""
     synthetic = "synthetic"
-    """A `SyntheticEngine` that agrees with a synthetic target as often as it is told to, for measurements."""
+    """A `SyntheticEngine` that agrees with a synthetic target with a given probability, for measurements."""
     recorded = "recorded"
     """The target's own text of an earlier run (`project.draft.file`), right with probability
     `project.synthetic.agreement`: a drafter of known acceptance for a real target, for measurements."""
@@ -58,27 +58,27 @@ class DraftSource(Enum):
 
 @dataclass(kw_only=True)
 class DraftSettings:
-    """The draft source, and how far ahead it drafts."""
+    """The draft source, and the number of draft tokens."""
 
     source: DraftSource
     model: str | None
     """Draft model (source=model): a name in conf/model or in the `model` folder of `--config-dir`, a folder, a GGUF
     file, or a hub repository."""
     dtype: Dtype | None
-    """Precision of that model; null: the one its YAML says."""
+    """Precision of that model; null: that of its YAML."""
     length: str  # a union of int and str is too much for OmegaConf 2.3: merging fails
-    """Most draft tokens of a pass (k); fewer when the text ends before. auto: as many as pay, which may be none (mode
+    """Most draft tokens of a pass (k); fewer near the end of the text. auto: as many as pay off, possibly none (mode
     async); five (mode sync)."""
     window: int
-    """Drafter: most draft tokens beyond the verified text (its credit). Verifier: the most it gives."""
+    """Drafter: most draft tokens beyond the verified text (its credit). Verifier: the most that it grants."""
     layers: int
     """Number of the target's layers that draft (source=layers)."""
     noise: float
     """Standard deviation of the noise, in units of the head's own (source=noisy)."""
     file: str | None
-    """The result.json of a run whose text is drafted (source=recorded)."""
+    """The result.json of the run whose text is replayed (source=recorded)."""
     longest_ngram: int
-    """Longest n-gram that is looked up; then shorter ones are (source=ngram)."""
+    """Longest n-gram that is looked up; shorter ones are next (source=ngram)."""
     shortest_ngram: int
     """Shortest n-gram that is looked up (source=ngram)."""
 
@@ -98,13 +98,13 @@ class DraftSettings:
 
     @property
     def fixed_length(self) -> int:
-        """The length that was asked for; 0: auto."""
+        """The configured length; 0: auto."""
         return 0 if self.length == AUTO else int(self.length)
 
 
 @dataclass(kw_only=True)
 class SyntheticSettings:
-    """Engines without a model, whose passes take the time they are told to (engine=synthetic, source=synthetic)."""
+    """Engines without a model, whose passes take a configured time (engine=synthetic, source=synthetic)."""
 
     vocabulary_size: int
     """Verifier: number of ids of a synthetic target; 0: those of the tokenizer of `model`."""
@@ -129,11 +129,11 @@ class ClientSettings:
     """Limits of one connection to a verifier."""
 
     texts: int
-    """Requests at once."""
+    """Concurrent requests."""
     cache_bytes: int
     """Keys and values that its requests need at their full length (prompt and max_new_tokens)."""
     frames_per_second: float
-    """Frames it may send; one that sends more is read more slowly."""
+    """Frames it may send per second; a client that sends more is read more slowly."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "texts", "frames_per_second")
@@ -142,18 +142,18 @@ class ClientSettings:
 
 @dataclass(kw_only=True)
 class SplitTargetSettings:
-    """A target that is split over shards which serve already (engine=split): `python -m split.serve`."""
+    """A target that is split over running shards (engine=split): `python -m split.serve`."""
 
     shards: list[str]
-    """Where they listen, `host:port` each, first to last."""
+    """Their addresses, `host:port` each, first to last."""
     spares: list[str]
-    """Shards that may take the place of one with the same layers."""
+    """Shards that may replace a lost one with the same layers."""
     boundary: str
-    """How hidden states travel between them: the shards' own `project.boundary`."""
+    """Number format of hidden states between them: the shards' own `project.boundary`."""
     start_seconds: float
-    """How long they may take to be there."""
+    """Time limit for them to start."""
     recovery_seconds: float
-    """How long to try to bring back one that was lost."""
+    """Time limit for replacing a lost one."""
 
     def __post_init__(self) -> None:
         require_above(0, self, "start_seconds")
@@ -162,9 +162,9 @@ class SplitTargetSettings:
 
 @dataclass(kw_only=True)
 class SpeculativeProjectSettings(TextSettings, CacheSettings):
-    """Both roles read one config; each value says whose it is where only one of them uses it.
+    """Settings of both roles; each value says whose it is if only one role uses it.
 
-    What is asked of a text is the drafter's; the verifier reads `max_new_tokens` for the first protocol's requests.
+    Settings of a text are the drafter's; the verifier reads `max_new_tokens` for requests of the first protocol.
     """
 
     mode: Mode
@@ -172,38 +172,38 @@ class SpeculativeProjectSettings(TextSettings, CacheSettings):
     rule: Rule
     """Drafter."""
     cross_entropy_threshold: float
-    """Drafter: nats a draft token may cost under rule=cross_entropy."""
+    """Drafter: largest cross-entropy, in nats, of an accepted draft token under rule=cross_entropy."""
     report: bool
-    """Drafter: ask for the cross-entropy of each draft token and the margin of each token (12 to 60 bytes a round)."""
+    """Drafter: ask for the cross-entropy of each draft token and each token's margin (12 to 60 bytes per round)."""
     check: bool
     """Drafter: afterwards let the target decode the text alone and count the tokens that differ (flips)."""
     draft: DraftSettings
     resume_seconds: float
-    """Drafter: how long to try to reach a lost verifier again. Verifier: how long a request is kept whose connection is
-    lost; nothing is computed for it meanwhile. 0: a lost connection ends its requests."""
+    """Drafter: how long to try to reach a lost verifier again. Verifier: how long a request is kept after its
+    connection was lost; nothing is computed for it meanwhile. 0: a lost connection ends its requests."""
     resume: str | None
-    """Drafter: the text.json in the run folder of a drafter that is gone; its request goes on, if everything else is as
-    it was. null: a new request."""
+    """Drafter: the text.json in the run folder of an earlier drafter, whose request continues if all other settings are
+    the same. null: a new request."""
     lookup: bool
-    """Verifier: use its own prompt lookup where no draft token has come (mode async)."""
+    """Verifier: use its own prompt lookup when no draft token has arrived (mode async)."""
     client: ClientSettings
     """Verifier."""
     idle_seconds: float
-    """Verifier: how long a connection may be without a request, and a request of mode sync without a DRAFT."""
+    """Verifier: time limit of a connection without a request, and of a request of mode sync without a DRAFT."""
     engine: EngineKind
-    """Verifier: what computes the target."""
+    """Verifier: the engine of the target."""
     synthetic: SyntheticSettings
     split: SplitTargetSettings
     """Verifier."""
     max_waiting: int
-    """Verifier: requests that may wait in line for room; one more is refused at once."""
+    """Verifier: requests that may wait in line for room; further ones are refused at once."""
     max_connections: int
-    """Verifier: connections at once."""
+    """Verifier: concurrent connections."""
     max_draft_length: int
     """Verifier: most draft tokens of a request checked in one pass."""
     exact_shapes: bool
     """Verifier: every pass has the same shape, so that every dtype gives the text that the target alone gives in this
-    mode; refuses to start where the device does not keep that promise."""
+    mode; refuses to start on a device that cannot guarantee this."""
     bench: BenchSettings
 
     def __post_init__(self) -> None:
@@ -222,7 +222,7 @@ class SpeculativeProjectSettings(TextSettings, CacheSettings):
 @register("spec_decoding")
 @dataclass(kw_only=True)
 class SpeculativeSettings(LabSettings):
-    """Everything the verifier and the drafter read."""
+    """All settings of the verifier and the drafter."""
 
     project: SpeculativeProjectSettings
 

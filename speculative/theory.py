@@ -1,18 +1,18 @@
-"""Theory of speculation: the speed it should give for measured figures.
+"""Theory of speculation: the speed to expect from measured figures.
 
-Notation: S(n) the probability that the first n draft tokens of an epoch are all right (a^n when each is right with
-probability a, independently), k draft tokens a pass, t_T the target's pass over one token, c the cost of each further
-row of a pass, t_D the drafter's step, R the round-trip time. The target alone streams a token every t_T, whatever R is.
+Notation: S(n) the probability that the first n draft tokens of an epoch are all right (a^n if each is right with
+probability a, independently), k draft tokens per pass, t_T the target's pass over one token, c the cost of each further
+row of a pass, t_D the drafter's step, R the round-trip time. The target alone streams a token every t_T, for any R.
 
-Synchronous. A round yields the draft tokens up to the first wrong one and a token of the target's own behind them:
+Synchronous. A round yields the draft tokens before the first wrong one, then one of the target's own tokens:
 E(k) = S(0) + S(1) + ... + S(k) tokens, which is (1 - a^(k+1)) / (1 - a) (Leviathan et al., arXiv 2211.17192,
-equation 1). Nothing overlaps: drafting, the way there, the check, and the way back take k t_D + (t_T + c k) + R.
+equation 1). Nothing overlaps: drafting, sending, the check and the reply take k t_D + (t_T + c k) + R.
 
-Asynchronous. The drafter never stops, and the verifier decodes by itself where no draft token has come (AMUSD, arXiv
+Asynchronous. The drafter never stops, and the verifier decodes by itself when no draft token has arrived (AMUSD, arXiv
 2410.17375, over a network). An epoch lasts from one rejection to the next. Whatever the verifier does, it yields the
 right draft tokens and the token that corrects the first wrong one, E = S(0) + S(1) + ... tokens: a policy changes only
-how long that takes. And that is known beforehand: the verdict needs R / 2 to the drafter, which is half through a step
-it began in vain, and the n-th draft token of the new epoch is at the verifier at
+the time that takes. And that time is known beforehand: the verdict reaches the drafter after R / 2, on average in the
+middle of a useless step, and the n-th draft token of the new epoch reaches the verifier
 
     A(n) = R + t_D / 2 + n t_D
 
@@ -21,10 +21,10 @@ number of tokens; it is needed with probability S(tokens covered before it). Wit
 
     E[seconds] = sum over i of (e_i - e_(i-1)) S(c_(i-1)),     tokens per second = E / E[seconds]     (renewal theorem).
 
-A pass takes at most k of the draft tokens that are there, and begins as soon as the one before it ends, or when m of
-them are there (`Plan`). k = 0 is the target alone, and m = k without a delay nearly the synchronous loop, so that the
+A pass takes at most k of the draft tokens that have arrived. It begins as soon as the one before it ends, or once m of
+them have arrived (`Plan`). k = 0 is the target alone, and m = k without a delay almost the synchronous loop, so the
 best of all plans is never worse than the better of the two. What the formula leaves out (a credit window, a drafter
-slower than the target, delays that differ) is in `simulate`, which plays every draft token and every verdict.
+slower than the target, unequal delays) is in `simulate`, which plays every draft token and every verdict.
 """
 
 import math
@@ -33,18 +33,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 Acceptance = float | Sequence[float]
-"""Probability that a draft token is right when all before it in its epoch were: one for all, or one by its place in the
-epoch (the last holds for all behind it)."""
+"""Probability that a draft token is right if all before it in its epoch were: one for all, or one by position in the
+epoch (the last one for all later positions)."""
 
 LEAST_SURVIVAL = 1e-3
-"""Probability of lasting so long at which epochs are cut off: their tokens and their seconds."""
+"""Epochs are cut off at a length that they reach with less than this probability."""
 
 LONGEST_WAIT = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """The two machines and the way between them, in seconds."""
+    """The two machines and the network between them, in seconds."""
 
     step_seconds: float
     """The target's pass over one token."""
@@ -59,7 +59,7 @@ class Speeds:
         return self.step_seconds + self.row_seconds * draft_tokens
 
     def pace(self) -> "Pace":
-        """The verifier's view of these speeds."""
+        """These speeds as the verifier sees them."""
         return Pace(
             step_seconds=self.step_seconds,
             row_seconds=self.row_seconds,
@@ -75,18 +75,18 @@ class Pace:
     step_seconds: float
     row_seconds: float
     answer_seconds: float
-    """From a verdict that rejects to the first draft token of the new epoch."""
+    """Time from a verdict that rejects to the first draft token of the new epoch."""
     draft_step_seconds: float
-    """From one draft token to the next."""
+    """Time from one draft token to the next."""
     first_seconds: float = 0.0
     """Extra cost of a pass with draft tokens, beyond their rows."""
 
     def arrival(self, count: int) -> float:
-        """When `count` draft tokens of an epoch are there, after the verdict before it: A(n)."""
+        """Time from the verdict before an epoch until `count` of its draft tokens have arrived: A(n)."""
         return self.answer_seconds + (count - 1) * self.draft_step_seconds if count > 0 else 0.0
 
     def arrived(self, seconds: float, most: int) -> int:
-        """Number of draft tokens of an epoch, up to `most`, that are there `seconds` after the verdict before it."""
+        """Number of draft tokens of an epoch, up to `most`, that have arrived `seconds` after the verdict before it."""
         if seconds < self.answer_seconds:
             return 0
         if self.draft_step_seconds * most <= seconds - self.answer_seconds:
@@ -96,12 +96,12 @@ class Pace:
 
 @dataclass(frozen=True)
 class Plan:
-    """When a pass begins, and how much it checks."""
+    """When a pass begins, and how many draft tokens it checks."""
 
     draft_length: int
     """Most draft tokens of a pass (k); 0: the target alone."""
     wait_for: int
-    """Draft tokens that must be there when it begins (m); 0: it begins as soon as the pass before it ends."""
+    """Draft tokens that must have arrived when it begins (m); 0: it begins as soon as the pass before it ends."""
 
 
 ALONE = Plan(0, 0)
@@ -155,7 +155,7 @@ def async_tokens_per_second(chances: Sequence[float], pace: Pace, plan: Plan) ->
 def best_plan(chances: Sequence[float], pace: Pace, draft_lengths: Sequence[int]) -> tuple[Plan, float]:
     """The best plan with one of these draft lengths, and its tokens per second.
 
-    Waits for up to `LONGEST_WAIT` draft tokens are tried where the first is there before a pass could have ended.
+    Waiting for up to `LONGEST_WAIT` draft tokens is tried if the first one arrives before a pass could have ended.
     """
     longest_wait = LONGEST_WAIT if pace.answer_seconds < pace.step_seconds else 0
     plans = [Plan(length, wait) for length in draft_lengths for wait in range(min(length, longest_wait) + 1)]
@@ -165,7 +165,7 @@ def best_plan(chances: Sequence[float], pace: Pace, draft_lengths: Sequence[int]
 def predicted_async_tokens_per_second(
     acceptance: Acceptance, speeds: Speeds, *, longest: int, draft_length: int | None, new_tokens: int
 ) -> float:
-    """Speed that the asynchronous loop should have for measured figures.
+    """Predicted speed of the asynchronous loop for measured figures.
 
     Args:
         acceptance: Measured, one for all draft tokens or by their place in the epoch.
@@ -179,12 +179,12 @@ def predicted_async_tokens_per_second(
 
 
 IsRight = Callable[[int, int], bool]
-"""Whether a draft token is right when all before it in its epoch were: by its place in the text and in the epoch."""
+"""Whether a draft token is right if all before it in its epoch were, by position in the text and in the epoch."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Counts of `simulate`."""
+    """Counts from `simulate`."""
 
     tokens_per_second: float
     passes: int
@@ -196,7 +196,7 @@ class Simulated:
 def simulated_optimum(
     is_right: IsRight, acceptance: Acceptance, speeds: Speeds, *, longest: int, new_tokens: int
 ) -> Simulated:
-    """Simulate the best plan for these figures over one text, whose draft tokens are not known beforehand."""
+    """Simulate the best plan for these figures over one text whose draft tokens are not known beforehand."""
     plan, _ = best_plan(survival(acceptance, new_tokens), speeds.pace(), range(longest + 1))
     runs = (simulate(is_right, speeds, plan, window=window, new_tokens=new_tokens) for window in (16, 64))
     return max(runs, key=lambda run: run.tokens_per_second)
@@ -240,7 +240,7 @@ def simulate(
 
 @dataclass
 class _SimulatedDrafter:
-    """Drafts all the time, and restarts where a verdict says otherwise. Places count the new tokens of the text."""
+    """Drafts all the time, and restarts when a verdict rejects. Positions count the new tokens of the text."""
 
     is_right: IsRight
     step_seconds: float
@@ -251,20 +251,20 @@ class _SimulatedDrafter:
     _known: int = 0
     """Number of verified tokens that the drafter knows."""
     _first: int = 0
-    """Place where the epoch began."""
+    """Position where the epoch began."""
     _made_at: list[float] = field(default_factory=list)
-    """When each draft token of the epoch was made, from `_first` on."""
+    """Time at which each draft token of the epoch was made, from `_first` on."""
     _wrong: float = math.inf
-    """Place of the first wrong draft token of the epoch."""
+    """Position of the first wrong draft token of the epoch."""
     _verdicts: deque[tuple[float, int]] = field(default_factory=deque)
-    """Verdicts under way: when they arrive, and how long the text is."""
+    """Verdicts in transit: arrival time, and length of the text."""
 
     def send_verdict(self, arrives_at: float, length: int) -> None:
         """Send a verdict."""
         self._verdicts.append((arrives_at, length))
 
     def draft_until(self, until: float) -> None:
-        """Draft until then; a step that would end later is not begun."""
+        """Draft until then; a step that would end later is not started."""
         while True:
             if self._verdicts and self._verdicts[0][0] <= self._free_at:
                 self._on_verdict(self._verdicts.popleft()[1])
@@ -278,7 +278,7 @@ class _SimulatedDrafter:
                 self._draft()
 
     def ready_at(self, position: int, count: int) -> float | None:
-        """Draft until there are `count` draft tokens from `position` on; when, or None if the window forbids it."""
+        """Draft until there are `count` draft tokens from `position` on; the time, or None if the window forbids it."""
         while not self._is_live(position) or self._first + len(self._made_at) < position + count:
             before = (self.drafted, len(self._verdicts))
             self.draft_until(self._free_at + self.step_seconds)
@@ -289,7 +289,7 @@ class _SimulatedDrafter:
         return self._made_at[position + count - 1 - self._first]
 
     def valid(self, position: int, most: int, made_by: float) -> int:
-        """Number of draft tokens from `position` on that were made by then, in an epoch that was not rejected yet."""
+        """Number of draft tokens from `position` on that were made by then, in an epoch not rejected yet."""
         if not self._is_live(position):
             return 0
         count = 0

@@ -1,6 +1,6 @@
-"""Whether two tokenizers mean the same by the same id, and where they first differ.
+"""Whether two tokenizers give the same ids the same meaning, and where they first differ.
 
-Only ids that the tokenizer has count: a model's matrix may be padded beyond them, differently in each size of a family.
+Compares only ids that a tokenizer has: a matrix may be padded beyond them, differently for each size of a family.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def fingerprint(texts: Sequence[str]) -> str:
 
 
 def first_difference(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
-    """The first id that differs, with its text on both sides, for people; None when all are the same."""
+    """The first id that differs, with its text on both sides, for messages; None if all are equal."""
     for token in range(max(len(ours), len(theirs))):
         here, there = (repr(texts[token]) if token < len(texts) else "no token" for texts in (ours, theirs))
         if here != there:

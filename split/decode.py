@@ -1,4 +1,4 @@
-"""Time of a token in a model that is split over shards, at the end of full windows.
+"""Time per token of a model that is split over shards, at the end of full context windows.
 
 `python -m split.decode project.local_shards=2 project.context=1024 project.sessions=4`
 """

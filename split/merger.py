@@ -1,4 +1,4 @@
-"""The parts of a checkpoint as one folder. Their tensors have the names of the whole model already."""
+"""Turns the parts of a checkpoint into one folder. Their tensors already have the names of the whole model."""
 
 import json
 import logging
@@ -78,7 +78,7 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
     buffers = _buffers(base, config)
     save_file(buffers | weights, folder / "model.safetensors", metadata={"format": "pt"})
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # what was trained is stored as it is
+        del config.quantization_config  # trained weights are stored as they are
     config.save_pretrained(folder)
     if (base.path / GENERATION).exists():
         shutil.copy(base.path / GENERATION, folder)
@@ -86,7 +86,7 @@ def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Ten
 
 
 def _buffers(base: ModelFolder, config: Any) -> dict[str, Tensor]:
-    """Tensors of the base model that are no weights, such as a router's corrections: nothing trains them."""
+    """Tensors of the base model that are not weights, such as a router's corrections: they are not trained."""
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     weights = {name for name, _ in whole.named_parameters(remove_duplicate=False)}
@@ -98,7 +98,7 @@ def _buffers(base: ModelFolder, config: Any) -> dict[str, Tensor]:
 
 
 def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> None:
-    """Remove the head where it is the embedding; one of its own stays."""
+    """Remove the head if it is the embedding; an independent head stays."""
     assert structure is not None, "what was trained in slices is known in its parts"
     head, embedding = f"{structure.head}.weight", f"{structure.embedding}.weight"
     if head in weights and embedding in weights and torch.equal(weights[head], weights[embedding]):
@@ -120,7 +120,7 @@ def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, T
 
 
 def write_card(model: ModelSettings, manifest: Manifest, folder: Path, output: Path) -> None:
-    """Write how to load the adapter on its base into its folder, which will be `output`."""
+    """Write a model card with the way to load the adapter on its base; `output` is the final folder."""
     from lab.models.base_model import base_name, base_origin, loading_code
 
     code = loading_code(base_name(model), str(output))
@@ -131,5 +131,5 @@ def write_card(model: ModelSettings, manifest: Manifest, folder: Path, output: P
 def _copy_tokenizer(base: ModelFolder, folder: Path) -> None:
     try:
         base.tokenizer().save_pretrained(str(folder))
-    except (OSError, ValueError) as error:  # a folder of weights without one
+    except (OSError, ValueError) as error:  # the folder has weights only
         log.warning("no tokenizer is in the merged folder: %s", " ".join(str(error).split())[:200])

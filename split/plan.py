@@ -1,4 +1,4 @@
-"""Where the layers of a model should go. `python -m split.plan model=llama3_70b`: nothing is downloaded."""
+"""Which machine should hold which layers. `python -m split.plan model=llama3_70b`: nothing is downloaded."""
 
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +23,7 @@ from split.chain.boundary import Boundary
 from split.planner import QUANTISED_BYTES, Architecture, FitsNowhere, Node, Plan, Work, make_plan
 
 MAX_NODES = 7
-"""All orders of the nodes are tried."""
+"""Most nodes; all their orders are tried."""
 
 _VALUE_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 
@@ -53,7 +53,7 @@ class NodeSettings:
 
 @dataclass(kw_only=True)
 class PlanProjectSettings:
-    """Machines, and the load that they must carry."""
+    """The machines, and the load that they must carry."""
 
     nodes: list[NodeSettings]
     boundary: Boundary
@@ -64,7 +64,7 @@ class PlanProjectSettings:
     overhead_gb: float
     """Memory of each process before any weight."""
     hop_ms: float
-    """Time of each frame besides its link."""
+    """Time of each frame in addition to its link."""
 
     def __post_init__(self) -> None:
         require(1 <= len(self.nodes) <= MAX_NODES, f"nodes must name 1 to {MAX_NODES} machines", len(self.nodes))
@@ -83,7 +83,7 @@ class PlanSettings(LabSettings):
 
 
 def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:
-    """Make the plan; return the figures of the last line. UserError, with the missing GB, when it fits nowhere."""
+    """Make the plan; return the figures of the last line. UserError, with the missing GB, if it fits nowhere."""
     project, model = settings.project, settings.model
     architecture = own_architecture(model)
     work = Work(
@@ -103,7 +103,7 @@ def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def own_architecture(model: ModelSettings) -> Architecture:
-    """The model's numbers in its precision: a preset's, or its own config's where no preset describes it.
+    """The model's sizes in its precision: a preset's, or those of its own config without a preset.
 
     UserError for a config that cannot be read. The config of a hub model without a preset is downloaded.
     """
@@ -121,7 +121,7 @@ def own_architecture(model: ModelSettings) -> Architecture:
 
 
 def sized_architecture(model: ModelSettings) -> Architecture:
-    """`model.architecture` with the size of its numbers in the model's precision."""
+    """`model.architecture` with the size of its values in the model's precision."""
     value_bytes = _VALUE_BYTES[model.dtype]
     weight_bytes = QUANTISED_BYTES.get(model.quantization, value_bytes)
     return Architecture(**asdict(model.architecture), value_bytes=value_bytes, weight_bytes=weight_bytes)

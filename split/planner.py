@@ -1,4 +1,4 @@
-"""Assignment of layers to machines, by arithmetic over the numbers of a model and of the machines. Loads no torch.
+"""Assignment of layers to machines, by arithmetic over the sizes of the model and of the machines. Loads no torch.
 
 A token passes all nodes in order, so its time is the sum of all compute times and of all hops. Each node must hold its
 layers, their keys and values, and a workspace. The nodes form a star: a hop between two of them takes the delay of
@@ -22,16 +22,16 @@ quantisation); int4: four bits, and a scale and a zero in bfloat16 for each 32."
 
 @dataclass(kw_only=True)
 class Architecture(ArchitectureSettings):
-    """A model in numbers, in the precision that it computes in."""
+    """Sizes of a model, in the precision that it computes in."""
 
     value_bytes: int
-    """Size of one number."""
+    """Size of one value."""
     weight_bytes: float
     """Size of one weight in a layer's matrices: `value_bytes`, or less when they are quantised."""
     layer_weights: int | None = None
-    """Weights in all matrices of the largest layer; None: those of a gated MLP and attention of the sizes above."""
+    """Weights in all matrices of the largest layer; None: those of attention and a gated MLP of the sizes above."""
     unpacked_weights: int = 0
-    """Number of these that take `value_bytes` each whatever `weight_bytes` is, since they are in no linear layer."""
+    """Number of these weights that take `value_bytes` each in any case, since they are in no linear layer."""
 
     @property
     def layer_bytes(self) -> int:
@@ -44,7 +44,7 @@ class Architecture(ArchitectureSettings):
 
     @property
     def table_bytes(self) -> int:
-        """Size of the embedding; the head has the same (a tied one is copied to the last shard)."""
+        """Size of the embedding; the head has the same size (a tied one is copied to the last shard)."""
         return self.vocabulary * self.hidden_size * self.value_bytes
 
     @property
@@ -83,7 +83,7 @@ class Work:
     overhead_bytes: int
     """Memory of each process before any weight: libraries, a device's own context."""
     hop_seconds: float
-    """Time of each frame besides its link: serialising, waking up."""
+    """Time of each frame in addition to its link: serialising, waking up."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from split.chain.boundary import Boundary
 
 
 class TransportKind(Enum):
-    """Carrier of hidden states. `tcp`: our frames, every system; `rpc`: torch.distributed.rpc, trusted links only;
+    """How hidden states are carried. `tcp`: our frames, every system; `rpc`: torch.distributed.rpc, trusted links only;
     `inproc`: all shards in the process of the client or trainer."""
 
     tcp = "tcp"
@@ -21,24 +21,24 @@ class TransportKind(Enum):
 
 @dataclass(kw_only=True)
 class ChainSettings:
-    """Shards, and how their client finds them. Where a chain trains, its client is the trainer.
+    """Shards, and how their client finds them. In training, the client is the trainer.
 
     Both roles read one config; a field that only one of them uses begins with its name.
     """
 
     transport: TransportKind
     layers: str | None
-    """Shard: its layers, `first:last`, counted from 0, without the last."""
+    """Shard: its layers, `first:last`, counted from 0; `last` is not included."""
     next: str | None
-    """Shard: address of the next one, `host:port`, as seen from here; null: the client names it."""
+    """Shard: address of the next one, `host:port`, as seen from this machine; null: the client names it."""
     rank: int
     """Shard over rpc: its place in the group, from 1; the client is 0."""
     world_size: int
-    """Over rpc: processes of the group, client included; `network.host` and `port` are where the client opens it."""
+    """Over rpc: processes of the group, client included; the client opens it at `network.host` and `port`."""
     follow_stdin: bool
     """Shard: end when standard input ends, so that it does not outlive the process that started it."""
     max_connections: int
-    """Shard: connections at once; each client takes two at most."""
+    """Shard: concurrent connections; each client takes at most two."""
     shards: list[str]
     """Client: addresses of the shards, `host:port` each, first to last."""
     spares: list[str]
@@ -46,11 +46,11 @@ class ChainSettings:
     local_shards: int
     """Client: number of shards to start on this machine and to end afterwards; 0: none."""
     cuts: list[int]
-    """Client: first layers of the local shards, without the first shard's 0; []: even."""
+    """Client: first layer of each local shard but the first; []: equal parts."""
     recovery_seconds: float
     """Client: how long to try to bring back a lost shard; 0: its loss ends the run."""
     start_seconds: float
-    """Client: how long the shards may take to be reachable at first."""
+    """Client: time limit for the shards to be reachable at first."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "max_connections")
@@ -75,13 +75,13 @@ class SplitProjectSettings(TextSettings, CacheSettings, ChainSettings):
     """Inference over a chain. Prompt, sampling and `prefill_chunk` are the client's; the cache is each shard's."""
 
     boundary: Boundary
-    """How hidden states travel; the same at every shard and client."""
+    """Number format of hidden states on the wire; the same at every shard and client."""
     line_seconds: float
     """Client: how long to wait in line for room at the shards; 0: not at all."""
     max_waiting: int
-    """Shard: texts that may wait in line for room; more are refused at once. 0: nobody waits."""
+    """Shard: requests that may wait in line for room; further ones are refused at once. 0: no line."""
     idle_seconds: float
-    """Shard: a text unused for this long makes room for one that needs it; its client rebuilds it to go on."""
+    """Shard: a request unused for this long can lose its room to a waiting one; its client rebuilds it when needed."""
     awake_seconds: float
     """Shard: after a pass it polls for the next one this long before it sleeps; 0: it sleeps at once."""
 

@@ -48,7 +48,7 @@ NAMED = (
 STATEFUL = (
     "mamba mamba2 falcon_mamba rwkv jamba bamba zamba2 recurrent_gemma qwen3_next falcon_h1 nemotron_h lfm2".split()
 )
-"""What keeps a state that is no key and no value: all of them must be refused."""
+"""Architectures with recurrent state, not only keys and values: all of them must be refused."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
@@ -244,16 +244,17 @@ def _together(engine: Any, prompts: Sequence[Sequence[int]], sampling: Sampling)
 _USES = ("engine", "slices", "training", "nf4", "lora")
 _HEAD = """# Which architectures are proved
 
-For every architecture with a causal language model in transformers {version}: whether a small random twin of it did
-what the model is to do, and said what transformers says. `yes` means proved, `no` means refused by name; below the
-table stands why. At load the same trial decides for the model's own config, so that a `yes` here is no promise for a
-model with unusual settings, and a `no` may be a `yes` for it.
+For every architecture with a causal language model in transformers {version}: whether a small random model of it gave
+the same results as transformers. `yes` means proved. `no` means refused by name; the reasons are below the table. When
+a model is loaded, the same trial runs with that model's own config. So a model with unusual settings may be refused in
+spite of a `yes`, or accepted in spite of a `no`.
 
-- **engine**: a whole model with our KV cache, in chunks, beside neighbours, rewound: `lab.decode`, the verifier and its
-  drafters, speculation.
-- **split inference**: three slices read from a folder, to the bit, values and caches.
-- **split training**: the gradients of the slices, to the bit (to 1e-4 of a tied embedding: its copies are summed).
-- **nf4**, **LoRA**: slices in 4 bits, and with an adapter on every linear layer, against the whole, to the bit.
+- **engine**: a whole model with our KV cache: in chunks, batched with other sequences, rewound. Needed by `lab.decode`,
+  the verifier, drafters with a model.
+- **split inference**: three slices read from a folder: equal to the bit, keys and values in the caches too.
+- **split training**: the gradients of the slices: equal to the bit (a tied embedding: within 1e-4, since its copies are
+  summed).
+- **nf4**, **LoRA**: slices in 4 bits, and slices with an adapter on every linear layer: equal to the whole, to the bit.
 
 Proved for split inference: {proved} of {count}. Written by `python -m tests.architectures`.
 

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from lab.command.entry import compose_config, compose_settings
 from lab.settings import digest
 from matrix.drawing import draw, write_report
-from matrix.grid import sort_words, without
+from matrix.grid import sort_overrides, without
 from matrix.results import CellRun
 from matrix.settings import MatrixSettings, SweepSettings
 from matrix.supervisor import Job, Outcome
@@ -224,7 +224,7 @@ def plain(document: Mapping[str, Any]) -> Any:
 
 
 def _sweep(asked: Asked, results: Path, folder: Path, *, real_pictures: bool) -> tuple[SweepResult, dict[str, Any]]:
-    words = sort_words(list(asked.words))
+    words = sort_overrides(list(asked.words))
     matrix = replace(
         _settings().matrix, results=str(results), repeats=asked.repeats, time_limit_seconds=asked.time_limit_seconds,
         memory_limit_gib=asked.memory_limit_gib,

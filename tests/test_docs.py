@@ -145,7 +145,7 @@ def test_figures_at_a_glance_are_those_of_the_results() -> None:
     expected = at_a_glance()
     assert [row[1] for row in GLANCE[1:]] == [figures for _, figures in expected]
     base = measured("federated", "message", model="SmolLM2-135M-Instruct")["base_bytes"]
-    assert f"{base:,} bytes" in GLANCE[2][0]
+    assert f"base model: {base / 1e6:.0f} MB" in GLANCE[2][0]
     anchors = [re.findall(r"RESULTS\.md#([\w-]+)", row[0]) for row in GLANCE[1:]]
     assert [anchor or [wanted] for anchor, (wanted, _) in zip(anchors, expected, strict=True)] == [
         [wanted] for wanted, _ in expected

@@ -18,7 +18,7 @@ LONGEST = 30
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs an example as a person does, with words behind it; returns its variables."""
+    """Runs an example as a user does, with these overrides; returns its variables."""
 
     def run(name: str, *words: str) -> dict[str, Any]:
         monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lab.command.entry import compose_settings
-from matrix.grid import make_cells, sort_words
+from matrix.grid import make_cells, sort_overrides
 from matrix.settings import MatrixSettings
 from simulations import fed_sim
 from tests.in_process import exit_code
@@ -165,7 +165,7 @@ def test_examples_exist(command: str) -> None:
 
 @pytest.mark.parametrize("command", starting_with(MATRIX))
 def test_the_cells_of_a_sweep_compose(command: str) -> None:
-    words = sort_words(shlex.split(re.sub(r"<.*?>", "a-folder", command))[2:])
+    words = sort_overrides(shlex.split(re.sub(r"<.*?>", "a-folder", command))[2:])
     told = " ".join(shlex.quote(word) for word in words.sweep)
     settings = compose_settings("matrix", told, MatrixSettings).matrix
     assert settings.plot == "a-folder" or len(make_cells(settings, words)) >= 3

@@ -1,13 +1,13 @@
 """Benchmarks of the federated pillar: `python -m fl.bench`; sizes in conf/fed_bench.yaml.
 
-folding     `ExactMean.fold` of float32 adapters against a plain float64 `acc += w * x` of the same arrays, in turn, on
-            one thread; the speed is the ratio of times of the same turn.
-memory      tracemalloc's peak of `aggregate_train` over replies that are generated one by one, many against few.
-message     one train message as Flower serialises it against the sum of its tensors' bytes, from conf/model alone.
-scale       a simulation with many clients on Ray, as a process of its own: wall time, and the server's resident memory
+folding     `ExactMean.fold` of float32 adapters compared with a plain float64 `acc += w * x` of the same arrays, in
+            turn, on one thread; the speed is the ratio of times of the same turn.
+memory      tracemalloc's peak of `aggregate_train` over replies that are generated one by one, for many and for few.
+message     one train message as Flower serialises it, compared with its tensors' bytes, from conf/model alone.
+scale       a simulation with many clients on Ray, as a separate process: wall time, and the server's resident memory
             after every round.
-comparison  a federation over identically distributed parts against its central baseline, a process each: held-out
-            perplexities, and the one that both started from, so that the share that training gained is seen.
+comparison  a federation over identically distributed parts compared with its central baseline, a process for each:
+            held-out perplexities, and the one before training, which shows how much training gained.
 
 Absolute times hold for a quiet machine; `load_average` says how quiet it was.
 """
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def run(settings: FederatedBenchSettings, place: entry.Run) -> dict[str, Any]:
-    """All parts in turn; writes the report and returns it for the last line."""
+    """Run all parts in turn; write the report and return it for the last line."""
     project = settings.project
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 0  # Flower makes no message outside a run
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def run(settings: FederatedBenchSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def folding(project: FederatedBenchProjectSettings) -> Row:
-    """Speed of the exact fold, as a share of the plain one's."""
+    """Speed of the exact fold relative to the plain one."""
     values = np.random.default_rng(0).normal(0, 0.02, project.adapter_bytes // 4).astype(np.float32)
     exact = ExactMean(len(values))
     plain = np.zeros(len(values), np.float64)
@@ -82,7 +82,7 @@ def folding(project: FederatedBenchProjectSettings) -> Row:
 
 
 def memory(project: FederatedBenchProjectSettings) -> Row:
-    """Growth of the server's peak from few replies to many."""
+    """Growth of the server's peak memory from few replies to many."""
     few, many = (peak_bytes(count, project.adapter_bytes) for count in (project.few_replies, project.many_replies))
     row: Row = {
         "part": "memory",
@@ -116,7 +116,7 @@ def peak_bytes(replies: int, adapter_bytes: int) -> int:
 
 
 def generated(count: int, index: AdapterIndex) -> Iterator[Message]:
-    """`count` replies, each made when it is asked for."""
+    """`count` replies, each made on demand."""
     rng = np.random.default_rng(0)
     for number in range(count):
         content = to_records(PackedAdapter(index, rng.standard_normal(index.size, np.float32)))
@@ -148,7 +148,7 @@ def message(name: str) -> Row:
 
 
 def adapter_of(model: ModelSettings, rank: int) -> dict[str, torch.Tensor]:
-    """An adapter under PEFT's names, from the model's numbers alone; noise, since Flower sends equal chunks once."""
+    """An adapter under PEFT's names, from the model's sizes alone; random, since Flower sends equal chunks once."""
     numbers = model.architecture
     shapes = linear_shapes(numbers)
     adapter = {}
@@ -186,7 +186,7 @@ def scale(project: FederatedBenchProjectSettings, folder: Path) -> Row:
 
 
 def comparison(project: FederatedBenchProjectSettings, folder: Path) -> Row:
-    """Held-out perplexity of a federation over that of central training, per seed."""
+    """Held-out perplexity of a federation relative to central training, per seed."""
     seeds = [compared(project, seed, folder) for seed in project.compare_seeds]
     row: Row = {"part": "comparison", "overrides": project.compare, "seeds": seeds}
     row["perplexity_ratio"] = Sample.of([seed["perplexity_ratio"] for seed in seeds])
@@ -195,7 +195,7 @@ def comparison(project: FederatedBenchProjectSettings, folder: Path) -> Row:
 
 
 def compared(project: FederatedBenchProjectSettings, seed: int, folder: Path) -> Row:
-    """One seed, both ways."""
+    """One seed, federated and central."""
     federated, central = (
         simulate(
             [*project.compare, f"seed={seed}", f"project.baseline={baseline}"],
@@ -215,7 +215,7 @@ def compared(project: FederatedBenchProjectSettings, seed: int, folder: Path) ->
 
 
 def simulate(overrides: Sequence[str], folder: Path, timeout_seconds: float) -> dict[str, Any]:
-    """The last line of one `simulations/fed_sim.py`, in a process of its own. CalledProcessError when it fails."""
+    """The last line of one `simulations/fed_sim.py`, run as a separate process. CalledProcessError when it fails."""
     log.info("running simulations.fed_sim %s", " ".join(overrides))
     return run_to_end("simulations.fed_sim", overrides, folder, timeout_seconds)[1]
 

@@ -7,17 +7,17 @@ from lab.settings import LabSettings, register, require, require_above, require_
 
 @dataclass(kw_only=True)
 class FederatedBenchProjectSettings:
-    """How large each part is; an empty list leaves a part out."""
+    """Sizes of the parts; an empty list leaves a part out."""
 
     report: str | None
-    """File of the results; null: benchmarks/results/fl-<commit>.json below the working folder."""
+    """File of the report; null: benchmarks/results/fl-<commit>.json below the working folder."""
     adapter_bytes: int
     """Size of the adapter that is folded."""
     turns: int
-    """Turns of folding against plain sums, after one to warm up."""
+    """Turns of exact and plain sums, after one warm-up turn."""
     few_replies: int
     many_replies: int
-    """Replies of two rounds whose peaks of memory are compared."""
+    """Numbers of replies in two rounds whose peak memory is compared."""
     size_models: list[str]
     """Models of conf/model whose messages are measured."""
     scale: list[str]
@@ -26,7 +26,7 @@ class FederatedBenchProjectSettings:
     """Overrides of the federation that is compared with its central baseline."""
     compare_seeds: list[int]
     run_timeout_seconds: float
-    """Longest one of these runs may take."""
+    """Time limit of one of these runs."""
 
     def __post_init__(self) -> None:
         require(
@@ -47,6 +47,6 @@ class FederatedBenchProjectSettings:
 @register("fed_bench")
 @dataclass(kw_only=True)
 class FederatedBenchSettings(LabSettings):
-    """Everything `python -m fl.bench` reads."""
+    """All settings of `python -m fl.bench`."""
 
     project: FederatedBenchProjectSettings

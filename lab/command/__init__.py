@@ -1,1 +1,1 @@
-"""The frame around every command: settings, words of a command line, streams, signals, processes, exit codes."""
+"""The frame around every command: settings, overrides, streams, signals, processes, exit codes."""

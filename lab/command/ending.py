@@ -1,8 +1,8 @@
 """How a command ends: by itself, by a signal or by an exception. Exit codes, and `ended_by` of the last line.
 
-The main thread hears of a signal as an exception (`Stopped`), where it asked for that as a call (`told`), and a
-coroutine as its cancellation (`run_async`). A second signal ends the process at once; so does the time that unwinding
-may take, with the last line as it is by then.
+In the main thread a signal raises an exception (`Stopped`), or calls a function where one was registered
+(`calling_on_signal`); a coroutine is cancelled (`run_async`). A second signal ends the process at once. So does a run
+that takes too long to end after a signal; its last line then holds the figures so far.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from lab.settings import UserError
 Returned = TypeVar("Returned")
 
 UNWIND_SECONDS = 7.0
-"""Between a signal and the end; containers give ten before they kill."""
+"""Seconds between a signal and the forced end; containers kill after ten."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})
 
 
@@ -40,24 +40,24 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def ended_by(self) -> EndedBy:
-        """Value of `ended_by` in the last line."""
+        """Value of `ended_by` in the last line for this signal."""
         return EndedBy(str(self))
 
 
 @dataclass(frozen=True)
 class End:
-    """The end of a command, as an exception determines it."""
+    """Exit code, reason and message of a command that an exception ends."""
 
     code: int
     by: EndedBy
     line: str
-    """For stderr; empty: no line."""
+    """Line for stderr; empty: none."""
     fault: BaseException | None = None
-    """An exception that was not foreseen: printed with its traceback."""
+    """An unexpected exception, printed with its traceback."""
 
 
 def end_of(error: BaseException) -> End:
-    """How a run that raised `error` has ended."""
+    """The end of a run that raised `error`."""
     if isinstance(error, Stopped):
         return End(128 + error.number, error.ended_by, str(error))
     if isinstance(error, KeyboardInterrupt):
@@ -67,7 +67,7 @@ def end_of(error: BaseException) -> End:
     if isinstance(error, UserError):
         return End(2, EndedBy.refused, str(error))
     if isinstance(error, StreamLeft):
-        return End(141, EndedBy.closed, "")  # as of a process that SIGPIPE ended
+        return End(141, EndedBy.closed, "")  # like a process that SIGPIPE ended
     if full := disk_full(error):
         return End(1, EndedBy.disk_full, f"the disk is full: {full}")
     if isinstance(error, SystemExit):
@@ -77,10 +77,10 @@ def end_of(error: BaseException) -> End:
 
 
 def disk_full(error: BaseException | None) -> str:
-    """Text of the error that reports a full disk, among `error` and those that led to it; empty when none does."""
+    """Text of the error that reports a full disk, among `error` and its causes; empty if there is none."""
     while error is not None:
         is_full = isinstance(error, OSError) and error.errno in DISK_FULL
-        if is_full or os.strerror(errno.ENOSPC) in str(error):  # libraries put it into errors of their own
+        if is_full or os.strerror(errno.ENOSPC) in str(error):  # libraries wrap it in their own errors
             return str(error)
         error = error.__cause__ or error.__context__
     return ""
@@ -89,7 +89,7 @@ def disk_full(error: BaseException | None) -> str:
 class Signals:
     """Handles the signals that end this process, within a block of the main thread.
 
-    `forced` is called from another thread when the block has not ended in time after a signal; it ends the process.
+    `forced` is called from another thread if the block has not ended in time after a signal; it ends the process.
     """
 
     def __init__(self, forced: Callable[[int], None]) -> None:
@@ -106,10 +106,10 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
                 number = getattr(signal, name, None)
-                # Ignored by who started us (nohup, a shell's background job): that stays.
+                # Ignored by the process that started us (nohup, a shell's background job): stays ignored.
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._hear)
-            # Now, since a thread cannot be started safely within a handler.
+            # Started now, since a thread cannot be started safely in a signal handler.
             threading.Thread(target=self._watch, name="signals", daemon=True).start()
         _current = self
         return self
@@ -142,14 +142,14 @@ _current: Signals | None = None
 
 
 def is_ending() -> bool:
-    """Whether a signal has come that ends this process."""
+    """Whether a signal that ends this process has been received."""
     return _current is not None and _current.number is not None
 
 
 @contextmanager
-def told(call: Callable[[], object]) -> Iterator[None]:
-    """A signal within the block calls `call`, which must neither wait nor raise. Stopped is raised at the end of the
-    block, whatever else has happened by then."""
+def calling_on_signal(call: Callable[[], object]) -> Iterator[None]:
+    """Within the block a signal calls `call`, which must neither wait nor raise. Stopped is raised at the end of the
+    block, even if the block raised something else."""
     signals = _current
     if signals is None or signals.number is not None:
         yield
@@ -164,22 +164,22 @@ def told(call: Callable[[], object]) -> Iterator[None]:
 
 
 def run_async(work: Coroutine[Any, Any, Returned]) -> Returned:
-    """Run `work` in an event loop of its own. A signal cancels it, and is raised when that has ended."""
+    """Run `work` in a new event loop. A signal cancels it, and is raised once it has ended."""
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         task = loop.create_task(work)
-        with told(partial(loop.call_soon_threadsafe, task.cancel)):
+        with calling_on_signal(partial(loop.call_soon_threadsafe, task.cancel)):
             return loop.run_until_complete(task)
 
 
 CLOCK_TICK_SECONDS = 0.02
-"""Resolution of the times at which processes were started."""
+"""Resolution of the start times of processes, in seconds."""
 
 
 def end_children(since: float) -> None:
-    """Kill the processes that this one has started since then (seconds of the epoch), and their descendants.
+    """Kill all processes that this one has started since then (seconds of the epoch), and their descendants.
 
-    Older ones belong to somebody else: to a program that runs a command as a part of itself.
+    Older children are not ours: they belong to a program that runs a command as a part of itself.
     """
     try:
         children = psutil.Process().children(recursive=True)
@@ -191,7 +191,7 @@ def end_children(since: float) -> None:
             if child.create_time() >= since - CLOCK_TICK_SECONDS:
                 child.kill()
                 ended.append(child)
-        except psutil.Error:  # it is gone already
+        except psutil.Error:  # already gone
             continue
     psutil.wait_procs(ended, timeout=1)
 

@@ -1,7 +1,7 @@
 """The frame around every command: compose settings, run, print one JSON line, report errors.
 
-Exit codes: 0 done, 1 a fault (with its traceback where nobody expected it), 2 what the user got wrong (one line), 130
-after Ctrl+C and 143 after SIGTERM (0 for roles that serve until then), 141 when nobody reads the text any more.
+Exit codes: 0 done, 1 a fault (an unexpected one with its traceback), 2 a mistake of the user (one line), 130 after
+Ctrl+C and 143 after SIGTERM (0 for roles that serve until then), 141 when the reader of standard output is gone.
 """
 
 import json
@@ -27,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
-from yaml import YAMLError  # type: ignore[import-untyped]  # it brings no types
+from yaml import YAMLError  # type: ignore[import-untyped]  # has no types
 
 from lab.command import streams
 from lab.command.ending import (
@@ -55,8 +55,8 @@ log = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings", bound=LabSettings)
 
-# Nothing of ours phones home, and nothing is compiled: bitsandbytes asks torch for that as it is imported, which loads
-# the whole compiler, in every process (2 s of CPU).
+# Nothing of ours phones home, and nothing is compiled: when bitsandbytes is imported, it asks torch for compilation,
+# which loads the whole compiler in every process (2 s of CPU).
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -66,7 +66,7 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHDYNAMO_DISABLE": "1",
-    "PYTHONUTF8": "1",  # for processes that we start: what they write and read is UTF-8, as with us
+    "PYTHONUTF8": "1",  # for processes that we start: they write and read UTF-8, as we do
 }
 
 
@@ -78,10 +78,10 @@ class Run:
     """One run of a command."""
 
     folder: Path
-    """Where it keeps its files: Hydra's run folder, absolute."""
+    """Folder of its files: Hydra's run folder, absolute."""
     so_far: Callable[[], dict[str, Any]] = field(default=dict, compare=False)
-    """The figures of the last line when the run is cut short. A run sets it as soon as it has some; it is called once,
-    from any thread, when the run is over."""
+    """The figures of the last line if the run ends early. A run sets it as soon as it has figures; it is called once,
+    from any thread, at the end of the run."""
 
 
 Work = Callable[[Settings, Run], dict[str, Any]]
@@ -90,8 +90,8 @@ Work = Callable[[Settings, Run], dict[str, Any]]
 def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
     """Run a whole command: `run` gets typed settings and returns the figures of the last line.
 
-    A command imports torch, and what loads it, within `run`: torch reads the environment that is set here, and `--help`
-    need not wait for it.
+    A command imports torch, and modules that load it, only within `run`: torch reads the environment that is set here,
+    and `--help` need not wait for it.
     """
     streams.in_utf8_mode()
     if "--version" in sys.argv[1:]:
@@ -114,9 +114,9 @@ def door(config_name: str, settings_type: type[Settings], run: Work[Settings]) -
 def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
-    # Set by a program that started us: its process would write our files, for others to read, as long as it lives.
+    # Set by a program that started us: with it, W&B's process would write our files, readable by others, after our end.
     os.environ.pop("WANDB_SERVICE", None)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing its own page
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing its own page
     command = _Command(streams.open_streams())
     with Signals(command.forced) as signals:
         log_to_stderr()
@@ -125,7 +125,7 @@ def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) 
             end = None
         except BaseException as error:
             end = _end_of(error, command)
-        signals.tell = lambda: None  # there is nothing left to be cut short
+        signals.tell = lambda: None  # nothing is left to interrupt
         code = command.finish(end, signals.number)
         if signals.number is not None:
             end_children(command.began)
@@ -136,7 +136,7 @@ def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) 
 
 
 class _Command:
-    """One command, from its words to its last line."""
+    """One command, from its overrides to its last line."""
 
     def __init__(self, out: TextIO) -> None:
         self.began = time.time()
@@ -144,11 +144,11 @@ class _Command:
         self._settings: LabSettings | None = None
         self.place: Run | None = None
         self._figures: dict[str, Any] | None = None
-        """None: there is no last line, because nothing ran (`--help`)."""
+        """None: there is no last line, because nothing was run (`--help`)."""
         self._finishing = threading.Lock()
 
     def work(self, config_name: str, settings_type: type[Settings], run: Work[Settings]) -> None:
-        """Composes and runs. Raises the run's own exception."""
+        """Compose the settings and run. Raises the run's own exception."""
         raised: list[Exception] = []
 
         def task(config: DictConfig) -> None:
@@ -157,44 +157,44 @@ class _Command:
                 self._settings = settings = settle(config, settings_type)
                 self._figures = {**run(settings, self.place)}
                 self._figures.setdefault("device", _device(settings))
-            except Exception as error:  # raised when Hydra has gone, which would put a line of its own before ours
+            except Exception as error:  # raised after Hydra's end, which would print its own line before ours
                 raised.append(_as_users(error, config, self.place))
 
         streams.check_arguments(sys.argv[1:])
         words = parse_options(sys.argv[1:]).overrides
         options = [argument for argument in sys.argv[1:] if argument not in words]
-        # Words first: Hydra takes none that stands behind an option.
+        # Overrides first: Hydra ignores those that follow an option.
         sys.argv[1:] = [*with_texts_as_typed(literal_prompt(words), settings_type), *options]
         hydra.main(version_base="1.3", config_path="../../conf", config_name=config_name)(task)()
         if raised:
             raise raised[0]
 
     def finish(self, end: End | None, number: int | None) -> int:
-        """Writes and prints the last line, and on stderr why the run was cut short. Returns the exit code.
-        `number`: the signal that was received; for a role that serves until then it is a good end."""
+        """Write and print the last line, and on stderr the reason of an early end. Returns the exit code.
+        `number`: the signal that was received; for a role that serves until then this is a good end."""
         if not self._finishing.acquire(blocking=False):
-            threading.Event().wait()  # another thread is at it, and ends the process
+            threading.Event().wait()  # another thread does this, and ends the process
         figures = self._figures
         if end is None:
             if figures is not None:
                 by = EndedBy.done if number is None else Stopped(number).ended_by
                 self._write({"ended_by": by, **figures})
-            return self._told_in_full(0)
+            return self._code_if_written(0)
         so_far = self._so_far()
-        # What cannot be begun has no figures, nor has what Hydra answers by itself (`--help`).
+        # A run that cannot begin has no figures, nor have options that Hydra handles itself (`--help`).
         if so_far or not (end.code == 2 or (end.code == 0 and self.place is None)):
             about = {"status": "failed", "error": one_line(end.line or end.by.value), "ended_by": end.by}
-            if "lab.device" not in sys.modules:  # an end is not the time to load torch
+            if "lab.device" not in sys.modules:  # too late to load torch
                 about["device"] = None
             self._write(so_far | about)
         if end.fault is not None:
             traceback.print_exception(end.fault)
         elif end.line:
             _say(end.code, end.line)
-        return self._told_in_full(end.code)
+        return self._code_if_written(end.code)
 
-    def _told_in_full(self, code: int) -> int:
-        """The exit code; not 0 where the last line could not be written, unless its reader is gone."""
+    def _code_if_written(self, code: int) -> int:
+        """The exit code; not 0 if the last line could not be written, unless its reader is gone."""
         error = streams.lost(self._out)
         if error is None or streams.is_left(self._out):
             return code
@@ -203,7 +203,7 @@ class _Command:
         return code or 1
 
     def forced(self, number: int) -> None:
-        """The end of a run that a signal has not ended in time."""
+        """End a run that did not end in time after a signal."""
         code = self.finish(end_of(Stopped(number)), number)
         end_children(self.began)
         leave_at_once(code)
@@ -213,7 +213,7 @@ class _Command:
             return self._figures
         try:
             return self.place.so_far() if self.place else {}
-        except Exception:  # cut off in the middle of something: a last line without figures is one
+        except Exception:  # interrupted at any point: a last line without figures is still one
             log.warning("the last line lacks the figures so far", exc_info=True)
             return {}
 
@@ -225,7 +225,7 @@ class _Command:
 
 
 def _as_users(error: Exception, config: DictConfig, place: Run) -> Exception:
-    """The same error, or a UserError where it is about a place that a setting names."""
+    """The same error, or a UserError if it is about a path that a setting names."""
     if not isinstance(error, OSError) or disk_full(error):
         return error
     return whose_place(error, texts_by_key(config) | {"hydra.run.dir": str(place.folder)}) or error
@@ -241,22 +241,22 @@ def _end_of(error: BaseException, command: _Command) -> End:
         where = error.filename or "the run folder"
         rule = "hydra.run.dir must be a folder that can be written"
         return End(2, EndedBy.refused, f"{rule}, got {str(where)!r} ({error.strerror})")
-    if isinstance(error, SystemExit) and error.code == 1 and not is_composed:  # Hydra has said it: `--cfg job -p nope`
+    if isinstance(error, SystemExit) and error.code == 1 and not is_composed:  # Hydra printed it: `--cfg job -p nope`
         return End(2, EndedBy.refused, "")
     return end_of(error)
 
 
 def compose_settings(config_name: str, overrides: str | Sequence[str], settings_type: type[Settings]) -> Settings:
-    """Settings for a process that has no command line of its own: a config name and Hydra overrides, as words or in
-    one string from which a shell would make them."""
+    """Settings for a process without its own command line: a config name and Hydra overrides, as a list or as one
+    string that is split like a shell's."""
     words = shlex.split(overrides) if isinstance(overrides, str) else overrides
     words = with_texts_as_typed(words, settings_type)
     return settle(compose_config(config_name, words), settings_type)
 
 
 def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
-    """Typed settings of this machine: `model.dtype=auto` has become what its device computes best in, `seed=-1` a seed
-    that was drawn, a preset's name and numbers those of the model that is meant."""
+    """Typed settings of this machine: replaces `model.dtype=auto` by the precision its device computes fastest in,
+    `seed=-1` by a random seed, a preset's name and sizes by those of the model itself."""
     settings = to_settings(config, settings_type)
     if settings.seed == -1:
         settings.seed = secrets.randbelow(2**31)
@@ -264,14 +264,14 @@ def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
         raise UserError(f"prompt must be text, got {settings.prompt!r}")
     settings.model = as_described(settings.model)
     if settings.model.dtype is Dtype.auto:
-        from lab.device import best_dtype, choose_device  # torch, which other settings can do without
+        from lab.device import best_dtype, choose_device  # imports torch, which is not needed otherwise
 
         settings.model = replace(settings.model, dtype=best_dtype(choose_device(settings.device)))
     return settings
 
 
 def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
-    """The config of a command with this primary config and these words. UserError where they do not compose."""
+    """The config of a command with this primary config and these overrides. UserError if they do not compose."""
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("conf", version_base="1.3"):
@@ -283,18 +283,18 @@ def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
 
 
 COMPOSING_FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, YAMLError)
-"""Raised by Hydra for some words and files that it cannot use, without a text of its own."""
+"""Raised by Hydra, without a message, for some overrides and files that it cannot use."""
 
 
 def does_not_compose(error: Exception) -> UserError:
-    """The UserError for such words."""
+    """The UserError for overrides that do not compose."""
     line = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"the words of the command line must make settings: {line}")
+    return UserError(f"the overrides of the command line must make settings: {line}")
 
 
 @contextmanager
 def for_owner_alone() -> Iterator[None]:
-    """Within the block, files made by this process and by those it starts are readable by their owner alone: settings,
+    """Within the block, new files of this process and its children are readable by their owner only: settings,
     results and logs hold prompts and texts, and libraries that we use write some of them."""
     before = os.umask(0o077)
     os.umask(before | 0o077)
@@ -305,22 +305,22 @@ def for_owner_alone() -> Iterator[None]:
 
 
 def leave(code: int, line: str) -> NoReturn:
-    """Ends the process with this exit code and one line on stderr."""
+    """End the process with this exit code and one line on stderr."""
     _say(code, line)
     raise SystemExit(code)
 
 
 def _say(code: int, line: str) -> None:
     line = one_line(f"error: {line}" if code == 2 else line)
-    if len(line) > LONGEST_LINE:  # a value in it is very long
+    if len(line) > LONGEST_LINE:  # contains a very long value
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     print(line, file=sys.stderr, flush=True)
 
 
 def finish(figures: dict[str, Any], settings: LabSettings, place: Run, out: TextIO | None = None) -> None:
-    """Writes result.json and prints the same document as the last line on stdout; a NaN becomes the text "nan".
+    """Write result.json and print the same document as the last line on stdout; a NaN becomes the text "nan".
 
-    A result.json that cannot be written is a line on stderr: the last line holds all of it.
+    If result.json cannot be written, a line on stderr says so: the last line still holds everything.
     """
     document = {
         "status": "ok",
@@ -331,7 +331,7 @@ def finish(figures: dict[str, Any], settings: LabSettings, place: Run, out: Text
         **describe_environment(),
     }
     if "device" not in document:
-        with suppress(UserError):  # what is said of the end is more than this
+        with suppress(UserError):  # the end of the run matters more than this
             document["device"] = _device(settings)
     text = _as_json(document)
     try:
@@ -342,9 +342,9 @@ def finish(figures: dict[str, Any], settings: LabSettings, place: Run, out: Text
 
 
 def _device(settings: LabSettings) -> str | None:
-    if is_ending() and "lab.device" not in sys.modules:  # an end is not the time to load torch
+    if is_ending() and "lab.device" not in sys.modules:  # too late to load torch
         return None
-    from lab.device import open_device  # imports torch, which `--help` can do without
+    from lab.device import open_device  # imports torch, which `--help` does not need
 
     return open_device(settings.device).type
 
@@ -354,7 +354,7 @@ def _as_json(document: dict[str, Any]) -> str:
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Logs of all of ours to stderr; rich on a terminal that has room and takes colours, plain lines elsewhere."""
+    """Log to stderr: with rich on a terminal that has room and shows colours, as plain lines elsewhere."""
     terminal = has_room(sys.stderr)
     handler: logging.Handler = (
         RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
@@ -365,7 +365,7 @@ def log_to_stderr(level: int = logging.INFO) -> None:
         logging.Formatter("%(message)s" if terminal else "%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU path works; that a faster one exists is no news
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advertises a faster CPU path; the one in use works
     for package in (*PACKAGES, "__main__"):
         logging.getLogger(package).setLevel(level)
 
@@ -374,10 +374,10 @@ PROMPT_KEYS = ("prompt", "prompt_file")
 
 
 def literal_prompt(arguments: list[str]) -> list[str]:
-    """`prompt=` as Hydra must see it to take it literally; `prompt=-` reads stdin, `prompt_file=` a file.
+    """`prompt=` in a form that Hydra takes literally; `prompt=-` reads stdin, `prompt_file=` a file.
 
-    Hydra reads a comma as a sweep, `${` as an interpolation, and stumbles over brackets and quotes. UserError for more
-    than one prompt, and for one that is no text.
+    Hydra reads a comma as a sweep, `${` as an interpolation, and fails on brackets and quotes. UserError for more than
+    one prompt, and for one that is not text.
     """
     given = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") in PROMPT_KEYS]
     if len([argument for argument in given if "=" in argument]) > 1:

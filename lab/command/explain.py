@@ -1,4 +1,4 @@
-"""One line for what the user got wrong: dotted key, rule, value. From the exceptions of Hydra and OmegaConf."""
+"""One line for a mistake of the user: dotted key, rule, value. From the exceptions of Hydra and OmegaConf."""
 
 import difflib
 import re
@@ -42,7 +42,7 @@ def explain(error: HydraException) -> str:
             f"{error.override!r} must be key=value ({text.removeprefix(f'Error parsing override {error.override!r} ')})"
         )
     if cause := _from_omegaconf(error):
-        file = re.match(r"In '.*?': (?=\w+ raised while composing)", text)  # the value stands in a YAML file
+        file = re.match(r"In '.*?': (?=\w+ raised while composing)", text)  # the value is in a YAML file
         return (file[0] if file else "") + _describe_override(cause, text)
     if found := re.match(r"You must specify '(.*?)'.*Available options: (.*)", text):
         return f"{found[1]} must be one of {', '.join(found[2].split())}, got nothing"
@@ -80,7 +80,7 @@ def describe(error: OmegaConfBaseException) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str], value: object) -> str:
-    """The error for an unknown dotted key, with the most similar one, or with all where none is similar."""
+    """The error for an unknown dotted key, with the most similar known one, or with all if none is similar."""
     parent, _, name = key.rpartition(".")
     siblings = [sibling for sibling in known if sibling not in (name, "hydra")]
     near = difflib.get_close_matches(name, siblings, n=1)
@@ -89,7 +89,7 @@ def unknown_key(key: str, known: Iterable[str], value: object) -> str:
 
 
 def kind(annotation: Any) -> str:
-    """The values that a field takes, in words: `an integer or null`, `one of none, nf4`."""
+    """The values that a field accepts, in words: `an integer or null`, `one of none, nf4`."""
     arguments = get_args(annotation)
     if get_origin(annotation) in (Union, UnionType):
         named = [kind(argument) for argument in arguments if argument is not NoneType]
@@ -106,7 +106,7 @@ def kind(annotation: Any) -> str:
 def _missing_choice(error: MissingConfigException, text: str) -> str:
     """`model=nope`, `--config-name nope`, or the name of a file whose settings this command does not have."""
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    if choice.startswith("base_"):  # the YAML is there, what it extends is registered by another command
+    if choice.startswith("base_"):  # the YAML exists, but what it extends is registered by another command
         return f"--config-name must name this command's file, got {choice.removeprefix('base_')!r}"
     if group and error.options:
         return f"{group} must be one of {', '.join(error.options)}, got {choice!r}"

@@ -1,4 +1,4 @@
-"""Words of a command line, `key=value`, as Hydra must see them: nobody quotes anything by hand, here or in a shell."""
+"""Overrides of a command line, `key=value`, quoted for Hydra by code: nobody types quotes, here or in a shell."""
 
 import re
 from argparse import Namespace
@@ -22,8 +22,8 @@ _TEXTS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir")
 
 
 def parse_options(arguments: Sequence[str]) -> Namespace:
-    """A command line as Hydra parses it: its own options, and `overrides`, the words. UserError for an option that
-    Hydra does not have, or that would run the command several times."""
+    """A command line as Hydra parses it: its own options, and `overrides`. UserError for an option that Hydra does not
+    have, or that would run the command several times."""
 
     def refuse(message: str) -> NoReturn:
         raise UserError(f"arguments must be key=value or options that --hydra-help lists: {message}")
@@ -33,7 +33,7 @@ def parse_options(arguments: Sequence[str]) -> Namespace:
     parser.allow_abbrev = False  # `--vers` is Hydra's version
     options = parser.parse_intermixed_args(arguments)
     modes = [word for word in options.overrides if _MODE.match(word)]
-    if options.multirun or modes:  # each run has a process and a last line of its own
+    if options.multirun or modes:  # each run needs its own process and last line
         got = modes[0] if modes else "-m"
         raise UserError(f"a command must run once (run_matrix.py runs one for each value of key=a,b), got {got}")
     if options.experimental_rerun is not None:
@@ -42,7 +42,7 @@ def parse_options(arguments: Sequence[str]) -> Namespace:
 
 
 def override(key: str, value: object) -> str:
-    """The word that gives `key` exactly this value, whatever letters and signs are in it."""
+    """The override that gives `key` exactly this value, whatever characters it contains."""
     return f"{key}={_written(value)}"
 
 
@@ -60,9 +60,9 @@ def _written(value: object) -> str:
 
 
 def quoted(text: str, *, interpolate: bool = False) -> str:
-    """A text in quotes from which Hydra and OmegaConf read the same text; `interpolate`: but for `${...}`.
+    """A text in quotes that Hydra and OmegaConf read as the same text; `interpolate`: except for `${...}`.
 
-    Backslashes are plain text to Hydra except in a run before a quote; OmegaConf unescapes those before `${`.
+    To Hydra, backslashes are plain text unless a quote follows them; OmegaConf unescapes those before `${`.
     """
     if not interpolate:
         text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
@@ -71,10 +71,10 @@ def quoted(text: str, *, interpolate: bool = False) -> str:
 
 
 def with_texts_as_typed(words: Sequence[str], settings: type) -> list[str]:
-    """The same words, with the value of every setting that is a text taken as it was typed.
+    """The same overrides, with the value of every text setting taken as it was typed.
 
-    Hydra reads a comma as a sweep, brackets as a list, and stumbles over spaces, accents, `(` and `=`: all of which
-    stand in names of folders. What is in quotes, `null`, and `${...}` mean what they mean to Hydra.
+    Hydra reads a comma as a sweep, brackets as a list, and fails on spaces, accents, `(` and `=`, all of which occur in
+    names of folders. Values in quotes, `null`, and `${...}` keep Hydra's meaning.
     """
     sweeps = not {"-m", "--multirun"}.isdisjoint(words)
     return [_text_as_typed(word, settings, sweeps=sweeps) for word in words]
@@ -91,7 +91,7 @@ def _text_as_typed(word: str, settings: type, *, sweeps: bool) -> str:
 
 
 def _is_text(annotation: Any, path: Sequence[str]) -> bool:
-    """Whether the field at the end of `path`, in the settings that `annotation` is, is a text, or a text or null."""
+    """Whether the field at the end of `path`, in settings of type `annotation`, is a text, or a text or null."""
     if not path:
         return annotation is str or (get_origin(annotation) in (Union, UnionType) and str in get_args(annotation))
     hints = get_type_hints(annotation) if is_dataclass(annotation) else {}
@@ -99,13 +99,13 @@ def _is_text(annotation: Any, path: Sequence[str]) -> bool:
 
 
 def _hydra_reads_it(word: str, value: str, *, sweeps: bool) -> bool:
-    """Whether what Hydra makes of the word is what was typed, or asked for in Hydra's own words."""
+    """Whether Hydra reads the override as the text that was typed, or the user wrote it in Hydra's own syntax."""
     try:
         (parsed,) = OverridesParser.create().parse_overrides([word])
-    except (HydraException, ValueError):  # a number of more than 4,300 digits is the latter
+    except (HydraException, ValueError):  # ValueError: a number of more than 4,300 digits
         return False
     if parsed.is_sweep_override():
         return sweeps
     read = parsed.value()
-    # A backslash: the signs after it were escaped by who knows that Hydra wants it.
+    # A backslash: the user escaped the characters after it for Hydra.
     return isinstance(parsed._value, QuotedString) or read == value or (isinstance(read, str) and "\\" in value)

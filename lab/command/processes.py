@@ -1,4 +1,4 @@
-"""Commands of ours as processes of their own: how each is started, its first line, and its last."""
+"""Commands of the lab as separate processes: how to start one, read its first line, and its last."""
 
 import json
 import queue
@@ -20,7 +20,7 @@ LOG = "stderr.log"
 
 
 class NotReady(Fault):
-    """A role did not announce that it serves: it ended before (`ended`), or the time was over."""
+    """A role did not announce that it serves: it ended first (`ended`), or took too long."""
 
     def __init__(self, why: str, *, ended: bool) -> None:
         super().__init__(why)
@@ -43,7 +43,7 @@ def start(
         words: Overrides, such as `lab.command.overrides.override` makes.
         folder: Its run folder; None for a module that keeps no files.
         log: Its stderr goes to a file there; else to our own stderr.
-        follows_stdin: It ends when we close its standard input, or are gone; else it has none.
+        follows_stdin: It ends when we close its standard input, or end; else it has no standard input.
         own_session: Ctrl+C in our terminal does not reach it.
     """
     command = [sys.executable, "-m", module, *words]
@@ -66,7 +66,7 @@ def start(
 
 
 def own_words(but: tuple[str, ...] = ()) -> list[str]:
-    """The words of our own command line, for a process that is to have them too, but for those that begin with one of
+    """The overrides of our own command line, for a process that needs them too, without those that begin with one of
     `but`; `--config-dir` is among them."""
     own = HydraConfig.get()
     folders = [source.path for source in own.runtime.config_sources if source.provider == "command-line"]
@@ -81,7 +81,7 @@ def say_listening(role: str, host: str, port: int, hint: str, **about: Any) -> N
 
 
 def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
-    """The line of JSON that a role prints when it is ready. NotReady when it ends before, or takes longer."""
+    """The line of JSON that a role prints when it is ready. NotReady when it ends first, or takes longer."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     out = process.stdout
     assert out is not None
@@ -104,7 +104,7 @@ def last_words(folder: Path) -> str:
 
 @contextmanager
 def listening(module: str, words: Sequence[str], folder: Path, start_seconds: float) -> Iterator[int]:
-    """A role that runs as long as the block lasts; yields the port that it listens on.
+    """Run a role until the end of the block; yields the port that it listens on.
 
     Raises:
         NotReady: it does not listen within `start_seconds`.
@@ -122,8 +122,8 @@ def listening(module: str, words: Sequence[str], folder: Path, start_seconds: fl
 def run_to_end(
     module: str, words: Sequence[str], folder: Path | None, timeout_seconds: float
 ) -> tuple[list[str], dict[str, Any]]:
-    """Run a command to its end, its progress on our stderr. Returns the lines of its standard output and the last one's
-    figures.
+    """Run a command to its end, with its progress on our stderr. Returns the lines of its standard output, and the
+    figures of the last one.
 
     Raises:
         CalledProcessError, TimeoutExpired: as from `subprocess.run`.

@@ -1,4 +1,4 @@
-"""Signals of a process that uses Ray: they stay ours."""
+"""Keeps the signals of a process that uses Ray in our hands."""
 
 import signal
 import threading
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def ray_leaves_signals_alone() -> Iterator[None]:
-    """Within the block `ray.init` takes no signal from us. It has two handlers of SIGTERM: one in Python, which exits
-    wherever it is, and one in C++, which prints the stack and aborts, and comes with the connection to the cluster.
+    """Within the block, `ray.init` leaves our signal handlers in place. It has two handlers of SIGTERM: a Python one,
+    which exits from any point, and a C++ one, set when it connects, which prints the stack and aborts.
     """
-    from ray._private import utils, worker  # there is no public way
+    from ray._private import utils, worker  # there is no public API
 
     before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
     worker._post_init_hooks.append(take_back)
@@ -23,7 +23,7 @@ def ray_leaves_signals_alone() -> Iterator[None]:
 
 
 def take_back() -> None:
-    """Have the system call Python's handler again, of which alone Python knows."""
+    """Make the operating system call Python's handler again; Python itself still knows the handler."""
     if threading.current_thread() is threading.main_thread():
         handler = signal.getsignal(signal.SIGTERM)
         if handler is not None:

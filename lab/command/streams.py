@@ -1,6 +1,6 @@
-"""Standard input, output and error as streams of UTF-8 that no locale changes and no reader ends by leaving.
+"""Standard input, output and error as UTF-8 streams, in any locale, that survive the loss of their reader.
 
-What a stream cannot encode is escaped, line ends stay as they are, and what cannot be written any more is dropped.
+Characters that a stream cannot encode are escaped, line ends stay as they are, and output without a reader is dropped.
 """
 
 import errno
@@ -15,11 +15,11 @@ from lab.settings import UserError
 
 BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 GONE = frozenset({errno.EPIPE, errno.ESHUTDOWN, errno.ECONNRESET, errno.EBADF, errno.EINVAL})
-"""Errors of a stream that nobody reads any more (EINVAL is Windows' word for a closed pipe)."""
+"""Errors of a stream whose reader is gone (EINVAL is Windows' error for a closed pipe)."""
 
 
 _OPENED: list[TextIO] = []
-"""All of this process: one that is forgotten would close what is below, which is not ours alone."""
+"""All streams of this process: a stream that is garbage-collected would close its buffer, which is not only ours."""
 
 
 class StreamLeft(Exception):
@@ -27,18 +27,18 @@ class StreamLeft(Exception):
 
 
 class Forgiving(io.TextIOWrapper):
-    """A stream on its way out. After the first error nothing is written any more, and nothing is raised: print,
-    logging, progress and the interpreter's own last flush need not know of it.
+    """An output stream. After the first error it writes nothing more, and never raises: print, logging, progress and
+    the interpreter's last flush need not know.
 
-    What is below is the interpreter's own: a signal that is raised in the middle of a write writes nothing twice.
+    Its buffer is the interpreter's own: a signal that interrupts a write does not make it write anything twice.
     """
 
     lost: OSError | None = None
-    """Why nothing is written any more."""
+    """The error after which nothing is written any more."""
     ends_line = True
-    """Whether what comes next begins a line."""
+    """Whether the next character begins a line."""
     is_over = False
-    """Whether all that is written from here on is dropped."""
+    """Whether all further output is dropped."""
 
     @override
     def write(self, text: str, /) -> int:
@@ -60,20 +60,20 @@ class Forgiving(io.TextIOWrapper):
 
 
 def open_streams() -> TextIO:
-    """Make standard output and error of this process streams of this module; closed ones swallow what is written.
-    Returns standard output, before others wrap it."""
+    """Make standard output and error of this process streams of this module; closed ones drop what is written. Returns
+    standard output as it was before other code wraps it."""
     _fill_closed()
     sys.stdout, sys.stderr = _opened(sys.stdout, "stdout"), _opened(sys.stderr, "stderr")
     return sys.stdout
 
 
 def _fill_closed() -> None:
-    """Closed descriptors (`>&-`) lead nowhere, before a file or socket of ours gets the number of one."""
+    """Open closed descriptors (`>&-`) as os.devnull, before one of our files or sockets gets their number."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
             if number == 0:
                 sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (lives as long as the process)
 
@@ -82,19 +82,19 @@ def _opened(stream: TextIO | None, name: str) -> TextIO:
     buffer: Any = None
     if stream is None:
         buffer = io.BufferedWriter(io.FileIO({"stdout": 1, "stderr": 2}[name], "w", closefd=False))
-    elif isinstance(stream, Forgiving):  # by a run before this one in the same process
+    elif isinstance(stream, Forgiving):  # from an earlier run in the same process
         stream.is_over = False
     else:
         stream.flush()
         buffer = getattr(stream, "buffer", None)
-    if not isinstance(buffer, io.BufferedWriter | io.FileIO):  # a stand-in
+    if not isinstance(buffer, io.BufferedWriter | io.FileIO):  # a replacement
         assert stream is not None
         return stream
-    if os.name == "posix":  # others at the other end of a pipe may have made it non-blocking
+    if os.name == "posix":  # another process may have made the pipe non-blocking
         os.set_blocking(buffer.fileno(), True)
-    named = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]  # somebody's own word for this very stream
+    named = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]  # set by the user for these streams
     opened = Forgiving(
-        buffer,  # of `python -u` the raw stream, which does as well
+        buffer,  # under `python -u` the raw stream, which works too
         encoding=named or "utf-8",
         errors="backslashreplace",
         newline="\n",  # never translated
@@ -106,18 +106,18 @@ def _opened(stream: TextIO | None, name: str) -> TextIO:
 
 
 def lost(stream: TextIO) -> OSError | None:
-    """Why `stream` takes nothing any more; None while it does."""
+    """Why `stream` writes nothing any more; None while it does."""
     return stream.lost if isinstance(stream, Forgiving) else None
 
 
 def is_left(stream: TextIO) -> bool:
-    """Whether nobody reads `stream` any more: the other end of its pipe is closed."""
+    """Whether the reader of `stream` is gone: the other end of its pipe is closed."""
     error = lost(stream)
     return error is not None and error.errno in GONE
 
 
 def print_last_line(text: str, stream: TextIO) -> None:
-    """`text` on a line of its own, wherever the cursor was left, and nothing behind it."""
+    """Print `text` on a new line, wherever the cursor is, with nothing after it."""
     begin = "\n" if isinstance(stream, Forgiving) and not stream.ends_line else ""
     print(begin + text, file=stream, flush=True)
     if isinstance(stream, Forgiving):
@@ -125,7 +125,7 @@ def print_last_line(text: str, stream: TextIO) -> None:
 
 
 def read_stdin() -> str:
-    """All of standard input as text. UserError when it is not UTF-8."""
+    """All of standard input as text. UserError if it is not UTF-8."""
     try:
         return as_text(sys.stdin.buffer.read())
     except (OSError, UnicodeDecodeError) as error:
@@ -133,13 +133,13 @@ def read_stdin() -> str:
 
 
 def as_text(data: bytes) -> str:
-    """UTF-8 without its byte order mark; line ends stay. UnicodeDecodeError when it is something else."""
+    """UTF-8 without its byte order mark; line ends stay. UnicodeDecodeError for other bytes."""
     return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
 
 
 def in_utf8_mode() -> None:
-    """Begin this process again in Python's UTF-8 mode (PEP 540) where the locale has names of files, arguments and
-    pipes in another encoding. Does not return then."""
+    """Start this process again in Python's UTF-8 mode (PEP 540) if the locale has another encoding for file names,
+    arguments and pipes. Does not return then."""
     if os.name == "posix" and sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
@@ -152,7 +152,7 @@ def check_arguments(arguments: list[str]) -> None:
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 has it: no lone surrogates, which Python makes of bytes that are none."""
+    """Whether a text can be encoded: it has no lone surrogates, which Python makes of bytes that are not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,5 +1,5 @@
-"""A text as it comes, token by token, on standard output. On a terminal in colours, and nothing that moves the cursor;
-into a file or pipe exactly the text.
+"""Generated text on standard output, token by token. On a terminal in colours, without any control characters; in a
+file or pipe exactly the text.
 """
 
 import os
@@ -12,14 +12,14 @@ from lab.command.streams import StreamLeft, is_left
 from lab.text.running_text import RunningText
 
 PLAIN = "\x1b[0m"
-# C0 and C1 without line feed and tab, and the two characters that have a line read in an order it does not have.
+# C0 and C1 without line feed and tab, and the two characters that change the reading direction.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e]")
 NARROW = 60
-"""Columns below which a log with times and levels, or a bar, leaves no room for what it says."""
+"""With fewer columns, a log with times and levels, or a progress bar, leaves no room for its message."""
 
 
 class TextStream:
-    """Writes each token once the characters that it completes are whole.
+    """Writes each token as soon as all of its characters are complete.
 
     Raises:
         StreamLeft: from `add`, when the other end of the stream is closed.
@@ -31,7 +31,7 @@ class TextStream:
         self._is_terminal, self._coloured = stream.isatty(), takes_colours(stream)
 
     def add(self, tokens: Sequence[int], colour: str = "") -> None:
-        """Write what `tokens` complete."""
+        """Write the characters that `tokens` complete."""
         for token in tokens:
             self._write(self.text.add(token), colour)
         self._stream.flush()
@@ -39,7 +39,7 @@ class TextStream:
             raise StreamLeft
 
     def finish(self, colour: str = "") -> None:
-        """Write what is left, and end the line."""
+        """Write the rest, and end the line."""
         self._write(self.text.finish(), colour)
         self._stream.write("\n")
         self._stream.flush()
@@ -53,21 +53,21 @@ class TextStream:
 
 
 def masked(text: str) -> str:
-    """`text` as a terminal may have it: `?` for what it would obey; a carriage return is a new line."""
+    """`text` for a terminal, with `?` for control characters; a carriage return starts a new line."""
     return CONTROL.sub("?", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def one_line(text: str) -> str:
-    """`text` without line ends, for a message; and without what a terminal would obey."""
+    """`text` without line ends and control characters, for a message."""
     return CONTROL.sub("?", " ".join(text.split("\n")))
 
 
 def takes_colours(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal, and nobody has said that it is to have none (no-color.org, TERM=dumb)."""
+    """Whether `stream` is a terminal, and colours are not switched off (no-color.org, TERM=dumb)."""
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
     return stream.isatty() and not dumb and not os.environ.get("NO_COLOR")
 
 
 def has_room(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal for columns and bars: it takes colours and is wide enough."""
+    """Whether `stream` is a terminal for columns and bars: it shows colours and is wide enough."""
     return takes_colours(stream) and shutil.get_terminal_size().columns >= NARROW

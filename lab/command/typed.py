@@ -1,6 +1,6 @@
 """A composed config as typed settings: every mistake in it is a UserError with dotted key, rule and value.
 
-No DictConfig goes further than this module.
+Only this module and its callers in lab.command see a DictConfig.
 """
 
 import math
@@ -18,7 +18,7 @@ from lab.settings import LabSettings, UserError
 Settings = TypeVar("Settings", bound=LabSettings)
 
 LONGEST_SECONDS = 2_000_000
-"""That a setting can ask to wait: sockets count in 31 bits of milliseconds."""
+"""Longest wait that a setting can ask for: sockets count in 31 bits of milliseconds."""
 
 
 def to_settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
@@ -30,7 +30,7 @@ def to_settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
 
 
 def check_rules(config: DictConfig) -> None:
-    """UserError, as `to_settings` raises it, for a value out of range: for callers without the command's own type."""
+    """UserError, as from `to_settings`, for a value out of range: for callers without the command's settings type."""
     with _in_one_line():
         values, schema = _values(config), OmegaConf.get_type(config)
         if isinstance(schema, type) and issubclass(schema, LabSettings):
@@ -68,15 +68,15 @@ def _check_roots(values: dict[str, Any], roots: dict[str, Any]) -> None:
 
 
 def _missing_key(error: MissingMandatoryValue) -> str:
-    """The field's name out of OmegaConf's `... missing mandatory value: name`."""
+    """The field's name in OmegaConf's `... missing mandatory value: name`."""
     return str(error).splitlines()[0].rsplit(": ", 1)[-1]
 
 
 def _structured_nodes(node: DictConfig) -> Iterator[DictConfig]:
-    """Children before parents, so that the innermost dotted path is the one reported."""
+    """Nodes with a settings type, children before parents, so that the innermost dotted path is reported."""
     for key in node:
         group = node._get_node(key)
-        if isinstance(group, DictConfig) and group._is_interpolation():  # whatever it refers to, it is not that group
+        if isinstance(group, DictConfig) and group._is_interpolation():  # whatever it refers to, it is not a group
             raise UserError(f"{group._get_full_key(None)} must be a group of settings, got {group._value()}")
         if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
             yield from _structured_nodes(node[key])
@@ -96,14 +96,14 @@ def _convert(node: DictConfig) -> Any:
     if is_dataclass(converted):
         known = [field.name for field in fields(converted)]
         for name, value in vars(converted).items():
-            if name not in known:  # "+project.bogus=1": Hydra lets it in, nobody would ever read it
+            if name not in known:  # "+project.bogus=1": Hydra accepts it, but no code would read it
                 raise UserError(unknown_key(f"{path}.{name}", known, value))
             _check_numbers(f"{path}.{name}", value)
     return converted
 
 
 def _check_numbers(key: str, value: Any) -> None:
-    """UserError for numbers beyond 64 bits, which sockets, clocks and allocators cannot take."""
+    """UserError for numbers beyond 64 bits, which sockets, clocks and allocators do not accept."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             _check_numbers(key, item)
@@ -118,12 +118,12 @@ def _check_numbers(key: str, value: Any) -> None:
 
 
 def texts_by_key(config: DictConfig, path: str = "") -> dict[str, str]:
-    """Every value of a config that is a text and may be the name of a place, by its dotted key; not the prompt."""
+    """Every text value of a config that may be a path, by its dotted key; not the prompt."""
     found: dict[str, str] = {}
     for key in map(str, config):
         try:
             value = config[key]
-        except OmegaConfBaseException:  # missing, or refers to nothing
+        except OmegaConfBaseException:  # missing, or a reference to nothing
             continue
         if isinstance(value, DictConfig):
             found |= texts_by_key(value, f"{path}{key}.")

@@ -1,7 +1,7 @@
 """Sources of text: which documents there are, and the records in them.
 
 Knows nothing about clients, tokenizers or models. A source lists its documents from file sizes and line ends alone; a
-text is opened only by whoever reads that document.
+document is opened only by the client that reads it.
 """
 
 import codecs
@@ -54,7 +54,7 @@ class Document:
 
 
 class Source(Protocol):
-    """Where text comes from."""
+    """A source of text."""
 
     def documents(self) -> list[Document]:
         """Every document, in an order that is the same on every call; reads no text. UserError when there is none."""

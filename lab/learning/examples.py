@@ -57,7 +57,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """One reader's examples; no token sequence stands on both sides, or twice on one."""
+    """One reader's examples; no token sequence is in both parts, or twice in one."""
 
     train: list[Example]
     held_out: list[Example]
@@ -93,7 +93,7 @@ class Batch:
 class MalformedData(UserError):
     """Lines that cannot be learnt from; the text names the first few. `reasons` holds one line for each.
 
-    `summary` has no more than their number: what may be told to others than the owner of the data.
+    `summary` has only their number, for anyone but the owner of the data.
     """
 
     def __init__(self, malformed: Sequence[MalformedRecord], lines: int) -> None:
@@ -106,7 +106,7 @@ class MalformedData(UserError):
 
     @property
     def summary(self) -> str:
-        """How many lines, without saying which or what is in them."""
+        """The number of malformed lines, without naming or quoting them."""
         return (
             f"project.data must hold lines that can be learnt from, got {len(self.reasons)} of {self.lines} malformed"
         )

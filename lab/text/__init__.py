@@ -1,1 +1,1 @@
-"""Text around an engine: prompts and chat templates before it, words and stop strings behind it."""
+"""Text around an engine: prompts and chat templates before it, penalties, biases and stop strings after it."""

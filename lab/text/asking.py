@@ -1,4 +1,4 @@
-"""From the settings of a text to what engines are asked for: its sampling with its words, its length, its decoder."""
+"""From the settings of a text to an engine's arguments: sampling with its rules, length, decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and only names are ne
 
 
 def asked_sampling(asked: TextSettings, seed: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Sampling:
-    """How the tokens of a text with such a prompt are drawn. UserError for words that make no sense."""
+    """The sampling of a text with such a prompt. UserError for invalid penalties, biases or bad words."""
     with user_errors("project."):
         words = Words(
             prompt_tokens=prompt_tokens,
@@ -43,7 +43,7 @@ def bad_word_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[in
 
 
 def most_new_tokens(asked: TextSettings, prompt_tokens: int, context: int) -> int:
-    """How many tokens a text may get. UserError for a context that its prompt fills."""
+    """Most new tokens of a text. UserError for a prompt that fills the context."""
     if asked.max_new_tokens != FILL:
         return asked.max_new_tokens
     if prompt_tokens >= context:

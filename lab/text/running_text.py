@@ -1,7 +1,7 @@
-"""A text as its tokens come: characters once they are whole, and an end where a stop string stands.
+"""A text during generation: characters once they are complete, and an end where a stop string occurs.
 
-Where a stop string ends the text depends on the characters alone, not on how tokens cut them or on how many come at
-once: the one that is complete first counts, of those the one that began first. What may become one is held back.
+Where a stop string ends the text depends on its characters only, not on how tokens divide them or how many arrive
+together: the first complete one counts, or the one that began first. A possible beginning of one is held back.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -21,7 +21,7 @@ class RunningText:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         self.stopped = False
-        """Whether a stop string has ended the text: what comes behind it is not of the text."""
+        """Whether a stop string has ended the text; later characters are not part of it."""
         self._decode, self._stops = decode, list(stops)
         self._before: list[int] = []
         """The tokens of the last piece: a tokenizer may treat the first one of a text apart."""
@@ -37,12 +37,12 @@ class RunningText:
 
     @property
     def text(self) -> str:
-        """All of it so far, without what is no character yet."""
+        """The whole text so far, without incomplete characters."""
         return self._text
 
     @property
     def whole_tokens(self) -> int:
-        """How many tokens stand in the text with all of their characters."""
+        """Number of tokens that are in the text with all of their characters."""
         fitting = (count for count, end in enumerate(self._ends) if 0 <= end <= len(self._text))
         return max(fitting)
 
@@ -62,7 +62,7 @@ class RunningText:
         return shown
 
     def finish(self) -> str:
-        """The text is over; returns what was not shown yet."""
+        """End the text; returns the characters that were not shown yet."""
         if self.stopped:
             return ""
         shown = self._grow(self._piece())
@@ -88,7 +88,7 @@ class RunningText:
         return shown
 
     def _held(self) -> int:
-        """How many characters at the end may begin a stop string."""
+        """Number of characters at the end that may begin a stop string."""
         waiting = self._text[self._given :]
         for length in range(min(len(waiting), max(map(len, self._stops), default=1) - 1), 0, -1):
             end = waiting[-length:]
@@ -98,12 +98,12 @@ class RunningText:
 
 
 @dataclass(frozen=True)
-class Said:
-    """A text up to its end."""
+class FinalText:
+    """A generated text up to its end."""
 
     text: str
     ids: list[int]
-    """The tokens that stand in it with all of their characters."""
+    """The tokens that are in it with all of their characters."""
     stopped: bool
     """Whether a stop string ended it."""
 
@@ -114,12 +114,12 @@ class Said:
         return "end_token" if self.ids and self.ids[-1] in end_ids else "length"
 
 
-def said(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str]) -> Said:
-    """The text of all tokens, up to where a stop string ends it."""
+def final_text(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str]) -> FinalText:
+    """The text of all tokens, up to the stop string that ends it."""
     running = RunningText(decode, stops)
     for token in ids if stops else ():
         running.add(token)
     running.finish()
     if running.stopped:
-        return Said(running.text, list(ids[: running.whole_tokens]), stopped=True)
-    return Said(decode(ids), list(ids), stopped=False)
+        return FinalText(running.text, list(ids[: running.whole_tokens]), stopped=True)
+    return FinalText(decode(ids), list(ids), stopped=False)

@@ -20,8 +20,8 @@ class TextSettings:
     max_new_tokens: int
     """Most new tokens; -1: as many as the context has room for."""
     stop: Any  # OmegaConf 2.3 knows no union of a text and a list
-    """One text or a list of them: the text ends where one of them first stands in it, and what it ends with is not
-    part of it."""
+    """One text or a list of them: the text ends before the first occurrence of one of them, which is not part of
+    it."""
     temperature: float
     """0 takes the target's best token."""
     top_k: int
@@ -31,7 +31,7 @@ class TextSettings:
     min_p: float
     """Only tokens that have at least this share of the best one's probability can be drawn; 0: all."""
     repetition_penalty: float
-    """Logits of tokens that stand in the text, prompt included, are divided by this (multiplied where they are
+    """Logits of tokens that occur in the text, prompt included, are divided by this (multiplied if they are
     negative), as in transformers; 1: off."""
     presence_penalty: float
     """Subtracted from the logits of tokens that were generated, as OpenAI and vLLM do; 0: off."""

@@ -6,16 +6,16 @@ import ssl
 import threading
 from collections import deque
 
-from lab.wire.connected import Connected
 from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
 from lab.wire.faults import Peer, PeerGone, PeerSilent, WireError, unreachable
 from lab.wire.frames import Buffer, Frame, Head, encode
 from lab.wire.listener import tls_refused, why_gone
+from lab.wire.peer_connection import PeerConnection
 from lab.wire.waiting import has_ended
 
 
-class FrameConnection(Connected, asyncio.BufferedProtocol):
+class FrameConnection(PeerConnection, asyncio.BufferedProtocol):
     """Frames over an asyncio transport. Belongs to its loop; other threads may only `send_at_once`.
 
     A callback protocol rather than asyncio streams: it reads into one buffer that is used again, and a received frame

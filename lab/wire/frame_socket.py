@@ -9,19 +9,19 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
-from lab.wire.connected import Connected
 from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
 from lab.wire.faults import Peer, PeerGone, PeerSilent, WireError, unreachable
 from lab.wire.frames import Buffer, Frame, Head, encode_start
 from lab.wire.listener import tls_refused, why_gone
+from lab.wire.peer_connection import PeerConnection
 from lab.wire.waiting import Arrival, can_write
 
 JOIN_BYTES = 64 * 1024  # below it one copy is cheaper than a gathering write
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class FrameSocket(Connected):
+class FrameSocket(PeerConnection):
     """A connection that has agreed on key, version and fingerprints. A context manager: it closes its socket.
 
     Heartbeats live in `recv` and `poll`: a client that is to notice a dead peer, and not to look dead itself, keeps one

@@ -1,35 +1,35 @@
-"""Speed of speculation over a link, next to its formulas and to the target alone.
+"""Speed of speculation over a link, compared with its formulas and with the target alone.
 
     python -m speculative.bench project.bench.engine=synthetic
     python -m speculative.bench project.bench.engine=real project.draft.source=ngram
 
-Verifier and links are processes of their own, the drafter is this one (`speculative.bench.rig`): on Linux the verifier
-has one core, drafter and links the other, and every process computes with one thread. Compared cases run interleaved in
-one run, and are compared by ratios of the same turn; `n` readings, median with the smallest and the largest.
-`target` says what a row must show, `holds` whether it does.
+Verifier and links are separate processes, the drafter is this one (`speculative.bench.rig`): on Linux the verifier has
+one core, drafter and links the other, and every process computes with one thread. Compared cases run interleaved in one
+run, and are compared by ratios of the same turn: `n` readings, median with the smallest and the largest. `target` is
+what a row must reach, `holds` whether it does.
 
-Engine synthetic: passes take the times of `project.synthetic`, and draft tokens are right as often as it says, so that
-a figure shows the loops and not the models.
+Engine synthetic: passes take the times of `project.synthetic`, and draft tokens are right with its probability, so that
+a figure depends on the loops, not on the models.
 
     loops       the target alone, the synchronous loop and the asynchronous one at every delay. `over_optimum`: speed
-                over that of the best policy for the measured acceptance, in a simulation of this text, token by token.
-                `formula_over_measured`: what the formula gives for the very rounds of a text over what they took.
-    lengths     automatic draft length against fixed ones
+                relative to the best policy for the measured acceptance, in a simulation of this text, token by token.
+                `formula_over_measured`: time of the rounds of a text by the formula, relative to the measured one.
+    lengths     the automatic draft length compared with fixed ones
     near        no delay and low acceptance, where the synchronous loop is at its best
     useless     a drafter that is never right
-    neighbours  token times of three clients beside a fourth that is like them, stalled, or hostile
-    frame       one frame there and back over as many raw bytes
-    busy        a picture of who was busy when
+    neighbours  token times of three clients next to a fourth that is like them, stalled, or hostile
+    frame       the round trip of one frame, relative to as many raw bytes
+    busy        a picture of when each side was busy
 
 Engine real: `model` as the target, `project.draft` as the draft source.
 
     sources     prompt lookup and the target's first layers as drafters, on every text, without a delay
     texts       every text at every delay: alone (B0), sync (B2), async (B3), and transformers' own assisted generation
-                with the same drafter on the target's machine (B1), which knows no delay
-    crowd       several prompt-lookup drafters on one verifier, all their tokens together, over the same texts one after
-                the other, prompts included: all with the same text, and with all texts in turn
+                with the same drafter on the target's machine (B1), which has no delay
+    crowd       several concurrent prompt-lookup drafters on one verifier, all their tokens together, relative to the
+                same texts one after the other, prompts included: all with the same text, and with all texts in turn
 
-Bytes are all that went over the connection while the text was made, both directions, headers and heartbeats included.
+Bytes are all that crossed the connection during generation, in both directions, headers and heartbeats included.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def draw(folder: Path, rows: list[Row]) -> list[Path]:
-    """The pictures that the rows have figures for."""
+    """Draw the pictures that the rows have figures for."""
     pictures = [folder / "busy.png"] if (folder / "busy.png").exists() else []
     if measured := [row for row in rows if row["part"] == "loops"]:
         pictures.append(plots.draw_speedups(folder / "speedup.png", measured, "measured (points), predicted (dashed)"))

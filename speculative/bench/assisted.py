@@ -30,7 +30,7 @@ class Assisted:
             self._options = {"assistant_model": layers}
 
     def speed(self, prompt: str) -> float:
-        """Tokens per second of an answer."""
+        """Tokens per second of one answer."""
         bench = self._settings.project.bench
         ids = torch.tensor([prompt_ids(self._tokenizer, prompt, chat=True)], device=self._device)
         with pinned(VERIFIER_CORE), torch.inference_mode():

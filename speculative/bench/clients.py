@@ -1,4 +1,4 @@
-"""Parts of the benchmark with several clients at once."""
+"""Parts of the benchmark with several concurrent clients."""
 
 import multiprocessing
 import signal
@@ -27,7 +27,7 @@ LEAST_OVER_ONE = 2.5
 MOST_MEDIAN, MOST_P99 = 1.05, 1.25
 FLOOD_FRAMES_PER_SECOND = 5000.0
 FLOOD_START_SECONDS = 60.0
-"""Longest start of the process of the hostile client."""
+"""Time limit for the start of the hostile client's process."""
 
 
 def neighbours(rig: Rig) -> list[Row]:
@@ -63,8 +63,8 @@ def neighbours(rig: Rig) -> list[Row]:
 
 
 def crowd(rig: Rig) -> list[Row]:
-    """Many prompt-lookup drafters on one verifier at once, over the same texts one after the other: all with the same
-    text, and with all texts in turn."""
+    """Many concurrent prompt-lookup drafters on one verifier, relative to the same texts one after the other: all with
+    the same text, and with all texts in turn."""
     bench = rig.settings.project.bench
     rtt = min(bench.rtt_seconds)
     prompts = {text.name: [text.prompt] for text in bench.chosen_texts}
@@ -105,7 +105,7 @@ def _neighbour(rig: Rig) -> Case:
 
 
 def _token_seconds(tally: Tally) -> list[float]:
-    """Seconds of each token: an n-th of its round. Without the first round, which reads the prompt."""
+    """Seconds of each token: an n-th of its round, without the first round, which reads the prompt."""
     rows = list(tally.rows())[1:]
     return [row["round_seconds"] / row["round_tokens"] for row in rows for _ in range(row["round_tokens"])]
 
@@ -115,21 +115,21 @@ def _p99(values: Sequence[float]) -> float:
 
 
 def _sequentially(rig: Rig, cases: Sequence[Case]) -> float:
-    """Tokens per second of several texts in sequence; one that comes twice is measured once and counts twice."""
+    """Tokens per second of several texts one after the other; one that occurs twice is measured once, counted twice."""
     figures = {case: rig.generate(case).figures for case in dict.fromkeys(cases)}
     tokens = sum(figures[case]["new_tokens"] for case in cases)
     return float(tokens / sum(figures[case]["generation_seconds"] for case in cases))
 
 
 def _together(rig: Rig, cases: Sequence[Case]) -> float:
-    """Tokens per second of several texts at once, all of them together."""
+    """Tokens per second of several concurrent texts, all together."""
     began = time.perf_counter()
     tallies = _generate_together(rig, cases)
     return sum(len(tally.token_ids) for tally in tallies) / (time.perf_counter() - began)
 
 
 def _generate_together(rig: Rig, cases: Sequence[Case]) -> list[Tally]:
-    """Several texts at once, each over a connection and in a thread of its own."""
+    """Generate several texts concurrently, each over its own connection and in its own thread."""
     with ExitStack() as stack:
         targets = [stack.enter_context(rig.join(case.rtt_seconds)) for case in cases]
         with ThreadPoolExecutor(len(cases)) as pool:
@@ -164,7 +164,7 @@ def _stalled(rig: Rig) -> Iterator[None]:
 
 @contextmanager
 def _hostile(rig: Rig) -> Iterator[None]:
-    """A client in a process of its own that sends frames as fast as `FLOOD_FRAMES_PER_SECOND`."""
+    """A client in a separate process that sends frames as fast as `FLOOD_FRAMES_PER_SECOND`."""
     context = multiprocessing.get_context("spawn")
     has_started = context.Event()
     process = context.Process(target=flood, args=(rig.settings, rig.texts, rig.port, has_started))
@@ -180,7 +180,7 @@ def _hostile(rig: Rig) -> Iterator[None]:
 
 
 def flood(settings: SpeculativeSettings, texts: Sequence[str], port: int, has_started: Event) -> None:
-    """Open a request and send wrong draft tokens for its first position, again and again; rejoin when thrown out."""
+    """Open a request and keep sending wrong draft tokens for its first position; connect again when disconnected."""
     settings = replace(settings, network=replace(settings.network, host="127.0.0.1", port=port))
     frames_at_once = 50
     while True:

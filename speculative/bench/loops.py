@@ -61,7 +61,7 @@ def loops(rig: Rig) -> list[Row]:
 
 
 def lengths(rig: Rig) -> list[Row]:
-    """The automatic draft length against fixed ones."""
+    """The automatic draft length compared with fixed ones."""
     bench = rig.settings.project.bench
     rows = []
     for rtt in bench.rtt_seconds:
@@ -111,7 +111,7 @@ def useless(rig: Rig) -> list[Row]:
 
 
 def frame(rig: Rig) -> list[Row]:
-    """One frame there and back, over as many raw bytes."""
+    """The round trip of one frame, relative to as many raw bytes."""
     rounds = rig.settings.project.bench.frame_rounds
     pings = measure_frames(body_bytes=32, rounds=rounds, warm_up_rounds=rounds // 10)
     row = {
@@ -126,7 +126,7 @@ def frame(rig: Rig) -> list[Row]:
 
 
 def busy(rig: Rig) -> list[Row]:
-    """Busy times of both sides in a short text of either loop, and a picture of them."""
+    """Busy times of both sides in a short text of each loop, and a picture of them."""
     bench = rig.settings.project.bench
     rtt = bench.busy_rtt_seconds
     rows, timelines = [], {}

@@ -1,4 +1,4 @@
-"""The pictures of the benchmark: speed-up over delay, acceptance by place, busy times."""
+"""The pictures of the benchmark: speed-up over delay, acceptance by position, busy times."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ COLOURS = {"target_only": "0.45", "sync": "#dd8452", "async": "#4c72b0", "assist
 NAMES = {"target_only": "target alone", "sync": "sync", "async": "async", "assisted": "transformers, co-located"}
 PANEL_INCHES = (6.0, 4.6)
 SHOWN_PLACES = 12
-"""Places of a run that are drawn: few draft tokens come later."""
+"""Positions of a run that are drawn: few draft tokens come later."""
 SHOWN_SECONDS = 0.7
-"""Part of a text that is drawn, from its second epoch on."""
+"""Share of a text that is drawn, from its second epoch on."""
 
 
 def draw_speedups(path: Path, rows: Sequence[Row], title: str) -> Path:
-    """Draw measured speed-up over the delay, and the predicted one where a row has it; acceptance by place."""
+    """Draw measured speed-up over the delay, and the predicted one if a row has it; acceptance by position."""
     by_place = [row for row in rows if row.get("alpha_by_position")]
     with drawn(path, PANEL_INCHES, 2 if by_place else 1) as axes:
         loops = dict.fromkeys((row["mode"], row["draft_length"]) for row in rows)

@@ -1,7 +1,7 @@
 """The benchmark's machines: a verifier on one core, links and the drafter on the other, one text at a time.
 
-Verifier and links are processes; the drafter is this one. Two cores are enough that none of them waits for a core:
-while the verifier computes the drafter drafts, and a link only moves bytes.
+Verifier and links are processes; the drafter is this one. Two cores are enough for them: while the verifier computes
+the drafter drafts, and a link only moves bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,14 +41,14 @@ from speculative.vocabulary import token_texts
 
 START_SECONDS = 120.0
 IDLE_SECONDS = 3600.0
-"""Long enough that no connection is closed while texts go over others: making it again would cost a text time."""
+"""Long enough that an idle connection stays open while texts use others: connecting again would take time of a text."""
 VERIFIER_CORE, DRAFTER_CORE = 0, 1
 WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One text to be measured."""
+    """One text to measure."""
 
     mode: Mode
     rtt_seconds: float
@@ -69,7 +69,7 @@ class Reading:
 
     tally: Tally
     frame_bytes: int
-    """Both directions, headers and heartbeats included."""
+    """Bytes in both directions, headers and heartbeats included."""
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Reading:
         return float(self.figures["tokens_per_second"])
 
     def is_right(self) -> IsRight:
-        """Whether each draft token of this text was right, by place, for `simulate`; True where there was none."""
+        """Whether each draft token of this text was right, by position, for `simulate`; True where there was none."""
         wrong: set[int] = set()
         place = 0
         for done in self.tally.rounds:
@@ -113,7 +113,7 @@ class Rig(ExitStack):
 
     @property
     def drafter_words(self) -> list[str]:
-        """Words of the command line of a drafter process that suits this verifier."""
+        """Overrides for a drafter process that suits this verifier."""
         return [*model_words(self.settings), "tracking=none", "project.draft.source=random"]
 
     def link(self, rtt_seconds: float) -> int:
@@ -156,7 +156,7 @@ class Rig(ExitStack):
     def rounds(
         self, case: Case, target: RemoteTarget, wrap: Callable[[Drafts], Drafts] = lambda drafts: drafts
     ) -> Iterator[Round]:
-        """The rounds of one text over a connection; `wrap` may put something around its draft source."""
+        """The rounds of one text over a connection; `wrap` may wrap its draft source."""
         settings = self.settings_of(case)
         ids = prompt_ids(self.tokenizer, case.prompt, settings.project.chat)
         sampling = asked_sampling(settings.project, settings.seed, self.tokenizer, len(ids))
@@ -196,7 +196,7 @@ class Rig(ExitStack):
     def _open_drafts(
         self, settings: SpeculativeSettings, case: Case, target: RemoteTarget, sampling: Sampling
     ) -> Drafts:
-        """Models are loaded once; other sources are made anew, since several texts may use one at once."""
+        """Models are loaded once; other sources are made for each text, since several texts may run concurrently."""
         draft = settings.project.draft
         size = target.welcome.vocabulary_size
 
@@ -226,8 +226,8 @@ def text_bytes(prompt_length: int, rounds: Sequence[Round]) -> int:
 
 
 def for_engine(settings: SpeculativeSettings) -> SpeculativeSettings:
-    """Settings for the benchmark's engine. Synthetic engines have no model: both sides show the tokenizer made in code;
-    and the verifier's own prompt lookup would hide the drafter's draft tokens."""
+    """Settings for the benchmark's engine. Synthetic engines have no model: both sides use the tokenizer made in code,
+    and the verifier's own prompt lookup, which would hide the drafter's draft tokens, is off."""
     if settings.project.bench.engine is BenchEngine.real:
         return settings
     model = compose_settings("spec_decoding", "model=random", SpeculativeSettings).model
@@ -263,7 +263,7 @@ def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence
 
 
 def model_words(settings: SpeculativeSettings) -> list[str]:
-    """Words of the command line that give another process our model."""
+    """Overrides that give another process our model."""
     model = settings.model
     files = (Path(conf.__file__).parent / "model").glob("*.yaml")
     names = {cast(DictConfig, OmegaConf.load(file)).get("name"): file.stem for file in files}

@@ -1,4 +1,4 @@
-"""Cases of the benchmark and their rows: measured figures next to the target alone and to the formulas."""
+"""Cases of the benchmark and their rows: measured figures, compared with the target alone and the formulas."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Readings = dict[Case, list[Reading]]
 
 ASYNC = Mode["async"]
 LEAST_SPEEDUP = {0.0: 2.2, 0.02: 2.1, 0.05: 1.7, 0.1: 1.4}
-"""By round trip, at acceptance 0.8 and the default times of the synthetic engines."""
+"""Least speed-up by round trip, at acceptance 0.8 and the default times of the synthetic engines."""
 DEFAULT_TIMES = (0.040, 0.0008, 0.004, 0.8)
 LEAST_OVER_OPTIMUM = 0.90
 LEAST_OVER_FORMULA = 0.95
@@ -33,7 +33,7 @@ def alone_case(rig: Rig, rtt_seconds: float) -> Case:
 def synthetic_case(rig: Rig, mode: Mode, rtt_seconds: float, length: int | str) -> Case:
     """A text of the synthetic engines."""
     project = rig.settings.project
-    # A text of the synchronous loop is stationary, too, and slower.
+    # A text of the synchronous loop is stationary, too, and takes longer.
     tokens = project.bench.new_tokens if mode is ASYNC else project.bench.new_tokens // 3
     return Case(
         mode=mode,
@@ -62,7 +62,7 @@ def plain_row(rig: Rig, part: str, case: Case) -> Row:
 
 
 def row_name(row: Row) -> str:
-    """A row for people."""
+    """Name of a row, for messages."""
     delay = f"{1000 * row['rtt_seconds']:g} ms"
     words = (row["part"], row.get("text"), row["mode"], row["drafter"], row["draft_length"], delay)
     return ", ".join(str(word) for word in words if word is not None)
@@ -74,7 +74,7 @@ def at_least(least: float, figure: str, row: Row) -> Row:
 
 
 def loop_row(rig: Rig, case: Case, readings: Readings, part: str = "loops") -> Row:
-    """A case of the synthetic engines next to the target alone at the same delay, and to its formula."""
+    """A case of the synthetic engines, compared with the target alone at the same delay, and with its formula."""
     own, alone = readings[case], readings[alone_case(rig, case.rtt_seconds)]
     row = plain_row(rig, part, case) | _measured(own, alone)
     if case.mode is Mode.target_only:
@@ -125,7 +125,7 @@ def _beside_optimum(rig: Rig, case: Case, own: Sequence[Reading], row: Row) -> R
 
 
 def real_row(rig: Rig, case: Case, readings: Readings, part: str = "texts") -> Row:
-    """A case of a real target next to that alone at the same delay."""
+    """A case of a real target, compared with the target alone at the same delay."""
     own = readings[case]
     alone = next(readings[c] for c in readings if c.mode is Mode.target_only and c.rtt_seconds == case.rtt_seconds)
     row = plain_row(rig, part, case) | _measured(own, alone)
@@ -150,7 +150,7 @@ def _measured(own: Sequence[Reading], alone: Sequence[Reading]) -> Row:
 
 
 def _bytes(own: Sequence[Reading]) -> Row:
-    """Bytes of both directions, headers included; accepted draft tokens are those that came in time."""
+    """Bytes in both directions, headers included; accepted draft tokens are those that arrived in time."""
     total = sum(reading.frame_bytes for reading in own)
     accepted = sum(reading.figures["drafts_accepted"] for reading in own)
     tokens = sum(reading.figures["new_tokens"] for reading in own)
@@ -161,7 +161,7 @@ def _bytes(own: Sequence[Reading]) -> Row:
 
 
 def speed_ratio(own: Sequence[Reading], other: Sequence[Reading]) -> Sample:
-    """Speeds over those of the same turns."""
+    """Speeds relative to those of the same turns."""
     return ratio([r.tokens_per_second for r in own], [r.tokens_per_second for r in other])
 
 

@@ -7,7 +7,7 @@ from lab.settings import require, require_at_least
 
 
 class BenchEngine(Enum):
-    """Engines to measure with."""
+    """Engines of the benchmark."""
 
     synthetic = "synthetic"
     """Engines whose passes take the times of `project.synthetic`."""
@@ -47,7 +47,7 @@ class BenchSettings:
     text_repeats: int
     """Interleaved runs of each case of part texts."""
     low_acceptances: list[float]
-    """Acceptances at which a short wait beats none (part near)."""
+    """Acceptances at which a short wait is better than none (part near)."""
     far_rtt_seconds: list[float]
     """Round-trip times of drafters that are never right (part useless)."""
     busy_rtt_seconds: float
@@ -63,7 +63,7 @@ class BenchSettings:
     texts: list[BenchText]
     """Prompts of engine real."""
     text_names: list[str]
-    """Those of them to use; none: all."""
+    """Names of the prompts to use; none: all."""
     text_tokens: int
     """Length of each answer to them, unless the target ends it sooner."""
     layers: list[int]

@@ -1,7 +1,7 @@
 """Busy times of one text on one clock: the target's passes, the drafter's steps and the frames between them.
 
-For a picture, not for a figure: the verifier is a thread of this process, so that one clock sees both sides. It is the
-shipped one, behind a real socket and a link process.
+For a picture, not for a figure: the verifier is a thread of this process, so that one clock times both sides. It is the
+real verifier, behind a real socket and a link process.
 """
 
 import asyncio
@@ -34,11 +34,11 @@ class Timeline:
     """Events of one text, in seconds since its request."""
 
     passes: list[Span] = field(default_factory=list)
-    """The target's."""
+    """Passes of the target."""
     rows: list[int] = field(default_factory=list)
     """Number of tokens in each pass."""
     steps: list[Span] = field(default_factory=list)
-    """The drafter's."""
+    """Steps of the drafter."""
     verdicts: list[tuple[float, int, bool]] = field(default_factory=list)
     """Arrival at the drafter, number of tokens, and whether a draft token was wrong."""
     began: float = 0.0
@@ -50,21 +50,21 @@ class Timeline:
         self.began = time.monotonic()
 
     def on_pass(self, began: float, ended: float, requests: Sequence[Request], want: Want) -> None:
-        """Note a pass of the target."""
+        """Record a pass of the target."""
         self.passes.append((began - self.began, ended - self.began))
         self.rows.append(sum(len(ids) for _, ids in requests))
 
     def on_step(self, began: float, ended: float, count: int) -> None:
-        """Note a step of the drafter."""
+        """Record a step of the drafter."""
         self.steps.append((began - self.began, ended - self.began))
 
     def on_verdict(self, done: Round) -> None:
-        """Note a verdict that has just come."""
+        """Record a verdict that has just arrived."""
         self.verdicts.append((time.monotonic() - self.began, len(done.tokens), done.right < done.checked))
 
 
 def watch_calls(owner: object, method: str, note: Callable[..., None]) -> None:
-    """Have `note(began, ended, *arguments)` called after each call of a method."""
+    """Call `note(began, ended, *arguments)` after each call of a method."""
     call = getattr(owner, method)
 
     def watched(*arguments: Any, **options: Any) -> Any:

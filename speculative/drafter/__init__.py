@@ -1,1 +1,1 @@
-"""The drafter's machine: drafts tokens, has them verified, prints the text."""
+"""The drafter's machine: drafts tokens, sends them to the verifier, prints the text."""

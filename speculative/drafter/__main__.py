@@ -1,4 +1,4 @@
-"""The drafter: drafts on this machine, has the verifier check, prints the text. `python -m speculative.drafter`."""
+"""The drafter: drafts on this machine, lets the verifier check, prints the text. `python -m speculative.drafter`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from speculative.settings import SpeculativeSettings
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Serve one request; returns the figures of the last line."""
+    """Generate one text; return the figures of the last line."""
     from speculative.drafter.session import draft
 
     return draft(settings, place)

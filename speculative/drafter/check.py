@@ -1,4 +1,4 @@
-"""Check of a generated text against the target alone: every token that differs is a flip."""
+"""Compares a generated text with the target's own: every token that differs is a flip."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from speculative.settings import Mode
 
 @dataclass(frozen=True)
 class Flip:
-    """A token of the text where the target alone, after the same tokens, chooses another one."""
+    """A token of the text for which the target alone, after the same tokens, chooses another one."""
 
     index: int
     """Number of the new token, from 0."""
@@ -19,13 +19,13 @@ class Flip:
     alone: int
     """The target's own choice."""
     margin: float
-    """Lead of that choice over the second best; a batch of another shape moves logits by about 1e-6 in float32."""
+    """Lead of that choice over the second best; a batch of another shape changes logits by about 1e-6 in float32."""
 
 
 def find_flips(
     target: Target, request: GenerationRequest, new_ids: Sequence[int], end_ids: Collection[int]
 ) -> list[Flip]:
-    """Let the target decode the text token by token, alone; where it differs, continue behind that place.
+    """Let the target alone decode the text token by token; after a token that differs, continue with the text's own.
 
     No flips: the text is the target's own. Margins need a target that reports them.
     """

@@ -1,7 +1,7 @@
 """One connection to a verifier, from the drafter's side.
 
-One thread stays in `recv`, where heartbeats live: so a drafter that computes for long neither looks dead nor misses
-that its verifier is.
+One thread stays in `recv`, where heartbeats are handled: so a drafter that computes for long neither looks dead nor
+fails to notice a dead verifier.
 """
 
 import queue
@@ -16,7 +16,7 @@ from lab.wire.frames import Buffer
 from speculative.messages import AskVocabularyFrame, MessageType, VocabularyFrame, WelcomeFrame
 
 LOOK_SECONDS = 0.5
-"""A wait is cut into pieces of this length, so that Ctrl+C comes through on every system."""
+"""Longest uninterrupted wait, so that Ctrl+C works on every system."""
 
 
 class VerifierConnection:
@@ -49,7 +49,7 @@ class VerifierConnection:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprints that the verifier showed in the handshake."""
+        """Fingerprints that the verifier sent in the handshake."""
         return self.frames.agreed.fingerprints
 
     def vocabulary(self) -> list[str]:
@@ -64,7 +64,7 @@ class VerifierConnection:
             raise self.bad(f"sent a bad vocabulary: {error}") from None
 
     def send(self, number: MessageType, session: int, head: Head, *body: Buffer, state: str = "") -> None:
-        """Send a frame. `state` goes into the text of faults from now on."""
+        """Send a frame. `state` is part of the message of later faults."""
         self.frames.peer.phase, self.frames.peer.state = number.name.upper(), state
         self.frames.send(number, session, head, *body)
 
@@ -73,8 +73,8 @@ class VerifierConnection:
         return not self._arrived.empty()
 
     def wait(self, *, patiently: bool = False) -> Frame:
-        """Wait for the next frame; `patiently`: as long as the connection lives. Raises a `WireError`, each time once
-        the connection has ended."""
+        """Wait for the next frame; `patiently`: as long as the connection lives. Raises a `WireError`, and again at
+        each call after the end of the connection."""
         deadline = time.monotonic() + self._request_seconds
         while True:
             try:
@@ -94,7 +94,7 @@ class VerifierConnection:
         self.frames.peer.phase = name = number.name.upper()
         frame = self.wait()
         if frame.type != number:
-            raise self.bad(f"sent a frame of type {frame.type} where {name} was due")
+            raise self.bad(f"sent a frame of type {frame.type} where {name} was expected")
         return frame
 
     def ids(self, frame: Frame) -> list[int]:

@@ -1,6 +1,6 @@
 """The model that `project.draft.model` names: a YAML of `conf/model` or of the user's own, a folder, a file, a hub id.
 
-Nothing is written as words for Hydra to read again: a folder may have any name.
+Settings are built directly, not as overrides for Hydra to parse: a folder may have any name.
 """
 
 import re
@@ -24,7 +24,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def draft_model(settings: SpeculativeSettings, device: torch.device) -> ModelSettings:
-    """The model that `project.draft.model` names, in `project.draft.dtype` or the precision that its YAML says.
+    """The model that `project.draft.model` names, in `project.draft.dtype` or the precision of its YAML.
 
     Raises:
         UserError: nothing of that name, or a YAML that describes no model.
@@ -39,7 +39,7 @@ def draft_model(settings: SpeculativeSettings, device: torch.device) -> ModelSet
 
 
 def _folders() -> list[Path]:
-    """Ours, and what the command line adds with `--config-dir`, in the order in which Hydra looks."""
+    """Folders of our own YAML files and of `--config-dir`, in the order in which Hydra searches them."""
     own = [Path(conf.__file__).parent]
     if not HydraConfig.initialized():
         return own
@@ -48,7 +48,7 @@ def _folders() -> list[Path]:
 
 
 def _of_yaml(file: Path, name: str) -> ModelSettings:
-    """A YAML with what `conf/main.yaml` gives to every model."""
+    """A YAML file, completed by what `conf/main.yaml` gives to every model."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ModelSettings), _shared(), OmegaConf.load(file))
         return cast(ModelSettings, OmegaConf.to_object(merged))
@@ -56,7 +56,7 @@ def _of_yaml(file: Path, name: str) -> ModelSettings:
         raise UserError(f"project.draft.model {name}: {describe(error)}") from None
     except ValueError as error:
         raise UserError(f"project.draft.model {name}: model.{error}") from None
-    except Exception as error:  # YAML's own
+    except Exception as error:  # an error of the YAML parser
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"project.draft.model {name} must be a YAML file that can be read, got: {reason}") from None
 

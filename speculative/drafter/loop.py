@@ -1,4 +1,4 @@
-"""The drafter's loop: draft, send, extend the text by what the verifier answers, and so on.
+"""The drafter's loop: draft, send, extend the text by the verifier's verdicts, repeat.
 
 Knows nothing about sockets, models or tokenizers: draft tokens come from a `Drafts`, verdicts from a `Target`.
 """
@@ -14,29 +14,29 @@ from speculative.acceptance import common_length, prefix_hash
 from speculative.drafts import Drafts
 from speculative.messages import Reason
 from speculative.policy import DraftLength
-from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
+from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.settings import Mode
 
 SYNC_LENGTH = 5
-"""Draft tokens of a round of mode sync where no length was asked for."""
+"""Draft tokens per round of mode sync if no length is set."""
 
 
 class RequestRefused(Fault):
-    """The target does not serve the request; says why."""
+    """The target does not serve the request; the message says why."""
 
     exit_code = 2
 
 
 class RequestFailed(Fault):
-    """The target could not go on with the request; says why."""
+    """The target could not continue the request; the message says why."""
 
 
 class Desync(RequestFailed):
-    """The two sides hold different texts; to resume the request may mend that."""
+    """The two sides hold different texts; resuming the request may repair that."""
 
 
 class TargetLost(Exception):
-    """The target is out of reach; `Target.resume` may reach it again."""
+    """The target cannot be reached; `Target.resume` may reach it again."""
 
 
 class Target(Protocol):
@@ -52,13 +52,13 @@ class Target(Protocol):
 
     @property
     def rtt_seconds(self) -> float | None:
-        """Round-trip time; None: not known yet."""
+        """Round-trip time; None: unknown yet."""
 
     def open(self, request: GenerationRequest) -> None:
         """Begin a request, the only one until `leave`."""
 
     def resume(self, request: GenerationRequest) -> None:
-        """Resume it after `TargetLost`, if that is possible, or after `Desync`. A verdict of all that came since
+        """Resume it after `TargetLost`, if that is possible, or after `Desync`. A verdict with all later tokens
         follows."""
 
     def draft(self, epoch: int, position: int, draft_ids: Sequence[int]) -> None:
@@ -76,28 +76,28 @@ class Target(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One verdict, and the draft tokens that it was about."""
+    """One verdict, with figures of the draft tokens that it concerns."""
 
     draft_ids: list[int]
-    """Draft tokens from the verdict's position on that were there when it came."""
+    """Draft tokens from the verdict's position on that existed when it arrived."""
     accepted: int
-    """New tokens that were drafted in time: the draft token was at the verifier when the target chose the same."""
+    """New tokens that were drafted in time: the draft token had arrived when the target chose the same."""
     right: int
-    """New tokens that were drafted: the accepted ones, and those that came too late."""
+    """New tokens that were drafted: the accepted ones, and those that arrived too late."""
     ids: list[int]
-    """New tokens that the target put behind the accepted ones."""
+    """New tokens of the target's own, after the accepted ones."""
     draft_nll: list[float]
-    """Cross-entropy of each draft token of the pass, in nats; empty unless it was asked for."""
+    """Cross-entropy of each draft token of the pass, in nats; empty unless requested."""
     margins: list[float]
-    """`Choice.margins` of each new token; empty unless they were asked for."""
+    """`Choice.margins` of each new token; empty unless requested."""
     place: int
-    """Number of right draft tokens in a row before the first one: its place in the run."""
+    """Number of consecutive right draft tokens before the first one: its position in the run."""
     made: int
     """Number of draft tokens made since the round before."""
     sent: int
     """Number of them that were sent."""
     draft_seconds: float
-    """Time of making them."""
+    """Time spent on making them."""
     stale: int
     """Draft tokens that were sent and never compared: one before them was wrong."""
     epoch: int
@@ -110,12 +110,12 @@ class Round:
 
     @property
     def checked(self) -> int:
-        """Draft tokens that were compared with the text: the right ones, and the first that was wrong."""
+        """Draft tokens that were compared with the text: the right ones, and the first wrong one."""
         return min(len(self.draft_ids), self.right + (self.right < len(self.tokens)))
 
 
 class DraftedSequence:
-    """The drafter's copy of a sequence: the verified tokens, and draft tokens behind them."""
+    """The drafter's copy of a sequence: the verified tokens, then draft tokens."""
 
     def __init__(self, request: GenerationRequest, drafts: Drafts) -> None:
         self.request = request
@@ -123,7 +123,7 @@ class DraftedSequence:
         """Time of drafting since the last round."""
         self.new_ids = list(request.new_ids)
         self.epoch = 0
-        """The connection's own count; a new connection begins at 0."""
+        """Epoch of this connection; a new connection begins at 0."""
         self._drafts = drafts
         self._prefix = prefix_hash(request.ids)
         self._draft_ids: list[int] = []
@@ -140,7 +140,7 @@ class DraftedSequence:
 
     @property
     def room(self) -> int:
-        """Number of further draft tokens that make sense: behind the last one the target puts a token of its own."""
+        """Number of further draft tokens that are useful: after the last one the target adds its own token."""
         return self.request.max_new_tokens - len(self.new_ids) - 1 - len(self._draft_ids)
 
     @property
@@ -154,7 +154,7 @@ class DraftedSequence:
         return len(self._draft_ids) - self._sent
 
     def draft(self, count: int) -> int:
-        """Make up to `count` more draft tokens; returns how many there were."""
+        """Make up to `count` more draft tokens; returns how many were made."""
         began = time.perf_counter()
         found = self._drafts.propose(count)
         self.draft_seconds += time.perf_counter() - began
@@ -173,7 +173,7 @@ class DraftedSequence:
             is_empty = False
 
     def extend(self, verdict: Verdict) -> Round:
-        """Extend the text by a verdict. Draft tokens that agree with it are used up; a wrong one drops all behind it.
+        """Extend the text by a verdict. Draft tokens that agree with it are used up; a wrong one drops all later ones.
 
         Raises:
             Desync: the verdict is for another text; this one is as it was.
@@ -227,7 +227,7 @@ def speculate(
     """Serve one request: yields each round as it is verified.
 
     Mode sync is the textbook loop (Leviathan et al., arXiv 2211.17192, with exact matching): draft, send, wait. In mode
-    async the drafter drafts ahead while verdicts are under way. With target_only nothing is drafted. The first draft
+    async the drafter drafts ahead while verdicts are in transit. With target_only nothing is drafted. The first draft
     tokens follow the prompt, while the target still reads it.
 
     Raises:
@@ -244,14 +244,14 @@ def speculate(
                 if request.mode is not Mode.target_only:
                     loop.advance(target)
                 outcome = target.next()
-                if isinstance(outcome, Ended):
+                if isinstance(outcome, Ending):
                     raise _fault(outcome)
                 if isinstance(outcome, Waiting):
                     continue
                 done = sequence.extend(outcome)
             except (TargetLost, Desync) as error:
                 if isinstance(error, Desync):
-                    if mended_at == sequence.position:  # to resume has not helped
+                    if mended_at == sequence.position:  # resuming has not helped
                         raise
                     mended_at = sequence.position
                 target.resume(replace(request, new_ids=sequence.new_ids))
@@ -262,7 +262,7 @@ def speculate(
                 yield done
             new_ids = sequence.new_ids
             if len(new_ids) >= request.max_new_tokens or (new_ids and new_ids[-1] in end_ids):
-                with contextlib.suppress(TargetLost):  # the text is whole
+                with contextlib.suppress(TargetLost):  # the text is complete
                     target.next()
                 return
     finally:
@@ -275,7 +275,7 @@ class _SyncLoop:
     def __init__(self, sequence: DraftedSequence) -> None:
         self._sequence = sequence
         self._waits = False
-        """Whether a VERDICT is due."""
+        """Whether a VERDICT is awaited."""
 
     def advance(self, target: Target) -> None:
         """Draft and send."""
@@ -289,13 +289,13 @@ class _SyncLoop:
         self._waits = False
 
     def restart(self) -> None:
-        """Begin on a new connection, where a VERDICT of all that came since is due."""
+        """Begin on a new connection, on which a VERDICT with all later tokens is awaited."""
         self._sequence.restart()
         self._waits = True
 
 
 class _AsyncLoop:
-    """Mode async: draft until there is news or no credit left; looks for news between two draft tokens."""
+    """Mode async: draft until a frame arrives or no credit is left; checks for frames between two draft tokens."""
 
     def __init__(self, sequence: DraftedSequence, window: int) -> None:
         self._sequence = sequence
@@ -305,7 +305,7 @@ class _AsyncLoop:
         """Whether nothing was sent since the last verdict."""
 
     def advance(self, target: Target) -> None:
-        """Draft and send until there is news, or nothing to draft."""
+        """Draft and send until a frame arrives, or there is nothing to draft."""
         sequence = self._sequence
         self._length.rtt_seconds = target.rtt_seconds
         while not target.has_news():
@@ -337,7 +337,7 @@ class _AsyncLoop:
         return count
 
 
-def _fault(ended: Ended) -> Exception:
+def _fault(ended: Ending) -> Exception:
     if ended.reason is Reason.refused:
         return RequestRefused(ended.text)
-    return RequestFailed(f"the text was closed by the verifier ({ended.reason.name}): {ended.text}")
+    return RequestFailed(f"the request was closed by the verifier ({ended.reason.name}): {ended.text}")

@@ -19,7 +19,7 @@ from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError, user_errors
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
-from lab.text.running_text import said
+from lab.text.running_text import final_text
 from lab.tracking import Tracker
 from speculative.drafter.check import find_flips
 from speculative.drafter.loop import SYNC_LENGTH, RequestRefused, Round, speculate
@@ -46,7 +46,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         UserError: a prompt or settings that this target does not take.
         WireError: the verifier cannot be joined.
         RequestRefused: the verifier does not serve the request.
-        RequestFailed, WireError: the request could not go on; `place.so_far` has the figures so far.
+        RequestFailed, WireError: the request could not continue; `place.so_far` has the figures so far.
     """
     project = settings.project
     device = open_device(settings.device)
@@ -67,7 +67,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             generate(target, drafts, request, tokenizer, tally, tracker, project.stops)
         except RequestRefused:
             if not tally.token_ids:
-                place.so_far = dict  # it has not begun
+                place.so_far = dict  # not begun yet
             raise
         finally:
             drafts.close()
@@ -80,7 +80,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 
 def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
-    """Raises a UserError for a prompt that is too long, and for ids that the target does not have."""
+    """UserError for a prompt that is too long, and for ids that the target does not have."""
     if request.sampling.words is not None:
         with user_errors("project."):
             request.sampling.words.check_ids(welcome.vocabulary_size)
@@ -103,8 +103,8 @@ def generate(
     tracker: Tracker,
     stops: Sequence[str],
 ) -> None:
-    """Generate the text, writing it to stdout as it is verified; `tally` and `tracker` get each round as it comes. A
-    stop string ends it. Raises StreamLeft when stdout is no longer read."""
+    """Generate the text, and write it to stdout as it is verified; `tally` and `tracker` get each round at once. A stop
+    string ends it. Raises StreamLeft when stdout is no longer read."""
     if request.threshold is not None:
         log.warning("rule cross_entropy is lossy: this text is not the target's own")
     stream = TextStream(decoder(tokenizer, target.welcome.end_ids), sys.stdout, stops)
@@ -128,20 +128,20 @@ def show(stream: TextStream, done: Round) -> None:
 
 
 def set_ticket(resume: str | None, target: RemoteTarget, path: Path) -> None:
-    """Give the next request a new ticket, or that of the file `resume` of another process; it is written to `path`."""
+    """Give the next request a new ticket, or the ticket in the file `resume` of another process; write it to `path`."""
     with user_errors("project.resume "):
         ticket = Ticket.new(target.welcome.target) if resume is None else Ticket.read(path_of(resume, "project.resume"))
     try:
         ticket.write(path)
     except OSError as error:
-        log.warning("%s could not be written (%s): no other process can take up this text", path, error.strerror)
+        log.warning("%s could not be written (%s): no other process can resume this request", path, error.strerror)
     target.set_next_ticket(ticket, again=resume is not None)
 
 
 def make_request(
     settings: SpeculativeSettings, ids: Sequence[int], sampling: Sampling, max_new_tokens: int
 ) -> GenerationRequest:
-    """The request that `settings` make of a prompt."""
+    """The request for a prompt, with the settings of the text."""
     project = settings.project
     return GenerationRequest(
         prompt_ids=ids,
@@ -157,7 +157,8 @@ def _figures(
     settings: SpeculativeSettings, target: RemoteTarget, tokenizer: PreTrainedTokenizerBase, tally: Tally
 ) -> dict[str, Any]:
     project = settings.project
-    text, figures = said(decoder(tokenizer, target.welcome.end_ids), tally.token_ids, project.stops), tally.figures()
+    text = final_text(decoder(tokenizer, target.welcome.end_ids), tally.token_ids, project.stops)
+    figures = tally.figures()
     return {
         "text": text.text,
         "token_ids": text.ids,
@@ -182,7 +183,7 @@ def _figures(
 
 
 def _predicted(project: SpeculativeProjectSettings, target: RemoteTarget, figures: dict[str, Any]) -> float | None:
-    """Tokens per second that theory gives for the measured figures; None where one of them is missing."""
+    """Predicted tokens per second for the measured figures; None if one of them is missing."""
     ended, rtt, draft_step = target.ended, target.rtt_seconds, figures["draft_step_seconds"]
     if ended is None or not ended.step_seconds:
         return None

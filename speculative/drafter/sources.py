@@ -35,11 +35,11 @@ class EngineDrafts(Drafts):
     """Draft tokens of an engine: a model, a slice of the target, a noisy target, a synthetic one.
 
     It samples as the target does: with the same noise at each position it chooses the same token far more often than
-    with noise of its own (`lab.engine.sampling`).
+    with independent noise (`lab.engine.sampling`).
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, vocabulary_size: int) -> None:
-        """`vocabulary_size` is the target's: an id beyond it, from a longer padding, is no draft token."""
+        """`vocabulary_size` is the target's: an id beyond it, from longer padding, is not a draft token."""
         self._engine = engine
         self._vocabulary_size = vocabulary_size
         if sampling.words is not None:
@@ -63,7 +63,7 @@ class EngineDrafts(Drafts):
             try:
                 token = self._next_id()
             except NotFinite as fault:
-                log.warning("the drafter drafts no more of this text: %s", fault)
+                log.warning("the drafter drafts no more for this text: %s", fault)
                 break
             if token >= self._vocabulary_size:
                 break
@@ -85,7 +85,7 @@ class EngineDrafts(Drafts):
     def _next_id(self) -> int:
         # At least one token is fed, even again: after an id that was no draft token there is no new one.
         self._session.position = min(self._session.position, len(self._text) - 1)
-        # The target's padding may be longer than ours: such an id is some token to us, which only costs acceptance.
+        # The target's padding may be longer than ours: we treat such an id as any token, which only costs acceptance.
         largest = self._engine.vocabulary_size - 1
         unseen = [min(token, largest) for token in self._text[self._session.position :]]
         [step] = self._engine.extend([(self._session, unseen)], "last")
@@ -93,7 +93,7 @@ class EngineDrafts(Drafts):
 
 
 def add_noise_to_head(model: PreTrainedModel, noise: float, seed: int) -> None:
-    """Give the model a head of its own with normal noise of `noise` times the head's standard deviation."""
+    """Replace the model's head by a noisy copy: normal noise of `noise` times the head's standard deviation."""
     head = cast(Any, model.get_output_embeddings())
     if isinstance(head, IntLinear):
         head = head.in_float().to(model.dtype)
@@ -112,7 +112,7 @@ def open_drafts(
     target_texts: list[str],
     vocabulary_size: int,
 ) -> Drafts:
-    """Open the draft source that `settings` name.
+    """Open the draft source that `settings` select.
 
     Args:
         settings: The drafter's.
@@ -133,7 +133,7 @@ def open_drafts(
         DraftSource.recorded: lambda: RecordedDrafts(
             _recorded_ids(str(project.draft.file)), project.synthetic.agreement, settings.seed, shared
         ),
-        # It has no logits for words to change, which only costs acceptance.
+        # It has no logits for penalties and biases to change, which only costs acceptance.
         DraftSource.synthetic: lambda: EngineDrafts(
             _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, words=None), shared
         ),

@@ -1,19 +1,19 @@
-"""Figures of one request: acceptance, speed, waste; with every definition.
+"""Figures of one request: acceptance, speed, waste; with all definitions.
 
-alpha                   right draft tokens / checked ones. Checked are those that were compared with the text: the right
-                        ones and the first wrong one of each epoch; those behind it were never compared.
-alpha_by_position[i]    the same for the i-th draft token of a run alone: conditional on all before it having been
-                        right. A run begins with each draft (sync), behind a wrong draft token and where the target was
-                        ahead (async).
-mean_accepted_length    accepted draft tokens / rounds that had some; accepted are the right ones that were there when
+alpha                   right draft tokens / checked ones. Checked means compared with the text: the right ones and the
+                        first wrong one of each epoch; those after it were never compared.
+alpha_by_position[i]    the same for the i-th draft token of a run only: conditional on all before it having been right.
+                        A run begins with each draft (sync), after a wrong draft token, and where the target was ahead
+                        (async).
+mean_accepted_length    accepted draft tokens / rounds that had some. Accepted are the right ones that had arrived when
                         the target chose the same, in a pass over them or (async) in the one just before.
-drafts_late             right draft tokens that are not accepted: the target had put the token before (async).
+drafts_late             right draft tokens that are not accepted: the target had chosen the token before (async).
 drafts_stale            draft tokens that were sent and never compared: one before them was wrong.
 draft_step_seconds      time of drafting / draft tokens made.
 draft_waste             draft tokens that were made and not accepted / those made.
 epochs                  wrong draft tokens that were sent: each ended an epoch.
-ms_per_token_p50        median over tokens; the n tokens of a round took 1/n of the time since the round before, each.
-tokens_per_second       new tokens / generation_seconds: from asking (connection and models are there) to the last one.
+ms_per_token_p50        median over tokens; each of the n tokens of a round took 1/n of the time since the round before.
+tokens_per_second       new tokens / generation_seconds: from the request (connected, models loaded) to the last token.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from speculative.drafter.loop import Round
 
 @dataclass
 class Tally:
-    """Collects the rounds of one request as they come. The clock starts when it is made."""
+    """Collects the rounds of one request as they arrive. The clock starts when it is made."""
 
     clock: Callable[[], float] = time.perf_counter
     rounds: list[Round] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Tally:
         self._began = self.clock()
 
     def add(self, done: Round) -> None:
-        """Add a round that has just come."""
+        """Add a round that has just arrived."""
         self.rounds.append(done)
         self._times.append(self.clock())
 
@@ -48,7 +48,7 @@ class Tally:
         return [token for done in self.rounds for token in done.tokens]
 
     def figures(self) -> dict[str, Any]:
-        """All figures, by their names in the last line; None where there was nothing to divide by."""
+        """All figures, by their names in the last line; None if there is nothing to divide by."""
         drafted = [done for done in self.rounds if done.draft_ids]
         accepted = sum(done.accepted for done in drafted)
         right = sum(done.right for done in drafted)

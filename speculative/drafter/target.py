@@ -1,4 +1,4 @@
-"""A verifier over the wire, as a drafter's `Target`: one request at a time, over as many connections as it takes."""
+"""A verifier over the wire, as a drafter's `Target`: one request at a time, over any number of connections."""
 
 import contextlib
 import logging
@@ -36,7 +36,7 @@ from speculative.messages import (
     WelcomeFrame,
     make_side,
 )
-from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
+from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.settings import DraftSettings, SpeculativeSettings
 from speculative.vocabulary import fingerprint, first_difference
 
@@ -44,11 +44,11 @@ log = logging.getLogger(__name__)
 
 Connect = Callable[[], VerifierConnection]
 _LOST = (Unreachable, PeerFull, PeerGone, PeerSilent)
-"""Faults after which connecting is tried again, to resume a request."""
+"""Faults after which the drafter tries to connect again, to resume a request."""
 
 
 class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Name of a request, the secret that proves its owner, and the target where it was begun; the first two in hex."""
+    """Name of a request, the secret that proves its owner (both in hex), and the target where it began."""
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
     owner: Annotated[str, msgspec.Meta(pattern=rf"^[0-9a-f]{{{2 * OWNER_BYTES}}}\Z")]
@@ -61,7 +61,7 @@ class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a ticket that was written. Raises `ValueError` for a file that is none."""
+        """Read a ticket file. Raises `ValueError` for any other file."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except (OSError, msgspec.MsgspecError) as error:
@@ -94,16 +94,16 @@ class RemoteTarget(Target):
         self._window = window
         self._report = report
         self.connection = persistently(connect, connect_seconds, (Unreachable, PeerFull))
-        """Replaced when it was lost."""
+        """Replaced by a new connection when it is lost."""
         self._session = 0
         self._ticket: Ticket | None = None
         self._next_ticket: tuple[Ticket, bool] | None = None
         self._lost: WireError | None = None
         self._bytes_sent = self._bytes_received = 0
-        self.ended: Ended | None = None
+        self.ended: Ending | None = None
         """End of the last request; None before the first."""
         self.resumes = 0
-        """Number of times that a request was resumed."""
+        """Number of times that requests were resumed."""
         self._waited_seconds = 0.0
         self._waits_since: float | None = None
 
@@ -129,7 +129,7 @@ class RemoteTarget(Target):
 
     @property
     def waited_seconds(self) -> float:
-        """Time that requests have stood in line for room at the verifier."""
+        """Time that requests have waited in line for room at the verifier."""
         now = time.monotonic()
         return self._waited_seconds + (0.0 if self._waits_since is None else now - self._waits_since)
 
@@ -148,11 +148,11 @@ class RemoteTarget(Target):
         assert self._ticket is None, "one request at a time"
         self._ticket, again = self._next_ticket or (Ticket.new(self.welcome.target), False)
         self._next_ticket = None
-        with contextlib.suppress(TargetLost):  # `next` says so, too
+        with contextlib.suppress(TargetLost):  # `next` raises it, too
             self._begin(request, self._ticket, again=again)
 
     def set_next_ticket(self, ticket: Ticket, *, again: bool) -> None:
-        """Give the next request this ticket; `again`: another process has opened it."""
+        """Give the next request this ticket; `again`: another process has opened the request."""
         self._next_ticket = ticket, again
 
     @override
@@ -190,7 +190,7 @@ class RemoteTarget(Target):
         self._ticket = self._lost = None
         try:
             self.connection.send(MessageType.close, self._session, CloseFrame(reason=Reason.left, text=""))
-        except WireError:  # the verifier knows without being told
+        except WireError:  # the verifier notices by itself
             return
 
     def close(self) -> None:
@@ -234,7 +234,7 @@ class RemoteTarget(Target):
     def _connect_again(self, lost: WireError) -> None:
         if self._resume_seconds <= 0:
             raise lost
-        log.warning("%s; trying for %g s to take the text up again", lost, self._resume_seconds)
+        log.warning("%s; trying for %g s to resume the request", lost, self._resume_seconds)
         began = time.monotonic()
         self._replace_connection(lost)
         log.warning("connected again after %.1f s", time.monotonic() - began)
@@ -260,11 +260,11 @@ class RemoteTarget(Target):
         self._leave_line()
         if isinstance(frame.head, CloseFrame):
             head = frame.head
-            self.ended = Ended(self._session, head.reason, head.text, head.step_seconds, head.row_seconds)
+            self.ended = Ending(self._session, head.reason, head.text, head.step_seconds, head.row_seconds)
             return self.ended
         head = frame.head
         if not isinstance(head, VerdictFrame):
-            raise self.connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was due")
+            raise self.connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was expected")
         nll, margins = self._scores() if self._report else ([], [])
         ids = self.connection.ids(frame)
         return Verdict(self._session, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
@@ -272,18 +272,18 @@ class RemoteTarget(Target):
     def _stand_in_line(self, place: int) -> Waiting:
         if self._waits_since is None:
             self._waits_since = time.monotonic()
-        log.info("the verifier has no room for this text now: it waits, place %d in line", place)
+        log.info("the verifier has no room for this request now: it waits, place %d in line", place)
         return Waiting(self._session, place)
 
     def _leave_line(self) -> None:
         if self._waits_since is not None:
             self._waited_seconds = self.waited_seconds
             self._waits_since = None
-            log.info("the text has its room after %.1f s", self._waited_seconds)
+            log.info("the request has its room after %.1f s", self._waited_seconds)
 
     def _next_frame(self) -> Frame:
         """The next frame of this request; those of earlier ones are dropped. A request in line waits as long as the
-        connection lives: its verifier has answered."""
+        connection lives, since the verifier has already replied."""
         while True:
             frame = self.connection.wait(patiently=self._waits_since is not None)
             if frame.session == self._session:
@@ -296,7 +296,7 @@ class RemoteTarget(Target):
             or len(frame.body) % 4
             or frame.head.draft_tokens > len(frame.body) // 4
         ):
-            raise self.connection.bad("sent no SCORES where they were due")
+            raise self.connection.bad("sent no SCORES where they were expected")
         numbers = list(struct.unpack(f"<{len(frame.body) // 4}f", frame.body))
         return numbers[: frame.head.draft_tokens], numbers[frame.head.draft_tokens :]
 
@@ -350,7 +350,7 @@ def _check_credit(draft: DraftSettings, welcome: WelcomeFrame) -> None:
 
 
 def persistently(connect: Connect, seconds: float, faults: tuple[type[WireError], ...]) -> VerifierConnection:
-    """Connect, trying again after these `faults` for at most `seconds` in all.
+    """Connect, trying again after these `faults` until `seconds` have passed.
 
     Raises:
         WireError: the last of them, with the time and the number of attempts; any other fault at once.

@@ -1,4 +1,4 @@
-"""The verifier: the target behind a port; checks what drafters send. `python -m speculative.verifier`."""
+"""The verifier: serves a target on a port, and checks draft tokens. `python -m speculative.verifier`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
-    """Serve until Ctrl+C; returns the figures of the last line."""
-    tls = listener_tls(settings.network)  # before a model is loaded for nothing
+    """Serve until Ctrl+C; return the figures of the last line."""
+    tls = listener_tls(settings.network)  # before loading a model
     from lab.device import open_device
     from lab.models.sources import load_tokenizer_only
     from speculative.verifier.server import ServerStats, serve

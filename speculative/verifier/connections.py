@@ -1,6 +1,6 @@
 """Connections of drafters: their frames become calls of the forward thread, its outcomes become frames.
 
-A connection that sends more frames than it may is not cut off: it is read more slowly, and no other is.
+A connection that sends too many frames is not cut off: it is read more slowly, without slowing others.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from speculative.messages import (
     WaitingFrame,
     WelcomeFrame,
 )
-from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
+from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.verifier.forward_thread import ForwardThread
 from speculative.verifier.scheduler import Scheduler
 
@@ -46,12 +46,12 @@ class Connections:
     welcome: WelcomeFrame
     token_texts: Sequence[str]
     fingerprint: str
-    """Digest of the tokenizer, by which drafters with another one are known."""
+    """Digest of the tokenizer, to detect drafters with another one."""
     frames_per_second: float
     idle_seconds: float
 
     async def serve(self, connection: FrameConnection) -> None:
-        """Do everything a connection asks for, until it ends."""
+        """Handle everything that a connection requests, until it ends."""
         await _DrafterConnection(self, connection).serve()
 
 
@@ -61,9 +61,9 @@ class _DrafterConnection:
     def __init__(self, shared: Connections, connection: FrameConnection) -> None:
         self._shared, self._thread, self._connection = shared, shared.thread, connection
         self._open: dict[int, OpenFrame] = {}
-        """By session; those that have ended are not in it."""
+        """Requests by session; without those that have ended."""
         self._keys: dict[int, Hashable] = {}
-        """By session, for as long as the drafter may still send something for it."""
+        """By session, as long as the drafter may still send frames for it."""
         self._has_vocabulary = False
         self._begun = 0
         """Number of requests."""
@@ -78,7 +78,7 @@ class _DrafterConnection:
                 if connection.fault is None:
                     self._take(frame)
                     await connection.pause(pace.spend(loop.time()))
-                elif isinstance(frame.head, CloseFrame):  # it has left: of what it sent before, only this counts
+                elif isinstance(frame.head, CloseFrame):  # it has left: earlier frames no longer matter
                     self._take(frame)
         except BadFrame as bad:
             if connection.fault is None:
@@ -87,13 +87,13 @@ class _DrafterConnection:
         except PeerGone:
             if self._begun == 0 or self._open:
                 raise
-            log.info("%s left after %d text%s", connection.peer, self._begun, "s" * (self._begun > 1))
+            log.info("%s left after %d request%s", connection.peer, self._begun, "s" * (self._begun > 1))
         finally:
             for session in self._open:
                 self._thread.leave(self._keys[session])
 
     async def _next_frame(self) -> Frame:
-        """Raises `PeerSilent` when nothing comes: a connection without a request does not keep its place for ever."""
+        """Raises `PeerSilent` when nothing comes: a connection without a request may not stay for ever."""
         seconds = self._shared.idle_seconds
         while True:
             try:
@@ -101,12 +101,12 @@ class _DrafterConnection:
                     return await self._connection.recv()
             except TimeoutError:
                 if not self._open:
-                    raise PeerSilent(self._connection.peer, f"asked for nothing in {seconds:g} s") from None
+                    raise PeerSilent(self._connection.peer, f"sent no request in {seconds:g} s") from None
 
     # From the drafter
 
     def _take(self, frame: Frame) -> None:
-        """Do what a frame asks for. Raises `BadFrame` for what no drafter of ours would send."""
+        """Handle a frame. Raises `BadFrame` for frames that no drafter of ours would send."""
         head = frame.head
         if isinstance(head, OpenFrame):
             self._begun += 1
@@ -121,23 +121,23 @@ class _DrafterConnection:
             texts = [text.encode(errors="surrogatepass") for text in self._shared.token_texts]
             self._connection.send(MessageType.vocabulary, 0, VocabularyFrame(), msgspec.msgpack.encode(texts))
         else:
-            raise BadFrame(self._connection.peer, f"sent {TABLE.name(frame.type)}, which a verifier does not take")
+            raise BadFrame(self._connection.peer, f"sent {TABLE.name(frame.type)}, which a verifier does not accept")
 
     def _begin(self, frame: Frame, head: OpenFrame) -> None:
         peer, session = self._connection.peer, frame.session
         peer.phase = "RESUME" if isinstance(head, ResumeFrame) else "OPEN"
         if session in self._open:
-            raise BadFrame(peer, f"opened text {session} twice")
+            raise BadFrame(peer, f"opened request {session} twice")
         if self._connection.agreed.fingerprints.get(TOKENIZER) != self._shared.fingerprint:
-            raise BadFrame(peer, "opened a text with another tokenizer than the target's")
+            raise BadFrame(peer, "opened a request with another tokenizer than the target's")
         if head.threshold is not None:
             log.warning("%s asked for rule cross_entropy: its text will not be the target's own (lossy)", peer)
-        ids = unpack_tokens(frame.body, vocabulary_size=2**31, peer=peer)  # the scheduler refuses those without a row
+        ids = unpack_tokens(frame.body, vocabulary_size=2**31, peer=peer)  # the scheduler checks their range
         request = self._request(head, ids)
         key = object()
         self._open[session] = head
         if isinstance(head, ResumeFrame) and (changed := changes(head.target, self._shared.welcome.target)):
-            self._send(session, Ended(key, Reason.refused, f"a text must be resumed at its own target: {changed}"))
+            self._send(session, Ending(key, Reason.refused, f"request must be resumed at its own target: {changed}"))
             return
 
         def begin(scheduler: Scheduler) -> list[Outcome]:
@@ -152,7 +152,7 @@ class _DrafterConnection:
         try:
             sampling = head.sampling
         except ValueError as error:
-            raise BadFrame(peer, f"asked for sampling that makes no sense: {error}") from None
+            raise BadFrame(peer, f"sent invalid sampling settings: {error}") from None
         new = head.new_tokens if isinstance(head, ResumeFrame) else 0
         if new > len(ids):
             raise BadFrame(peer, f"sent {len(ids)} ids and called {new} of them new")
@@ -169,7 +169,7 @@ class _DrafterConnection:
     def _offer(self, frame: Frame, head: DraftFrame) -> None:
         peer, limits, now = self._connection.peer, self._shared.welcome, time.monotonic()
         peer.phase, peer.state = "DRAFT", f"epoch {head.epoch}, position {head.position}"
-        if frame.session not in self._open:  # it has ended while this was under way
+        if frame.session not in self._open:  # it ended while this was in transit
             return
         ids = unpack_tokens(frame.body, vocabulary_size=limits.vocabulary_size, peer=peer)
         if len(ids) > limits.max_draft_length:
@@ -194,7 +194,7 @@ class _DrafterConnection:
                     row_seconds=outcome.row_seconds,
                 )
                 send(MessageType.close, session, head)
-        except WireError as error:  # `serve` sees it, too, and ends
+        except WireError as error:  # `serve` sees the error, too, and ends
             log.debug("%s", error)
 
     def _send_verdict(self, session: int, verdict: Verdict) -> None:
@@ -209,7 +209,7 @@ class _DrafterConnection:
 
 
 class _Pace:
-    """How fast a connection is read: `per_second` frames, and as many more as it left unused in the second before."""
+    """Limits the speed of reading: `per_second` frames, plus those that were unused in the last second."""
 
     def __init__(self, per_second: float, now: float) -> None:
         self._per_second = per_second
@@ -217,7 +217,7 @@ class _Pace:
         self._now = now
 
     def spend(self, now: float) -> float:
-        """Count a frame that came at `now`; returns how long not to read the next one."""
+        """Count a frame that came at `now`; return how long not to read the next one."""
         self._saved = min(self._per_second, self._saved + (now - self._now) * self._per_second) - 1
         self._now = now
         return max(0.0, -self._saved / self._per_second)

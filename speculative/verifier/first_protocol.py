@@ -10,29 +10,29 @@ from lab.text.settings import FILL
 from lab.wire import BadFrame, Peer, PeerGone
 from speculative.messages import Reason
 from speculative.protocol import MAX_TOKENS, LeftBetweenMessages, read_msg, write_tokens
-from speculative.request import Ended, GenerationRequest, Outcome, Verdict
+from speculative.request import Ending, GenerationRequest, Outcome, Verdict
 from speculative.settings import Mode
 from speculative.verifier.forward_thread import ForwardThread
 
 LONGEST_REQUEST_BYTES = 2**18
-"""No prompt is longer than this in a context of a few thousand tokens."""
+"""Longest prompt: a context of a few thousand tokens holds no longer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstProtocol:
-    """Answers every client of one verifier that speaks the first protocol."""
+    """Serves all clients of one verifier that use the first protocol."""
 
     thread: ForwardThread
     to_ids: Callable[[str], Sequence[int]]
     max_new_tokens: int
-    """Length of an answer; `FILL`: as many tokens as there is room for."""
+    """Number of tokens in an answer; `FILL`: as many as there is room for."""
     context: int
     """Most tokens of prompt and answer."""
     timeout_seconds: float
-    """Longest silence of a client."""
+    """Time limit of a client that sends nothing."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: asyncio.Event) -> None:
-        """Answer one request after the other, until the client has `left`."""
+        """Answer requests one after the other, until the client has `left`."""
         name = writer.get_extra_info("peername") or ("?", 0)
         peer = Peer(role="client", address=f"{name[0]}:{name[1]}", phase="request")
         seconds = self.timeout_seconds
@@ -46,13 +46,13 @@ class FirstProtocol:
 
     async def _continuation(self, prompt_ids: Sequence[int], peer: Peer, left: asyncio.Event) -> list[int]:
         """Raises `BadFrame` for a prompt that is refused, `PeerGone` when the client does not wait for its answer."""
-        done: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         ids: list[int] = []
 
         def receive(outcome: Outcome) -> None:
             if isinstance(outcome, Verdict):
                 ids.extend(outcome.ids)
-            elif isinstance(outcome, Ended) and not done.done():
+            elif isinstance(outcome, Ending) and not done.done():
                 done.set_result(outcome)
 
         fitting = max(1, min(self.context - len(prompt_ids), MAX_TOKENS))  # a prompt that fills the context is refused

@@ -1,7 +1,7 @@
 """The one thread that owns the engine: it takes calls, runs passes while there is work, and delivers the outcomes.
 
-Between two passes every call that has arrived is done, so that sequences whose drafts came during a pass share the
-next. Knows nothing about networks; the event loop that outcomes are delivered in is never blocked by it.
+Between two passes all calls that have arrived are run, so that sequences whose drafts arrived during a pass share the
+next one. Knows nothing about networks; it never blocks the event loop in which outcomes are delivered.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Self
 
 from speculative.messages import Reason
-from speculative.request import Ended, Outcome
+from speculative.request import Ending, Outcome
 from speculative.verifier.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ Receive = Callable[[Outcome], None]
 
 
 END_SECONDS = 5.0
-"""A pass that takes longer is left to itself: the process ends, and what its thread holds with it."""
+"""Time limit of the last pass; after it the process ends without waiting for the thread."""
 
 
 class ForwardThread:
@@ -43,7 +43,7 @@ class ForwardThread:
         self._scheduler = scheduler
         self._call_soon = call_soon
         self._receivers: dict[Hashable, Receive] = {}
-        """By key."""
+        """Receivers of outcomes, by key."""
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="forward", daemon=True)
 
@@ -53,13 +53,13 @@ class ForwardThread:
         self.submit(key, call)
 
     def submit(self, key: Hashable, call: Call) -> None:
-        """Have `call` done between two passes. If it fails, the request `key` ends, and nothing else."""
+        """Run `call` between two passes. If it fails, only the request `key` ends."""
 
         def do(scheduler: Scheduler) -> list[Outcome]:
             try:
                 return call(scheduler)
-            except Exception as error:  # what one request does must not end the thread that serves all
-                log.exception("a text ends by a fault of ours")
+            except Exception as error:  # one request must not end the thread that serves all
+                log.exception("a request ends by a fault of ours")
                 return scheduler.fail(key, error)
 
         self._calls.put(do)
@@ -93,7 +93,7 @@ class ForwardThread:
             self.finished.set_result(None)
 
     def _turn(self) -> bool:
-        """Do every call that is there, then a tick unless it is worth waiting for more; returns whether to go on."""
+        """Run all calls that have arrived, then a tick unless waiting pays off; returns whether to continue."""
         outcomes: list[Outcome] = []
         for call in self._take(self._scheduler.patience()):
             if call is None:
@@ -109,7 +109,7 @@ class ForwardThread:
         return True
 
     def _take(self, patience: float) -> list[Call | None]:
-        """Every call that is there; without one, the first that comes within `patience` seconds."""
+        """All calls that have arrived; if there are none, the first that arrives within `patience` seconds."""
         calls: list[Call | None] = []
         with contextlib.suppress(queue.Empty):
             if patience > 0:
@@ -121,12 +121,12 @@ class ForwardThread:
     def _deliver(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             receive = self._receivers.get(outcome.key)
-            if isinstance(outcome, Ended):
+            if isinstance(outcome, Ending):
                 self.refused += outcome.reason is Reason.refused
                 self._receivers.pop(outcome.key, None)
             try:
                 if receive is not None:
                     receive(outcome)
-            except Exception:  # a client that cannot be told something is no reason not to tell the others
-                log.exception("a text ends by a fault of ours")
+            except Exception:  # one failing receiver must not affect the others
+                log.exception("a request ends by a fault of ours")
                 self.close(outcome.key)

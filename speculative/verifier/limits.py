@@ -1,4 +1,4 @@
-"""How much a verifier gives, and why a request is refused."""
+"""Limits of a verifier, and the reasons for refusing a request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ class SchedulerLimits:
     window: int
     """Most draft tokens of one sequence that may wait."""
     lookup: tuple[int, int] | None
-    """Longest and shortest n-gram of the verifier's own prompt lookup; None: it has none."""
+    """Longest and shortest n-gram of the verifier's own prompt lookup; None: no lookup."""
     most_waiting: int
-    """Most sequences in line."""
+    """Most sequences waiting in line."""
     client_texts: int
-    """Most sequences of one client at once."""
+    """Most concurrent sequences of one client."""
     client_cache_bytes: int
     """Most keys and values that the sequences of one client may need, at their full length."""
     bytes_per_token: int
-    """Keys and values of one token; 0 where the engine does not say."""
+    """Bytes of keys and values of one token; 0 if the engine does not report them."""
     keep_seconds: float
-    """How long a sequence is kept for a connection that ended."""
+    """How long a sequence is kept after its connection has ended."""
     idle_seconds: float
     """How long a sequence of mode sync may go without a DRAFT."""
 
     def refusal_by_client(self, request: GenerationRequest, others: Sequence[GenerationRequest]) -> str | None:
-        """Why a client that has the `others` may not have this one, too."""
+        """Why a client with the requests `others` may not have this one, too; None if it may."""
         if len(others) >= self.client_texts:
             return f"a client may have {self.client_texts} texts at once (the verifier's project.client.texts)"
         if not self.bytes_per_token:
@@ -45,7 +45,7 @@ class SchedulerLimits:
 
 
 def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
-    """Why an engine could never serve a request."""
+    """Why an engine could never serve a request; None if it could."""
     if not request.prompt_ids:
         return "prompt must hold at least one token, got none"
     try:

@@ -1,17 +1,17 @@
-"""The verifier's own draft tokens for one sequence: prompt lookup, for when no drafter's have come."""
+"""The verifier's own draft tokens for one sequence: prompt lookup, for passes without a drafter's."""
 
 from collections.abc import Sequence
 
 from speculative.acceptance import common_length
 from speculative.drafts import NgramDrafts
-from speculative.policy import AcceptanceByPlace, PassCosts
+from speculative.policy import AcceptanceByPosition, PassCosts
 
 
 class Lookup:
-    """Proposes the tokens that followed the last time, as far as it pays.
+    """Proposes the tokens that followed the same tokens last time, as many as pay off.
 
-    All that are found are compared with the text whether a pass took them or not: so acceptance is known at no cost,
-    and rows are spent on them only where they are worth it.
+    All found tokens are compared with the text, whether or not a pass checked them: so acceptance is known at no cost,
+    and rows are spent on them only if that pays off.
 
     Args:
         longest: N-gram that is looked for first.
@@ -22,11 +22,11 @@ class Lookup:
     def __init__(self, longest: int, shortest: int, costs: PassCosts) -> None:
         self._drafts = NgramDrafts(longest, shortest)
         self._costs = costs
-        self._acceptance = AcceptanceByPlace()
+        self._acceptance = AcceptanceByPosition()
         self._found: list[int] = []
 
     def begin(self, ids: Sequence[int]) -> None:
-        """Take a new text."""
+        """Start a new text."""
         self._drafts.begin(ids)
 
     def propose(self, most: int) -> list[int]:
@@ -36,7 +36,7 @@ class Lookup:
         return self._found[:rows]
 
     def extend(self, position: int, new: Sequence[int]) -> None:
-        """From `position` on the text goes on with `new`."""
+        """Continue the text with `new` from `position` on."""
         right = common_length(self._found, new)
         self._acceptance.add(right, int(right < min(len(self._found), len(new))))
         self._found = []

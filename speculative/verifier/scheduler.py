@@ -1,15 +1,14 @@
 """The verifier's core: all sequences on one engine; one forward pass checks the draft tokens of all that are ready.
 
-Sequences that have room in the engine are *running*; others wait in line for it. Room is promised: a running sequence
-has room for its prompt and its most new tokens, and no other can take it away. A sequence whose connection ended
-*rests*: it is kept for a while in case it is resumed, nothing is computed for it, and its room goes to the first that
-waits for some.
+Sequences that have room in the engine are *running*; others wait in line for it. Room is reserved: a running sequence
+has room for its prompt and all of its new tokens, and no other can take it away. A sequence whose connection ended
+*rests*: it is kept for a while in case it is resumed, but not computed, and its room may go to the next in line.
 
-A fault has one owner. What fails in a pass over several sequences is tried again with each of them alone, and ends
-those that it belongs to; the engine itself is at fault when it fails on a sequence of its own (`prove`).
+If a pass over several sequences fails, it is repeated with each of them alone, and ends those that fail again. If the
+engine also fails on a sequence of the scheduler's own (`prove`), the engine itself is at fault.
 
 Knows nothing about tokenizers, networks or threads: a `Scheduler` is called from one thread, which sleeps for
-`patience()` between two ticks unless there is something to tell it.
+`patience()` between two ticks unless a call arrives.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from lab.engine.sampling import Sampling
 from lab.faults import Fault
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
-from speculative.request import Ended, GenerationRequest, Outcome, Waiting
+from speculative.request import Ending, GenerationRequest, Outcome, Waiting
 from speculative.verifier.limits import SchedulerLimits, refusal_by_engine
 from speculative.verifier.lookup import Lookup
 from speculative.verifier.sequence import VerifiedSequence
@@ -36,16 +35,16 @@ from speculative.verifier.sequence import VerifiedSequence
 log = logging.getLogger(__name__)
 
 MOST_KEPT = 256
-"""Sequences without a connection; the oldest is forgotten for one more. Most of what is kept are token ids."""
+"""Sequences without a connection; one more replaces the oldest. Mostly token ids are kept."""
 PLACE_SECONDS = 1.0
-"""Least time between two places in line that a client is told."""
+"""Least time between two reports of a place in line to one client."""
 
 Asked = Sequence[tuple[VerifiedSequence, list[int]]]
-"""Sequences of a pass, and the ids that each of them is fed."""
+"""Sequences of a pass, each with the ids that it is fed."""
 
 
 class EngineFailed(Fault):
-    """The engine does not do what any request needs: none can be served."""
+    """The engine cannot do what every request needs: none can be served."""
 
 
 class Scheduler:
@@ -65,39 +64,39 @@ class Scheduler:
         *,
         end_ids: Sequence[int],
         limits: SchedulerLimits,
-        closed: Callable[[VerifiedSequence, Ended], None],
+        closed: Callable[[VerifiedSequence, Ending], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.costs = PassCosts()
-        """Seconds of passes, as measured."""
+        """Measured seconds of passes."""
         self._end_ids = frozenset(end_ids)
         self._limits = limits
         self._closed = closed
         self._clock = clock
         self._sequences: dict[Hashable, VerifiedSequence] = {}
-        """By key: all that have a connection or are kept."""
+        """All sequences that have a connection or are kept, by key."""
         self._named: dict[int, VerifiedSequence] = {}
-        """By name."""
+        """Sequences by name."""
         self._running: list[VerifiedSequence] = []
         self._resting: list[VerifiedSequence] = []
-        """In the order in which they were left."""
+        """In the order in which their connections ended."""
         self._line: list[VerifiedSequence] = []
-        """In the order in which they came."""
+        """In the order of arrival."""
         self._next_places_at = -math.inf
-        """When those in line may be told their places again."""
+        """When places in line may be reported again."""
         self._is_in_doubt = False
-        """Whether something failed in a pass that may be the engine's own fault."""
+        """Whether a pass failed in a way that may be the engine's own fault."""
 
     def prove(self) -> None:
-        """Run two tokens that are nobody's. Raises `EngineFailed` when the engine cannot."""
+        """Run two tokens that belong to no client. Raises `EngineFailed` if the engine cannot."""
         ids = [0] * min(2, self.engine.longest)
         try:
             self.engine.open(ids, Sampling.greedy(), len(ids)).close()
-        except (CacheFull, NotFinite):  # it computes
+        except (CacheFull, NotFinite):  # the engine works
             return
-        except Exception as error:  # of torch, of a device: whatever it is, no request can be served
-            raise EngineFailed(f"the target cannot run a text of two tokens: {_one_line(error)}") from error
+        except Exception as error:  # any error of torch or a device: no request can be served
+            raise EngineFailed(f"the target cannot run a sequence of two tokens: {_one_line(error)}") from error
 
     def open(
         self,
@@ -109,12 +108,12 @@ class Scheduler:
         owner: bytes = b"",
     ) -> list[Outcome]:
         """Begin a sequence, or refuse it. `VerifiedSequence` says what `key`, `client`, `name` and `owner` are."""
-        refusal = "text must have a number of its own, got one that is open" if key in self._sequences else None
+        refusal = "request must have a new number, got one that is open" if key in self._sequences else None
         refusal = refusal or refusal_by_engine(request, self.engine) or self._refusal_by_client(request, client)
         if refusal is None and name in self._named:
-            refusal = "text must have a name of its own, got one that is taken"
+            refusal = "request must have a new name, got one that is taken"
         if refusal is not None:
-            return [Ended(key, Reason.refused, refusal)]
+            return [Ending(key, Reason.refused, refusal)]
         limits = self._limits
         sequence = self._sequences[key] = VerifiedSequence(
             key,
@@ -134,17 +133,17 @@ class Scheduler:
             self._line.remove(sequence)
             self._forget(sequence)
             refusal = (
-                f"the verifier has no room now, and {limits.most_waiting} texts wait in line already "
+                f"the verifier has no room now, and {limits.most_waiting} requests already wait in line "
                 "(its project.max_waiting)"
             )
-            return [*outcomes, Ended(key, Reason.refused, refusal)]
+            return [*outcomes, Ending(key, Reason.refused, refusal)]
         return [*outcomes, *self._tell_places(sequence)]
 
     def resume(
         self, key: Hashable, request: GenerationRequest, *, client: Hashable, name: int, owner: bytes
     ) -> list[Outcome]:
-        """Resume a sequence under a new `key`; a client that is still connected to it is told that it left. One that
-        is not known is begun where the request says that it stood."""
+        """Resume a sequence under a new `key`; a client that is still connected to it is told that it left. A sequence
+        that is not known begins at the position that the request names."""
         sequence = self._named.get(name)
         if sequence is None:
             outcomes = self.open(key, request, client=client, name=name, owner=owner)
@@ -152,8 +151,8 @@ class Scheduler:
                 return outcomes
             return [self._sequences[key].verdict_since(len(request.ids)), *outcomes]
         if refusal := self._refusal_to_resume(sequence, request, client, owner):
-            return [Ended(key, Reason.refused, refusal)]
-        outcomes = [] if sequence.is_kept else [Ended(sequence.key, Reason.left, "it was resumed elsewhere")]
+            return [Ending(key, Reason.refused, refusal)]
+        outcomes = [] if sequence.is_kept else [Ending(sequence.key, Reason.left, "it was resumed elsewhere")]
         del self._sequences[sequence.key]
         self._sequences[key] = sequence
         sequence.key, sequence.client, sequence.is_left, sequence.place = key, client, False, 0
@@ -169,9 +168,9 @@ class Scheduler:
         return [*outcomes, *self._tell_places(sequence)]
 
     def offer(self, key: Hashable, epoch: int, position: int, draft_ids: Sequence[int], now: float) -> list[Outcome]:
-        """Give draft tokens to a sequence; one that has ended ignores them, one that has no place for them is closed.
+        """Give draft tokens to a sequence. One that has ended ignores them; one that cannot hold them is closed.
 
-        `now` is when they arrived, which may have been during a pass.
+        `now` is the time of their arrival, which may have been during a pass.
         """
         sequence = self._sequences.get(key)
         if sequence is None or sequence.ended is not None:
@@ -204,20 +203,20 @@ class Scheduler:
         if sequence is None:
             return []
         if sequence.ended is None:
-            self._end(sequence, Ended(key, Reason.left, ""), forget=True)
+            self._end(sequence, Ending(key, Reason.left, ""), forget=True)
             return self._admit()
         self._forget(sequence)
         return []
 
     def fail(self, key: Hashable, error: Exception) -> list[Outcome]:
-        """End a sequence for which something went wrong by a fault of ours."""
+        """End a sequence after a fault of ours."""
         sequence = self._sequences.get(key)
         if sequence is None or sequence.ended is not None:
-            return [Ended(key, Reason.failed, _one_line(error))]
+            return [Ending(key, Reason.failed, _one_line(error))]
         return [self._fail(sequence, _one_line(error)), *self._admit()]
 
     def tick(self) -> list[Outcome]:
-        """Run one pass over every sequence that has something to check, and one over prompts that are not fed yet.
+        """Run one pass over every sequence that has tokens to check, and one over prompts that are not fed yet.
 
         Returns the outcomes; none when no sequence was ready.
         """
@@ -233,14 +232,14 @@ class Scheduler:
         if self._is_in_doubt:
             self._is_in_doubt = False
             self.prove()
-        # Not before: a sequence that is given the room of another must not be in the middle of a pass.
+        # Not earlier: a sequence that gets the room of another must not be in the middle of a pass.
         return [*outcomes, *self._admit(), *self._tell_places()]
 
     def patience(self) -> float:
-        """Seconds until a tick has something to do, if nothing is called meanwhile; infinite when it never will.
+        """Seconds until a tick has something to do, if nothing is called meanwhile; infinite if it never will.
 
-        As soon as one sequence need not wait, all go on with what they have: a pass costs the same anyway, and a
-        sequence that stayed behind would lose all of it.
+        Once one sequence need not wait, all others join its pass with what they have: the pass takes as long anyway,
+        and a sequence left out would lose all of that time.
         """
         if self._is_in_doubt:
             return 0.0
@@ -253,7 +252,7 @@ class Scheduler:
         return max(0.0, min(waits))
 
     def unended(self) -> list[VerifiedSequence]:
-        """Sequences that have not ended; for any thread."""
+        """Sequences that have not ended; may be called by any thread."""
         return [one for one in list(self._sequences.values()) if one.ended is None]
 
     def shutdown(self) -> None:
@@ -265,7 +264,7 @@ class Scheduler:
     # Passes
 
     def _check(self, ready: Asked) -> list[Outcome]:
-        """Run the last token of each sequence and its draft tokens through one forward pass."""
+        """Run the last token and the draft tokens of each sequence through one forward pass."""
         asked = [(sequence, [sequence.ids[-1], *draft_ids]) for sequence, draft_ids in ready]
         rows = sum(len(ids) for _, ids in asked)
         outcomes: list[Outcome] = []
@@ -286,7 +285,7 @@ class Scheduler:
         return outcomes
 
     def _extend(self, asked: Asked, *, want_all: bool) -> list[TargetStep | Exception]:
-        """Run all sequences in one pass, and where that fails each alone: only the one whose fault it is gets an
+        """Run all sequences in one pass; if that fails, each alone, so that only a sequence that fails again gets an
         exception. A sequence that met NaN or infinity gets a step with a fault."""
         positions = [sequence.session.position for sequence, _ in asked]
         try:
@@ -298,7 +297,7 @@ class Scheduler:
             self._is_in_doubt = True
             if len(asked) == 1:
                 return [error]
-            log.info("a pass over %d texts failed, now each goes alone: %s", len(asked), _one_line(error))
+            log.info("a pass over %d requests failed, now each runs alone: %s", len(asked), _one_line(error))
         for (sequence, _), position in zip(asked, positions, strict=True):
             sequence.session.position = min(sequence.session.position, position)
         return [step for one in asked for step in self._extend([one], want_all=want_all)]
@@ -307,14 +306,14 @@ class Scheduler:
         self, sequence: VerifiedSequence, draft_ids: Sequence[int], step: TargetStep | Exception
     ) -> list[Outcome]:
         if isinstance(step, Exception):
-            log.warning("a text ends by a fault of its own: %s", _one_line(step))
+            log.warning("a request ends by a fault of its own: %s", _one_line(step))
             return [self._fail(sequence, f"the target failed on it: {_one_line(step)}")]
         if step.fault:
             return self._retry_without_draft(sequence, draft_ids, step.fault)
         try:
             verdict = sequence.judge(draft_ids, step, self._end_ids, self._clock())
-        except Exception as error:  # ours, and no reason to end the others
-            log.exception("a text ends by a fault of ours")
+        except Exception as error:  # a fault of ours must not end other requests
+            log.exception("a request ends by a fault of ours")
             return [self._fail(sequence, _one_line(error))]
         self._touch(sequence)
         ended = sequence.end(self._end_ids)
@@ -332,30 +331,30 @@ class Scheduler:
         """Forget what the engine holds of a sequence that met NaN or infinity, and make the next token without draft
         tokens: with some in the pass, the fault says nothing of the sequence. Without, it fails."""
         if not draft_ids:
-            log.warning("a text cannot go on: %s", fault)
+            log.warning("a request cannot continue: %s", fault)
             return [self._fail(sequence, fault)]
         sequence.skip_drafts()
         self._stop(sequence)
         self._line.insert(0, sequence)
         sequence.queued_at = self._clock()
-        with contextlib.suppress(Exception):  # the room that it gave back is its own again; else it waits like others
+        with contextlib.suppress(Exception):  # it gets its room back at once, or waits like others
             self._enter(sequence)
         return []
 
-    def _fail(self, sequence: VerifiedSequence, why: str) -> Ended:
-        return self._end(sequence, Ended(sequence.key, Reason.failed, why), forget=True)
+    def _fail(self, sequence: VerifiedSequence, why: str) -> Ending:
+        return self._end(sequence, Ending(sequence.key, Reason.failed, why), forget=True)
 
     # Room
 
     def _queue(self, sequence: VerifiedSequence) -> list[Outcome]:
-        """Put a sequence in line, and admit those that there is room for."""
+        """Put a sequence in line, and admit sequences that there is room for."""
         self._line.append(sequence)
         sequence.queued_at = self._clock()
         return self._admit()
 
     def _admit(self) -> list[Outcome]:
-        """Give the room there is to sequences in line, in their order. One that needs more than there is holds up those
-        behind it: else it might wait for ever, while shorter ones come and go."""
+        """Give free room to sequences in line, in their order. One that needs more than there is holds up those behind
+        it: else it might wait for ever, while shorter ones come and go."""
         outcomes: list[Outcome] = []
         while self._line:
             sequence = self._order()[0]
@@ -365,13 +364,13 @@ class Scheduler:
                 if not self._resting:
                     break
                 self._stop(self._resting[0])
-            except Exception as error:  # of an engine: `prove` finds out whether it is the engine's own fault
+            except Exception as error:  # an engine's error: `prove` finds out whether the engine itself is at fault
                 self._is_in_doubt = True
                 outcomes.append(self._fail(sequence, f"the target did not take it: {_one_line(error)}"))
         return outcomes
 
     def _enter(self, sequence: VerifiedSequence) -> None:
-        """Give a sequence all the room that it may come to need. Raises `CacheFull` when there is not as much."""
+        """Give a sequence all the room that it may ever need. Raises `CacheFull` if there is too little."""
         sequence.enter(self.engine.open([], sequence.request.sampling, sequence.longest))
         self._leave_line(sequence)
         self._running.append(sequence)
@@ -385,7 +384,7 @@ class Scheduler:
         sequence.place = 0
 
     def _order(self) -> list[VerifiedSequence]:
-        """The line, in the order in which room is given: clients that have the fewest running come first."""
+        """The line in the order in which room is given: first the clients with the fewest running sequences."""
         ahead = Counter(sequence.client for sequence in self._running)
         turns = []
         for sequence in self._line:
@@ -394,21 +393,21 @@ class Scheduler:
         return [sequence for _, sequence in sorted(turns, key=lambda turn: turn[0])]
 
     def _tell_places(self, new: VerifiedSequence | None = None) -> list[Outcome]:
-        """Tell those in line their new places, once in `PLACE_SECONDS`; or at once, but only the one that is `new`."""
+        """Report new places in line, once in `PLACE_SECONDS`; or at once, but only to the `new` sequence."""
         now = self._clock()
         if not self._line or (new is None and now < self._next_places_at):
             return []
         if new is None:
             self._next_places_at = now + PLACE_SECONDS
-        told: list[Outcome] = []
+        waiting: list[Outcome] = []
         for place, sequence in enumerate(self._order(), start=1):
             if sequence.place != place and new in (None, sequence):
                 sequence.place = place
-                told.append(Waiting(sequence.key, place))
-        return told
+                waiting.append(Waiting(sequence.key, place))
+        return waiting
 
     def _stop(self, sequence: VerifiedSequence) -> None:
-        """Take the room of a sequence, or its place in line."""
+        """Remove a sequence from the engine or from the line."""
         self._leave_line(sequence)
         for sequences in (self._running, self._resting):
             if sequence in sequences:
@@ -418,7 +417,7 @@ class Scheduler:
     # Ends
 
     def _expire(self) -> list[Outcome]:
-        """Forget sequences that were not resumed, and end those that get no DRAFT."""
+        """Forget sequences that were not resumed, and end those that receive no DRAFT."""
         now = self._clock()
         outcomes: list[Outcome] = []
         kept = [key for key, sequence in self._sequences.items() if sequence.is_kept]
@@ -428,7 +427,7 @@ class Scheduler:
             if sequence.is_kept:
                 outcomes += self.close(sequence.key)
             else:
-                ended = Ended(sequence.key, Reason.evicted, f"no DRAFT came for {self._limits.idle_seconds:g} s")
+                ended = Ending(sequence.key, Reason.evicted, f"no DRAFT came for {self._limits.idle_seconds:g} s")
                 outcomes.append(self._end(sequence, ended, forget=True))
         return outcomes
 
@@ -438,8 +437,8 @@ class Scheduler:
         waits = not sequence.is_ready and sequence in self._running
         return sequence.heard_at + self._limits.idle_seconds if waits else math.inf
 
-    def _end(self, sequence: VerifiedSequence, ended: Ended, *, forget: bool) -> Ended:
-        """End a sequence. Unless `forget`, one that has a name is kept: its last VERDICT may be lost."""
+    def _end(self, sequence: VerifiedSequence, ended: Ending, *, forget: bool) -> Ending:
+        """End a sequence. Unless `forget`, a named one is kept: its last VERDICT may have been lost."""
         sequence.ended = ended
         self._touch(sequence)
         self._stop(sequence)
@@ -463,14 +462,14 @@ class Scheduler:
         self, sequence: VerifiedSequence, request: GenerationRequest, client: Hashable, owner: bytes
     ) -> str | None:
         if not hmac.compare_digest(sequence.owner, owner):
-            return f"text {sequence.name:016x} must be resumed by who opened it"
+            return f"request {sequence.name:016x} must be resumed by the client that opened it"
         if not _is_same(request, sequence.request) or sequence.ids[: len(request.ids)] != request.ids:
-            return f"text {sequence.name:016x} must be resumed with its own prompt and settings"
+            return f"request {sequence.name:016x} must be resumed with its own prompt and settings"
         return None if sequence.ended else self._refusal_by_client(sequence.request, client, besides=sequence)
 
 
 def _one_line(error: Exception) -> str:
-    """A fault for people; torch writes whole pages."""
+    """A fault on one line; torch writes whole pages."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

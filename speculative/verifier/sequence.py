@@ -1,12 +1,12 @@
 """One sequence at the verifier: the token ids of a request, and the draft tokens that wait to be checked.
 
 A sequence always holds one token that the target has not seen yet, its last. A forward pass feeds that token and some
-draft tokens behind it, and the target chooses a token after each of them: the longest prefix of the draft tokens that
-equals these choices is accepted, and the choice behind it is appended. So the text is the target's own, whoever drafts;
+draft tokens after it, and the target chooses a token after each of them. The longest prefix of the draft tokens that
+equals these choices is accepted, and the next choice is appended. So the text is the target's own, whatever the drafts;
 a wrong draft token costs a rewind, which is an assignment.
 
 Draft tokens have positions, and wait until a pass takes them or the sequence has grown past them; when an epoch ends is
-said in `speculative.messages`. Knows nothing about tokenizers, networks or threads, and reads no clock.
+defined in `speculative.messages`. Knows nothing about tokenizers, networks or threads, and reads no clock.
 """
 
 import math
@@ -18,22 +18,22 @@ from lab.engine.base import Session, TargetStep
 from speculative.acceptance import accepted_length, common_length, prefix_hash, until_end
 from speculative.messages import Reason
 from speculative.policy import Pacing
-from speculative.request import Ended, GenerationRequest, Verdict
+from speculative.request import Ending, GenerationRequest, Verdict
 from speculative.settings import Mode
 from speculative.verifier.lookup import Lookup
 
 
 @dataclass
 class DraftCounts:
-    """Draft tokens and passes, of one sequence or of all that a verifier has served."""
+    """Counts of draft tokens and passes, of one sequence or of all that a verifier has served."""
 
     passes: int = 0
-    """Passes of each sequence: one that serves three of them counts three times."""
+    """Passes of each sequence: a pass over three sequences counts three times."""
     drafts_checked: int = 0
     """Draft tokens that were compared with the text: the right ones, and the first wrong one of each epoch."""
     drafts_right: int = 0
     drafts_accepted: int = 0
-    """Right ones that came in time."""
+    """Right draft tokens that arrived in time."""
     lookups_checked: int = 0
     """Draft tokens of the verifier's own prompt lookup."""
     lookups_accepted: int = 0
@@ -50,14 +50,14 @@ class SequenceFigures(DraftCounts):
     """Figures of one sequence so far."""
 
     drafts_stale: int = 0
-    """DRAFT frames of an epoch that was over."""
+    """DRAFT frames of an epoch that had ended."""
     waited_seconds: float = 0.0
-    """Time in line for room in the engine."""
+    """Time spent waiting in line for room in the engine."""
     draft_nll: list[float] = field(default_factory=list)
     least_margin: float | None = None
 
     def row(self) -> dict[str, Any]:
-        """All of them, by their names in metrics."""
+        """All figures, by their names in metrics."""
         row = vars(self).copy()
         row["guess_cross_entropy"] = [round(value, 4) for value in row.pop("draft_nll")]
         return row
@@ -66,13 +66,13 @@ class SequenceFigures(DraftCounts):
 class VerifiedSequence:
     """One sequence, from its OPEN to its end.
 
-    One request has five identities, each known in a scope of its own:
+    One request has five identities, each with its own scope:
 
         session   a connection    number in the header of each frame; the drafter counts its requests
         key       a verifier      a new one with each OPEN or RESUME; names the sequence to the scheduler, in outcomes
         client    a verifier      the connection; limits are counted by it
         name      everywhere      64 random bits of OPEN; how RESUME finds the sequence, on whatever connection
-        owner     everywhere      128 random bits of OPEN, secret: proves that RESUME comes from the one who sent OPEN
+        owner     everywhere      128 random bits of OPEN, secret: proves that RESUME comes from the sender of OPEN
 
     Args:
         request: Its request.
@@ -102,15 +102,15 @@ class VerifiedSequence:
         # For the scheduler
         self.is_left = False
         """Whether its connection has ended; it is kept for a while in case it is resumed."""
-        self.ended: Ended | None = None
+        self.ended: Ending | None = None
         self.heard_at = 0.0
-        """When its client was last heard of, or was sent something."""
+        """When its client last sent or was sent something."""
         self.queued_at = 0.0
         """When it began to wait for room."""
         self.place = 0
-        """Place in line that its client was told; 0: none."""
+        """Place in line that its client was last told; 0: none."""
         self._session: Session | None = None
-        """None while it waits for room in the engine, and when it has ended."""
+        """None while it waits for room in the engine, and after its end."""
         self._prefix = prefix_hash(self.ids)
         self._window, self._pacing, self._lookup = window, pacing, lookup
         self._waiting: list[int] = []
@@ -118,11 +118,11 @@ class VerifiedSequence:
         self._expected = len(self.ids)
         """Position of the next draft token: no DRAFT of this epoch is for one before it."""
         self._has_draft = False
-        """Whether a DRAFT came since the last pass (mode sync)."""
+        """Whether a DRAFT arrived since the last pass (mode sync)."""
         self._checks_lookup = False
-        """Whether the current pass is over draft tokens of `lookup`."""
+        """Whether the current pass checks draft tokens of `lookup`."""
         self._skips_drafts = False
-        """Whether the next pass checks no draft tokens: one of them has spoilt the last."""
+        """Whether the next pass checks no draft tokens, because one of them spoilt the last pass."""
         self._verdict_at = -math.inf
         """When the last VERDICT was sent."""
         if lookup is not None:
@@ -135,11 +135,11 @@ class VerifiedSequence:
         return self._session
 
     def enter(self, session: Session) -> None:
-        """Take an empty session of the engine, and own it."""
+        """Take an empty session of the engine, which it owns from now on."""
         self._session = session
 
     def release(self) -> None:
-        """Give the session back, if there is one; what the engine held is forgotten."""
+        """Close the session, if there is one, and with it what the engine holds."""
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -150,12 +150,12 @@ class VerifiedSequence:
 
     @property
     def is_kept(self) -> bool:
-        """Whether it is only kept in case that it is resumed."""
+        """Whether it is only kept in case it is resumed."""
         return self.is_left or self.ended is not None
 
     @property
     def longest(self) -> int:
-        """Number of tokens when it has become as long as it may."""
+        """Number of tokens at its full length."""
         return len(self.request.prompt_ids) + self.request.max_new_tokens
 
     @property
@@ -165,17 +165,17 @@ class VerifiedSequence:
 
     @property
     def new_tokens(self) -> int:
-        """Number of tokens behind the prompt."""
+        """Number of tokens after the prompt."""
         return len(self.ids) - len(self.request.prompt_ids)
 
     @property
     def remaining(self) -> int:
-        """Number of new tokens that may still come."""
+        """Number of new tokens still to come, at most."""
         return self.request.max_new_tokens - self.new_tokens
 
     def offer(self, epoch: int, position: int, draft_ids: Sequence[int], now: float) -> None:
-        """Take the draft tokens of a DRAFT that arrived at `now`. Those of an older epoch are dropped; those whose
-        positions have been decided meanwhile are compared with the text.
+        """Take the draft tokens of a DRAFT that arrived at `now`. Those of an older epoch are dropped; those for
+        positions decided in the meantime are compared with the text.
 
         Raises:
             ValueError: the sequence has no place for them; the two sides differ on what it is.
@@ -196,7 +196,7 @@ class VerifiedSequence:
         right = common_length(decided, draft_ids)
         is_wrong = right < min(len(decided), len(draft_ids))
         self._count(right, is_wrong)
-        if is_wrong:  # the drafter hears of it by the next VERDICT
+        if is_wrong:  # the next VERDICT tells the drafter
             self._begin_epoch(position + right + 1, max(now, self._verdict_at))
             return
         self._waiting += draft_ids[right:]
@@ -207,11 +207,11 @@ class VerifiedSequence:
 
     @property
     def unseen(self) -> list[int]:
-        """Tokens that the engine has not been fed."""
+        """Tokens that the engine has not been fed yet."""
         return self.ids[self.session.position :]
 
     def prompt_piece(self, longest: int) -> list[int]:
-        """The next piece of a prompt that the engine has not seen whole; empty once only draft tokens are to be fed.
+        """The next piece of a prompt that the engine has not been fed completely; empty if only draft tokens are left.
 
         A sequence that waits for draft tokens keeps its last token for the pass that checks them.
         """
@@ -232,7 +232,7 @@ class VerifiedSequence:
         return 0.0 if self.is_ready else math.inf
 
     def next_draft(self, most: int) -> list[int]:
-        """Draft tokens for the next pass: at most `most` of those that wait, or of the own lookup where it has more."""
+        """Draft tokens for the next pass: at most `most` of the waiting ones, or those of `lookup` if it has more."""
         is_async = self.request.mode is Mode["async"]
         most = 0 if self._skips_drafts else min(most, self.remaining - 1)
         count = min(most, len(self._waiting))
@@ -245,7 +245,7 @@ class VerifiedSequence:
         return found
 
     def judge(self, draft_ids: Sequence[int], step: TargetStep, end_ids: frozenset[int], now: float) -> Verdict:
-        """Extend the sequence by what a pass over its last token and `draft_ids` gave."""
+        """Extend the sequence by the result of a pass over its last token and `draft_ids`."""
         self._verdict_at, self._skips_drafts = now, False
         rows = len(draft_ids) + 1
         chosen, margins = step.next_ids[-rows:], step.margin[-rows:]
@@ -264,11 +264,11 @@ class VerifiedSequence:
         self.figures.resumes += 1
         return Verdict(self.key, 0, position, 0, self.ids[position:], self._prefix_to_send, [], [])
 
-    def end(self, end_ids: frozenset[int]) -> Ended | None:
-        """The end of the sequence, if it is there."""
+    def end(self, end_ids: frozenset[int]) -> Ending | None:
+        """The end of the sequence, if it has been reached."""
         if self.new_tokens and self.ids[-1] in end_ids:
-            return Ended(self.key, Reason.end_token, "")
-        return Ended(self.key, Reason.length, "") if self.remaining <= 0 else None
+            return Ending(self.key, Reason.end_token, "")
+        return Ending(self.key, Reason.length, "") if self.remaining <= 0 else None
 
     def _extend(self, new: list[int], draft_nll: list[float], margins: list[float], now: float) -> Verdict:
         """Append `new`; draft tokens for these positions are used up, and the first wrong one ends the epoch."""
@@ -295,8 +295,8 @@ class VerifiedSequence:
 
     @property
     def _prefix_to_send(self) -> int | None:
-        """None in mode sync: there a DRAFT answers each VERDICT, and its position says as much in a third of the
-        bytes."""
+        """None in mode sync: there a DRAFT answers each VERDICT, and its position serves the same purpose in a third of
+        the bytes."""
         return None if self.request.mode is Mode.sync else self._prefix
 
     def _count(self, right: int, is_wrong: bool) -> None:

@@ -1,4 +1,4 @@
-"""A verifier at work: port, connections, forward thread, and the figures of every sequence that it has served."""
+"""A running verifier: port, connections, forward thread, and the figures of every sequence that it has served."""
 
 import asyncio
 import ssl
@@ -15,7 +15,7 @@ from lab.text.prompts import prompt_ids
 from lab.tracking import Tracker
 from lab.wire import FrameServer
 from speculative.messages import Reason, WelcomeFrame, make_side
-from speculative.request import Ended
+from speculative.request import Ending
 from speculative.settings import SpeculativeProjectSettings, SpeculativeSettings
 from speculative.verifier.connections import Connections
 from speculative.verifier.first_protocol import FirstProtocol
@@ -27,7 +27,7 @@ from speculative.verifier.target import OpenTarget
 from speculative.vocabulary import fingerprint, token_texts
 
 BACKLOG_BYTES = 2**20
-"""Frames of one connection that wait: about 2,000 of a client that sends more than it may."""
+"""Most waiting frames of one connection: about 2,000 of a client that sends too fast."""
 
 
 @dataclass
@@ -35,21 +35,21 @@ class ServerStats(DraftCounts):
     """Figures of a verifier so far."""
 
     texts: int = 0
-    """Requests that were taken."""
+    """Requests that were accepted."""
     finished: int = 0
     unfinished: int = 0
     """Requests whose client left before they were finished, or did not resume them."""
     failed: int = 0
     evicted: int = 0
     refused: int = 0
-    """Requests that were not taken, for a reason that their client was told."""
+    """Requests that were refused; their client was told why."""
     waited: int = 0
-    """Requests that stood in line for room."""
+    """Requests that waited in line for room."""
     refused_connections: int = 0
-    """Connections for which there was no place."""
+    """Connections that were refused because all were in use."""
     new_tokens: int = 0
 
-    def add(self, sequence: VerifiedSequence, ended: Ended) -> None:
+    def add(self, sequence: VerifiedSequence, ended: Ending) -> None:
         """Count a sequence that has ended."""
         self.texts += 1
         self.finished += ended.reason in (Reason.end_token, Reason.length)
@@ -79,13 +79,13 @@ async def serve(
 
     Raises:
         UserError: an address that cannot be listened on, a target that no request can use.
-        EngineFailed: the target fails, whoever asks.
+        EngineFailed: the target fails for every request.
         Exception: what else ended the forward thread.
     """
     project, network = settings.project, settings.network
     loop = asyncio.get_running_loop()
 
-    def closed(sequence: VerifiedSequence, ended: Ended) -> None:  # in the forward thread
+    def closed(sequence: VerifiedSequence, ended: Ending) -> None:  # in the forward thread
         loop.call_soon_threadsafe(_record, stats, tracker, sequence, ended)
 
     texts = token_texts(tokenizer)
@@ -119,7 +119,7 @@ async def serve(
         port=network.port,
         max_connections=project.max_connections,
         tls=tls,
-        # The first protocol has no key: where one is required, it would be a way around it.
+        # The first protocol has no key: it would be a way around a key that is required.
         handle_first_protocol=None if endpoint.key else first_protocol.serve,
     )
     try:
@@ -130,17 +130,17 @@ async def serve(
                 raise cannot_listen(network, error) from None
             try:
                 announce(network.host, server.port)
-                await asyncio.shield(asyncio.wrap_future(thread.finished))  # the thread itself says when it ends
+                await asyncio.shield(asyncio.wrap_future(thread.finished))  # done when the thread ends
             finally:
                 await server.__aexit__(None, None, None)
                 stats.refused, stats.refused_connections = thread.refused, server.refused
         await asyncio.sleep(0)  # sequences that the thread closed at its end are recorded now
     finally:
-        for sequence in scheduler.unended():  # those that the thread did not get to
-            _record(stats, tracker, sequence, Ended(sequence.key, Reason.left, ""))
+        for sequence in scheduler.unended():  # those that the thread did not close
+            _record(stats, tracker, sequence, Ending(sequence.key, Reason.left, ""))
 
 
-def _record(stats: ServerStats, tracker: Tracker, sequence: VerifiedSequence, ended: Ended) -> None:
+def _record(stats: ServerStats, tracker: Tracker, sequence: VerifiedSequence, ended: Ending) -> None:
     figures = sequence.figures
     stats.add(sequence, ended)
     tracker.log(

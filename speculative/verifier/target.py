@@ -1,4 +1,4 @@
-"""The verifier's target, from settings: a whole model, a split one or a synthetic one."""
+"""The verifier's target as the settings select it: a whole model, a split one or a synthetic one."""
 
 from dataclasses import asdict, dataclass
 
@@ -20,21 +20,21 @@ from speculative.vocabulary import token_texts
 
 @dataclass(frozen=True)
 class OpenTarget:
-    """The target, ready to be asked."""
+    """The target, ready for requests."""
 
     engine: Engine
     end_ids: list[int]
     model: str
-    """Name for people."""
+    """Name for messages."""
     dtype: str
     bytes_per_token: int
-    """Keys and values of one token; 0 where another machine holds them."""
+    """Bytes of keys and values of one token; 0 if another machine holds them."""
     fingerprints: dict[str, str]
-    """Weights, precision and more that a text depends on, by name: it is resumed only where these are the same."""
+    """Weights, precision and all else that a text depends on, by name: it is resumed only if these are the same."""
 
 
 def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarget:
-    """Open the engine that `settings` name. UserError for settings that it cannot serve."""
+    """Open the engine that `settings` select. UserError for settings that it cannot serve."""
     project, model = settings.project, settings.model
     if project.engine is EngineKind.synthetic:
         size = _synthetic_vocabulary(settings)
@@ -60,7 +60,7 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
 
 
 def _ends(model: ModelSettings) -> list[int]:
-    """The ids that end a text. UserError for more than a drafter can be told."""
+    """The ids that end a text. UserError for more than fit into WELCOME."""
     ends = end_ids_of(model)
     if len(ends) > MAX_END_IDS:
         raise UserError(
@@ -71,7 +71,7 @@ def _ends(model: ModelSettings) -> list[int]:
 
 
 def _synthetic_vocabulary(settings: SpeculativeSettings) -> int:
-    """Ids of a synthetic target: at least those that prompts are made of. UserError for fewer."""
+    """Number of ids of a synthetic target: at least those of the tokenizer. UserError for fewer."""
     known = len(token_texts(load_tokenizer_only(settings.model)))
     asked = settings.project.synthetic.vocabulary_size
     if 0 < asked < known:

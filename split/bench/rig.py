@@ -34,7 +34,7 @@ MAX_CONNECTIONS = 64
 
 
 class OnCore(InferenceStage):
-    """A stage that works on a core of its own, as a shard's process does: one thread goes from core to core."""
+    """A stage that works on its own core, as a shard's process does: one thread goes from core to core."""
 
     def __init__(self, stage: InferenceStage, core: int) -> None:
         super().__init__(stage.shard, stage.boundary)

@@ -135,7 +135,7 @@ class TrainingRig(ExitStack):
         )
 
     def memory(self) -> Row:
-        """Train each shard of two layers of a large random model, all weights, in a process of its own."""
+        """Train each shard of two layers of a large random model, all weights, in a separate process."""
         words = [*self._project.memory_overrides, "project.train=everything"]
         model = compose_settings("split_train", words, SplitTrainSettings).model
         prepare_checkpoint(model)  # here: making the weights takes more memory than a shard of them

@@ -1,1 +1,1 @@
-"""A chain of shards, whatever they do: addresses, boundaries, processes, the way from one shard to the next."""
+"""The chain of shards that inference and training share: addresses, boundaries, processes, neighbours."""

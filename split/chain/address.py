@@ -1,4 +1,4 @@
-"""Where a shard listens."""
+"""The address of a shard."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -6,14 +6,14 @@ from typing import Self
 
 @dataclass(frozen=True)
 class Address:
-    """Where a shard listens."""
+    """The address at which a shard listens."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From `host:port`; an IPv6 host stands in brackets. ValueError for anything else."""
+        """Parse `host:port`; an IPv6 host is in brackets. ValueError for anything else."""
         host, colon, port = text.rpartition(":")
         if not (colon and host and port.isdecimal() and 0 < int(port) <= 65535):
             raise ValueError(f"must be host:port, got {text!r}")

@@ -22,16 +22,16 @@ WATCH_SECONDS = 0.1
 
 
 class LocalShards:
-    """A process a range of layers: `with LocalShards(...) as shards: shards.addresses`.
+    """One process for each range of layers: `with LocalShards(...) as shards: shards.addresses`.
 
-    Each ends when we do, however we end: it follows its standard input. One that dies is started again at its address.
+    They end when we do, in any way: they follow their standard input. One that dies is started again at its address.
 
     Args:
         layers: Layers of each.
         folder: Where they log.
         start_seconds: How long they may take to listen.
         words: Their command line, but for their places.
-        pin: Whether each gets a core of its own.
+        pin: Whether each gets its own core.
         module: What they run.
         group_port: Where they meet as members of a torch RPC group; they do not listen then, and are not started again.
     """
@@ -91,11 +91,11 @@ class LocalShards:
             process.stdout.close()
 
     def kill(self, place: int) -> None:
-        """SIGKILL one of them, to see it come back."""
+        """SIGKILL one of them, to test its recovery."""
         self.processes[place].kill()
 
     def _watch(self) -> None:
-        """Start again what has died. The client finds it at its address once it listens."""
+        """Start dead shards again. The client finds them at their addresses once they listen."""
         while not self._stopping.wait(WATCH_SECONDS):
             for index, process in enumerate(self.processes):
                 if process.poll() is not None:
@@ -112,14 +112,14 @@ class LocalShards:
             *([f"project.rank={index + 1}", f"project.world_size={len(self._layers) + 1}"] if self.group_port else []),
         ]
         with pinned(index) if self._pin else nullcontext():
-            # Ctrl+C is for us: we end them once we have left them.
+            # Ctrl+C must reach only us: we end them after we have left them.
             return start(self._module, words, self._shard_folder(index), follows_stdin=True, own_session=True)
 
     def _shard_folder(self, index: int) -> Path:
         return self._folder / f"shard-{index + 1}"
 
     def _address(self, index: int, deadline: float) -> Address:
-        """Wait for a shard to say where it listens."""
+        """Wait until a shard reports its address."""
         try:
             ready = first_line(self.processes[index], deadline - time.monotonic())
         except NotReady as error:

@@ -1,11 +1,11 @@
-"""Messages of every chain of shards, whatever the shards do; over tcp they are frames of `lab.wire`.
+"""Messages of every chain of shards, for inference and training; over tcp they are frames of `lab.wire`.
 
     client                       shard 1                    shard 2 (last)
-    ATTACH         ---------------------------------->      last to first: each is told where the next one is
+    ATTACH         ---------------------------------->      last to first, with the address of the next shard
                    <----------------------------------      WELCOME layers
     ATTACH next    ---------->   JOIN            ---->
                                                  <----      WELCOME
-                   <----------   WELCOME layers, or FAULT where it cannot reach the next shard
+                   <----------   WELCOME layers, or FAULT if it cannot reach the next shard
     ASK            ---------->
                    <----------   REPORT (inference), FIGURES (training)
 
@@ -30,14 +30,14 @@ MAX_ADDRESSES = 16
 
 
 class Attach(Head):
-    """The client's first frame to each shard: its number, and the shard that comes next."""
+    """The client's first frame to each shard: its number, and the next shard."""
 
     client: Uint63
-    """A random number of this attempt; JOIN names it to the next shard."""
+    """A random number of this connection attempt; JOIN names it to the next shard."""
     next: Annotated[list[ShortText], msgspec.Meta(max_length=MAX_ADDRESSES)]
-    """Where the next shard may be found, `host:port`; a shard's own `project.next` goes first. Empty: the last one."""
+    """Address of the next shard, `host:port`; a shard's own `project.next` is tried first. Empty: the last shard."""
     next_instance: Uint32
-    """Which process it must be: the one that the client is attached to."""
+    """Number of the process that it must be: the one that the client is attached to."""
 
 
 class Answer(Head):
@@ -45,7 +45,7 @@ class Answer(Head):
 
 
 class Welcome(Head):
-    """A shard's answer to ATTACH and JOIN: what it holds. It comes once the shards behind it have been joined."""
+    """A shard's answer to ATTACH and JOIN: its layers. It is sent once all later shards have been joined."""
 
     instance: Uint32
     """A random number of this process."""
@@ -68,10 +68,10 @@ class Ask(Head):
 
 
 class ShardFigures(Answer):
-    """The sizes of a shard, now, in answer to ASK; each pillar adds its own."""
+    """The sizes of a shard at the moment, in answer to ASK; each pillar adds its own."""
 
     clock_seconds: float
-    """The monotonic clock of the shard's machine when it answered."""
+    """The monotonic clock of the shard's machine at its answer."""
     device: ShortText
     weights_bytes: int
     rss_bytes: int
@@ -81,16 +81,16 @@ class ShardFigures(Answer):
 
 
 class FaultCode(Enum):
-    """Why a request cannot go on, or a message had no effect."""
+    """Why a request cannot continue, or a message had no effect."""
 
     unfit = "unfit"
     """NaN or infinity in its hidden states or logits."""
     full = "full"
     """No slot, or no memory for keys and values."""
     lost = "lost"
-    """The shard does not hold the request up to that position (it was evicted, or the shard is new): to be rebuilt."""
+    """The shard does not hold the request up to that position (it was evicted, or the shard is new): rebuild it."""
     refused = "refused"
-    """The message makes no sense at this shard."""
+    """The message is invalid at this shard."""
     link = "link"
     """The shard has lost a neighbour, or cannot reach the next one."""
     failed = "failed"
@@ -98,7 +98,7 @@ class FaultCode(Enum):
 
 
 def process_figures(device: torch.device) -> dict[str, Any]:
-    """Clock and memory of this process and its device, now: fields of `ShardFigures`."""
+    """Present memory of this process and its device: fields that all `ShardFigures` have."""
     memory = read_memory(device)
     return {
         "clock_seconds": time.monotonic(),

@@ -1,4 +1,4 @@
-"""From settings to a chain of shards, whatever they do: the client's way to all of them, and one that serves."""
+"""From settings to a chain of shards, for inference and training: the client's end of it, and a shard that serves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, MessageTable, WireError
 from split.chain.address import Address
 from split.chain.local_shards import LocalShards
-from split.chain.process import serve, until_told
+from split.chain.process import serve, until_stopped
 from split.chain.server import ChainServer, Place
 from split.settings import ChainSettings, TransportKind, parse_layers
 from split.transport.base import ChainMismatch, ShardLost, Stage, Transport
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from split.transport.rpc import Seat  # some systems lack it
 
 NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
-"""Beginnings of the words of a client's command line that its shards do not get."""
+"""Overrides of the client that are not passed on to its shards begin with these."""
 StageT = TypeVar("StageT", bound=Stage)
 
 
@@ -39,14 +39,14 @@ class LocalPlaces:
     """Settings of the shards that a client starts on this machine."""
 
     folder: Path
-    """Where they log."""
+    """Folder of their logs."""
     words: Sequence[str] | None = None
-    """Their command line, but for their places; None: our own."""
+    """Their command line, without their layers; None: our own."""
     more_words: Sequence[str] = ()
     pin_cores: bool = False
 
     def all_words(self) -> list[str]:
-        """The command line of each, but for its place."""
+        """The command line of each shard, without its layers."""
         words = own_words(NOT_FOR_SHARDS) if self.words is None else self.words
         return [*words, *self.more_words]
 
@@ -56,19 +56,19 @@ class ChainKind:
     """Roles, process and protocol of the chains of one pillar."""
 
     client: str
-    """Role of the client, on the wire and for people."""
+    """Role of the client, on the wire and in messages."""
     shard: str
     """Role of the shards."""
     module: str
     """Command of a shard's process."""
     protocol: range
     table: Callable[[int], MessageTable]
-    """Frames of both roles, by the most bytes of a body."""
+    """Frames of both roles, with the largest size of their bodies in bytes."""
     worker_threads: int
     """Threads of each process's agent in a group of torch's RPC."""
 
     def endpoint(self, network: NetworkSettings, fingerprints: dict[str, str], role: str) -> Endpoint:
-        """One side of the wire: a client talks to shards, a shard to both. UserError for what makes no sense."""
+        """One side of the wire: a client connects to shards, a shard to both. UserError for invalid settings."""
         return make_endpoint(
             network,
             role=role,
@@ -86,7 +86,7 @@ class ChainKind:
         spares: Sequence[str],
         start_seconds: float,
     ) -> TcpChain:
-        """The way to shards that listen at `addresses`, `host:port` each. UserError as `Chain.open`."""
+        """Connect to shards that listen at `addresses`, `host:port` each. UserError as `Chain.open`."""
         try:
             return TcpChain(
                 [Address.parse(text) for text in addresses],
@@ -104,17 +104,17 @@ class ChainKind:
 
 @dataclass(frozen=True)
 class Chain:
-    """The chain that settings describe."""
+    """The chain that the settings describe."""
 
     kind: ChainKind
     model: ModelSettings
     network: NetworkSettings
     project: ChainSettings
     fingerprints: dict[str, str]
-    """Of the model; all roles must have the same."""
+    """Fingerprints of the model; all roles must have the same."""
 
     def open(self, local: LocalPlaces, make_stage: Callable[[range], Stage], stack: ExitStack) -> Transport:
-        """The client's way to its shards, which the settings name, start or meet.
+        """Open the client's end of the chain; the settings name its shards, or let it start or await them.
 
         Args:
             local: For shards that are started on this machine.
@@ -127,7 +127,7 @@ class Chain:
         project, addresses = self.project, self.project.shards
         count = len(addresses) or project.local_shards
         if addresses and project.local_shards:
-            raise UserError(f"project.local_shards must be 0 where project.shards is given, got {project.local_shards}")
+            raise UserError(f"project.local_shards must be 0 if project.shards is set, got {project.local_shards}")
         if project.transport is TransportKind.rpc:
             transport = self._meet(local, stack)
         elif not count:
@@ -144,7 +144,7 @@ class Chain:
         return transport
 
     def _meet(self, local: LocalPlaces, stack: ExitStack) -> Transport:
-        """A group of torch's RPC, of shards that come to us."""
+        """Open a group of torch's RPC, which shards join."""
         from split.transport.rpc import RpcChain, check_master  # some systems lack it
 
         check_master(self.network)
@@ -204,7 +204,7 @@ class Chain:
                 raise UserError(f"project.rank must be in [1, world_size={project.world_size}), got {project.rank}")
             stage = load(layers)
             seat = make_seat(stage, name, self.model_layers, self.fingerprints)
-            with until_told(project.follow_stdin):
+            with until_stopped(project.follow_stdin):
                 serve_seat(seat, project.rank, project.world_size, network)
             return stage, 1
         tls = listener_tls(network)
@@ -217,7 +217,7 @@ class Chain:
             client_tls=client_side_tls(network),
         )
         server = make_server(stage, place)
-        with until_told(project.follow_stdin):
+        with until_stopped(project.follow_stdin):
             self._serve_port(server, tls)
         return stage, server.attached
 
@@ -243,7 +243,7 @@ class Chain:
 
 
 def cut_layers(model: ModelSettings, cuts: Sequence[int], count: int) -> list[range]:
-    """The layers of `count` shards: between `cuts`, or even without any. UserError for cuts that do not fit."""
+    """The layers of `count` shards: between `cuts`, or of equal size. UserError for cuts that do not fit."""
     total = ModelShape.of(load_config(model)).layers
     if not 1 <= count <= total:
         raise UserError(f"project.local_shards must be in [1, {total}] for this model, got {count}")
@@ -255,6 +255,6 @@ def cut_layers(model: ModelSettings, cuts: Sequence[int], count: int) -> list[ra
 
 
 def free_port() -> int:
-    """A port that was free just now."""
+    """A port that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The process of a shard, whatever it does: it serves a port until it is told to end."""
+"""The process of a shard, for inference and training: serves a port until it is stopped."""
 
 import asyncio
 import logging
@@ -42,7 +42,7 @@ async def serve(
 
 
 @contextmanager
-def until_told(follow_stdin: bool) -> Iterator[None]:
+def until_stopped(follow_stdin: bool) -> Iterator[None]:
     """End the block without an error on a signal, or at the end of standard input where that is followed."""
     if follow_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
@@ -53,6 +53,6 @@ def until_told(follow_stdin: bool) -> Iterator[None]:
 
 
 def _end_with_stdin() -> None:
-    """The process that started us holds the other end of the pipe: when it is gone, however, so are we."""
+    """End with the process that started us: it holds the other end of the pipe, which closes at its end."""
     sys.stdin.buffer.read()
     os.kill(os.getpid(), signal.SIGTERM)

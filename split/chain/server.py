@@ -1,8 +1,8 @@
-"""A shard's process at its place in the chain: clients attach, the shard before hands on to it, it to the next one.
+"""A shard's process in the chain: clients attach, the shard before sends to it, and it sends to the next one.
 
-Each client has a chain of its own through the shards: a connection to each of them, and one between each two. When one
-of these ends here, on whichever side, the client's others end with it, and what the shard holds for the client; and so
-along the chain. Nothing else does.
+Each client has its own chain through the shards: a connection to each of them, and one between neighbours. When one of
+these ends at this shard, on either side, the client's other connections end with it, and what the shard holds for the
+client is dropped; the same then happens along the chain. Other clients are not affected.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ from split.transport.base import REPORTED_PASSES, Hop, Message, Stage, To, welco
 log = logging.getLogger(__name__)
 
 GONE_SECONDS = 0.5
-"""Between two looks for a client's end while its results wait to be sent."""
+"""Seconds between two checks for a client's end while its results wait to be sent."""
 
 
 class Outgoing(NamedTuple):
-    """A result that leaves the shard."""
+    """A result that is to be sent."""
 
     to: To
     message: Message
     hop: Hop | None
-    """Times of the pass that gave it, but for `sent` and `sent_bytes`; None for other messages."""
+    """Times of the pass that gave it, without `sent` and `sent_bytes`; None for other messages."""
 
 
 @dataclass(eq=False)
@@ -46,69 +46,69 @@ class Client:
     """One client at this shard."""
 
     key: int
-    """The number that it attached with."""
+    """The number in its ATTACH."""
     connections: dict[To, FrameConnection]
-    """To it and to the neighbours that it has in its chain."""
+    """Connections to the client and to our neighbours in its chain."""
     hops: deque[bytes] = field(default_factory=lambda: deque(maxlen=REPORTED_PASSES))
-    telling: threading.Lock = field(default_factory=threading.Lock)
-    """Held while an answer leaves: a client that has it and asks for a report finds its pass there."""
+    send_lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while an answer is sent: a client that has the answer and asks for a report finds its pass in it."""
     waiting: int = 0
-    """Messages that were taken and are not computed."""
+    """Messages that were received and are not computed yet."""
     room: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when one of them was computed, or handed on."""
-    leaving: deque[Outgoing] = field(default_factory=deque)
-    """Results that could not leave at once, and all later ones: the event loop hands them on."""
-    all_left: threading.Event = field(default_factory=threading.Event)
+    """Set when one of them was computed, or passed on."""
+    unsent: deque[Outgoing] = field(default_factory=deque)
+    """Results that could not be sent at once, and all later ones: the event loop sends them."""
+    all_sent: threading.Event = field(default_factory=threading.Event)
     """Set while there are none of these."""
-    leaver: asyncio.Task[None] | None = None
+    sender: asyncio.Task[None] | None = None
 
     @property
     def is_gone(self) -> bool:
-        """From any thread: whether one of its connections has ended, be it only just now and unread."""
+        """Whether one of its connections has ended, even if nobody has read that yet; from any thread."""
         return any(one.has_left for one in tuple(self.connections.values()))
 
-    def wait_until_left(self) -> bool:
-        """From the thread: wait until no result waits to be sent; False where the client has gone."""
-        while not self.all_left.wait(GONE_SECONDS):
+    def wait_until_sent(self) -> bool:
+        """Wait until no result is waiting to be sent, on the thread that computes; False if the client has gone."""
+        while not self.all_sent.wait(GONE_SECONDS):
             if self.is_gone:
                 return False
         return not self.is_gone
 
     def end(self) -> None:
-        """Close all of them; on the event loop."""
+        """Close all connections; on the event loop."""
         for one in self.connections.values():
             one.close()
         self.room.set()
-        self.all_left.set()
+        self.all_sent.set()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a shard stands in its chain, and how it reaches the others."""
+    """A shard's position in its chain, and how it reaches the others."""
 
     name: str
-    """Name of the shard, for people."""
+    """Name of the shard, for messages."""
     model_layers: int
     """Layers of the whole model."""
     endpoint: Endpoint
     """Our side of the wire, talking to clients and shards."""
     next_addresses: Sequence[Address]
-    """Where the next shard may be found from here; tried before those that a client sends."""
+    """Address of the next shard from here; tried before those that a client sends."""
     client_tls: ssl.SSLContext | None
     """TLS of the connection to the next shard."""
 
 
 class ChainServer(ABC):
-    """Serves one stage over tcp. Belongs to its event loop; the stage works on a thread of its own, which also hands on
-    the results: between the arrival of hidden states and the departure of the next ones the loop is woken once.
+    """Serves one stage over tcp. Belongs to its event loop; the stage works on a separate thread, which also sends the
+    results: so the loop wakes only once between the arrival of hidden states and the departure of the next ones.
     """
 
     phase: str
-    """Name of the time after ATTACH or JOIN, in errors."""
+    """Name of the phase after ATTACH or JOIN, in errors."""
     most_waiting_messages: int
-    """Messages of one client, taken from the socket and not yet handed on; beyond it the socket is not read."""
+    """Messages of one client that were read and not computed; with more, its socket is not read."""
     timed: tuple[type[Head], ...] = ()
-    """Messages whose times a client can ask for."""
+    """Messages of which a client can ask for the times."""
 
     def __init__(self, stage: Stage, place: Place) -> None:
         self.stage, self.place, self.endpoint = stage, place, place.endpoint
@@ -118,25 +118,25 @@ class ChainServer(ABC):
         """Clients that have attached so far."""
         self.clients: dict[int, Client] = {}
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        """Work of the thread, in this order; None ends it."""
+        """Work of the thread, in order; None ends it."""
         self._gone: deque[int] = deque()
-        """Clients that have left and are not forgotten yet."""
+        """Clients that have left, to be forgotten."""
         self.under_way = 0
-        """Messages of all clients that are not computed."""
+        """Number of messages of all clients that are not computed yet."""
         self.loop: asyncio.AbstractEventLoop
 
     @abstractmethod
     def takes(self, head: Head, origin: To) -> bool:
-        """Whether a message from there has a place here."""
+        """Whether this server accepts such a message from there."""
 
     def check_attaching(self, connection: FrameConnection, attach: Attach) -> None:
-        """Raises a `WireError` for a client that cannot be served now."""
+        """Raises a `WireError` for a client that cannot be served at the moment."""
         if attach.client in self.clients:
             raise BadFrame(connection.peer, "attached twice")
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """The thread works as long as the block lasts, within a running event loop."""
+        """Run the thread until the end of the block, within a running event loop."""
         self.loop = asyncio.get_running_loop()
         threading.Thread(target=self._work, name="stage").start()
         try:
@@ -145,7 +145,7 @@ class ChainServer(ABC):
             self.jobs.put(None)
 
     async def handle(self, connection: FrameConnection) -> None:
-        """One connection, until it ends."""
+        """Serve one connection until it ends."""
         head = await _first_head(connection)
         if isinstance(head, Attach):
             await self._serve_client(connection, head)
@@ -160,7 +160,7 @@ class ChainServer(ABC):
         connection.peer.phase = "ATTACH"
         self.check_attaching(connection, attach)
         client = self.clients[attach.client] = Client(attach.client, {To.client: connection})
-        client.all_left.set()
+        client.all_sent.set()
         self.attached += 1
         self._end_with(client, connection)
         try:
@@ -170,7 +170,7 @@ class ChainServer(ABC):
             self._welcome(connection)
             await self._take_all(client, connection, To.client)
         except WireError as error:
-            connection.refuse(error)  # before it is closed with the others
+            connection.refuse(error)  # before all of them are closed
             raise
         finally:
             del self.clients[attach.client]
@@ -188,7 +188,7 @@ class ChainServer(ABC):
         raise await self._serve_neighbour(client, connection, To.previous)
 
     async def _serve_neighbour(self, client: Client, connection: FrameConnection, origin: To) -> WireError:
-        """Returns why it ended; the client has been told, and all that it has here has ended."""
+        """Serve a neighbour; returns why its connection ended. By then the client knows, and all it has here ended."""
         try:
             await self._take_all(client, connection, origin)
         except WireError as error:
@@ -202,7 +202,7 @@ class ChainServer(ABC):
 
     @staticmethod
     def _end_with(client: Client, connection: FrameConnection) -> None:
-        """End the client when this connection ends, whatever its other tasks wait for."""
+        """End the client when this connection ends, whatever its other tasks are waiting for."""
 
         async def wait() -> None:
             await connection.wait_ended()
@@ -211,7 +211,7 @@ class ChainServer(ABC):
         _start(wait())
 
     async def _take_all(self, client: Client, connection: FrameConnection, origin: To) -> NoReturn:
-        """Read while the thread computes: the time of a message that waits counts as queueing, not as the wire's."""
+        """Read while the thread computes, so that a waiting message counts as queueing, not as time on the wire."""
         own = client.connections[To.client]
         while True:
             frame = await connection.recv()
@@ -224,7 +224,7 @@ class ChainServer(ABC):
                 client.waiting += 1
                 self.under_way += 1
                 self.jobs.put(functools.partial(self._compute, client, message, time.monotonic()))
-                while own.fault is None and client.waiting + len(client.leaving) >= self.most_waiting_messages:
+                while own.fault is None and client.waiting + len(client.unsent) >= self.most_waiting_messages:
                     client.room.clear()
                     await client.room.wait()
             else:
@@ -236,27 +236,27 @@ class ChainServer(ABC):
 
     def _report(self, client: Client) -> None:
         figures = self.stage.figures(self.place.name)
-        with client.telling:
+        with client.send_lock:
             hops = b"".join(client.hops)
         send(client.connections[To.client], 0, figures, hops)
 
     # The next shard
 
     async def _join_next(self, client: FrameConnection, attach: Attach) -> FrameConnection:
-        """Connect to the next shard that a client means. It is told when that fails; trying ends when it leaves.
+        """Connect to the next shard that a client names. It is told if that fails; trying ends when it leaves.
 
         Raises:
             WireError: the client left, or the next shard is not there.
         """
         joining = asyncio.ensure_future(self._try_next(client, attach))
-        leaving = asyncio.ensure_future(client.wait_ended())
+        ended = asyncio.ensure_future(client.wait_ended())
         try:
-            await asyncio.wait((joining, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((joining, ended), return_when=asyncio.FIRST_COMPLETED)
             if joining.done():
                 return joining.result()
             raise client.fault or BadFrame(client.peer, "left")
         finally:
-            for task in (joining, leaving):
+            for task in (joining, ended):
                 task.cancel()
 
     async def _try_next(self, client: FrameConnection, attach: Attach) -> FrameConnection:
@@ -290,10 +290,10 @@ class ChainServer(ABC):
                 self._forget_gone()
                 job()
             except Exception:
-                log.exception("shard %s goes on after a fault of ours", self.place.name)
+                log.exception("shard %s continues after a fault of ours", self.place.name)
 
     def _forget_gone(self) -> None:
-        """Clients that have left go before all messages, their own included: their room is another client's now."""
+        """Forget clients that have left before computing any message, even theirs: others may have their room."""
         while self._gone:
             self.forget(self._gone.popleft())
 
@@ -305,19 +305,19 @@ class ChainServer(ABC):
         try:
             if client.is_gone:  # its results have no reader
                 self.stage.forget(client.key)
-                self.tell_loop(client.end)
+                self.call_on_loop(client.end)
             else:
                 self.do(client, message, arrived)
         except Exception:
-            self.tell_loop(client.end)
+            self.call_on_loop(client.end)
             raise
         finally:
-            self.tell_loop(self.after, client)
+            self.call_on_loop(self.on_computed, client)
 
     def do(self, client: Client, message: Message, arrived: float) -> None:
-        """Compute a message and hand on its results; the next one is computed while the one before travels."""
+        """Compute a message and send its results; the next message is computed while they travel."""
         for place, result in enumerate(self.results(client, message, arrived)):
-            if place and not client.wait_until_left():
+            if place and not client.wait_until_sent():
                 return
             self.hand_out(client, result)
 
@@ -330,13 +330,13 @@ class ChainServer(ABC):
             yield Outgoing(to, result, hop if isinstance(message.head, self.timed) else None)
 
     def hand_out(self, client: Client, result: Outgoing) -> None:
-        """Send a result; from the thread where that is possible, which saves waking the event loop."""
+        """Send a result; from the thread if possible, which saves waking the event loop."""
         to, (number, head, body), hop = result
         connection = client.connections[to]
         kind = self.endpoint.table.number(head)
         try:
-            with client.telling:
-                sent_bytes = 0 if client.leaving else connection.send_at_once(kind, number, head, body)
+            with client.send_lock:
+                sent_bytes = 0 if client.unsent else connection.send_at_once(kind, number, head, body)
                 waits = not sent_bytes
                 if waits:
                     sent_bytes = len(encode_start(self.endpoint.table, kind, number, head, len(body))) + len(body)
@@ -344,47 +344,47 @@ class ChainServer(ABC):
                     self.stage.boundary_bytes += sent_bytes
                 hop = hop and hop._replace(sent_bytes=sent_bytes)
                 if waits:
-                    client.all_left.clear()
-                    client.leaving.append(result._replace(hop=hop))
-                    self.tell_loop(self._let_leave, client)
+                    client.all_sent.clear()
+                    client.unsent.append(result._replace(hop=hop))
+                    self.call_on_loop(self._start_sending, client)
                 else:
                     _note(client, number, hop)
         except WireError as error:
             log.info("%s", error)
-            self.tell_loop(client.end)
+            self.call_on_loop(client.end)
 
-    def tell_loop(self, call: Callable[..., None], *arguments: object) -> None:
-        """Have the event loop call something."""
+    def call_on_loop(self, call: Callable[..., None], *arguments: object) -> None:
+        """Call something on the event loop."""
         with contextlib.suppress(RuntimeError):  # it is closed: the server has ended
             self.loop.call_soon_threadsafe(call, *arguments)
 
-    # On the loop again
+    # On the event loop
 
-    def after(self, client: Client) -> None:
-        """A message of this client has been computed."""
+    def on_computed(self, client: Client) -> None:
+        """A message of this client was computed."""
         self.under_way -= 1
         client.waiting -= 1
         client.room.set()
 
-    def _let_leave(self, client: Client) -> None:
-        if client.leaving and (client.leaver is None or client.leaver.done()):
-            client.leaver = self.loop.create_task(self._hand_on(client))
+    def _start_sending(self, client: Client) -> None:
+        if client.unsent and (client.sender is None or client.sender.done()):
+            client.sender = self.loop.create_task(self._send_unsent(client))
 
-    async def _hand_on(self, client: Client) -> None:
-        """Send what could not leave at once, while the thread goes on."""
+    async def _send_unsent(self, client: Client) -> None:
+        """Send what could not be sent at once, while the thread computes."""
         try:
-            while client.leaving:
-                to, message, hop = client.leaving[0]
+            while client.unsent:
+                to, message, hop = client.unsent[0]
                 connection = client.connections[to]
                 await connection.drain()  # before, not after: the next pass is computed while this one travels
-                # When it began: the receiver may have it before we look at the clock again.
+                # The time before sending: the receiver may have it before we read the clock again.
                 sent = time.monotonic()
                 send(connection, *message)
                 _note(client, message.number, hop and hop._replace(sent=sent))
-                with client.telling:
-                    client.leaving.popleft()
-                    if not client.leaving:
-                        client.all_left.set()
+                with client.send_lock:
+                    client.unsent.popleft()
+                    if not client.unsent:
+                        client.all_sent.set()
                 client.room.set()
         except WireError as error:
             log.info("%s", error)
@@ -407,13 +407,13 @@ def _note(client: Client, number: int, hop: Hop | None) -> None:
 
 
 async def _first_head(connection: FrameConnection) -> Any:
-    """Raises `PeerSilent` for a peer that connects and sends nothing."""
+    """The first frame's head. Raises `PeerSilent` for a peer that connects and sends nothing."""
     seconds = connection.endpoint.deadlines.handshake_seconds
     try:
         async with asyncio.timeout(seconds):
             return (await connection.recv()).head
     except TimeoutError:
-        raise PeerSilent(connection.peer, f"did not say what it wants within {seconds:g} s") from None
+        raise PeerSilent(connection.peer, f"sent no first frame within {seconds:g} s") from None
 
 
 async def _is_meant(link: FrameConnection, attach: Attach) -> bool:
@@ -434,5 +434,5 @@ def _addresses(client: FrameConnection, attach: Attach) -> list[Address]:
 
 
 def tell_lost(client: FrameConnection, text: str) -> None:
-    """Tell a client that its chain is broken here."""
+    """Tell a client that its chain is broken at this shard."""
     send(client, 0, Fault(code=FaultCode.link, text=text[:1024]))

@@ -20,7 +20,7 @@ from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import UserError, user_errors
 from lab.text.asking import asked_sampling, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
-from lab.text.running_text import said
+from lab.text.running_text import final_text
 from lab.tracking import Tracker, picture
 from split.inference.messages import Report
 from split.inference.picture import draw
@@ -32,7 +32,7 @@ from split.transport.base import ShardReport
 
 @dataclass
 class Generation:
-    """A text as far as it is generated, with its times."""
+    """A text generated so far, with its times."""
 
     settings: SplitSettings
     tokenizer: PreTrainedTokenizerBase
@@ -40,12 +40,12 @@ class Generation:
     """Ids that end the text."""
     ids: list[int] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
-    """Times between two tokens; without the first one, which is the prompt's."""
+    """Times between two tokens; without the first one, which includes the prompt."""
     first_token_seconds: float = 0.0
 
     def figures(self) -> dict[str, Any]:
-        """The text and what ended it."""
-        found = said(decoder(self.tokenizer, self.ends), self.ids, self.settings.project.stops)
+        """The text and its ending."""
+        found = final_text(decoder(self.tokenizer, self.ends), self.ids, self.settings.project.stops)
         return {
             "text": found.text,
             "token_ids": found.ids,

@@ -7,17 +7,17 @@
                          <---------------------------   STEPS tokens, or FAULT
     CLOSE                ->    CLOSE              ->    frees the slot
 
-A PASS gets exactly one answer, in order: where one makes no sense, a FAULT takes its place, and the shards behind
-hand that on. So does an OPEN; over tcp one for which a shard has no room now waits there in line, is told its place,
-and is overtaken by what its client sends later. Shards are asked in the order of their layers, and a request that
-waits at one holds room only at those before it: no two requests can wait for each other.
+A PASS gets exactly one answer, in order: if it is invalid, a FAULT takes its place, and later shards pass that on. So
+does an OPEN. Over tcp, an OPEN for which a shard has no room waits there in line and is told its place; later messages
+of its client overtake it. Shards are asked in the order of their layers, and a request that waits at one holds room
+only at earlier ones: no two requests can wait for each other.
 
-A fault of one request in a PASS (ids without a row, positions that are not held, NaN, an exception of the model)
-stops that request alone: the PASS goes on with its number in `stopped`, and so do the STEPS.
+A fault of one request in a PASS (ids outside the embedding, positions that are not held, NaN, an exception of the
+model) stops only that request: the PASS continues with its number in `stopped`, and so do the STEPS.
 
-The frame's session number is the request's for OPEN and CLOSE, the pass's for PASS, and the same in the answer; no two
-messages of a client that await an answer have the same. A PASS says where each of its pieces stands, so that a rewind
-costs no message.
+The frame's session number is the request's for OPEN and CLOSE, the pass's for PASS, and the same in the answer;
+messages of a client that await an answer have distinct numbers. A PASS gives the position of each of its pieces, so a
+rewind needs no message.
 
 ATTACH, WELCOME, JOIN, ASK and FAULT are those of every chain (`split.chain.messages`).
 
@@ -60,40 +60,40 @@ class Open(SamplingHead):
     """A new request, and its sampling. Only the last shard samples; the others keep room for it."""
 
     tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
-    """The most that it will ever hold, prompt included: every shard keeps room for them until CLOSE."""
+    """Most tokens that it will ever hold, prompt included: every shard reserves room for them until CLOSE."""
 
 
 class Opened(Answer):
-    """In answer to OPEN: every shard keeps room for the request, or it waits in line at one of them."""
+    """In answer to OPEN: every shard has room for the request, or it waits in line at one of them."""
 
     place: Uint31
-    """0: it may begin. 1: it is the first in line; another answer follows each time that this changes."""
+    """0: it may begin. Else its place in line, 1 being the next; another answer follows each time this changes."""
 
 
 class Close(Head):
-    """A request has ended, or no longer waits."""
+    """A request has ended, or waits no longer."""
 
 
 class Piece(Head):
-    """The part of a pass that is one request's."""
+    """The part of a pass that belongs to one request."""
 
     session: Uint32
     position: Uint31
-    """Where its first id stands; what a shard holds from there on is forgotten."""
+    """Position of its first id; a shard forgets everything from there on."""
     count: Count
     is_first: bool
-    """Whether its extend begins here."""
+    """Whether an extend of the request begins with this piece."""
     is_last: bool
-    """Whether its extend ends here."""
+    """Whether an extend of the request ends with this piece."""
 
 
 class Stopped(Head):
-    """A request that cannot go on in this pass. The others do."""
+    """A request that stopped in this pass; the others continue."""
 
     session: Uint32
     code: FaultCode
     text: ShortText
-    """Which layers, and what was wrong."""
+    """The layers of the shard, and the reason."""
 
 
 AllStopped = Annotated[list[Stopped], msgspec.Meta(max_length=MAX_PIECES)]
@@ -107,10 +107,10 @@ class Pass(Head):
     """want=all: the last shard gives a step for every id, and needs the ids for that."""
     pieces: Annotated[list[Piece], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
     stopped: AllStopped = msgspec.field(default_factory=list)
-    """Requests that stopped at the shards before: zeros go on in place of their hidden states, and they are not
+    """Requests that stopped at earlier shards: zeros take the place of their hidden states, and they are not
     computed."""
     for_words: bool = False
-    """Whether one of the requests has words (`lab.text.words`): then the last shard needs the ids for that."""
+    """Whether a request has penalties, biases or bad words (`lab.text.words`): the last shard then needs the ids."""
 
     @property
     def rows(self) -> int:
@@ -119,12 +119,12 @@ class Pass(Head):
 
     @property
     def ids_for_last(self) -> bool:
-        """Whether the ids go through to the last shard."""
+        """Whether the ids travel on to the last shard."""
         return self.read_all or self.for_words
 
     @property
     def want(self) -> Want:
-        """The engine's word for `read_all`."""
+        """`read_all` in the engine's terms."""
         return "all" if self.read_all else "last"
 
 
@@ -132,11 +132,11 @@ class Steps(Answer):
     """Results of one pass: the body has the steps of the pieces that are read, in their order."""
 
     stopped: AllStopped = msgspec.field(default_factory=list)
-    """Requests that stopped at any shard; their steps mean nothing."""
+    """Requests that stopped at any shard; their steps are meaningless."""
 
 
 class Report(ShardFigures):
-    """A shard's figures, now. The body holds its last passes, a packed `split.transport.base.Hop` each."""
+    """A shard's present figures. The body holds its last passes, a packed `split.transport.base.Hop` each."""
 
     name: ShortText
     kv_bytes: int

@@ -1,4 +1,4 @@
-"""From settings to a `ShardedModel`, and to a shard of one."""
+"""Opens a `ShardedModel`, or one of its shards, from settings."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ INFERENCE = ChainKind(
     client="client", shard="shard", module="split.serve", protocol=PROTOCOL, table=table, worker_threads=4
 )
 ROOM_FOR_A_HEAD = 1024
-"""Bytes beside the hidden states of one token in a frame."""
+"""Bytes of a frame for one token, besides its hidden states."""
 
 
 def fingerprints(model: ModelSettings, boundary: Boundary) -> dict[str, str]:
-    """Fingerprints that all roles must have alike: of the weights, and of the boundary."""
+    """Fingerprints that all roles must share: of the weights, and of the boundary."""
     return weights_fingerprints(model) | {"boundary": boundary.name}
 
 
@@ -73,7 +73,7 @@ def join_shards(
     recovery_seconds: float,
     line_seconds: float = 0.0,
 ) -> ShardedModel:
-    """An engine over shards that serve already.
+    """An engine over running shards.
 
     Args:
         model: What they must hold; its config is read here, its weights are not.
@@ -83,9 +83,9 @@ def join_shards(
         boundary: How hidden states travel between them: a name of `Boundary`.
         context: Most tokens of a request; 0: the model's own limit. Never more than the shards take.
         prefill_chunk: Most tokens of a request in one pass.
-        start_seconds: How long they may take to be there.
+        start_seconds: Time limit for them to start.
         recovery_seconds: How long to try to bring back one that was lost.
-        line_seconds: How long to wait in line for room; 0 for a caller with a line of its own, which asks again.
+        line_seconds: How long to wait in line for room; 0 for a caller with its own line, which asks again.
 
     Raises:
         UserError: shards that are not there, or are not this model from its first layer to its last.
@@ -120,8 +120,8 @@ def _sizes(transport: Transport, model: ModelSettings, context: int) -> dict[str
 
 
 def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> InferenceStage:
-    """One shard of the model. UserError for layers it does not have, a context that the cache has no room for,
-    and for what cannot run."""
+    """One shard of the model. UserError for layers that the model lacks, a context too large for the cache, and
+    settings that cannot be served."""
     project = settings.project
     limits = ShardLimits(
         sessions=project.sessions,
@@ -144,7 +144,7 @@ def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> 
 
 
 def host(settings: SplitSettings) -> dict[str, Any]:
-    """Serve until Ctrl+C; the figures of the last line. UserError for what cannot be served."""
+    """Serve until Ctrl+C; the figures of the last line. UserError for settings that cannot be served."""
     project, network = settings.project, settings.network
 
     def make_server(stage: InferenceStage, place: Place) -> ShardServer:

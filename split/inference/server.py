@@ -1,6 +1,6 @@
-"""The process of a shard that infers: many clients, whose passes are computed one after the other.
+"""The process of an inference shard: many clients, whose passes are computed one after the other.
 
-A request for which there is no room waits in line, in the order of arrival.
+A request for which there is no room waits in line; the line is in order of arrival.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from split.inference.stage import InferenceStage
 from split.transport.base import Message, To
 
 LOOK_SECONDS = 1.0
-"""Seconds between two looks for idle requests while others wait for their room."""
+"""Seconds between two checks for idle requests while others wait for room."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class _Waiting:
     """Its OPEN."""
     arrived: float
     place: int = 0
-    """The place in line that its client was told last."""
+    """The place in line that its client was last told."""
 
 
 class ShardServer(ChainServer):
@@ -54,7 +54,7 @@ class ShardServer(ChainServer):
         super().__init__(stage, place)
         self._most_waiting = most_waiting
         self._line: list[_Waiting] = []
-        """Belongs to the thread."""
+        """The line; belongs to the thread."""
         self._is_looking = False
         self._awake_seconds = awake_seconds
         self._awake_until = 0.0
@@ -86,7 +86,7 @@ class ShardServer(ChainServer):
         self._admit()
 
     def _fitting(self, result: Outgoing) -> Outgoing:
-        """The result, or a fault where it does not fit a frame."""
+        """The result, or a fault if it does not fit into a frame."""
         (number, head, body), most, table = result.message, self.endpoint.limits.payload_bytes, self.endpoint.table
         if len(body) < most - 2**16:  # no head is larger
             return result
@@ -99,19 +99,19 @@ class ShardServer(ChainServer):
     # The line, on the thread
 
     def _queue(self, client: Client, message: Message, arrived: float) -> None:
-        """Let a request wait for room behind earlier ones."""
+        """Put a request in line, behind earlier ones."""
         if len(self._line) >= self._most_waiting:
-            text = f"there is no room now, and {len(self._line)} texts wait in line already, which is the most"
+            text = f"there is no room now, and {len(self._line)} requests already wait in line, which is the most"
             self.stage.counts.refused += 1
             fault = Message(message.number, Fault(code=FaultCode.full, text=text))
             self.hand_out(client, Outgoing(self.stage.onward, fault, None))
             return
         self._line.append(_Waiting(client, message, arrived))
         self._tell_places()
-        self.tell_loop(self._look_again)
+        self.call_on_loop(self._look_again)
 
     def _admit(self) -> None:
-        """Give the room that there is to the requests at the front of the line."""
+        """Give free room to the requests at the front of the line."""
         while self._line:
             waiting = self._line[0]
             if waiting.client.is_gone:
@@ -129,26 +129,26 @@ class ShardServer(ChainServer):
         for place, waiting in enumerate(self._line, 1):
             if waiting.place != place:
                 waiting.place = place
-                self.tell_loop(_tell_place, waiting.client, waiting.message.number, place)
+                self.call_on_loop(_tell_place, waiting.client, waiting.message.number, place)
 
     def _look(self) -> None:
         self._is_looking = False
         self._admit()
         if self._line:
-            self.tell_loop(self._look_again)
+            self.call_on_loop(self._look_again)
 
     # On the loop
 
     def _look_again(self) -> None:
-        """A request that has been idle for long enough gives its room to one that waits, without another message."""
+        """Check again later: a request that stays idle gives its room to a waiting one, without another message."""
         if not self._is_looking:
             self._is_looking = True
             self.loop.call_later(LOOK_SECONDS, self.jobs.put, self._look)
 
     @override
-    def after(self, client: Client) -> None:
-        super().after(client)
-        # A core that sleeps until the next pass takes tenths of a millisecond to be at work again.
+    def on_computed(self, client: Client) -> None:
+        super().on_computed(client)
+        # A core that sleeps until the next pass takes tenths of a millisecond to work again.
         self._awake_until = time.monotonic() + self._awake_seconds
         if self._awake is None or self._awake.done():
             self._awake = self.loop.create_task(self._look_around())

@@ -46,11 +46,11 @@ KEPT_SECONDS = 5.0
 
 
 class ShardFault(faults.Fault):
-    """A shard could not do what it was asked, and asking again would not help."""
+    """A shard could not do what it was told, and asking again would not help."""
 
 
 class _RequestLost(RuntimeError):
-    """A shard is there but does not hold a request."""
+    """A shard is running but does not hold a request."""
 
     def __init__(self, number: int, what: str) -> None:
         super().__init__(what)
@@ -117,7 +117,7 @@ class Recovery:
 
 @dataclass
 class _Extend:
-    """New ids of one request, and the step that they give."""
+    """New ids of one request, and the steps they give."""
 
     number: int
     position: int
@@ -126,7 +126,7 @@ class _Extend:
     fault: str = ""
     """Reason for its stop, from the first pass in which it stopped."""
     lost: str = ""
-    """Message of a shard that has lost it; nothing was wrong with it before."""
+    """Message of a shard that has lost it; the request itself had no fault."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class ShardedModel(Engine):
         """Take the answer to an OPEN that waited in line."""
         asked = self._asked.get(answer.number)
         if isinstance(answer.head, Steps):
-            raise ShardFault(f"the shards answered pass {answer.number}, which was not due")
+            raise ShardFault(f"the shards answered pass {answer.number}, which was not expected")
         if asked is not None and isinstance(answer.head, Fault):
             asked.fault = answer.head
         elif asked is not None and isinstance(answer.head, Opened) and asked.place not in (0, answer.head.place):
@@ -293,7 +293,7 @@ class ShardedModel(Engine):
         try:
             self._transport.send(0, Message(number, Close()))
         except ShardLost as lost:
-            log.info("text %d was closed without its shards: %s", number, lost)
+            log.info("request %d was closed without its shards: %s", number, lost)
 
     def _number(self) -> int:
         """A new number for a request or pass."""
@@ -403,7 +403,7 @@ class ShardedModel(Engine):
         for journal in self._journals.values():
             self._rebuild(journal, deadline)
         self.recoveries.append(Recovery(began, connected, time.monotonic()))
-        log.info("the shards hold all %d texts again", len(self._journals))
+        log.info("the shards hold all %d requests again", len(self._journals))
 
     def _rebuild(self, journal: _Journal, deadline: float) -> None:
         """Prefill the ids of a request. If the shards have no room for it until `deadline` (monotonic seconds), it

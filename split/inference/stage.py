@@ -1,4 +1,4 @@
-"""A shard that infers, at its place in the chain: a message in, at most one out.
+"""An inference shard in its chain: takes a message, yields at most one.
 
 Knows the encoding of the boundaries; knows nothing about networks.
 """
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _InFlight:
-    """A pass at this shard."""
+    """A pass at this shard, with the requests that stopped in it."""
 
     head: Pass
     keys: Sequence[tuple[Hashable, int]]
@@ -63,9 +63,9 @@ class Counts:
     left: int = 0
     """Requests whose client left before their end."""
     refused: int = 0
-    """Requests that got no room: they would never have fitted, or too many waited in line."""
+    """Requests that were refused: they would never fit, or too many waited in line."""
     failed: int = 0
-    """Requests that stopped in a pass at this shard, lost ones included."""
+    """Requests that stopped in a pass at this shard, including lost ones."""
     tokens: int = 0
     """Positions computed."""
 
@@ -87,13 +87,13 @@ class InferenceStage(Stage):
 
     @override
     def take(self, message: Message, client: Hashable = 0) -> Iterator[Sent]:
-        # A fault takes the place of a result, which later shards hand on: the client gets its answers in order. What
-        # one text of a pass does wrong stops that text only.
+        # A fault takes the place of a result, and later shards pass it on: the client gets its answers in order.
+        # A fault of one request in a pass stops only that request.
         self.coding_seconds = 0.0
         result: Message | None
         try:
             result = self._do(client, message)
-        except Exception as error:  # of torch, of a device, too: the client is to know, all others go on
+        except Exception as error:  # of torch or a device, too: tell the client, and serve all others
             if isinstance(message.head, Open) and _code(error) is not FaultCode.full:
                 self.counts.refused += 1
             result = Message(message.number, Fault(code=_code(error), text=_one_line(error)[:1024]))
@@ -111,7 +111,7 @@ class InferenceStage(Stage):
         )
 
     def prove(self) -> None:
-        """Run a request of two tokens. UserError when that fails: no request could be served."""
+        """Run a request of two tokens. UserError if it fails: then no request could be served."""
         most = min(2, self.shard.longest)
         piece = Piece(session=1, position=0, count=most, is_first=True, is_last=True)
         states = b"" if self.shard.takes_ids else bytes(most * self.boundary.row_bytes(self.shard.hidden_size))
@@ -122,7 +122,7 @@ class InferenceStage(Stage):
             [(_, result)] = self.take(message, "nobody")
             faults = [result.head] if isinstance(result.head, Fault) else getattr(result.head, "stopped", [])
             for fault in faults:
-                if fault.code is not FaultCode.unfit:  # zeros are no hidden states: they may come to anything
+                if fault.code is not FaultCode.unfit:  # the zeros are not real hidden states: NaN proves nothing
                     raise UserError(f"model must run two tokens through {self._named}: {fault.text}")
         self.forget("nobody")
         self.counts = Counts()
@@ -172,18 +172,18 @@ class InferenceStage(Stage):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _together(self, in_flight: _InFlight, places: Sequence[int]) -> dict[int, Any]:
-        """Results of these pieces, by place, in one pass; where that fails, of each alone: a fault has one owner."""
+        """Results of these pieces, by place, from one pass; if it fails, each alone, so that a fault has one owner."""
         if not places:
             return {}
         chosen = in_flight.input.only(places)
         try:
             output = self.shard.forward([in_flight.keys[place] for place in places], chosen)
-        except Exception as error:  # of torch, of a device
+        except Exception as error:  # of torch or a device
             if len(places) > 1:
-                log.info("a pass of %d texts failed (%s): each is tried alone", len(places), _one_line(error))
+                log.info("a pass of %d requests failed (%s): each is tried alone", len(places), _one_line(error))
                 return {place: result for one in places for place, result in self._together(in_flight, [one]).items()}
             if _code(error) is FaultCode.failed:
-                log.exception("a text failed in %s", self._named)
+                log.exception("a request failed in %s", self._named)
             session = in_flight.input.pieces[places[0]].session
             in_flight.stop(session, _code(error), f"{_one_line(error)} in {self._named}")
             return {}
@@ -215,23 +215,23 @@ class InferenceStage(Stage):
         return Message(number, head, ids + bytes(hidden) if ids else hidden)
 
     def _find_faults(self, in_flight: _InFlight) -> dict[int, int | None]:
-        """Where in its piece each sound text first met NaN or infinity, by session."""
+        """Position in its piece at which each request first met NaN or infinity, by session."""
         pieces = in_flight.head.pieces
         sound = [place for place, piece in enumerate(pieces) if piece.session not in in_flight.stopped]
         try:
             firsts = self.shard.find_faults([in_flight.keys[place] for place in sound], in_flight.input.only(sound))
-        except Exception as error:  # the pass went well just before: memory
-            log.info("where NaN began was not found (%s)", _one_line(error))
+        except Exception as error:  # the pass itself worked: no memory for a second one
+            log.info("the first position with NaN was not found (%s)", _one_line(error))
             return {}
         return {pieces[place].session: first for place, first in zip(sound, firsts, strict=True)}
 
-    @torch.inference_mode()  # what the shard gives was made in it
+    @torch.inference_mode()  # the shard's tensors were made in it
     def _stop_unfit(
         self, in_flight: _InFlight, hidden_NH: Tensor, what: str, firsts: Mapping[int, int | None] | None = None
     ) -> None:
-        """Stop the texts with hidden states that are not finite; zeros take the place of these: the pass goes on.
+        """Stop requests whose hidden states are not finite, with zeros in place of these: the pass continues.
 
-        `firsts` are the places in each piece where that began; without them the first that is not finite is named.
+        `firsts` are the first such positions in each piece; without them the first one that is not finite is named.
         """
         finite_N = hidden_NH.isfinite().all(-1)
         if bool(finite_N.all()):
@@ -246,7 +246,7 @@ class InferenceStage(Stage):
                 own_KH.zero_()
 
     def _stop_unread(self, in_flight: _InFlight, steps: Sequence[TargetStep]) -> None:
-        """Stop the texts whose logits are not finite."""
+        """Stop requests whose logits are not finite."""
         firsts = self._find_faults(in_flight)
         read = [piece for piece in in_flight.head.pieces if in_flight.head.read_all or piece.is_last]
         for piece, step in zip(read, steps, strict=True):
@@ -264,11 +264,11 @@ class InferenceStage(Stage):
         return f"the shard of layers {self.layers.start}:{self.layers.stop}"
 
     def _read(self, client: Hashable, head: Pass, body: memoryview) -> _InFlight:
-        """Raises ValueError for a pass that makes no sense as a whole."""
+        """Read a pass. ValueError for one that is invalid as a whole."""
         shard = self.shard
         if len({piece.session for piece in head.pieces}) < len(head.pieces):
             raise ValueError(
-                f"texts of a pass must be different from each other, got {len(head.pieces)} with one twice"
+                f"requests of a pass must be different from each other, got {len(head.pieces)} with one twice"
             )
         ids_bytes = TOKEN_BYTES * head.rows if shard.takes_ids or head.ids_for_last else 0
         if len(body) < ids_bytes:
@@ -295,7 +295,7 @@ def _no_step(piece: Piece, want: Want) -> TargetStep:
 
 
 def _code(error: Exception) -> FaultCode:
-    """The fault code of an exception."""
+    """The fault code for an exception."""
     for kind, code in _CODES.items():
         if isinstance(error, kind):
             return code

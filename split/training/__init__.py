@@ -1,1 +1,1 @@
-"""Training across the cut: shards that learn, and the trainer that drives them."""
+"""Training a split model: the shards, and the trainer that drives them."""

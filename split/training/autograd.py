@@ -1,9 +1,9 @@
-"""Gradients over the cut by torch.distributed.autograd, steps by `DistributedOptimizer`; the numbers of `Explicit`.
+"""Gradients across the cut by torch.distributed.autograd, steps by `DistributedOptimizer`; results as of `Explicit`.
 
-The seats of the shards are called: hidden states are fetched by the next shard from the one that made them, and torch
-notes on both sides what its distributed backward will need. All micro-batches of a step live in one context and go back
-in one joint backward: a backward for each of them hangs until its time-out. So the forwards are pipelined, and a shard
-holds all micro-batches, as under GPipe.
+The trainer calls the seats of the shards. Each shard fetches hidden states from the one that made them, and torch
+records on both sides what its distributed backward will need. All micro-batches of a step share one context and one
+joint backward: a backward for each of them hangs until its time-out. So the forwards are pipelined, and a shard holds
+all micro-batches, as under GPipe.
 """
 
 import logging
@@ -51,12 +51,12 @@ class Gathered(NamedTuple):
 
 
 class LearnerSeat(Seat):
-    """A stage that learns, in a group; with backward=autograd its shard is called instead."""
+    """A training stage in a group; with backward=autograd its shard is called directly."""
 
     stage: TrainingStage
     worker_threads = 2 * MAX_JOINT_MICRO_BATCHES
     gradient_seconds = 30.0
-    """Longest wait for a gradient after the backward."""
+    """Time limit for a gradient after the backward."""
 
     def __init__(self, stage: TrainingStage, name: str, model_layers: int, fingerprints: dict[str, str]) -> None:
         super().__init__(stage, name, model_layers, fingerprints)
@@ -67,7 +67,7 @@ class LearnerSeat(Seat):
         return [torch_rpc.RRef(weight) for weight in self.stage.shard.weights.values()]
 
     def adopt(self, local_optimizer: Any) -> None:
-        """The optimizer that `DistributedOptimizer` made here goes on where the shard's own one stood."""
+        """Continue the shard's optimizer as the one that `DistributedOptimizer` made."""
         shard, made = self.stage.shard, local_optimizer.local_value().optim
         assert shard.optimizer is not None
         names = list(shard.weights)
@@ -75,7 +75,7 @@ class LearnerSeat(Seat):
         shard.optimizer = made
 
     def begin_step(self) -> None:
-        """Forget what the step before left."""
+        """Forget what is left of the step before."""
         self.stage.shard.forget_gradients()
         self.stage.boundary_bytes = 0
         self._is_finite = True
@@ -85,9 +85,9 @@ class LearnerSeat(Seat):
     def forward(
         self, step: int, micro_batch: int, states: Any, lengths: Sequence[int], labels_BT: Tensor | None, tokens: int
     ) -> Tensor:
-        """A micro-batch's hidden states, from the last shard its share of the loss; in the caller's context."""
+        """Hidden states of a micro-batch, from the last shard its share of the loss; in the caller's context."""
         if isinstance(states, PyRRef):
-            states = states.to_here()  # from the shard before, which notes that its gradient will come from here
+            states = states.to_here()  # from the shard before, which records that we will send its gradient
         with self._computing:
             output = self.stage.shard.compute(MicroBatch(step, micro_batch, states, lengths, labels_BT, tokens))
             self._forwards += 1
@@ -97,7 +97,7 @@ class LearnerSeat(Seat):
         return output
 
     def gather(self, context: int) -> Gathered:
-        """Take the gradients out of the context, so that all else is as after a backward of our own."""
+        """Move the gradients out of the context, so that everything else is as after our own backward."""
         self._take_gradients(context)
         shard = self.stage.shard
         return Gathered(
@@ -110,7 +110,7 @@ class LearnerSeat(Seat):
         )
 
     def scale(self, context: int, scale: float, learning_rate: float) -> None:
-        """Clip, and say how fast to learn; `DistributedOptimizer` steps with what the context holds."""
+        """Clip, and set the learning rate; `DistributedOptimizer` steps with the gradients in the context."""
         shard = self.stage.shard
         if shard.optimizer is None:
             return
@@ -125,7 +125,7 @@ class LearnerSeat(Seat):
         return get_gradients(context)[tied]
 
     def sum_tied(self, context: int, other: Any) -> None:
-        """Give both copies of a tied embedding the sum of their gradients; nothing where it is not tied."""
+        """Give both copies of a tied embedding the sum of their gradients; does nothing if it is not tied."""
         if self.stage.shard.tied is None:
             return
         total = self.tied_gradient(context) + other.rpc_sync().tied_gradient(context)
@@ -133,15 +133,15 @@ class LearnerSeat(Seat):
         other.rpc_sync().set_tied(context, total)
 
     def set_tied(self, context: int, total: Tensor) -> None:
-        """The gradient that both copies have."""
+        """Set the gradient that both copies have."""
         self.tied_gradient(context).copy_(total)
 
     def _take_gradients(self, context: int) -> None:
-        """A weight's gradient is put into the context once, when that of every micro-batch is in it."""
+        """Put the gradient of each weight into the context, once it includes all micro-batches."""
         deadline = time.monotonic() + self.gradient_seconds
         weights = self.stage.shard.weights
         while missing := [name for name, weight in weights.items() if weight not in get_gradients(context)]:
-            # torch's backward returned before the gradients of another process were there, once in 60 runs under load
+            # under load, once in 60 runs, torch's backward returned before the gradients of another process had arrived
             if time.monotonic() >= deadline:
                 raise RuntimeError(f"no gradient of {missing[0]} came within {self.gradient_seconds:g} s")
             log.info("%d of %d gradients are still to come", len(missing), len(weights))
@@ -165,9 +165,9 @@ class Autograd(Backward):
 
     @override
     def begin(self) -> None:
-        # an optimizer at every shard that has something to learn
+        # an optimizer at every shard that has trainable weights
         weights = [weight for seat in self._transport.seats for weight in seat.rpc_sync().parameters()]
-        logging.getLogger("torch.distributed.optim").setLevel(logging.ERROR)  # that it is plain Python is what we want
+        logging.getLogger("torch.distributed.optim").setLevel(logging.ERROR)  # it warns of plain Python, which we want
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the TorchScript that it uses here
             self._optimizer = DistributedOptimizer(MasterAdamW, weights, **adamw_options(self._recipe))
@@ -227,7 +227,7 @@ class Autograd(Backward):
         )
 
     def _forward(self, step: int, number: int, batch: Batch, tokens: int) -> Any:
-        """The future of a micro-batch's share of the loss; its way there goes from shard to shard."""
+        """The future of a micro-batch's share of the loss; hidden states travel from shard to shard."""
         lengths = batch.attention_BT.sum(1).tolist()
         states: Any = batch.ids_BT
         *others, last = self._transport.seats

@@ -1,12 +1,12 @@
-"""Checkpoints of split training: every shard writes its own part, a manifest makes a step valid when all are there.
+"""Checkpoints of split training: every shard writes its own part, a manifest makes a step valid once all are written.
 
     <root>/<run>/step-00000020/shard-1/weights.safetensors    trainable weights, by their names in the whole model
                                        optimizer.safetensors  moments, masters of 16-bit weights
-                                       part.json              what the part belongs to
+                                       part.json              the run and step that the part belongs to
                               /manifest.json                  the digest of every part, the losses so far
 
 Schedule, order of the data and dropout are functions of the step and of the run's seed: the step is their state. Parts
-lie on the machine of their shard, the manifest on the trainer's; on one machine all of them are in one folder.
+are on the machine of their shard, the manifest on the trainer's; on one machine all of them are in one folder.
 """
 
 import hashlib
@@ -115,7 +115,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     seed: int
     loss_by_step: list[float]
     data_digest: str = ""
-    """`split.training.data.examples_digest` of the examples; empty where an older version wrote the manifest."""
+    """`split.training.data.examples_digest` of the examples; empty if an older version wrote the manifest."""
     altered_at: int = 0
     """The last step after which the data or the number of steps changed; 0: never."""
 
@@ -139,7 +139,7 @@ def write_manifest(root: Path, manifest: Manifest) -> Path:
 
 
 def forget_steps_before(root: Path, run: str, step: int) -> None:
-    """Remove the manifests of earlier steps, and their folders where nothing else is in them."""
+    """Remove the manifests of earlier steps, and their folders if nothing else is in them."""
     for number, folder in _steps(root / run):
         if number < step:
             (folder / MANIFEST).unlink(missing_ok=True)
@@ -158,7 +158,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def latest_step(folder: Path) -> Path:
-    """The newest valid step of a run's folder, or the step's folder itself. UserError when there is none."""
+    """The newest valid step of a run's folder, or the step's folder itself. UserError if there is none."""
     if (folder / MANIFEST).exists():
         return folder
     valid = [place for _, place in _steps(folder) if (place / MANIFEST).exists()]

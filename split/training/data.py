@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def training_examples(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Example]:
     """The training part of the data; the held-out part is left for an evaluation.
 
-    Documents are read in an order drawn by `seed`, and no more of them than `max_examples` and `max_held_out` need.
+    Documents are read in an order drawn by `seed`, and only as many as `max_examples` and `max_held_out` need.
     """
     source = open_source(data)
     documents = source.documents()
@@ -41,7 +41,7 @@ def training_examples(data: DataSettings, tokenizer: PreTrainedTokenizerBase, se
 
 
 def examples_digest(found: list[Example]) -> str:
-    """Sixteen hex digits over every token of every example, in their order, and which of them the loss counts."""
+    """Sixteen hex digits over all tokens of all examples, in order, and whether the loss counts each of them."""
     sha = hashlib.sha256()
     for example in found:
         sha.update(len(example.ids_T).to_bytes(8, "little"))

@@ -1,4 +1,4 @@
-"""The adapter that split training starts from: that of `model.adapter`, with all of its description, or a fresh one."""
+"""The adapter that split training starts from: that of `model.adapter`, with its whole description, or a new one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ class FirstAdapter:
     recipe: Recipe
     fit: Fit
     folder: AdapterFolder | None
-    """None: a fresh one."""
+    """None: a new one."""
 
     def put_on(self, model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
         """Add the adapter to a frozen model or slice; return its weights, by their names in a PEFT file."""
@@ -61,7 +61,7 @@ class FirstAdapter:
         config.lora_dropout = self.recipe.lora_dropout
         config.inference_mode = True
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(found := getattr(config, name), set):  # which has another order in every process
+            if isinstance(found := getattr(config, name), set):  # the order of a set differs between processes
                 setattr(config, name, sorted(found))
         return config
 

@@ -3,7 +3,7 @@
     trainer             shard 1                      shard 2 (last)
     START(recipe)  ->   loads, STARTED               loads, STARTED             a checkpoint's step, or the base model
     STEP           ->   its order from the schedule  the same
-    TOKENS ids     ->   forward                      TOKENS labels              one each micro-batch
+    TOKENS ids     ->   forward                      TOKENS labels              one for each micro-batch
                         HIDDEN                  ->   forward, loss, backward
                         backward                <-   GRADIENT                   of the loss by the hidden states
                    <-   DONE(squares of gradients)   DONE(loss)
@@ -11,8 +11,8 @@
     SAVE           ->   writes its part, SAVED       writes its part, SAVED
 
 Every message's number is its step's. A shard does its operations in the order of `split.training.schedule`, each as
-soon as its input is there, so that it makes no difference in which order messages of different senders come. TIED
-carries the gradients of an embedding that is also the head, both ways along the chain.
+soon as its input has arrived, so the order of messages of different senders makes no difference. TIED carries the
+gradient of an embedding that is also the head, in both directions along the chain.
 
 ATTACH, WELCOME, JOIN, ASK and FAULT are those of every chain (`split.chain.messages`).
 
@@ -43,7 +43,7 @@ MicroBatchNumber = Annotated[int, msgspec.Meta(ge=0, lt=MAX_MICRO_BATCHES)]
 
 
 class Recipe(Head):
-    """Settings that every shard trains by; the rest comes with each step."""
+    """Settings that every shard trains with; the others come with each step."""
 
     train: Train
     lora_rank: Count
@@ -55,24 +55,24 @@ class Recipe(Head):
     beta2: Fraction
     activation_checkpointing: bool
     seed: Uint63
-    """Seed of the fresh adapter and of dropout."""
+    """Seed of a new adapter and of dropout."""
 
 
 class Start(Head):
-    """Be this shard of a run, as it was after the message's step."""
+    """Load this shard of a run, in the state after the message's step."""
 
     shard: Uint31
-    """Its place, from 0."""
+    """Its place in the chain, from 0."""
     shards: Uint31
     run: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
     """Name of the run, for its checkpoints."""
     digest: ShortText
-    """Digest of the shard's part of the checkpoint; empty at step 0, where there is none."""
+    """Digest of the shard's part of the checkpoint; empty at step 0, which has none."""
     recipe: Recipe
 
 
 class Started(Answer):
-    """Loaded."""
+    """The shard is loaded."""
 
     shard: Uint31
     trainable: int
@@ -80,20 +80,20 @@ class Started(Answer):
 
 
 class Step(Head):
-    """One optimizer step's forwards and backwards."""
+    """Start the forwards and backwards of one optimizer step."""
 
     schedule: Schedule
     micro_batches: Annotated[int, msgspec.Meta(ge=1, le=MAX_MICRO_BATCHES)]
-    """In one turn of the schedule."""
+    """Micro-batches in one turn of the schedule."""
     turns: Annotated[int, msgspec.Meta(ge=1, le=MAX_MICRO_BATCHES)]
-    """How often the schedule runs, one after the other, before the gradients are used (accumulation)."""
+    """Turns of the schedule, one after the other, before the gradients are used (accumulation)."""
     tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**40)]
     """Tokens that the loss counts in the whole step: each micro-batch's sum of cross-entropies is divided by it."""
 
 
 class Tokens(Head):
-    """A micro-batch's ids for the first shard, labels for the last one: B x T int32 in the body, ids first where the
-    only shard needs both."""
+    """A micro-batch's ids for the first shard, labels for the last one: B x T int32 in the body, ids first if the only
+    shard needs both."""
 
     micro_batch: MicroBatchNumber
     lengths: Examples
@@ -118,7 +118,7 @@ class Gradient(Head):
 
 
 class Tied(Head):
-    """Rows of the gradient of one copy of a tied embedding, on their way to the other copy."""
+    """Rows of the gradient of one copy of a tied embedding, for the other copy."""
 
     to_last: bool
     row: Uint31
@@ -126,19 +126,19 @@ class Tied(Head):
 
 
 class Done(Answer):
-    """All forwards and backwards of a step are done here. The body holds when: `OPERATION` each."""
+    """All forwards and backwards of a step are done at this shard. The body holds their times: `OPERATION` each."""
 
     shard: Uint31
     loss: float
     """Mean over the step's tokens, in nats, from the last shard; 0 from others."""
     squares: float
-    """Sum of the squares of all gradients here; a tied embedding's count at the first shard only."""
+    """Sum of the squares of all gradients of this shard; a tied embedding's count at the first shard only."""
     is_finite: bool
-    """Whether all hidden states that this shard made were, at the last one the loss."""
+    """Whether all hidden states of this shard were finite, at the last shard the loss."""
     held: Uint31
-    """The most micro-batches it held at once."""
+    """Most micro-batches that it held at once."""
     boundary_bytes: int
-    """Bytes that it sent to its neighbours, headers included where there are any."""
+    """Bytes that it sent to its neighbours, including headers if there are any."""
     rss_bytes: int
 
 
@@ -154,7 +154,7 @@ class Save(Head):
     """Write this shard's part of the checkpoint after the message's step."""
 
     keep_from: Uint32
-    """Parts of earlier steps may go."""
+    """Parts of earlier steps may be removed."""
 
 
 class Saved(Answer):
@@ -169,7 +169,7 @@ class Saved(Answer):
 
 
 class Figures(ShardFigures):
-    """A shard's sizes, now, in answer to ASK."""
+    """A shard's present sizes, in answer to ASK."""
 
     shard: Uint31
     gradient_bytes: int

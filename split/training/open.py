@@ -1,4 +1,4 @@
-"""From settings to shards that learn, and the way to them; and to one that serves."""
+"""From settings to training shards and the client's end of their chain; and to a shard that serves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LEARNING = ChainKind(
 
 
 def make_stage(model: ModelSettings, device: torch.device, layers: range, checkpoints: Path) -> TrainingStage:
-    """A shard that learns, with nothing loaded yet: what is trained comes with the trainer."""
+    """A training shard with nothing loaded yet: the trainer sends what it has to train."""
 
     def load(start: Start) -> tuple[TrainingShard, InitialWeight]:
         shard = load_training_shard(model, device, layers, start.recipe)
@@ -53,13 +53,13 @@ def make_stage(model: ModelSettings, device: torch.device, layers: range, checkp
 
 
 def checkpoints_of(settings: SplitTrainSettings, folder: Path) -> Path:
-    """Where checkpoints are on this machine: as set, else in the run's folder."""
+    """Folder of the checkpoints on this machine: as set, or in the run's folder."""
     named = settings.project.checkpoints
     return path_of(named, "project.checkpoints") if named else folder / "checkpoints"
 
 
 def identity_of(model: ModelSettings) -> str:
-    """Which weights a run began with: the base model, and the adapter where it goes on from one."""
+    """Identity of the weights that a run began with: the base model, and the adapter if it started from one."""
     prints = weights_fingerprints(model)
     return f"{model_identity(model)} adapter={prints['adapter']}"
 
@@ -75,7 +75,7 @@ def open_shards(
 ) -> Iterator[tuple[Shards, Backward]]:
     """The shards that the settings describe; local ones live as long as this does.
 
-    `words`: the command line of local shards, but for their places and checkpoints; None: our own.
+    `words`: the command line of local shards, without their layers and checkpoints; None: our own.
     """
     override_checkpoints = overrides.override("project.checkpoints", checkpoints)
     local = LocalPlaces(folder, words, [override_checkpoints], pin_cores=settings.project.pin_cores)
@@ -103,11 +103,11 @@ class TrainingServer(ChainServer):
     """Serves one trainer at a time: hidden states go to the next shard, gradients to the one before it."""
 
     phase = "training"
-    most_waiting_messages = 4 * MAX_MICRO_BATCHES  # more than a schedule ever has under way: both ends of a link send
+    most_waiting_messages = 4 * MAX_MICRO_BATCHES  # more than a schedule ever has in transit: both ends of a link send
 
     @override
     def takes(self, head: Head, origin: To) -> bool:
-        return True  # the stage tells the trainer what has no place
+        return True  # the stage tells the trainer which messages are invalid
 
     @override
     def check_attaching(self, connection: FrameConnection, attach: Attach) -> None:
@@ -117,7 +117,7 @@ class TrainingServer(ChainServer):
 
 
 def host(settings: SplitTrainSettings, folder: Path) -> dict[str, Any]:
-    """Serve until Ctrl+C; the figures of the last line. UserError for what cannot be served."""
+    """Serve until Ctrl+C; the figures of the last line. UserError for settings that cannot be served."""
     checkpoints = checkpoints_of(settings, folder)
     give_back_freed_memory()
 

@@ -1,4 +1,4 @@
-"""The pictures of split training: the losses, and a step as it really ran."""
+"""The pictures of split training: the losses, and a step as it ran."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 COLORS = {Phase.forward: "#4c72b0", Phase.backward: "#55a868"}
 MOST_LABELLED = 24
-"""Operations of a shard beyond which numbers would not be read."""
+"""With more operations in a row, their numbers are not drawn."""
 
 
 def draw_losses(losses: Sequence[float], unsplit: Sequence[float], title: str, path: Path) -> Path:
-    """Training loss by step as a PNG at `path`, beside the unsplit run's where there is one."""
+    """Draw the training loss by step as a PNG at `path`, with the unsplit run's if there is one."""
     with drawn(path, size=(7 if unsplit else 11, 4.5), panels=2 if unsplit else 1, title=title) as panels:
         loss, width = panels[0], 3.5 if unsplit else 1.8
         loss.plot(losses, linewidth=width, color="#4c72b0", alpha=0.6 if unsplit else 1, label="split")
@@ -37,7 +37,7 @@ def draw_losses(losses: Sequence[float], unsplit: Sequence[float], title: str, p
 
 
 def draw_timeline(figures: StepFigures, title: str, path: Path) -> Path:
-    """One step as a PNG at `path`: a row a shard, a box an operation, white where it waits."""
+    """Draw one step as a PNG at `path`: a row for each shard, a box for each operation, white while it waits."""
     timeline = figures.timeline
     assert timeline is not None
     count = max(span.operation.micro_batch for span in timeline.shards[0]) + 1

@@ -41,7 +41,7 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
     """
     project = settings.project
     checkpoints = checkpoints_of(settings, place.folder)
-    require_writable(checkpoints, "project.checkpoints")  # now, not after the steps that are to be kept there
+    require_writable(checkpoints, "project.checkpoints")  # now, not after steps have been taken
     recipe = make_recipe(settings)
     examples = training_examples(project.data, load_tokenizer_only(settings.model), settings.seed)
     check_frame(settings, examples)
@@ -80,7 +80,7 @@ def run_training(settings: SplitTrainSettings, place: Run) -> dict[str, Any]:
 
 
 def make_recipe(settings: SplitTrainSettings) -> Recipe:
-    """The recipe of all shards. UserError for a model that cannot be trained so."""
+    """The recipe of all shards. UserError for a model that cannot be trained with it."""
     project, optimization = settings.project, settings.project.optimization
     recipe = Recipe(
         train=project.train,
@@ -97,7 +97,7 @@ def make_recipe(settings: SplitTrainSettings) -> Recipe:
     if project.train is Train.lora:
         from split.training.first_adapter import first_adapter  # loads PEFT
 
-        first_adapter(settings.model, recipe)  # refuses what the model lacks, before any shard is started
+        first_adapter(settings.model, recipe)  # refuses unfit settings before any shard is started
     else:
         check_can_train_everything(settings.model)
     return recipe
@@ -141,7 +141,7 @@ def new_manifest(settings: SplitTrainSettings, shards: Shards, recipe: Recipe, d
 def first_manifest(
     settings: SplitTrainSettings, shards: Shards, recipe: Recipe, checkpoints: Path, data_digest: str
 ) -> tuple[Manifest, Path]:
-    """The step that the run begins at, and the root of its checkpoints. UserError for an unfit checkpoint."""
+    """The step at which the run begins, and the root of its checkpoints. UserError for an unfit checkpoint."""
     project = settings.project
     begin = new_manifest(settings, shards, recipe, data_digest)
     if project.resume is None:
@@ -166,9 +166,9 @@ def first_manifest(
 
 
 def check_resumable(found: Manifest, ours: Manifest, folder: Path, *, allow_changed_data: bool) -> None:
-    """UserError when a checkpoint is of another model, cut, recipe, data or number of steps than this run.
+    """UserError if a checkpoint has another model, cut, recipe, data or number of steps than this run.
 
-    A finished run may be given more steps, and `allow_changed_data` lets other data pass.
+    A finished run may be given more steps, and `allow_changed_data` permits other data.
     """
     if found.model != ours.model:
         raise UserError(
@@ -191,7 +191,7 @@ def check_resumable(found: Manifest, ours: Manifest, folder: Path, *, allow_chan
         now = "" if found.data == ours.data else f": project.data was {found.data} and is {ours.data}"
         raise UserError(
             f"project.data must hold the examples that {str(folder)!r} learnt from (project.allow_changed_data=true "
-            f"goes on with others), got others{now}"
+            f"continues with others), got others{now}"
         )
     for name, theirs in _kept(found).items():
         if theirs != (mine := _kept(ours)[name]):
@@ -199,7 +199,7 @@ def check_resumable(found: Manifest, ours: Manifest, folder: Path, *, allow_chan
 
 
 def _kept(manifest: Manifest) -> dict[str, Any]:
-    """Values that stay as they were when a run is resumed."""
+    """Values that do not change when a run is resumed."""
     named = msgspec.structs.asdict(manifest) | {"recipe": msgspec.structs.asdict(manifest.recipe)}
     return {name: to_plain(named[name]) for name in ("dtype", "recipe", "optimization", "micro_batches", "seed")}
 
@@ -207,7 +207,7 @@ def _kept(manifest: Manifest) -> dict[str, Any]:
 def follow(found: Manifest, ours: Manifest) -> None:
     """Give a checkpoint this run's data and number of steps; changes are logged."""
     if found.data_digest != ours.data_digest:
-        log.warning("from step %d on the run learns from other examples than before", found.step)
+        log.warning("from step %d on the run learns from different examples", found.step)
     if found.total_steps != ours.total_steps:
         log.warning(
             "the run ended after %d steps and now takes %d: from here on its learning rate is that of %d steps",
@@ -223,7 +223,7 @@ def follow(found: Manifest, ours: Manifest) -> None:
 def take_steps(
     settings: SplitTrainSettings, trainer: DistributedTrainer, tracker: Tracker
 ) -> tuple[dict[int, StepFigures], Path]:
-    """Take all steps that are left; return them by number, and the folder of the last checkpoint."""
+    """Take all remaining steps; return them by number, and the folder of the last checkpoint."""
     project = settings.project
     taken: dict[int, StepFigures] = {}
     folder: Path | None = None
@@ -256,7 +256,7 @@ def step_row(figures: StepFigures) -> dict[str, Any]:
 
 
 def describe(figures: StepFigures) -> str:
-    """A step in one line of text."""
+    """A step as one line of text."""
     memory = " + ".join(f"{rss / 1e9:.2f}" for rss in figures.rss_bytes)
     return (
         f"loss {figures.loss:.4f}, {figures.tokens / figures.seconds:.0f} tokens/s, "

@@ -29,7 +29,7 @@ from typing import Self
 
 
 class Schedule(Enum):
-    """`gpipe`: all forwards, then all backwards. `one_f_one_b`: a backward as soon as there is one to do."""
+    """`gpipe`: all forwards, then all backwards. `one_f_one_b`: a backward as soon as there is one."""
 
     gpipe = "gpipe"
     one_f_one_b = "one_f_one_b"
@@ -105,13 +105,13 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """From the first operation's begin to the last one's end."""
+        """Time from the start of the first operation to the end of the last one."""
         spans = [span for shard in self.shards for span in shard]
         return max(span.end for span in spans) - min(span.begin for span in spans)
 
     @property
     def busy_seconds(self) -> float:
-        """Time that all shards together work."""
+        """Time during which shards work, over all shards."""
         return sum(span.end - span.begin for shard in self.shards for span in shard)
 
     @property
@@ -162,7 +162,7 @@ def replay(
 
 
 def _ready(operation: Operation, shard: int, ends: Sequence[dict[Operation, float]], link: float) -> float | None:
-    """Time at which the input arrives; None while it is not computed."""
+    """Time at which the input arrives; None until it is computed."""
     if operation.phase is Phase.forward:
         return 0.0 if shard == 0 else _after(ends[shard - 1].get(operation), link)
     if shard == len(ends) - 1:

@@ -1,4 +1,4 @@
-"""Settings of split training: what is trained, how a step is cut into micro-batches, what is kept."""
+"""Settings of split training: trained weights, micro-batches, checkpoints."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -29,7 +29,7 @@ class Train(Enum):
 
 
 class BackwardKind(Enum):
-    """Carrier of gradients over the cut. `explicit`: our messages, over any transport; `autograd`: torch's distributed
+    """How gradients cross the cut. `explicit`: our messages, over any transport; `autograd`: torch's distributed
     autograd, over rpc."""
 
     explicit = "explicit"
@@ -37,7 +37,7 @@ class BackwardKind(Enum):
 
 
 class Baseline(Enum):
-    """Run to compare with. `unsplit`: the same steps of the whole model in the trainer's own process."""
+    """Run for comparison. `unsplit`: the same steps of the whole model in the trainer's own process."""
 
     none = "none"
     unsplit = "unsplit"
@@ -50,13 +50,13 @@ class SplitTrainProjectSettings(ChainSettings):
     backward: BackwardKind
     schedule: Schedule
     pin_cores: bool
-    """Trainer: pin each local shard to a core of its own, so that times can be compared (Linux)."""
+    """Trainer: pin each local shard to its own core, so that times can be compared (Linux)."""
     train: Train
     steps: int
-    """Trainer: optimizer steps of the whole run, resumed ones included. A finished run may be given more: those that
-    are left follow the schedule of the new number."""
+    """Trainer: optimizer steps of the whole run, including those before a resume. A finished run may be given more: the
+    remaining ones follow the schedule of the new number."""
     micro_batches: int
-    """Trainer: parts of a batch that are under way at the same time."""
+    """Trainer: parts into which a batch is divided, so that the shards work concurrently."""
     activation_checkpointing: bool
     """Compute a layer's activations again in its backward instead of keeping them."""
     checkpoints: str | None
@@ -69,7 +69,7 @@ class SplitTrainProjectSettings(ChainSettings):
     """Trainer: continue from a checkpoint of other examples, with a warning."""
     baseline: Baseline
     lora: LoraSettings
-    """With model.adapter its rank and alpha must be these, and the rest of it is the folder's but for the dropout."""
+    """With model.adapter, rank and alpha must be the adapter's; everything but the dropout comes from its folder."""
     optimization: OptimizationSettings
     data: DataSettings
 

@@ -27,7 +27,7 @@ class MicroBatch(NamedTuple):
     step: int
     """Number of the step in the whole run; dropout depends on it."""
     number: int
-    """Its place in the step."""
+    """Its number in the step."""
     states: Tensor
     """Token ids B x T at the first shard, hidden states B x T x H at others."""
     lengths: Sequence[int]
@@ -67,7 +67,7 @@ class TrainingShard:
         self.optimizer = MasterAdamW(weights.values(), **adamw_options(recipe)) if weights else None
         is_copy = cut.is_tied and not (self.is_first and self.is_last) and recipe.train is Train.everything
         self.tied: torch.nn.Parameter | None = self._tied_copy() if is_copy else None
-        """This shard's copy of a tied embedding whose other copy is trained elsewhere."""
+        """This shard's copy of a tied embedding whose other copy is trained at another shard."""
         self.held: dict[int, InFlight] = {}
         self.losses: dict[int, float] = {}
         """Each micro-batch's share of the step's mean loss."""
@@ -79,7 +79,7 @@ class TrainingShard:
             enable({"use_reentrant": False})
 
     def forward(self, micro_batch: MicroBatch) -> Tensor | None:
-        """Run a micro-batch and keep it; return the hidden states that go on, None from the last shard."""
+        """Run a micro-batch and keep it; return the hidden states for the next shard, None from the last shard."""
         leaf = None if self.is_first else micro_batch.states.requires_grad_()
         output = self.compute(micro_batch)
         self.held[micro_batch.number] = InFlight(leaf, output)
@@ -91,7 +91,7 @@ class TrainingShard:
         `gradient_BTH` is dL/dy of its output; None at the last shard.
         """
         held = self.held.pop(number)
-        if held.output.requires_grad:  # the first shard may have nothing to learn
+        if held.output.requires_grad:  # the first shard may have nothing to train
             torch.autograd.backward(held.output, gradient_BTH)
         return None if held.input is None else held.input.grad
 
@@ -170,7 +170,7 @@ class TrainingShard:
 
 def _seed(device: torch.device, seed: int) -> None:
     """Seed the generator of dropout."""
-    # `torch.manual_seed` seeds those of all devices: an unused one costs a stack trace, 0.3 ms a micro-batch.
+    # `torch.manual_seed` seeds the generators of all devices: an unused one costs a stack trace, 0.3 ms a micro-batch.
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     else:

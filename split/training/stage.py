@@ -1,7 +1,7 @@
-"""A shard that learns, at its place in the chain: messages in, messages out; the transports only carry.
+"""A training shard in its chain: takes messages, yields messages; the transports only deliver them.
 
-It takes messages in whatever order they come, and does its operations in the order of the schedule, each as soon as
-its input is there. Knows nothing about networks.
+It takes messages in any order, and does its operations in the order of the schedule, each as soon as its input has
+arrived. Knows nothing about networks.
 """
 
 import logging
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 MOST_WAITING = 4 * MAX_MICRO_BATCHES
 TIED_BYTES = 2**22
-"""Most bytes of a piece in which a tied embedding's gradient travels."""
+"""Most bytes of one message with a piece of a tied embedding's gradient."""
 
 
 InitialWeight = Callable[[str], Tensor]
@@ -70,7 +70,7 @@ class TrainingStage(Stage):
         self.shard: TrainingShard
         self._initial: InitialWeight
         self.boundary_bytes = 0
-        """In this step."""
+        """Operations of this step."""
         self._start: Start | None = None
         self._waiting: dict[tuple[int, type[Head], int], Message] = {}
         """Messages not used yet, by step, kind and micro-batch."""
@@ -81,7 +81,7 @@ class TrainingStage(Stage):
         self._most_held = self._bound = 0
         self._is_finite = True
         self._tied_rows = 0
-        """Rows of the other copy's gradient that came in this step."""
+        """Rows of the other copy's gradient that arrived in this step."""
 
     @override
     def forget(self, client: Hashable = 0) -> None:
@@ -97,7 +97,7 @@ class TrainingStage(Stage):
             yield from self._take(message)
         except (ValueError, WireError) as refused:
             yield To.client, _fault(message, FaultCode.refused, str(refused))
-        except Exception as error:  # of torch, of a device: the trainer is to know
+        except Exception as error:  # of torch or a device, too: tell the trainer
             log.exception("step %d failed", message.number)
             yield To.client, _fault(message, FaultCode.failed, f"{type(error).__name__}: {error}")
 
@@ -130,7 +130,7 @@ class TrainingStage(Stage):
 
     def _begin(self, step: int, start: Start) -> Sent:
         self.forget()
-        if self._start is not None:  # memory for one shard, not for the old and the new one
+        if self._start is not None:  # free the old shard first: there is memory for one
             self._start = None
             del self.shard, self._initial
         self.shard, self._initial = self._load(start)
@@ -202,7 +202,7 @@ class TrainingStage(Stage):
         self.shard.forget_gradients()
 
     def _advance(self) -> Iterator[Sent]:
-        """Do the operations whose turn it is and whose input is there."""
+        """Do the operations that are next and have their input."""
         while self._order:
             inputs = self._inputs(self._order[0])
             if inputs is None:
@@ -226,7 +226,7 @@ class TrainingStage(Stage):
                 yield from self._end()
 
     def _inputs(self, operation: Operation) -> list[Message] | None:
-        """The messages that an operation needs, taken; None when one has not come yet."""
+        """The messages that an operation needs; None if one has not arrived yet."""
         shard = self.shard
         kinds: list[type[Head]] = []
         if operation.phase is Phase.forward:
@@ -277,7 +277,7 @@ class TrainingStage(Stage):
         )
 
     def _end(self) -> Iterator[Sent]:
-        """All operations are done: a tied embedding's gradient goes to the other copy, then the trainer is told."""
+        """End the operations of a step: send a tied embedding's gradient to the other copy, then tell the trainer."""
         tied = self.shard.tied
         if tied is not None:
             assert tied.grad is not None
@@ -285,19 +285,19 @@ class TrainingStage(Stage):
             rows = max(1, TIED_BYTES // (tied.shape[1] * tied.element_size()))
             for row, piece in zip(range(0, tied.shape[0], rows), tied.grad.split(rows), strict=True):
                 head = Tied(to_last=self.shard.is_first, row=row, tensor=tensor_spec(piece))
-                # A copy: the other one's gradient is added to ours while this may still be on its way.
+                # A copy: the other copy's gradient is added to ours while this message may still be in transit.
                 yield to, Message(self._number, head, tensor_bytes(piece.clone()))
         yield from self._add_tied()
 
     def _take_tied(self, message: Message, head: Tied) -> Iterator[Sent]:
-        if self.shard.tied is None or head.to_last == self.shard.is_first:  # on its way
+        if self.shard.tied is None or head.to_last == self.shard.is_first:  # not for this shard
             yield To.next if head.to_last else To.previous, message
             return
         self._waiting[message.number, Tied, head.row] = message
         yield from self._add_tied()
 
     def _add_tied(self) -> Iterator[Sent]:
-        """Add what came of the other copy's gradient, once ours is whole; then the step is done."""
+        """Add the other copy's gradient once ours is complete; then the step is done."""
         if self._order or self._step is None:
             return
         tied = self.shard.tied
@@ -335,7 +335,7 @@ class TrainingStage(Stage):
 
 
 def _squared_distance(one: Tensor, other: Tensor) -> float:
-    """In float64, piece by piece: an embedding in float64 would be as large as all else."""
+    """The distance in float64, piece by piece: a whole embedding in float64 would be as large as everything else."""
     pieces = zip(one.flatten().split(2**18), other.flatten().split(2**18), strict=True)
     return sum(float((a.cpu().double() - b.double()).square().sum()) for a, b in pieces)
 

@@ -1,8 +1,8 @@
-"""`DistributedTrainer`: optimizer steps over a model that is cut into shards.
+"""`DistributedTrainer`: optimizer steps over a model that is split into shards.
 
-The trainer gives ids to the first shard and labels to the last one, the shards do the rest between themselves; what
-comes back is the loss and one scalar a shard, from which the global gradient norm is made. A `Backward` computes the
-gradients: `Explicit` here, over any transport; `split.training.autograd.Autograd` over torch's.
+The trainer sends ids to the first shard and labels to the last one; the shards do the rest among themselves. It gets
+the loss and one scalar from each shard, from which it computes the global gradient norm. A `Backward` computes the
+gradients: `Explicit` in this module, over any transport; `split.training.autograd.Autograd` over torch's.
 """
 
 import logging
@@ -36,7 +36,7 @@ Answer = TypeVar("Answer", bound=Head)
 
 
 class TrainingFault(faults.Fault):
-    """A shard could not do what it was asked."""
+    """A shard could not do what it was told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Gradients:
     is_finite: list[bool]
     """Whether each shard's hidden states, or its loss, were finite."""
     bubble_fraction: float
-    """Share of the shards' time, from the first operation to the last one, in which they wait."""
+    """Share of the shards' time, from the first operation to the last one, during which they wait."""
     timeline: Timeline | None
     """Operations of each shard, by the trainer's clock; None where torch's engine orders them."""
     held: list[int]
@@ -128,7 +128,7 @@ class Shards:
 
 
 class Explicit(Backward):
-    """Boundary backward: each shard keeps input and output of a micro-batch, gets dL/dy, sends dL/dx."""
+    """Backward across the boundary: each shard keeps input and output of a micro-batch, gets dL/dy, sends dL/dx."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
@@ -236,7 +236,7 @@ class DistributedTrainer:
         return figures
 
     def save(self) -> Path | None:
-        """Make the last step a checkpoint; return its folder, None when a shard was lost meanwhile."""
+        """Make the last step a checkpoint; return its folder, None if a shard was lost meanwhile."""
         saved: Path | None = self._with_recovery(self._save, again=False)
         return saved
 
@@ -275,7 +275,7 @@ class DistributedTrainer:
             return
         if False in found.is_finite:
             shard = found.is_finite.index(False)
-        else:  # on the way back
+        else:  # in a backward
             shard = max(place for place, squares in enumerate(found.squares) if not math.isfinite(squares))
         layers = self.shards.transport.layers[shard]
         valid = self.manifest.step
@@ -318,7 +318,7 @@ class DistributedTrainer:
         self._backward.begin()
 
     def _with_recovery(self, call: Callable[[], Any], again: bool = True) -> Any:
-        """The result of `call`, called again after each loss of a shard that ends within `recovery_seconds`."""
+        """The result of `call`, repeated after each loss of a shard that is repaired within `recovery_seconds`."""
         while True:
             try:
                 return call()
@@ -330,7 +330,7 @@ class DistributedTrainer:
     def _recover(self, lost: ShardLost) -> None:
         deadline = time.monotonic() + self._recovery_seconds
         self._lost_since_step += 1
-        if self._lost_since_step > MOST_LOSSES_A_STEP:  # what comes back well and is lost again at once will always be
+        if self._lost_since_step > MOST_LOSSES_A_STEP:  # a shard that is lost again and again will not recover
             raise lost
         while True:
             if isinstance(lost, ChainLost) or time.monotonic() >= deadline:

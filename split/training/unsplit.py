@@ -1,4 +1,4 @@
-"""The same steps of the whole model in one process, by the lab's own trainer, for comparison with a split run."""
+"""The same steps of the whole model in one process, by the lab's own trainer, to compare with a split run."""
 
 from dataclasses import replace
 from typing import Any

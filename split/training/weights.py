@@ -33,7 +33,7 @@ def load_training_shard(settings: ModelSettings, device: torch.device, layers: r
     else:
         check_can_train_everything(settings)
         if unused := cut_of(model).structure.unused:
-            raise UserError(f"project.train must be lora for a model with parts that no text passes, got {unused[0]}")
+            raise UserError(f"project.train must be lora for a model with parts that no text uses, got {unused[0]}")
         weights = {name: weight for name, weight in model.named_parameters() if cut_of(model).owns(name)}
         for weight in weights.values():
             weight.requires_grad_(True)
@@ -62,9 +62,9 @@ def check_can_train_everything(settings: ModelSettings) -> None:
 
 
 def initial_weight(settings: ModelSettings, recipe: Recipe, layers: range) -> Callable[[str], Tensor]:
-    """A trainable weight before the first step, by its name in the whole model; read again, not kept.
+    """Values of trainable weights before the first step, by name in the whole model; read again, not kept.
 
-    Where the checkpoint has the tensor under another name, or within another one, the slice is loaded again and kept.
+    If the checkpoint has a tensor under another name, or within another one, the slice is loaded again and kept.
     """
     if recipe.train is Train.lora:
         from split.training.first_adapter import first_adapter  # loads PEFT

@@ -1,1 +1,1 @@
-"""Ways of messages between a client and its shards: in process, over TCP, over torch RPC."""
+"""Transports between a client and its shards: in process, over TCP, over torch RPC."""

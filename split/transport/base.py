@@ -15,7 +15,7 @@ from split.chain.messages import Fault, FaultCode, ShardFigures, Welcome
 F = TypeVar("F", bound=ShardFigures, covariant=True)
 
 CLOCK_ROUNDS = 5
-"""Round trips of which the shortest says how far a shard's clock is from ours."""
+"""Number of round trips, the shortest of which gives the offset of a shard's clock from ours."""
 REPORTED_PASSES = 4096
 """Hops that a shard remembers for each client."""
 
@@ -41,23 +41,23 @@ Sent = tuple[To, Message]
 
 
 class Stage(Protocol):
-    """A shard at its place in the chain: a message in, messages out; transports only carry. One thread at a time."""
+    """A shard in its chain: takes a message, yields messages; transports only deliver them. One thread at a time."""
 
     layers: range
     """Layers of the model that the shard holds."""
     context: int
     """Most tokens of a request; 0 in training."""
     sessions: int
-    """Most requests at once."""
+    """Most concurrent requests."""
     coding_seconds: float
     """Seconds that the last message took to turn bytes into tensors and back."""
     boundary_bytes: int
     """Bytes sent to neighbours; the transport counts them."""
 
     def take(self, message: Message, client: Hashable = 0) -> Iterator[Sent]:
-        """Do what a client's message asks, and yield what is to be sent, each as soon as it is there.
+        """Handle a client's message, and yield the resulting messages, each as soon as it is ready.
 
-        Never raises for what a message holds: a `Fault` is sent instead.
+        Never raises for the content of a message: a `Fault` is sent instead.
         """
 
     def forget(self, client: Hashable = 0) -> None:
@@ -99,15 +99,15 @@ def check_layers(welcomes: Sequence[Welcome], names: Sequence[object]) -> None:
 
 
 class ShardLost(Lost):
-    """A shard, or the link to it, is gone, and all messages under way. `Transport.restore` may bring the chain back."""
+    """A shard, or the link to it, is gone, with all messages in transit. `Transport.restore` may repair the chain."""
 
 
 class ChainLost(ShardLost):
-    """A loss that no waiting mends."""
+    """A loss that waiting cannot repair."""
 
 
 def check_link(answer: Message) -> Message:
-    """The answer. Raises `ShardLost` for a fault of code link."""
+    """The answer itself. Raises `ShardLost` for a fault of code link."""
     if isinstance(answer.head, Fault) and answer.head.code is FaultCode.link:
         raise ShardLost(answer.head.text)
     return answer
@@ -125,18 +125,18 @@ class Hop(NamedTuple):
     computed: float
     sent: float
     coding: float
-    """Seconds between `began` and `computed` that went into turning bytes into tensors and back."""
+    """Seconds between `began` and `computed` spent on turning bytes into tensors and back."""
     sent_bytes: int
-    """Bytes handed on, headers included (in process: there are none)."""
+    """Bytes sent on, headers included (in process: none)."""
 
     def pack(self, number: int) -> bytes:
-        """The hop of pass `number` as it travels."""
+        """The hop of pass `number`, encoded."""
         return _HOP.pack(number, *self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport(Generic[F]):
-    """The figures of one shard, now."""
+    """Present figures of one shard."""
 
     layers: range
     figures: F
@@ -147,7 +147,7 @@ class ShardReport(Generic[F]):
 
 
 def ask_figures(layers: range, ask: Callable[[], tuple[F, bytes | memoryview, float]]) -> ShardReport[F]:
-    """A shard's report. The clocks are compared by the shortest of some round trips, as NTP does (RFC 5905).
+    """Ask for a shard's report. The clocks are compared by the shortest of some round trips, as in NTP (RFC 5905).
 
     Args:
         layers: Layers of the shard.
@@ -168,7 +168,7 @@ def ask_figures(layers: range, ask: Callable[[], tuple[F, bytes | memoryview, fl
 
 
 class Transport(Protocol):
-    """The way from a client to every shard of its chain and back; shards reach their neighbours by themselves.
+    """Carries messages between a client and every shard of its chain; shards reach their neighbours by themselves.
 
     Belongs to one thread.
     """
@@ -190,7 +190,7 @@ class Transport(Protocol):
         """
 
     def restore(self, deadline: float) -> None:
-        """Bring up the chain again, until `deadline` (monotonic seconds): every shard there, nothing under way.
+        """Repair the chain until `deadline` (monotonic seconds): every shard connected, no message in transit.
 
         Raises:
             ShardLost: not within that time; `ChainLost`: never.

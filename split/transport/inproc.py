@@ -1,4 +1,4 @@
-"""All shards in this process, on this thread: for tests, and for what a split costs without a network."""
+"""All shards in this process, on this thread: for tests, and to measure what a split costs without a network."""
 
 import time
 from collections import deque

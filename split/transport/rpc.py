@@ -1,10 +1,10 @@
 """Messages over torch.distributed.rpc: Linux and macOS, trusted networks only.
 
-torch's RPC is pickle: whoever reaches one of its ports runs code on the machine. So a master address off loopback is
-refused unless the settings say that strangers are kept out. The client is rank 0 and holds an RRef to the seat of every
-shard; seats hold RRefs to their neighbours. A process that is lost cannot be replaced in a running group.
+torch's RPC is pickle: anyone who can reach one of its ports can run code on the machine. So a master address off
+loopback is refused unless the settings declare a trusted link. The client is rank 0 and holds an RRef to the seat of
+every shard; seats hold RRefs to their neighbours. A lost process cannot be replaced in a running group.
 
-RPC hands out calls to threads, so that their order is lost: a sender numbers its messages to each receiver.
+RPC hands calls to threads, which loses their order: a sender numbers its messages to each receiver.
 """
 
 import contextlib
@@ -46,24 +46,24 @@ from split.transport.base import (
 log = logging.getLogger(__name__)
 
 Packed = bytes | torch.Tensor
-"""A body on its way."""
+"""A body in transit."""
 
 CLIENT = "client"
 DOZE_SECONDS = 50e-6
 WORKER_THREADS = 4
-"""Threads of each process's agent: no call waits for another one here."""
+"""Threads of each process's agent: no call waits for another one."""
 INLINE_BYTES = 2**16
-"""Bodies up to here travel inside the pickled call: one message, where a tensor beside it takes several."""
+"""Bodies up to this size travel inside the pickled call: one message; a separate tensor takes several."""
 
 
 def check_master(network: NetworkSettings) -> None:
-    """Refuse a system without torch's RPC, and a master address that strangers could reach. Raises UserError."""
+    """Refuse a system without torch's RPC, and a master address that strangers can reach. Raises UserError."""
     if not torch.distributed.rpc.is_available():
         raise UserError(f"project.transport must be tcp on {sys.platform}: this torch is built without rpc, got rpc")
     if not (is_loopback(network.host) or network.trusted_link):
         raise UserError(
-            "network.host must be loopback for transport=rpc (it is pickle: whoever reaches the port runs code here), "
-            f"or network.trusted_link=true where a VPN or a cable keeps strangers out, got {network.host!r}"
+            "network.host must be loopback for transport=rpc (it is pickle: who reaches the port can run code here), "
+            f"or network.trusted_link=true if a VPN or a cable keeps strangers out, got {network.host!r}"
         )
 
 
@@ -73,7 +73,7 @@ def join_group(name: str, rank: int, world_size: int, network: NetworkSettings, 
     Its default transport polls a whole core even when idle; libuv's does not.
     """
     check_master(network)
-    if is_loopback(network.host):  # else the machine's name decides on which interface the agents listen
+    if is_loopback(network.host):  # otherwise the machine's name decides which interface the agents use
         loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ.setdefault("TP_SOCKET_IFNAME", loopback)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -89,13 +89,13 @@ def join_group(name: str, rank: int, world_size: int, network: NetworkSettings, 
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"network.host and port must be where the client of this group is: {name} of {world_size} could not join "
+            f"network.host and port must be those of this group's client: {name} of {world_size} could not join "
             f"{network.host}:{port} ({reason})"
         ) from None
 
 
 def leave_group() -> None:
-    """End our part, without waiting for anyone."""
+    """Leave the group without waiting for other members."""
     torch_rpc.shutdown(graceful=False)
 
 
@@ -115,7 +115,7 @@ class InOrder:
 
 
 class Seat:
-    """A stage in a group: takes the messages of each sender in their order, on one thread of its own.
+    """A shard's member of the group: gives its stage the messages of each sender in order, on a separate thread.
 
     Args:
         stage: The shard. Its thread is the seat's.
@@ -126,7 +126,7 @@ class Seat:
     """
 
     worker_threads = WORKER_THREADS
-    """Threads of its process's agent."""
+    """Threads of the agent in its process."""
 
     def __init__(
         self, stage: Stage, name: str, model_layers: int, fingerprints: dict[str, str], awake_seconds: float = 0.0
@@ -139,7 +139,7 @@ class Seat:
         self._neighbours: dict[To, Any] = {}
         self._sent = dict.fromkeys(To, 0)
         self.arrived: queue.SimpleQueue[tuple[To, int, float, Message]] = queue.SimpleQueue()
-        """Messages with their sender, their serial number and the time of arrival."""
+        """Messages with sender, serial number and time of arrival."""
         self._hops: deque[bytes] = deque(maxlen=REPORTED_PASSES)
         self._thread = threading.Thread(target=self._work, name="stage", daemon=True)
 
@@ -148,7 +148,7 @@ class Seat:
         return welcome_of(self.stage, self._model_layers), self._fingerprints
 
     def join(self, previous: Any, behind: Any) -> None:
-        """The client has found all seats: the RRefs of our neighbours, None where there is none."""
+        """Set our neighbours once the client has found all seats: their RRefs, None at the ends of the chain."""
         self._neighbours = {To.previous: previous, To.next: behind}
         self._thread.start()
 
@@ -164,7 +164,7 @@ class Seat:
                 self._do(moment, due)
 
     def _await_message(self) -> tuple[To, int, float, Message]:
-        """A core that sleeps until the next pass takes tenths of a millisecond to be at work again."""
+        """The next message. Waits awake at first: a sleeping core takes tenths of a millisecond to work again."""
         until = time.monotonic() + self._awake_seconds
         while time.monotonic() < until:
             with contextlib.suppress(queue.Empty):
@@ -176,10 +176,10 @@ class Seat:
         for to, result in self.stage.take(message):
             computed = time.monotonic()
             hop = Hop(arrived, began, computed, computed, self.stage.coding_seconds, len(result.body))
-            self._hops.append(hop.pack(message.number))  # before a client that has the answer can ask for it
+            self._hops.append(hop.pack(message.number))  # before a client with the answer can ask for it
             try:
                 self._hand_on(to, result)
-            except Exception as error:  # one result could not be handed on; the next one may
+            except Exception as error:  # one result could not be sent; the next one may be
                 log.exception("%s lost a message by a fault of ours", self._name)
                 fault = Fault(code=FaultCode.failed, text=f"{type(error).__name__}: {error}"[:1024])
                 self._hand_on(to, Message(result.number, fault))
@@ -194,17 +194,17 @@ class Seat:
             origin = To.previous if to is To.next else To.next
             future = deliver(self._neighbours[to], origin, serial, message.number, message.head, body)
             future.add_done_callback(_tell_if_lost)
-        self._sent[to] = serial  # not where that raised: the receiver would wait for it
+        self._sent[to] = serial  # not if that raised: the receiver would wait for it
 
 
 def deliver(seat: Any, origin: To, serial: int, number: int, head: Head, body: Packed) -> Any:
-    """Send the owner of an RRef a message for its seat; the future of its delivery. The RRef itself stays here: each
-    one that travels is counted, which takes messages of its own."""
+    """Send a message to the seat of an RRef's owner; the future of its delivery. The RRef itself is not sent: torch
+    counts each one that is, which takes messages of its own."""
     return torch_rpc.rpc_async(seat.owner(), _deliver, args=(origin, serial, number, head, body))
 
 
 def _tell_if_lost(done: Any) -> None:
-    """Tell the client when a neighbour could not be given a message."""
+    """Tell the client if a neighbour could not be sent a message."""
     try:
         done.value()
     except RuntimeError as error:  # all of torch's RPC errors are
@@ -214,7 +214,7 @@ def _tell_if_lost(done: Any) -> None:
 _SEATS: list[Seat] = []
 """The seat of this process, for the client's RRef."""
 INBOX: queue.SimpleQueue[tuple[str, int, Message] | ShardLost] = queue.SimpleQueue()
-"""Answers to the client of this process. Remote calls find functions by name, so that both must be global."""
+"""Answers to the client of this process. Remote calls find functions by name, so both of these must be global."""
 
 
 def _seat_here() -> Seat:
@@ -234,7 +234,7 @@ def _note_lost(text: str) -> None:
 
 
 def serve_seat(seat: Seat, rank: int, world_size: int, network: NetworkSettings) -> None:
-    """Be one shard of a group until the client leaves or is lost. Raises UserError, KeyboardInterrupt."""
+    """Serve one shard of a group until the client leaves or is lost. Raises UserError, KeyboardInterrupt."""
     _SEATS[:] = [seat]
     join_group(f"shard{rank}", rank, world_size, network, network.port, seat.worker_threads)
     try:
@@ -347,13 +347,13 @@ class RpcChain(Transport):
             try:
                 torch_rpc.rpc_sync(seat.owner(), _leave_here, timeout=self._network.dead_after_seconds)
             except RuntimeError as error:
-                log.info("%s did not hear that we leave (%s)", seat.owner().name, _first_line(error))
+                log.info("%s could not be told that we leave (%s)", seat.owner().name, _first_line(error))
         self.seats.clear()
         leave_group()
 
     def lost(self, error: RuntimeError) -> ShardLost:
         """The loss that one of torch's errors reports."""
-        reason = " ".join(str(error).split())[:300]  # who, then what was raised there
+        reason = " ".join(str(error).split())[:300]  # the member, then its exception
         self._lost = self._lost or ShardLost(f"a shard is gone ({reason})")
         return self._lost
 
@@ -371,7 +371,7 @@ class RpcChain(Transport):
             self._lose(seat, error)
 
     def _watch(self) -> None:
-        """Notice a dead shard also while no answer is due."""
+        """Notice a dead shard even while no answer is awaited."""
         while not self._closing.wait(self._network.heartbeat_seconds):
             for seat in list(self.seats):
                 try:
@@ -397,17 +397,17 @@ def _check_fingerprints(theirs: dict[str, str], fingerprints: dict[str, str]) ->
 
 
 def pack(body: bytes | memoryview) -> Packed:
-    """A body as it travels."""
+    """A body for the wire."""
     return bytes(body) if len(body) <= INLINE_BYTES else as_tensor(body)
 
 
 def unpack(body: Packed) -> memoryview:
-    """A body as it was."""
+    """The original body."""
     return memoryview(body) if isinstance(body, bytes) else body.numpy().data
 
 
 def as_tensor(body: bytes | memoryview) -> torch.Tensor:
-    """Tensors travel beside the pickled call, bytes inside it."""
+    """A tensor for the wire: tensors travel next to the pickled call, bytes inside it."""
     tensor = torch.empty(len(body), dtype=torch.uint8)
     tensor.numpy().data[:] = body
     return tensor

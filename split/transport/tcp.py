@@ -1,7 +1,7 @@
-"""Messages over TCP, as seen by the client: a connection to every shard, the chain between them, answers from its end.
+"""Messages over TCP, on the client's side: a connection to every shard, which form a chain among themselves.
 
 Each shard's process is a `split.chain.server.ChainServer`. The client is attached to every shard, which answers it
-directly, and one that dies is noticed at once on its own connection, whichever it is.
+directly, and the death of any shard is noticed at once on its own connection.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class TcpChain(Transport):
             raise ShardLost("the shards are not connected")
         try:
             send(self._lines[shard].socket, *message)
-        except WireError as error:  # all connections of a chain end together: the reason is what came first
+        except WireError as error:  # all connections of a chain end together: the first one has the reason
             raise self._reason() or ShardLost(str(error)) from None
 
     def _reason(self) -> ShardLost | None:
@@ -105,7 +105,7 @@ class TcpChain(Transport):
 
     @override
     def restore(self, deadline: float) -> None:
-        self._leave()  # every connection anew, so that nothing of what was lost is under way
+        self._leave()  # new connections, so that nothing of the lost ones is in transit
         self._answers: queue.SimpleQueue[Message | WireError] = queue.SimpleQueue()
         is_told = False
         while True:
@@ -142,7 +142,7 @@ class TcpChain(Transport):
         self._lines = []
 
     def _join(self) -> list[_Line]:
-        """Attach to all shards, last to first: each is told who comes behind it. Raises a `WireError`."""
+        """Attach to all shards, last to first, each with the address of the next. Raises a `WireError`."""
         self.client = client = secrets.randbits(63)
         lines: list[_Line] = []
         behind: list[Address] = []
@@ -162,7 +162,7 @@ class TcpChain(Transport):
         return lines
 
     def _attach(self, place: int, attach: Attach) -> _Line:
-        """A line to the shard at a place, or to a spare that holds the same layers."""
+        """A line to the shard at a place, or to a spare with the same layers."""
         fault: WireError | None = None
         wanted = self._known_layers.get(place)
         for address in [self._addresses[place], *self._spares]:
@@ -190,7 +190,7 @@ class TcpChain(Transport):
 
 
 class _Line:
-    """A connection to one shard, with a thread that listens to it."""
+    """A connection to one shard, with a thread that reads from it."""
 
     def __init__(
         self, address: Address, endpoint: Endpoint, tls: ssl.SSLContext | None, attach: Attach, seconds: float
@@ -210,7 +210,7 @@ class _Line:
         self.socket.peer.phase = "ATTACH"
         send(self.socket, 0, attach)
         frame = self.socket.poll(seconds)
-        if frame is not None and isinstance(frame.head, Fault):  # it could not reach the next one
+        if frame is not None and isinstance(frame.head, Fault):  # it could not reach the next shard
             raise Unreachable(self.socket.peer, f"says: {frame.head.text}")
         if frame is None or not isinstance(frame.head, Welcome):
             raise Unreachable(self.socket.peer, f"did not answer ATTACH within {seconds:g} s")
@@ -246,11 +246,11 @@ class _Line:
         elif isinstance(frame.head, Answer):
             answers.put(Message(frame.session, frame.head, frame.body))
         else:
-            raise BadFrame(self.socket.peer, f"sent {type(frame.head).__name__.upper()}, which a client does not take")
+            raise BadFrame(self.socket.peer, f"sent {type(frame.head).__name__.upper()}, unknown to a client")
 
 
 def _sound(answer: Message | WireError) -> Message:
-    """Raises `ShardLost` for what says that the chain is broken."""
+    """Raises `ShardLost` for an answer that says that the chain is broken."""
     if isinstance(answer, WireError):
         raise ShardLost(str(answer)) from None
     return check_link(answer)

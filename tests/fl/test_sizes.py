@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fl import sizes
 from fl.settings import FederatedSettings, WireDtype
-from fl.sizes import base_bytes, travelling_bytes
+from fl.sizes import adapter_bytes, base_bytes
 from lab.command.entry import compose_settings
 from lab.models.lora import lora_config
 from lab.models.sources import load_config
@@ -53,9 +53,9 @@ def test_sizes_are_those_of_a_real_skeleton_these_numbers(model: str) -> None:
     settings = settings_of(model)
     adapter, base = counted(settings, from_numbers(settings.model))
     rank = settings.project.lora.rank
-    assert travelling_bytes(settings.model, rank, WireDtype.float32) == 4 * adapter
-    assert travelling_bytes(settings.model, rank, WireDtype.bfloat16) == 2 * adapter
-    assert travelling_bytes(settings.model, 2 * rank, WireDtype.bfloat16) == 4 * adapter
+    assert adapter_bytes(settings.model, rank, WireDtype.float32) == 4 * adapter
+    assert adapter_bytes(settings.model, rank, WireDtype.bfloat16) == 2 * adapter
+    assert adapter_bytes(settings.model, 2 * rank, WireDtype.bfloat16) == 4 * adapter
     assert base_bytes(settings.model) == 2 * base
 
 
@@ -71,7 +71,7 @@ def test_sizes_of_other_families_numbers_and_targets(family: str, tied: bool, ta
     )  # fmt: skip
     model = replace(settings.model, architecture=numbers, lora_targets=targets)
     adapter, base = counted(replace(settings, model=model), from_numbers(model))
-    assert travelling_bytes(model, settings.project.lora.rank, WireDtype.float32) == 4 * adapter
+    assert adapter_bytes(model, settings.project.lora.rank, WireDtype.float32) == 4 * adapter
     assert base_bytes(model) == 2 * base
 
 

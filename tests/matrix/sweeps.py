@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lab.command.entry import compose_settings
-from matrix.grid import sort_words
+from matrix.grid import sort_overrides
 from matrix.settings import MatrixSettings
 from matrix.sweep import SweepResult, run_sweep
 
@@ -40,7 +40,7 @@ def preset(folder: Path, axes: dict[str, list[Any]], **more: Any) -> str:
 def sweep_here(folder: Path, axes: dict[str, list[Any]], *typed: str, **more: Any) -> SweepResult:
     """A sweep in this process; its cells are in folder/cells."""
     typed = (f"matrix.results={folder}/cells", *typed) if not any("matrix.results=" in w for w in typed) else typed
-    words = sort_words([preset(folder, axes, **more), "matrix=fake", *typed])
+    words = sort_overrides([preset(folder, axes, **more), "matrix=fake", *typed])
     told = " ".join(f"'{word}'" for word in (*TRACKING, "tracking.progress=false", *words.sweep))
     settings = compose_settings("matrix", told, MatrixSettings)
     return run_sweep(settings, words, folder / "sweep")

@@ -1,4 +1,4 @@
-"""Words become axes, axes become cells, cells have signatures."""
+"""Overrides become axes, axes become cells, cells have signatures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from lab.command.entry import compose_settings
 from lab.settings import UserError
 from matrix.contents import sources_digest
-from matrix.grid import Cell, as_word, look_up, make_cells, sort_words
+from matrix.grid import Cell, as_word, look_up, make_cells, sort_overrides
 from matrix.settings import MatrixSettings, SweepSettings
 from matrix.sweep import plan
 
@@ -26,12 +26,12 @@ ONE = ("project.context=128", "project.sessions=1")
 
 
 def sweep_settings(*words: str) -> SweepSettings:
-    told = " ".join(f"'{word}'" for word in sort_words(words).sweep)
+    told = " ".join(f"'{word}'" for word in sort_overrides(words).sweep)
     return compose_settings("matrix", told, MatrixSettings).matrix
 
 
 def cells(*words: str) -> list[Cell]:
-    return make_cells(sweep_settings(*words), sort_words(words))
+    return make_cells(sweep_settings(*words), sort_overrides(words))
 
 
 def points(*words: str) -> list[list[Any]]:
@@ -46,7 +46,7 @@ def test_cells_find_what_stands_in_a_config_folder_of_ones_own(tmp_path: Path, o
     place = str(tmp_path / "conf")
     told = [f"{option[0]}{place}"] if option[0].endswith("=") else [*option, place]
     axes = ("model=mine", "project.context=64", "project.sessions=1")
-    (cell,) = make_cells(sweep_settings("matrix=decode"), words := sort_words(["matrix=decode", *told, *axes]))
+    (cell,) = make_cells(sweep_settings("matrix=decode"), words := sort_overrides(["matrix=decode", *told, *axes]))
     assert cell.settings["model"]["name"] == "mine"
     assert cell.words[0] == f'hydra.searchpath=["file://{place}"]', "its command finds it, too"
     assert words.sweep == ["matrix=decode", *told, "model=mine"]
@@ -55,7 +55,7 @@ def test_cells_find_what_stands_in_a_config_folder_of_ones_own(tmp_path: Path, o
 
 
 def test_words_go_to_whoever_reads_them() -> None:
-    words = sort_words(
+    words = sort_overrides(
         ["matrix=decode", "model=random", "seed=3", "project.context=64,128", "project.cache_bucket=8", "tracking=none",
          "device.threads=1,2", "--cfg", "job", "+project.x=1", "prompt=one, two", "hydra.run.dir=x"]
     )  # fmt: skip
@@ -71,9 +71,9 @@ def test_words_go_to_whoever_reads_them() -> None:
 PACKAGE = """
 from dataclasses import replace
 from lab.command.entry import compose_settings
-from matrix.grid import make_cells, sort_words
+from matrix.grid import make_cells, sort_overrides
 from matrix.settings import MatrixSettings
-words = sort_words(["matrix.command=fl.bench", "matrix.config=fed_bench", "model=random"])
+words = sort_overrides(["matrix.command=fl.bench", "matrix.config=fed_bench", "model=random"])
 settings = compose_settings("matrix", " ".join(words.sweep), MatrixSettings).matrix
 print(len(make_cells(replace(settings, axes={"seed": [1, 2]}), words)))
 """
@@ -111,7 +111,7 @@ def test_values_of_every_kind_survive() -> None:
 def test_a_value_that_is_there_twice_is_one_cell(caplog: pytest.LogCaptureFixture) -> None:
     one = ["project.sessions=1", "model=random"]
     assert points(*one, "project.context=32,32,64,'32',+64") == [[32], [64]]
-    assert "3 cells of this grid are the same as others of it, and count once" in caplog.text
+    assert "3 cells of this grid equal other cells, and run once" in caplog.text
     assert points(*one, "project.context=32", "network.connect_timeout_seconds=1,1.0") == [[1.0]]
     assert points(*one, "project.context=32", "model.lora_targets=[a,b],[b],[a, b]") == [[["a", "b"]], [["b"]]]
     assert points(*one, "project.context=32", "++seed=1,2") == [[1], [2]], "a key is the same with a + before it"

@@ -162,7 +162,7 @@ def test_two_sweeps_at_once_run_no_cell_twice_and_outlive_each_other(tmp_path: P
 
     try:
         start(logs[0], until=lambda: len(starts(tmp_path)) == 1)
-        start(logs[1], until=lambda: "waiting for 2 runs that another sweep does" in logs[1].read_text())
+        start(logs[1], until=lambda: "waiting for 2 runs of another sweep" in logs[1].read_text())
         (tmp_path / "log.go-1").touch()
         kept = tmp_path / "results" / "matrix"
         wait_until(lambda: len(starts(tmp_path)) == 2 and len(list(kept.glob("*/result.json"))) == 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from matrix.launching import LocalLauncher, Supervised, run_job
+from matrix.launching import LocalLauncher, SupervisedJob, run_job
 from matrix.supervisor import Job
 
 FAKE = Path(__file__).with_name("fake_cell.py")
@@ -100,7 +100,7 @@ def test_a_supervisor_that_is_left_alone_ends_its_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str | signal.Signals
 ) -> None:
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
-    supervised = Supervised(job(tmp_path, "hang"), os.environ)
+    supervised = SupervisedJob(job(tmp_path, "hang"), os.environ)
     cell = wait_until_started(tmp_path / "log")
     assert cell.is_running()
     if isinstance(how, signal.Signals):

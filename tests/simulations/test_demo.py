@@ -21,7 +21,7 @@ from lab.command.entry import Run, compose_settings
 from lab.command.overrides import override
 from lab.faults import Fault
 from lab.settings import UserError
-from matrix.grid import make_cells, sort_words
+from matrix.grid import make_cells, sort_overrides
 from matrix.settings import MatrixSettings
 from simulations import demo
 from simulations.demo_settings import DemoSettings
@@ -118,7 +118,7 @@ def test_what_make_demo_tells_its_parts_are_words_that_they_know() -> None:
     ]
     for config, words, settings_type in told:
         assert compose_settings(config, shlex.join(words), settings_type).seed == 0
-    words = sort_words(project.matrix)
+    words = sort_overrides(project.matrix)
     assert len(make_cells(compose_settings("matrix", shlex.join(words.sweep), MatrixSettings).matrix, words)) == 4
     assert len(told) == len(fields(project)) - 2, "all but the matrix and the time limit"
     with pytest.raises(UserError, match=r"^project.part_timeout_seconds must be greater than 0, got 0.0$"):

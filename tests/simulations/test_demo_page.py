@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from simulations.demo_page import Shown, write_demo_page
+from simulations.demo_page import PartResult, write_demo_page
 
 
 def test_every_part_is_shown(tmp_path: Path) -> None:
@@ -14,11 +14,11 @@ def test_every_part_is_shown(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "federated.png")
     plt.close(figure)
     parts = [
-        Shown(
+        PartResult(
             "federated", "Sites fine-tune.", ["simulations.fed_sim", "project.rounds=2"], 61.4, "loss 2.9 -> 2.6",
             {"status": "ok", "eval_loss_after": 2.62954, "plots": [str(tmp_path / "federated.png")]},
         ),
-        Shown("split_training", "Gradients cross.", ["split.train"], 9.0, "8 steps", {"text": "one, two <three>"}),
+        PartResult("split_training", "Gradients cross.", ["split.train"], 9.0, "8 steps", {"text": "one, two <three>"}),
     ]  # fmt: skip
     page = write_demo_page(tmp_path / "report.html", parts).read_text()
     assert "<td>Federated: loss 2.9 -&gt; 2.6</td><td>61</td>" in page

@@ -14,7 +14,7 @@ import pytest
 
 from lab.settings import UserError
 from simulations import worker_log
-from simulations.flower import UntilEnding, check, end_workers
+from simulations.flower import WorkerOutput, check, end_workers
 from tests.federated import small_settings, write_dialogues
 
 
@@ -57,7 +57,7 @@ def wait_until_zombie(process: subprocess.Popen[bytes]) -> None:
 
 def test_what_ray_prints_goes_to_stderr_until_we_end_its_workers(capsys: pytest.CaptureFixture[str]) -> None:
     ending = threading.Event()
-    out = UntilEnding(ending.is_set)
+    out = WorkerOutput(ending.is_set)
     print("a worker died", file=out)
     ending.set()
     print("a worker ended", file=out)

@@ -32,7 +32,7 @@ from speculative.drafter.loop import DraftedSequence
 from speculative.drafter.sources import open_drafts
 from speculative.drafts import Drafts, RecordedDrafts
 from speculative.messages import Reason
-from speculative.request import Ended, GenerationRequest, Verdict
+from speculative.request import Ending, GenerationRequest, Verdict
 from speculative.settings import DraftSource, Mode, SpeculativeSettings
 from speculative.verifier.scheduler import Scheduler
 from speculative.vocabulary import token_texts
@@ -235,7 +235,7 @@ def _written(
             return [text.new_ids for text in held], compared
         if waiting and numbers.random() < 0.2:
             number = waiting.pop(0)
-            assert not any(isinstance(one, Ended) for one in verifier.open(number, drawn[number], client="drawn"))
+            assert not any(isinstance(one, Ending) for one in verifier.open(number, drawn[number], client="drawn"))
             open_.add(number)
         for number in sorted(open_):
             if drawn[number].mode is not Mode.target_only and numbers.random() < 0.7:
@@ -249,7 +249,7 @@ def _written(
         for verdict in verdicts:
             compared.accepted += held[cast(int, verdict.key)].extend(verdict).accepted
         for outcome in outcomes:
-            if isinstance(outcome, Ended):
+            if isinstance(outcome, Ending):
                 assert outcome.reason is Reason.length, outcome.text
                 open_.discard(cast(int, outcome.key))
     raise AssertionError("the texts do not end")

@@ -17,7 +17,7 @@ from lab.engine.sampling import Sampling
 from speculative.drafter.check import Flip
 from speculative.drafter.loop import Round, speculate
 from speculative.drafts import Drafts
-from speculative.request import Ended, GenerationRequest, Outcome
+from speculative.request import Ending, GenerationRequest, Outcome
 from speculative.settings import Mode
 from speculative.verifier.forward_thread import Call, ForwardThread
 from speculative.verifier.scheduler import Scheduler, SchedulerLimits
@@ -42,7 +42,7 @@ class Bench:
     """One verifier, its forward thread, and a queue of outcomes for each text."""
 
     def __init__(self, engine: Engine, end_ids: Sequence[int] = (), limits: SchedulerLimits = LIMITS) -> None:
-        self.ended: list[tuple[VerifiedSequence, Ended]] = []
+        self.ended: list[tuple[VerifiedSequence, Ending]] = []
         self.scheduler = Scheduler(
             engine,
             end_ids=end_ids,

@@ -55,10 +55,10 @@ def test_a_drafter_that_was_killed_is_started_again_and_goes_on_with_its_text(
     stolen.write_text(json.dumps(ticket | {"owner": "00" * 16}))
     thief = (*words, f"project.resume={stolen}", f"hydra.run.dir={tmp_path}/thief")
     assert exit_code(drafter.main, *thief) == 2
-    assert capsys.readouterr() == ("", f"error: text {name} must be resumed by who opened it\n")
+    assert capsys.readouterr() == ("", f"error: request {name} must be resumed by the client that opened it\n")
     stolen.write_text(json.dumps(ticket | {"target": ticket["target"] | {"adapter": "another"}}))
     assert exit_code(drafter.main, *thief) == 2
-    refused = "a text must be resumed at its own target: its adapter was another and is none"
+    refused = "request must be resumed at its own target: its adapter was another and is none"
     assert capsys.readouterr() == ("", f"error: {refused}\n")
     stolen.write_text("{}")
     with pytest.raises(UserError, match=r"project\.resume must be the text\.json of a drafter's run folder, got "):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from speculative.policy import AcceptanceByPlace, DraftLength, Pacing, PassCosts
+from speculative.policy import AcceptanceByPosition, DraftLength, Pacing, PassCosts
 from speculative.theory import Speeds, best_plan, simulate, survival
 from tests.speculative.virtual import Virtual, drawn
 
@@ -130,7 +130,7 @@ def test_passes_of_one_size_say_little_about_a_row() -> None:
 @pytest.mark.parametrize(("right", "most", "worth"), [(0.3, 10, 0), (0.6, 1, 0), (0.9, 10, 10)])
 def test_the_first_guess_may_cost_more_than_the_next_ones(right: float, most: int, worth: int) -> None:
     """So that one alone is not worth it, and ten are."""
-    costs, acceptance, draws = PassCosts(), AcceptanceByPlace(), random.Random(0)
+    costs, acceptance, draws = PassCosts(), AcceptanceByPosition(), random.Random(0)
     for rows in (1, 1, 2, 5) * 100:
         costs.add(0.05 if rows == 1 else 0.08 + 0.006 * (rows - 1), rows, 1)
     assert costs.step_seconds == pytest.approx(0.05)
@@ -156,7 +156,7 @@ def test_a_guess_among_several_texts_costs_its_row_only() -> None:
 
 
 def test_acceptance_is_told_apart_by_place() -> None:
-    acceptance = AcceptanceByPlace()
+    acceptance = AcceptanceByPosition()
     for epoch in range(200):
         acceptance.add(*((0, 1) if epoch % 2 else (6, 1)))
     rates = acceptance.rates

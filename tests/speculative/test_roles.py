@@ -197,7 +197,7 @@ def test_the_last_line_of_a_drafter(random_verifier: Role, tmp_path: Path) -> No
     assert list(tmp_path.glob("wandb/offline-run-*")), "no offline W&B run"
     others = [str(path) for path in tmp_path.rglob("*") if path.stat().st_mode & 0o077 and not path.is_symlink()]
     assert not others, "the prompt is in these, and others than the owner may read them"
-    wait_until(lambda: " left after 2 texts\n" in random_verifier.stderr(), "what the verifier says of it")
+    wait_until(lambda: " left after 2 requests\n" in random_verifier.stderr(), "what the verifier says of it")
 
 
 def test_the_same_without_wandb(random_verifier: Role, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_version_is_ours_whatever_stands_beside_it(capsys: pytest.CaptureFix
 
 def test_what_hydra_cannot_compose_and_a_value_without_end_are_one_line() -> None:
     assert run_of(PLAN, ["model.lora_targets.deeper=1"])[0] == (
-        "error: the words of the command line must make settings: invalid literal for int() with base 10: 'deeper'"
+        "error: the overrides of the command line must make settings: invalid literal for int() with base 10: 'deeper'"
     )
     line, fault = run_of(PLAN, [f"seed={'x' * 20_000}"])
     assert fault is None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from lab.text.running_text import RunningText, said
+from lab.text.running_text import RunningText, final_text
 
 
 def _decode(ids: Sequence[int]) -> str:
@@ -47,7 +47,7 @@ def test_a_text_ends_where_a_stop_string_is_first_complete(seed: int) -> None:
         shown += running.add(token)
         assert expected.startswith(shown), "what may become a stop string is held back"
     assert shown + running.finish() == expected
-    found = said(_decode_pieces, ids, stops)
+    found = final_text(_decode_pieces, ids, stops)
     assert (found.text, found.stopped) == (expected, True)
     kept = _decode_pieces(found.ids)
     assert expected.startswith(kept)
@@ -56,7 +56,7 @@ def test_a_text_ends_where_a_stop_string_is_first_complete(seed: int) -> None:
 
 def test_characters_of_several_tokens_are_found() -> None:
     ids = list("1 € then € ends".encode())
-    found = said(_decode, ids, ["€ e"])
+    found = final_text(_decode, ids, ["€ e"])
     assert (found.text, bytes(found.ids), found.stopped) == ("1 € then ", "1 € then ".encode(), True)
 
 
@@ -65,7 +65,7 @@ def test_without_the_stop_string_all_is_shown() -> None:
     running = RunningText(_decode, ["abd", "bx"])
     assert [running.add(token) for token in ids] == ["", "", "abc", "", ""]
     assert running.finish() == "ab"
-    assert said(_decode, ids, ["abd"]).text == "abcab"
+    assert final_text(_decode, ids, ["abd"]).text == "abcab"
     assert _shown(RunningText(_decode), ids) == "abcab"
 
 

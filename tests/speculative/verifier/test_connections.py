@@ -104,7 +104,7 @@ def _opened_then(*ids: int) -> Send:
 @pytest.mark.parametrize(
     ("send", "why"),
     [
-        (_opened_twice, "opened text 1 twice"),
+        (_opened_twice, "opened request 1 twice"),
         (_opened_then(3, 259), "sent token id 259 at index 1, vocabulary is 259"),
         (_opened_then(-1), "sent token id -1 at index 0, vocabulary is 259"),
         (_opened_then(*range(17)), "sent 17 draft tokens, at most 16 are checked at once"),
@@ -125,7 +125,7 @@ def _opened_then(*ids: int) -> Send:
         (lambda frames: frames.send(MessageType.open, 1, _open(), pack_tokens([-1])), "sent token id -1"),
         (
             lambda frames: frames.send(MessageType.verdict, 1, VerdictFrame(epoch=0, position=0, accepted=0, prefix=0)),
-            "sent VERDICT, which a verifier does not take",
+            "sent VERDICT, which a verifier does not accept",
         ),
         (
             lambda frames: [frames.send(MessageType.ask_vocabulary, 0, AskVocabularyFrame()) for _ in range(2)],
@@ -165,7 +165,7 @@ def test_a_text_is_not_resumed_at_another_target(random_verifier: Role, name: st
         closed = frames.recv().head
         assert closed.reason is Reason.refused
         assert closed.text == (
-            f"a text must be resumed at its own target: its {name} was another and is {here.target.get(name)}"
+            f"request must be resumed at its own target: its {name} was another and is {here.target.get(name)}"
         )
         frames.send(MessageType.resume, 1, msgspec.structs.replace(head, target=here.target), pack_tokens([1, 2]))
         assert isinstance(frames.recv().head, VerdictFrame)

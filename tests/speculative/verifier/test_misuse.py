@@ -107,7 +107,7 @@ def test_who_waits_in_line_is_told_the_place_and_how_long_it_was(
         later.join()
     assert figures["new_tokens"] == 2
     assert figures["waited_seconds"] > 1
-    assert "the verifier has no room for this text now: it waits, place 1 in line" in caplog.text
+    assert "the verifier has no room for this request now: it waits, place 1 in line" in caplog.text
     assert (here.served.waited, here.served.unfinished) == (1, 1)
 
 
@@ -153,5 +153,5 @@ def test_a_target_that_fails_later_ends_the_verifier_with_its_reason() -> None:
             target.open(request([1], 3, Sampling.greedy(), Mode.target_only))
             time.sleep(0.5)
 
-    with pytest.raises(EngineFailed, match="the target cannot run a text of two tokens: ValueError"):
+    with pytest.raises(EngineFailed, match="the target cannot run a sequence of two tokens: ValueError"):
         serve_until_it_breaks()

@@ -18,7 +18,7 @@ from speculative.acceptance import prefix_hash
 from speculative.drafter.loop import Desync, DraftedSequence
 from speculative.drafts import RandomDrafts
 from speculative.messages import Reason
-from speculative.request import Ended, GenerationRequest, Outcome, Verdict, Waiting
+from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.settings import Mode
 from speculative.verifier.scheduler import EngineFailed, Scheduler, SchedulerLimits
 from tests.random_models import random_model
@@ -43,7 +43,7 @@ class Core:
         self, sessions: int = 4, wrap: Callable[[Engine], Engine] = lambda engine: engine, **limits: Any
     ) -> None:
         self.clock = Clock()
-        self.ended: list[Ended] = []
+        self.ended: list[Ending] = []
         changed: SchedulerLimits = replace(LIMITS, **limits)
         engine = SyntheticEngine(
             vocabulary_size=50, context=400, sessions=sessions, step_seconds=0, row_seconds=0, agreement=1.0
@@ -164,7 +164,7 @@ def test_guesses_that_have_no_place_close_the_text(epoch: int, position: int, gu
     core = Core()
     core.open(1)
     [ended] = core.offer(1, epoch, position, guesses)
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, Ending)
     assert ended.reason is Reason.failed
 
 
@@ -227,7 +227,7 @@ def test_a_finished_text_is_told_again_to_its_owner_until_it_has_arrived() -> No
     told, ended = core.scheduler.resume(2, asked(2), client="client", name=7, owner=OWNER)
     assert isinstance(told, Verdict)
     assert (told.position, told.ids) == (3, TEXT[:2])
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, Ending)
     assert (ended.key, ended.reason) == (2, Reason.length)
     core.scheduler.close(2)  # it has arrived
     [told] = core.scheduler.resume(3, asked(2), client="client", name=7, owner=OWNER)
@@ -242,11 +242,11 @@ def test_a_text_is_resumed_by_its_owner_only_and_as_it_is() -> None:
 
     def refusal(owner: bytes, changed: GenerationRequest) -> str:
         [ended] = core.scheduler.resume(2, changed, client="other", name=7, owner=owner)
-        assert isinstance(ended, Ended)
+        assert isinstance(ended, Ending)
         assert ended.reason is Reason.refused
         return ended.text
 
-    assert refusal(STRANGER, asked()) == "text 0000000000000007 must be resumed by who opened it"
+    assert refusal(STRANGER, asked()) == "request 0000000000000007 must be resumed by the client that opened it"
     for changed in (
         replace(asked(), max_new_tokens=41),
         replace(asked(), sampling=Sampling(seed=1, temperature=1, top_k=0, top_p=1)),
@@ -254,7 +254,7 @@ def test_a_text_is_resumed_by_its_owner_only_and_as_it_is() -> None:
         replace(asked(), prompt_ids=[1, 2, 4]),
         replace(asked(), new_ids=[(TEXT[0] + 1) % 50]),
     ):
-        assert refusal(OWNER, changed) == "text 0000000000000007 must be resumed with its own prompt and settings"
+        assert refusal(OWNER, changed) == "request 0000000000000007 must be resumed with its own prompt and settings"
     assert core.verdict().ids == [TEXT[1]], "its owner was disturbed"
 
 
@@ -264,7 +264,7 @@ def test_resume_takes_a_text_over_from_a_connection_that_still_seems_to_live() -
     core.offer(1, 0, 3, [(TEXT[0] + 1) % 50])
     core.verdict()
     left, told = core.scheduler.resume(2, replace(asked(), new_ids=TEXT[:1]), client="client", name=7, owner=OWNER)
-    assert (left.key, isinstance(left, Ended)) == (1, True)
+    assert (left.key, isinstance(left, Ending)) == (1, True)
     assert isinstance(told, Verdict)
     assert (told.key, told.epoch, told.position, told.ids) == (2, 0, 4, [])
     assert core.offer(1, 1, 4, [1]) == [], "the old connection has no text any more"
@@ -289,11 +289,11 @@ def test_what_a_client_may_take() -> None:
     core.open(1, 40)
     core.open(2, 40)
     [ended] = core.scheduler.open(3, asked(2), client="client")
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, Ending)
     assert ended.text == "a client may have 2 texts at once (the verifier's project.client.texts)"
     core.scheduler.close(2)
     [ended] = core.scheduler.open(4, asked(60), client="client")
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, Ending)
     assert ended.text == (
         "project.max_new_tokens must be at most 54 here for a prompt of 3 tokens (a client's texts may need 1000 bytes "
         "of keys and values, its project.client.cache_bytes, and 43 tokens are taken), got 60"
@@ -313,7 +313,7 @@ def test_a_text_of_mode_sync_that_gets_no_draft_is_evicted() -> None:
     assert core.scheduler.tick() == []
     core.clock.now += 2
     [ended] = core.scheduler.tick()
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, Ending)
     assert (ended.reason, ended.text) == (Reason.evicted, "no DRAFT came for 30 s")
 
 
@@ -388,15 +388,15 @@ FAULTS = [
 ]
 
 
-def whole_texts(core: Core) -> tuple[dict[object, list[int]], list[Ended]]:
+def whole_texts(core: Core) -> tuple[dict[object, list[int]], list[Ending]]:
     """Ticks until nothing is left to do: the new ids of each text, and how each ended."""
     texts: dict[object, list[int]] = {}
-    ends: list[Ended] = []
+    ends: list[Ending] = []
     while core.scheduler.patience() <= 0:
         for outcome in core.scheduler.tick():
             if isinstance(outcome, Verdict):
                 texts.setdefault(outcome.key, []).extend(outcome.ids)
-            elif isinstance(outcome, Ended):
+            elif isinstance(outcome, Ending):
                 ends.append(outcome)
     return texts, ends
 
@@ -432,7 +432,7 @@ def test_an_engine_that_fails_whoever_asks_ends_the_verifier() -> None:
     core.open(1, 20, Mode.target_only)
     core.verdict()
     stumbling[0].is_broken = True
-    message = r"^the target cannot run a text of two tokens: RuntimeError: no kernel for this device$"
+    message = r"^the target cannot run a sequence of two tokens: RuntimeError: no kernel for this device$"
     with pytest.raises(EngineFailed, match=message):
         core.scheduler.tick()
     with pytest.raises(EngineFailed, match=message):
@@ -446,7 +446,7 @@ def test_an_engine_that_takes_no_text_is_found_out() -> None:
 
     core = Core(wrap=lambda engine: Refusing(engine, OSError("gone")))  # type: ignore[arg-type, return-value]
     [ended] = core.scheduler.open(1, asked(), client="client")
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, Ending)
     assert ended.text == "the target did not take it: OSError: gone"
     assert core.scheduler.patience() == 0
     with pytest.raises(EngineFailed, match="OSError: gone"):
@@ -462,10 +462,10 @@ def test_the_line_has_an_end_and_tells_places() -> None:
     assert core.scheduler.open(2, asked(3), client="b") == [Waiting(2, 1)]
     assert core.scheduler.open(3, asked(3), client="c") == [Waiting(3, 2)]
     assert core.scheduler.open(4, asked(3), client="d") == [
-        Ended(
+        Ending(
             4,
             Reason.refused,
-            "the verifier has no room now, and 2 texts wait in line already (its project.max_waiting)",
+            "the verifier has no room now, and 2 requests already wait in line (its project.max_waiting)",
         )
     ]
     assert core.scheduler.open(4, asked(3), client="d") != [], "it is not there"

@@ -13,7 +13,7 @@ import torch
 from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
 from lab.settings import UserError
-from speculative.request import Ended, GenerationRequest, Verdict
+from speculative.request import Ending, GenerationRequest, Verdict
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier.scheduler import Scheduler
 from speculative.verifier.target import open_target
@@ -38,7 +38,7 @@ def _text(settings: SpeculativeSettings) -> list[int]:
     ended = False
     while not ended:
         for outcome in verifier.tick():
-            ended = ended or isinstance(outcome, Ended)
+            ended = ended or isinstance(outcome, Ending)
             if isinstance(outcome, Verdict):
                 written += outcome.ids
                 if not guessed and len(written) > 4:

@@ -249,7 +249,7 @@ def crowd(
                         step = engine.extend([(text, said[-1:])], "last")[0]
             return "", said == expected(prompt, new_tokens), waited
         except CacheFull as full:
-            return ("full" if "wait in line already" in str(full) else f"{length} tokens: {full}"), True, 0.0
+            return ("full" if "already wait in line" in str(full) else f"{length} tokens: {full}"), True, 0.0
         except Exception as error:
             return f"{length} tokens: {type(error).__name__}: {error}", True, 0.0
         finally:

@@ -233,7 +233,7 @@ def test_a_line_has_an_end_and_an_order(
         for place, engine in enumerate(engines[1:3], start=1):
             with pytest.raises(CacheFull, match=f"no room for 200 tokens now: place {place} in line"):
                 engine.open([1], GREEDY)
-        with pytest.raises(CacheFull, match="2 texts wait in line already, which is the most"):
+        with pytest.raises(CacheFull, match="2 requests already wait in line, which is the most"):
             engines[3].open([1], GREEDY)
         assert held.step is not None
         engines[0].extend([(held, held.step.next_ids)], "last")

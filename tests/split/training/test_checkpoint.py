@@ -128,7 +128,7 @@ def test_changed_data_stops_a_resumed_run_unless_allowed(tmp_path: Path, caplog:
     ):
         run_training(_words(tmp_path, *resumed), Run(tmp_path / "b"))
     run_training(_words(tmp_path, *resumed, "project.allow_changed_data=true"), Run(tmp_path / "c"))
-    assert "from step 1 on the run learns from other examples" in caplog.text
+    assert "from step 1 on the run learns from different examples" in caplog.text
     unsplit = ["project.steps=2", f"project.resume={run}", "project.baseline=unsplit"]
     with pytest.raises(UserError, match=r"^project\.baseline must be none .* altered after step 1$"):
         run_training(_words(tmp_path, *unsplit), Run(tmp_path / "d"))

@@ -1,4 +1,4 @@
-"""Properties that both kinds of connection, blocking and asyncio, have in common."""
+"""Properties shared by both kinds of connection, blocking and asyncio."""
 
 from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
@@ -6,8 +6,8 @@ from lab.wire.faults import Peer, WireError
 from lab.wire.handshake import Agreement
 
 
-class Connected:
-    """A connection to one peer; whoever moves its bytes sets `_conversation` before they flow."""
+class PeerConnection:
+    """A connection to one peer; the subclass sets `_conversation` before any bytes flow."""
 
     _conversation: Conversation
 
