@@ -122,3 +122,7 @@ class FederatedSettings(LabSettings):
     """Everything `simulations/fed_sim.py` and the Flower apps read."""
 
     project: FederatedProjectSettings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_differentiable()

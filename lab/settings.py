@@ -73,10 +73,21 @@ class Dtype(Enum):
 
 
 class Quantization(Enum):
-    """How the frozen weights are stored; nf4 is QLoRA's 4-bit NormalFloat (arXiv 2305.14314)."""
+    """How the frozen weights are stored.
+
+    nf4 is QLoRA's 4-bit NormalFloat (arXiv 2305.14314), on which an adapter can learn. int8 and int4 are for inference,
+    on a CPU: they are faster than the model itself (`lab.models.packed`).
+    """
 
     none = "none"
     nf4 = "nf4"
+    int8 = "int8"
+    int4 = "int4"
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a packed weight; None where weights are not packed for inference."""
+        return {Quantization.int8: 8, Quantization.int4: 4}.get(self)
 
 
 class DeviceName(Enum):
@@ -212,8 +223,12 @@ class DeviceSettings:
     name: DeviceName
     threads: int
     """CPU threads of torch in each process; 0 leaves torch's own choice."""
+    compile: Any  # bool | str, a union that OmegaConf does not assign to
+    """Whether layers are compiled for inference (`lab.engine.compiled`). `auto`: of an int8 or int4 model, where a role
+    runs for long, or where they have been compiled before."""
 
     def __post_init__(self) -> None:
+        require(self.compile in (True, False, "auto"), "compile must be true, false or auto", self.compile)
         require(0 <= self.threads <= 1024, "threads must be in [0, 1024]", self.threads)
 
 
@@ -346,6 +361,11 @@ class LabSettings:
             require(-1 <= self.seed < 2**31, "seed must be in [0, 2**31), or -1 to draw one", self.seed)
         else:
             require(0 <= self.seed < 2**31, "seed must be in [0, 2**31)", self.seed)
+
+    def require_differentiable(self) -> None:
+        """Raises ValueError for a model that no gradient goes through."""
+        quantization = self.model.quantization
+        require(quantization.bits is None, "model.quantization must be none or nf4 to learn on", quantization.name)
 
 
 Settings = TypeVar("Settings", bound=LabSettings)

@@ -110,7 +110,7 @@ def plan(sweep: SweepSettings, cells: Sequence[Cell]) -> list[CellRun]:
 
 
 def _device(name: str) -> str:
-    return hardware(choose_device(DeviceSettings(name=DeviceName[name], threads=0)))
+    return hardware(choose_device(DeviceSettings(name=DeviceName[name], threads=0, compile=False)))
 
 
 def _is_missing(record: Record | None, sweep: SweepSettings) -> bool:

@@ -315,6 +315,22 @@ class SlotCache(Cache):
         self._positions_now.ids_BT = positions_BT
         return PassPlan([row_of[slot] for slot in slots], positions_BT)
 
+    @torch.inference_mode()
+    def begin_rows(self, slots: Sequence[int], counts: Sequence[int]) -> int:
+        """Prepare as `begin` does, for code that writes to `stored` by itself. Returns the columns that it may see."""
+        self._check(slots, counts)
+        ends = [self.lengths[slot] + count for slot, count in zip(slots, counts, strict=True)]
+        self._make_room(ends)
+        for slot, end in zip(slots, ends, strict=True):
+            self._written[slot] = max(self._written[slot], end)
+        columns = self._rounded(max(ends))
+        self._writes = _Writes(list(slots), list(counts), 0, slice(0), None, slice(0), columns)
+        return columns
+
+    def stored(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, of all slots and columns: S x H x L x D each."""
+        return self._keys[layer], self._values[layer]
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from lab.engine.base import (
     read_steps,
     together,
 )
+from lab.engine.compiled import MOST_ROWS, CompiledModel, Compiler
 from lab.engine.context import longest_text, model_context
 from lab.engine.first_fault import first_faults
 from lab.engine.kv import CacheFull, ExactShape, SlotCache, check_attention, layer_shapes
@@ -97,8 +98,10 @@ class LocalEngine(Engine):
         exact_rows: None, or exact shapes: every pass computes so many positions (rounded up to a multiple of 8) of
             `sessions` sessions over the whole context, whatever was asked, so that a token's bits do not depend on how
             it was asked for. Probed here.
+        compiler: Compiles its layers, or None. Exact shapes do without.
 
     Raises:
+        UserError: `device.compile=true`, and it cannot be.
         ValueError: a context the model was not made for, an attention that takes no masks, a model that keeps
             something else than keys and values, more than one CPU thread with exact shapes.
         CacheFull: the exact shape, or one bucket of one text, does not fit into the limit.
@@ -115,6 +118,7 @@ class LocalEngine(Engine):
         kv_limit_bytes: int,
         prefill_chunk: int,
         exact_rows: int | None,
+        compiler: Compiler | None = None,
     ) -> None:
         pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
@@ -141,6 +145,10 @@ class LocalEngine(Engine):
             exact=ExactShape(rows=self._exact_rows, columns=context) if self._exact_rows else None,
         )
         self.longest = min(context, self.cache.longest)
+        self._compiled: CompiledModel | None = None
+        if compiler is not None and not self._exact_rows:
+            layers = range(ModelShape.of(self._model.config).layers)
+            self._compiled = compiler.open(self._model, layers, self.cache)
         if self._exact_rows:
             self._probe_exact_shapes(sessions, self._exact_rows)
 
@@ -162,10 +170,20 @@ class LocalEngine(Engine):
         for start in range(0, longest, self._chunk):
             end = start + self._chunk
             pieces = [_Piece(run, start, run.ids[start:end]) for run in runs if run.ids[start:]]
-            for group in together(pieces, math.inf if self._exact_rows else SWEEP_ROWS):
+            for group in self._groups(pieces):
                 self._pass(group, want)
                 self._find_faults(group)
         return check_finite([run.session.advance(run.ids, run.step) for run in runs])
+
+    @property
+    def row_invariant(self) -> bool:  # type: ignore[override]  # found out by each engine
+        """So with compiled layers, as tried when they were opened, and with exact shapes."""
+        return bool(self._exact_rows) or (self._compiled is not None and self._compiled.row_invariant)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether its layers are compiled."""
+        return self._compiled is not None
 
     @override
     def close(self, session: Session) -> None:
@@ -183,9 +201,20 @@ class LocalEngine(Engine):
         one = torch.zeros(1, 1, dtype=torch.long, device=self._device)
         self._model(input_ids=one, position_ids=one, past_key_values=cache, use_cache=True)
 
+    def _groups(self, pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+        """The pieces that share a pass. With compiled layers all short ones do, and a long one is alone: its rows
+        are rounded by its length."""
+        if self._compiled is None:
+            return together(pieces, math.inf if self._exact_rows else SWEEP_ROWS)
+        short = [piece for piece in pieces if len(piece.ids) <= MOST_ROWS]
+        return [*([short] if short else []), *([piece] for piece in pieces if len(piece.ids) > MOST_ROWS)]
+
     def _pass(self, pieces: Sequence[_Piece], want: Want) -> None:
         """Compute some pieces in one forward pass, and read the rows of logits that are asked for."""
         read = [want == "all" or piece.is_last for piece in pieces]
+        if self._compiled is not None and len(pieces[0].ids) <= MOST_ROWS:
+            self._compiled_pass(self._compiled, pieces, read, want)
+            return
         if not any(read) and not self._exact_rows:
             rows, output = self._forward(self._model.get_decoder(), pieces)
             for piece, row in zip(pieces, rows, strict=True):
@@ -196,10 +225,37 @@ class LocalEngine(Engine):
         steps = None if want == "all" or self._exact_rows else sorted({len(piece.ids) - 1 for piece in pieces})
         rows, output = self._forward(self._model, pieces, logits_to_keep=0 if steps is None else torch.tensor(steps))
         wanted = [(piece, row) for piece, row, is_read in zip(pieces, rows, read, strict=True) if is_read]
-        if not wanted:
-            return
-        blocks = [self._scored(piece, output.logits[row], steps, want) for piece, row in wanted]
-        for (piece, _), block, step in zip(wanted, blocks, read_steps(blocks, want), strict=True):
+        self._read([(piece, self._logits_of(piece, output.logits[row], steps, want)) for piece, row in wanted], want)
+
+    def _compiled_pass(
+        self, compiled: CompiledModel, pieces: Sequence[_Piece], read: Sequence[bool], want: Want
+    ) -> None:
+        """A pass by rows, through compiled layers."""
+        for piece in pieces:
+            self.cache.lengths[piece.slot] = piece.position
+        counts = [len(piece.ids) for piece in pieces]
+        ids_N = torch.tensor([token for piece in pieces for token in piece.ids])
+        hidden_NC = compiled.run(ids_N, [piece.slot for piece in pieces], counts)
+        self.cache.commit()
+        kept = []
+        for piece, own_TC, is_read in zip(pieces, hidden_NC.split(counts), read, strict=True):
+            if is_read:
+                kept.append((piece, own_TC if want == "all" else own_TC[-1:]))
+            elif not bool(own_TC.isfinite().all()):
+                piece.run.step = piece.run.step.then(_UNREAD_FAULT)
+        if kept:
+            logits_KV = compiled.logits(torch.cat([rows_KC for _, rows_KC in kept]))
+            parts = logits_KV.split([len(rows_KC) for _, rows_KC in kept])
+            self._read([(piece, part_KV) for (piece, _), part_KV in zip(kept, parts, strict=True)], want)
+
+    def _read(self, logits: Sequence[tuple[_Piece, Tensor]], want: Want) -> None:
+        """Draw from the rows of logits (K x V) of some pieces."""
+        blocks = [
+            Scored(rows_KV, piece.ids, piece.position, session.sampling, piece.run.before_V, session.history)
+            for piece, rows_KV in logits
+            for session in (piece.run.session,)
+        ]
+        for (piece, _), block, step in zip(logits, blocks, read_steps(blocks, want) if blocks else [], strict=True):
             piece.run.step = piece.run.step.then(step)
             piece.run.before_V = block.logits_KV[-1].clone()
 
@@ -235,14 +291,12 @@ class LocalEngine(Engine):
         return plan.rows, output
 
     @staticmethod
-    def _scored(piece: _Piece, logits_KV: Tensor, steps: list[int] | None, want: Want) -> Scored:
-        if want == "last":
-            last = len(piece.ids) - 1 if steps is None else steps.index(len(piece.ids) - 1)
-            rows_KV = logits_KV[last : last + 1]
-        else:
-            rows_KV = logits_KV[: len(piece.ids)]
-        session = piece.run.session
-        return Scored(rows_KV, piece.ids, piece.position, session.sampling, piece.run.before_V, session.history)
+    def _logits_of(piece: _Piece, logits_KV: Tensor, steps: list[int] | None, want: Want) -> Tensor:
+        """The rows that are read of those that a pass computed for a piece."""
+        if want == "all":
+            return logits_KV[: len(piece.ids)]
+        last = len(piece.ids) - 1 if steps is None else steps.index(len(piece.ids) - 1)
+        return logits_KV[last : last + 1]
 
     @torch.inference_mode()
     def _probe_exact_shapes(self, sessions: int, rows: int) -> None:
@@ -275,7 +329,12 @@ class LocalEngine(Engine):
 
 
 def open_local_engine(
-    model: nn.Module, cache: CacheSettings, *, sessions: int, exact_rows: int | None = None
+    model: nn.Module,
+    cache: CacheSettings,
+    *,
+    sessions: int,
+    exact_rows: int | None = None,
+    compiler: Compiler | None = None,
 ) -> LocalEngine:
     """Open `model` for `sessions` texts with the other sizes of `cache`. UserError where they are too small, or exact
     shapes do not hold."""
@@ -288,7 +347,10 @@ def open_local_engine(
             kv_limit_bytes=cache.cache_limit_bytes,
             prefill_chunk=cache.prefill_chunk,
             exact_rows=exact_rows,
+            compiler=compiler,
         )
+    except UserError:
+        raise
     except ShapeDependence as error:
         raise UserError(f"project.exact_shapes must be false here: {error}") from None
     except CacheFull as error:

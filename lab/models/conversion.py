@@ -1,4 +1,5 @@
-"""Models that are no folder, made into one: a GGUF file, or random weights from a seed.
+"""Models that are no folder, made into one: a GGUF file, or random weights from a seed; and models packed to 8 or 4
+bits.
 
 Each is written once, under `model.cache_dir` by digest and dtype; every later start is a memory-mapped read.
 """
@@ -11,7 +12,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,14 +25,21 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.device import TORCH_DTYPES
+from lab.file_digests import RECORD_FILE
 from lab.files import path_of, require_writable, share_like_parent
+from lab.models.folder import INDEX, ModelFolder
+from lab.models.gguf_blocks import GgufBlocks
+from lab.models.packed import linear_layers, write_packed
+from lab.models.quantized import load_options
 from lab.models.shape import ModelShape
-from lab.settings import Dtype, ModelSettings, ModelSource, UserError
+from lab.settings import Dtype, ModelSettings, ModelSource, UserError, digest
 
 log = logging.getLogger(__name__)
 
 CONVERSION = 2
 """Part of the cache key: raise it when the same source would be written differently."""
+PACKING = 1
+"""The same for packed models."""
 
 
 def cache_folder(settings: ModelSettings) -> Path:
@@ -196,19 +204,63 @@ def _stored_dtype(settings: ModelSettings) -> Dtype:
 
 
 def converted(settings: ModelSettings, identity: str) -> Path:
-    """`converted_folder`, written by the first process that needs it; readers see all of it or nothing."""
-    target = converted_folder(settings, identity)
+    """`converted_folder`, written by the first process that needs it."""
+    write = _write_gguf if settings.source is ModelSource.gguf else _write_random
+    dtype = TORCH_DTYPES[_stored_dtype(settings)]
+    return _written_once(
+        converted_folder(settings, identity), settings.name, lambda folder: write(settings, folder, dtype)
+    )
+
+
+def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
+    """`<cache>/<digest>-<dtype>-int4`: a model's folder with its linear layers packed as `model.quantization` says.
+
+    The layers of a GGUF file whose blocks are Q4_0 or Q4_1 keep their own numbers (`lab.models.gguf_blocks`).
+
+    Args:
+        settings: The model's.
+        identity: `model_identity` of these settings.
+        stored: The same model in float, with all of its tensors.
+
+    Raises:
+        UserError: a layer that cannot be packed.
+    """
+    dtype, bits = TORCH_DTYPES[_stored_dtype(settings)], settings.quantization.bits
+    assert bits is not None, "asked for where model.quantization says how"
+    name = f"{digest(identity)}-v{PACKING}-{_stored_dtype(settings).name}-{settings.quantization.name}"
+
+    def write(folder: Path) -> None:
+        log.info("packing %s to %s once (about 10 s for 135M parameters)", settings.name, settings.quantization.name)
+        config = stored.config()
+        blocks = GgufBlocks(gguf_file(settings), dtype) if settings.source is ModelSource.gguf and bits == 4 else None
+        model = stored.load(config, dtype, **load_options(stored.stored(config), None, torch.device("cpu"), dtype))
+        try:
+            write_packed(model, folder, bits, dtype, blocks.find if blocks else lambda weight: None)
+        except ValueError as error:
+            rule = f"have widths that {settings.quantization.name} can pack"
+            raise UserError(f"model must {rule}, got a {config.model_type}: {error}") from None
+        if blocks is not None:
+            log.info("%d of %d layers keep the numbers of the GGUF file", blocks.found, len(linear_layers(model)))
+        for file in stored.path.iterdir():
+            is_described = file.suffix != ".safetensors" and file.name not in (INDEX, RECORD_FILE)
+            if is_described and file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+
+    return _written_once(cache_folder(settings) / name, settings.name, write)
+
+
+def _written_once(target: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """A folder of the cache, written by the first process that needs it; readers see all of it or nothing."""
     if target.exists():
         return target
     require_writable(target.parent, "model.cache_dir")
-    with _alone(target.parent / f".{target.name}.lock", f"{settings.name} is being converted by another process"):
+    with _alone(target.parent / f".{target.name}.lock", f"{name} is being converted by another process"):
         if not target.exists():
             temporary = target.parent / f".{target.name}.partial"
             shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: the lock is ours
             temporary.mkdir()
             try:
-                write = _write_gguf if settings.source is ModelSource.gguf else _write_random
-                write(settings, temporary, TORCH_DTYPES[_stored_dtype(settings)])
+                write(temporary)
                 share_like_parent(temporary)
                 temporary.replace(target)
             finally:

@@ -10,14 +10,20 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from lab.device import check_dtype, lacks_sixteen_bits
-from lab.engine.row_attention import attend_by_row
-from lab.engine.wide_products import widen_products
+from lab.device import check_dtype
 from lab.models.proof import Use, require
-from lab.models.quantized import Stored, check_packed, load_options
+from lab.models.quantized import Stored, load_options
 from lab.models.shape import ModelShape
 from lab.models.slices import read_slice
-from lab.models.sources import LoadedModel, fetch, load_config, load_model, quantization_config, stored_as
+from lab.models.sources import (
+    LoadedModel,
+    fetch,
+    load_config,
+    load_model,
+    prepared,
+    quantization_config,
+    stored_as,
+)
 from lab.models.structure import Structure
 from lab.settings import ModelSettings, UserError
 
@@ -28,7 +34,8 @@ def load_proved(settings: ModelSettings, device: torch.device) -> LoadedModel:
     Raises:
         UserError: an architecture that is not, a model that cannot be had.
     """
-    require(load_config(settings), Use.engine, settings.cache_dir)
+    config, packed = load_config(settings), settings.quantization.bits is not None
+    require(config, Use.engine, settings.cache_dir, packed=Stored[settings.quantization.name] if packed else None)
     return load_model(settings, device)
 
 
@@ -53,13 +60,17 @@ def load_layers(
     disable_progress_bar()
     dtype = check_dtype(device, settings.dtype)
     quantization = quantization_config(settings, device, dtype)
-    config = load_config(settings)
-    check_layers(config, layers)
-    described = fetch(settings, ())
+    is_packed = settings.quantization.bits is not None
+    described = fetch(settings, None if is_packed else ())
     if not described.has_weights:  # a hub repository without an index has one file, which every slice needs
         described = fetch(settings, None)
-    packed = quantization is not None or stored_as(described, config, settings) in (Stored.nf4, Stored.fp4)
-    structure = require(config, use, settings.cache_dir, packed=packed).structure
+    config = described.config()
+    check_layers(config, layers)
+    stored = stored_as(described, config, settings)
+    as_packed = stored if quantization is None else Stored.nf4
+    structure = require(
+        config, use, settings.cache_dir, packed=None if as_packed in (Stored.plain, Stored.fp8) else as_packed
+    ).structure
     assert structure is not None, "what is proved to be cut is known in its parts"
     ties = ModelShape.of(config).is_tied
     names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=ties)
@@ -67,14 +78,7 @@ def load_layers(
     placement = load_options(stored_as(folder, config, settings), quantization, device, dtype)
     with folder.lazy(names) as tensors:
         model = read_slice(config, tensors, structure, layers, embedding=embedding, head=head, dtype=dtype, **placement)
-    if quantization is not None:
-        check_packed(model)
-    if "device_map" not in placement:
-        model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
-    if lacks_sixteen_bits(device, dtype):
-        widen_products(model)
-        attend_by_row(model)
-    return model
+    return prepared(model, settings, device, dtype, moves="device_map" not in placement)
 
 
 def check_layers(config: PreTrainedConfig, layers: range) -> None:

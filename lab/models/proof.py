@@ -45,6 +45,8 @@ from lab.engine.sampling import Sampling, nll
 from lab.files import path_of, write_whole
 from lab.learning.training import keep_differentiable
 from lab.models import slices, structure, twin
+from lab.models.packed import IntLinear, write_packed
+from lab.models.quantized import PACKED, Stored
 from lab.models.shape import ModelShape
 from lab.models.slices import cut_of, read_slice, run_slice
 from lab.models.structure import Structure, Unsliceable, find_structure
@@ -61,6 +63,11 @@ SHORTEST = 8
 LARGEST_ERROR = 1e-4
 """Largest error of a cross-entropy in nats, in float64: eager attention rounds its softmax to float32. A wrong mask
 costs more."""
+
+
+LARGEST_ROUNDING = 0.15
+"""Largest difference of a token's logits with products in bfloat16 from those in float32, as a share of their norm:
+random layers add up what each rounds. A wrong product costs all of it."""
 
 
 class Use(Enum):
@@ -93,14 +100,14 @@ class _Differs(ValueError):
     """Two ways that must give the same did not."""
 
 
-def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: bool = False) -> Proof:
+def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: Stored | None = None) -> Proof:
     """The proof that an architecture is right for a use: from an earlier trial, or tried now (seconds).
 
     Args:
         config: The model's.
         use: What it is wanted for.
         cache_dir: Where proofs are kept (`model.cache_dir`).
-        packed: Whether slices have their matrices in 4 bits, which is proved apart.
+        packed: How its matrices are quantised, which is proved apart; None: they are not.
 
     Raises:
         UserError: it is not proved, with what differs.
@@ -109,23 +116,23 @@ def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: bool 
     proof = prove(config, folder)
     against = proof.against(use)
     if packed and not against:
-        against = prove(config, folder, packed=True).against(Use.slices)
+        against = prove(config, folder, packed=packed).against(use)
     if against:
-        wanted = f"{use.value} in 4 bits" if packed else use.value
+        wanted = f"{use.value} in {packed.name}" if packed else use.value
         raise UserError(
             f"model must be of an architecture that is proved for {wanted}, got {proof.model_type}: {against}"
         )
     return proof
 
 
-def prove(config: PreTrainedConfig, folder: Path, *, packed: bool = False) -> Proof:
+def prove(config: PreTrainedConfig, folder: Path, *, packed: Stored | None = None) -> Proof:
     """The outcome of the trial of a config, read from `folder` where it is known there.
 
-    `packed`: That of its slices with their matrices in 4 bits, and of nothing else.
+    `packed`: That of its slices with their matrices quantised so, and of nothing else.
     """
-    attempt = try_packed if packed else try_out
+    attempt = partial(try_packed, stored=packed) if packed else try_out
     try:
-        file = folder / f"{_digest(config)}{'-nf4' if packed else ''}.json"
+        file = folder / f"{_digest(config)}{f'-{packed.name}' if packed else ''}.json"
     except Exception:  # a config of which no twin can be made, as the trial will say
         return attempt(config)
     try:
@@ -134,7 +141,7 @@ def prove(config: PreTrainedConfig, folder: Path, *, packed: bool = False) -> Pr
         return Proof(structure=Structure(**found) if found else None, **known)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass  # not tried yet, by another version of this file, or no record at all
-    what = f"{config.model_type}{' in 4 bits' if packed else ''}"
+    what = f"{config.model_type}{f' in {packed.name}' if packed else ''}"
     log.info("trying %s in small, whole and in slices, against transformers (once, some seconds)", what)
     began = time.monotonic()
     try:
@@ -180,26 +187,32 @@ def try_out(config: PreTrainedConfig) -> Proof:
             return replace(found, slices=against, training=_failure(made.try_training), structure=outline)
 
 
-def try_packed(config: PreTrainedConfig) -> Proof:
-    """Try slices of a twin with their matrices in 4 bits (nf4, on the CPU) against the whole in 4 bits."""
+def try_packed(config: PreTrainedConfig, *, stored: Stored) -> Proof:
+    """Try a twin with its matrices quantised, on the CPU: slices against the whole, and for int8 and int4 the whole
+    against the same numbers in float."""
+    with _one_thread(), _quietly(), tempfile.TemporaryDirectory() as folder:
+        try:
+            trial = _packed_trial(config, stored, Path(folder))
+        except OSError:
+            raise
+        except Exception as error:  # as in `_failure`
+            found = _in_one_line(error)
+            return Proof(str(config.model_type), found, found, found, None)
+        whole = _failure(trial.try_packed_whole)
+        slices = whole or _failure(trial.try_inference)
+    return Proof(str(config.model_type), whole, slices, slices, None)
 
-    def attempt() -> None:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-        model = twin_model(config)
-        with tempfile.TemporaryDirectory() as folder:
-            outline = find_structure(model)
-            trial = _Trial(
-                model, outline, Path(folder), quantization_config=quantization, device_map={"": torch.device("cpu")}
-            )
-            trial.try_inference()
-            if not any(weight.dtype is torch.uint8 for weight in trial.whole().parameters()):
-                raise _Differs("none of its matrices is packed")
 
-    with _one_thread(), _quietly():
-        found = _failure(attempt)
-    return Proof(str(config.model_type), found, found, found, None)
+def _packed_trial(config: PreTrainedConfig, stored: Stored, folder: Path) -> _Trial:
+    model = twin_model(config)
+    outline = find_structure(model)
+    if stored in PACKED:
+        return _Trial(model, outline, folder, bits=8 if stored is Stored.int8 else 4)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    device_map = {"": torch.device("cpu")}
+    return _Trial(model, outline, folder, quantization_config=quantization, device_map=device_map)
 
 
 def _failure(attempt: Callable[[], None]) -> str | None:
@@ -348,8 +361,13 @@ def _compare_with_plain(
 class _Trial:
     """A twin in a folder, whole and in three slices read from there."""
 
-    def __init__(self, model: PreTrainedModel, outline: Structure, folder: Path, **placement: Any) -> None:
-        model.save_pretrained(folder)
+    def __init__(
+        self, model: PreTrainedModel, outline: Structure, folder: Path, bits: int | None = None, **placement: Any
+    ) -> None:
+        if bits is None:
+            model.save_pretrained(folder)
+        else:
+            write_packed(model, folder, bits, torch.float32)
         self._placement = {"dtype": torch.float32, **placement}
         self._folder, self._outline = folder, outline
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -378,6 +396,26 @@ class _Trial:
                 )
                 for first, last in itertools.pairwise(cuts)
             ]  # fmt: skip
+
+    @torch.inference_mode()
+    def try_packed_whole(self) -> None:
+        """Some matrices are packed; and of those that are packed by us, logits are those of the same numbers in float,
+        but for what products of bfloat16 round."""
+        whole: Any = self.whole()
+        if not any(weight.dtype in (torch.uint8, torch.int8) for weight in whole.parameters()):
+            raise _Differs("none of its matrices is packed")
+        if not any(isinstance(part, IntLinear) for part in whole.modules()):
+            return
+        ids_BT = torch.tensor([_ids(self._most // 2, 5)])
+        logits_TV = whole(input_ids=ids_BT, use_cache=False).logits[0]
+        for name, part in list(whole.named_modules()):
+            if isinstance(part, IntLinear):
+                whole.set_submodule(name, part.in_float())
+        exact_TV = whole(input_ids=ids_BT, use_cache=False).logits[0]
+        # The median, since rounding may send a token to another expert.
+        wrong = float(((logits_TV - exact_TV).norm(dim=1) / exact_TV.norm(dim=1)).median())
+        if not wrong <= LARGEST_ROUNDING:
+            raise _Differs(f"its logits are off by {wrong:.1%} from those of the same numbers in float")
 
     @torch.inference_mode()
     def try_inference(self) -> None:

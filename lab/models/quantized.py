@@ -17,6 +17,7 @@ import torch
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from lab.models.packed import METHOD, IntLinear
 from lab.settings import Quantization, UserError
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,12 @@ class Stored(Enum):
     fp8 = "fp8"
     nf4 = "nf4"
     fp4 = "fp4"
+    int8 = "int8"
+    int4 = "int4"
+
+
+PACKED = (Stored.int8, Stored.int4)
+"""Folders whose linear layers are packed for inference (`lab.models.packed`)."""
 
 
 class Unreadable(ValueError):
@@ -66,6 +73,8 @@ def stored_kind(config: PreTrainedConfig, tensors: Shapes, index: Collection[str
         raise Unreadable("bitsandbytes in 8 bits, where a request's result depends on the requests beside it")
     if described.get("load_in_4bit"):
         return _four_bits(described, tensors, index)
+    if method == METHOD and f"int{described.get('bits')}" in Stored.__members__:
+        return Stored[f"int{described['bits']}"]
     if method == "fp8":
         _check_fp8(described, tensors, index)
         return Stored.fp8
@@ -100,6 +109,8 @@ def load_options(
         return {"experts_implementation": "eager"}  # torch's grouped product has no float64
     if stored is Stored.fp8:  # never its kernels: they would be fetched from the hub
         return {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    if stored in PACKED:
+        return {}  # its config says all of it
     if stored is not Stored.plain:
         return {"device_map": {"": device}}
     return {"quantization_config": wanted, "device_map": {"": device}} if wanted else {}
@@ -107,6 +118,8 @@ def load_options(
 
 def can_become(stored: Stored, wanted: Quantization) -> bool:
     """Whether a folder stored so can be used under `model.quantization`."""
+    if wanted.bits is not None:
+        return stored in (Stored.plain, Stored.fp8) or stored.name == wanted.name
     return wanted is Quantization.none or stored in (Stored.plain, Stored.nf4)
 
 
@@ -144,23 +157,24 @@ def stored_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*tensors.values(), *(state.absmax for state in packed)))
 
 
-def check_packed(model: PreTrainedModel) -> None:
-    """Warn where nf4 left most of a model's weights, besides embedding and head, unpacked.
+def check_packed(model: PreTrainedModel, quantization: Quantization) -> None:
+    """Warn where most of a model's weights, besides embedding and head, are left unpacked.
 
     Args:
-        model: A model, or a slice of one, that was quantised while it was loaded.
+        model: A model, or a slice of one.
+        quantization: What it was loaded with.
 
     Raises:
         UserError: Nothing was packed.
     """
     from bitsandbytes.nn import Linear4bit
 
-    linear = [part for part in model.modules() if isinstance(part, Linear4bit)]
+    linear = [part for part in model.modules() if isinstance(part, Linear4bit | IntLinear)]
     packed = sum(part.in_features * part.out_features for part in linear)
     if not packed:
         raise UserError(
-            f"model.quantization must be none for a model of which nf4 packs nothing, got nf4 for a "
-            f"{model.config.model_type}"
+            f"model.quantization must be none for a model of which {quantization.name} packs nothing, "
+            f"got {quantization.name} for a {model.config.model_type}"
         )
     head = model.get_output_embeddings()
     ends = [part for part in model.modules() if isinstance(part, torch.nn.Embedding) or part is head]
@@ -168,7 +182,8 @@ def check_packed(model: PreTrainedModel) -> None:
     others = sum(weight.numel() for weight in model.parameters() if id(weight) not in left_out)
     if others > packed:
         log.warning(
-            "nf4 leaves %.0f %% of the weights unpacked (embedding and head not counted): they are in no linear module",
+            "%s leaves %.0f %% of the weights unpacked (embedding and head not counted): they are in no linear module",
+            quantization.name,
             100 * others / (packed + others),
         )
 

@@ -27,9 +27,9 @@ from lab.engine.row_attention import attend_by_row
 from lab.engine.wide_products import widen_products
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
 from lab.files import path_of
-from lab.models.conversion import cache_folder, converted, gguf_config, gguf_file, random_config
+from lab.models.conversion import cache_folder, converted, gguf_config, gguf_file, packed, random_config
 from lab.models.folder import CONFIG, INDEX, SINGLE, ModelFolder
-from lab.models.quantized import Stored, can_become, check_packed, load_options
+from lab.models.quantized import PACKED, Stored, can_become, check_packed, load_options
 from lab.settings import ModelSettings, ModelSource, Quantization, UserError, digest
 
 log = logging.getLogger(__name__)
@@ -65,16 +65,31 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     stored = stored_as(folder, config, settings)
     tokenizer = folder.tokenizer()
     model = folder.load(config, dtype, **load_options(stored, quantization, device, dtype))
-    if quantization is not None:
-        check_packed(model)
-    if quantization is None and stored in (Stored.plain, Stored.fp8):
+    model = prepared(
+        model, settings, device, dtype, moves=quantization is None and stored in (Stored.plain, Stored.fp8)
+    )
+    folder.check_computes(model)
+    return LoadedModel(model, tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
+
+
+def prepared(
+    model: PreTrainedModel, settings: ModelSettings, device: torch.device, dtype: torch.dtype, *, moves: bool
+) -> PreTrainedModel:
+    """A model, or a slice of one, ready for inference on its device; `moves`: it is not there yet.
+
+    Raises:
+        UserError: quantisation packed nothing.
+    """
+    if settings.quantization is not Quantization.none:
+        check_packed(model, settings.quantization)
+    if moves:
         model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its signature
     model.requires_grad_(False)
     if lacks_sixteen_bits(device, dtype):
         widen_products(model)
+    if lacks_sixteen_bits(device, dtype) or settings.quantization.bits is not None:
         attend_by_row(model)
-    folder.check_computes(model)
-    return LoadedModel(model, tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
+    return model
 
 
 def load_tokenizer_only(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -123,7 +138,7 @@ def model_identity(settings: ModelSettings) -> str:
         case ModelSource.hub:
             return f"hub:{settings.repo}@{_described_on_hub(settings).name}"
         case ModelSource.path:
-            return f"path:{_folder_digest(settings, fetch(settings, None))}"
+            return f"path:{_folder_digest(settings, _fetch_stored(settings, None))}"
         case ModelSource.gguf:
             file = gguf_file(settings)
             record = record_in_cache(file.parent, cache_folder(settings))
@@ -141,11 +156,24 @@ def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder
     """A model's folder, with the files that hold these tensors; None: with all of them.
 
     Config, index and tokenizer are always there. Only hub models can have less than all weights: each file is
-    downloaded when a tensor of it is asked for, always from the commit that this process saw first.
+    downloaded when a tensor of it is asked for, always from the commit that this process saw first. A model that is to
+    be int8 or int4 is packed once, into the model cache; where no tensors are asked for it is described as it came.
 
     Raises:
         UserError: a model that cannot be had, a folder that is not whole.
     """
+    if settings.quantization.bits is None or (names is not None and not names):
+        return _fetch_stored(settings, names)
+    stored = _fetch_stored(settings, None)
+    if stored_as(stored, stored.config(), settings) in PACKED:
+        return stored
+    folder = ModelFolder(packed(settings, model_identity(settings), stored), "model.cache_dir")
+    folder.check()
+    return folder
+
+
+def _fetch_stored(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:
+    """A model's folder as its source has it."""
     setting = _SETTING[settings.source]
     match settings.source:
         case ModelSource.hub:
@@ -175,6 +203,15 @@ _SETTING = {
 def quantization_config(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """How to quantise, None for not at all; UserError where 4-bit cannot be had."""
     if settings.quantization is Quantization.none:
+        return None
+    if settings.quantization.bits is not None:
+        if device.type != "cpu":
+            raise UserError(
+                f"model.quantization must be none or nf4 on {device.type}, got {settings.quantization.name}: its "
+                "kernels are used on a CPU only"
+            )
+        if dtype is torch.float64:
+            raise UserError(f"model.dtype must be float32 or bfloat16 for {settings.quantization.name}, got float64")
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(

@@ -58,7 +58,15 @@ def announce(network: NetworkSettings, target: OpenTarget, port: int) -> None:
         words.append("network.tls_authority=<the authority's certificate>")
     command = " ".join([*(shlex.quote(word) for word in words), 'prompt="..."'])
     hint = f"on the drafter's machine: python -m speculative.drafter {command}"
-    say_listening("verifier", network.host, port, hint, target=target.model, target_dtype=target.dtype)
+    say_listening(
+        "verifier",
+        network.host,
+        port,
+        hint,
+        target=target.model,
+        target_dtype=target.dtype,
+        row_invariant=target.engine.row_invariant,
+    )
 
 
 def _words_for_both_roles() -> list[str]:

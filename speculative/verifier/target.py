@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from lab.engine.base import Engine
+from lab.engine.compiled import Compiler
 from lab.engine.kinds import EngineKind, open_split_engine
 from lab.engine.local import open_local_engine
 from lab.engine.synthetic import SyntheticEngine
@@ -47,9 +48,14 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
     loaded = load_proved(model, device)
     rows = project.max_draft_length + 1 if project.exact_shapes else None
     model_behind_adapter = with_adapter(loaded.model, model)
-    engine = open_local_engine(model_behind_adapter, project, sessions=project.sessions, exact_rows=rows)
+    compiler = Compiler.of(model, settings.device, lasts=True)
+    engine = open_local_engine(
+        model_behind_adapter, project, sessions=project.sessions, exact_rows=rows, compiler=compiler
+    )
     if project.exact_shapes:
         fingerprints["shapes"] = "exact"
+    if engine.is_compiled:
+        fingerprints["layers"] = "compiled"
     return OpenTarget(engine, ends, model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)
 
 

@@ -15,6 +15,7 @@ from lab.bench import link_process, pinned
 from lab.command.entry import compose_settings
 from lab.command.processes import own_words
 from lab.device import open_device
+from lab.engine.compiled import Compiler
 from lab.engine.local import LocalEngine
 from lab.models.layers import load_proved
 from lab.settings import ModelSettings
@@ -168,6 +169,7 @@ class Rig(ExitStack):
             kv_limit_bytes=2 * project.cache_limit_bytes,
             prefill_chunk=project.prefill_chunk,
             exact_rows=None,
+            compiler=Compiler.of(self.model, self.settings.device, lasts=True),
         )
 
     def prompt(self, count: int, seed: int = 0) -> list[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lab.device import open_device
+from lab.engine.compiled import Compiler
 from lab.engine.context import model_context
 from lab.models.fingerprints import weights_fingerprints
 from lab.models.shape import ModelShape
@@ -129,7 +130,8 @@ def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> 
         kv_limit_bytes=project.cache_limit_bytes,
         idle_seconds=project.idle_seconds,
     )
-    shard = load_shard(settings.model, device, layers, limits)
+    compiler = Compiler.of(settings.model, settings.device, lasts=True)
+    shard = load_shard(settings.model, device, layers, limits, compiler)
     needed = shard.cache.bytes_per_position * -(-limits.context // limits.bucket) * limits.bucket
     if needed > limits.kv_limit_bytes:
         raise UserError(

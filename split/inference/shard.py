@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from typing_extensions import override
 
 from lab.engine.base import Scored, TargetStep, Want, check_ids, read_steps
+from lab.engine.compiled import MOST_ROWS, CompiledModel, Compiler
 from lab.engine.context import longest_text
 from lab.engine.first_fault import first_faults
 from lab.engine.history import History
@@ -118,10 +119,16 @@ class Shard:
         layers: Which layers of the whole model these are.
         limits: How much it gives.
         clock: Clock of idle times, in seconds.
+        compiler: Compiles its layers, or None.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: range, limits: ShardLimits, clock: Callable[[], float] = time.monotonic
+        self,
+        model: PreTrainedModel,
+        layers: range,
+        limits: ShardLimits,
+        clock: Callable[[], float] = time.monotonic,
+        compiler: Compiler | None = None,
     ) -> None:
         pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
@@ -147,6 +154,7 @@ class Shard:
             device=self.device,
             exact=None,
         )
+        self._compiled = compiler.open(self._model, layers, self.cache) if compiler else None
         self._clock = clock
         self._requests: dict[Hashable, _Request] = {}
 
@@ -204,6 +212,40 @@ class Shard:
         """
         check_ids(given.ids, self.vocabulary_size)
         requests = self._find(keys, given.pieces)
+        if self._compiled is None:
+            return self._pass(requests, given)
+        # As a LocalEngine does: short pieces share a pass by rows, and a long one is alone.
+        short = [place for place, piece in enumerate(given.pieces) if piece.count <= MOST_ROWS]
+        groups = [*([short] if short else []), *([place] for place in range(len(given.pieces)) if place not in short)]
+        found: dict[int, Any] = {}
+        for places in groups:
+            own, part = [requests[place] for place in places], given.only(places)
+            output = self._compiled_pass(self._compiled, own, part) if places == short else self._pass(own, part)
+            if isinstance(output, Tensor):
+                found |= zip(places, output.split([piece.count for piece in part.pieces]), strict=True)
+            else:
+                read = [place for place in places if given.want == "all" or given.pieces[place].is_last]
+                found |= zip(read, output, strict=True)
+        outputs = [found[place] for place in sorted(found)]
+        return outputs if self.gives_steps else torch.cat(outputs)
+
+    def _compiled_pass(self, compiled: CompiledModel, requests: Sequence[_Request], given: PassInput) -> PassOutput:
+        for request, piece in zip(requests, given.pieces, strict=True):
+            self.cache.lengths[request.slot] = piece.position
+        states = torch.tensor(given.ids) if self.takes_ids else given.hidden_NH
+        assert states is not None
+        counts = [piece.count for piece in given.pieces]
+        hidden_NH = compiled.run(states, [request.slot for request in requests], counts)
+        self.cache.commit()
+        return self._of_rows(compiled, requests, given, hidden_NH)
+
+    def _of_rows(
+        self, compiled: CompiledModel, requests: Sequence[_Request], given: PassInput, hidden_NH: Tensor
+    ) -> PassOutput:
+        """The output of a pass by rows, from the hidden states behind the last layer."""
+        return hidden_NH
+
+    def _pass(self, requests: Sequence[_Request], given: PassInput) -> PassOutput:
         for request, piece in zip(requests, given.pieces, strict=True):
             self.cache.lengths[request.slot] = piece.position
         plan = self.cache.begin([request.slot for request in requests], [piece.count for piece in given.pieces])
@@ -215,7 +257,7 @@ class Shard:
         """Repeat a pass that gave NaN or infinity; return the first position of each piece that has it."""
         slots = [self._requests[key].slot for key in keys]
         with first_faults(max(piece.count for piece in given.pieces)) as found:
-            self.forward(keys, given)
+            self._pass(self._find(keys, given.pieces), given)
         return [found.get(sorted(slots).index(slot)) for slot in slots]
 
     def _find(self, keys: Sequence[Hashable], pieces: Sequence[Piece]) -> list[_Request]:
@@ -307,12 +349,7 @@ class Shard2(Shard):
     @override
     def _output(self, requests: Sequence[_Request], plan: PassPlan, given: PassInput) -> PassOutput:
         pieces, want = given.pieces, given.want
-        ids_of_pieces = given.ids_of_pieces() if given.ids else [[-1] * piece.count for piece in pieces]
-        for request, piece, ids in zip(requests, pieces, ids_of_pieces, strict=True):
-            if request.history is not None:
-                if not given.ids:
-                    raise ValueError("a pass of a text with words must bring its ids, got none")
-                request.history.hold(piece.position, ids)
+        ids_of_pieces = self._hold_ids(requests, given)
         read = [want == "all" or piece.is_last for piece in pieces]
         if not any(read):
             self._run_slice(plan, given, without_head=True)
@@ -320,11 +357,53 @@ class Shard2(Shard):
         # As a LocalEngine does: the head only where it is asked for, in the same rows, to the same bits.
         steps = None if want == "all" else sorted({piece.count - 1 for piece in pieces})
         logits_BKV = self._run_slice(plan, given, logits_to_keep=0 if steps is None else torch.tensor(steps))
-        wanted = [
-            (request, _scored(logits_BKV[row], piece, ids, steps, request))
-            for request, row, piece, ids, is_read in zip(requests, plan.rows, pieces, ids_of_pieces, read, strict=True)
-            if is_read
+        return self._read(
+            [
+                (request, _scored(logits_BKV[row], piece, ids, steps, request))
+                for request, row, piece, ids, is_read in zip(
+                    requests, plan.rows, pieces, ids_of_pieces, read, strict=True
+                )
+                if is_read
+            ],
+            want,
+        )
+
+    @override
+    def _of_rows(
+        self, compiled: CompiledModel, requests: Sequence[_Request], given: PassInput, hidden_NH: Tensor
+    ) -> PassOutput:
+        ids_of_pieces, is_all = self._hold_ids(requests, given), given.want == "all"
+        kept = [
+            (request, piece, ids, own_TH if is_all else own_TH[-1:])
+            for request, piece, ids, own_TH in zip(
+                requests, given.pieces, ids_of_pieces, hidden_NH.split([len(ids) for ids in ids_of_pieces]), strict=True
+            )
+            if is_all or piece.is_last
         ]
+        if not kept:
+            return []
+        logits_KV = compiled.logits(torch.cat([rows_KH for *_, rows_KH in kept]))
+        parts = logits_KV.split([len(rows_KH) for *_, rows_KH in kept])
+        return self._read(
+            [
+                (request, _block(part_KV, piece, ids, request))
+                for (request, piece, ids, _), part_KV in zip(kept, parts, strict=True)
+            ],
+            given.want,
+        )
+
+    def _hold_ids(self, requests: Sequence[_Request], given: PassInput) -> list[Sequence[int]]:
+        """The ids of each piece, held for requests that have words; -1 where the pass brings none."""
+        unknown: list[Sequence[int]] = [[-1] * piece.count for piece in given.pieces]
+        ids_of_pieces = given.ids_of_pieces() if given.ids else unknown
+        for request, piece, ids in zip(requests, given.pieces, ids_of_pieces, strict=True):
+            if request.history is not None:
+                if not given.ids:
+                    raise ValueError("a pass of a text with words must bring its ids, got none")
+                request.history.hold(piece.position, ids)
+        return ids_of_pieces
+
+    def _read(self, wanted: Sequence[tuple[_Request, Scored]], want: Want) -> list[TargetStep]:
         found = read_steps([block for _, block in wanted], want)
         for request, block in wanted:  # not before: where this raises, each request is asked again as it was
             request.before_V = block.logits_KV[-1].clone() if want == "all" else None
@@ -337,6 +416,10 @@ def _scored(logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int
     else:
         last = steps.index(piece.count - 1)
         rows_KV = logits_KV[last : last + 1]
+    return _block(rows_KV, piece, ids, request)
+
+
+def _block(rows_KV: Tensor, piece: Piece, ids: Sequence[int], request: _Request) -> Scored:
     before_V = None if piece.is_first else request.before_V
     return Scored(rows_KV, ids, piece.position, request.sampling, before_V, request.history)
 
@@ -345,7 +428,13 @@ class OnlyShard(Shard1, Shard2):
     """All layers: a model that is not split, served as a shard."""
 
 
-def load_shard(settings: ModelSettings, device: torch.device, layers: range, limits: ShardLimits) -> Shard:
+def load_shard(
+    settings: ModelSettings,
+    device: torch.device,
+    layers: range,
+    limits: ShardLimits,
+    compiler: Compiler | None = None,
+) -> Shard:
     """The shard of these layers, with its part of `model.adapter`; only its own tensors are read.
 
     Raises:
@@ -353,7 +442,7 @@ def load_shard(settings: ModelSettings, device: torch.device, layers: range, lim
     """
     first, last = layers.start == 0, layers.stop == ModelShape.of(load_config(settings)).layers
     model = with_adapter(load_layers(settings, device, layers, embedding=first, head=last), settings)
-    return shard_class(first, last)(model, layers, limits)
+    return shard_class(first, last)(model, layers, limits, compiler=compiler)
 
 
 def shard_class(first: bool, last: bool) -> type[Shard]:

@@ -111,3 +111,7 @@ class SplitTrainSettings(LabSettings):
     """Settings of a trainer and of its shards."""
 
     project: SplitTrainProjectSettings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_differentiable()

@@ -16,7 +16,7 @@ from lab.settings import DeviceName, DeviceSettings, Dtype, UserError
 
 
 def settings(name: str, threads: int = 0) -> DeviceSettings:
-    return DeviceSettings(name=DeviceName[name], threads=threads)
+    return DeviceSettings(name=DeviceName[name], threads=threads, compile="auto")
 
 
 def have(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

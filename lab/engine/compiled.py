@@ -1,0 +1,418 @@
+"""Layers compiled to machine code: one call a layer for any number of rows, each row computed as if it were alone.
+
+A row is one token of one sequence: its slot in the cache and its position say all that it sees. So a draft token that
+is checked among others gets, bit by bit, what a pass of its own gives it, and what shares a pass does not matter.
+Attention is written as products and sums that the compiler fuses; the matrix products stay torch's own kernels, which
+know rows of their own (`lab.models.packed`).
+
+A layer of an architecture is exported once with sizes left open (rows, slots, columns) and compiled ahead of time by
+torch's inductor. The package lies in the model cache; a second start maps it.
+
+Shapes: N rows, C hidden size, H query heads, G key/value heads, D head size, S slots, L columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from lab.engine.kv import SlotCache
+from lab.files import path_of
+from lab.models.packed import IntLinear, multiply
+from lab.settings import DeviceSettings, ModelSettings, UserError
+
+log = logging.getLogger(__name__)
+
+LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+"""Layers that are compiled: these exact classes of transformers."""
+MOST_ROWS = 24
+"""Most rows of one sequence in one pass: 16 draft tokens, the token before them, and some to spare. A longer piece is
+part of a prompt, which transformers' own forward computes faster."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+COMPILERS = ("g++", "clang++", "c++")
+PROBED_ROWS = (1, 2, 3, 5, 8, 17)
+
+
+class NotCompiled(ValueError):
+    """Why a model runs without compiled layers, for people."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """All that decides the code of a layer; layers with equal plans share one package."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden_size: int
+    scaling: float
+    epsilon: float
+    window: int | None
+    """Positions that a row sees, its own included; None: all before it."""
+    has_head_norms: bool
+    """Whether queries and keys are normed by head (Qwen3)."""
+    outputs: tuple[int, ...]
+    """Of each of `PROJECTIONS`."""
+    kinds: tuple[str, ...]
+    """Of each of `PROJECTIONS`: the dtype of its weight, and `+` where it has a bias."""
+    dtype: str
+    """Of activations and cache."""
+
+
+class CompiledLayer(nn.Module):
+    """The code of one layer, with everything that differs between layers as its inputs."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def forward(
+        self,
+        hidden_NC: Tensor,
+        cos_ND: Tensor,
+        sin_ND: Tensor,
+        slot_N: Tensor,
+        position_N: Tensor,
+        column_L: Tensor,
+        keys_SGLD: Tensor,
+        values_SGLD: Tensor,
+        tensors: list[Tensor],
+    ) -> Tensor:
+        """The hidden states behind the layer, N x C; keys and values are written into the cache."""
+        plan, left = self.plan, iter(tensors)
+        attention_norm, feed_forward_norm = next(left), next(left)
+        head_norms = (next(left), next(left)) if plan.has_head_norms else None
+        projections = [_Projection(kind, outputs, left) for kind, outputs in zip(plan.kinds, plan.outputs, strict=True)]
+        query, key, value, out, gate, up, down = projections
+        normed_NC = _norm(hidden_NC, attention_norm, plan.epsilon)
+        query_NHD = query(normed_NC).unflatten(1, (plan.heads, plan.head_size))
+        key_NGD = key(normed_NC).unflatten(1, (plan.kv_heads, plan.head_size))
+        value_NGD = value(normed_NC).unflatten(1, (plan.kv_heads, plan.head_size))
+        if head_norms is not None:
+            query_NHD = _norm(query_NHD, head_norms[0], plan.epsilon)
+            key_NGD = _norm(key_NGD, head_norms[1], plan.epsilon)
+        query_NHD, key_NGD = _rotated(query_NHD, cos_ND, sin_ND), _rotated(key_NGD, cos_ND, sin_ND)
+        where = (slot_N[:, None], torch.arange(plan.kv_heads)[None], position_N[:, None])
+        keys_SGLD.index_put_(where, key_NGD)
+        values_SGLD.index_put_(where, value_NGD)
+        seen_NHD = self._attend(query_NHD, slot_N, position_N, column_L, keys_SGLD, values_SGLD)
+        hidden_NC = hidden_NC + out(seen_NHD.flatten(1))
+        normed_NC = _norm(hidden_NC, feed_forward_norm, plan.epsilon)
+        outcome: Tensor = hidden_NC + down(functional.silu(gate(normed_NC)) * up(normed_NC))
+        return outcome
+
+    def _attend(
+        self,
+        query_NHD: Tensor,
+        slot_N: Tensor,
+        position_N: Tensor,
+        column_L: Tensor,
+        keys_SGLD: Tensor,
+        values_SGLD: Tensor,
+    ) -> Tensor:
+        """Attention in float32; Q query heads share a key/value head."""
+        plan, columns = self.plan, column_L.shape[0]
+        key_NGLD, value_NGLD = keys_SGLD[slot_N][:, :, :columns], values_SGLD[slot_N][:, :, :columns]
+        query_NGQD = query_NHD.unflatten(1, (plan.kv_heads, -1)).float() * plan.scaling
+        score_NGQL = (query_NGQD[:, :, :, None] * key_NGLD[:, :, None].float()).sum(-1)
+        distance_NL = position_N[:, None] - column_L[None]
+        hidden_NL = distance_NL < 0 if plan.window is None else (distance_NL < 0) | (distance_NL >= plan.window)
+        share_NGQL: Tensor = score_NGQL.masked_fill(hidden_NL[:, None, None], -math.inf).softmax(-1)
+        seen_NGQD: Tensor = (share_NGQL[..., None] * value_NGLD[:, :, None].float()).sum(-2)
+        return seen_NGQD.flatten(1, 2).to(query_NHD.dtype)
+
+
+class _Projection:
+    """One matrix of a layer, from the tensors that are left."""
+
+    def __init__(self, kind: str, outputs: int, left: Any) -> None:
+        self._outputs = outputs
+        self._weight = next(left)
+        self._scales = next(left) if kind.startswith(("uint8", "int8")) else None
+        self._bias = next(left) if kind.endswith("+") else None
+
+    def __call__(self, rows_NK: Tensor) -> Tensor:
+        if self._scales is None:
+            return functional.linear(rows_NK, self._weight, self._bias)
+        product = multiply(rows_NK.to(torch.bfloat16), self._weight, self._scales)[:, : self._outputs]
+        outcome = product.to(rows_NK.dtype)
+        return outcome if self._bias is None else outcome + self._bias
+
+
+def _norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm as Llama has it: in float32, rounded, and then scaled."""
+    wide = states.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(states.dtype)
+
+
+def _rotated(states_NXD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+    """Rotary embedding, the two halves of a head being the pairs."""
+    half = states_NXD.shape[-1] // 2
+    turned_NXD = torch.cat((-states_NXD[..., half:], states_NXD[..., :half]), -1)
+    return states_NXD * cos_ND[:, None] + turned_NXD * sin_ND[:, None]
+
+
+def plan_of(layer: nn.Module, dtype: torch.dtype) -> LayerPlan:
+    """The plan of a layer of a model; NotCompiled for one whose code is not ours."""
+    if type(layer) not in LAYERS:
+        raise NotCompiled(f"no code is compiled for a {type(layer).__name__}")
+    any_layer = cast(Any, layer)
+    attention, mlp, norm = any_layer.self_attn, any_layer.mlp, any_layer.input_layernorm
+    parts = [getattr(attention, name, None) or getattr(mlp, name) for name in PROJECTIONS]
+    if odd := [type(part).__name__ for part in parts if type(part) not in (nn.Linear, IntLinear)]:
+        raise NotCompiled(f"a layer holds a {odd[0]}")
+    if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
+        raise NotCompiled(f"a layer's activation is {type(mlp.act_fn).__name__}")
+    return LayerPlan(
+        heads=parts[0].out_features // attention.head_dim,
+        kv_heads=parts[1].out_features // attention.head_dim,
+        head_size=attention.head_dim,
+        hidden_size=norm.weight.shape[0],
+        scaling=attention.scaling,
+        epsilon=norm.variance_epsilon,
+        # Mistral's layers do not know their window: all of them have the config's.
+        window=attention.config.sliding_window if type(layer) is MistralDecoderLayer else _window_of(attention),
+        has_head_norms=hasattr(attention, "q_norm"),
+        outputs=tuple(part.out_features for part in parts),
+        kinds=tuple(str(part.weight.dtype)[6:] + ("+" if part.bias is not None else "") for part in parts),
+        dtype=str(dtype)[6:],
+    )
+
+
+def _window_of(attention: Any) -> int | None:
+    window: int | None = getattr(attention, "sliding_window", None)
+    return window
+
+
+def tensors_of(layer: nn.Module) -> list[Tensor]:
+    """The tensors of a layer in the order in which its code takes them."""
+    any_layer = cast(Any, layer)
+    attention, mlp = any_layer.self_attn, any_layer.mlp
+    found = [any_layer.input_layernorm.weight, any_layer.post_attention_layernorm.weight]
+    if hasattr(attention, "q_norm"):
+        found += [attention.q_norm.weight, attention.k_norm.weight]
+    for name in PROJECTIONS:
+        part = getattr(attention, name, None) or getattr(mlp, name)
+        found += [part.weight, *([part.scales] if isinstance(part, IntLinear) else [])]
+        found += [part.bias] if part.bias is not None else []
+    return [tensor.detach() for tensor in found]
+
+
+Code = Callable[[list[Tensor]], list[Tensor]]
+"""A compiled layer: its inputs in one list, its one output in another."""
+
+
+def compiled_code(plan: LayerPlan, tensors: Sequence[Tensor], folder: Path, *, may_compile: bool) -> Code:
+    """The code of a layer, compiled where `folder` has none of this plan for this machine.
+
+    Raises:
+        NotCompiled: it has none and may not compile it; there is no C++ compiler, or it fails.
+    """
+    import torch._inductor
+
+    package = folder / f"{_digest(plan)}.pt2"
+    if not package.exists():
+        if not may_compile:
+            raise NotCompiled("no such layer has been compiled yet")
+        if not any(map(shutil.which, COMPILERS)):
+            raise NotCompiled(f"this machine has no C++ compiler ({', '.join(COMPILERS)})")
+        package.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(package.with_suffix(".lock")):  # the shards of a machine start together
+            if not package.exists():
+                _compile(plan, tensors, package)
+    loader = cast(Any, torch._inductor.aoti_load_package(str(package))).loader
+    return cast(Code, loader.boxed_run)
+
+
+def _digest(plan: LayerPlan) -> str:
+    """All that the machine code depends on: plan, source, torch, processor and threads."""
+    machine = [platform.machine(), platform.processor(), _instructions(), str(torch.get_num_threads())]
+    source = inspect.getsource(inspect.getmodule(plan_of) or CompiledLayer) + inspect.getsource(multiply)
+    known = "\n".join([torch.__version__, *machine, str(asdict(plan)), source])
+    return hashlib.sha256(known.encode()).hexdigest()[:32]
+
+
+def _instructions() -> str:
+    """What the processor can do, as Linux says it: a cache may be shared by machines of the same name."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
+            return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return ""
+
+
+def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
+    import torch._inductor
+    import torch._inductor.config as inductor
+    import torch.fx.experimental._config as shapes
+    from torch.export import Dim, export
+
+    log.info("compiling a layer once (about 20 s)")
+    began, dtype = time.monotonic(), getattr(torch, plan.dtype)
+    states = [torch.zeros(3, size, dtype=dtype) for size in (plan.hidden_size, plan.head_size, plan.head_size)]
+    stored = [torch.zeros(5, plan.kv_heads, 128, plan.head_size, dtype=dtype) for _ in range(2)]
+    arguments = (*states, torch.arange(3), torch.arange(3), torch.arange(64), *stored, list(tensors))
+    rows, slots, room = Dim("rows", min=1, max=2**16), Dim("slots", min=1, max=2**16), Dim("room", min=2, max=2**24)
+    cache = {0: slots, 2: room}
+    sizes: Any = (*[{0: rows}] * 5, {0: Dim("columns", min=2, max=2**24)}, cache, cache, [None] * len(tensors))
+    temporary = package.with_suffix(".partial.pt2")
+    try:
+        # Rows and slots may be one, for which torch would compile code of its own.
+        with torch.no_grad(), cast(Any, shapes).patch(backed_size_oblivious=True), inductor.patch(compile_threads=1):
+            exported = export(CompiledLayer(plan), arguments, dynamic_shapes=sizes)
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary))
+    except Exception as error:  # whatever exporter, compiler and linker say
+        temporary.unlink(missing_ok=True)
+        raise NotCompiled(
+            f"a layer did not compile: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+        ) from None
+    temporary.replace(package)
+    log.info("compiled a layer in %.0f s", time.monotonic() - began)
+
+
+class CompiledModel:
+    """A model, or a slice of its layers, that runs by rows over a cache.
+
+    Args:
+        model: A model in evaluation mode, or a slice (`lab.models.slices`).
+        layers: Numbers of the layers that it holds.
+        cache: Its cache.
+        folder: Where compiled layers are kept.
+        may_compile: Whether layers that are not there are compiled now, which takes some 10 s.
+
+    Raises:
+        NotCompiled: it has other layers than `LAYERS`, rotary frequencies that depend on a text's length, an adapter
+            beside its layers; or there is no compiler.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: range, cache: SlotCache, folder: Path, *, may_compile: bool = True
+    ) -> None:
+        any_model = cast(Any, model)
+        decoder = any_model.get_decoder()
+        if any_model.device.type != "cpu":
+            raise NotCompiled("layers are compiled for the CPU only")
+        if any_model.dtype not in (torch.bfloat16, torch.float32):
+            raise NotCompiled(f"compiled layers compute in bfloat16 or float32, not in {any_model.dtype}")
+        if (kind := getattr(decoder.rotary_emb, "rope_type", "default")) in ("dynamic", "longrope"):
+            raise NotCompiled(f"its rotary frequencies ({kind}) depend on the length of a text")
+        self._embedding, self._rotary, self._norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+        self._head, self._cache = any_model.get_output_embeddings(), cache
+        plans = {number: plan_of(decoder.layers[number], any_model.dtype) for number in layers}
+        self._tensors = {number: tensors_of(decoder.layers[number]) for number in layers}
+        by_plan: dict[LayerPlan, Code] = {}
+        for number, plan in plans.items():
+            if plan not in by_plan:
+                by_plan[plan] = compiled_code(plan, self._tensors[number], folder, may_compile=may_compile)
+        self._codes = {number: by_plan[plan] for number, plan in plans.items()}
+        self._columns = torch.arange(0)
+        self.row_invariant = all(self._is_invariant(number, plan) for number, plan in plans.items())
+        """Whether a row gets the same bits in every company, as tried on random rows with these weights."""
+
+    def run(self, states: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Append `counts[i]` rows to `slots[i]`, whose lengths are set; rows lie piece by piece.
+
+        Args:
+            states: Ids N, or hidden states N x C.
+            slots: A slot for each piece.
+            counts: Its rows.
+
+        Returns:
+            Hidden states N x C behind the last layer; nothing is committed to the cache yet.
+        """
+        cache = self._cache
+        starts = [cache.lengths[slot] for slot in slots]
+        columns = cache.begin_rows(slots, counts)
+        if columns != len(self._columns):
+            self._columns = torch.arange(columns)
+        position_N = torch.tensor(
+            [start + row for start, count in zip(starts, counts, strict=True) for row in range(count)]
+        )
+        slot_N = torch.tensor([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
+        hidden_NC = states if states.is_floating_point() else self._embedding(states)
+        cos_1ND, sin_1ND = self._rotary(hidden_NC, position_N[None])
+        given = [cos_1ND[0], sin_1ND[0], slot_N, position_N, self._columns]
+        for number, code in self._codes.items():
+            stored = cache.stored(number)
+            [hidden_NC] = code([hidden_NC, *given, *stored, *self._tensors[number]])
+        return hidden_NC
+
+    def logits(self, hidden_NC: Tensor) -> Tensor:
+        """N x V, of hidden states behind the last layer."""
+        return cast(Tensor, self._head(self._norm(hidden_NC)))
+
+    @torch.inference_mode()
+    def _is_invariant(self, number: int, plan: LayerPlan) -> bool:
+        """Rows in passes of several widths, against each of them alone."""
+        generator = torch.Generator().manual_seed(number)
+        dtype = getattr(torch, plan.dtype)
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        most = max(PROBED_ROWS)
+        hidden_NC, cos_ND, sin_ND = (noise(most, size) for size in (plan.hidden_size, plan.head_size, plan.head_size))
+        stored = [noise(2, plan.kv_heads, 64, plan.head_size) for _ in range(2)]
+        slot_N, position_N, column_L = torch.arange(most) % 2, 64 - most + torch.arange(most), torch.arange(64)
+
+        def run(rows: slice) -> Tensor:
+            given = [tensor[rows].contiguous() for tensor in (hidden_NC, cos_ND, sin_ND, slot_N, position_N)]
+            [outcome_NC] = self._codes[number]([*given, column_L, *stored, *self._tensors[number]])
+            return torch.cat((outcome_NC, self.logits(outcome_NC).to(dtype)), 1)
+
+        run(slice(0, most))  # from here on, each row finds in the cache what it writes
+        alone = torch.cat([run(slice(row, row + 1)) for row in range(most)])
+        return all(torch.equal(run(slice(0, rows)), alone[:rows]) for rows in PROBED_ROWS)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Whether a role compiles its layers, as `device.compile` and `model.quantization` say."""
+
+    wanted: bool | str
+    """`device.compile`."""
+    is_packed: bool
+    """Whether the model is int8 or int4."""
+    lasts: bool
+    """Whether the role runs for so long that compiling pays."""
+    folder: Path
+
+    @classmethod
+    def of(cls, model: ModelSettings, device: DeviceSettings, *, lasts: bool) -> Compiler:
+        """The compiler of a role with these settings."""
+        folder = path_of(model.cache_dir, "model.cache_dir") / "compiled"
+        return cls(device.compile, model.quantization.bits is not None, lasts, folder)
+
+    def open(self, model: nn.Module, layers: range, cache: SlotCache) -> CompiledModel | None:
+        """The model over compiled layers, None where it runs without.
+
+        Raises:
+            UserError: `device.compile=true`, and it cannot be.
+        """
+        if self.wanted is False or (self.wanted == "auto" and not self.is_packed):
+            return None
+        try:
+            return CompiledModel(model, layers, cache, self.folder, may_compile=self.lasts or self.wanted is True)
+        except NotCompiled as reason:
+            if self.wanted is True:
+                raise UserError(f"device.compile must be false or auto here, got true: {reason}") from None
+            log.info("layers are not compiled: %s", reason)
+            return None

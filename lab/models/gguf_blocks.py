@@ -1,0 +1,93 @@
+"""The 4-bit numbers of a GGUF file, as `lab.models.packed` has them: a model is not rounded a second time.
+
+transformers reads a GGUF file into float matrices, and may put their rows into another order (Llama's rotary pairs).
+So the matrix that a layer has says by its rows where its numbers are: each row is looked up among the dequantised rows
+of the file, and all must be there, to the bit.
+
+Shapes: N outputs, K inputs, G blocks of a row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lab.models.packed import GROUP, halves
+
+MULTIPLIER = 6364136223846793005
+"""Of Knuth's linear congruential generator (MMIX): a row's digest is a polynomial in it."""
+
+
+class GgufBlocks:
+    """The matrices of a file whose blocks are 32 weights of 4 bits: Q4_0 (w = d (q - 8)) and Q4_1 (w = d q + m).
+
+    Args:
+        file: The GGUF file.
+        dtype: What the matrices were rounded to after they had been dequantised.
+    """
+
+    def __init__(self, file: Path, dtype: torch.dtype) -> None:
+        from gguf import GGMLQuantizationType, GGUFReader
+
+        self.found = 0
+        """How many matrices have been found."""
+        self._dtype = dtype
+        self._tensors: dict[int, Any] = {}
+        kinds = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
+        for tensor in GGUFReader(file).tensors:
+            if tensor.tensor_type in kinds and len(tensor.shape) == 2:
+                self._tensors[_digest(_digests(self._dequantised(tensor)))] = tensor
+
+    def find(self, weight_NK: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Numbers and scales of a matrix, as `lab.models.packed.quantise` returns them; None where it is not of the
+        file, or its blocks are of another kind. Scale and zero are rounded to bfloat16; the numbers are the file's."""
+        digests_N = _digests(weight_NK)
+        tensor = self._tensors.get(_digest(digests_N))
+        if tensor is None:
+            return None
+        dequantised_NK = self._dequantised(tensor)
+        order_N = torch.from_numpy(_digests(dequantised_NK).argsort()[digests_N.argsort().argsort()])
+        if not torch.equal(dequantised_NK[order_N], weight_NK):
+            return None
+        self.found += 1
+        q_NK, scale_NG, minimum_NG = _blocks(tensor)
+        scales_NG2 = torch.stack((scale_NG, minimum_NG + 8 * scale_NG), 2)[order_N]
+        return halves(q_NK[order_N]), scales_NG2.bfloat16().transpose(0, 1).contiguous()
+
+    def _dequantised(self, tensor: Any) -> Tensor:
+        q_NK, scale_NG, minimum_NG = _blocks(tensor)
+        wide_NGK = scale_NG[:, :, None] * q_NK.unflatten(1, (-1, GROUP)) + minimum_NG[:, :, None]
+        return torch.Tensor.to(wide_NGK.flatten(1), self._dtype)
+
+
+def _blocks(tensor: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q of each weight (uint8 N x K), and scale and minimum of each block (float32 N x G): w = scale q + minimum.
+
+    A block is d, for Q4_1 m, both float16, and 16 bytes: the low halves are its first 16 weights.
+    """
+    name = tensor.tensor_type.name
+    floats = 2 if name == "Q4_1" else 1
+    outputs = int(tensor.shape[1])
+    bytes_NGX = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(outputs, -1, 2 * floats + GROUP // 2)
+    head_NGF = torch.from_numpy(bytes_NGX[..., : 2 * floats].copy().view(np.float16).astype(np.float32))
+    halves_NGX = torch.from_numpy(bytes_NGX[..., 2 * floats :].copy())
+    q_NK = torch.cat((halves_NGX & 15, halves_NGX >> 4), 2).flatten(1)
+    scale_NG = head_NGF[..., 0]
+    return q_NK, scale_NG, head_NGF[..., 1] if floats == 2 else -8 * scale_NG
+
+
+def _digests(weight_NK: Tensor) -> Any:
+    """64 bits of each row, by numpy, whose integers wrap around. Zero has one sign: Q4_0 may have a negative scale."""
+    words_NK = (weight_NK + 0).contiguous().view(torch.int16 if weight_NK.element_size() == 2 else torch.int32).numpy()
+    with np.errstate(over="ignore"):
+        powers_K = np.cumprod(np.full(weight_NK.shape[1], MULTIPLIER, dtype=np.uint64), dtype=np.uint64)
+        return words_NK.astype(np.uint64) @ powers_K
+
+
+def _digest(digests_N: Any) -> int:
+    """A digest of rows in any order."""
+    return int(digests_N.sum(dtype=np.uint64))

@@ -1,0 +1,205 @@
+"""Linear layers with weights of 8 or 4 bits, multiplied by torch's own kernels; and how transformers reads them.
+
+`int4`: 32 weights in a row share a scale and a zero, w = (q - 8) * scale + zero with q in [0, 15]. `int8`: all weights
+of a row share a scale, w = q * scale, since torch's kernel has no groups. Inputs and outputs of a product are bfloat16,
+its sums float32. An output row depends on its input row alone, however many rows share the product.
+
+A folder holds the numbers in the order of the matrix. The order that this processor's kernel wants is made when they
+are loaded, whole or in a slice.
+
+Shapes: N outputs, K inputs, G groups of a row, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import override
+
+METHOD = "distributed-llm-lab"
+"""`quant_method` in the config of a quantised folder."""
+HEAD_BITS = 8
+GROUP = 32
+"""Weights of a row that share a scale and a zero in int4."""
+KERNEL_ROWS = 64
+"""Outputs that the CPU's int4 kernel takes at once: matrices are filled up to a multiple of it."""
+PACKED_AT_ONCE = 1024
+"""Outputs that are brought into the kernel's order together; a multiple of `KERNEL_ROWS`."""
+
+
+def quantise(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The nearest numbers of `bits` bits, and their scales.
+
+    Returns:
+        int4: uint8 N x K/2, the even column in the low half of a byte; bfloat16 K/32 x N x 2, scale and zero.
+        int8: int8 N x K; bfloat16 N.
+    """
+    wide_NK = weight_NK.float()
+    if bits == 8:
+        scale_N = (wide_NK.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny).bfloat16()
+        return (wide_NK / scale_N.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale_N
+    grouped_NGK = wide_NK.unflatten(1, (-1, GROUP))
+    low_NG, high_NG = grouped_NGK.amin(2), grouped_NGK.amax(2)
+    scale_NG = ((high_NG - low_NG) / 15).bfloat16()
+    zero_NG = (low_NG + 8 * scale_NG.float()).bfloat16()
+    step_NG1 = scale_NG.float().clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
+    q_NGK = ((grouped_NGK - zero_NG.float()[:, :, None]) / step_NG1 + 8).round_().clamp_(0, 15)
+    return halves(q_NGK.flatten(1).to(torch.uint8)), torch.stack((scale_NG, zero_NG), 2).transpose(0, 1).contiguous()
+
+
+def halves(q_NK: Tensor) -> Tensor:
+    """Two numbers of 4 bits in a byte."""
+    return q_NK[:, ::2] | q_NK[:, 1::2] << 4
+
+
+class IntLinear(nn.Linear):
+    """A linear layer with a weight of 4 or 8 bits, for inference: it has no gradient for its input."""
+
+    def __init__(self, bits: int, outputs: int, inputs: int, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)  # a Linear by its interface (PEFT asks for it), without a Linear's weight
+        self.bits, self.out_features, self.in_features = bits, outputs, inputs
+        self.scales: Tensor
+        if bits == 4:
+            numbers = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
+            self.register_buffer("scales", torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16))
+        else:
+            numbers = torch.empty(outputs, inputs, dtype=torch.int8)
+            self.register_buffer("scales", torch.empty(outputs, dtype=torch.bfloat16))
+        self.weight = nn.Parameter(numbers, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+        rows_RK = input.reshape(-1, self.in_features).to(torch.bfloat16)
+        product_RN = multiply(rows_RK, self.weight, self.scales)[:, : self.out_features]
+        outcome = product_RN.view(*input.shape[:-1], self.out_features).to(input.dtype)
+        return outcome if self.bias is None else outcome + self.bias
+
+    def in_float(self) -> nn.Linear:
+        """A plain layer in float32 with the weights that these numbers stand for."""
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        # Each row of the identity meets one weight of each output: what comes out is that weight, in bfloat16.
+        weight_KN = multiply(torch.eye(self.in_features, dtype=torch.bfloat16), self.weight, self.scales)
+        plain.weight = nn.Parameter(weight_KN.t()[: self.out_features].float().contiguous(), requires_grad=False)
+        plain.bias = self.bias
+        return plain
+
+    def pack(self) -> None:
+        """Bring the numbers into the order of this device's kernel, once they have been read."""
+        missing = -self.out_features % KERNEL_ROWS
+        numbers_NX = nn.functional.pad(self.weight, (0, 0, 0, missing))
+        scales = self.scales.to(torch.bfloat16)
+        # Always copies, never pages of the file: the kernels read beyond the end of what they need.
+        if self.bits == 4:
+            packed_NX, filled = _in_kernel_order(numbers_NX), nn.functional.pad(scales, (0, 0, 0, missing))
+        else:
+            packed_NX, filled = numbers_NX.clone(), nn.functional.pad(scales, (0, missing))
+        self.weight, self.scales = nn.Parameter(packed_NX, requires_grad=False), filled.clone()
+
+
+def multiply(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
+    """The product of bfloat16 rows and a weight in its kernel's order: bfloat16 R x N, N filled up to `KERNEL_ROWS`."""
+    if numbers.dtype == torch.int8:
+        return torch._weight_int8pack_mm(rows_RK, numbers, scales)
+    return cast(Tensor, torch.ops.aten._weight_int4pack_mm_for_cpu(rows_RK, numbers, GROUP, scales))
+
+
+def _in_kernel_order(halves_NX: Tensor) -> Tensor:
+    """Numbers of 4 bits as torch's CPU kernel wants them: blocks of outputs, by the instructions of this processor."""
+    packed_NX = torch.empty_like(halves_NX)
+    for start in range(0, len(halves_NX), PACKED_AT_ONCE):  # in parts: in between each number takes 32 bits
+        part_NX = halves_NX[start : start + PACKED_AT_ONCE]
+        q_NK = torch.stack((part_NX & 15, part_NX >> 4), 2).flatten(1).int()
+        packed_NX[start : start + PACKED_AT_ONCE] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK, 1)
+    return packed_NX
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a folder with packed layers."""
+
+    def __init__(self, bits: int, **ignored: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # a name that transformers itself does not know
+        self.bits = bits
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Puts packed layers in the place of linear ones before their tensors are read, and orders the numbers after."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **ignored: Any) -> PreTrainedModel:
+        config, head = cast(PackedConfig, self.quantization_config), model.get_output_embeddings()
+        for name, layer in linear_layers(model).items():
+            outputs, inputs = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+            bits = HEAD_BITS if layer is head else config.bits
+            model.set_submodule(name, IntLinear(bits, outputs, inputs, layer.bias))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **ignored: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, IntLinear):
+                module.pack()
+        return model
+
+    def is_serializable(self) -> bool:
+        """Not by transformers: once loaded the numbers are in the order of one kind of processor."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """No gradient goes through packed weights."""
+        return False
+
+
+def write_packed(
+    model: PreTrainedModel,
+    folder: Path,
+    bits: int,
+    dtype: torch.dtype,
+    own: Callable[[Tensor], tuple[Tensor, Tensor] | None] = lambda weight: None,
+) -> None:
+    """Write a model as a folder that `from_pretrained` reads with its linear layers packed.
+
+    Args:
+        model: A model in float; its config is changed. A tied head becomes a matrix of its own, since an embedding is
+            looked up in float.
+        folder: An empty one.
+        bits: 8 or 4. The head of an int4 model has 8: in 4 bits it would cost more perplexity than all other layers.
+        dtype: What all other tensors are stored in.
+        own: Returns the numbers and scales that a weight (N x K) was made from, where they are known.
+
+    Raises:
+        ValueError: a layer whose inputs are no multiple of the group, or a model without linear layers.
+    """
+    tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
+    head = model.get_output_embeddings()
+    for name, layer in linear_layers(model).items():
+        weight_NK = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t().contiguous()
+        if weight_NK.shape[1] % GROUP:
+            raise ValueError(f"{name} has {weight_NK.shape[1]} inputs, which is no multiple of {GROUP}")
+        layer_bits = HEAD_BITS if layer is head else bits
+        made = (own(weight_NK) if layer_bits == 4 else None) or quantise(weight_NK, layer_bits)
+        tensors[f"{name}.weight"], tensors[f"{name}.scales"] = made
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config: Any = model.config
+    for part in (config, config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
+    config.dtype, config.quantization_config = dtype, {"quant_method": METHOD, "bits": bits}
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The layers that are packed, by name; GPT-2 and its kin have `Conv1D`, with the weight the other way round."""
+    return {name: part for name, part in model.named_modules() if type(part) in (nn.Linear, Conv1D)}

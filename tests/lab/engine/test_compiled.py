@@ -1,0 +1,289 @@
+"""Compiled layers: what transformers computes, row by row, to the same bits in every company."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import PreTrainedModel
+
+from lab.engine import compiled
+from lab.engine.base import Session, TargetStep
+from lab.engine.compiled import Compiler, NotCompiled
+from lab.engine.local import LocalEngine
+from lab.engine.sampling import Sampling, nll
+from lab.models.packed import write_packed
+from lab.models.slices import read_slice
+from lab.models.structure import find_structure
+from lab.settings import UserError
+from split.inference.messages import Piece
+from split.inference.shard import PassInput, Shard1, Shard2, ShardLimits
+from tests.random_models import random_model
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+CACHE: dict[str, Any] = {"context": 200, "bucket": 32, "kv_limit_bytes": 10**8, "prefill_chunk": 64, "exact_rows": None}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled layers of all tests: those of other workers are here, too."""
+    return tmp_path_factory.getbasetemp().parent / "compiled"
+
+
+def _model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(5)
+    config = CONFIG_MAPPING[family](**SIZES | SPECIAL | changes)
+    made = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for weight in made.parameters():  # every weight matters
+        noise = torch.randn_like(weight)
+        weight.data = weight.data + 0.2 * noise if weight.dim() == 1 else noise * weight.shape[1] ** -0.5
+    return made.requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _packed(model: PreTrainedModel, place: Path, bits: int = 4) -> PreTrainedModel:
+    place.mkdir(exist_ok=True)
+    write_packed(model, place, bits, torch.bfloat16)
+    read = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, local_files_only=True)
+    return read.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _engine(model: PreTrainedModel, folder: Path, sessions: int = 4) -> LocalEngine:
+    engine = LocalEngine(model, sessions=sessions, compiler=Compiler(True, False, True, folder), **CACHE)
+    assert engine.is_compiled
+    return engine
+
+
+def _ids(count: int, seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(3, 99) for _ in range(count)]
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 20},
+    "qwen2": {
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "qwen3": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_computes_what_transformers_computes(family: str, folder: Path) -> None:
+    """In chunks, rewound, beside neighbours: cross-entropies of plain forward passes, in float32."""
+    model: Any = _model(family, **FAMILIES[family])
+    engine = _engine(model, folder)
+    texts = [_ids(90, 0), _ids(70, 1)]
+    with engine.open([], Sampling.greedy()) as one, engine.open([], Sampling.greedy()) as two:
+        engine.extend([(one, texts[0][:7])], "all")
+        engine.extend([(one, _ids(5, 7)), (two, texts[1][:17])], "all")
+        one.position = 7
+        found: list[list[float]] = [[], []]
+        while one.position < 90 or two.position < 70:
+            requests = [
+                (session, text[session.position : session.position + step])
+                for session, text, step in ((one, texts[0], 11), (two, texts[1], 3))
+                if session.position < len(text)
+            ]
+            for (session, _), step in zip(requests, engine.extend(requests, "all"), strict=True):
+                found[session is two] += step.nll
+    for text, ours in zip(texts, found, strict=True):
+        with torch.inference_mode():
+            logits_TV = model(input_ids=torch.tensor([text]), use_cache=False).logits[0]
+        exact = nll(logits_TV[:-1], text[1:])[-len(ours) :]
+        wrong = [abs(one - other) for one, other in zip(ours, exact, strict=True) if one == one]
+        assert len(wrong) > 30
+        assert max(exact) - min(exact) > 1, "it says nothing"
+        assert max(wrong) < 1e-3
+
+
+def _greedy(engine: LocalEngine, prompt: Sequence[int], count: int) -> list[TargetStep]:
+    with engine.open(prompt, Sampling.greedy()) as text:
+        assert text.step is not None
+        steps = [text.step]
+        while len(steps) < count:
+            steps += engine.extend([(text, steps[-1].next_ids[-1:])], "last")
+    return steps
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_gets_the_same_bits_in_every_company(bits: int, folder: Path, tmp_path: Path) -> None:
+    """Alone, among three others, and as one of up to 16 draft tokens: cross-entropies are equal to the last bit."""
+    engine = _engine(_packed(_model("qwen3"), tmp_path / "m", bits), folder)
+    assert engine.row_invariant
+    prompts = [_ids(count, count) for count in (3, 40, 30, 9)]
+    alone = [_greedy(engine, prompt, 60) for prompt in prompts]
+    sessions = [engine.open(prompt, Sampling.greedy()) for prompt in prompts]
+    draw, place = random.Random(0), [0] * len(prompts)
+    while min(place) < 40:
+        requests: list[tuple[Session, list[int]]] = []
+        for number, session in enumerate(sessions):
+            guesses = [step.next_ids[-1] for step in alone[number]][place[number] : place[number] + draw.randint(1, 17)]
+            if draw.random() < 0.3:
+                guesses[-1] = (guesses[-1] + 1) % 99  # a wrong one is checked, and forgotten
+            requests.append((session, guesses))
+        chosen = draw.sample(requests, draw.randint(1, 4))
+        for (session, guesses), step in zip(chosen, engine.extend(chosen, "all"), strict=True):
+            number = sessions.index(session)
+            known = alone[number][place[number] : place[number] + len(guesses) + 1]
+            right = next((at for at, guess in enumerate(guesses) if guess != known[at].next_ids[-1]), len(guesses))
+            for at in range(right):
+                if place[number] + at + 1 < 60:
+                    assert step.next_nll[at] == known[at + 1].next_nll[-1]
+                    assert step.next_ids[at] == known[at + 1].next_ids[-1]
+            session.position -= len(guesses) - right
+            place[number] += right
+            if place[number] > 42:
+                session.position -= place[number] - 42
+                place[number] = 42
+    for session in sessions:
+        session.close()
+
+
+def test_a_code_that_looks_at_its_neighbours_is_not_invariant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model("llama")
+    engine = _engine(model, folder)
+    found = engine._compiled
+    assert found is not None
+    for number, code in list(found._codes.items()):
+
+        def leaning(given: list[torch.Tensor], code: Any = code) -> list[torch.Tensor]:
+            [hidden_NC] = code(given)
+            return [hidden_NC + 1e-3 * len(hidden_NC)]
+
+        monkeypatch.setitem(found._codes, number, leaning)
+    plan = compiled.plan_of(model.model.layers[0], torch.float32)
+    assert not found._is_invariant(0, plan)
+
+
+@pytest.mark.parametrize("want", ["last", "all"])
+def test_shards_say_what_the_whole_says(want: Any, folder: Path, tmp_path: Path) -> None:
+    whole = _packed(_model("qwen3"), tmp_path / "m")
+    engine = _engine(whole, folder)
+    structure = find_structure(_model("qwen3"))
+    config = AutoConfig.from_pretrained(tmp_path / "m", local_files_only=True)
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    limits = ShardLimits(sessions=4, context=200, bucket=32, kv_limit_bytes=10**8, idle_seconds=60.0)
+    shards = []
+    for kind, layers in ((Shard1, range(1)), (Shard2, range(1, 3))):
+        part = read_slice(
+            config, tensors, structure, layers, embedding=kind is Shard1, head=kind is Shard2,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        shards.append(kind(part, layers, limits, compiler=Compiler(True, True, True, folder)))
+        assert shards[-1]._compiled is not None
+    sessions = [engine.open([], Sampling.greedy()) for _ in range(3)]
+    for shard in shards:
+        for key in range(3):
+            shard.open(key, Sampling.greedy(), 200)
+    # The longest is part of a prompt: it is computed alone, by transformers' own forward.
+    for turn, counts in enumerate(([30, 7, 2], [1, 5, 40], [4, 1, 1], [1, 1, 1])):
+        texts = [_ids(count, 10 * turn + count) for count in counts]
+        pieces = [
+            Piece(session=key, position=session.position, count=count, is_first=True, is_last=True)
+            for key, (session, count) in enumerate(zip(sessions, counts, strict=True))
+        ]
+        ids = [token for text in texts for token in text]
+        hidden = shards[0].forward(range(3), PassInput(pieces, want, ids))
+        assert isinstance(hidden, torch.Tensor)
+        found = shards[1].forward(range(3), PassInput(pieces, want, ids if want == "all" else (), hidden))
+        expected = engine.extend(list(zip(sessions, texts, strict=True)), want)
+        assert isinstance(found, list)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.next_ids == theirs.next_ids
+            assert ours.next_nll == theirs.next_nll
+
+
+def test_a_second_start_compiles_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model("llama")
+    _engine(model, folder)
+
+    def never(*_: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(compiled, "_compile", never)
+    _engine(model, folder)
+    torch.set_num_threads(2)  # code for another number of threads is other code
+    with pytest.raises(AssertionError, match="compiled again"):
+        _engine(model, folder)
+
+
+def _open(model: Any, tmp_path: Path, wanted: bool | str, *, is_packed: bool = True, lasts: bool = True) -> bool:
+    compiler = Compiler(wanted, is_packed, lasts, tmp_path / "none")
+    return LocalEngine(model, sessions=1, compiler=compiler, **CACHE).is_compiled
+
+
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"device\.compile must be false or auto here, got true: .* no C\+\+ compiler"):
+        _open(_model("llama"), tmp_path, True)
+    assert not _open(_model("llama"), tmp_path, "auto")
+    assert "layers are not compiled: this machine has no C++ compiler" in caplog.text
+
+
+def test_auto_compiles_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def code(*_: object, may_compile: bool) -> None:
+        asked.append(may_compile)
+        raise NotCompiled("only asked")
+
+    monkeypatch.setattr(compiled, "compiled_code", code)
+    model = _model("llama")
+    assert not _open(model, tmp_path, False)
+    assert not _open(model, tmp_path, "auto", is_packed=False)
+    assert asked == []
+    assert not _open(model, tmp_path, "auto", lasts=False)
+    assert not _open(model, tmp_path, "auto", lasts=True)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_other_layers_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"device\.compile must be false or auto here, got true: "):
+        _open(random_model(family, torch.float32), tmp_path, True)
+
+
+def test_frequencies_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(UserError, match="depend on the length of a text"):
+        _open(_model("llama", rope_parameters=scaling), tmp_path, True)
+
+
+def test_float64_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"bfloat16 or float32, not in torch\.float64"):
+        _open(_model("llama", torch.float64), tmp_path, True)
+
+
+def test_a_plan_says_all_that_decides_the_code() -> None:
+    layers = [layer for family, own in FAMILIES.items() for layer in _model(family, **own).model.layers]
+    assert len({compiled.plan_of(layer, torch.float32) for layer in layers}) == len(FAMILIES) + 1  # Qwen2 has two

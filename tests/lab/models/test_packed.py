@@ -1,0 +1,204 @@
+"""Weights of 8 and 4 bits: the numbers, the kernels, what transformers reads, and what a GGUF file says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, GPT2Config
+
+from lab.command.entry import compose_settings
+from lab.decode import DecodeSettings
+from lab.models import packed
+from lab.models.conversion import byte_tokenizer, gguf_file
+from lab.models.gguf_blocks import GgufBlocks
+from lab.models.layers import load_layers, load_proved
+from lab.models.packed import IntLinear, halves, quantise
+from lab.models.proof import try_packed
+from lab.models.quantized import Stored
+from lab.models.slices import run_slice
+from lab.models.sources import load_model
+from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
+from tests.random_models import random_model
+
+CPU = torch.device("cpu")
+INTEGERS = (Quantization.int8, Quantization.int4)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _layer(weight_NK: Tensor, bits: int, bias: nn.Parameter | None = None) -> IntLinear:
+    layer = IntLinear(bits, *weight_NK.shape, bias)
+    numbers, layer.scales = quantise(weight_NK, bits)
+    layer.weight = nn.Parameter(numbers, requires_grad=False)
+    layer.pack()
+    return layer
+
+
+def _settings(quantization: Quantization, **changes: Any) -> ModelSettings:
+    return replace(compose_settings("decode", "", DecodeSettings).model, quantization=quantization, **changes)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 32), (259, 96), (50, 576), (1100, 64)])
+def test_numbers_are_the_nearest_and_the_kernel_multiplies_by_them(bits: int, outputs: int, inputs: int) -> None:
+    generator = torch.Generator().manual_seed(outputs)
+    weight_NK = torch.randn(outputs, inputs, generator=generator)
+    bias = nn.Parameter(torch.randn(outputs, generator=generator), requires_grad=False)
+    layer = _layer(weight_NK, bits, bias)
+    plain = layer.in_float()
+    if bits == 8:
+        step = weight_NK.abs().amax(1, keepdim=True) / 127
+    else:
+        groups = weight_NK.unflatten(1, (-1, 32))
+        step = ((groups.amax(2) - groups.amin(2)) / 15).repeat_interleave(32, 1)
+    # Half a step of rounding; scale, zero and the weight itself are bfloat16: 2 ** -8 of the largest.
+    assert bool(((plain.weight - weight_NK).abs() <= 0.5 * step + weight_NK.abs().max() * 2**-7).all())
+    rows = torch.randn(7, inputs, generator=generator)
+    expected, found = plain(rows.bfloat16().float()), layer(rows)
+    assert found.dtype is torch.float32
+    assert found.shape == (7, outputs)
+    assert torch.allclose(found, expected, rtol=2**-7, atol=float(expected.abs().max()) * 2**-7)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_depends_on_itself_alone(bits: int) -> None:
+    layer = _layer(torch.randn(200, 96), bits)
+    rows = torch.randn(33, 96)
+    alone = torch.cat([layer(row[None]) for row in rows])
+    for width in (2, 3, 4, 5, 8, 9, 16, 33):
+        assert torch.equal(layer(rows[:width]), alone[:width])
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral", "qwen3_moe")
+
+
+@pytest.mark.parametrize("stored", [Stored.int8, Stored.int4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_proved(family: str, stored: Stored) -> None:
+    proof = try_packed(CONFIG_MAPPING[family](), stored=stored)
+    assert proof.engine is None
+    assert proof.slices is None
+
+
+def test_wrong_products_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = packed.multiply
+
+    def wrong(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
+        return right(rows_RK, numbers, scales.roll(1, 0))  # another output's scale, another group's
+
+    in_float = IntLinear.in_float
+
+    def truthful(layer: IntLinear) -> nn.Linear:
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "multiply", right)
+            return in_float(layer)
+
+    monkeypatch.setattr(packed, "multiply", wrong)
+    monkeypatch.setattr(IntLinear, "in_float", truthful)
+    for stored in (Stored.int8, Stored.int4):
+        against = try_packed(CONFIG_MAPPING["llama"](), stored=stored).engine
+        assert against is not None
+        assert "from those of the same numbers in float" in against
+
+
+@pytest.mark.parametrize("quantization", INTEGERS)
+def test_slices_are_the_whole_and_a_second_start_packs_nothing(quantization: Quantization, tmp_path: Path) -> None:
+    random_model("qwen2", torch.float32, hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    settings = _settings(
+        quantization, source=ModelSource.path, path=str(tmp_path / "model"), package=None, cache_dir=str(tmp_path / "c")
+    )
+    whole: Any = load_proved(settings, CPU).model
+    folder = next((tmp_path / "c").glob(f"*-float32-{quantization.name}"))
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    first = load_layers(settings, CPU, range(0, 1), embedding=True, head=False)
+    second = load_layers(settings, CPU, range(1, 4), embedding=False, head=True)
+    ids = torch.arange(1, 20)[None]
+    with torch.inference_mode():
+        assert torch.equal(run_slice(second, run_slice(first, ids)), whole(ids).logits)
+    assert all(type(part) is not nn.Linear for part in (*whole.modules(), *first.modules(), *second.modules()))
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    plain: Any = load_model(replace(settings, quantization=Quantization.none), CPU).model
+    with torch.inference_mode():
+        assert not torch.equal(plain(ids).logits, whole(ids).logits)
+
+
+def test_a_gguf_file_keeps_its_own_numbers() -> None:
+    settings = _settings(Quantization.int4, dtype=Dtype.bfloat16)
+    model = load_model(settings, CPU).model
+    from gguf import GGUFReader, dequantize
+
+    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf_file(settings)).tensors}
+    for name, theirs in {"mlp.down_proj": "ffn_down", "mlp.up_proj": "ffn_up", "self_attn.v_proj": "attn_v"}.items():
+        tensor = tensors[f"blk.7.{theirs}.weight"]
+        ours = model.get_submodule(f"model.layers.7.{name}").in_float().weight  # type: ignore[operator]
+        exact = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        # Scale and zero are rounded to bfloat16, and so is the weight that is read back.
+        assert float((ours - exact).abs().max() / exact.abs().max()) < 2**-7
+        step = exact.unflatten(1, (-1, 32))
+        step = (step.amax(2) - step.amin(2)) / 15
+        assert float(((ours - exact).abs().unflatten(1, (-1, 32)).amax(2) / step).max()) < 0.2, "a number differs"
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
+
+    weight = np.random.default_rng(0).normal(size=(96, 128)).astype(np.float32)
+    blocks = quantize(weight, GGMLQuantizationType[kind])
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("w", blocks, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    exact = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind]))
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = GgufBlocks(tmp_path / "a.gguf", dtype).find(exact[order].to(dtype))
+        assert found is not None
+        numbers, scales = found
+        q = torch.stack((numbers & 15, numbers >> 4), 2).flatten(1).float()
+        scale, zero = (scales[..., part].t().float().repeat_interleave(32, 1) for part in (0, 1))
+        assert torch.allclose((q - 8) * scale + zero, exact[order], atol=float(exact.abs().max()) * 2**-7)
+    other = exact[order].clone()
+    other[3, 5] += 1
+    assert GgufBlocks(tmp_path / "a.gguf", torch.float32).find(other) is None
+
+
+def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
+    for part, width in (("thin", 48), ("other", 64)):
+        config = GPT2Config(vocab_size=300, n_embd=width, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        from transformers import AutoModelForCausalLM
+
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / part)
+        byte_tokenizer().save_pretrained(tmp_path / part)
+    settings = _settings(
+        Quantization.int4, source=ModelSource.path, path=str(tmp_path / "thin"), package=None, cache_dir=str(tmp_path)
+    )
+    with pytest.raises(UserError, match=r"widths that int4 can pack, got a gpt2: .*c_attn has 48 inputs, .* of 32"):
+        load_model(settings, CPU)
+    assert not list(tmp_path.glob("*-int4")), "a half-written folder is left"
+    with pytest.raises(UserError, match=r"model\.dtype must be float32 or bfloat16 for int4, got float64"):
+        load_model(replace(settings, path=str(tmp_path / "other"), dtype=Dtype.float64), CPU)
+    with pytest.raises(UserError, match=r"model\.quantization must be none or nf4 on meta, got int4"):
+        load_model(replace(settings, path=str(tmp_path / "other")), torch.device("meta"))
+
+
+def test_halves_hold_two_numbers() -> None:
+    q = torch.arange(16, dtype=torch.uint8)[None]
+    assert halves(q).tolist() == [[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]]
+    assert packed.GROUP % 2 == 0
