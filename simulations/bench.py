@@ -17,13 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lab.bench import load_average, missed
+from lab.bench import Row, load_average, missed
 from lab.command import entry
 from lab.command.processes import run_to_end
 from lab.environment import commit, describe_environment
 from lab.files import write_whole
 from simulations.bench_settings import BenchmarkSettings, BenchSettings
-from simulations.results import Row, known_figures, write_results
+from simulations.results import known_figures, write_results
 
 log = logging.getLogger(__name__)
 

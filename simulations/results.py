@@ -8,13 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.bench import missed
+from lab.bench import Row, missed
 from lab.command.entry import compose_settings
 from lab.figures import number
 from lab.files import write_whole
 from simulations.bench_settings import BenchmarkSettings, BenchSettings
-
-Row = dict[str, Any]
 
 LONGEST_LIST = 16
 """Most values of a list that are shown; the report has all of them."""

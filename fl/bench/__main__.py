@@ -33,15 +33,13 @@ from fl.messages import METRICS, WEIGHT, message_bytes, to_records
 from fl.settings import FederatedSettings, WireDtype
 from fl.sizes import base_bytes, linear_shapes
 from fl.strategy import WeightedFedAvg
-from lab.bench import Sample, interleaved, judged, missed, ratio, write_report
+from lab.bench import Row, Sample, interleaved, judged, missed, ratio, write_report
 from lab.command import entry
 from lab.command.processes import run_to_end
 from lab.environment import commit
 from lab.settings import ModelSettings
 
 log = logging.getLogger(__name__)
-
-Row = dict[str, Any]
 
 
 def run(settings: FederatedBenchSettings, place: entry.Run) -> dict[str, Any]:

@@ -42,6 +42,14 @@ def bad_word_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[in
     return sorted({tuple(tokenizer(one, add_special_tokens=False)["input_ids"]) for one in written})
 
 
+def check_rows(ids: Sequence[int], rows: int, whose: str, text_of: Callable[[int], Any]) -> None:
+    """UserError for a prompt with an id that a model, `whose`, has no row for."""
+    wrong = next((token for token in ids if token >= rows), None)
+    if wrong is not None:
+        rule = f"prompt must hold tokens that the {whose} has rows for, ids below {rows}"
+        raise UserError(f"{rule}, got {text_of(wrong)!r} (id {wrong})")
+
+
 def most_new_tokens(asked: TextSettings, prompt_tokens: int, context: int) -> int:
     """Most new tokens of a text. UserError for a prompt that fills the context."""
     if asked.max_new_tokens != FILL:

@@ -17,7 +17,7 @@ from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError, user_errors
-from lab.text.asking import asked_sampling, decoder, most_new_tokens
+from lab.text.asking import asked_sampling, check_rows, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import final_text
 from lab.tracking import Tracker
@@ -86,12 +86,7 @@ def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: We
             request.sampling.words.check_ids(welcome.vocabulary_size)
     if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
         raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
-    wrong = next((token for token in request.prompt_ids if token >= welcome.vocabulary_size), None)
-    if wrong is not None:
-        raise UserError(
-            f"prompt must hold tokens that the target has rows for, ids below {welcome.vocabulary_size}, "
-            f"got {texts[wrong]!r} (id {wrong})"
-        )
+    check_rows(request.prompt_ids, welcome.vocabulary_size, "target", texts.__getitem__)
 
 
 def generate(

@@ -18,7 +18,7 @@ from lab.engine.base import Session, check_words
 from lab.engine.sampling import Sampling
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import UserError, user_errors
-from lab.text.asking import asked_sampling, decoder, most_new_tokens
+from lab.text.asking import asked_sampling, check_rows, decoder, most_new_tokens
 from lab.text.prompts import asked_ids
 from lab.text.running_text import final_text
 from lab.tracking import Tracker, picture
@@ -72,12 +72,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
             f"project.max_new_tokens must leave room in the context of {engine.context} tokens for a prompt of "
             f"{len(prompt)}, got {most}"
         )
-    wrong = next((token for token in prompt if token >= engine.vocabulary_size), None)
-    if wrong is not None:
-        raise UserError(
-            f"prompt must hold tokens that the model has rows for, ids below {engine.vocabulary_size}, "
-            f"got {tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong})"
-        )
+    check_rows(prompt, engine.vocabulary_size, "model", tokenizer.convert_ids_to_tokens)
     sampling = asked_sampling(project, settings.seed, tokenizer, len(prompt))
     with user_errors("project."):
         check_words(engine, sampling)
