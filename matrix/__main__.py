@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from lab.command import entry
 from lab.files import require_writable
-from lab.settings import UserError
 from matrix.grid import Words, sort_words
 from matrix.settings import MatrixSettings
 
@@ -19,16 +17,16 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Composes `conf/matrix.yaml` and sweeps, or draws a sweep again."""
-    try:
-        words = sort_words(sys.argv[1:])
-    except UserError as error:
-        entry.leave(2, str(error))
-    sys.argv[1:] = words.sweep
+    found: list[Words] = []
+
+    def sort(arguments: list[str]) -> list[str]:
+        found.append(sort_words(arguments))
+        return found[0].sweep
 
     def run(settings: MatrixSettings, place: entry.Run) -> dict[str, Any]:
-        return sweep_or_draw(settings, words, place)
+        return sweep_or_draw(settings, found[0], place)
 
-    entry.main("matrix", MatrixSettings, run)
+    entry.main("matrix", MatrixSettings, run, sort)
 
 
 def sweep_or_draw(settings: MatrixSettings, words: Words, place: entry.Run) -> dict[str, Any]:

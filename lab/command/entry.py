@@ -53,7 +53,7 @@ from lab.models.architecture import as_described
 from lab.settings import Dtype, LabSettings, UserError, digest, to_plain
 from lab.tracking import finite
 
-__all__ = ["EndedBy", "Run", "compose_config", "compose_settings", "finish", "leave", "main", "settle"]
+__all__ = ["EndedBy", "Run", "compose_config", "compose_settings", "finish", "main", "settle"]
 
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,12 @@ class Run:
 Work = Callable[[Settings, Run], dict[str, Any]]
 
 
-def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
+def main(
+    config_name: str, settings_type: type[Settings], run: Work[Settings], sort: Callable[[list[str]], list[str]] = list
+) -> NoReturn:
     """Run a whole command: `run` gets typed settings and returns the figures of the last line.
+
+    `sort` takes out of the words of the command line those that are not for these settings; it may raise UserError.
 
     A command imports torch, and what loads it, within `run`: torch reads the environment that is set here, and `--help`
     need not wait for it.
@@ -103,10 +107,12 @@ def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -
         print(version())
         raise SystemExit(0)
     with for_owner_alone():
-        _main(config_name, settings_type, run)
+        _main(config_name, settings_type, run, sort)
 
 
-def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
+def _main(
+    config_name: str, settings_type: type[Settings], run: Work[Settings], sort: Callable[[list[str]], list[str]]
+) -> NoReturn:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     # Set by a program that started us: its process would write our files, for others to read, as long as it lives.
@@ -116,7 +122,7 @@ def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) 
     with Signals(command.forced) as signals:
         log_to_stderr()
         try:
-            command.work(config_name, settings_type, run)
+            command.work(config_name, settings_type, run, sort)
             end = None
         except BaseException as error:
             end = _end_of(error, command)
@@ -142,7 +148,13 @@ class _Command:
         """None: there is no last line, because nothing ran (`--help`)."""
         self._finishing = threading.Lock()
 
-    def work(self, config_name: str, settings_type: type[Settings], run: Work[Settings]) -> None:
+    def work(
+        self,
+        config_name: str,
+        settings_type: type[Settings],
+        run: Work[Settings],
+        sort: Callable[[list[str]], list[str]],
+    ) -> None:
         """Composes and runs. Raises the run's own exception."""
         raised: list[Exception] = []
 
@@ -156,8 +168,9 @@ class _Command:
                 raised.append(_as_users(error, config, self.place))
 
         streams.check_arguments(sys.argv[1:])
-        words = parse_options(sys.argv[1:]).overrides
-        options = [argument for argument in sys.argv[1:] if argument not in words]
+        arguments = sort(sys.argv[1:])
+        words = parse_options(arguments).overrides
+        options = [argument for argument in arguments if argument not in words]
         # Words first: Hydra takes none that stands behind an option.
         sys.argv[1:] = [*with_texts_as_typed(literal_prompt(words), settings_type), *options]
         hydra.main(version_base="1.3", config_path="../../conf", config_name=config_name)(task)()
@@ -297,12 +310,6 @@ def for_owner_alone() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
-
-
-def leave(code: int, line: str) -> NoReturn:
-    """Ends the process with this exit code and one line on stderr."""
-    _say(code, line)
-    raise SystemExit(code)
 
 
 def _say(code: int, line: str) -> None:
