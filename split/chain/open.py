@@ -17,7 +17,7 @@ from lab.settings import ModelSettings, NetworkSettings, UserError
 from lab.wire import Endpoint, MessageTable, WireError
 from split.chain.address import Address
 from split.chain.local_shards import LocalShards
-from split.chain.process import serve_port, until_told
+from split.chain.process import say_ready, serve_port, until_told
 from split.chain.server import ChainServer, Place
 from split.settings import ChainSettings, TransportKind, parse_layers
 from split.transport.base import ChainMismatch, ShardLost, Stage, Transport
@@ -156,7 +156,8 @@ class Chain:
                 f"got {world_size}"
             )
         try:
-            return RpcChain(world_size, self.network, port, self.fingerprints, self.kind.worker_threads)
+            threads, seconds = self.kind.worker_threads, project.start_seconds
+            return RpcChain(world_size, self.network, port, self.fingerprints, threads, start_seconds=seconds)
         except ChainMismatch as error:
             raise UserError(str(error)) from None
 
@@ -203,6 +204,7 @@ class Chain:
             stage = load(layers)
             seat = make_seat(stage, name, self.model_layers, self.fingerprints)
             with until_told(project.follow_stdin):
+                say_ready("joining", self.kind.shard, project, network, network.port)
                 serve_seat(seat, project.rank, project.world_size, network)
             return stage, 1
         tls = listener_tls(network)

@@ -35,8 +35,7 @@ def serve_port(
     """Serve over tcp until Ctrl+C; the settings of `peer_role` name this shard. UserError for a taken address."""
 
     def announce(port: int) -> None:
-        ready = {"status": "listening", "role": role, "host": network.host, "port": port, "layers": project.layers}
-        print(json.dumps(ready), flush=True)
+        say_ready("listening", role, project, network, port)
         address = f"{address_for_peers(network.host)}:{port}"
         print(f"this shard's address in the {peer_role}'s project.shards=[...]: {address}", file=sys.stderr, flush=True)
 
@@ -52,6 +51,12 @@ def serve_port(
         run_async(serving)
     except OSError as error:
         raise cannot_listen(network, error) from None
+
+
+def say_ready(status: str, role: str, project: ChainSettings, network: NetworkSettings, port: int) -> None:
+    """One JSON line on stdout for the process that started us: the shard is loaded."""
+    ready = {"status": status, "role": role, "host": network.host, "port": port, "layers": project.layers}
+    print(json.dumps(ready), flush=True)
 
 
 async def serve(
