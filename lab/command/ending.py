@@ -1,7 +1,7 @@
 """How a command ends: by itself, by a signal or by an exception. Exit codes, and `ended_by` of the last line.
 
 The main thread hears of a signal as an exception (`Stopped`), where it asked for that as a call (`told`), and a
-coroutine as its cancellation (`run_async`). A second signal ends the process at once; so does the time that unwinding
+coroutine as its cancellation (`run_async`). A later signal ends the process at once; so does the time that unwinding
 may take, with the last line as it is by then.
 """
 
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from lab.settings import UserError
 
 Returned = TypeVar("Returned")
 
+SAME_SECONDS = 0.5
+"""Signals so soon after the first are that one again: `timeout`, and who signals a group, may send it twice."""
 UNWIND_SECONDS = 7.0
 """Between a signal and the end; containers give ten before they kill."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})
@@ -100,6 +103,7 @@ class Signals:
         """The signal that was received."""
         self.tell: Callable[[], object] | None = None
         """Called instead of raising."""
+        self._heard_at = 0.0
         self._before: dict[int, Any] = {}
         self._heard, self._over = threading.Event(), threading.Event()
 
@@ -128,8 +132,10 @@ class Signals:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
+            if time.monotonic() - self._heard_at > SAME_SECONDS:
+                os._exit(128 + number)
+            return
+        self.number, self._heard_at = number, time.monotonic()
         self._heard.set()
         if self.tell is None:
             raise Stopped(number)
