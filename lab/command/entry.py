@@ -6,11 +6,13 @@ after Ctrl+C and 143 after SIGTERM (0 for roles that serve until then), 141 when
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import secrets
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -133,6 +135,8 @@ def _main(
             leave_at_once(code)
     if end is not None:
         end_children(command.began)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # all is said: no traceback out of what exits
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     raise SystemExit(code)
 
 

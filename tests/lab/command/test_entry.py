@@ -355,6 +355,23 @@ def test_a_signal_that_comes_twice_is_one_and_a_later_one_ends_at_once(tmp_path:
         assert (process.returncode, '"a": 1' in output) == (130, kept)
 
 
+def test_ctrl_c_after_the_last_line_is_no_traceback(tmp_path: Path) -> None:
+    """Libraries take their time to exit."""
+    slow = "import atexit, time\natexit.register(time.sleep, 60)\n" + FAULTY.replace("time.sleep(100)", "return {}")
+    process = start(tmp_path, "seed=2", text=slow)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        assert json.loads(process.stdout.readline())["status"] == "ok"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+        process.wait(DEADLINE)
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
+
+
 def test_the_file_of_another_command_in_a_real_process(tmp_path: Path) -> None:
     """Here the other command's settings are not even registered."""
     done = subprocess.run(
