@@ -7,6 +7,7 @@ beside it what it has taken. Who takes cells reads the lists of all others that 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import time
@@ -19,6 +20,8 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from lab.files import write_whole
+
+log = logging.getLogger(__name__)
 
 
 class Claims:
@@ -76,9 +79,12 @@ class Claims:
                 listed.unlink(missing_ok=True)
                 file.unlink(missing_ok=True)
             elif listed.exists():
-                about = json.loads(listed.read_text(encoding="utf-8"))
-                who = f"process {about['pid']} on {about['host']}, since {about['since']}, {about['folder']}"
-                found |= dict.fromkeys(about["signatures"], who)
+                try:
+                    about = json.loads(listed.read_text(encoding="utf-8"))
+                    who = f"process {about['pid']} on {about['host']}, since {about['since']}, {about['folder']}"
+                    found |= dict.fromkeys(about["signatures"], who)
+                except (ValueError, LookupError, TypeError):
+                    log.warning("%s is damaged: runs of that sweep may run here, too", listed)
         return found
 
 

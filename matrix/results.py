@@ -13,7 +13,9 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from lab.environment import describe_environment
 from lab.files import write_whole
@@ -29,6 +31,23 @@ Record = dict[str, Any]
 
 Result = dict[str, Any]
 """A record as one sweep uses it: with its `point`, `words` and `settings` there. `status` may be `not run`, too."""
+
+
+class _Known(msgspec.Struct):
+    """What is read of a record; the rest is kept as it is."""
+
+    signature: str
+    status: Literal["ok", "failed"]
+    failure: str | None
+    detail: str
+    figures: dict[str, Any]
+    seconds: float
+    device: str
+    host: str
+    commit: Any
+    command: str
+    limit: dict[Literal["time_limit_seconds", "memory_limit_gib"], float] = {}
+
 
 _ABOUT_THE_PROCESS = ("status", "run_folder", "settings_digest")
 
@@ -50,11 +69,15 @@ class CellRun:
         if not file.exists():
             return None
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+            found: Record = json.loads(file.read_text(encoding="utf-8"))
+            known = msgspec.convert(found, _Known)
+        except (ValueError, RecursionError):
             log.warning("%s is no JSON document; its cell runs again", file)
             return None
-        if not isinstance(found, dict) or found.get("signature") != self.signature:
+        except msgspec.ValidationError as error:  # damaged, or of another version
+            log.warning("%s is no result (%s); its cell runs again", file, error)
+            return None
+        if known.signature != self.signature:
             log.warning("%s is no result of this cell, which runs again", file)
             return None
         return found
@@ -95,7 +118,7 @@ class CellRun:
 
     def used(self, record: Record) -> Result:
         """The record as the cell of this sweep."""
-        return {"point": self.cell.point, **record, "words": self.cell.words, "settings": self.cell.settings}
+        return {**record, "point": self.cell.point, "words": self.cell.words, "settings": self.cell.settings}
 
     def not_run(self, why: str, command: str) -> Result:
         """In place of a record, in a sweep that ended before its end."""
