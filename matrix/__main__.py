@@ -1,14 +1,12 @@
 """The command of the matrix: `python run_matrix.py matrix=decode model=random project.context=64,128`."""
 
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from lab.command import entry
 from lab.files import require_writable
-from lab.settings import UserError
 from matrix.grid import CommandLine, sort_overrides
 from matrix.settings import MatrixSettings
 
@@ -17,16 +15,16 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Compose `conf/matrix.yaml` and run the sweep, or draw an earlier one again."""
-    try:
-        words = sort_overrides(sys.argv[1:])
-    except UserError as error:
-        entry.leave(2, str(error))
-    sys.argv[1:] = words.sweep
+    found: list[CommandLine] = []
+
+    def sort(arguments: list[str]) -> list[str]:
+        found.append(sort_overrides(arguments))
+        return found[0].sweep
 
     def run(settings: MatrixSettings, place: entry.Run) -> dict[str, Any]:
-        return sweep_or_draw(settings, words, place)
+        return sweep_or_draw(settings, found[0], place)
 
-    entry.main("matrix", MatrixSettings, run)
+    entry.main("matrix", MatrixSettings, run, sort)
 
 
 def sweep_or_draw(settings: MatrixSettings, words: CommandLine, place: entry.Run) -> dict[str, Any]:

@@ -5,6 +5,7 @@ it lists the cells that it has claimed. A sweep that claims cells reads the list
 """
 
 import json
+import logging
 import os
 import platform
 import time
@@ -16,6 +17,8 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from lab.files import write_whole
+
+log = logging.getLogger(__name__)
 
 
 class Claims:
@@ -71,9 +74,12 @@ class Claims:
                 listed.unlink(missing_ok=True)
                 file.unlink(missing_ok=True)
             elif listed.exists():
-                about = json.loads(listed.read_text(encoding="utf-8"))
-                who = f"process {about['pid']} on {about['host']}, since {about['since']}, {about['folder']}"
-                found |= dict.fromkeys(about["signatures"], who)
+                try:
+                    about = json.loads(listed.read_text(encoding="utf-8"))
+                    who = f"process {about['pid']} on {about['host']}, since {about['since']}, {about['folder']}"
+                    found |= dict.fromkeys(about["signatures"], who)
+                except (ValueError, LookupError, TypeError):
+                    log.warning("%s is damaged: runs of that sweep may run here, too", listed)
         return found
 
 

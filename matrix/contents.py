@@ -47,7 +47,10 @@ def sources_digest(packages: Sequence[str]) -> str:
 
 
 def _folder(package: str) -> Path:
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # `.x`, and the empty name
+        found = None
     if found is None or not found.submodule_search_locations:
         raise UserError(f"matrix.sources must name packages, got {package!r}")
     return Path(found.submodule_search_locations[0])

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lab.command.entry import compose_config, literal_prompt
-from lab.command.explain import explain
+from lab.command.explain import describe, explain
 from lab.command.overrides import override, parse_options, quoted
+from lab.command.streams import read_stdin
 from lab.command.typed import check_rules
 from lab.settings import UserError, digest
 from matrix.settings import SweepSettings
@@ -81,7 +82,7 @@ def sort_overrides(arguments: Sequence[str]) -> CommandLine:
                 words.axes[_key(argument)] = values
                 continue
         _check_given_once(argument, words, among=words.axes)
-        words.cells.append(f"prompt={sys.stdin.read()}" if argument == "prompt=-" else argument)
+        words.cells.append(f"prompt={read_stdin()}" if argument == "prompt=-" else argument)
         if root not in CELLS_OWN:
             words.sweep.append(argument)
     return words
@@ -159,7 +160,7 @@ def make_cells(settings: SweepSettings, words: CommandLine) -> list[Cell]:
     try:
         if hasattr(importlib.import_module(settings.command), "__path__"):  # one of the two registers its settings
             importlib.import_module(f"{settings.command}.__main__")
-    except ModuleNotFoundError as error:
+    except (ImportError, ValueError, TypeError) as error:  # the last two of names such as `` and `.x`
         raise UserError(f"matrix.command must be a module, got {settings.command!r} ({error})") from None
     axes, cells, refused = axes_of(settings, words), dict[str, Cell](), dict[str, UserError | None]()
     for values in itertools.product(*axes.values()):
@@ -167,7 +168,10 @@ def make_cells(settings: SweepSettings, words: CommandLine) -> list[Cell]:
         refusal = _refusal(config)
         for word in (*values, ""):  # "": the whole grid
             refused[word] = refused.get(word, refusal) if refusal else None
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # type: ignore[assignment]  # its top-level keys are names
+        try:
+            plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # type: ignore[assignment]  # its top-level keys are names
+        except OmegaConfBaseException as error:  # an interpolation refers to no key
+            raise refusal or UserError(describe(error)) from None
         point = {key: _value_at(plain, key, word) for key, word in zip(axes, values)}
         cells.setdefault(identity(point), Cell(point, [*settings.overrides, *words.cells, *values], plain))
     for refusal in refused.values():

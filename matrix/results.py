@@ -11,7 +11,9 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from lab.environment import describe_environment
 from lab.files import write_whole
@@ -27,6 +29,23 @@ Record = dict[str, Any]
 
 Result = dict[str, Any]
 """A record as used by one sweep, with its `point`, `words` and `settings`. `status` may also be `not run`."""
+
+
+class _Known(msgspec.Struct):
+    """What is read of a record; the rest is kept as it is."""
+
+    signature: str
+    status: Literal["ok", "failed"]
+    failure: str | None
+    detail: str
+    figures: dict[str, Any]
+    seconds: float
+    device: str
+    host: str
+    commit: Any
+    command: str
+    limit: dict[Literal["time_limit_seconds", "memory_limit_gib"], float] = {}
+
 
 _ABOUT_THE_PROCESS = ("status", "run_folder", "settings_digest")
 
@@ -48,11 +67,15 @@ class CellRun:
         if not file.exists():
             return None
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+            found: Record = json.loads(file.read_text(encoding="utf-8"))
+            known = msgspec.convert(found, _Known)
+        except (ValueError, RecursionError):
             log.warning("%s is not a JSON document; its cell runs again", file)
             return None
-        if not isinstance(found, dict) or found.get("signature") != self.signature:
+        except msgspec.ValidationError as error:  # damaged, or of another version
+            log.warning("%s is not a result (%s); its cell runs again", file, error)
+            return None
+        if known.signature != self.signature:
             log.warning("%s is not a result of this cell, which runs again", file)
             return None
         return found
@@ -93,7 +116,7 @@ class CellRun:
 
     def used(self, record: Record) -> Result:
         """The record as a result of this sweep."""
-        return {"point": self.cell.point, **record, "words": self.cell.words, "settings": self.cell.settings}
+        return {**record, "point": self.cell.point, "words": self.cell.words, "settings": self.cell.settings}
 
     def not_run(self, why: str, command: str) -> Result:
         """A result for a run that a sweep did not reach before it ended."""

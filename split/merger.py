@@ -33,8 +33,9 @@ def merge(model: ModelSettings, checkpoint: Path, output: Path) -> dict[str, Any
     Raises:
         UserError: parts are missing or damaged, `model` is not what the run began with, or `output` exists.
     """
-    folder = latest_step(checkpoint.absolute())
-    manifest = read_manifest(folder)
+    key = "project.checkpoint"
+    folder = latest_step(checkpoint.absolute(), key)
+    manifest = read_manifest(folder, key)
     ours = identity_of(model)
     if manifest.model != ours:
         raise UserError(f"model must be what the run began with, {manifest.model}, got {ours}")

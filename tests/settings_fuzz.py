@@ -38,7 +38,23 @@ VALUES = (
     *("", "null", "???", "nan", "inf", "-inf", "1e999", "-1", "0", "-0.0", "1", "2", "0.5", "1.5", "1e-320", "0x10"),
     *(str(sign * 2**bits + more) for bits in (31, 32, 53, 63, 64) for sign in (1, -1) for more in (-1, 0, 1)),
     *("1" + "0" * 40, "-1" + "0" * 40, "9" * 5000, "1e400", "true", "false", "yes", "none", "auto", "x", LONG),
-    *("[]", "[0]", "[-1]", "[1,2]", "[2,1]", "[1.5]", "[nan]", "[x]", "['']", "[[1]]", "[null]", "{}", "{x:1}", "[{}]"),
+    *(
+        "[]",
+        "[0]",
+        "[-1]",
+        "[1,2]",
+        "[2,1]",
+        "[1.5]",
+        "[nan]",
+        "[x]",
+        "['']",
+        "[[1]]",
+        "[null]",
+        "{}",
+        "[{a:1}]",
+        "{x:1}",
+        "[{}]",
+    ),
     *(
         "José",
         "日本語",
@@ -118,11 +134,17 @@ def keys_of(schema: type, path: str = "") -> Iterator[str]:
             yield from keys_of(hints[each.name], f"{path}{each.name}.")
 
 
-def members_of(schema: type, key: str) -> list[str]:
-    """The names that a key of a closed choice takes; none for another key."""
+def hint_of(schema: type, key: str) -> Any:
+    """The annotation of a dotted key."""
     hint: Any = schema
     for name in key.split("."):
         hint = get_type_hints(hint)[name]
+    return hint
+
+
+def members_of(schema: type, key: str) -> list[str]:
+    """The names that a key of a closed choice takes; none for another key."""
+    hint = hint_of(schema, key)
     kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, Enum)]
     return [name for kind in kinds for name in kind.__members__]
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lab.command.entry import compose_config
 from lab.settings import UserError
 from tests import settings_fuzz
-from tests.settings_fuzz import change_settings, commands_that_end, keys_of, reach_work
+from tests.settings_fuzz import change_settings, commands_that_end, hint_of, keys_of, outcome_of, reach_work
 from tests.test_conf import COMMANDS
 
 CHANGED = 150
@@ -39,6 +40,20 @@ def test_a_traceback_and_two_lines_are_seen(error: Exception, monkeypatch: pytes
 
     monkeypatch.setattr(settings_fuzz, "settle", fails)
     assert change_settings({"link": COMMANDS["link"]}, 20, seed=1).faults
+
+
+@pytest.mark.parametrize("value", ["[[1]]", "[{}]", "[{a:1}]", "${seed}", "${device}"])
+def test_lists_of_texts_and_numbers_hold_nothing_else(value: str) -> None:
+    """OmegaConf lets lists and groups in, and whatever is referred to."""
+    for name in ("split_inf", "spec_decoding", "matrix", "doctor"):
+        config, seen = compose_config(name, ["model=random"]), 0
+        for key in keys_of(COMMANDS[name]):
+            if hint_of(COMMANDS[name], key) in (list[str], list[int], list[float]):
+                line, fault = outcome_of(config, f"{key}={value}", COMMANDS[name])
+                assert fault is None
+                assert str(line).startswith(f"{key} must be a list, each ")
+                seen += 1
+        assert seen
 
 
 def test_every_key_is_changed() -> None:

@@ -1,7 +1,7 @@
 """How a command ends: by itself, by a signal or by an exception. Exit codes, and `ended_by` of the last line.
 
 In the main thread a signal raises an exception (`Stopped`), or calls a function where one was registered
-(`calling_on_signal`); a coroutine is cancelled (`run_async`). A second signal ends the process at once. So does a run
+(`calling_on_signal`); a coroutine is cancelled (`run_async`). A later signal ends the process at once. So does a run
 that takes too long to end after a signal; its last line then holds the figures so far.
 """
 
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from lab.settings import UserError
 
 Returned = TypeVar("Returned")
 
+SAME_SECONDS = 0.5
+"""Signals so soon after the first are that one again: `timeout`, and who signals a group, may send it twice."""
 UNWIND_SECONDS = 7.0
 """Seconds between a signal and the forced end; containers kill after ten."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})
@@ -98,6 +101,7 @@ class Signals:
         """The signal that was received."""
         self.tell: Callable[[], object] | None = None
         """Called instead of raising."""
+        self._heard_at = 0.0
         self._before: dict[int, Any] = {}
         self._heard, self._over = threading.Event(), threading.Event()
 
@@ -124,8 +128,10 @@ class Signals:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
+            if time.monotonic() - self._heard_at > SAME_SECONDS:
+                os._exit(128 + number)
+            return
+        self.number, self._heard_at = number, time.monotonic()
         self._heard.set()
         if self.tell is None:
             raise Stopped(number)

@@ -4,11 +4,13 @@ Exit codes: 0 done, 1 a fault (an unexpected one with its traceback), 2 a mistak
 Ctrl+C and 143 after SIGTERM (0 for roles that serve until then), 141 when the reader of standard output is gone.
 """
 
+import atexit
 import json
 import logging
 import os
 import secrets
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -87,8 +89,12 @@ class Run:
 Work = Callable[[Settings, Run], dict[str, Any]]
 
 
-def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
+def main(
+    config_name: str, settings_type: type[Settings], run: Work[Settings], sort: Callable[[list[str]], list[str]] = list
+) -> NoReturn:
     """Run a whole command: `run` gets typed settings and returns the figures of the last line.
+
+    `sort` takes the overrides that are not for these settings out of the command line; it may raise UserError.
 
     A command imports torch, and modules that load it, only within `run`: torch reads the environment that is set here,
     and `--help` need not wait for it.
@@ -98,7 +104,7 @@ def main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -
         print(version())
         raise SystemExit(0)
     with for_owner_alone():
-        _main(config_name, settings_type, run)
+        _main(config_name, settings_type, run, sort)
 
 
 def door(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> Callable[[], NoReturn]:
@@ -111,7 +117,9 @@ def door(config_name: str, settings_type: type[Settings], run: Work[Settings]) -
     return opened
 
 
-def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> NoReturn:
+def _main(
+    config_name: str, settings_type: type[Settings], run: Work[Settings], sort: Callable[[list[str]], list[str]]
+) -> NoReturn:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     # Set by a program that started us: with it, W&B's process would write our files, readable by others, after our end.
@@ -121,7 +129,7 @@ def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) 
     with Signals(command.forced) as signals:
         log_to_stderr()
         try:
-            command.work(config_name, settings_type, run)
+            command.work(config_name, settings_type, run, sort)
             end = None
         except BaseException as error:
             end = _end_of(error, command)
@@ -132,6 +140,8 @@ def _main(config_name: str, settings_type: type[Settings], run: Work[Settings]) 
             leave_at_once(code)
     if end is not None:
         end_children(command.began)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # all is said: no traceback out of what exits
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     raise SystemExit(code)
 
 
@@ -147,7 +157,13 @@ class _Command:
         """None: there is no last line, because nothing was run (`--help`)."""
         self._finishing = threading.Lock()
 
-    def work(self, config_name: str, settings_type: type[Settings], run: Work[Settings]) -> None:
+    def work(
+        self,
+        config_name: str,
+        settings_type: type[Settings],
+        run: Work[Settings],
+        sort: Callable[[list[str]], list[str]],
+    ) -> None:
         """Compose the settings and run. Raises the run's own exception."""
         raised: list[Exception] = []
 
@@ -161,8 +177,9 @@ class _Command:
                 raised.append(_as_users(error, config, self.place))
 
         streams.check_arguments(sys.argv[1:])
-        words = parse_options(sys.argv[1:]).overrides
-        options = [argument for argument in sys.argv[1:] if argument not in words]
+        arguments = sort(sys.argv[1:])
+        words = parse_options(arguments).overrides
+        options = [argument for argument in arguments if argument not in words]
         # Overrides first: Hydra ignores those that follow an option.
         sys.argv[1:] = [*with_texts_as_typed(literal_prompt(words), settings_type), *options]
         hydra.main(version_base="1.3", config_path="../../conf", config_name=config_name)(task)()
@@ -302,12 +319,6 @@ def for_owner_alone() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
-
-
-def leave(code: int, line: str) -> NoReturn:
-    """End the process with this exit code and one line on stderr."""
-    _say(code, line)
-    raise SystemExit(code)
 
 
 def _say(code: int, line: str) -> None:

@@ -53,6 +53,8 @@ def _written(value: object) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
     if isinstance(value, Enum):
         return quoted(value.name)
     assert isinstance(value, str | Path), f"a setting of kind {type(value).__name__} has no word"

@@ -74,9 +74,14 @@ def own_words(but: tuple[str, ...] = ()) -> list[str]:
     return [*(f"--config-dir={folder}" for folder in folders), *words]
 
 
+def say_ready(status: str, role: str, host: str, port: int, **about: Any) -> None:
+    """Print, when a role is ready, one line of JSON on stdout for `first_line`."""
+    print(json.dumps({"status": status, "role": role, "host": host, "port": port, **about}), flush=True)
+
+
 def say_listening(role: str, host: str, port: int, hint: str, **about: Any) -> None:
-    """Print, when a role is ready, one line of JSON on stdout for `first_line`, and on stderr what to type next."""
-    print(json.dumps({"status": "listening", "role": role, "host": host, "port": port, **about}), flush=True)
+    """Say that a role listens, and print on stderr what to type next."""
+    say_ready("listening", role, host, port, **about)
     print(hint, file=sys.stderr, flush=True)
 
 

@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lab.command.explain import describe, unknown_key
+from lab.command.explain import KINDS, describe, kind, unknown_key
 from lab.settings import LabSettings, UserError
 
 Settings = TypeVar("Settings", bound=LabSettings)
@@ -40,6 +40,7 @@ def check_rules(config: DictConfig) -> None:
 
 def _values(config: DictConfig) -> dict[str, Any]:
     for node in _structured_nodes(config):
+        _check_lists(node)
         _convert(node)
     return {str(key): _convert(value) if isinstance(value, DictConfig) else value for key, value in config.items()}
 
@@ -81,6 +82,15 @@ def _structured_nodes(node: DictConfig) -> Iterator[DictConfig]:
         if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
             yield from _structured_nodes(node[key])
             yield node[key]
+
+
+def _check_lists(node: DictConfig) -> None:
+    """UserError for a list of texts or numbers that is none, or holds lists or groups: OmegaConf lets these in."""
+    for name, hint in get_type_hints(OmegaConf.get_type(node)).items():
+        if get_origin(hint) is not list or get_args(hint)[0] not in KINDS or OmegaConf.is_missing(node, name):
+            continue
+        if not isinstance(node[name], ListConfig) or any(map(OmegaConf.is_config, node[name])):
+            raise UserError(f"{node._get_full_key(name)} must be {kind(hint)}, got {node[name]}")
 
 
 def _convert(node: DictConfig) -> Any:

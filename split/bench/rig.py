@@ -132,9 +132,11 @@ class Rig(ExitStack):
 
         port, layers = free_port(), self.ranges(self.project.cut)
         words = [*self._words, "project.transport=rpc"]
-        with LocalShards(layers, self.folder / "rpc", 0.0, words, pin=True, group_port=port):
+        seconds = self.project.start_seconds
+        with LocalShards(layers, self.folder / "rpc", seconds, words, pin=True, group_port=port):
             wanted = fingerprints(self.model, self.settings.project.boundary)
-            engine = self.engine(RpcChain(len(layers) + 1, self.settings.network, port, wanted))
+            group = RpcChain(len(layers) + 1, self.settings.network, port, wanted, start_seconds=seconds)
+            engine = self.engine(group)
             try:
                 yield engine
             finally:

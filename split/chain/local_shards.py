@@ -59,14 +59,13 @@ class LocalShards:
         try:
             for index in range(len(self._layers)):
                 self.processes.append(self._start(index, self.group_port or 0))
-            if self.group_port is not None:
-                return self
             deadline = time.monotonic() + self._start_seconds
             self.addresses = [self._address(index, deadline) for index in range(len(self.processes))]
         except BaseException:
             self.stop()
             raise
-        self._watcher.start()
+        if self.group_port is None:
+            self._watcher.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -119,7 +118,7 @@ class LocalShards:
         return self._folder / f"shard-{index + 1}"
 
     def _address(self, index: int, deadline: float) -> Address:
-        """Wait until a shard reports its address."""
+        """Wait until a shard reports where it listens, or that it joins its group."""
         try:
             ready = first_line(self.processes[index], deadline - time.monotonic())
         except NotReady as error:

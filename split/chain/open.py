@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lab.command.ending import run_async
-from lab.command.processes import own_words, say_listening
+from lab.command.processes import own_words, say_listening, say_ready
 from lab.models.shape import ModelShape
 from lab.models.sources import load_config
 from lab.network import address_for_peers, cannot_listen, client_side_tls, listener_tls, make_endpoint
@@ -158,7 +158,8 @@ class Chain:
                 f"got {world_size}"
             )
         try:
-            return RpcChain(world_size, self.network, port, self.fingerprints, self.kind.worker_threads)
+            threads, seconds = self.kind.worker_threads, project.start_seconds
+            return RpcChain(world_size, self.network, port, self.fingerprints, threads, start_seconds=seconds)
         except ChainMismatch as error:
             raise UserError(str(error)) from None
 
@@ -205,6 +206,7 @@ class Chain:
             stage = load(layers)
             seat = make_seat(stage, name, self.model_layers, self.fingerprints)
             with until_stopped(project.follow_stdin):
+                say_ready("joining", self.kind.shard, network.host, network.port, layers=project.layers)
                 serve_seat(seat, project.rank, project.world_size, network)
             return stage, 1
         tls = listener_tls(network)

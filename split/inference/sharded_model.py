@@ -424,8 +424,11 @@ class ShardedModel(Engine):
             session.fault = f"the shards had lost it, and have no room for it now ({why})"
             self._close(session.key)
         elif session.position:
-            [extend] = self._advance([_Extend(session.key, 0, journal.ids[: session.position])], "last")
-            session.fault = session.fault or extend.fault
+            try:
+                [extend] = self._advance([_Extend(session.key, 0, journal.ids[: session.position])], "last")
+                session.fault = session.fault or extend.fault
+            except _RequestLost as lost:  # again, to another client's
+                session.fault = str(lost)
 
 
 def _raised(fault: Fault) -> Exception:

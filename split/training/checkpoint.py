@@ -147,23 +147,21 @@ def forget_steps_before(root: Path, run: str, step: int) -> None:
                 folder.rmdir()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a step's folder. UserError for a folder that has none, or a broken one."""
+def read_manifest(folder: Path, key: str = "project.resume") -> Manifest:
+    """The manifest of a step's folder. UserError, with its key, for a folder that has none, or a broken one."""
     try:
         return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError) as error:
-        raise UserError(
-            f"project.checkpoint must be a step's folder with a {MANIFEST}, got {str(folder)!r} ({error})"
-        ) from None
+        raise UserError(f"{key} must be a step's folder with a {MANIFEST}, got {str(folder)!r} ({error})") from None
 
 
-def latest_step(folder: Path) -> Path:
-    """The newest valid step of a run's folder, or the step's folder itself. UserError if there is none."""
+def latest_step(folder: Path, key: str = "project.resume") -> Path:
+    """The newest valid step of a run's folder, or the step's folder itself. UserError, with `key`, if there is none."""
     if (folder / MANIFEST).exists():
         return folder
     valid = [place for _, place in _steps(folder) if (place / MANIFEST).exists()]
     if not valid:
-        raise UserError(f"project.resume must be a checkpoint with at least one valid step, got {str(folder)!r}")
+        raise UserError(f"{key} must be a checkpoint with at least one valid step, got {str(folder)!r}")
     return valid[-1]
 
 

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -67,7 +68,15 @@ def check_master(network: NetworkSettings) -> None:
         )
 
 
-def join_group(name: str, rank: int, world_size: int, network: NetworkSettings, port: int, worker_threads: int) -> None:
+def join_group(
+    name: str,
+    rank: int,
+    world_size: int,
+    network: NetworkSettings,
+    port: int,
+    worker_threads: int,
+    start_seconds: float | None = None,
+) -> None:
     """Join the group that the client opens at `network.host`:`port`. Raises UserError when it is not complete in time.
 
     Its default transport polls a whole core even when idle; libuv's does not.
@@ -84,8 +93,24 @@ def join_group(name: str, rank: int, world_size: int, network: NetworkSettings, 
         rpc_timeout=network.request_timeout_seconds,
         _transports=["uv"],
     )
+    joined: Future[None] = Future()
+
+    def join() -> None:
+        try:
+            torch_rpc.init_rpc(name, rank=rank, world_size=world_size, rpc_backend_options=options)
+            joined.set_result(None)
+        except Exception as error:
+            joined.set_exception(error)
+
+    # Not here: torch would wait for half an hour, and hear no signal meanwhile.
+    threading.Thread(target=join, name="rpc group", daemon=True).start()
     try:
-        torch_rpc.init_rpc(name, rank=rank, world_size=world_size, rpc_backend_options=options)
+        joined.result(start_seconds)
+    except TimeoutError:
+        raise UserError(
+            f"project.start_seconds must be long enough for the shards, rank 1 to {world_size - 1}, to come to "
+            f"{network.host}:{port}, got {start_seconds:g}"
+        ) from None
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -261,6 +286,7 @@ class RpcChain(Transport):
         port: The group's port; `network.port` unless that is 0.
         fingerprints: Of the model; every shard must have the same.
         worker_threads: Threads of this process's agent.
+        start_seconds: How long the shards may take to come.
 
     Raises:
         UserError: a group that is refused or not complete, or holds other models.
@@ -274,12 +300,14 @@ class RpcChain(Transport):
         port: int,
         fingerprints: dict[str, str],
         worker_threads: int = WORKER_THREADS,
+        *,
+        start_seconds: float,
     ) -> None:
         self._network = network
         self._answers: deque[Message] = deque()
         self._lost: ShardLost | None = None
         self._closing = threading.Event()
-        join_group(CLIENT, 0, world_size, network, port, worker_threads)
+        join_group(CLIENT, 0, world_size, network, port, worker_threads, start_seconds)
         names = [f"shard{rank}" for rank in range(1, world_size)]
         self._senders = {name: InOrder() for name in names}
         self._sent = [0 for _ in names]

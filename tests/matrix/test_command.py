@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from lab.environment import version
 from matrix.__main__ import main
+from matrix.grid import sort_words
 from matrix.results import CellRun
 from matrix.supervisor import Outcome
 from tests.in_process import exit_code
@@ -83,6 +87,14 @@ def test_a_sweep_is_drawn_again_and_compared(
         (["matrix.plot=bad"], "matrix.plot must be the folder of a sweep, with the results in its sweep.json"),
         (["seed=1,2", "seed=3"], "seed must be given once where it is an axis, got 'seed=3', too"),
         (["project.matrix_sze=1,2"], "project.matrix_sze must be a setting (did you mean project.matrix_size?)"),
+        (["matrix.command="], "matrix.command must be a module, got '' ("),
+        (["matrix.command=.x"], "matrix.command must be a module, got '.x' ("),
+        (["matrix.sources=[.x]"], "matrix.sources must name packages, got '.x'"),
+        (["matrix.overrides=[{a:1}]"], "matrix.overrides must be a list, each text, got [{'a': 1}]"),
+        (["matrix.axes.seed=[{a:1}]"], "seed must be an integer, got {'a': 1}"),
+        (["project.matrix_size=64,${nope}"], "project.matrix_size must not refer to what cannot be read, got: "),
+        (["prompt=-"], "prompt must be readable UTF-8 text, got '-' ("),
+        (["prompt=\udcff"], "arguments must be UTF-8 text, got 'prompt=\\udcff'"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(
@@ -93,12 +105,24 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "sweep.json").write_text('{"sweep": {"metrics": [1]}, "results": [{"point": []}]}')
     assert exit_code(main, *words_of(tmp_path, {"seed": [1]}, *words)) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {message}")
     assert len(errors.splitlines()) == 1
+
+
+def test_a_prompt_of_standard_input_is_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = io.BytesIO(b"\xef\xbb\xbfcaf\xc3\xa9\r\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given, encoding="cp1252"))
+    assert sort_words(["prompt=-"]).cells == ["prompt=café\r\n"]
+
+
+def test_the_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(main, "--version") == 0
+    assert capsys.readouterr().out == version() + "\n"
 
 
 def test_whatever_ends_a_sweep_the_report_is_there(

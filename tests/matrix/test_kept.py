@@ -108,6 +108,31 @@ def test_a_file_that_is_no_result_of_its_cell_runs_again(tmp_path: Path, ran: li
     assert len(ran) == 2
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seconds": "x"}, {"limit": None}, {"limit": {"nope": 1}}, {"figures": None}, {"status": "hm"}, {"host": ...},
+        {"command": ...}, {"detail": ...},
+    ],
+)  # fmt: skip
+def test_a_result_of_another_shape_runs_again(tmp_path: Path, ran: list[Job], wrong: dict[str, Any]) -> None:
+    """Damaged, or another version's; what that had besides is not taken for this sweep's."""
+    [kept] = sweep_here(tmp_path, {"seed": [1]}).document["results"]
+    [file] = tmp_path.glob("cells/*/result.json")
+    told = {key: value for key, value in (kept | wrong).items() if value is not ...}
+    file.write_text(json.dumps(told | {"point": {"elsewhere": 1}}))
+    [again] = sweep_here(tmp_path, {"seed": [1]}, "matrix.retry_failed=true").document["results"]
+    assert (len(ran), again["point"], again["seconds"]) == (2, {"seed": 1}, 1.0)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"pid": 1}', '{"pid": 1, "host": 1, "since": 1, "folder": 1}'])
+def test_a_damaged_list_of_another_sweep_costs_nothing(tmp_path: Path, text: str) -> None:
+    with Claims(tmp_path, Path("one")) as one, Claims(tmp_path, Path("two")) as two:
+        one.take(["a"])
+        one._list.write_text(text)
+        assert two.take(["a"]) == {}
+
+
 def test_a_results_folder_that_cannot_be_written_is_one_line(tmp_path: Path, ran: list[Job]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^matrix.results must .*got '.*file/cells'"):

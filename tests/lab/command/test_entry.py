@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,6 +335,41 @@ def test_fault_and_interrupt_of_real_processes(tmp_path: Path) -> None:
         for process in (fault, interrupted):
             process.kill()
             process.wait(DEADLINE)
+
+
+def test_a_signal_that_comes_twice_is_one_and_a_later_one_ends_at_once(tmp_path: Path) -> None:
+    begin = "def work(settings, place):\n"
+    slow = FAULTY.replace(begin, begin + "    place.so_far = lambda: time.sleep(2) or {'a': 1}\n")
+    for gap, kept in ((0.02, True), (0.8, False)):
+        process = start(tmp_path, "seed=2", text=slow)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "working\n"
+            process.send_signal(signal.SIGINT)
+            time.sleep(gap)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=DEADLINE)
+        finally:
+            process.kill()
+            process.wait(DEADLINE)
+        assert (process.returncode, '"a": 1' in output) == (130, kept)
+
+
+def test_ctrl_c_after_the_last_line_is_no_traceback(tmp_path: Path) -> None:
+    """Libraries take their time to exit."""
+    slow = "import atexit, time\natexit.register(time.sleep, 60)\n" + FAULTY.replace("time.sleep(100)", "return {}")
+    process = start(tmp_path, "seed=2", text=slow)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        assert json.loads(process.stdout.readline())["status"] == "ok"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+        process.wait(DEADLINE)
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
 
 
 def test_the_file_of_another_command_in_a_real_process(tmp_path: Path) -> None:

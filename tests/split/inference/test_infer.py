@@ -21,6 +21,7 @@ import torch
 from lab.command.entry import compose_settings
 from split import infer, plan, serve
 from split.chain.boundary import Boundary
+from split.chain.open import free_port
 from split.inference.open import INFERENCE, fingerprints, load_stage
 from split.settings import SplitSettings
 from tests.split.processes import Process
@@ -49,10 +50,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"model.cache_dir={tmp_path_factory.mktemp('models')}"
 
 
-def _start(folder: Path, words: Sequence[str]) -> subprocess.Popen[str]:
+def _start(folder: Path, words: Sequence[str], module: str = "split.infer") -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, "-m", "split.infer", f"hydra.run.dir={folder}", *words],
+        [sys.executable, "-m", module, f"hydra.run.dir={folder}", *words],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
         stdout=subprocess.PIPE,
@@ -189,6 +190,25 @@ def test_a_signal_leaves_no_shard_behind_and_the_text_so_far(transport: str, cac
     assert (last["ended_by"], len(last["token_ids"]) > 0) == (word, True)
 
 
+@pytest.mark.real
+def test_a_shard_that_waits_for_its_group_hears_signals(cache: str, tmp_path: Path) -> None:
+    """torch's own wait, of half an hour, hears none."""
+    words = ["project.transport=rpc", "project.rank=1", "project.world_size=2", "project.layers=0:2"]
+    process = _start(
+        tmp_path, ["model=random", cache, "tracking=none", f"network.port={free_port()}", *words], "split.serve"
+    )
+    try:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["status"] == "joining"
+        time.sleep(1.0)  # it waits
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, json.loads(out)["ended_by"]) == (0, "terminated"), err
+
+
 NO_ROOM = (
     "[{name: a, memory_gb: 24, gb_per_second: 500, delay_ms: 0, megabit_per_second: 1000, layer_ms: 0, head_ms: 0}]"
 )
@@ -209,6 +229,11 @@ NO_ROOM = (
             "network.host must be loopback for transport=rpc (it is pickle",
         ),
         (infer, ["project.shards=[127.0.0.1:1]", "project.start_seconds=0.2"], "could not be reached"),
+        (
+            infer,
+            ["project.local_shards=2", "project.transport=rpc", "project.cache_limit_bytes=70000"],
+            "shard 1 did not start: error: project.context must fit project.cache_limit_bytes=70000",
+        ),
         (
             infer,
             ["project.transport=inproc", "project.local_shards=2", "project.max_new_tokens=1024"],
@@ -242,6 +267,11 @@ def test_what_the_user_got_wrong_is_one_line(
         ("split.serve", ["project.layers=2"], "error: project.layers must be first:last with first < last, got '2'"),
         ("split.infer", ["project.shards=[nowhere]"], "error: project.shards must hold host:port, got 'nowhere'"),
         ("split.plan", [f"project.nodes={NO_ROOM}", "model=llama3_70b"], "GB are missing"),
+        (
+            "split.infer",
+            ["project.transport=rpc", "project.world_size=2", f"network.port={free_port()}", "project.start_seconds=1"],
+            "error: project.start_seconds must be long enough for the shards, rank 1 to 1, to come to 127.0.0.1:",
+        ),
     ],
 )
 def test_as_a_process_it_ends_with_code_2(module: str, words: list[str], line: str, cache: str, tmp_path: Path) -> None:

@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 from lab.engine.base import Engine, TargetStep
 from lab.engine.kv import CacheFull
+from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.models import folder as folder_module
 from lab.models.layers import load_layers
 from split.chain.boundary import Boundary
+from split.inference.messages import Pass
 from split.inference.shard import PassInput, Shard1
 from split.inference.sharded_model import ShardFault
 from split.inference.stage import InferenceStage
+from split.transport.base import Message
 from split.transport.inproc import InProcess
 from tests.random_models import ARCHITECTURES
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
@@ -153,6 +157,33 @@ def test_an_evicted_text_is_rebuilt_with_the_same_tokens(tmp_path: Path) -> None
         said.append([text.step.next_ids for text in pair if text.step])
     assert said[0] == said[1]
     assert not evicting.recoveries
+
+
+class Evicting(InProcess):
+    """Every text is evicted before each pass, as one client's is for another's when nothing may be idle."""
+
+    evicts = False
+
+    @override
+    def send(self, shard: int, message: Message) -> None:
+        if self.evicts and isinstance(message.head, Pass):
+            for stage in self._stages:
+                stage.forget()
+        super().send(shard, message)
+
+
+def test_a_text_that_is_evicted_again_while_it_is_rebuilt_stops_alone(tmp_path: Path) -> None:
+    made = [InferenceStage(shard, Boundary.float32) for shard in shards(saved_model("llama", tmp_path), (0, 2, 4))]
+    transport = Evicting(made)
+    engine = as_engine(transport)
+    text = engine.open(some_ids(9, 1), SAMPLED)
+    said = text.step
+    transport.evicts = True
+    with pytest.raises(NotFinite, match="text 1 goes on at 0, held are 0 in the shard of layers 0:2"):
+        engine.extend([(text, [1])], "last")
+    transport.evicts = False
+    text.close()
+    assert _bits(engine.open(some_ids(9, 1), SAMPLED).step) == _bits(said)
 
 
 def test_a_shard_reads_no_tensors_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

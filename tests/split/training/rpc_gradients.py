@@ -99,7 +99,9 @@ def learner(case: Case, settings: ModelSettings, network: NetworkSettings, rank:
 
 def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: int) -> None:
     """The trainer of a group."""
-    transport = RpcChain(len(case.cuts), network, network.port, {"model": "tests"}, LearnerSeat.worker_threads)
+    transport = RpcChain(
+        len(case.cuts), network, network.port, {"model": "tests"}, LearnerSeat.worker_threads, start_seconds=60.0
+    )
     optimization = replace(OPTIMIZATION, max_gradient_norm=case.max_gradient_norm)
 
     def backward(shards: Shards) -> Backward:

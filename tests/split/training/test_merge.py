@@ -121,7 +121,7 @@ def test_what_cannot_be_merged_is_said(tmp_path: Path) -> None:
         merge(model_settings(tmp_path / "other", tied=True), run, tmp_path / "merged")
     with pytest.raises(UserError, match=r"project\.output must not be there yet"):
         merge(settings, run, tmp_path / "model")
-    with pytest.raises(UserError, match="at least one valid step"):
+    with pytest.raises(UserError, match=r"^project\.checkpoint must be a checkpoint with at least one valid step"):
         merge(settings, tmp_path / "nothing", tmp_path / "merged")
     weights = latest_step(run) / "shard-2" / "weights.safetensors"
     whole = weights.read_bytes()
