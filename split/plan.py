@@ -13,7 +13,6 @@ from lab.settings import (
     Dtype,
     LabSettings,
     ModelSettings,
-    Quantization,
     UserError,
     register,
     require,
@@ -21,7 +20,7 @@ from lab.settings import (
     require_at_least,
 )
 from split.chain.boundary import Boundary
-from split.planner import NF4_BYTES, Architecture, FitsNowhere, Node, Plan, Work, make_plan
+from split.planner import QUANTISED_BYTES, Architecture, FitsNowhere, Node, Plan, Work, make_plan
 
 MAX_NODES = 7
 """Most nodes; all their orders are tried."""
@@ -124,7 +123,7 @@ def own_architecture(model: ModelSettings) -> Architecture:
 def sized_architecture(model: ModelSettings) -> Architecture:
     """`model.architecture` with the size of its values in the model's precision."""
     value_bytes = _VALUE_BYTES[model.dtype]
-    weight_bytes = NF4_BYTES if model.quantization is Quantization.nf4 else value_bytes
+    weight_bytes = QUANTISED_BYTES.get(model.quantization, value_bytes)
     return Architecture(**asdict(model.architecture), value_bytes=value_bytes, weight_bytes=weight_bytes)
 
 

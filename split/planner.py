@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lab.settings import ArchitectureSettings
+from lab.settings import ArchitectureSettings, Quantization
 
 FRAME_BYTES = 40
 """Size of a frame's header and head, about."""
 ANSWER_BYTES = 48
-NF4_BYTES = 0.5 + 4 / 64
-"""Size of a weight: four bits, and a float32 scale for each block of 64 (arXiv 2305.14314; no double quantisation)."""
+QUANTISED_BYTES = {Quantization.nf4: 0.5 + 4 / 64, Quantization.int8: 1.0, Quantization.int4: 0.5 + 4 / 32}
+"""Size of a weight. nf4: four bits, and a float32 scale for each block of 64 (arXiv 2305.14314; no double
+quantisation); int4: four bits, and a scale and a zero in bfloat16 for each 32."""
 
 
 @dataclass(kw_only=True)
@@ -30,7 +31,7 @@ class Architecture(ArchitectureSettings):
     layer_weights: int | None = None
     """Weights in all matrices of the largest layer; None: those of attention and a gated MLP of the sizes above."""
     unpacked_weights: int = 0
-    """Number of these weights that take `value_bytes` each in any case, since nf4 does not pack them."""
+    """Number of these weights that take `value_bytes` each in any case, since they are in no linear layer."""
 
     @property
     def layer_bytes(self) -> int:

@@ -12,6 +12,7 @@ import yaml
 import conf
 from fl.bench.settings import FederatedBenchSettings
 from fl.settings import FederatedSettings
+from lab.bench_engine import EngineBenchSettings
 from lab.command.entry import compose_settings
 from lab.decode import DecodeSettings
 from lab.doctor import DoctorSettings
@@ -30,7 +31,7 @@ from split.training.settings import SplitTrainSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 16, "matrix": 5, "model": 6, "tracking": 3}
+FOUND = {"": 17, "matrix": 5, "model": 6, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "split_inf": SplitSettings,
     "split_plan": PlanSettings,
     "split_bench": SplitBenchSettings,
+    "engine_bench": EngineBenchSettings,
     "split_train": SplitTrainSettings,
     "split_merge": MergeSettings,
     "split_train_bench": SplitTrainBenchSettings,

@@ -37,6 +37,7 @@ from lab.engine.kv import CacheFull, ExactShape, SlotCache, check_attention, lay
 from lab.engine.sampling import Sampling, mix64
 from lab.engine.settings import CacheSettings
 from lab.engine.wide_products import pack_products
+from lab.models.quantized import stored_bytes
 from lab.models.shape import ModelShape
 from lab.settings import UserError
 
@@ -179,6 +180,11 @@ class LocalEngine(Engine):
     def row_invariant(self) -> bool:  # type: ignore[override]  # found out by each engine
         """So with compiled layers, as tried when they were opened, and with exact shapes."""
         return bool(self._exact_rows) or (self._compiled is not None and self._compiled.row_invariant)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of its tensors."""
+        return stored_bytes(self._model)
 
     @property
     def is_compiled(self) -> bool:

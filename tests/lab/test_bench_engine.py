@@ -1,0 +1,44 @@
+"""The benchmark of the engine at toy size: every part runs, and what is equal is equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab import bench_engine
+from lab.bench_engine import PARTS, EngineBenchSettings, EngineRig, run
+from lab.command.entry import Run, compose_settings
+
+SMALL = (
+    "model=random device.threads=1 project.context=400 project.prompt_tokens=8 project.new_tokens=6 project.repeats=1 "
+    "project.prompts=[20,40] project.texts=[2] project.checked_rows=[4] project.identity_tokens=100 "
+    "project.perplexity_tokens=300 tracking=none"
+)
+
+
+def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    parts = [part for part in PARTS if part != "memory"]  # it starts processes with the real model
+    settings = compose_settings("engine_bench", f"{SMALL} project.parts=[{','.join(parts)}]", EngineBenchSettings)
+    try:
+        found = run(settings, Run(tmp_path))
+    finally:
+        torch.set_num_threads(threads)
+    rows = found["rows"]
+    assert {row["row"] for row in rows} == set(parts)
+    [identity] = [row for row in rows if row["row"] == "identity"]
+    assert identity["holds"]
+    assert identity["differing"] == {"int4": 0, "int8": 0, "bfloat16": 0}
+    decode = rows[0]["tokens_per_second"]
+    assert set(decode) == {"int4", "int8", "bfloat16", "bfloat16_eager"}, "llama.cpp has no such model"
+
+
+def test_without_its_wheel_llama_cpp_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise ImportError("no xllamacpp")
+
+    monkeypatch.setattr(bench_engine, "LlamaCpp", absent)
+    settings = compose_settings("engine_bench", "", EngineBenchSettings)
+    assert EngineRig(settings, tmp_path).llama_cpp(1) is None
