@@ -8,19 +8,9 @@ from pathlib import Path
 
 from lab.files import path_of
 from lab.settings import NetworkSettings, UserError, user_errors
-from lab.wire import (
-    Deadlines,
-    Endpoint,
-    Fingerprints,
-    Limits,
-    MessageTable,
-    check_listener,
-    client_tls,
-    common_names_differ,
-    is_loopback,
-    read_key,
-    server_tls,
-)
+from lab.wire.endpoint import Deadlines, Endpoint, Fingerprints, common_names_differ
+from lab.wire.frames import Limits, MessageTable
+from lab.wire.listener import check_listener, client_tls, is_loopback, read_key, server_tls
 
 KEY_VARIABLE = "LAB_KEY"
 """Environment variable that holds the shared key where `network.key_file` is null."""

@@ -56,8 +56,9 @@ import msgspec
 from lab.engine.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.network import make_endpoint
 from lab.settings import NetworkSettings
-from lab.wire import FIRST_APPLICATION_TYPE, Endpoint, Head, MessageKind, MessageTable
+from lab.wire.endpoint import Endpoint
 from lab.wire.fields import LongText, ShortText, Uint32
+from lab.wire.frames import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 

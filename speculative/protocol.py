@@ -22,7 +22,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 
-from lab.wire import BadFrame, Peer, PeerGone, PeerSilent
+from lab.wire.faults import BadFrame, Peer, PeerGone, PeerSilent
 
 MAX_TEXT_BYTES = 2**20
 """Longest request, part of the protocol: `lab.wire.MAGIC`, read as a length, is 3,000 times larger."""

@@ -22,26 +22,27 @@ from pathlib import Path
 
 import psutil
 
-from lab.wire import (
-    Deadlines,
-    Endpoint,
-    FrameConnection,
+from lab.wire.endpoint import Deadlines, Endpoint
+from lab.wire.faults import Peer, WireError
+from lab.wire.frame_connection import FrameConnection, address
+from lab.wire.frame_server import FrameServer
+from lab.wire.frame_socket import FrameSocket
+from lab.wire.frames import (
+    FORMAT_VERSION,
+    HEADER,
+    MAGIC,
+    Buffer,
     FrameReader,
-    FrameServer,
-    FrameSocket,
     Head,
     Limits,
     MessageKind,
     MessageTable,
-    Peer,
-    WireError,
+    Ping,
+    WireType,
     encode,
-    pack_tokens,
-    unpack_tokens,
 )
-from lab.wire.frame_connection import address
-from lab.wire.frames import FORMAT_VERSION, HEADER, MAGIC, Buffer, Ping, WireType
 from lab.wire.handshake import HANDSHAKE_TABLE, ClientHandshake, Hello, Proof
+from lab.wire.tokens import pack_tokens, unpack_tokens
 from speculative.protocol import MAX_TEXT_BYTES, read_msg, recv_tokens, send_msg, write_tokens
 
 KEY = b"a key for the tests only"

@@ -1,7 +1,5 @@
 """How long a text may be, so that what a token is does not depend on how the text was cut into forward passes."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -6,8 +6,6 @@ position spoils the whole text in the layer behind it. So the pass is made again
 Shapes: B batch rows, T positions in this pass, H hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -3,8 +3,6 @@
 Shapes: K consecutive places of one text, V vocabulary, U different tokens that stand in the text.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

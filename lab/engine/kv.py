@@ -15,8 +15,6 @@ Shapes: S slots, B batch rows (one slot each), T positions in this pass, L cache
 size, N positions written in this pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

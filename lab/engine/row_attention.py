@@ -8,8 +8,6 @@ is copied.
 Only in inference mode and for few rows: a prompt is computed in the same pieces with and without drafts.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

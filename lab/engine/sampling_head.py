@@ -1,15 +1,13 @@
 """Sampling settings on the wire: the first fields of OPEN in every protocol."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import msgspec
 
 from lab.engine.sampling import Sampling
 from lab.text.words import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES, Words
-from lab.wire import Head
 from lab.wire.fields import Uint31, Uint32, Uint63
+from lab.wire.frames import Head
 
 Bias = tuple[Uint31, float]
 BadWord = Annotated[list[Uint31], msgspec.Meta(min_length=1, max_length=MAX_BAD_WORD_TOKENS)]

@@ -1,7 +1,5 @@
 """How much room a target's sessions have: settings that every process with a KV cache shares."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lab.settings import require, require_at_least

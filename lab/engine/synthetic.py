@@ -1,7 +1,5 @@
 """An engine without a model, for tests and for measurements of everything around an engine."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

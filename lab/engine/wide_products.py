@@ -16,8 +16,6 @@ Elsewhere `WideLinear`: a block of a matrix at a time, where rows share the work
 Only in inference mode: a backward pass would keep the wide numbers.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

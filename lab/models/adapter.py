@@ -7,8 +7,6 @@ The slice then gets PEFT's own modules, those of them that it has a place for, a
 A slice names its modules as the whole model does, and what it lacks is a module without parameters.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

@@ -1,7 +1,5 @@
 """The base model as an adapter folder records it: a name that can be loaded, and how to get that model again."""
 
-from __future__ import annotations
-
 import json
 
 from lab.models.sources import prepare_checkpoint

@@ -4,8 +4,6 @@ bits.
 Each is written once, under `model.cache_dir` by digest and dtype; every later start is a memory-mapped read.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

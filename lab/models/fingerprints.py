@@ -1,7 +1,5 @@
 """Fingerprints of a model: all that must be equal for two roles to mean the same weights."""
 
-from __future__ import annotations
-
 from lab.models.peft_folder import folder_digest
 from lab.models.sources import model_identity
 from lab.settings import ModelSettings

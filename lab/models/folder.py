@@ -4,8 +4,6 @@ All of its description is read as transformers reads it, and what cannot be read
 safetensors are read; no code of a folder runs. Knows nothing of where a folder comes from, or of parts of a model.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator

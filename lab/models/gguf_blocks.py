@@ -7,8 +7,6 @@ of the file, and all must be there, to the bit.
 Shapes: N outputs, K inputs, G blocks of a row.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fresh LoRA adapters for a base model, as the lab's settings describe them."""
 
-from __future__ import annotations
-
 import math
 
 import torch

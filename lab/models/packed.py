@@ -10,8 +10,6 @@ are loaded, whole or in a slice.
 Shapes: N outputs, K inputs, G groups of a row, R rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast

@@ -3,8 +3,6 @@
 Loads no PEFT, which the client of a split model can do without.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

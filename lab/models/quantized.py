@@ -5,8 +5,6 @@ All others are refused: either their packages are not part of the lab, or a requ
 requests beside it (bitsandbytes in 8 bits picks its outlier columns over all rows of a pass).
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Collection, Mapping

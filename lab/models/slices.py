@@ -9,8 +9,6 @@ forward pass. transformers itself reads the tensors, with all it knows of their 
 Shapes: B sequences, T positions, H hidden size, E size of an embedding's row, V vocabulary.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any, NoReturn, cast

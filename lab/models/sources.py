@@ -3,8 +3,6 @@
 Knows nothing about pillars, adapters or networks.
 """
 
-from __future__ import annotations
-
 import functools
 import glob
 import importlib.util

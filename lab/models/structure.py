@@ -2,8 +2,6 @@
 which modules a text never passes through. Nothing is guessed from names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ and shrinks what only decides how much (layers of the same kind, heads, experts,
 the lengths at which rotary frequencies change are shrunk, too, so that a text of a few dozen tokens passes them.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from typing import Any, cast

@@ -14,7 +14,7 @@ from typing import Any
 from lab.bench import Row, Sample, judged, pinned, ratio
 from lab.command.processes import start
 from lab.engine.sampling import Sampling
-from lab.wire import WireError
+from lab.wire.faults import WireError
 from speculative.bench.rig import DRAFTER_CORE, Case, Rig
 from speculative.bench.rows import ASYNC, at_least, plain_row, synthetic_case
 from speculative.drafter.loop import TargetLost

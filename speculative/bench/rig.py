@@ -26,7 +26,8 @@ from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.text.asking import asked_sampling
 from lab.text.prompts import prompt_ids
-from lab.wire import encode, pack_tokens
+from lab.wire.frames import encode
+from lab.wire.tokens import pack_tokens
 from speculative.bench.settings import BenchEngine
 from speculative.drafter.loop import Round, speculate
 from speculative.drafter.session import make_request

@@ -11,8 +11,11 @@ import time
 
 import msgspec
 
-from lab.wire import BadFrame, Endpoint, Frame, FrameSocket, Head, PeerSilent, WireError, unpack_tokens
-from lab.wire.frames import Buffer
+from lab.wire.endpoint import Endpoint
+from lab.wire.faults import BadFrame, PeerSilent, WireError
+from lab.wire.frame_socket import FrameSocket
+from lab.wire.frames import Buffer, Frame, Head
+from lab.wire.tokens import unpack_tokens
 from speculative.messages import AskVocabularyFrame, MessageType, VocabularyFrame, WelcomeFrame
 
 LOOK_SECONDS = 0.5

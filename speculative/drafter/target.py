@@ -17,7 +17,9 @@ from lab.engine.sampling_head import sampling_fields
 from lab.models.fingerprints import changes
 from lab.network import client_side_tls
 from lab.settings import UserError
-from lab.wire import Frame, PeerFull, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError, pack_tokens
+from lab.wire.faults import PeerFull, PeerGone, PeerMismatch, PeerSilent, Unreachable, WireError
+from lab.wire.frames import Frame
+from lab.wire.tokens import pack_tokens
 from speculative.drafter.connection import VerifierConnection
 from speculative.drafter.loop import Target, TargetLost
 from speculative.messages import (

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import msgspec
 
 from lab.models.fingerprints import changes
-from lab.wire import BadFrame, Frame, FrameConnection, PeerGone, PeerSilent, WireError, pack_tokens, unpack_tokens
-from lab.wire.frames import Error, WireType
+from lab.wire.faults import BadFrame, PeerGone, PeerSilent, WireError
+from lab.wire.frame_connection import FrameConnection
+from lab.wire.frames import Error, Frame, WireType
+from lab.wire.tokens import pack_tokens, unpack_tokens
 from speculative.messages import (
     TABLE,
     TOKENIZER,

@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.engine.sampling import Sampling
 from lab.text.settings import FILL
-from lab.wire import BadFrame, Peer, PeerGone
+from lab.wire.faults import BadFrame, Peer, PeerGone
 from speculative.messages import Reason
 from speculative.protocol import MAX_TOKENS, LeftBetweenMessages, read_msg, write_tokens
 from speculative.request import Ending, GenerationRequest, Outcome, Verdict

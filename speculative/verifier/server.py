@@ -13,7 +13,7 @@ from lab.network import cannot_listen
 from lab.settings import UserError
 from lab.text.prompts import prompt_ids
 from lab.tracking import Tracker
-from lab.wire import FrameServer
+from lab.wire.frame_server import FrameServer
 from speculative.messages import Reason, WelcomeFrame, make_side
 from speculative.request import Ending
 from speculative.settings import SpeculativeProjectSettings, SpeculativeSettings

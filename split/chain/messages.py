@@ -21,8 +21,10 @@ import msgspec
 import torch
 
 from lab.device import read_memory
-from lab.wire import FIRST_APPLICATION_TYPE, FrameConnection, FrameSocket, Head, MessageKind, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
+from lab.wire.frame_connection import FrameConnection
+from lab.wire.frame_socket import FrameSocket
+from lab.wire.frames import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTable
 
 Count = Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
 

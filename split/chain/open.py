@@ -16,7 +16,9 @@ from lab.models.shape import ModelShape
 from lab.models.sources import load_config
 from lab.network import address_for_peers, cannot_listen, client_side_tls, listener_tls, make_endpoint
 from lab.settings import ModelSettings, NetworkSettings, UserError
-from lab.wire import Endpoint, MessageTable, WireError
+from lab.wire.endpoint import Endpoint
+from lab.wire.faults import WireError
+from lab.wire.frames import MessageTable
 from split.chain.address import Address
 from split.chain.local_shards import LocalShards
 from split.chain.process import serve, until_stopped

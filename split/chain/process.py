@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lab.wire import FrameServer
+from lab.wire.frame_server import FrameServer
 from split.chain.server import ChainServer
 
 log = logging.getLogger(__name__)

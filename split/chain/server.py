@@ -20,8 +20,10 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
-from lab.wire import BadFrame, Endpoint, FrameConnection, Head, PeerSilent, WireError, connect
-from lab.wire.frames import encode_start
+from lab.wire.endpoint import Endpoint
+from lab.wire.faults import BadFrame, PeerSilent, WireError
+from lab.wire.frame_connection import FrameConnection, connect
+from lab.wire.frames import Head, encode_start
 from split.chain.address import Address
 from split.chain.messages import Ask, Attach, Fault, FaultCode, Join, Welcome, send
 from split.transport.base import REPORTED_PASSES, Hop, Message, Stage, To, welcome_of

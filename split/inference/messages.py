@@ -32,8 +32,8 @@ import msgspec
 
 from lab.engine.base import TargetStep, Want
 from lab.engine.sampling_head import SAMPLING_BYTES, SamplingHead
-from lab.wire import Head, MessageTable
 from lab.wire.fields import ShortText, Uint31, Uint32
+from lab.wire.frames import Head, MessageTable
 from split.chain.messages import (
     Answer,
     Ask,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from lab.wire import Head, WireError
-from lab.wire.frames import encode_start
+from lab.wire.faults import WireError
+from lab.wire.frames import Head, encode_start
 from split.chain.messages import Fault, FaultCode, send
 from split.chain.server import ChainServer, Client, Outgoing, Place
 from split.inference.messages import Close, Open, Opened, Pass

@@ -32,7 +32,7 @@ from lab.engine.base import (
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
-from lab.wire import pack_tokens
+from lab.wire.tokens import pack_tokens
 from split.chain.messages import Fault, FaultCode
 from split.inference.messages import MAX_PIECES, Close, Open, Opened, Pass, Piece, Report, Steps, unpack_steps
 from split.transport.base import REPORTED_PASSES, ChainLost, Message, ShardLost, ShardReport, Transport

@@ -19,8 +19,7 @@ from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
 from lab.settings import UserError
-from lab.wire import pack_tokens
-from lab.wire.tokens import TOKEN_BYTES
+from lab.wire.tokens import TOKEN_BYTES, pack_tokens
 from split.chain.boundary import Boundary
 from split.chain.messages import Fault, FaultCode, process_figures
 from split.inference.coding import decode, encode, stored

@@ -24,8 +24,8 @@ from typing import Annotated
 
 import msgspec
 
-from lab.wire import Head, MessageTable
 from lab.wire.fields import LongText, ShortText, Uint31, Uint32, Uint63
+from lab.wire.frames import Head, MessageTable
 from lab.wire.tensors import TensorSpec
 from split.chain.messages import Answer, Ask, Attach, Count, Fault, Join, ShardFigures, Welcome, frame_table
 from split.training.schedule import Operation, Phase, Schedule, Span

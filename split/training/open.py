@@ -17,7 +17,9 @@ from lab.models.fingerprints import weights_fingerprints
 from lab.models.shape import ModelShape
 from lab.models.sources import load_config, model_identity
 from lab.settings import ModelSettings, UserError
-from lab.wire import BadFrame, FrameConnection, Head
+from lab.wire.faults import BadFrame
+from lab.wire.frame_connection import FrameConnection
+from lab.wire.frames import Head
 from split.chain.messages import Attach
 from split.chain.open import Chain, ChainKind, LocalPlaces
 from split.chain.server import ChainServer, tell_lost

@@ -17,7 +17,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lab.device import read_memory, synchronize
-from lab.wire import Head, Peer, WireError
+from lab.wire.faults import Peer, WireError
+from lab.wire.frames import Head
 from lab.wire.tensors import TensorSpec, read_tensor, tensor_bytes, tensor_spec
 from split.chain.messages import Fault, FaultCode, process_figures
 from split.training.checkpoint import Part, Parts, part_of

@@ -22,7 +22,7 @@ from lab import faults
 from lab.learning.examples import Batch
 from lab.learning.training import learning_rate_at
 from lab.settings import OptimizationSettings, UserError
-from lab.wire import Head
+from lab.wire.frames import Head
 from split.chain.messages import Fault, FaultCode
 from split.training.checkpoint import Manifest, forget_steps_before, step_folder, write_manifest
 from split.training.messages import Apply, Done, Figures, Save, Saved, Start, Started, Step, Tokens, unpack_spans

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from lab.faults import Lost
-from lab.wire import Head
+from lab.wire.frames import Head
 from split.chain.messages import Fault, FaultCode, ShardFigures, Welcome
 
 F = TypeVar("F", bound=ShardFigures, covariant=True)

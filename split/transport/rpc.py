@@ -26,7 +26,8 @@ import torch.distributed.rpc as torch_rpc
 from typing_extensions import override
 
 from lab.settings import NetworkSettings, UserError
-from lab.wire import Head, is_loopback
+from lab.wire.frames import Head
+from lab.wire.listener import is_loopback
 from split.chain.messages import Fault, FaultCode, ShardFigures, Welcome
 from split.transport.base import (
     REPORTED_PASSES,

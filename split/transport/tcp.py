@@ -17,18 +17,10 @@ from functools import partial
 
 from typing_extensions import override
 
-from lab.wire import (
-    BadFrame,
-    Endpoint,
-    Frame,
-    FrameSocket,
-    PeerFull,
-    PeerMismatch,
-    PeerRefused,
-    Unreachable,
-    WireError,
-    WrongKey,
-)
+from lab.wire.endpoint import Endpoint
+from lab.wire.faults import BadFrame, PeerFull, PeerMismatch, PeerRefused, Unreachable, WireError, WrongKey
+from lab.wire.frame_socket import FrameSocket
+from lab.wire.frames import Frame
 from split.chain.address import Address
 from split.chain.messages import Answer, Ask, Attach, Fault, ShardFigures, Welcome, send
 from split.transport.base import Message, ShardLost, ShardReport, Transport, ask_figures, check_layers, check_link

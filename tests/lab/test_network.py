@@ -22,8 +22,8 @@ from lab.network import (
     shared_key,
 )
 from lab.settings import NetworkSettings, UserError
-from lab.wire import MessageTable, Peer, PeerGone, PeerRefused, PeerSilent, Unreachable, WrongKey
-from lab.wire.faults import unreachable
+from lab.wire.faults import Peer, PeerGone, PeerRefused, PeerSilent, Unreachable, WrongKey, unreachable
+from lab.wire.frames import MessageTable
 
 PEER = Peer(role="verifier", address="127.0.0.1:1", phase="handshake")
 

@@ -27,21 +27,10 @@ from hypothesis import strategies as st
 
 from lab import ping_pong
 from lab.link import CutKind, Link, LinkSettings
-from lab.wire import (
-    MAGIC,
+from lab.wire import frame_server
+from lab.wire.endpoint import Deadlines, Endpoint
+from lab.wire.faults import (
     BadFrame,
-    Deadlines,
-    Endpoint,
-    Frame,
-    FrameConnection,
-    FrameReader,
-    FrameServer,
-    FrameSocket,
-    Head,
-    Limits,
-    MessageKind,
-    MessageTable,
-    Opening,
     Peer,
     PeerFull,
     PeerGone,
@@ -53,22 +42,31 @@ from lab.wire import (
     VersionMismatch,
     WireError,
     WrongKey,
-    check_listener,
-    client_tls,
-    connect,
-    encode,
-    frame_server,
-    is_loopback,
-    pack_tokens,
-    read_key,
-    server_tls,
-    sniff,
-    unpack_tokens,
 )
-from lab.wire.frames import ALIGNMENT_BYTES, BUFFER_BYTES, HEADER, Ping
+from lab.wire.frame_connection import FrameConnection, connect
+from lab.wire.frame_server import FrameServer
+from lab.wire.frame_socket import FrameSocket
+from lab.wire.frames import (
+    ALIGNMENT_BYTES,
+    BUFFER_BYTES,
+    HEADER,
+    MAGIC,
+    Frame,
+    FrameReader,
+    Head,
+    Limits,
+    MessageKind,
+    MessageTable,
+    Opening,
+    Ping,
+    encode,
+    sniff,
+)
 from lab.wire.handshake import Challenge, ClientHandshake, Proof, ServerHandshake
 from lab.wire.heartbeat import Heartbeat
+from lab.wire.listener import check_listener, client_tls, is_loopback, read_key, server_tls
 from lab.wire.tensors import TensorSpec, WireDtype, read_tensor, read_tensors, tensor_bytes, tensor_spec
+from lab.wire.tokens import pack_tokens, unpack_tokens
 from speculative.protocol import MAX_TEXT_BYTES
 from tests import wire_fuzz
 from tests.shared import one_way

@@ -15,7 +15,8 @@ from lab.device import open_device
 from lab.engine.base import Engine
 from lab.models.sources import load_tokenizer_only
 from lab.tracking import Tracker
-from lab.wire import Endpoint, FrameSocket
+from lab.wire.endpoint import Endpoint
+from lab.wire.frame_socket import FrameSocket
 from speculative.messages import make_side
 from speculative.settings import SpeculativeSettings
 from speculative.verifier.server import ServerStats, serve

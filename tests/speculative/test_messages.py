@@ -7,7 +7,8 @@ import pytest
 
 from lab.engine.sampling import Sampling
 from lab.engine.synthetic import SyntheticEngine
-from lab.wire import encode, pack_tokens
+from lab.wire.frames import encode
+from lab.wire.tokens import pack_tokens
 from speculative.bench.rig import text_bytes
 from speculative.drafter.sources import EngineDrafts
 from speculative.messages import TABLE, CloseFrame, DraftFrame, MessageType, OpenFrame, Reason, VerdictFrame

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.wire import BadFrame, Peer, PeerGone, PeerSilent
+from lab.wire.faults import BadFrame, Peer, PeerGone, PeerSilent
 from speculative.protocol import (
     MAX_TEXT_BYTES,
     MAX_TOKENS,

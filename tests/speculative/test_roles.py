@@ -29,7 +29,7 @@ from lab.models.conversion import BYTE_EOS
 from lab.models.sources import LoadedModel, load_model
 from lab.settings import UserError
 from lab.text.words import Words
-from lab.wire import PeerGone, PeerMismatch, TlsRefused
+from lab.wire.faults import PeerGone, PeerMismatch, TlsRefused
 from speculative.acceptance import until_end
 from speculative.drafter.connection import VerifierConnection
 from speculative.drafter.loop import RequestFailed, speculate

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from lab.wire import Deadlines, Endpoint, Limits, MessageTable
+from lab.wire.endpoint import Deadlines, Endpoint
+from lab.wire.frames import Limits, MessageTable
 from split.chain.address import Address
 from split.chain.process import serve
 from split.chain.server import ChainServer

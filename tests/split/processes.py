@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lab.wire import Endpoint
+from lab.wire.endpoint import Endpoint
 from split.chain.address import Address
 from split.chain.boundary import Boundary
 from split.chain.server import Place

@@ -13,7 +13,8 @@ from lab.engine.sampling import Sampling
 from lab.engine.synthetic import SyntheticEngine
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
-from lab.wire import encode, pack_tokens
+from lab.wire.frames import encode
+from lab.wire.tokens import pack_tokens
 from speculative.bench import __main__ as bench
 from speculative.bench.rig import Reading, text_bytes
 from speculative.drafter.loop import Round, speculate

@@ -23,7 +23,7 @@ import torch
 from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
-from lab.wire import WireError
+from lab.wire.faults import WireError
 from speculative.drafter.loop import Round, TargetLost, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.target import RemoteTarget, join

@@ -19,7 +19,8 @@ from typing import Any
 from lab.engine.base import Engine, Request, Session, TargetStep, Want
 from lab.engine.sampling import Sampling
 from lab.engine.synthetic import SyntheticEngine
-from lab.wire import Endpoint, pack_tokens
+from lab.wire.endpoint import Endpoint
+from lab.wire.tokens import pack_tokens
 from speculative.messages import CloseFrame, MessageType, OpenFrame, Reason
 from speculative.settings import Mode
 from tests.speculative.in_process import decoded_alone

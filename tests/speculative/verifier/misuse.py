@@ -22,7 +22,11 @@ from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.conversion import BYTE_EOS
 from lab.models.sources import load_model, load_tokenizer_only
-from lab.wire import MAGIC, Endpoint, FrameSocket, Head, WireError, pack_tokens
+from lab.wire.endpoint import Endpoint
+from lab.wire.faults import WireError
+from lab.wire.frame_socket import FrameSocket
+from lab.wire.frames import MAGIC, Head
+from lab.wire.tokens import pack_tokens
 from speculative.acceptance import until_end
 from speculative.drafter.loop import speculate
 from speculative.drafter.target import join

@@ -14,7 +14,9 @@ import pytest
 from lab.command.entry import compose_settings
 from lab.engine.sampling_head import WordsHead
 from lab.models.conversion import BYTE_EOS, byte_tokenizer
-from lab.wire import FrameSocket, PeerRefused, pack_tokens
+from lab.wire.faults import PeerRefused
+from lab.wire.frame_socket import FrameSocket
+from lab.wire.tokens import pack_tokens
 from speculative.messages import (
     AskVocabularyFrame,
     CloseFrame,

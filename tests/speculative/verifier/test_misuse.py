@@ -18,7 +18,7 @@ from lab.engine.base import Engine, Request, TargetStep, Want
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
-from lab.wire import PeerFull
+from lab.wire.faults import PeerFull
 from speculative.drafter.loop import speculate
 from speculative.drafter.target import RemoteTarget, join
 from speculative.drafts import NoDrafts

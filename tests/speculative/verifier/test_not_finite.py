@@ -18,7 +18,7 @@ import torch
 from lab.engine.local import LocalEngine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
-from lab.wire import BadFrame, Peer
+from lab.wire.faults import BadFrame, Peer
 from speculative.drafter.loop import RequestFailed, speculate
 from speculative.drafter.sources import EngineDrafts
 from speculative.drafts import Drafts, NoDrafts, RecordedDrafts

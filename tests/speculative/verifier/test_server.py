@@ -12,7 +12,7 @@ import pytest
 
 from lab.engine.base import Engine, Request, TargetStep, Want
 from lab.engine.sampling import Sampling
-from lab.wire import pack_tokens
+from lab.wire.tokens import pack_tokens
 from speculative.messages import MessageType, OpenFrame
 from speculative.settings import Mode
 from speculative.verifier import forward_thread

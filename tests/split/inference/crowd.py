@@ -17,7 +17,9 @@ from typing import Any
 
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
-from lab.wire import Endpoint, FrameSocket, pack_tokens
+from lab.wire.endpoint import Endpoint
+from lab.wire.frame_socket import FrameSocket
+from lab.wire.tokens import pack_tokens
 from split.chain.address import Address
 from split.chain.messages import Attach, Fault, FaultCode, Welcome, send
 from split.inference.messages import Close, Open, Opened, Pass, Piece, Steps, unpack_steps

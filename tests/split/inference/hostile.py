@@ -11,8 +11,10 @@ from typing import Any
 
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
-from lab.wire import Endpoint, FrameSocket, Head, WireError
-from lab.wire.frames import HEADER, MAGIC
+from lab.wire.endpoint import Endpoint
+from lab.wire.faults import WireError
+from lab.wire.frame_socket import FrameSocket
+from lab.wire.frames import HEADER, MAGIC, Head
 from split.chain.messages import Ask, Attach, Join, send
 from split.inference.messages import Close, Open, Pass, Piece
 from split.inference.sharded_model import ShardedModel

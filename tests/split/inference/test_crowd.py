@@ -20,8 +20,10 @@ from lab.command.entry import compose_settings
 from lab.engine.kv import CacheFull
 from lab.engine.not_finite import NotFinite
 from lab.settings import ModelSettings, UserError
-from lab.wire import FrameSocket, PeerRefused, pack_tokens
+from lab.wire.faults import PeerRefused
+from lab.wire.frame_socket import FrameSocket
 from lab.wire.frames import encode
+from lab.wire.tokens import pack_tokens
 from split.chain.boundary import Boundary
 from split.chain.messages import Attach, Join, send
 from split.inference.messages import MAX_PIECES, Pass, Piece, table

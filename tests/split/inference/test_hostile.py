@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lab.wire import FrameSocket, PeerRefused, WrongKey
+from lab.wire.faults import PeerRefused, WrongKey
+from lab.wire.frame_socket import FrameSocket
 from split.chain.messages import Ask, Attach, send
 from split.inference.messages import Close
 from split.inference.stage import InferenceStage

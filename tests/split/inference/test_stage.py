@@ -15,7 +15,7 @@ import torch
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
 from lab.text.words import Words
-from lab.wire import pack_tokens
+from lab.wire.tokens import pack_tokens
 from split.chain.boundary import Boundary
 from split.chain.messages import Fault, FaultCode
 from split.inference.coding import decode, encode

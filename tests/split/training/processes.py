@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lab.settings import ModelSettings
-from lab.wire import Endpoint
+from lab.wire.endpoint import Endpoint
 from split.chain.address import Address
 from split.chain.server import Place
 from split.training.messages import PROTOCOL, table

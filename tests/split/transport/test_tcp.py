@@ -13,7 +13,8 @@ import torch
 
 from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings
-from lab.wire import FrameSocket, PeerMismatch, PeerRefused, WrongKey
+from lab.wire.faults import PeerMismatch, PeerRefused, WrongKey
+from lab.wire.frame_socket import FrameSocket
 from split.chain.address import Address
 from split.chain.boundary import Boundary
 from split.chain.messages import Attach, Fault, FaultCode, send

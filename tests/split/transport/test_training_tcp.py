@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lab.settings import Dtype
-from lab.wire import FrameSocket, WrongKey
+from lab.wire.faults import WrongKey
+from lab.wire.frame_socket import FrameSocket
 from lab.wire.tensors import TensorSpec, WireDtype
 from split.chain.messages import Attach, Fault, send
 from split.training.messages import Hidden, Start, Step, Tokens
