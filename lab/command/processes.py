@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from lab.command.overrides import override
 from lab.faults import Fault
+from lab.settings import UserError
 
 LOG = "stderr.log"
 """File in a role's run folder that holds its stderr."""
@@ -112,12 +113,15 @@ def listening(module: str, words: Sequence[str], folder: Path, start_seconds: fl
     """Run a role until the end of the block; yields the port that it listens on.
 
     Raises:
+        UserError: it refuses its words, for the reason that it gives.
         NotReady: it does not listen within `start_seconds`.
     """
     process = start(module, words, folder)
     try:
         yield int(first_line(process, start_seconds)["port"])
     except NotReady as error:
+        if error.ended and process.wait(start_seconds) == 2:
+            raise UserError(f"{module} did not start: {last_words(folder).removeprefix('error: ')}") from None
         raise NotReady(f"{module}: {error} ({folder / LOG} says why)", ended=error.ended) from None
     finally:
         process.kill()

@@ -9,6 +9,7 @@ import pytest
 
 from lab.command.overrides import override
 from lab.command.processes import NotReady, first_line, last_words, listening, run_to_end, start
+from lab.settings import UserError
 
 SIGNS = "-José, (a)=[b] {c} 'd' \"e\" $f%d #g\t\n."
 """A folder's name; all signs that a shell, Hydra, YAML or a format string reads something from."""
@@ -37,15 +38,18 @@ def test_a_role_that_follows_its_standard_input_ends_with_it() -> None:
 
 
 def test_a_role_that_does_not_start_has_its_last_words(tmp_path: Path) -> None:
-    words = ["tracking=none", "seed=-1"]
-    with (
-        pytest.raises(
-            NotReady, match=r"^simulations\.link: it ended before it was ready \((?s:.*)stderr\.log says why"
+    for module, words, kind, line in (
+        (
+            "simulations.link",
+            ["seed=-1"],
+            UserError,
+            r"simulations\.link did not start: seed must be in \[0, 2\*\*31\), ",
         ),
-        listening("simulations.link", words, tmp_path / SIGNS, 60),
+        ("lab.command.explain", [], NotReady, r"lab\.command\.explain: it ended before it was ready \((?s:.*)says why"),
     ):
-        pytest.fail("must not listen")
-    assert last_words(tmp_path / SIGNS) == "error: seed must be in [0, 2**31), got -1"
+        with pytest.raises(kind, match=f"^{line}"), listening(module, words, tmp_path / SIGNS, 60):
+            pytest.fail("must not listen")
+        assert last_words(tmp_path / SIGNS) == "error: seed must be in [0, 2**31), got -1"
 
 
 def test_names_with_every_sign_reach_all_processes_of_a_training(
