@@ -17,8 +17,10 @@ import hashlib
 import inspect
 import logging
 import math
+import os
 import platform
 import shutil
+import stat
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -234,12 +236,22 @@ def compiled_code(plan: LayerPlan, tensors: Sequence[Tensor], folder: Path, *, m
             raise NotCompiled("no such layer has been compiled yet")
         if not any(map(shutil.which, COMPILERS)):
             raise NotCompiled(f"this machine has no C++ compiler ({', '.join(COMPILERS)})")
-        package.parent.mkdir(parents=True, exist_ok=True)
+        package.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(package.with_suffix(".lock")):  # the shards of a machine start together
             if not package.exists():
                 _compile(plan, tensors, package)
+    for place in (folder, package):
+        _check_own(place)
     loader = cast(Any, torch._inductor.aoti_load_package(str(package))).loader
     return cast(Code, loader.boxed_run)
+
+
+def _check_own(place: Path) -> None:
+    """NotCompiled for what another user owns or can change: a package is machine code, and the cache may be shared."""
+    if hasattr(os, "getuid"):
+        found = place.stat()
+        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise NotCompiled(f"other users can change {str(place)!r}, which holds machine code")
 
 
 def _digest(plan: LayerPlan) -> str:

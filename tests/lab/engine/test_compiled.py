@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,21 @@ def test_a_second_start_compiles_nothing(folder: Path, monkeypatch: pytest.Monke
     torch.set_num_threads(2)  # code for another number of threads is other code
     with pytest.raises(AssertionError, match="compiled again"):
         _engine(model, folder)
+
+
+def test_code_that_others_can_change_is_not_loaded(folder: Path, tmp_path: Path) -> None:
+    model = _model("llama")
+    _engine(model, folder)
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    _engine(model, own)
+    for place in (own, *own.glob("*.pt2")):
+        mode = place.stat().st_mode
+        place.chmod(mode | 0o020)
+        with pytest.raises(UserError, match=r"other users can change '.*', which holds machine code"):
+            _engine(model, own)
+        place.chmod(mode)
+    _engine(model, own)
 
 
 def _open(model: Any, tmp_path: Path, wanted: bool | str, *, is_packed: bool = True, lasts: bool = True) -> bool:
