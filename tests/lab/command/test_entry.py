@@ -372,6 +372,20 @@ def test_ctrl_c_after_the_last_line_is_no_traceback(tmp_path: Path) -> None:
     assert (process.returncode, errors) == (-signal.SIGINT, "")
 
 
+@pytest.mark.parametrize(("raised", "said"), [("KeyboardInterrupt", False), ("RuntimeError('broken')", True)])
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(raised: str, said: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"from lab.command import entry\nraise {raised}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == (1 if said else -signal.SIGINT)
+    assert ("Traceback" in done.stderr) is said
+
+
 def test_the_file_of_another_command_in_a_real_process(tmp_path: Path) -> None:
     """Here the other command's settings are not even registered."""
     done = subprocess.run(
