@@ -51,6 +51,8 @@ _FOLLOWED = frozenset(
     }
 )
 """Keys of a config that are followed, whatever they say. Those that are neither here nor in RECORDS must be unset."""
+_NEED_FLOAT = ("modules_to_save", "use_dora", "target_parameters")
+"""Keys of a config that replace weights of the base, or need them in float."""
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 """The others need a base whose weights they changed, which no folder holds."""
 
@@ -292,11 +294,22 @@ def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> None:
         return
     adapter = read_adapter(settings.adapter)
     check_base(adapter.place, model_identity(settings))
+    _check_packed(adapter, settings)
     fit = fit_adapter(adapter, load_config(settings))
     inject_adapter(model, fit, trainable=False)
     put_adapter(model, adapter, fit)
     _unwrap_saved(model)
     model.requires_grad_(False).eval()
+
+
+def _check_packed(adapter: AdapterFolder, settings: ModelSettings) -> None:
+    """UserError for an adapter that PEFT would put into the numbers of packed layers, or compute from them."""
+    found = [key for key in _NEED_FLOAT if adapter.fields.get(key)]
+    if settings.quantization.bits is not None and found:
+        raise UserError(
+            f"model.quantization must be none or nf4 for an adapter with {found[0]}={adapter.fields[found[0]]}, "
+            f"got {settings.quantization.name}"
+        )
 
 
 def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> Any:

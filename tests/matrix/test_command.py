@@ -16,7 +16,7 @@ import pytest
 
 from lab.environment import version
 from matrix.__main__ import main
-from matrix.grid import sort_words
+from matrix.grid import sort_overrides
 from matrix.results import CellRun
 from matrix.supervisor import Outcome
 from tests.in_process import exit_code
@@ -117,7 +117,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
 def test_a_prompt_of_standard_input_is_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = io.BytesIO(b"\xef\xbb\xbfcaf\xc3\xa9\r\n")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given, encoding="cp1252"))
-    assert sort_words(["prompt=-"]).cells == ["prompt=café\r\n"]
+    assert sort_overrides(["prompt=-"]).cells == ["prompt=café\r\n"]
 
 
 def test_the_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:

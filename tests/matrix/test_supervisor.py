@@ -92,7 +92,7 @@ def test_a_cell_that_needs_more_memory_ends_at_its_limit(tmp_path: Path, what: s
 def test_the_same_cell_within_the_limit_is_left_alone(tmp_path: Path) -> None:
     outcome = run_job(job(tmp_path, "memory", time_limit_seconds=3.0, memory_limit_bytes=4 * 2**30))
     assert outcome.failure == "time-out"
-    assert outcome.peak_rss_bytes > 2**30
+    assert outcome.peak_rss_bytes > 0.9 * 2**30  # on a busy machine it has not written to all of it yet
 
 
 @pytest.mark.parametrize("how", ["stdin ends", signal.SIGTERM])

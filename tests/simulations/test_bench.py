@@ -77,7 +77,7 @@ def test_figures_of_benchmarks_that_are_not_asked_for_stay(modules: Path) -> Non
 
 
 def test_a_benchmark_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UserError, match=r"project\.only must name some of federated, .*, got \['slpit'\]"):
+    with pytest.raises(UserError, match=r"project\.only must name some of engine, .*, got \['slpit'\]"):
         compose_settings("bench", "project.only=[split,slpit]", BenchSettings)
 
 

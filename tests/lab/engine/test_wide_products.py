@@ -125,8 +125,7 @@ def test_packed_where_torch_can(engine: str, kind: type[nn.Linear], monkeypatch:
 
 @pytest.mark.parametrize("lacks", [False, True])
 def test_models_are_loaded_with_them_where_the_machine_needs_them(lacks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (models, layers):
-        monkeypatch.setattr(module, "lacks_sixteen_bits", lambda device, dtype: lacks)
+    monkeypatch.setattr(models, "lacks_sixteen_bits", lambda device, dtype: lacks)
     settings = compose_settings("spec_decoding", "model=random model.dtype=bfloat16", SpeculativeSettings)
     device = open_device(settings.device)
     whole = models.load_model(settings.model, device).model

@@ -388,7 +388,7 @@ def test_nf4_that_leaves_most_or_all_unpacked(name: str, tmp_path: Path, caplog:
     """Falcon's linear modules are of a class of its own; Mixtral's experts are in none."""
     settings = settings_of(small(name, tmp_path), quantization=Quantization.nf4)
     if name == "falcon":
-        with pytest.raises(UserError, match=r"split inference in 4 bits, got falcon: none of its matrices is packed$"):
+        with pytest.raises(UserError, match=r"split inference in nf4, got falcon: none of its matrices is packed$"):
             load_layers(settings, CPU, range(1, 2), embedding=False, head=False)
         return
     with caplog.at_level("WARNING", "lab.models.quantized"):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lab.models.conversion import byte_tokenizer
 from lab.models.fingerprints import weights_fingerprints
 from lab.models.sources import load_model
-from lab.settings import ModelSettings, Quantization
+from lab.settings import ModelSettings, Quantization, UserError
 from split.chain.boundary import Boundary
 from split.inference.shard import Shard, load_shard
 from split.inference.stage import InferenceStage
@@ -40,7 +40,8 @@ def test_shards_say_what_peft_says(quantization: Quantization, tmp_path: Path) -
     base = saved_model("llama", tmp_path / "base", hidden_size=64, head_dim=16)
     byte_tokenizer().save_pretrained(tmp_path / "base")
     settings = replace(base, quantization=quantization)
-    made = make_adapter(tmp_path / "base", tmp_path / "made", use_rslora=True, modules_to_save=["lm_head"])
+    replaced = {} if quantization.bits else {"modules_to_save": ["lm_head"]}
+    made = make_adapter(tmp_path / "base", tmp_path / "made", use_rslora=True, **replaced)
     if quantization is Quantization.none:
         whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     else:
@@ -53,6 +54,20 @@ def test_shards_say_what_peft_says(quantization: Quantization, tmp_path: Path) -
     if quantization is not Quantization.none:
         wide = shards_of(replace(base, adapter=str(made)))
         assert sum(shard.weights_bytes for shard in adapted) < 0.6 * sum(shard.weights_bytes for shard in wide)
+
+
+@pytest.mark.parametrize("quantization", [Quantization.int8, Quantization.int4])
+@pytest.mark.parametrize("changes", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}])
+def test_what_needs_float_weights_is_refused_over_packed_ones(
+    quantization: Quantization, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    base = saved_model("llama", tmp_path / "base", hidden_size=64, head_dim=16)
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    made = make_adapter(tmp_path / "base", tmp_path / "made", **changes)
+    settings = replace(base, quantization=quantization, adapter=str(made))
+    [key] = changes
+    with pytest.raises(UserError, match=f"must be none or nf4 for an adapter with {key}=.*, got {quantization.name}"):
+        shards_of(settings)
 
 
 def test_the_handshake_covers_the_adapter(tmp_path: Path) -> None:
