@@ -243,12 +243,13 @@ def test_code_that_others_can_change_is_not_loaded(folder: Path, tmp_path: Path)
     own = tmp_path / "own"
     shutil.copytree(folder, own)
     _engine(model, own)
-    for place in (own, *own.glob("*.pt2")):
-        mode = place.stat().st_mode
-        place.chmod(mode | 0o020)
+    for places in ([own], list(own.glob("*.pt2"))):
+        for place in places:
+            place.chmod(place.stat().st_mode | 0o020)
         with pytest.raises(UserError, match=r"other users can change '.*', which holds machine code"):
             _engine(model, own)
-        place.chmod(mode)
+        for place in places:
+            place.chmod(place.stat().st_mode & ~0o022)
     _engine(model, own)
 
 
