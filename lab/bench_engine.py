@@ -282,10 +282,11 @@ def identity(rig: EngineRig) -> Row:
     from lab.engine.sampling import Sampling
 
     wrong: dict[str, int] = {}
+    invariant: dict[str, bool] = {}
     length = 200
     for name in ("int4", "int8", "bfloat16"):
         engine = rig.engine(Quantization.none if name == "bfloat16" else Quantization[name], True, 4, None)
-        draw, done, wrong[name] = random.Random(0), 0, 0
+        draw, done, wrong[name], invariant[name] = random.Random(0), 0, 0, engine.row_invariant
         while done < rig.project.identity_tokens:
             prompts = [rig.ids(draw.randint(4, 40), done + seed) for seed in range(4)]
             alone = [_continue(engine, [ids], length)[1][0] for ids in prompts]
@@ -307,8 +308,10 @@ def identity(rig: EngineRig) -> Row:
             for session in sessions:
                 session.close()
             done += 4 * length
-    row = {"tokens": rig.project.identity_tokens, "differing": wrong, "row_invariant": engine.row_invariant}
-    return judged("identity", row, "none differs", not any(wrong.values()))
+    row = {"tokens": rig.project.identity_tokens, "differing": wrong, "row_invariant": invariant}
+    holds = all(invariant[name] and not wrong[name] for name in ("int4", "int8"))
+    holds = holds and not any(wrong[name] for name, is_so in invariant.items() if is_so)
+    return judged("identity", row, "int4 and int8 are row-invariant, and where an engine is no token differs", holds)
 
 
 def perplexity(rig: EngineRig) -> Row:

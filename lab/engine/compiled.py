@@ -31,10 +31,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
 from lab.engine.kv import SlotCache
 from lab.files import path_of
@@ -45,12 +45,16 @@ log = logging.getLogger(__name__)
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 """Layers that are compiled: these exact classes of transformers."""
+DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+"""What may stand around them: an embedding before the layers, a norm behind them, and nothing else."""
 MOST_ROWS = 24
 """Most rows of one sequence in one pass: 16 draft tokens, the token before them, and some to spare. A longer piece is
 part of a prompt, which transformers' own forward computes faster."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 COMPILERS = ("g++", "clang++", "c++")
-PROBED_ROWS = (1, 2, 3, 5, 8, 17)
+PROBED_ROWS = (1, 2, 3, 5, 8, 17, 40, 96, 192)
+"""Rows of the passes that are compared with single rows; bfloat16 products differ in some of the larger ones."""
+PROBED_COLUMNS = 256
 
 
 class NotCompiled(ValueError):
@@ -311,8 +315,8 @@ class CompiledModel:
         may_compile: Whether layers that are not there are compiled now, which takes some 10 s.
 
     Raises:
-        NotCompiled: it has other layers than `LAYERS`, rotary frequencies that depend on a text's length, an adapter
-            beside its layers; or there is no compiler.
+        NotCompiled: it is none of `DECODERS`, has other layers than `LAYERS`, rotary frequencies that depend on a
+            text's length, or an adapter beside its layers; or there is no compiler.
     """
 
     def __init__(
@@ -320,6 +324,8 @@ class CompiledModel:
     ) -> None:
         any_model = cast(Any, model)
         decoder = any_model.get_decoder()
+        if type(decoder) not in DECODERS:
+            raise NotCompiled(f"no code is compiled for a {type(decoder).__name__}")
         if any_model.device.type != "cpu":
             raise NotCompiled("layers are compiled for the CPU only")
         if any_model.dtype not in (torch.bfloat16, torch.float32):
@@ -336,7 +342,8 @@ class CompiledModel:
                 by_plan[plan] = compiled_code(plan, self._tensors[number], folder, may_compile=may_compile)
         self._codes = {number: by_plan[plan] for number, plan in plans.items()}
         self._columns = torch.arange(0)
-        self.row_invariant = all(self._is_invariant(number, plan) for number, plan in plans.items())
+        first = {plan: number for number, plan in reversed(plans.items())}
+        self.row_invariant = all(self._is_invariant(number, plan) for plan, number in first.items())
         """Whether a row gets the same bits in every company, as tried on random rows with these weights."""
 
     def run(self, states: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
@@ -382,8 +389,9 @@ class CompiledModel:
 
         most = max(PROBED_ROWS)
         hidden_NC, cos_ND, sin_ND = (noise(most, size) for size in (plan.hidden_size, plan.head_size, plan.head_size))
-        stored = [noise(2, plan.kv_heads, 64, plan.head_size) for _ in range(2)]
-        slot_N, position_N, column_L = torch.arange(most) % 2, 64 - most + torch.arange(most), torch.arange(64)
+        stored = [noise(2, plan.kv_heads, PROBED_COLUMNS, plan.head_size) for _ in range(2)]
+        slot_N, column_L = torch.arange(most) % 2, torch.arange(PROBED_COLUMNS)
+        position_N = PROBED_COLUMNS - most + torch.arange(most)
 
         def run(rows: slice) -> Tensor:
             given = [tensor[rows].contiguous() for tensor in (hidden_NC, cos_ND, sin_ND, slot_N, position_N)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config
 from transformers.modeling_utils import PreTrainedModel
 
 from lab.engine import compiled
@@ -288,6 +288,14 @@ def test_auto_compiles_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_other_layers_are_refused_by_name(family: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"device\.compile must be false or auto here, got true: "):
         _open(random_model(family, torch.float32), tmp_path, True)
+
+
+def test_a_model_of_another_build_runs_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    config = GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=2, n_positions=256, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not _open(model, tmp_path, "auto")
+    assert "layers are not compiled: no code is compiled for a GPT2Model" in caplog.text
 
 
 def test_frequencies_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:
