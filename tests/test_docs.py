@@ -124,16 +124,25 @@ def at_a_glance() -> list[tuple[str, str]]:
     message = measured("federated", "message", model="SmolLM2-135M-Instruct")
     away = measured("speculative", "loops", mode="async", rtt_seconds=0.05)
     at = {text: {rtt: shown(real(text=text, rtt_seconds=rtt), "speedup") for rtt in (near, far)} for text in TEXTS}
-    eight = [shown(crowd(text=text), "over_one") for text in TEXTS]
+    eight = [shown(crowd(text=text), "over_one") for text in ("all", *TEXTS)]
+    over = message["overhead_bytes"] / message["adapter_bytes"]
+    decode, four = measured("engine", "decode"), measured("engine", "texts", texts=4)
+    beside = [f"{number(row['int4_over_llama_cpp']['median'])} x" for row in (decode, four)]
+    added = measured("split", "added_tcp")["added_over_whole_seconds"]
+    between = f"({number(1000 * added['low'])} – {number(1000 * added['high'])})"
     return [
         ("federated-comparison", shown(measured("federated", "comparison"), "perplexity_ratio", spread)),
-        ("federated-message", f"{message['message_bytes']:,} bytes"),
+        ("federated-message", f"{message['message_bytes']:,} bytes, {over:.2%} over its tensors".replace("%", " %")),
         ("soak-async_identity", f"{identity['differing']} of {identity['tokens']:,}"),
         ("speculative-loops", shown(away, "speedup")),
         ("speculative_real-texts", f"{at['edit'][near]}, {at['prose'][near]}"),
         ("speculative_real-texts", f"{at['edit'][far]}, {at['prose'][far]}"),
         ("speculative_real-crowd", ", ".join(eight)),
-        ("split-added_tcp", shown(measured("split", "added_tcp"), "added_over_whole_seconds", "{} ms", 1000)),
+        ("engine-decode", "; ".join(beside)),
+        (
+            "split-added_tcp",
+            f"{shown(measured('split', 'added_tcp'), 'added_over_whole_seconds', '{} ms', 1000)} {between}",
+        ),
         ("split-speculation", shown(measured("split", "speculation"), "drafted_over_alone")),
         ("split_training-throughput", shown(measured("split_training", "throughput"), "split_over_unsplit")),
         ("split_training-adapter", shown(measured("split_training", "adapter"), "largest_difference", "{}")),
