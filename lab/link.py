@@ -143,7 +143,13 @@ class Link:
 
     def cut(self, kind: CutKind, *, duration_seconds: float) -> None:
         """Fail now, for `duration_seconds` (infinite: until `heal`); it has happened when this returns."""
-        self._command(lambda: self._begin_cut(kind, time.monotonic() + duration_seconds))
+
+        def begin() -> None:
+            self._begin_cut(kind, time.monotonic() + duration_seconds)
+            if duration_seconds == 0:  # a connection that comes at once must not meet a link that has yet to notice
+                self._heal()
+
+        self._command(begin)
 
     def heal(self) -> None:
         """Repair the link."""
