@@ -159,6 +159,10 @@ class LlamaCpp:
         timings: Mapping[str, float] = answer["timings"]
         return timings
 
+    def prompt_speed(self, ids: Sequence[int]) -> float:
+        """Tokens a second of a prompt."""
+        return self.complete(ids, 1)["prompt_per_second"]
+
 
 def _continue(engine: LocalEngine, prompts: Sequence[Sequence[int]], count: int) -> tuple[float, list[list[int]]]:
     """Greedy sequences in step. Returns the seconds of all tokens but the first, and the tokens."""
@@ -219,7 +223,7 @@ def prompt(rig: EngineRig) -> list[Row]:
 
         cases: dict[str, Callable[[], float | None]] = {"int4": ours}
         if peer is not None:
-            cases["llama_cpp"] = lambda ids=ids: peer.complete(ids, 1)["prompt_per_second"]  # type: ignore[misc]
+            cases["llama_cpp"] = partial(peer.prompt_speed, ids)
         found = interleaved(cases, 1, min(3, rig.project.repeats))
         row: Row = {"prompt_tokens": length, "tokens_per_second": {name: Sample.of(own) for name, own in found.items()}}
         rows.append(_against_peer("prompt", row, found, LEAST_PROMPT))

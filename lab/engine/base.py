@@ -150,8 +150,11 @@ class Engine(Protocol):
     """The most tokens that a session can be promised: the context, or fewer where not even one such text fits."""
     has_logits: bool = True
     """Whether it can apply min_p, penalties and word lists, which change logits."""
-    row_invariant: bool = False
-    """Whether what it says about a token does not depend on what shares the pass."""
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether what it says about a token does not depend on what shares the pass."""
+        return False
 
     def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """Start a text and run its prompt; ``session.step.next_ids[-1]`` is the first new token.

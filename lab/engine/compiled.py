@@ -38,7 +38,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Mod
 
 from lab.engine.kv import SlotCache
 from lab.files import path_of
-from lab.models.packed import IntLinear, multiply
+from lab.models.packed import IntLinear, multiply, project
 from lab.settings import DeviceSettings, ModelSettings, UserError
 
 log = logging.getLogger(__name__)
@@ -158,9 +158,7 @@ class _Projection:
     def __call__(self, rows_NK: Tensor) -> Tensor:
         if self._scales is None:
             return functional.linear(rows_NK, self._weight, self._bias)
-        product = multiply(rows_NK.to(torch.bfloat16), self._weight, self._scales)[:, : self._outputs]
-        outcome = product.to(rows_NK.dtype)
-        return outcome if self._bias is None else outcome + self._bias
+        return project(rows_NK, self._weight, self._scales, self._outputs, self._bias)
 
 
 def _norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -195,17 +193,12 @@ def plan_of(layer: nn.Module, dtype: torch.dtype) -> LayerPlan:
         scaling=attention.scaling,
         epsilon=norm.variance_epsilon,
         # Mistral's layers do not know their window: all of them have the config's.
-        window=attention.config.sliding_window if type(layer) is MistralDecoderLayer else _window_of(attention),
+        window=getattr(attention.config if type(layer) is MistralDecoderLayer else attention, "sliding_window", None),
         has_head_norms=hasattr(attention, "q_norm"),
         outputs=tuple(part.out_features for part in parts),
         kinds=tuple(str(part.weight.dtype)[6:] + ("+" if part.bias is not None else "") for part in parts),
         dtype=str(dtype)[6:],
     )
-
-
-def _window_of(attention: Any) -> int | None:
-    window: int | None = getattr(attention, "sliding_window", None)
-    return window
 
 
 def tensors_of(layer: nn.Module) -> list[Tensor]:
@@ -261,8 +254,8 @@ def _check_own(place: Path) -> None:
 def _digest(plan: LayerPlan) -> str:
     """All that the machine code depends on: plan, source, torch, processor and threads."""
     machine = [platform.machine(), platform.processor(), _instructions(), str(torch.get_num_threads())]
-    source = inspect.getsource(inspect.getmodule(plan_of) or CompiledLayer) + inspect.getsource(multiply)
-    known = "\n".join([torch.__version__, *machine, str(asdict(plan)), source])
+    source = [Path(__file__).read_text(encoding="utf-8"), inspect.getsource(multiply), inspect.getsource(project)]
+    known = "\n".join([torch.__version__, *machine, str(asdict(plan)), *source])
     return hashlib.sha256(known.encode()).hexdigest()[:32]
 
 

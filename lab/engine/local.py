@@ -177,7 +177,8 @@ class LocalEngine(Engine):
         return check_finite([run.session.advance(run.ids, run.step) for run in runs])
 
     @property
-    def row_invariant(self) -> bool:  # type: ignore[override]  # found out by each engine
+    @override
+    def row_invariant(self) -> bool:
         """So with compiled layers, as tried when they were opened, and with exact shapes."""
         return bool(self._exact_rows) or (self._compiled is not None and self._compiled.row_invariant)
 

@@ -78,10 +78,9 @@ class IntLinear(nn.Linear):
 
     @override
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
-        rows_RK = input.reshape(-1, self.in_features).to(torch.bfloat16)
-        product_RN = multiply(rows_RK, self.weight, self.scales)[:, : self.out_features]
-        outcome = product_RN.view(*input.shape[:-1], self.out_features).to(input.dtype)
-        return outcome if self.bias is None else outcome + self.bias
+        rows_RK = input.reshape(-1, self.in_features)
+        outcome_RN = project(rows_RK, self.weight, self.scales, self.out_features, self.bias)
+        return outcome_RN.view(*input.shape[:-1], self.out_features)
 
     def in_float(self) -> nn.Linear:
         """A plain layer in float32 with the weights that these numbers stand for."""
@@ -110,6 +109,12 @@ def multiply(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
     if numbers.dtype == torch.int8:
         return torch._weight_int8pack_mm(rows_RK, numbers, scales)
     return cast(Tensor, torch.ops.aten._weight_int4pack_mm_for_cpu(rows_RK, numbers, GROUP, scales))
+
+
+def project(rows_RK: Tensor, numbers: Tensor, scales: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+    """What a packed layer gives for rows of any dtype, in that dtype: R x N."""
+    outcome_RN = multiply(rows_RK.to(torch.bfloat16), numbers, scales)[:, :outputs].to(rows_RK.dtype)
+    return outcome_RN if bias is None else outcome_RN + bias
 
 
 def _in_kernel_order(halves_NX: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ def write_packed(
         own: Returns the numbers and scales that a weight (N x K) was made from, where they are known.
 
     Raises:
-        ValueError: a layer whose inputs are no multiple of the group, or a model without linear layers.
+        ValueError: a layer whose inputs are no multiple of the group.
     """
     tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
     head = model.get_output_embeddings()
