@@ -218,9 +218,15 @@ class Shard:
         short = [place for place, piece in enumerate(given.pieces) if piece.count <= MOST_ROWS]
         groups = [*([short] if short else []), *([place] for place in range(len(given.pieces)) if place not in short)]
         found: dict[int, Any] = {}
+        before = [request.before_V for request in requests]
         for places in groups:
             own, part = [requests[place] for place in places], given.only(places)
-            output = self._compiled_pass(self._compiled, own, part) if places == short else self._pass(own, part)
+            try:
+                output = self._compiled_pass(self._compiled, own, part) if places == short else self._pass(own, part)
+            except BaseException:  # each request is asked again as it was, those of the passes before this one, too
+                for request, row_V in zip(requests, before, strict=True):
+                    request.before_V = row_V
+                raise
             if isinstance(output, Tensor):
                 found |= zip(places, output.split([piece.count for piece in part.pieces]), strict=True)
             else:

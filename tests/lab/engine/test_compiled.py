@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config
 from transformers.modeling_utils import PreTrainedModel
 
@@ -23,7 +25,7 @@ from lab.models.slices import read_slice
 from lab.models.structure import find_structure
 from lab.settings import UserError
 from split.inference.messages import Piece
-from split.inference.shard import PassInput, Shard1, Shard2, ShardLimits
+from split.inference.shard import OnlyShard, PassInput, Shard1, Shard2, ShardLimits
 from tests.random_models import random_model
 
 SIZES = {
@@ -189,8 +191,6 @@ def test_shards_say_what_the_whole_says(want: Any, folder: Path, tmp_path: Path)
     engine = _engine(whole, folder)
     structure = find_structure(_model("qwen3"))
     config = AutoConfig.from_pretrained(tmp_path / "m", local_files_only=True)
-    from safetensors.torch import load_file
-
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     limits = ShardLimits(sessions=4, context=200, bucket=32, kv_limit_bytes=10**8, idle_seconds=60.0)
     shards = []
@@ -221,6 +221,43 @@ def test_shards_say_what_the_whole_says(want: Any, folder: Path, tmp_path: Path)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.next_ids == theirs.next_ids
             assert ours.next_nll == theirs.next_nll
+
+
+def test_a_pass_that_fails_leaves_every_request_as_it_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short pieces were computed before the long one failed."""
+    limits = ShardLimits(sessions=4, context=200, bucket=32, kv_limit_bytes=10**8, idle_seconds=60.0)
+    _packed(_model("qwen3"), tmp_path / "m")
+    config = AutoConfig.from_pretrained(tmp_path / "m", local_files_only=True)
+    tensors, structure = load_file(tmp_path / "m" / "model.safetensors"), find_structure(_model("qwen3"))
+    part = read_slice(config, tensors, structure, range(3), embedding=True, head=True, dtype=torch.bfloat16)
+    shard = OnlyShard(part, range(3), limits, compiler=Compiler(True, True, True, folder))
+    for key in range(2):
+        shard.open(key, Sampling.greedy(), 200)
+
+    def pass_of(position: int, counts: Sequence[int]) -> Any:
+        pieces = [
+            Piece(session=key, position=position, count=count, is_first=position == 0, is_last=True)
+            for key, count in enumerate(counts)
+        ]
+        return shard.forward(range(2), PassInput(pieces, "all", _ids(sum(counts), sum(counts))))
+
+    pass_of(0, [3, 3])
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of luck"):
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("out of luck")
+
+        patch.setattr(shard, "_pass", fail)
+        pass_of(3, [2, 40])
+    again = pass_of(3, [2, 40])[0].nll
+    for key in range(2):
+        shard.close(key)
+        shard.open(key, Sampling.greedy(), 200)
+    pass_of(0, [3, 3])
+    assert str(again) == str(pass_of(3, [2, 40])[0].nll)
+    assert not math.isnan(again[0]), "the nll of the first draft token is known from the pass before"
 
 
 def test_a_second_start_compiles_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
