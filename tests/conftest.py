@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # Test processes share the cores: a thread that spins while it waits for another keeps that one from running, and 4-bit
 # training takes four times as long. OpenMP reads this when torch is loaded, here and in every process that is started.
@@ -12,3 +15,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # A shell's background job ignores SIGINT, and so would every process that tests start and interrupt there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread: on several, a row's place may decide how it is rounded."""
+    import torch  # here, after the environment that it reads
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
-import torch
 
 from lab.command.entry import Run, compose_settings
 from lab.device import open_device
@@ -54,12 +52,7 @@ SAMPLING = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
 SAMPLED = ("project.temperature=1.0", "seed=7", "project.top_k=60", "project.top_p=0.98")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,7 @@ SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CACHE: dict[str, Any] = {"context": 200, "bucket": 32, "kv_limit_bytes": 10**8, "prefill_chunk": 64, "exact_rows": None}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")
@@ -244,13 +239,14 @@ def test_a_pass_that_fails_leaves_every_request_as_it_was(
         return shard.forward(range(2), PassInput(pieces, "all", _ids(sum(counts), sum(counts))))
 
     pass_of(0, [3, 3])
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of luck"):
 
-        def fail(*_: object) -> None:
-            raise RuntimeError("out of luck")
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of luck")
 
+    with monkeypatch.context() as patch:
         patch.setattr(shard, "_pass", fail)
-        pass_of(3, [2, 40])
+        with pytest.raises(RuntimeError, match="out of luck"):
+            pass_of(3, [2, 40])
     again = pass_of(3, [2, 40])[0].nll
     for key in range(2):
         shard.close(key)

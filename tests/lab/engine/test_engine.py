@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -33,12 +33,7 @@ from tests.random_models import ARCHITECTURES, VOCABULARY, WINDOW, random_model
 SAMPLED = Sampling(seed=21, temperature=0.8, top_k=40, top_p=0.95)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -47,12 +47,7 @@ WELCOME = WelcomeFrame(
 PROMPT, NEIGHBOUR, COUNT = [1, 2, 3, 4, 5], [9, 8, 7], 24
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _engine(marked: int | None = None, layer: int = 0, value: float = math.nan) -> LocalEngine:

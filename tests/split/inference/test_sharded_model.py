@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,7 @@ from split.transport.inproc import InProcess
 from tests.random_models import ARCHITECTURES
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _bits(step: TargetStep | None) -> tuple[object, ...]:

@@ -29,13 +29,7 @@ from tests.split.inference.test_sharded_model import conversation
 from tests.split.processes import Process, chain, endpoint
 from tests.words import samplings
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextlib.contextmanager
