@@ -52,8 +52,13 @@ MOST_ROWS = 24
 part of a prompt, which transformers' own forward computes faster."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 COMPILERS = ("g++", "clang++", "c++")
-PROBED_ROWS = (1, 2, 3, 5, 8, 17, 40, 96, 192)
-"""Rows of the passes that are compared with single rows; bfloat16 products differ in some of the larger ones."""
+INDUCTOR = {"compile_threads": 1, "realize_opcount_threshold": 8, "realize_reads_threshold": 3}
+"""Queries are stored once they are rotated; otherwise inductor rotates them anew for every column of the cache."""
+PROBED_ROWS = (*range(2, 16), 17, 20, 24, 25, 28, 30, 31, 40, 64, 96, 150, 192)
+"""Rows of the products that are compared with single rows."""
+WIDTHS = (192, 31, 14)
+"""Most rows of a product, the first that rounds each row as if it were alone. With the row that `_linear` adds, products
+of 2 to 15 rows round alike in float32 (MKL), and those of 2 to 32 rows in bfloat16 with AMX (oneDNN)."""
 PROBED_COLUMNS = 256
 
 
@@ -141,8 +146,11 @@ class CompiledLayer(nn.Module):
         score_NGQL = (query_NGQD[:, :, :, None] * key_NGLD[:, :, None].float()).sum(-1)
         distance_NL = position_N[:, None] - column_L[None]
         hidden_NL = distance_NL < 0 if plan.window is None else (distance_NL < 0) | (distance_NL >= plan.window)
-        share_NGQL: Tensor = score_NGQL.masked_fill(hidden_NL[:, None, None], -math.inf).softmax(-1)
-        seen_NGQD: Tensor = (share_NGQL[..., None] * value_NGLD[:, :, None].float()).sum(-2)
+        score_NGQL = score_NGQL.masked_fill(hidden_NL[:, None, None], -math.inf)
+        weight_NGQL = (score_NGQL - score_NGQL.amax(-1, keepdim=True)).exp()
+        # Divided last: a softmax would be divided anew for every number that it weighs.
+        seen_NGQD: Tensor = (weight_NGQL[..., None] * value_NGLD[:, :, None].float()).sum(-2)
+        seen_NGQD = seen_NGQD / weight_NGQL.sum(-1, keepdim=True)
         return seen_NGQD.flatten(1, 2).to(query_NHD.dtype)
 
 
@@ -157,8 +165,14 @@ class _Projection:
 
     def __call__(self, rows_NK: Tensor) -> Tensor:
         if self._scales is None:
-            return functional.linear(rows_NK, self._weight, self._bias)
+            return _linear(rows_NK, self._weight, self._bias)
         return project(rows_NK, self._weight, self._scales, self._outputs, self._bias)
+
+
+def _linear(rows_NK: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A product in float. A single row would be computed by another kernel, which rounds otherwise, so that there is
+    always one more; it takes no longer."""
+    return functional.linear(torch.cat((rows_NK, rows_NK[:1])), weight, bias)[:-1]
 
 
 def _norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -285,7 +299,7 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
     temporary = package.with_suffix(".partial.pt2")
     try:
         # Rows and slots may be one, for which torch would compile code of its own.
-        with torch.no_grad(), cast(Any, shapes).patch(backed_size_oblivious=True), inductor.patch(compile_threads=1):
+        with torch.no_grad(), cast(Any, shapes).patch(backed_size_oblivious=True), inductor.patch(**INDUCTOR):
             exported = export(CompiledLayer(plan), arguments, dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary))
     except Exception as error:  # whatever exporter, compiler and linker say
@@ -336,8 +350,10 @@ class CompiledModel:
         self._codes = {number: by_plan[plan] for number, plan in plans.items()}
         self._columns = torch.arange(0)
         first = {plan: number for number, plan in reversed(plans.items())}
-        self.row_invariant = all(self._is_invariant(number, plan) for plan, number in first.items())
+        found = min(self._invariant_rows(number, plan) for plan, number in first.items())
+        self.row_invariant = found > 0
         """Whether a row gets the same bits in every company, as tried on random rows with these weights."""
+        self._most_rows = found or WIDTHS[0]
 
     def run(self, states: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Append `counts[i]` rows to `slots[i]`, whose lengths are set; rows lie piece by piece.
@@ -361,19 +377,29 @@ class CompiledModel:
         slot_N = torch.tensor([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
         hidden_NC = states if states.is_floating_point() else self._embedding(states)
         cos_1ND, sin_1ND = self._rotary(hidden_NC, position_N[None])
-        given = [cos_1ND[0], sin_1ND[0], slot_N, position_N, self._columns]
+        parts = [list(part) for part in zip(*map(self._parts, (hidden_NC, cos_1ND[0], sin_1ND[0], slot_N, position_N)))]
         for number, code in self._codes.items():
-            stored = cache.stored(number)
-            [hidden_NC] = code([hidden_NC, *given, *stored, *self._tensors[number]])
-        return hidden_NC
+            stored, tensors = cache.stored(number), self._tensors[number]
+            for part in parts:  # in order: a row sees the rows of its sequence that lie before it
+                [part[0]] = code([*part, self._columns, *stored, *tensors])
+        return torch.cat([part[0] for part in parts])
 
     def logits(self, hidden_NC: Tensor) -> Tensor:
         """N x V, of hidden states behind the last layer."""
-        return cast(Tensor, self._head(self._norm(hidden_NC)))
+        return torch.cat([self._logits(part_NC) for part_NC in self._parts(hidden_NC)])
+
+    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self._most_rows)
+
+    def _logits(self, hidden_NC: Tensor) -> Tensor:
+        normed_NC, head = self._norm(hidden_NC), self._head
+        if type(head) is nn.Linear:
+            return _linear(normed_NC, head.weight, head.bias)
+        return cast(Tensor, head(normed_NC))
 
     @torch.inference_mode()
-    def _is_invariant(self, number: int, plan: LayerPlan) -> bool:
-        """Rows in passes of several widths, against each of them alone."""
+    def _invariant_rows(self, number: int, plan: LayerPlan) -> int:
+        """The most rows of a product, of `WIDTHS`, that get what each of them gets alone; 0 where there are none."""
         generator = torch.Generator().manual_seed(number)
         dtype = getattr(torch, plan.dtype)
 
@@ -389,11 +415,12 @@ class CompiledModel:
         def run(rows: slice) -> Tensor:
             given = [tensor[rows].contiguous() for tensor in (hidden_NC, cos_ND, sin_ND, slot_N, position_N)]
             [outcome_NC] = self._codes[number]([*given, column_L, *stored, *self._tensors[number]])
-            return torch.cat((outcome_NC, self.logits(outcome_NC).to(dtype)), 1)
+            return torch.cat((outcome_NC, self._logits(outcome_NC).to(dtype)), 1)
 
         run(slice(0, most))  # from here on, each row finds in the cache what it writes
         alone = torch.cat([run(slice(row, row + 1)) for row in range(most)])
-        return all(torch.equal(run(slice(0, rows)), alone[:rows]) for rows in PROBED_ROWS)
+        wrong = next((rows for rows in PROBED_ROWS if not torch.equal(run(slice(0, rows)), alone[:rows])), most + 1)
+        return next((width for width in WIDTHS if width < wrong), 0)
 
 
 @dataclass(frozen=True)
