@@ -334,7 +334,7 @@ class Shard:
         return self._clock() - request.used_at - most
 
 
-class Shard1(Shard):
+class FirstShard(Shard):
     """The first shard: embedding and first layers. Its input is token ids."""
 
     takes_ids = True
@@ -347,7 +347,7 @@ class Shard1(Shard):
         return torch.tensor(ids_BT, device=self.device)
 
 
-class Shard2(Shard):
+class LastShard(Shard):
     """The last shard: last layers, norm and LM head. It samples; its output is token ids."""
 
     gives_steps = True
@@ -430,7 +430,7 @@ def _block(rows_KV: Tensor, piece: Piece, ids: Sequence[int], request: _Request)
     return Scored(rows_KV, ids, piece.position, request.sampling, before_V, request.history)
 
 
-class OnlyShard(Shard1, Shard2):
+class OnlyShard(FirstShard, LastShard):
     """All layers: a model that is not split, served as a shard."""
 
 
@@ -455,4 +455,4 @@ def shard_class(first: bool, last: bool) -> type[Shard]:
     """The class of a shard that is the first, the last, both or neither."""
     if first and last:
         return OnlyShard
-    return Shard1 if first else Shard2 if last else Shard
+    return FirstShard if first else LastShard if last else Shard

@@ -18,7 +18,7 @@ from lab.models import folder as folder_module
 from lab.models.layers import load_layers
 from split.chain.boundary import Boundary
 from split.inference.messages import Pass
-from split.inference.shard import PassInput, Shard1
+from split.inference.shard import PassInput, FirstShard
 from split.inference.sharded_model import ShardFault
 from split.inference.stage import InferenceStage
 from split.transport.base import Message
@@ -236,6 +236,6 @@ def test_a_shard_reads_no_tensors_but_its_own(tmp_path: Path, monkeypatch: pytes
 
 def test_the_middle_of_a_chain_takes_no_ids(tmp_path: Path) -> None:
     first, *rest = shards(saved_model("llama", tmp_path), (0, 1, 2, 4))
-    assert isinstance(first, Shard1)
+    assert isinstance(first, FirstShard)
     assert [shard.takes_ids for shard in rest] == [False, False]
     assert [shard.gives_steps for shard in rest] == [False, True]
