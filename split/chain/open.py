@@ -29,7 +29,7 @@ from split.transport.inproc import InProcess
 from split.transport.tcp import TcpChain
 
 if TYPE_CHECKING:
-    from split.transport.rpc import Seat  # some systems lack it
+    from split.transport.rpc import RpcShard  # some systems lack it
 
 NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
 """Overrides of the client that are not passed on to its shards begin with these."""
@@ -183,14 +183,14 @@ class Chain:
         self,
         load: Callable[[range], StageT],
         make_server: Callable[[StageT, Place], ChainServer],
-        make_seat: Callable[[StageT, str, int, dict[str, str]], Seat],
+        make_rpc_shard: Callable[[StageT, str, int, dict[str, str]], RpcShard],
     ) -> tuple[StageT, int]:
         """Load one shard and serve it until Ctrl+C; its stage, and the number of its clients.
 
         Args:
             load: Makes the stage of some layers; called once the settings are known to be right.
             make_server: Makes its server, over tcp.
-            make_seat: Makes its seat, in a group: from the stage, its name, the model's layers and the fingerprints.
+            make_rpc_shard: Makes its RPC shard, from the stage, its name, the model's layers and the fingerprints.
 
         Raises:
             UserError: what cannot be served.
@@ -200,16 +200,16 @@ class Chain:
             raise UserError("project.layers must be set for a shard, as first:last, got null")
         layers, name = parse_layers(project.layers), f"{self.model.name} {project.layers}"
         if project.transport is TransportKind.rpc:
-            from split.transport.rpc import check_master, serve_seat  # some systems lack it
+            from split.transport.rpc import check_master, serve_rpc_shard  # some systems lack it
 
             check_master(network)
             if not 1 <= project.rank < project.world_size:
                 raise UserError(f"project.rank must be in [1, world_size={project.world_size}), got {project.rank}")
             stage = load(layers)
-            seat = make_seat(stage, name, self.model_layers, self.fingerprints)
+            member = make_rpc_shard(stage, name, self.model_layers, self.fingerprints)
             with until_stopped(project.follow_stdin):
                 say_ready("joining", self.kind.shard, network.host, network.port, layers=project.layers)
-                serve_seat(seat, project.rank, project.world_size, network)
+                serve_rpc_shard(member, project.rank, project.world_size, network)
             return stage, 1
         tls = listener_tls(network)
         stage = load(layers)

@@ -32,7 +32,7 @@ from split.training.weights import initial_weight, load_training_shard
 from split.transport.base import To
 
 if TYPE_CHECKING:
-    from split.training.autograd import LearnerSeat  # some systems lack it
+    from split.training.autograd import AutogradRpcShard  # some systems lack it
 
 LEARNING = ChainKind(
     client="trainer",
@@ -129,10 +129,10 @@ def host(settings: SplitTrainSettings, folder: Path) -> dict[str, Any]:
             raise UserError(f"project.layers must be within the model's {count} layers, got {settings.project.layers}")
         return make_stage(settings.model, open_device(settings.device), layers, checkpoints)
 
-    def make_seat(stage: TrainingStage, name: str, model_layers: int, prints: dict[str, str]) -> LearnerSeat:
-        from split.training.autograd import LearnerSeat
+    def make_rpc_shard(stage: TrainingStage, name: str, model_layers: int, prints: dict[str, str]) -> AutogradRpcShard:
+        from split.training.autograd import AutogradRpcShard
 
-        return LearnerSeat(stage, name, model_layers, prints)
+        return AutogradRpcShard(stage, name, model_layers, prints)
 
-    _chain(settings).serve(load, TrainingServer, make_seat)
+    _chain(settings).serve(load, TrainingServer, make_rpc_shard)
     return {"role": LEARNING.shard, "layers": settings.project.layers, "checkpoints": checkpoints}

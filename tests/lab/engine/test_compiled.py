@@ -25,7 +25,7 @@ from lab.models.slices import read_slice
 from lab.models.structure import find_structure
 from lab.settings import UserError
 from split.inference.messages import Piece
-from split.inference.shard import OnlyShard, PassInput, FirstShard, LastShard, ShardLimits
+from split.inference.shard import FirstShard, LastShard, OnlyShard, PassInput, ShardLimits
 from tests.random_models import random_model
 
 SIZES = {

@@ -18,7 +18,7 @@ from lab.models import folder as folder_module
 from lab.models.layers import load_layers
 from split.chain.boundary import Boundary
 from split.inference.messages import Pass
-from split.inference.shard import PassInput, FirstShard
+from split.inference.shard import FirstShard, PassInput
 from split.inference.sharded_model import ShardFault
 from split.inference.stage import InferenceStage
 from split.transport.base import Message
