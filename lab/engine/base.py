@@ -251,7 +251,7 @@ def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Scored:
+class LogitRows:
     """Consecutive rows of logits of one session, to be read as a `TargetStep`."""
 
     logits_KV: Tensor
@@ -266,7 +266,7 @@ class Scored:
     """Holds the text up to the last of the ids, where the sampling has words."""
 
 
-def read_steps(blocks: Sequence[Scored], want: Want) -> list[TargetStep]:
+def read_steps(blocks: Sequence[LogitRows], want: Want) -> list[TargetStep]:
     """Draw the next token in every row of every session at once: the last step of whoever has the logits.
 
     A session whose logits hold NaN or infinity gets a step with a fault; the others get what they get without it.
@@ -299,7 +299,7 @@ def _fault(finite: Sequence[bool], positions: Sequence[int]) -> str:
     return f"the logits for position {positions[finite.index(False)]} hold NaN or infinity"
 
 
-def _nll_before(block: Scored) -> float:
+def _nll_before(block: LogitRows) -> float:
     return math.nan if block.before_V is None else nll(block.before_V[None], block.ids[:1])[0]
 
 

@@ -19,8 +19,8 @@ from lab.engine.base import (
     NOTHING,
     SWEEP_ROWS,
     Engine,
+    LogitRows,
     Request,
-    Scored,
     Session,
     TargetStep,
     Want,
@@ -258,7 +258,7 @@ class LocalEngine(Engine):
     def _read(self, logits: Sequence[tuple[_Piece, Tensor]], want: Want) -> None:
         """Draw from the rows of logits (K x V) of some pieces."""
         blocks = [
-            Scored(rows_KV, piece.ids, piece.position, session.sampling, piece.run.before_V, session.history)
+            LogitRows(rows_KV, piece.ids, piece.position, session.sampling, piece.run.before_V, session.history)
             for piece, rows_KV in logits
             for session in (piece.run.session,)
         ]

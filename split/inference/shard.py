@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from typing_extensions import override
 
-from lab.engine.base import Scored, TargetStep, Want, check_ids, read_steps
+from lab.engine.base import LogitRows, TargetStep, Want, check_ids, read_steps
 from lab.engine.compiled import MOST_ROWS, CompiledModel, Compiler
 from lab.engine.context import longest_text
 from lab.engine.first_fault import first_faults
@@ -365,7 +365,7 @@ class LastShard(Shard):
         logits_BKV = self._run_slice(plan, given, logits_to_keep=0 if steps is None else torch.tensor(steps))
         return self._read(
             [
-                (request, _scored(logits_BKV[row], piece, ids, steps, request))
+                (request, _wanted_rows(logits_BKV[row], piece, ids, steps, request))
                 for request, row, piece, ids, is_read in zip(
                     requests, plan.rows, pieces, ids_of_pieces, read, strict=True
                 )
@@ -392,7 +392,7 @@ class LastShard(Shard):
         parts = logits_KV.split([len(rows_KH) for *_, rows_KH in kept])
         return self._read(
             [
-                (request, _block(part_KV, piece, ids, request))
+                (request, _logit_rows(part_KV, piece, ids, request))
                 for (request, piece, ids, _), part_KV in zip(kept, parts, strict=True)
             ],
             given.want,
@@ -409,25 +409,27 @@ class LastShard(Shard):
                 request.history.hold(piece.position, ids)
         return ids_of_pieces
 
-    def _read(self, wanted: Sequence[tuple[_Request, Scored]], want: Want) -> list[TargetStep]:
+    def _read(self, wanted: Sequence[tuple[_Request, LogitRows]], want: Want) -> list[TargetStep]:
         found = read_steps([block for _, block in wanted], want)
         for request, block in wanted:  # not before: where this raises, each request is asked again as it was
             request.before_V = block.logits_KV[-1].clone() if want == "all" else None
         return found
 
 
-def _scored(logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int] | None, request: _Request) -> Scored:
+def _wanted_rows(
+    logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int] | None, request: _Request
+) -> LogitRows:
     if steps is None:
         rows_KV = logits_KV[: piece.count]
     else:
         last = steps.index(piece.count - 1)
         rows_KV = logits_KV[last : last + 1]
-    return _block(rows_KV, piece, ids, request)
+    return _logit_rows(rows_KV, piece, ids, request)
 
 
-def _block(rows_KV: Tensor, piece: Piece, ids: Sequence[int], request: _Request) -> Scored:
+def _logit_rows(rows_KV: Tensor, piece: Piece, ids: Sequence[int], request: _Request) -> LogitRows:
     before_V = None if piece.is_first else request.before_V
-    return Scored(rows_KV, ids, piece.position, request.sampling, before_V, request.history)
+    return LogitRows(rows_KV, ids, piece.position, request.sampling, before_V, request.history)
 
 
 class OnlyShard(FirstShard, LastShard):
