@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lab.models.quantized import READ, Stored, Unreadable, stored_kind, unpacked
+from lab.models.quantized import READ, Unreadable, WeightFormat, find_weight_format, unpacked
 from lab.settings import UserError
 
 CONFIG = "config.json"
@@ -138,10 +138,10 @@ class ModelFolder:
                 raise self._refused("ask for no other attention than eager or sdpa", str(part._attn_implementation))
         return config
 
-    def stored(self, config: PreTrainedConfig) -> Stored:
-        """How its matrices are stored, by the config that `config` returned."""
+    def weight_format(self, config: PreTrainedConfig) -> WeightFormat:
+        """The format of its matrices, by the config that `config` returned."""
         try:
-            return stored_kind(config, self.shapes(), self.files if self.has_weights else ())
+            return find_weight_format(config, self.shapes(), self.files if self.has_weights else ())
         except Unreadable as found:
             raise UserError(f"{self.setting} must be {READ}, got {found}") from None
 

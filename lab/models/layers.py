@@ -12,17 +12,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from lab.device import check_dtype
 from lab.models.proof import Use, require
-from lab.models.quantized import Stored, load_options
+from lab.models.quantized import WeightFormat, load_options
 from lab.models.shape import ModelShape
 from lab.models.slices import read_slice
 from lab.models.sources import (
     LoadedModel,
+    check_weight_format,
     fetch,
     load_config,
     load_model,
     prepared,
     quantization_config,
-    stored_as,
 )
 from lab.models.structure import Structure
 from lab.settings import ModelSettings, UserError
@@ -35,7 +35,7 @@ def load_proved(settings: ModelSettings, device: torch.device) -> LoadedModel:
         UserError: an architecture that is not, a model that cannot be had.
     """
     config, packed = load_config(settings), settings.quantization.bits is not None
-    require(config, Use.engine, settings.cache_dir, packed=Stored[settings.quantization.name] if packed else None)
+    require(config, Use.engine, settings.cache_dir, packed=WeightFormat[settings.quantization.name] if packed else None)
     return load_model(settings, device)
 
 
@@ -66,16 +66,19 @@ def load_layers(
         described = fetch(settings, None)
     config = described.config()
     check_layers(config, layers)
-    stored = stored_as(described, config, settings)
-    as_packed = stored if quantization is None else Stored.nf4
+    stored = check_weight_format(described, config, settings)
+    as_packed = stored if quantization is None else WeightFormat.nf4
     structure = require(
-        config, use, settings.cache_dir, packed=None if as_packed in (Stored.plain, Stored.fp8) else as_packed
+        config,
+        use,
+        settings.cache_dir,
+        packed=None if as_packed in (WeightFormat.plain, WeightFormat.fp8) else as_packed,
     ).structure
     assert structure is not None, "what is proved to be cut is known in its parts"
     ties = ModelShape.of(config).is_tied
     names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=ties)
     folder = fetch(settings, names)
-    placement = load_options(stored_as(folder, config, settings), quantization, device, dtype)
+    placement = load_options(check_weight_format(folder, config, settings), quantization, device, dtype)
     with folder.lazy(names) as tensors:
         model = read_slice(config, tensors, structure, layers, embedding=embedding, head=head, dtype=dtype, **placement)
     return prepared(model, settings, device, dtype, moves="device_map" not in placement)

@@ -46,7 +46,7 @@ from lab.files import path_of, write_whole
 from lab.learning.training import keep_differentiable
 from lab.models import slices, structure, twin
 from lab.models.packed import IntLinear, write_packed
-from lab.models.quantized import PACKED, Stored
+from lab.models.quantized import PACKED, WeightFormat
 from lab.models.shape import ModelShape
 from lab.models.slices import cut_of, read_slice, run_slice
 from lab.models.structure import Structure, Unsliceable, find_structure
@@ -100,7 +100,7 @@ class _Differs(ValueError):
     """Two ways that must give the same did not."""
 
 
-def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: Stored | None = None) -> Proof:
+def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: WeightFormat | None = None) -> Proof:
     """The proof that an architecture is right for a use: from an earlier trial, or tried now (seconds).
 
     Args:
@@ -125,7 +125,7 @@ def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: Store
     return proof
 
 
-def prove(config: PreTrainedConfig, folder: Path, *, packed: Stored | None = None) -> Proof:
+def prove(config: PreTrainedConfig, folder: Path, *, packed: WeightFormat | None = None) -> Proof:
     """The outcome of the trial of a config, read from `folder` where it is known there.
 
     `packed`: That of its slices with their matrices quantised so, and of nothing else.
@@ -187,7 +187,7 @@ def try_out(config: PreTrainedConfig) -> Proof:
             return replace(found, slices=against, training=_failure(made.try_training), structure=outline)
 
 
-def try_packed(config: PreTrainedConfig, *, stored: Stored) -> Proof:
+def try_packed(config: PreTrainedConfig, *, stored: WeightFormat) -> Proof:
     """Try a twin with its matrices quantised, on the CPU: slices against the whole, and for int8 and int4 the whole
     against the same numbers in float."""
     with _one_thread(), _quietly(), tempfile.TemporaryDirectory() as folder:
@@ -203,11 +203,11 @@ def try_packed(config: PreTrainedConfig, *, stored: Stored) -> Proof:
     return Proof(str(config.model_type), whole, slices, slices, None)
 
 
-def _packed_trial(config: PreTrainedConfig, stored: Stored, folder: Path) -> _Trial:
+def _packed_trial(config: PreTrainedConfig, stored: WeightFormat, folder: Path) -> _Trial:
     model = twin_model(config)
     outline = find_structure(model)
     if stored in PACKED:
-        return _Trial(model, outline, folder, bits=8 if stored is Stored.int8 else 4)
+        return _Trial(model, outline, folder, bits=8 if stored is WeightFormat.int8 else 4)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )

@@ -27,7 +27,7 @@ from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
 from lab.files import path_of
 from lab.models.conversion import cache_folder, converted, gguf_config, gguf_file, packed, random_config
 from lab.models.folder import CONFIG, INDEX, SINGLE, ModelFolder
-from lab.models.quantized import PACKED, Stored, can_become, check_packed, load_options
+from lab.models.quantized import PACKED, WeightFormat, can_become, check_packed, load_options
 from lab.settings import ModelSettings, ModelSource, Quantization, UserError, digest
 
 log = logging.getLogger(__name__)
@@ -60,11 +60,11 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     quantization = quantization_config(settings, device, dtype)
     folder = fetch(settings, None)
     config = folder.config()
-    stored = stored_as(folder, config, settings)
+    stored = check_weight_format(folder, config, settings)
     tokenizer = folder.tokenizer()
     model = folder.load(config, dtype, **load_options(stored, quantization, device, dtype))
     model = prepared(
-        model, settings, device, dtype, moves=quantization is None and stored in (Stored.plain, Stored.fp8)
+        model, settings, device, dtype, moves=quantization is None and stored in (WeightFormat.plain, WeightFormat.fp8)
     )
     folder.check_computes(model)
     return LoadedModel(model, tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
@@ -95,9 +95,9 @@ def load_tokenizer_only(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return fetch(settings, ()).tokenizer()
 
 
-def stored_as(folder: ModelFolder, config: PreTrainedConfig, settings: ModelSettings) -> Stored:
-    """How a folder keeps its matrices; UserError where it cannot be read, or not under `model.quantization`."""
-    stored = folder.stored(config)
+def check_weight_format(folder: ModelFolder, config: PreTrainedConfig, settings: ModelSettings) -> WeightFormat:
+    """The format of a folder's matrices; UserError if it cannot be read, or not under `model.quantization`."""
+    stored = folder.weight_format(config)
     if not can_become(stored, settings.quantization):
         raise UserError(
             f"model.quantization must be none for a model that is stored as {stored.name}, "
@@ -163,7 +163,7 @@ def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder
     if settings.quantization.bits is None or (names is not None and not names):
         return _fetch_stored(settings, names)
     stored = _fetch_stored(settings, None)
-    if stored_as(stored, stored.config(), settings) in PACKED:
+    if check_weight_format(stored, stored.config(), settings) in PACKED:
         return stored
     folder = ModelFolder(packed(settings, model_identity(settings), stored), "model.cache_dir")
     folder.check()
@@ -181,7 +181,7 @@ def _fetch_stored(settings: ModelSettings, names: Collection[str] | None) -> Mod
         case ModelSource.gguf | ModelSource.random:
             folder = ModelFolder(converted(settings, model_identity(settings)), setting)
     folder.check()
-    stored_as(folder, folder.config(), settings)
+    check_weight_format(folder, folder.config(), settings)
     return folder
 
 
@@ -238,7 +238,7 @@ def _from_hub(settings: ModelSettings, names: Collection[str] | None) -> ModelFo
         if lacking := sorted(wanted.intersection(folder.missing_files())):
             raise _unreachable(str(settings.repo), OSError(f"it has no {lacking[0]}"))
         folder.check(wanted)
-    stored_as(folder, folder.config(), settings)
+    check_weight_format(folder, folder.config(), settings)
     return folder
 
 
