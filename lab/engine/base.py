@@ -74,8 +74,8 @@ class Session:
         self.most_tokens = most_tokens
         """The most tokens that it will ever hold; room for them is reserved."""
         self.sampling = sampling
-        self.history = History(sampling.words) if sampling.words else None
-        """The text, for the words of its sampling; None where it has none. Kept by engines that have the logits."""
+        self.history = History(sampling.logit_rules) if sampling.logit_rules else None
+        """The text, for the logit rules of its sampling; None without any. Kept by engines that have the logits."""
         self.step: TargetStep | None = None
         """The outcome of the latest extend; right after `open` that of the prompt. None when the prompt was empty."""
         self.closed = False
@@ -223,7 +223,7 @@ def check_finite(steps: list[TargetStep]) -> list[TargetStep]:
 
 def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None) -> int:
     """Raise the ValueErrors that every engine's `open` has in common. Returns the most tokens of the session."""
-    check_words(engine, sampling)
+    check_logit_rules(engine, sampling)
     if len(prompt_ids) > engine.context:
         raise ValueError(f"prompt must be at most the context of {engine.context} tokens, got {len(prompt_ids)}")
     most = engine.context if most_tokens is None else most_tokens
@@ -233,14 +233,14 @@ def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, mo
     return most
 
 
-def check_words(engine: Engine, sampling: Sampling) -> None:
+def check_logit_rules(engine: Engine, sampling: Sampling) -> None:
     """ValueError for penalties, biases and bad words where the engine has no logits to apply them to."""
-    if not engine.has_logits and (sampling.words is not None or sampling.min_p):
+    if not engine.has_logits and (sampling.logit_rules is not None or sampling.min_p):
         raise ValueError(
             "min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits"
         )
-    if sampling.words is not None:
-        sampling.words.check_ids(engine.vocabulary_size)
+    if sampling.logit_rules is not None:
+        sampling.logit_rules.check_ids(engine.vocabulary_size)
 
 
 def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:
@@ -263,7 +263,7 @@ class LogitRows:
     before_V: Tensor | None = None
     """The row before the first one, if the caller has it: then nll[0] is known."""
     history: History | None = None
-    """Holds the text up to the last of the ids, where the sampling has words."""
+    """Holds the text up to the last of the ids, if the sampling has logit rules."""
 
 
 def read_steps(blocks: Sequence[LogitRows], want: Want) -> list[TargetStep]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lab.text.words import Words
+from lab.text.logit_rules import LogitRules
 
 
 class History:
@@ -19,15 +19,15 @@ class History:
     tokens that stand in the text alone, so that a row costs one copy of its logits and little more.
     """
 
-    def __init__(self, words: Words) -> None:
-        self._words = words
+    def __init__(self, rules: LogitRules) -> None:
+        self._rules = rules
         self._ids: list[int] = []
-        self._counts = _Counts(words.prompt_tokens)
-        self._singles = sorted({word[0] for word in words.bad_words if len(word) == 1})
-        self._bias = dict(words.logit_bias)
+        self._counts = _Counts(rules.prompt_tokens)
+        self._singles = sorted({word[0] for word in rules.bad_words if len(word) == 1})
+        self._bias = dict(rules.logit_bias)
         self._endings: dict[int, list[tuple[int, ...]]] = {}
         """Bad words of several tokens, by the one before the last."""
-        for word in words.bad_words:
+        for word in rules.bad_words:
             if len(word) > 1:
                 self._endings.setdefault(word[-2], []).append(word)
         self._singles_B: Tensor | None = None
@@ -53,7 +53,7 @@ class History:
                 self._biased_B = torch.tensor(list(self._bias), device=scores_KV.device)
                 self._biases_B = torch.tensor(list(self._bias.values()), device=scores_KV.device, dtype=torch.float64)
             scores_KV[:, self._biased_B] += self._biases_B.to(scores_KV.dtype)
-        if self._words.has_penalties:
+        if self._rules.has_penalties:
             self._penalise(scores_KV, end)
         return scores_KV
 
@@ -80,17 +80,17 @@ class History:
         }
 
     def _penalise(self, scores_KV: Tensor, end: int) -> None:
-        words, dtype = self._words, scores_KV.dtype
+        rules, dtype = self._rules, scores_KV.dtype
         tokens_U, counts_2KU = self._counts.before(self._ids, end, len(scores_KV), scores_KV.device)
         scores_KU = scores_KV[:, tokens_U]
         generated_KU = counts_2KU[1].to(dtype)
         # Each step is rounded by itself, on every device and in every shape: no fused multiply-add.
-        if words.repetition_penalty != 1:
-            divided_KU = scores_KU / words.repetition_penalty
-            shrunk_KU = torch.where(scores_KU > 0, divided_KU, scores_KU * words.repetition_penalty)
+        if rules.repetition_penalty != 1:
+            divided_KU = scores_KU / rules.repetition_penalty
+            shrunk_KU = torch.where(scores_KU > 0, divided_KU, scores_KU * rules.repetition_penalty)
             scores_KU = torch.where(counts_2KU.sum(0) > 0, shrunk_KU, scores_KU).clamp_(max=torch.finfo(dtype).max)
-        scores_KU = scores_KU - generated_KU * words.frequency_penalty
-        scores_KV[:, tokens_U] = scores_KU - (generated_KU > 0).to(dtype) * words.presence_penalty
+        scores_KU = scores_KU - generated_KU * rules.frequency_penalty
+        scores_KV[:, tokens_U] = scores_KU - (generated_KU > 0).to(dtype) * rules.presence_penalty
 
 
 class _Counts:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lab.text.words import Words, check_ranges
+from lab.text.logit_rules import LogitRules, check_ranges
 
 _LANE = 0xFFFFFFFF  # 32-bit arithmetic in int64 lanes: MPS has no uint64, and torch has few uint32 operations
 _WORD = 0xFFFFFFFFFFFFFFFF
@@ -44,7 +44,7 @@ class Sampling:
     min_p: float = 0.0
     """Only tokens at least so probable, relative to the best one, can be drawn (Nguyen et al., arXiv 2407.01082; as in
     transformers after top-k and top-p, at the same temperature); 0 switches it off."""
-    words: Words | None = None
+    logit_rules: LogitRules | None = None
     """Changes to the logits before all of this, by the text before them; None: no changes."""
 
     def __post_init__(self) -> None:
@@ -67,9 +67,9 @@ class Choice:
     nll: list[float]
     """Cross-entropy of the drawn token under the plain softmax of the logits (no temperature, no top-k), in nats."""
     margins: list[float]
-    """Gap between the two best candidates, words and noise included, in units of the logits: while top-k, top-p and
-    min-p leave the same tokens, only an error of more than half of it can change the choice (of the logits as they are
-    after a repetition penalty). Infinite when one candidate was left."""
+    """Gap between the two best candidates, logit rules and noise included, in units of the logits: while top-k, top-p
+    and min-p leave the same tokens, only an error of more than half of it can change the choice (of the logits after a
+    repetition penalty). Infinite when one candidate was left."""
     follower_nll: list[float]
     """Cross-entropy of the token that follows in the text instead; NaN where none was given."""
     finite: list[bool]
@@ -90,7 +90,7 @@ def choose(
         samplings: The settings of the session that each row belongs to.
         positions: Where each drawn token will stand in its text, counted from the first prompt token.
         followers: The token that stands there already (a draft token), -1 where there is none.
-        changed: Scores, V each, that a row is drawn from in place of its logits, by row: `lab.text.words`.
+        changed: Scores, V each, that a row is drawn from in place of its logits, by row: `lab.text.logit_rules`.
 
     Returns:
         R ids, their cross-entropies and margins. A row's result does not depend on the other rows.

@@ -231,7 +231,8 @@ def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
         log.info("packing %s to %s once (about 10 s for 135M parameters)", settings.name, settings.quantization.name)
         config = stored.config()
         blocks = GgufBlocks(gguf_file(settings), dtype) if settings.source is ModelSource.gguf and bits == 4 else None
-        model = stored.load(config, dtype, **load_options(stored.weight_format(config), None, torch.device("cpu"), dtype))
+        options = load_options(stored.weight_format(config), None, torch.device("cpu"), dtype)
+        model = stored.load(config, dtype, **options)
         try:
             write_packed(model, folder, bits, dtype, blocks.find if blocks else lambda weight: None)
         except ValueError as error:

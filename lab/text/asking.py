@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lab.engine.sampling import Sampling
 from lab.settings import UserError, user_errors
+from lab.text.logit_rules import LogitRules
 from lab.text.settings import FILL, TextSettings
-from lab.text.words import Words
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and only names are needed here
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and only names are ne
 def asked_sampling(asked: TextSettings, seed: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Sampling:
     """The sampling of a text with such a prompt. UserError for invalid penalties, biases or bad words."""
     with user_errors("project."):
-        words = Words(
+        rules = LogitRules(
             prompt_tokens=prompt_tokens,
             repetition_penalty=asked.repetition_penalty,
             presence_penalty=asked.presence_penalty,
@@ -31,7 +31,7 @@ def asked_sampling(asked: TextSettings, seed: int, tokenizer: PreTrainedTokenize
         top_k=asked.top_k,
         top_p=asked.top_p,
         min_p=asked.min_p,
-        words=None if words.is_off else words,
+        logit_rules=None if rules.is_off else rules,
     )
 
 

@@ -81,9 +81,9 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
     """UserError for a prompt that is too long, and for ids that the target does not have."""
-    if request.sampling.words is not None:
+    if request.sampling.logit_rules is not None:
         with user_errors("project."):
-            request.sampling.words.check_ids(welcome.vocabulary_size)
+            request.sampling.logit_rules.check_ids(welcome.vocabulary_size)
     if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
         raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
     check_rows(request.prompt_ids, welcome.vocabulary_size, "target", texts.__getitem__)

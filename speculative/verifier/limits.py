@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lab.engine.base import Engine, check_ids, check_words
+from lab.engine.base import Engine, check_ids, check_logit_rules
 from speculative.request import GenerationRequest
 
 
@@ -53,7 +53,7 @@ def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
     except ValueError as error:
         return f"prompt must hold tokens that the target has rows for: {error}"
     try:
-        check_words(engine, request.sampling)
+        check_logit_rules(engine, request.sampling)
     except ValueError as error:
         return str(error)
     if request.max_new_tokens < 1:

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.command import entry
 from lab.command.terminal import TextStream
-from lab.engine.base import Session, check_words
+from lab.engine.base import Session, check_logit_rules
 from lab.engine.sampling import Sampling
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import UserError, user_errors
@@ -75,7 +75,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
     check_rows(prompt, engine.vocabulary_size, "model", tokenizer.convert_ids_to_tokens)
     sampling = asked_sampling(project, settings.seed, tokenizer, len(prompt))
     with user_errors("project."):
-        check_words(engine, sampling)
+        check_logit_rules(engine, sampling)
     generation = Generation(settings, tokenizer, end_ids_of(settings.model))
     place.so_far = generation.figures
     write(engine, generation, prompt, sampling, most, tracker)

@@ -66,7 +66,7 @@ class _Request:
     sampling: Sampling
     used_at: float
     history: History | None = None
-    """Its ids, at the last shard and if its sampling has words."""
+    """Its ids, at the last shard and if its sampling has logit rules."""
     is_used: bool = False
     """Whether a pass has continued it."""
     before_V: Tensor | None = None
@@ -80,7 +80,7 @@ class PassInput:
     pieces: Sequence[Piece]
     want: Want
     ids: Sequence[int] = ()
-    """N ids, piece by piece: at the first shard, and at the last one if want is all or a request has words."""
+    """N ids, piece by piece: at the first shard, and at the last one if want is all or a request has logit rules."""
     hidden_NH: Tensor | None = None
     """Hidden states, at all but the first shard."""
 
@@ -172,15 +172,15 @@ class Shard:
         """Keep room for a request of at most `tokens` tokens.
 
         Raises:
-            ValueError: `key` is open, `tokens` never fit, or the sampling's words name ids that the model lacks.
+            ValueError: `key` is open, `tokens` never fit, or the sampling's logit rules name ids that the model lacks.
             CacheFull: there is no room now, and no request that holds some is idle.
         """
         if key in self._requests:
             raise ValueError("text must be new, got one that is open")
         if tokens > self.longest:
             raise ValueError(f"tokens must be at most the {self.longest} that fit here, prompt included, got {tokens}")
-        if sampling.words is not None:
-            sampling.words.check_ids(self.vocabulary_size)
+        if sampling.logit_rules is not None:
+            sampling.logit_rules.check_ids(self.vocabulary_size)
         while True:
             try:
                 slot = self.cache.acquire(tokens)
@@ -188,7 +188,7 @@ class Shard:
             except CacheFull:
                 if not self._evict_idle():
                     raise
-        history = History(sampling.words) if sampling.words and self.gives_steps else None
+        history = History(sampling.logit_rules) if sampling.logit_rules and self.gives_steps else None
         self._requests[key] = _Request(slot, tokens, sampling, self._clock(), history)
 
     @property
@@ -399,13 +399,15 @@ class LastShard(Shard):
         )
 
     def _hold_ids(self, requests: Sequence[_Request], given: PassInput) -> list[Sequence[int]]:
-        """The ids of each piece, held for requests that have words; -1 where the pass brings none."""
+        """The ids of each piece, held for requests that have logit rules; -1 where the pass brings none."""
         unknown: list[Sequence[int]] = [[-1] * piece.count for piece in given.pieces]
         ids_of_pieces = given.ids_of_pieces() if given.ids else unknown
         for request, piece, ids in zip(requests, given.pieces, ids_of_pieces, strict=True):
             if request.history is not None:
                 if not given.ids:
-                    raise ValueError("a pass of a text with words must bring its ids, got none")
+                    raise ValueError(
+                        "a pass of a request with penalties, biases or bad words must bring its ids, got none"
+                    )
                 request.history.hold(piece.position, ids)
         return ids_of_pieces
 

@@ -338,8 +338,8 @@ class ShardedModel(Engine):
 
     def _submit(self, parts: Sequence[_Part], want: Want) -> _InFlight:
         number = self._number()
-        has_words = any(self._journals[part.extend.number].session.sampling.words for part in parts)
-        head = Pass(read_all=want == "all", for_words=has_words, pieces=[part.piece() for part in parts])
+        has_logit_rules = any(self._journals[part.extend.number].session.sampling.logit_rules for part in parts)
+        head = Pass(read_all=want == "all", for_logit_rules=has_logit_rules, pieces=[part.piece() for part in parts])
         submitted = time.monotonic()
         self._transport.send(0, Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
         return _InFlight(number, head, parts, submitted)

@@ -13,7 +13,7 @@ from lab.engine.base import Engine, Request, Session, TargetStep, Want
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.engine.synthetic import SyntheticEngine
-from lab.text.words import Words
+from lab.text.logit_rules import LogitRules
 from speculative.acceptance import prefix_hash
 from speculative.drafter.loop import Desync, DraftedSequence
 from speculative.drafts import RandomDrafts
@@ -250,7 +250,9 @@ def test_a_text_is_resumed_by_its_owner_only_and_as_it_is() -> None:
     for changed in (
         replace(asked(), max_new_tokens=41),
         replace(asked(), sampling=Sampling(seed=1, temperature=1, top_k=0, top_p=1)),
-        replace(asked(), sampling=replace(asked().sampling, words=Words(prompt_tokens=3, presence_penalty=1.0))),
+        replace(
+            asked(), sampling=replace(asked().sampling, logit_rules=LogitRules(prompt_tokens=3, presence_penalty=1.0))
+        ),
         replace(asked(), prompt_ids=[1, 2, 4]),
         replace(asked(), new_ids=[(TEXT[0] + 1) % 50]),
     ):

@@ -19,8 +19,8 @@ MAX_BAD_WORD_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
-    """Changes to the logits of one text. `Sampling.words` is None where there are none."""
+class LogitRules:
+    """Changes to the logits of one text. `Sampling.logit_rules` is None where there are none."""
 
     prompt_tokens: int
     """Where the generated part of the text begins: presence and frequency count from there."""
@@ -56,7 +56,7 @@ class Words:
     @property
     def is_off(self) -> bool:
         """Whether there are no changes."""
-        return self == Words(prompt_tokens=self.prompt_tokens)
+        return self == LogitRules(prompt_tokens=self.prompt_tokens)
 
     @property
     def _largest_id(self) -> int:
