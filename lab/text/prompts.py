@@ -24,7 +24,7 @@ Messages = list[dict[str, Any]]
 """Messages in the form that chat templates take."""
 
 
-def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, asked: TextSettings) -> list[int]:
+def input_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, asked: TextSettings) -> list[int]:
     """The ids of `prompt`, or of `project.messages`, as the model is to read them.
 
     Raises:

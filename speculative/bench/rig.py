@@ -24,7 +24,7 @@ from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
-from lab.text.asking import asked_sampling
+from lab.text.generation import sampling_of
 from lab.text.prompts import prompt_ids
 from lab.wire.frames import encode
 from lab.wire.tokens import pack_tokens
@@ -160,7 +160,7 @@ class Rig(ExitStack):
         """The rounds of one text over a connection; `wrap` may wrap its draft source."""
         settings = self.settings_of(case)
         ids = prompt_ids(self.tokenizer, case.prompt, settings.project.chat)
-        sampling = asked_sampling(settings.project, settings.seed, self.tokenizer, len(ids))
+        sampling = sampling_of(settings.project, settings.seed, self.tokenizer, len(ids))
         request = make_request(settings, ids, sampling, settings.project.max_new_tokens)
         drafts: Drafts = NoDrafts()
         if case.mode is not Mode.target_only:
