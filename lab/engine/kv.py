@@ -85,7 +85,7 @@ class _Writes:
 
 
 class UnknownState(ValueError):
-    """A model keeps something of its past that is no key and no value, or not in the way of other models."""
+    """A model keeps a recurrent or other state besides keys and values, or keeps those in a way of its own."""
 
 
 def layer_shapes(run: Callable[[Cache], object]) -> dict[int, LayerShape]:

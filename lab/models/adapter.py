@@ -73,7 +73,7 @@ class AdapterFolder:
         """PEFT's config, a new one each time: PEFT writes into it."""
         known = {name: copy.deepcopy(value) for name, value in self.fields.items() if name in _types()}
         try:
-            with _said_once(self.setting):
+            with _logging_each_warning_once(self.setting):
                 return LoraConfig(**known | {"inference_mode": True})
         except Exception as error:  # PEFT's checks raise a dozen kinds
             raise self.misfit(_one_line(error)) from None
@@ -175,7 +175,7 @@ def fit_adapter(adapter: AdapterFolder, whole: PreTrainedConfig) -> Fit:
         UserError: modules or tensors that are unknown, missing or of another shape.
     """
     try:
-        with _said_once(adapter.setting):
+        with _logging_each_warning_once(adapter.setting):
             twin, fit = _on_twin(adapter.config(), whole)
             metas = {name: torch.empty(shape, device="meta") for name, shape in adapter.shapes.items()}
             loaded = _load(twin, metas)
@@ -358,7 +358,7 @@ def quiet_peft() -> Iterator[None]:
 
 
 @contextmanager
-def _said_once(setting: str) -> Iterator[None]:
+def _logging_each_warning_once(setting: str) -> Iterator[None]:
     """PEFT's warnings, each once, in the log."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -90,13 +90,13 @@ class Proof:
     structure: Structure | None
     """None for a model that cannot be cut."""
 
-    def against(self, use: Use) -> str | None:
+    def reason_against(self, use: Use) -> str | None:
         """The reason against a use; None where there is none."""
         found: str | None = getattr(self, use.name)
         return found
 
 
-class _Differs(ValueError):
+class _Difference(ValueError):
     """Two ways that must give the same did not."""
 
 
@@ -114,9 +114,9 @@ def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: Weigh
     """
     folder = path_of(cache_dir, "model.cache_dir") / "proofs"
     proof = prove(config, folder)
-    against = proof.against(use)
+    against = proof.reason_against(use)
     if packed and not against:
-        against = prove(config, folder, packed=packed).against(use)
+        against = prove(config, folder, packed=packed).reason_against(use)
     if against:
         wanted = f"{use.value} in {packed.name}" if packed else use.value
         raise UserError(
@@ -230,7 +230,7 @@ def _in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split())[:240]
     return (
         text
-        if isinstance(error, (_Differs, Unsliceable, NoTwin, kv.UnknownState))
+        if isinstance(error, (_Difference, Unsliceable, NoTwin, kv.UnknownState))
         else f"{type(error).__name__}: {text}"
     )
 
@@ -281,7 +281,7 @@ def _check_state(config: PreTrainedConfig) -> None:
     for number, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             kind = type(layer).__name__.removesuffix("Layer")
-            raise kv.UnknownState(f"its layer {number} keeps a state that is no key and no value ({kind})")
+            raise kv.UnknownState(f"its layer {number} keeps a state other than keys and values ({kind})")
 
 
 @torch.inference_mode()
@@ -298,7 +298,7 @@ def _check_own_cache(model: Any) -> None:
         cached_TV = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
         wrong = float((cached_TV[-1] - plain_TV[last - 1]).abs().max())
         if not wrong <= 10 * LARGEST_ERROR:
-            raise _Differs(f"transformers' own logits with its cache are off by {wrong:.2g} from those without")
+            raise _Difference(f"transformers' own logits with its cache are off by {wrong:.2g} from those without")
 
 
 def _try_engine(model: PreTrainedModel) -> None:
@@ -345,14 +345,14 @@ def _compare_with_plain(
     errors = [abs(said - right) for said, right in zip(known_nll, expected) if not math.isnan(said + right)]
     wrong = max(errors, default=0.0)
     if not wrong <= LARGEST_ERROR:
-        raise _Differs(
+        raise _Difference(
             f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats"
         )
     best_T = logits_TV[-new:].argmax(-1).tolist()
     leads_T2 = logits_TV[-new:].topk(2).values
     for said, best, lead in zip(next_ids, best_T, (leads_T2[:, 0] - leads_T2[:, 1]).tolist(), strict=True):
         if said != best and lead > LARGEST_ERROR:
-            raise _Differs(f"{_SETTING}, the next token is {said} instead of {best}")
+            raise _Difference(f"{_SETTING}, the next token is {said} instead of {best}")
 
 
 # Slices
@@ -403,7 +403,7 @@ class _Trial:
         but for what products of bfloat16 round."""
         whole: Any = self.whole()
         if not any(weight.dtype in (torch.uint8, torch.int8) for weight in whole.parameters()):
-            raise _Differs("none of its matrices is packed")
+            raise _Difference("none of its matrices is packed")
         if not any(isinstance(part, IntLinear) for part in whole.modules()):
             return
         ids_BT = torch.tensor([_ids(self._most // 2, 5)])
@@ -415,7 +415,7 @@ class _Trial:
         # The median, since rounding may send a token to another expert.
         wrong = float(((logits_TV - exact_TV).norm(dim=1) / exact_TV.norm(dim=1)).median())
         if not wrong <= LARGEST_ROUNDING:
-            raise _Differs(f"its logits are off by {wrong:.1%} from those of the same numbers in float")
+            raise _Difference(f"its logits are off by {wrong:.1%} from those of the same numbers in float")
 
     @torch.inference_mode()
     def try_inference(self) -> None:
@@ -425,8 +425,8 @@ class _Trial:
         for model in (whole, *slices):
             # What counts is which matrices are packed, and how; bitsandbytes' kernels for a CPU want wider ones.
             keep_differentiable(model)
-        uncut = _Cached(whole, run=lambda states, **options: whole(input_ids=states, **options).logits)
-        parts = [_Cached(part, run=partial(run_slice, part)) for part in slices]
+        uncut = _CachedModel(whole, run=lambda states, **options: whole(input_ids=states, **options).logits)
+        parts = [_CachedModel(part, run=partial(run_slice, part)) for part in slices]
         for slots, counts in (([0], [self._most // 6]), ([0, 1], [1, self._most // 2]), ([0, 1], [1, 1])):
             texts = [_ids(count, 7 * slot + count) for slot, count in zip(slots, counts, strict=True)]
             width = max(counts)
@@ -434,17 +434,17 @@ class _Trial:
             expected, states = uncut.forward(ids_BT, slots, counts), ids_BT
             for part in parts:
                 states = part.forward(states, slots, counts)
-            _same(states, expected, "logits of slices are not those of the whole model")
-        held = {name: stored for part in parts for name, stored in part.held().items()}
-        for name, stored in uncut.held().items():
+            _check_same(states, expected, "logits of slices are not those of the whole model")
+        held = {name: stored for part in parts for name, stored in part.cached_states().items()}
+        for name, stored in uncut.cached_states().items():
             if name not in held:
-                raise _Differs(f"{name} of the cache is held by no slice")
-            _same(held[name], stored, f"{name} of the cache of a slice is not that of the whole model")
+                raise _Difference(f"{name} of the cache is held by no slice")
+            _check_same(held[name], stored, f"{name} of the cache of a slice is not that of the whole model")
 
     def try_training(self) -> None:
         """Two sequences, one of them padded: gradients of the slices are those of the whole, to the bit."""
-        if dropping := _dropping(self._config):
-            raise _Differs(f"{dropping} drops whole layers at random, and with one what came to a slice")
+        if dropping := _layer_drop_key(self._config):
+            raise _Difference(f"{dropping} drops whole layers at random, and with one what came to a slice")
         whole: Any = self.whole()
         width = min(20, self._most)
         ids_BT = torch.tensor([_ids(width, 1), _ids(width, 2)])
@@ -461,7 +461,7 @@ class _Trial:
             leaf = states if cut_of(part).layers.start == 0 else states.detach().requires_grad_()
             states = run_slice(part, leaf, **options)
             links.append((leaf, states))
-        _same(states, logits_BTV, "logits of slices that learn are not those of the whole model")
+        _check_same(states, logits_BTV, "logits of slices that learn are not those of the whole model")
         gradient = pull_BTV
         for leaf, states in reversed(links):
             states.backward(gradient)
@@ -477,21 +477,21 @@ class _Trial:
         for part in parts:
             for name, weight in part.named_parameters():
                 if outline.layer_of(name) is not None and not cut_of(part).owns(name):
-                    raise _Differs(f"a slice holds {name}, which is not its own")
+                    raise _Difference(f"a slice holds {name}, which is not its own")
                 if weight.grad is not None:
                     same = f"{outline.embedding}.weight" if is_tied and name == f"{outline.head}.weight" else name
                     found[same] = found[same] + weight.grad if same in found else weight.grad
         if missing := sorted(expected.keys() ^ found.keys()):
-            raise _Differs(f"the gradient of {missing[0]} is there in one of slices and whole model only")
+            raise _Difference(f"the gradient of {missing[0]} is there in one of slices and whole model only")
         for name, gradient in expected.items():
             if name == f"{outline.embedding}.weight" and is_tied:
                 if not torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5):
-                    raise _Differs(f"the gradient of the tied {name} is not the whole model's")
+                    raise _Difference(f"the gradient of the tied {name} is not the whole model's")
             else:
-                _same(found[name], gradient, f"the gradient of {name} is not that of the whole model")
+                _check_same(found[name], gradient, f"the gradient of {name} is not that of the whole model")
 
 
-def _dropping(config: PreTrainedConfig) -> str | None:
+def _layer_drop_key(config: PreTrainedConfig) -> str | None:
     """The setting by which layers are left out at random while a model learns, if there is one."""
     parts = (config, config.get_text_config(decoder=True))
     return next(
@@ -502,7 +502,7 @@ def _dropping(config: PreTrainedConfig) -> str | None:
 _DROPPING = ("layerdrop", "decoder_layerdrop")
 
 
-class _Cached:
+class _CachedModel:
     """A model or slice with a cache of its own layers."""
 
     def __init__(self, model: PreTrainedModel, run: Callable[..., Tensor]) -> None:
@@ -524,16 +524,16 @@ class _Cached:
         self._cache.commit()
         return leaving
 
-    def held(self) -> dict[str, Tensor]:
+    def cached_states(self) -> dict[str, Tensor]:
         """Keys and values, by the name of their layer."""
         return self._cache.tensors()
 
 
-def _same(found: Tensor, expected: Tensor, what: str) -> None:
+def _check_same(found: Tensor, expected: Tensor, what: str) -> None:
     if found.shape != expected.shape or not torch.equal(found, expected):
         wrong = (
             f" by {float((found - expected).detach().abs().max()):.2g}"
             if found.shape == expected.shape
             else " in shape"
         )
-        raise _Differs(f"{what}, but off{wrong}")
+        raise _Difference(f"{what}, but off{wrong}")

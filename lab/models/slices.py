@@ -46,7 +46,7 @@ class Cut:
         return self.head if closes else self.embedding
 
 
-class _Left(Exception):
+class _SliceEnd(Exception):
     """The forward pass has reached the end of the slice."""
 
     def __init__(self, hidden_BTH: Tensor) -> None:
@@ -54,7 +54,7 @@ class _Left(Exception):
         self.hidden_BTH = hidden_BTH
 
 
-class _Elsewhere(nn.Module):
+class _AbsentLayer(nn.Module):
     """Stands for a layer that is not in the slice, and hands on what comes."""
 
     def __init__(self, layer: nn.Module, cut: Cut) -> None:
@@ -74,7 +74,7 @@ class _Elsewhere(nn.Module):
         return (hidden_BTH, *[None] * (outputs - 1)) if outputs else hidden_BTH
 
 
-class _Entry(_Elsewhere):
+class _EntryLayer(_AbsentLayer):
     """The layer before the slice: it brings in what came from there."""
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
@@ -83,12 +83,12 @@ class _Entry(_Elsewhere):
         return self._returned(self._cut.entering_BTH)
 
 
-class _Exit(_Elsewhere):
+class _ExitLayer(_AbsentLayer):
     """The layer behind the slice."""
 
     def forward(self, *arguments: Any, **options: Any) -> NoReturn:
         """End the forward pass with the hidden states of the slice's last layer."""
-        raise _Left(arguments[0] if arguments else options["hidden_states"])
+        raise _SliceEnd(arguments[0] if arguments else options["hidden_states"])
 
 
 class _NoEmbedding(nn.Module):
@@ -139,7 +139,7 @@ def run_slice(model: nn.Module, states: Tensor, *, without_head: bool = False, *
             decoder = cast(Any, model).get_decoder()
             return cast(Tensor, decoder(input_ids=ids_BT, **options).last_hidden_state)
         output = model(input_ids=ids_BT, **options)
-    except _Left as left:
+    except _SliceEnd as left:
         return left.hidden_BTH
     finally:
         cut.entering_BTH = None
@@ -246,8 +246,8 @@ def _sliced_class(config: PreTrainedConfig, cut: Cut, *, keeps_both: bool) -> An
 
 def _stand_in(number: int, layer: nn.Module, cut: Cut) -> nn.Module:
     if number == cut.layers.start - 1:
-        return _Entry(layer, cut)
-    return _Exit(layer, cut) if number == cut.layers.stop and not cut.head else _Elsewhere(layer, cut)
+        return _EntryLayer(layer, cut)
+    return _ExitLayer(layer, cut) if number == cut.layers.stop and not cut.head else _AbsentLayer(layer, cut)
 
 
 def _take_out_ends(model: nn.Module, cut: Cut) -> None:

@@ -33,13 +33,13 @@ class WireError(Lost):
         super().__init__(f"{peer} {what} during {peer.phase}{state}")
 
 
-class _Mendable(WireError):
+class _SettingsFault(WireError):
     """Settings are to blame and not the network: another address, key, certificate, version or model."""
 
     exit_code = 2
 
 
-class Unreachable(_Mendable):
+class Unreachable(_SettingsFault):
     """Nobody answered at that address in time."""
 
 
@@ -65,7 +65,7 @@ class PeerRefused(WireError):
 
     def __init__(self, peer: Peer, code: str, text: str) -> None:
         self.code = code
-        self.exit_code = 2 if code in {kind.__name__ for kind in _Mendable.__subclasses__()} else 1
+        self.exit_code = 2 if code in {kind.__name__ for kind in _SettingsFault.__subclasses__()} else 1
         super().__init__(peer, f"refused ({printable(code)}): {printable(text)}")
 
 
@@ -77,19 +77,19 @@ class BadFrame(WireError):
     """The peer sent bytes that are not a frame we accept; nothing was allocated for them."""
 
 
-class WrongKey(_Mendable):
+class WrongKey(_SettingsFault):
     """The peer does not hold our key."""
 
 
-class VersionMismatch(_Mendable):
+class VersionMismatch(_SettingsFault):
     """The two ends have no protocol version in common."""
 
 
-class TlsRefused(_Mendable):
+class TlsRefused(_SettingsFault):
     """TLS could not be agreed on: another certificate, another name, no TLS at the other end."""
 
 
-class PeerMismatch(_Mendable):
+class PeerMismatch(_SettingsFault):
     """The peer has a role we do not talk to, or another model, tokenizer or revision."""
 
 

@@ -10,7 +10,7 @@ from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
 from lab.wire.faults import Peer, PeerGone, PeerSilent, WireError, unreachable
 from lab.wire.frames import Buffer, Frame, Head, encode
-from lab.wire.listener import tls_refused, why_gone
+from lab.wire.listener import explain_hangup, tls_refused
 from lab.wire.peer_connection import PeerConnection
 from lab.wire.waiting import has_ended
 
@@ -297,7 +297,7 @@ async def connect(host: str, port: int, endpoint: Endpoint, *, tls: ssl.SSLConte
     try:
         await connection.shake_hands()
     except PeerGone as gone:
-        raise (gone if tls else await asyncio.to_thread(why_gone, gone, host, port, seconds)) from None
+        raise (gone if tls else await asyncio.to_thread(explain_hangup, gone, host, port, seconds)) from None
     except asyncio.CancelledError:  # who asked for it has left
         connection.close()
         raise

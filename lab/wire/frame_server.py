@@ -79,7 +79,7 @@ class FrameServer:
         loop = asyncio.get_running_loop()
         limit = self.endpoint.deadlines.handshake_seconds if self._tls else None
         self._server = await loop.create_server(
-            lambda: _Doorman(self), self._host, self._port, ssl=self._tls, ssl_handshake_timeout=limit
+            lambda: _ProtocolSniffer(self), self._host, self._port, ssl=self._tls, ssl_handshake_timeout=limit
         )
         return self
 
@@ -121,7 +121,7 @@ class FrameServer:
         task.add_done_callback(self._tasks.discard)
 
 
-class _Doorman(asyncio.BufferedProtocol):
+class _ProtocolSniffer(asyncio.BufferedProtocol):
     """Reads the first four bytes of a connection, no more, and steps aside for the protocol they announce."""
 
     def __init__(self, server: FrameServer) -> None:

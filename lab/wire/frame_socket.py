@@ -13,9 +13,9 @@ from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
 from lab.wire.faults import Peer, PeerGone, PeerSilent, WireError, unreachable
 from lab.wire.frames import Buffer, Frame, Head, encode_start
-from lab.wire.listener import tls_refused, why_gone
+from lab.wire.listener import explain_hangup, tls_refused
 from lab.wire.peer_connection import PeerConnection
-from lab.wire.waiting import Arrival, can_write
+from lab.wire.waiting import ReadWaiter, can_write
 
 JOIN_BYTES = 64 * 1024  # below it one copy is cheaper than a gathering write
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -36,7 +36,7 @@ class FrameSocket(PeerConnection):
         self._sending = threading.Lock()
         self._io = threading.Lock()  # OpenSSL wants one call at a time; no call under it waits
         connected.setblocking(False)
-        self._arrival = Arrival(connected)
+        self._arrival = ReadWaiter(connected)
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._conversation = Conversation(endpoint, peer, listening=listening, now=time.monotonic())
@@ -59,7 +59,7 @@ class FrameSocket(PeerConnection):
         try:
             return cls(connected, endpoint, peer, listening=False)
         except PeerGone as gone:
-            raise (why_gone(gone, host, port, seconds) if tls is None else gone) from None
+            raise (explain_hangup(gone, host, port, seconds) if tls is None else gone) from None
 
     def send(self, number: int, session: int, head: Head, *body: Buffer) -> None:
         """Send one frame in one write. Any thread; whole frames of several threads never mix.
@@ -198,11 +198,11 @@ class FrameSocket(PeerConnection):
         """End the connection; return why: the first fault is the one that every thread sees."""
         if self._fault is None:
             self._fault = error
-            self._say_farewell(error)
+            self._send_farewell(error)
             self.close()
         return self._fault
 
-    def _say_farewell(self, error: WireError) -> None:
+    def _send_farewell(self, error: WireError) -> None:
         farewell = self._conversation.farewell(error)
         if farewell is not None and self._sending.acquire(blocking=False):
             with contextlib.suppress(OSError), self._io:

@@ -103,7 +103,7 @@ def tls_refused(peer: Peer, error: OSError) -> TlsRefused:
     return TlsRefused(peer, f"could not agree on TLS ({error})")
 
 
-def why_gone(gone: PeerGone, host: str, port: int, seconds: float) -> WireError:
+def explain_hangup(gone: PeerGone, host: str, port: int, seconds: float) -> WireError:
     """Return what ended the handshake of a client without TLS: a listener with TLS hangs up on it without a word."""
     if not _speaks_tls(host, port, seconds):
         return gone

@@ -6,7 +6,7 @@ import socket
 _AT_MOST_SECONDS = 3600.0  # callers look at their deadline again; an infinite one is no number for the system
 
 
-class Arrival:
+class ReadWaiter:
     """Waits for bytes, or the end, of one socket; for one thread that does so again and again."""
 
     def __init__(self, waited_for: socket.socket) -> None:
