@@ -183,7 +183,7 @@ IsRight = Callable[[int, int], bool]
 
 
 @dataclass(frozen=True)
-class Simulated:
+class SimulatedRun:
     """Counts from `simulate`."""
 
     tokens_per_second: float
@@ -195,7 +195,7 @@ class Simulated:
 
 def simulated_optimum(
     is_right: IsRight, acceptance: Acceptance, speeds: Speeds, *, longest: int, new_tokens: int
-) -> Simulated:
+) -> SimulatedRun:
     """Simulate the best plan for these figures over one text whose draft tokens are not known beforehand."""
     plan, _ = best_plan(survival(acceptance, new_tokens), speeds.pace(), range(longest + 1))
     runs = (simulate(is_right, speeds, plan, window=window, new_tokens=new_tokens) for window in (16, 64))
@@ -210,7 +210,7 @@ def simulate(
     window: int,
     new_tokens: int,
     up_seconds: float | None = None,
-) -> Simulated:
+) -> SimulatedRun:
     """Play the asynchronous loop, token by token.
 
     Args:
@@ -235,7 +235,7 @@ def simulate(
         now += speeds.pass_seconds(checked)
         position, passes = position + right + 1, passes + 1
         drafter.send_verdict(now + down, position)
-    return Simulated(position / now, passes, drafter.drafted, drafter.epochs)
+    return SimulatedRun(position / now, passes, drafter.drafted, drafter.epochs)
 
 
 @dataclass

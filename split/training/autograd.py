@@ -1,4 +1,4 @@
-"""Gradients across the cut by torch.distributed.autograd, steps by `DistributedOptimizer`; results as of `Explicit`.
+"""Gradients across the cut by torch.distributed.autograd, steps by `DistributedOptimizer`: those of `ExplicitBackward`.
 
 The trainer calls every member of the group. Each shard fetches hidden states from the one that made them, and torch
 records on both sides what its distributed backward will need. All micro-batches of a step share one context and one
@@ -151,7 +151,7 @@ class AutogradRpcShard(RpcShard):
             weight.grad = gradients[weight]
 
 
-class Autograd(Backward):
+class AutogradBackward(Backward):
     """A `Backward` over the members of a group: the shards, reached over `rpc`."""
 
     def __init__(self, shards: Shards, recipe: Recipe) -> None:

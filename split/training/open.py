@@ -27,7 +27,7 @@ from split.training.messages import MAX_JOINT_MICRO_BATCHES, PROTOCOL, Recipe, S
 from split.training.settings import MAX_MICRO_BATCHES, BackwardKind, SplitTrainSettings
 from split.training.shard import TrainingShard
 from split.training.stage import InitialWeight, TrainingStage
-from split.training.trainer import Backward, Explicit, Shards
+from split.training.trainer import Backward, ExplicitBackward, Shards
 from split.training.weights import initial_weight, load_training_shard
 from split.transport.base import To
 
@@ -95,10 +95,10 @@ def _chain(settings: SplitTrainSettings) -> Chain:
 
 def _backward(settings: SplitTrainSettings, shards: Shards, recipe: Recipe) -> Backward:
     if settings.project.backward is BackwardKind.explicit:
-        return Explicit(shards)
-    from split.training.autograd import Autograd  # some systems lack it
+        return ExplicitBackward(shards)
+    from split.training.autograd import AutogradBackward  # some systems lack it
 
-    return Autograd(shards, recipe)
+    return AutogradBackward(shards, recipe)
 
 
 class TrainingServer(ChainServer):

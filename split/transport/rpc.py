@@ -125,7 +125,7 @@ def leave_group() -> None:
     torch_rpc.shutdown(graceful=False)
 
 
-class InOrder:
+class InOrderReceiver:
     """The messages of one sender, in the order in which it sent them."""
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ class RpcShard:
         return self.stage.figures(self._name), b"".join(tuple(self._hops))
 
     def _work(self) -> None:
-        senders = {origin: InOrder() for origin in To}
+        senders = {origin: InOrderReceiver() for origin in To}
         while True:
             origin, serial, arrived, message = self._await_message()
             for moment, due in senders[origin].take(serial, (arrived, message)):
@@ -219,7 +219,7 @@ class RpcShard:
             self.stage.boundary_bytes += len(message.body)
             origin = To.previous if to is To.next else To.next
             future = deliver(self._neighbours[to], origin, serial, message.number, message.head, body)
-            future.add_done_callback(_tell_if_lost)
+            future.add_done_callback(_report_loss)
         self._sent[to] = serial  # not if that raised: the receiver would wait for it
 
 
@@ -229,7 +229,7 @@ def deliver(member: Any, origin: To, serial: int, number: int, head: Head, body:
     return torch_rpc.rpc_async(member.owner(), _deliver, args=(origin, serial, number, head, body))
 
 
-def _tell_if_lost(done: Any) -> None:
+def _report_loss(done: Any) -> None:
     """Tell the client if a neighbour could not be sent a message."""
     try:
         done.value()
@@ -310,7 +310,7 @@ class RpcChain(Transport):
         self._closing = threading.Event()
         join_group(CLIENT, 0, world_size, network, port, worker_threads, start_seconds)
         names = [f"shard{rank}" for rank in range(1, world_size)]
-        self._senders = {name: InOrder() for name in names}
+        self._senders = {name: InOrderReceiver() for name in names}
         self._sent = [0 for _ in names]
         self.members: list[Any] = [torch_rpc.remote(name, _own_rpc_shard) for name in names]
         """RRefs, first to last."""

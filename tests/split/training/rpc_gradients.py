@@ -22,11 +22,11 @@ from torch import Tensor
 from lab.command.entry import compose_settings
 from lab.settings import Dtype, ModelSettings, NetworkSettings
 from split.chain.open import free_port
-from split.training.autograd import Autograd, AutogradRpcShard
+from split.training.autograd import AutogradBackward, AutogradRpcShard
 from split.training.messages import Apply, Recipe
 from split.training.schedule import Schedule
 from split.training.settings import SplitTrainSettings
-from split.training.trainer import Backward, Explicit, Shards
+from split.training.trainer import Backward, ExplicitBackward, Shards
 from split.transport.base import ChainLost, ShardLost
 from split.transport.rpc import RpcChain, serve_rpc_shard
 from tests.split.training.unsplit import (
@@ -105,7 +105,7 @@ def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: in
     optimization = replace(OPTIMIZATION, max_gradient_norm=case.max_gradient_norm)
 
     def backward(shards: Shards) -> Backward:
-        return Explicit(shards) if case.backward == "explicit" else Autograd(shards, case.recipe)
+        return ExplicitBackward(shards) if case.backward == "explicit" else AutogradBackward(shards, case.recipe)
 
     checkpoints = Path(settings.cache_dir)
     made = trainer(
