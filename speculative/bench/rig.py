@@ -113,9 +113,9 @@ class Rig(ExitStack):
         return self
 
     @property
-    def drafter_words(self) -> list[str]:
+    def drafter_overrides(self) -> list[str]:
         """Overrides for a drafter process that suits this verifier."""
-        return [*model_words(self.settings), "tracking=none", "project.draft.source=random"]
+        return [*model_overrides(self.settings), "tracking=none", "project.draft.source=random"]
 
     def link(self, rtt_seconds: float) -> int:
         """Port of a link to the verifier with this round-trip time, half each way."""
@@ -240,8 +240,8 @@ def for_engine(settings: SpeculativeSettings) -> SpeculativeSettings:
 def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence[str] = ()) -> Iterator[int]:
     """Start a verifier with the benchmark's engine; yields its port."""
     project = settings.project
-    words = [
-        *model_words(settings),
+    overrides = [
+        *model_overrides(settings),
         "tracking=none",
         "network.port=0",
         f"project.context={project.context}",
@@ -252,18 +252,18 @@ def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence
     ]
     if project.bench.engine is BenchEngine.synthetic:
         synthetic = project.synthetic
-        words += [
+        overrides += [
             "project.engine=synthetic",
             "project.lookup=false",
             f"project.synthetic.vocabulary_size={synthetic.vocabulary_size}",
             f"project.synthetic.step_seconds={synthetic.step_seconds}",
             f"project.synthetic.row_seconds={synthetic.row_seconds}",
         ]
-    with listening("speculative.verifier", words, folder, START_SECONDS) as port:
+    with listening("speculative.verifier", overrides, folder, START_SECONDS) as port:
         yield port
 
 
-def model_words(settings: SpeculativeSettings) -> list[str]:
+def model_overrides(settings: SpeculativeSettings) -> list[str]:
     """Overrides that give another process our model."""
     model = settings.model
     files = (Path(conf.__file__).parent / "model").glob("*.yaml")

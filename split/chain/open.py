@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lab.command.ending import run_async
-from lab.command.processes import own_words, say_listening, say_ready
+from lab.command.processes import own_overrides, say_listening, say_ready
 from lab.models.shape import ModelShape
 from lab.models.sources import load_config
 from lab.network import address_for_peers, cannot_listen, client_side_tls, listener_tls, make_endpoint
@@ -42,15 +42,15 @@ class LocalPlaces:
 
     folder: Path
     """Folder of their logs."""
-    words: Sequence[str] | None = None
+    overrides: Sequence[str] | None = None
     """Their command line, without their layers; None: our own."""
-    more_words: Sequence[str] = ()
+    more_overrides: Sequence[str] = ()
     pin_cores: bool = False
 
-    def all_words(self) -> list[str]:
+    def all_overrides(self) -> list[str]:
         """The command line of each shard, without its layers."""
-        words = own_words(NOT_FOR_SHARDS) if self.words is None else self.words
-        return [*words, *self.more_words]
+        overrides = own_overrides(NOT_FOR_SHARDS) if self.overrides is None else self.overrides
+        return [*overrides, *self.more_overrides]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ class Chain:
                 cut_layers(self.model, project.cuts, project.local_shards),
                 local.folder,
                 project.start_seconds,
-                local.all_words(),
+                local.all_overrides(),
                 module=self.kind.module,
                 pin=local.pin_cores,
                 group_port=group_port,

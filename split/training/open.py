@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from lab.command import overrides
+from lab.command.overrides import override as make_override
 from lab.device import give_back_freed_memory, open_device
 from lab.files import path_of
 from lab.models.fingerprints import weights_fingerprints
@@ -73,14 +73,14 @@ def open_shards(
     device: torch.device,
     folder: Path,
     checkpoints: Path,
-    words: Sequence[str] | None = None,
+    overrides: Sequence[str] | None = None,
 ) -> Iterator[tuple[Shards, Backward]]:
     """The shards that the settings describe; local ones live as long as this does.
 
-    `words`: the command line of local shards, without their layers and checkpoints; None: our own.
+    `overrides`: the command line of local shards, without their layers and checkpoints; None: our own.
     """
-    override_checkpoints = overrides.override("project.checkpoints", checkpoints)
-    local = LocalPlaces(folder, words, [override_checkpoints], pin_cores=settings.project.pin_cores)
+    override_checkpoints = make_override("project.checkpoints", checkpoints)
+    local = LocalPlaces(folder, overrides, [override_checkpoints], pin_cores=settings.project.pin_cores)
     with ExitStack() as stack:
         transport = _chain(settings).open(
             local, lambda layers: make_stage(settings.model, device, layers, checkpoints), stack
