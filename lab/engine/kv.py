@@ -250,7 +250,7 @@ class SlotCache(Cache):
             # Those in use may be what does not fit beside one more; then there is room for none.
             fits = 0 if max(self._promised) > fits else fits
             raise CacheFull(
-                f"the KV cache is full: {self._needs(slots, self._rounded(longest))}; room for a text of {fits} "
+                f"the KV cache is full: {self._needs(slots, self._rounded(longest))}; room for a sequence of {fits} "
                 f"positions is left, got {most}"
             )
         self._promised[slot] = most

@@ -361,7 +361,7 @@ def open_local_engine(
     except ShapeDependence as error:
         raise UserError(f"project.exact_shapes must be false here: {error}") from None
     except CacheFull as error:
-        least = "one pass of exact shapes" if exact_rows else "a text of project.cache_bucket positions"
+        least = "one pass of exact shapes" if exact_rows else "a sequence of project.cache_bucket positions"
         raise UserError(f"project.cache_limit_bytes must hold {least}: {error}") from None
     except ValueError as error:
         raise UserError(f"project.exact_shapes: {error}" if exact_rows else str(error)) from None

@@ -63,7 +63,7 @@ class EngineDrafts(Drafts):
             try:
                 token = self._next_id()
             except NotFinite as fault:
-                log.warning("the drafter drafts no more for this text: %s", fault)
+                log.warning("the drafter makes no more drafts for this request: %s", fault)
                 break
             if token >= self._vocabulary_size:
                 break

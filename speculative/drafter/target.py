@@ -252,7 +252,7 @@ class RemoteTarget(Target):
         self._bytes_sent += old.frames.bytes_sent
         self._bytes_received += old.frames.bytes_received
         if self.welcome != old.welcome:
-            changed = changes(old.welcome.target, self.welcome.target) or "what it takes of a text has changed"
+            changed = changes(old.welcome.target, self.welcome.target) or "its limits for a request have changed"
             raise PeerMismatch(self.connection.frames.peer, f"is another target than before: {changed}")
 
     def _read(self) -> Outcome:

@@ -35,11 +35,11 @@ class SchedulerLimits:
     def refusal_by_client(self, request: GenerationRequest, others: Sequence[GenerationRequest]) -> str | None:
         """Why a client with the requests `others` may not have this one, too; None if it may."""
         if len(others) >= self.client_texts:
-            return f"a client may have {self.client_texts} texts at once (the verifier's project.client.texts)"
+            return f"a client may have {self.client_texts} requests at a time (the verifier's project.client.texts)"
         if not self.bytes_per_token:
             return None
         taken = sum(len(other.prompt_ids) + other.max_new_tokens for other in others)
-        why = f"a client's texts may need {self.client_cache_bytes} bytes of keys and values, its "
+        why = f"a client's requests may need {self.client_cache_bytes} bytes of keys and values, its "
         why += "project.client.cache_bytes" + (f", and {taken} tokens are taken" if taken else "")
         return _refusal_by_length(request, self.client_cache_bytes // self.bytes_per_token - taken, why)
 
@@ -62,7 +62,7 @@ def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
         return f"new tokens must be fewer than max_new_tokens {request.max_new_tokens}, got {len(request.new_ids)}"
     why = "its context" if engine.longest == engine.context else "its project.cache_limit_bytes"
     return _refusal_by_length(
-        request, engine.longest, f"a text at this verifier has room for {engine.longest} tokens, {why}"
+        request, engine.longest, f"a request to this verifier has room for {engine.longest} tokens, {why}"
     )
 
 

@@ -176,7 +176,7 @@ class Shard:
             CacheFull: there is no room now, and no request that holds some is idle.
         """
         if key in self._requests:
-            raise ValueError("text must be new, got one that is open")
+            raise ValueError("request must be new, got one that is open")
         if tokens > self.longest:
             raise ValueError(f"tokens must be at most the {self.longest} that fit here, prompt included, got {tokens}")
         if sampling.logit_rules is not None:
@@ -268,12 +268,12 @@ class Shard:
 
     def _find(self, keys: Sequence[Hashable], pieces: Sequence[Piece]) -> list[_Request]:
         if len(set(keys)) < len(keys):
-            raise ValueError(f"texts of a pass must be different from each other, got {len(keys)} with one twice")
+            raise ValueError(f"requests of a pass must be different from each other, got {len(keys)} with one twice")
         for key, piece in zip(keys, pieces, strict=True):
             request = self._requests.get(key)
             held = self.cache.lengths[request.slot] if request else 0
             if request is None or held < piece.position:
-                raise RequestLost(f"text {piece.session} goes on at {piece.position}, held are {held}")
+                raise RequestLost(f"request {piece.session} continues at {piece.position}, but {held} tokens are held")
             if piece.position + piece.count > request.tokens:
                 raise ValueError(
                     f"position + ids must be at most the {request.tokens} tokens that were asked for, "

@@ -517,7 +517,7 @@ def test_what_the_verifier_refuses_is_said_in_one_line(random_verifier: Role, tm
         "project.draft.window must be in [1, 64] for this verifier (its project.draft.window), got 65"
     )
     assert _refused(port, (), tmp_path, "x" * 1000) == (
-        "project.max_new_tokens must be at most 24 here for a prompt of 1000 tokens (a text at this verifier "
+        "project.max_new_tokens must be at most 24 here for a prompt of 1000 tokens (a request to this verifier "
         "has room for 1024 tokens, its context), got 64"
     )
     assert _refused(port, (), tmp_path, "x" * 262145) == "prompt must be at most 262144 tokens, got 262145"

@@ -300,7 +300,7 @@ def test_a_cache_without_room_leaves_every_session_where_it_was() -> None:
     per_position = _local(model).cache.bytes_per_position
     engine = _local(model, kv_limit_bytes=2 * 32 * per_position)
     assert (engine.context, engine.longest) == (200, 64)
-    with pytest.raises(CacheFull, match="room for a text of 64 positions is left, got 200"):
+    with pytest.raises(CacheFull, match="room for a sequence of 64 positions is left, got 200"):
         engine.open([1], Sampling.greedy())
     first, second = engine.open(_ids(20, 1), Sampling.greedy(), 32), engine.open(_ids(9, 2), Sampling.greedy(), 10)
     text = _generate(_local(model), _ids(20, 1), Sampling.greedy(), 5)

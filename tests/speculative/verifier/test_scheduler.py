@@ -292,13 +292,13 @@ def test_what_a_client_may_take() -> None:
     core.open(2, 40)
     [ended] = core.scheduler.open(3, asked(2), client="client")
     assert isinstance(ended, Ending)
-    assert ended.text == "a client may have 2 texts at once (the verifier's project.client.texts)"
+    assert ended.text == "a client may have 2 requests at a time (the verifier's project.client.texts)"
     core.scheduler.close(2)
     [ended] = core.scheduler.open(4, asked(60), client="client")
     assert isinstance(ended, Ending)
     assert ended.text == (
-        "project.max_new_tokens must be at most 54 here for a prompt of 3 tokens (a client's texts may need 1000 bytes "
-        "of keys and values, its project.client.cache_bytes, and 43 tokens are taken), got 60"
+        "project.max_new_tokens must be at most 54 here for a prompt of 3 tokens (a client's requests may need 1000 "
+        "bytes of keys and values, its project.client.cache_bytes, and 43 tokens are taken), got 60"
     )
     core.open(5, 60, client="another")
 

@@ -125,7 +125,7 @@ def test_a_text_that_does_not_fit_is_told_what_would(tmp_path: Path) -> None:
     with pytest.raises(ShardFault, match="tokens must be at most the 32 that fit here, prompt included, got 33"):
         engine.open(some_ids(20, 1), Sampling.greedy(), 33)
     text = engine.open(some_ids(20, 1), Sampling.greedy(), 32)
-    with pytest.raises(CacheFull, match="room for a text of 0 positions is left, got 1"):
+    with pytest.raises(CacheFull, match="room for a sequence of 0 positions is left, got 1"):
         engine.open([], Sampling.greedy(), 1)
     engine.extend([(text, some_ids(12, 2))], "last")
     with pytest.raises(ValueError, match="at most the 32 tokens that were promised"):
@@ -172,7 +172,7 @@ def test_a_text_that_is_evicted_again_while_it_is_rebuilt_stops_alone(tmp_path: 
     text = engine.open(some_ids(9, 1), SAMPLED)
     said = text.step
     transport.evicts = True
-    with pytest.raises(NotFinite, match="text 1 goes on at 0, held are 0 in the shard of layers 0:2"):
+    with pytest.raises(NotFinite, match="request 1 continues at 0, but 0 tokens are held in the shard of layers 0:2"):
         engine.extend([(text, [1])], "last")
     transport.evicts = False
     text.close()
