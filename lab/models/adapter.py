@@ -8,6 +8,7 @@ A slice names its modules as the whole model does, and what it lacks is a module
 """
 
 import copy
+import json
 import logging
 import math
 import typing
@@ -27,11 +28,20 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.models.peft_folder import RECORDS, TENSORS_FILE, check_base, find_folder, read_fields
+from lab.models.peft_folder import (
+    IDENTITY_KEY,
+    RECORD_FILE,
+    RECORDS,
+    TENSORS_FILE,
+    check_base,
+    find_folder,
+    read_fields,
+)
 from lab.models.slices import cut_of
 from lab.models.sources import load_config, model_identity
 from lab.settings import ModelSettings, UserError
@@ -323,6 +333,21 @@ def _unwrap_saved(model: torch.nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.modules_to_save[NAME])
+
+
+def write_adapter(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], base: str, identity: str, **record: Any
+) -> None:
+    """Write a PEFT folder on the base model `base` of this identity, with more fields of its `RECORD_FILE`."""
+    config.base_model_name_or_path, config.inference_mode = base, True
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(found := getattr(config, name), set):  # the order of a set differs between processes
+            setattr(config, name, sorted(found))
+    config.save_pretrained(str(folder))
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, folder / TENSORS_FILE, metadata={"format": "pt"})
+    text = json.dumps({IDENTITY_KEY: identity, **record}, indent=2) + "\n"
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -59,10 +59,6 @@ class FirstAdapter:
         else:
             config = self.folder.config()
         config.lora_dropout = self.recipe.lora_dropout
-        config.inference_mode = True
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(found := getattr(config, name), set):  # the order of a set differs between processes
-                setattr(config, name, sorted(found))
         return config
 
     def untrained(self) -> dict[str, Tensor]:
