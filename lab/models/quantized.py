@@ -64,7 +64,8 @@ def find_weight_format(config: PreTrainedConfig, tensors: Shapes, index: Collect
     """
     described = description(config)
     if described is None:
-        _check_plain(tensors)
+        for name, dtype in _narrow(tensors).items():
+            raise Unreadable(f"{name!r} in {dtype} without a quantization_config")
         return WeightFormat.plain
     method = described.get("quant_method")
     if described.get("load_in_8bit"):
@@ -184,11 +185,6 @@ def check_packed(model: PreTrainedModel, quantization: Quantization) -> None:
             quantization.name,
             100 * others / (packed + others),
         )
-
-
-def _check_plain(tensors: Shapes) -> None:
-    for name, dtype in _narrow(tensors).items():
-        raise Unreadable(f"{name!r} in {dtype} without a quantization_config")
 
 
 def _check_fp8(described: Mapping[str, Any], tensors: Shapes, index: Collection[str]) -> None:

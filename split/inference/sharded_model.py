@@ -70,10 +70,6 @@ class _PendingOpen:
     """Place in line; 0: there is room; None: no answer yet."""
     fault: Fault | None = None
 
-    @property
-    def is_answered(self) -> bool:
-        return self.place is not None or self.fault is not None
-
 
 @dataclass
 class _Journal:
@@ -263,7 +259,7 @@ class ShardedModel(Engine):
 
     def _await_room(self, pending: _PendingOpen, seconds: float) -> None:
         """Wait until there is room or a fault, or `seconds` are over; in any case until the first answer."""
-        while not pending.is_answered:
+        while pending.place is None and pending.fault is None:
             self._note(self._transport.collect())
         deadline = time.monotonic() + seconds
         with contextlib.suppress(TimeoutError):
