@@ -1,4 +1,4 @@
-"""Layers of a model that settings describe: read as a slice, once the architecture is proved for it."""
+"""Layers of a model read as a slice, after its architecture is proved."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_proved(settings: ModelSettings, device: torch.device) -> LoadedModel:
     """A whole model for an engine: `load_model` of an architecture that is proved with our cache.
 
     Raises:
-        UserError: an architecture that is not, a model that cannot be had.
+        UserError: an architecture that is not proved, or a model that cannot be loaded.
     """
     config, packed = load_config(settings), settings.quantization.bits is not None
     require(config, Use.engine, settings.cache_dir, packed=WeightFormat[settings.quantization.name] if packed else None)
@@ -51,11 +51,11 @@ def load_layers(
         device: Where the slice will be.
         layers: Which layers.
         embedding, head: Whether it has them.
-        use: What the architecture must be proved for.
+        use: The use for which the architecture must be proved.
 
     Raises:
-        UserError: layers the model does not have, an architecture that is not proved, a quantisation that cannot be
-            had, a checkpoint without the tensors of its architecture.
+        UserError: layers that the model lacks, an architecture that is not proved, an unavailable quantisation, a
+            checkpoint without the tensors of its architecture.
     """
     disable_progress_bar()
     dtype = check_dtype(device, settings.dtype)
@@ -85,7 +85,7 @@ def load_layers(
 
 
 def check_layers(config: PreTrainedConfig, layers: range) -> None:
-    """UserError for layers that the model does not have."""
+    """UserError for layers that the model lacks."""
     count = ModelShape.of(config).layers
     if not 0 <= layers.start < layers.stop <= count:
         raise UserError(
@@ -96,9 +96,10 @@ def check_layers(config: PreTrainedConfig, layers: range) -> None:
 def stored_names(
     names: Collection[str], structure: Structure, layers: range, *, embedding: bool, head: bool, ties: bool
 ) -> set[str]:
-    """Which tensors of a checkpoint a slice may need: all but those that are another layer's, or an end's it lacks.
+    """Names of the tensors of a checkpoint that a slice may need: all but those of other layers and of ends that it
+    lacks.
 
-    Stored names are not always the model's own, so that only what is certain is left out.
+    Stored names are not always the model's own, so only tensors that are certainly not needed are left out.
     """
     number = re.compile(rf"(?:^|\.){re.escape(structure.blocks.rpartition('.')[2])}\.(\d+)\.")
     ends = {structure.embedding: embedding or (head and ties), structure.head: head or (embedding and ties)}
@@ -112,7 +113,7 @@ def stored_names(
 
 
 def with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
-    """The same model, behind the adapter of its settings if they name one."""
+    """The model, with the adapter of its settings if they name one."""
     if settings.adapter is not None:
         from lab.models.adapter import add_adapter  # loads PEFT and bitsandbytes, which plain models can do without
 

@@ -1,10 +1,10 @@
-"""Proof that an architecture runs correctly here, before it runs: a small random twin of the model goes through every
-use, and must give the results of transformers. A use that differs is refused by name; results are kept by the twin's
+"""Proof that an architecture runs correctly, before it is used: a small random twin of the model goes through every
+use, and must give the results of transformers. A use that differs is refused by name. Results are kept, by the twin's
 config.
 
-Three uses are proved apart. The engine: prompts in chunks, beside neighbours, rewound, with our cache, against one
-plain forward pass in float64. Slices: three of them read from a folder, against the whole, to the bit, values and
-caches. Training: the gradients of the same slices, to the bit.
+Three uses are proved separately. The engine: prompts in chunks, batched with other sequences, rewound, with our cache,
+against one plain forward pass in float64. Slices: three of them read from a folder, against the whole, to the bit,
+results and caches. Training: the gradients of the same slices, to the bit.
 
 Shapes: B sequences, T positions, V vocabulary.
 """
@@ -56,7 +56,8 @@ from lab.settings import UserError
 log = logging.getLogger(__name__)
 
 LONGEST = 64
-"""Tokens of a sequence in a trial: more than a twin's windows, and than its rotary frequencies stay the same for."""
+"""Tokens of a sequence in a trial: more than a twin's windows, and than the length at which its rotary frequencies
+change."""
 
 SHORTEST = 8
 
@@ -67,7 +68,7 @@ costs more."""
 
 LARGEST_ROUNDING = 0.15
 """Largest difference of a token's logits with products in bfloat16 from those in float32, as a share of their norm:
-random layers add up what each rounds. A wrong product costs all of it."""
+random layers add up their rounding errors. A wrong product costs all of the norm."""
 
 
 class Use(Enum):
@@ -84,33 +85,33 @@ class Proof:
 
     model_type: str
     engine: str | None
-    """The difference that was found; None where it is proved."""
+    """The difference that was found; None if the engine is proved."""
     slices: str | None
     training: str | None
     structure: Structure | None
     """None for a model that cannot be cut."""
 
     def reason_against(self, use: Use) -> str | None:
-        """The reason against a use; None where there is none."""
+        """The reason against a use; None if it is proved."""
         found: str | None = getattr(self, use.name)
         return found
 
 
 class _Difference(ValueError):
-    """Two ways that must give the same did not."""
+    """Two computations that must agree differ."""
 
 
 def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: WeightFormat | None = None) -> Proof:
-    """The proof that an architecture is right for a use: from an earlier trial, or tried now (seconds).
+    """The proof that an architecture is right for a use, from an earlier trial or a new one (seconds).
 
     Args:
         config: The model's.
-        use: What it is wanted for.
+        use: The intended use.
         cache_dir: Where proofs are kept (`model.cache_dir`).
-        packed: How its matrices are quantised, which is proved apart; None: they are not.
+        packed: Format of its quantised matrices, which is proved separately; None: not quantised.
 
     Raises:
-        UserError: it is not proved, with what differs.
+        UserError: it is not proved; the message has the difference.
     """
     folder = path_of(cache_dir, "model.cache_dir") / "proofs"
     proof = prove(config, folder)
@@ -126,9 +127,9 @@ def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: Weigh
 
 
 def prove(config: PreTrainedConfig, folder: Path, *, packed: WeightFormat | None = None) -> Proof:
-    """The outcome of the trial of a config, read from `folder` where it is known there.
+    """The outcome of the trial of a config, read from `folder` if it is kept there.
 
-    `packed`: That of its slices with their matrices quantised so, and of nothing else.
+    `packed`: try only its slices, with their matrices in this format.
     """
     attempt = partial(try_packed, stored=packed) if packed else try_out
     try:
@@ -237,7 +238,7 @@ def _in_one_line(error: Exception) -> str:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """On several threads the place of a row can decide how it rounds."""
+    """Compute on one thread: on several, rounding can depend on the place of a row."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -248,7 +249,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' bars and reports, which would speak of a model that nobody asked for."""
+    """Silence transformers' bars and reports, which would be about a model that the user does not know."""
     disable_progress_bar()
     verbosity = get_verbosity()
     set_verbosity_error()
@@ -277,7 +278,7 @@ _SETTING = "with a cache, in chunks and beside neighbours"
 
 
 def _check_state(config: PreTrainedConfig) -> None:
-    """Refuse by name what transformers itself keeps besides keys and values."""
+    """Refuse by name a model for which transformers keeps other state than keys and values."""
     for number, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             kind = type(layer).__name__.removesuffix("Layer")
@@ -286,7 +287,8 @@ def _check_state(config: PreTrainedConfig) -> None:
 
 @torch.inference_mode()
 def _check_own_cache(model: Any) -> None:
-    """Refuse what transformers itself says in two ways: token by token with its own cache, and in one pass without."""
+    """Refuse a model for which transformers' own results with its cache, token by token, differ from those of one
+    pass."""
     count = min(24, _longest(model.config))
     text = _ids(count, seed=9)
     cache, plain_TV = (
@@ -302,7 +304,8 @@ def _check_own_cache(model: Any) -> None:
 
 
 def _try_engine(model: PreTrainedModel) -> None:
-    """Three sequences of different lengths, in chunks, together and apart, rewound; one leaves, one takes its slot."""
+    """Run three sequences of different lengths in chunks, together and alone, rewound; one leaves, another takes its
+    slot."""
     _check_state(model.config)
     any_model: Any = model
     any_model.set_experts_implementation("eager")  # the grouped product has no float64
@@ -399,8 +402,8 @@ class _Trial:
 
     @torch.inference_mode()
     def try_packed_whole(self) -> None:
-        """Some matrices are packed; and of those that are packed by us, logits are those of the same numbers in float,
-        but for what products of bfloat16 round."""
+        """Check that matrices are packed, and that the logits of our packed layers are those of the same numbers in
+        float, up to the rounding of bfloat16 products."""
         whole: Any = self.whole()
         if not any(weight.dtype in (torch.uint8, torch.int8) for weight in whole.parameters()):
             raise _Difference("none of its matrices is packed")
@@ -419,7 +422,7 @@ class _Trial:
 
     @torch.inference_mode()
     def try_inference(self) -> None:
-        """Three passes over two sequences: logits and caches of the slices are those of the whole."""
+        """Check in three passes over two sequences that logits and caches of the slices are those of the whole."""
         whole: Any = self.whole()
         slices = self.slices()
         for model in (whole, *slices):
@@ -442,7 +445,8 @@ class _Trial:
             _check_same(held[name], stored, f"{name} of the cache of a slice is not that of the whole model")
 
     def try_training(self) -> None:
-        """Two sequences, one of them padded: gradients of the slices are those of the whole, to the bit."""
+        """Check with two sequences, one of them padded, that gradients of the slices are those of the whole, to the
+        bit."""
         if dropping := _layer_drop_key(self._config):
             raise _Difference(f"{dropping} drops whole layers at random, and with one what came to a slice")
         whole: Any = self.whole()
@@ -492,7 +496,7 @@ class _Trial:
 
 
 def _layer_drop_key(config: PreTrainedConfig) -> str | None:
-    """The setting by which layers are left out at random while a model learns, if there is one."""
+    """The key of the config by which layers are left out at random in training, if there is one."""
     parts = (config, config.get_text_config(decoder=True))
     return next(
         (f"{name}={getattr(part, name)}" for part in parts for name in _DROPPING if getattr(part, name, 0)), None

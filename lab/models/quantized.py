@@ -1,8 +1,8 @@
-"""Folders that come quantised: which kinds are read, how, and which are refused by name.
+"""Folders with quantised weights: which formats are read, how, and which are refused by name.
 
 `fp8` (float8 with block scales) is dequantised by transformers' own reader. `bitsandbytes` in 4 bits stays as it is.
-All others are refused: either their packages are not part of the lab, or a request's result would depend on the
-requests beside it (bitsandbytes in 8 bits picks its outlier columns over all rows of a pass).
+All others are refused: either their packages are not part of the lab, or a request's result would depend on the other
+requests of a pass (bitsandbytes in 8 bits chooses its outlier columns over all rows of a pass).
 """
 
 import logging
@@ -56,11 +56,11 @@ def find_weight_format(config: PreTrainedConfig, tensors: Shapes, index: Collect
 
     Args:
         config: The folder's config.
-        tensors: The tensors whose files are here, which may be a part of them.
+        tensors: The tensors of the files that are here, possibly not all.
         index: The names of all tensors, wherever their files are.
 
     Raises:
-        Unreadable: What is stored is not read, or lacks a part that the index does not have either.
+        Unreadable: the format is not read, or lacks a tensor that the index does not have either.
     """
     described = description(config)
     if described is None:
@@ -99,10 +99,10 @@ def load_options(
     """Arguments for `from_pretrained` besides config and dtype.
 
     Args:
-        stored: How the folder keeps its matrices.
-        wanted: How to quantise them while they are loaded; only plain ones can be.
+        stored: Format of the folder's matrices.
+        wanted: Quantisation while they are loaded, of plain matrices only.
         device: Where the model will be.
-        dtype: What it computes in.
+        dtype: Dtype of the computation.
     """
     if dtype is torch.float64 and stored is WeightFormat.plain:
         return {"experts_implementation": "eager"}  # torch's grouped product has no float64
@@ -116,7 +116,7 @@ def load_options(
 
 
 def can_become(stored: WeightFormat, wanted: Quantization) -> bool:
-    """Whether a folder stored so can be used under `model.quantization`."""
+    """Whether a folder in this format can be used under `model.quantization`."""
     if wanted.bits is not None:
         return stored in (WeightFormat.plain, WeightFormat.fp8) or stored.name == wanted.name
     return wanted is Quantization.none or stored in (WeightFormat.plain, WeightFormat.nf4)
@@ -157,11 +157,11 @@ def stored_bytes(model: torch.nn.Module) -> int:
 
 
 def check_packed(model: PreTrainedModel, quantization: Quantization) -> None:
-    """Warn where most of a model's weights, besides embedding and head, are left unpacked.
+    """Warn if most of a model's weights, besides embedding and head, are left unpacked.
 
     Args:
         model: A model, or a slice of one.
-        quantization: What it was loaded with.
+        quantization: The quantisation with which it was loaded.
 
     Raises:
         UserError: Nothing was packed.
