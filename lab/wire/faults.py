@@ -1,4 +1,4 @@
-"""Faults of a wire, each with a name. Every text has the peer, what happened, and during which phase."""
+"""Faults of a connection. Every message names the peer, the event and the phase."""
 
 import socket
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from lab.faults import Lost
 
 @dataclass
 class Peer:
-    """The other end of a connection and the current phase; the text of every fault is made from it."""
+    """The other end of a connection and the current phase, for the messages of all faults."""
 
     role: str
     """Role of the peer: "verifier", "drafter", "shard"; "peer" until it is known."""
@@ -34,7 +34,7 @@ class WireError(Lost):
 
 
 class _SettingsFault(WireError):
-    """Settings are to blame and not the network: another address, key, certificate, version or model."""
+    """A fault of the settings, not of the network: another address, key, certificate, version or model."""
 
     exit_code = 2
 
@@ -61,7 +61,7 @@ class PeerSilent(WireError):
 
 
 class PeerRefused(WireError):
-    """The peer told us in an ERROR frame why it ends the connection; `code` is its word for the reason."""
+    """The peer gave its reason in an ERROR frame and ends the connection; `code` is the reason for programs."""
 
     def __init__(self, peer: Peer, code: str, text: str) -> None:
         self.code = code
@@ -70,7 +70,7 @@ class PeerRefused(WireError):
 
 
 class PeerFull(WireError):
-    """The peer has all the connections that it may have; later on it may have one to give."""
+    """The peer has reached its limit of connections; a later attempt may succeed."""
 
 
 class BadFrame(WireError):

@@ -24,12 +24,12 @@ _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 class FrameSocket(PeerConnection):
     """A connection that has agreed on key, version and fingerprints. A context manager: it closes its socket.
 
-    Heartbeats live in `recv` and `poll`: a client that is to notice a dead peer, and not to look dead itself, keeps one
-    thread in them. The socket never blocks; every wait has a deadline.
+    `recv` and `poll` send and check heartbeats: a client that must notice a dead peer, and not look dead itself, keeps
+    one thread in them. The socket never blocks; every wait has a deadline.
     """
 
     def __init__(self, connected: socket.socket, endpoint: Endpoint, peer: Peer, *, listening: bool) -> None:
-        """Take over `connected` and shake hands. Raises a `WireError`; the socket is closed then."""
+        """Take over `connected` and shake hands. Raises a `WireError` after closing the socket."""
         super().__init__(endpoint, peer)
         self._socket = connected
         self._gathers = hasattr(connected, "sendmsg") and not isinstance(connected, ssl.SSLSocket)
@@ -151,7 +151,7 @@ class FrameSocket(PeerConnection):
         return self._arrival.wait(timeout_seconds)
 
     def _flush(self) -> None:
-        """Send what the conversation has to say, unless that would wait: bytes under way prove as well that we live."""
+        """Send the conversation's frames, unless that would wait: bytes in transit also prove that we are alive."""
         outbox = self._conversation.outbox
         if not outbox:
             return
@@ -180,7 +180,7 @@ class FrameSocket(PeerConnection):
                 left = _without(left, count)
 
     def _write_some(self, parts: list[memoryview]) -> int | None:
-        """Write what the socket takes at once; return how much, None when it takes nothing."""
+        """Write as much as the socket takes without waiting; return the number of bytes, None if it takes none."""
         try:
             with self._io:
                 return self._socket.send(parts[0]) if len(parts) == 1 else self._socket.sendmsg(parts)
@@ -195,7 +195,7 @@ class FrameSocket(PeerConnection):
             raise PeerSilent(self.peer, f"took nothing of what we sent for {seconds:g} s")
 
     def _end(self, error: WireError) -> WireError:
-        """End the connection; return why: the first fault is the one that every thread sees."""
+        """End the connection; return the reason. Every thread sees the first one."""
         if self._fault is None:
             self._fault = error
             self._send_farewell(error)
