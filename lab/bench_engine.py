@@ -384,7 +384,7 @@ def run(settings: EngineBenchSettings, place: entry.Run) -> dict[str, Any]:
     return run_parts("engine", PARTS, settings.project.parts, rig, settings=settings, place=place, report=report)
 
 
-main = entry.door("engine_bench", EngineBenchSettings, run)
+main = entry.command("engine_bench", EngineBenchSettings, run)
 
 if __name__ == "__main__":
     main()

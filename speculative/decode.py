@@ -97,7 +97,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     raise UserError(f"project.context must leave room for a prompt, got {len(ids)} tokens for it")
 
 
-main = entry.door("spec_decoding", SpeculativeSettings, run)
+main = entry.command("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -174,7 +174,7 @@ def print_plan(plan: Plan, title: str) -> None:
     console.print(f"{1000 * plan.token_seconds:.1f} ms a token, {1 / plan.token_seconds:.1f} tokens a second")
 
 
-main = entry.door("split_plan", PlanSettings, run)
+main = entry.command("split_plan", PlanSettings, run)
 
 if __name__ == "__main__":
     main()

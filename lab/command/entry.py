@@ -107,14 +107,14 @@ def main(
         _main(config_name, settings_type, run, sort)
 
 
-def door(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> Callable[[], NoReturn]:
+def command(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> Callable[[], NoReturn]:
     """The `main` of a command's module: it composes `conf/<config_name>.yaml`, and runs."""
 
-    def opened() -> NoReturn:
+    def run_command() -> NoReturn:
         main(config_name, settings_type, run)
 
-    opened.__module__ = run.__module__
-    return opened
+    run_command.__module__ = run.__module__
+    return run_command
 
 
 def _main(

@@ -79,7 +79,7 @@ def _overrides_for_both_roles() -> list[str]:
     return [word for word in HydraConfig.get().overrides.task if word.startswith(both)]
 
 
-main = entry.door("spec_decoding", SpeculativeSettings, run)
+main = entry.command("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()
