@@ -23,6 +23,10 @@ class Heartbeat:
         """Note that bytes arrived, whatever they are: a peer that sends is alive."""
         self._heard = now
 
+    def silent_seconds(self, now: float) -> float:
+        """Return the time since the last byte."""
+        return now - self._heard
+
     def is_dead(self, now: float) -> bool:
         """Return whether the peer has been silent for too long.
 
@@ -31,7 +35,7 @@ class Heartbeat:
         if now - self._looked > 2 * self._deadlines.ping_seconds:
             self._heard = now
         self._looked = now
-        return now - self._heard >= self._deadlines.dead_seconds
+        return self.silent_seconds(now) >= self._deadlines.dead_seconds
 
     def due(self, now: float) -> Ping | None:
         """Return the PING to send now, if any. It may be dropped when bytes for the peer are under way anyway."""
