@@ -37,7 +37,7 @@ class BaseModel:
     digest: str
     """Digest of its tensors; equal digests mean equal models, whatever their names."""
     origin: str = ""
-    """How to get it, as a sentence for the model card."""
+    """A sentence for the model card that says how to get it."""
 
 
 @dataclass

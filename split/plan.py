@@ -1,4 +1,4 @@
-"""Which machine should hold which layers. `python -m split.plan model=llama3_70b`: nothing is downloaded."""
+"""Plans which machine holds which layers. `python -m split.plan model=llama3_70b`: nothing is downloaded."""
 
 import sys
 from dataclasses import asdict, dataclass, replace

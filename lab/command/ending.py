@@ -1,4 +1,4 @@
-"""How a command ends: by itself, by a signal or by an exception. Exit codes, and `ended_by` of the last line.
+"""The end of a command: by itself, by a signal or by an exception; exit codes, and `ended_by` in the last line.
 
 In the main thread a signal raises an exception (`Stopped`), or calls a function where one was registered
 (`calling_on_signal`); a coroutine is cancelled (`run_async`). A later signal ends the process at once. So does a run

@@ -1,4 +1,4 @@
-"""Overrides of a command line, `key=value`, quoted for Hydra by code: nobody types quotes, here or in a shell."""
+"""Overrides of a command line, `key=value`, quoted for Hydra by code, so that users need no quotes."""
 
 import re
 from argparse import Namespace

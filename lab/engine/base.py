@@ -46,7 +46,8 @@ class TargetStep:
     """[t] is the cross-entropy, in nats, of ids[t] under the step before it. NaN at t = 0 unless ids[0] is the
     id that the target predicted there in the extend just before: no other logits are kept between calls."""
     fault: str = ""
-    """Where NaN or infinity occurred first, for people. With a fault the lists above are meaningless."""
+    """Part of the model and position of the first NaN or infinity, for people. With a fault the lists are
+    meaningless."""
 
     def then(self, later: TargetStep) -> TargetStep:
         """This step and a later one, which continues it, as one step."""
@@ -80,8 +81,7 @@ class Session:
         """The result of the latest extend, after `open` that of the prompt; None if the prompt was empty."""
         self.closed = False
         self.fault = ""
-        """Where NaN or infinity occurred; its cache is then invalid, and it can only be closed. Empty without a
-        fault."""
+        """Part of the model and position of the first NaN or infinity; with a fault it can only be closed."""
         self._engine = engine
         self._position = 0
 

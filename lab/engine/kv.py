@@ -247,7 +247,7 @@ class SlotCache(Cache):
         fits = self._fit(slots)
         longest = max(most, *self._promised)
         if longest > fits:
-            # Those in use may be what does not fit beside one more; then there is room for none.
+            # The slots in use may fit only without another one; then there is no room at all.
             fits = 0 if max(self._promised) > fits else fits
             raise CacheFull(
                 f"the KV cache is full: {self._needs(slots, self._rounded(longest))}; room for a sequence of {fits} "

@@ -267,7 +267,7 @@ class LocalEngine(Engine):
             piece.run.before_V = block.logits_KV[-1].clone()
 
     def _find_faults(self, pieces: Sequence[_Piece]) -> None:
-        """Where a pass gave NaN or infinity, say which position was the first of its text."""
+        """After a pass that gave NaN or infinity, find the first such position of each text."""
         if all(piece.run.is_located or not piece.run.step.fault for piece in pieces):
             return
         with first_faults(self._exact_rows or max(len(piece.ids) for piece in pieces)) as found:

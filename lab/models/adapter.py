@@ -179,7 +179,7 @@ class Fit:
 
 
 def fit_adapter(adapter: AdapterFolder, whole: PreTrainedConfig) -> Fit:
-    """Where the adapter belongs in a model of config `whole`.
+    """The fit of an adapter to a model of config `whole`.
 
     Raises:
         UserError: modules or tensors that are unknown, missing or of another shape.

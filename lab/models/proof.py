@@ -274,7 +274,7 @@ def _longest(config: PreTrainedConfig) -> int:
 
 # The engine
 
-_SETTING = "with a cache, in chunks and beside neighbours"
+_SETTING = "with a cache, in chunks and batched with others"
 
 
 def _check_state(config: PreTrainedConfig) -> None:
@@ -348,9 +348,7 @@ def _compare_with_plain(
     errors = [abs(said - right) for said, right in zip(known_nll, expected) if not math.isnan(said + right)]
     wrong = max(errors, default=0.0)
     if not wrong <= LARGEST_ERROR:
-        raise _Difference(
-            f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats"
-        )
+        raise _Difference(f"{_SETTING}, a token's cross-entropy is off by {wrong:.2g} nats")
     best_T = logits_TV[-new:].argmax(-1).tolist()
     leads_T2 = logits_TV[-new:].topk(2).values
     for said, best, lead in zip(next_ids, best_T, (leads_T2[:, 0] - leads_T2[:, 1]).tolist(), strict=True):

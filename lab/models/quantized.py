@@ -69,7 +69,7 @@ def find_weight_format(config: PreTrainedConfig, tensors: Shapes, index: Collect
         return WeightFormat.plain
     method = described.get("quant_method")
     if described.get("load_in_8bit"):
-        raise Unreadable("bitsandbytes in 8 bits, where a request's result depends on the requests beside it")
+        raise Unreadable("bitsandbytes in 8 bits, where a request's result depends on the other requests of its pass")
     if described.get("load_in_4bit"):
         return _four_bits(described, tensors, index)
     if method == METHOD and f"int{described.get('bits')}" in WeightFormat.__members__:
@@ -190,7 +190,7 @@ def check_packed(model: PreTrainedModel, quantization: Quantization) -> None:
 def _check_fp8(described: Mapping[str, Any], tensors: Shapes, index: Collection[str]) -> None:
     """Every float8 matrix has its scales, one for each block; transformers takes other grids for other blocks.
 
-    It looks for scales only beside tensors whose name ends in `weight`, so that fused experts would stay unscaled.
+    transformers looks for scales only of tensors whose name ends in `weight`: fused experts would stay unscaled.
     """
     block = described.get("weight_block_size")
     for name, dtype in _narrow(tensors).items():

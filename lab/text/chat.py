@@ -1,4 +1,4 @@
-"""How a model's chat template shows a dialogue, and where the answers in it begin and end.
+"""A dialogue as a model's chat template shows it, with the beginning and the end of each answer.
 
 An answer is the text that the template adds to a generation prompt, up to the mark that ends it. So no template is
 known by name: each is probed once for what it writes after an answer (`_ending`).

@@ -100,7 +100,7 @@ class FrameSocket(PeerConnection):
         if self._fault is None:
             self._fault = PeerGone(self.peer, "was left by us")
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the threads that wait for it
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -140,7 +140,7 @@ class FrameSocket(PeerConnection):
             if self._can_read(max(0.0, until - time.monotonic())):
                 return True
             now = time.monotonic()
-            self._conversation.beat(now)  # after looking: bytes that nobody had taken yet are no silence
+            self._conversation.beat(now)  # after reading: unread bytes are no silence
             self._flush()
             if now >= deadline:
                 return False

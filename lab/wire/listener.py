@@ -12,7 +12,7 @@ from lab.wire.faults import Peer, PeerGone, TlsRefused, WireError
 
 logger = logging.getLogger(__name__)
 
-KEY_MIN_BYTES = 16  # a server proves first, so whoever connects can try keys offline: they must not be guessable
+KEY_MIN_BYTES = 16  # a server proves first, so any peer can try keys offline: they must be long
 
 
 def read_key(key_file: Path | None, variable: str, environment: Mapping[str, str] = os.environ) -> bytes:

@@ -28,12 +28,12 @@ class SchedulerLimits:
     bytes_per_token: int
     """Bytes of keys and values of one token; 0 if the engine does not report them."""
     keep_seconds: float
-    """How long a sequence is kept after its connection has ended."""
+    """Time for which a sequence is kept after its connection has ended."""
     idle_seconds: float
-    """How long a sequence of mode sync may go without a DRAFT."""
+    """Time limit of a sequence of mode sync without a DRAFT."""
 
     def refusal_by_client(self, request: GenerationRequest, others: Sequence[GenerationRequest]) -> str | None:
-        """Why a client with the requests `others` may not have this one, too; None if it may."""
+        """The reason to refuse this request to a client with the requests `others`; None: it is accepted."""
         if len(others) >= self.client_texts:
             return f"a client may have {self.client_texts} requests at a time (the verifier's project.client.texts)"
         if not self.bytes_per_token:
@@ -45,7 +45,7 @@ class SchedulerLimits:
 
 
 def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
-    """Why an engine could never serve a request; None if it could."""
+    """The reason why an engine could never serve a request; None if it could."""
     if not request.prompt_ids:
         return "prompt must hold at least one token, got none"
     try:
