@@ -64,7 +64,7 @@ def check_master(network: NetworkSettings) -> None:
         raise UserError(f"project.transport must be tcp on {sys.platform}: this torch is built without rpc, got rpc")
     if not (is_loopback(network.host) or network.trusted_link):
         raise UserError(
-            "network.host must be loopback for transport=rpc (it is pickle: who reaches the port can run code here), "
+            "network.host must be loopback for transport=rpc (it is pickle: anyone who reaches the port can run code), "
             f"or network.trusted_link=true if a VPN or a cable keeps strangers out, got {network.host!r}"
         )
 
