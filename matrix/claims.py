@@ -76,8 +76,8 @@ class Claims:
             elif listed.exists():
                 try:
                     about = json.loads(listed.read_text(encoding="utf-8"))
-                    who = f"process {about['pid']} on {about['host']}, since {about['since']}, {about['folder']}"
-                    found |= dict.fromkeys(about["signatures"], who)
+                    owner = f"process {about['pid']} on {about['host']}, since {about['since']}, {about['folder']}"
+                    found |= dict.fromkeys(about["signatures"], owner)
                 except (ValueError, LookupError, TypeError):
                     log.warning("%s is damaged: runs of that sweep may run here, too", listed)
         return found

@@ -446,7 +446,7 @@ class _Trial:
         """Check with two sequences, one of them padded, that gradients of the slices are those of the whole, to the
         bit."""
         if dropping := _layer_drop_key(self._config):
-            raise _Difference(f"{dropping} drops whole layers at random, and with one what came to a slice")
+            raise _Difference(f"{dropping} drops whole layers at random, and with them the input of a slice")
         whole: Any = self.whole()
         width = min(20, self._most)
         ids_BT = torch.tensor([_ids(width, 1), _ids(width, 2)])

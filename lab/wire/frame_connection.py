@@ -298,7 +298,7 @@ async def connect(host: str, port: int, endpoint: Endpoint, *, tls: ssl.SSLConte
         await connection.shake_hands()
     except PeerGone as gone:
         raise (gone if tls else await asyncio.to_thread(explain_hangup, gone, host, port, seconds)) from None
-    except asyncio.CancelledError:  # who asked for it has left
+    except asyncio.CancelledError:  # the caller has left
         connection.close()
         raise
     return connection

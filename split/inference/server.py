@@ -33,7 +33,7 @@ class _Waiting:
     """Its OPEN."""
     arrived: float
     place: int = 0
-    """The place in line that its client was last told."""
+    """The last place in line that was reported to its client."""
 
 
 class ShardServer(ChainServer):

@@ -46,7 +46,7 @@ KEPT_SECONDS = 5.0
 
 
 class ShardFault(faults.Fault):
-    """A shard could not do what it was told, and asking again would not help."""
+    """A shard could not process a message, and repeating it would not help."""
 
 
 class _RequestLost(RuntimeError):

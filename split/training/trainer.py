@@ -36,7 +36,7 @@ Answer = TypeVar("Answer", bound=Head)
 
 
 class TrainingFault(faults.Fault):
-    """A shard could not do what it was told."""
+    """A shard could not process a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
