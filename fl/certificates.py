@@ -38,6 +38,7 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 """The SuperLink's own server app reaches it under these."""
 VALID = timedelta(days=365)
 CLOCKS_DIFFER = timedelta(hours=1)
+PRIVATE = 0o600
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def make_server(folder: Path, names: Iterable[str], port: int) -> ServerFiles:
     authority_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
     authority = authority_certificate(authority_key)
     certificate = server_certificate(server_key, names[0], alternatives, authority, authority_key)
-    write_private(files.key, server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    write_new(files.key, server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), mode=PRIVATE)
     write_new(files.authority, authority.public_bytes(Encoding.PEM))
     write_new(files.certificate, certificate.public_bytes(Encoding.PEM))
     write_new(connection, connection_file(address(names[0], port), files.authority).encode())
@@ -93,7 +94,7 @@ def make_site(folder: Path, name: str) -> SiteFiles:
     files = SiteFiles(folder / name, folder / f"{name}.pub")
     refuse_existing([files.key, files.public_key])
     key = ec.generate_private_key(ec.SECP384R1())
-    write_private(files.key, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    write_new(files.key, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), mode=PRIVATE)
     write_new(files.public_key, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
     return files
 
@@ -207,13 +208,8 @@ def refuse_existing(files: Iterable[Path]) -> None:
             raise UserError(f"{file.name} must not be there yet (move it away to make another), got {str(file)!r}")
 
 
-def write_private(file: Path, data: bytes) -> None:
-    """A new file that nobody else can read (on Windows: as private as the user's profile folder)."""
-    write_new(file, data, mode=0o600)
-
-
 def write_new(file: Path, data: bytes, mode: int = 0o644) -> None:
-    """A new file; FileExistsError rather than overwriting one."""
+    """Write a new file; FileExistsError if it exists. On Windows `mode` has no effect: the folder protects the file."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
     with os.fdopen(descriptor, "wb") as stream:

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from fl.adapters import Adapter
 from lab.files import whole_folder
-from lab.models.adapter import Fit, fit_adapter, fit_config, read_adapter
+from lab.models.adapter import Fit, fit_adapter, fit_config, read_adapter, write_adapter
 from lab.models.base_model import loading_code
-from lab.models.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE, recorded_identity
+from lab.models.peft_folder import recorded_identity
 
 CARD_FILE = "README.md"
 
@@ -38,7 +37,7 @@ class BaseModel:
     digest: str
     """Digest of its tensors; equal digests mean equal models, whatever their names."""
     origin: str = ""
-    """How to get it, as a sentence for the model card."""
+    """A sentence for the model card that says how to get it."""
 
 
 @dataclass
@@ -64,10 +63,6 @@ class AdapterFolders:
     def __post_init__(self) -> None:
         self.root = self.root.absolute()
         self.lora = copy.deepcopy(self.lora)
-        self.lora.base_model_name_or_path = self.base.name
-        self.lora.inference_mode = True
-        if isinstance(self.lora.target_modules, set):  # the order of a set differs between processes
-            self.lora.target_modules = sorted(self.lora.target_modules)
 
     def write(self, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> Path:
         """Write one round's folder and return its absolute path; round 0 is the adapter that the run starts from.
@@ -85,11 +80,8 @@ class AdapterFolders:
         return self.root / f"round-{server_round:04d}"
 
     def _fill(self, folder: Path, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
-        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
-        self.lora.save_pretrained(str(folder))
-        record = {IDENTITY_KEY: self.base.digest, "name": self.base.name, "round": server_round, "commit": self.commit}
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        about = {"name": self.base.name, "round": server_round, "commit": self.commit}
+        write_adapter(folder, self.lora, adapter, self.base.name, self.base.digest, **about)
         (folder / CARD_FILE).write_text(self._card(server_round, metrics), encoding="utf-8")
 
     def _card(self, server_round: int, metrics: Mapping[str, float]) -> str:

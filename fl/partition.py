@@ -1,4 +1,4 @@
-"""Which client holds which documents. Decided from names and sizes alone, so no client reads another's text."""
+"""Assignment of documents to clients, by names and sizes alone, so that no client reads another's text."""
 
 import heapq
 import random

@@ -58,8 +58,10 @@ def serve(
     sites = SiteLog(settings)
     place.so_far = lambda: so_far(reports, written[-1], sites.counts)
     log.info("the mean is weighted by each client's number of %s", project.weighting.words)
+    # One reply per client and round, and one to the evaluation after the last round.
+    replies = (project.rounds + 1) * max(1, round(project.fraction * project.num_clients))
     with Tracker(settings, "fed_learn", place.folder) as tracker:
-        with progress("client reply", replies_expected(settings), settings.tracking.progress) as advance:
+        with progress("client reply", replies, settings.tracking.progress) as advance:
 
             def on_round(report: RoundReport) -> None:
                 card = {"train_loss": report.train["train_loss"]}
@@ -134,11 +136,6 @@ def describe_loss(report: RoundReport) -> str:
     if not measured:
         return "no client that was asked holds anything out"
     return f"held-out loss was {report.evaluate['eval_loss']:.4f} over {measured} clients"
-
-
-def replies_expected(settings: FederatedSettings) -> int:
-    """Number of messages in a whole run: one per client and round, and the evaluation after the last round."""
-    return (settings.project.rounds + 1) * max(1, round(settings.project.fraction * settings.project.num_clients))
 
 
 def row(report: RoundReport) -> dict[str, Any]:

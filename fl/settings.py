@@ -104,7 +104,7 @@ class FederatedProjectSettings:
     workers: int
     """Ray workers in a simulation, each with its own copy of the base model; 0: one per core."""
     worker_retries: int
-    """How often a message of a simulation is tried again after its worker died; then it has failed."""
+    """Retries of a message of a simulation after its worker died; then the message has failed."""
     lora: LoraSettings
     optimization: OptimizationSettings
     data: DataSettings

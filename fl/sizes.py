@@ -68,7 +68,7 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     }
 
 
-main = entry.door("fed_learn", FederatedSettings, run)
+main = entry.command("fed_learn", FederatedSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -67,7 +67,7 @@ class EngineBenchProjectSettings:
     """Tokens of part identity, for each engine."""
     perplexity_tokens: int
     start_seconds: float
-    """How long a process of part memory may take."""
+    """Time limit of a process of part memory."""
     report: str | None
     """File of the report; rows of other parts that it holds stay. null: bench.json in the run folder."""
 
@@ -384,7 +384,7 @@ def run(settings: EngineBenchSettings, place: entry.Run) -> dict[str, Any]:
     return run_parts("engine", PARTS, settings.project.parts, rig, settings=settings, place=place, report=report)
 
 
-main = entry.door("engine_bench", EngineBenchSettings, run)
+main = entry.command("engine_bench", EngineBenchSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -141,7 +141,7 @@ def _ids(text: int, count: int, vocabulary_size: int) -> list[int]:
     return [mix64(text << 32 | place) % vocabulary_size for place in range(count)]
 
 
-main = entry.door("decode", DecodeSettings, run)
+main = entry.command("decode", DecodeSettings, run)
 
 if __name__ == "__main__":
     main()

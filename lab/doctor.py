@@ -271,7 +271,7 @@ def check_wandb(mode: WandbMode) -> Finding:
     return Finding(f"mode {mode.name}, version {version or '-'}", figures)
 
 
-main = entry.door("doctor", DoctorSettings, run)
+main = entry.command("doctor", DoctorSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Which code ran where: commit, versions, machine. Recorded with every result."""
+"""Commit, versions and machine of a run, recorded with every result."""
 
 import functools
 import os

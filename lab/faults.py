@@ -5,7 +5,8 @@ from typing import ClassVar
 
 
 class EndedBy(Enum):
-    """Why a run is over: `ended_by` of the last line. A whole text has `end_token`, `length` or `stop` there."""
+    """The reason for the end of a run, `ended_by` in the last line. A whole text has `end_token`, `length` or
+    `stop`."""
 
     done = "done"
     """It did all that was asked."""

@@ -48,7 +48,7 @@ class OneWay:
 
 
 class CutKind(Enum):
-    """How a link fails; names are what people type."""
+    """Kinds of failures of a link; names are values of the setting."""
 
     reset = "reset"
     """Every connection is reset at both ends; so are new ones while it lasts."""
@@ -287,7 +287,7 @@ class _Direction:
 
 
 class _End(Enum):
-    """How a connection ends after the last byte."""
+    """The end of a connection after the last byte."""
 
     close = "close"
     reset = "reset"
@@ -308,7 +308,7 @@ class _Pipe:
         self.is_blocked = False
         """Whether something is due but the sink takes no more."""
         self.end: _End | None = None
-        """How it ended, once that is delivered."""
+        """The end of the connection, once it is delivered."""
         self.is_broken = False
         """Whether the sink takes nothing any more; what was under way is lost."""
 

@@ -50,7 +50,7 @@ def require_above(bound: float, settings: object, *names: str) -> None:
 
 
 class ModelSource(Enum):
-    """Where a model's tensors come from."""
+    """Source of a model's tensors."""
 
     hub = "hub"
     path = "path"
@@ -73,7 +73,7 @@ class Dtype(Enum):
 
 
 class Quantization(Enum):
-    """How the frozen weights are stored.
+    """Format of the frozen weights.
 
     nf4 is QLoRA's 4-bit NormalFloat (arXiv 2305.14314), on which an adapter can learn. int8 and int4 are for inference,
     on a CPU: they are faster than the model itself (`lab.models.packed`).
@@ -156,7 +156,7 @@ class ModelSettings:
     adapter: str | None
     """PEFT folder applied on top of the base model; null for none."""
     cache_dir: str
-    """Where converted models are kept."""
+    """Folder of converted models."""
     lora_targets: list[str]
     """Names of the linear modules that a LoRA adapter wraps."""
     architecture: ArchitectureSettings
@@ -170,7 +170,7 @@ class ModelSettings:
 
 @dataclass(kw_only=True)
 class NetworkSettings:
-    """Where a role listens or connects, whom it trusts and how long it waits."""
+    """Address, key, TLS and time limits of a role."""
 
     host: str
     """Interface to listen on, or address of the peer; loopback unless set."""
@@ -234,7 +234,7 @@ class DeviceSettings:
 
 @dataclass(kw_only=True)
 class TrackingSettings:
-    """Where figures go besides the last line: metrics.jsonl always, Weights & Biases as set here."""
+    """Records of figures besides the last line: metrics.jsonl always, Weights & Biases as set here."""
 
     wandb: WandbMode
     wandb_project: str
@@ -245,7 +245,7 @@ class TrackingSettings:
 
 
 class DataSource(Enum):
-    """Where text comes from: lab/learning/data.py."""
+    """Source of text: lab/learning/data.py."""
 
     python_stdlib = "python_stdlib"
     jsonl = "jsonl"

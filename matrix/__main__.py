@@ -27,7 +27,7 @@ def main() -> None:
     entry.main("matrix", MatrixSettings, run, sort)
 
 
-def sweep_or_draw(settings: MatrixSettings, words: CommandLine, place: entry.Run) -> dict[str, Any]:
+def sweep_or_draw(settings: MatrixSettings, command_line: CommandLine, place: entry.Run) -> dict[str, Any]:
     """Run or draw; return the figures of the last line."""
     from matrix.drawing import draw, load_sweep, write_report
     from matrix.sweep import run_sweep
@@ -40,7 +40,7 @@ def sweep_or_draw(settings: MatrixSettings, words: CommandLine, place: entry.Run
         require_writable(folder, "matrix.plot")
         figures = write_report(document, folder, other) | draw(document, folder, sweep, other)
         return {**figures, "skipped": figures["cells"], "seconds": time.monotonic() - began}
-    result = run_sweep(settings, words, place.folder)
+    result = run_sweep(settings, command_line, place.folder)
     figures = write_report(result.document, place.folder, other)
     figures |= {"skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
     place.so_far = lambda: figures  # after a signal there may be no time left for drawing

@@ -29,26 +29,26 @@ class Claims:
         self._folder = results / ".sweeps"
         self._list = self._folder / f"{uuid.uuid4().hex}.json"
         self._alive = FileLock(self._list.with_suffix(".lock"))
-        self._door = FileLock(self._folder / "door")
+        self._all_claims = FileLock(self._folder / "door")
         self._about: dict[str, Any] = {"pid": os.getpid(), "host": platform.node(), "folder": str(sweep)}
         self._about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self._taken: set[str] = set()
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._door:  # else another sweep might find our file before it is locked, and take us for dead
+        with self._all_claims:  # else another sweep might find our file before it is locked, and take us for dead
             self._alive.acquire()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._door:
+        with self._all_claims:
             self._list.unlink(missing_ok=True)
             self._alive.release()
             Path(self._alive.lock_file).unlink(missing_ok=True)
 
     def take(self, signatures: Collection[str]) -> dict[str, str]:
         """Claim these cells, except those that another sweep has claimed: returns them, with the name of that sweep."""
-        with self._door:
+        with self._all_claims:
             others = self._others()
             theirs = {signature: others[signature] for signature in signatures if signature in others}
             if not self._taken.issuperset(free := set(signatures) - set(theirs)):
@@ -76,8 +76,8 @@ class Claims:
             elif listed.exists():
                 try:
                     about = json.loads(listed.read_text(encoding="utf-8"))
-                    who = f"process {about['pid']} on {about['host']}, since {about['since']}, {about['folder']}"
-                    found |= dict.fromkeys(about["signatures"], who)
+                    owner = f"process {about['pid']} on {about['host']}, since {about['since']}, {about['folder']}"
+                    found |= dict.fromkeys(about["signatures"], owner)
                 except (ValueError, LookupError, TypeError):
                     log.warning("%s is damaged: runs of that sweep may run here, too", listed)
         return found

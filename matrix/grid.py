@@ -66,35 +66,35 @@ class Cell:
 
 def sort_overrides(arguments: Sequence[str]) -> CommandLine:
     """Sort overrides by reader. UserError for one that Hydra cannot parse, and for an axis that is given twice."""
-    parser, words = OverridesParser.create(), CommandLine(list(arguments), [], [], {})
+    parser, command_line = OverridesParser.create(), CommandLine(list(arguments), [], [], {})
     options = parse_options(arguments)
     if options.config_dir is not None:  # the only one of Hydra's options that changes a cell
-        words.cells.append(override("hydra.searchpath", [f"file://{Path(options.config_dir).absolute()}"]))
+        command_line.cells.append(override("hydra.searchpath", [f"file://{Path(options.config_dir).absolute()}"]))
     for argument in arguments:
         root = re.split(r"[=.@]", argument.lstrip("+~"), maxsplit=1)[0]
         if argument not in options.overrides or root in SWEEPS_OWN:
-            words.sweep.append(argument)
+            command_line.sweep.append(argument)
             continue
         if root not in ("prompt", "prompt_file"):
             argument = _as_hydra_reads_it(parser, argument)
             if values := _sweep_values(parser, argument):
-                _check_given_once(argument, words)
-                words.axes[_key(argument)] = values
+                _check_given_once(argument, command_line)
+                command_line.axes[_key(argument)] = values
                 continue
-        _check_given_once(argument, words, among=words.axes)
-        words.cells.append(f"prompt={read_stdin()}" if argument == "prompt=-" else argument)
+        _check_given_once(argument, command_line, among=command_line.axes)
+        command_line.cells.append(f"prompt={read_stdin()}" if argument == "prompt=-" else argument)
         if root not in CELLS_OWN:
-            words.sweep.append(argument)
-    return words
+            command_line.sweep.append(argument)
+    return command_line
 
 
 def _key(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
 
 
-def _check_given_once(word: str, words: CommandLine, among: Mapping[str, Any] | None = None) -> None:
+def _check_given_once(word: str, command_line: CommandLine, among: Mapping[str, Any] | None = None) -> None:
     """UserError for an axis and another override of the same key: one of them would have no effect."""
-    known = {_key(cell) for cell in words.cells} | set(words.axes) if among is None else among
+    known = {_key(cell) for cell in command_line.cells} | set(command_line.axes) if among is None else among
     if _key(word) in known:
         raise UserError(f"{_key(word)} must be given once where it is an axis, got {word!r}, too")
 
@@ -125,14 +125,14 @@ def _sweep_values(parser: OverridesParser, word: str) -> list[str] | None:
     return [f"{key}={value}" for value in parsed.sweep_string_iterator()]
 
 
-def axes_of(settings: SweepSettings, words: CommandLine) -> dict[str, list[str]]:
+def axes_of(settings: SweepSettings, command_line: CommandLine) -> dict[str, list[str]]:
     """The overrides of every axis by key: the preset's, except those that the command line replaces or fixes.
 
     UserError for an axis without a value, and for more cells than are allowed.
     """
-    fixed = {_key(word) for word in words.cells}
+    fixed = {_key(word) for word in command_line.cells}
     axes = {key: [as_word(key, value) for value in values] for key, values in settings.axes.items()}
-    axes = {key: values for key, values in axes.items() if key not in fixed} | words.axes
+    axes = {key: values for key, values in axes.items() if key not in fixed} | command_line.axes
     for key, values in axes.items():
         if not values:
             raise UserError(f"matrix.axes.{key} must have at least one value, got []")
@@ -152,7 +152,7 @@ _NO_TEXT = ("null", "true", "false", "nan", "inf")
 """Texts that Hydra reads as another type unless they are in quotes."""
 
 
-def make_cells(settings: SweepSettings, words: CommandLine) -> list[Cell]:
+def make_cells(settings: SweepSettings, command_line: CommandLine) -> list[Cell]:
     """Every point of the grid, the last axis fastest; equal values (1 and 1.0, 32 and "32") give one cell.
 
     UserError for a key or value that the command does not accept.
@@ -162,9 +162,11 @@ def make_cells(settings: SweepSettings, words: CommandLine) -> list[Cell]:
             importlib.import_module(f"{settings.command}.__main__")
     except (ImportError, ValueError, TypeError) as error:  # the last two of names such as `` and `.x`
         raise UserError(f"matrix.command must be a module, got {settings.command!r} ({error})") from None
-    axes, cells, refused = axes_of(settings, words), dict[str, Cell](), dict[str, UserError | None]()
+    axes, cells, refused = axes_of(settings, command_line), dict[str, Cell](), dict[str, UserError | None]()
     for values in itertools.product(*axes.values()):
-        config = compose_config(settings.config, literal_prompt([*settings.overrides, *words.cells, *values, *QUIET]))
+        config = compose_config(
+            settings.config, literal_prompt([*settings.overrides, *command_line.cells, *values, *QUIET])
+        )
         refusal = _refusal(config)
         for word in (*values, ""):  # "": the whole grid
             refused[word] = refused.get(word, refusal) if refusal else None
@@ -173,7 +175,7 @@ def make_cells(settings: SweepSettings, words: CommandLine) -> list[Cell]:
         except OmegaConfBaseException as error:  # an interpolation refers to no key
             raise refusal or UserError(describe(error)) from None
         point = {key: _value_at(plain, key, word) for key, word in zip(axes, values)}
-        cells.setdefault(identity(point), Cell(point, [*settings.overrides, *words.cells, *values], plain))
+        cells.setdefault(identity(point), Cell(point, [*settings.overrides, *command_line.cells, *values], plain))
     for refusal in refused.values():
         if refusal is not None:  # no cell with this value could run
             raise refusal

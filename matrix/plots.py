@@ -355,12 +355,12 @@ def _legend(figure: Figure, handles: Sequence[Any]) -> None:
 
 
 def _reason(row: Row | None, metric: Metric) -> str | None:
-    """Why a cell has no figure; None for one that has."""
+    """The reason why a cell has no figure; None if it has one."""
     return "not run" if row is None else row.lacks(metric)
 
 
 def _reason_beside(row: Row | None, metric: Metric, other: Table) -> str | None:
-    """Why a cell has no ratio, in this or the other sweep; None for one that has."""
+    """The reason why a cell has no ratio, in this or the other sweep; None if it has one."""
     if (ours := _reason(row, metric)) or not math.isnan(_ratio(row, metric, other)):
         return ours
     assert row is not None

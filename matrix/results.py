@@ -32,7 +32,7 @@ Result = dict[str, Any]
 
 
 class _Known(msgspec.Struct):
-    """What is read of a record; the rest is kept as it is."""
+    """The fields of a record that are read; the others are kept unchanged."""
 
     signature: str
     status: Literal["ok", "failed"]

@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How the job ended."""
+    """The end of a job."""
 
     failure: str | None
     """None: it succeeded; else `out of memory`, `time-out` or `error`."""

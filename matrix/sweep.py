@@ -56,7 +56,7 @@ class SweepResult:
     """The exception that ended it early; None if it is complete."""
 
 
-def run_sweep(settings: MatrixSettings, words: CommandLine, folder: Path) -> SweepResult:
+def run_sweep(settings: MatrixSettings, command_line: CommandLine, folder: Path) -> SweepResult:
     """Run what is missing. `folder` names the sweep; cells are kept in `matrix.results`.
 
     UserError before the first run. Any later exception is in the result, with the runs that are done.
@@ -64,7 +64,7 @@ def run_sweep(settings: MatrixSettings, words: CommandLine, folder: Path) -> Swe
     began = time.monotonic()
     sweep = settings.matrix
     device = hardware(open_device(settings.device))
-    cells = make_cells(sweep, words)
+    cells = make_cells(sweep, command_line)
     runs = plan(sweep, cells)
     records = {run.signature: run.record() for run in runs}
     missing = list({run.signature: run for run in runs if _is_missing(records[run.signature], sweep)}.values())
@@ -89,7 +89,7 @@ def run_sweep(settings: MatrixSettings, words: CommandLine, folder: Path) -> Swe
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "launcher": sweep.launcher.name,
-        "asked": words.asked,
+        "asked": command_line.asked,
         "seconds": time.monotonic() - began,
     }
     skipped = len(cells) - len({id(run.cell) for run in runs if run.signature in ran})

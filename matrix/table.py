@@ -55,7 +55,7 @@ class Row:
         return str(self.failed["status"]) if self.failed else "ok"
 
     def lacks(self, metric: Metric) -> str | None:
-        """Why the cell lacks this figure, in a few words; None if it has the figure."""
+        """The reason why the cell lacks this figure, in a few words; None if it has the figure."""
         if self.failed:
             return str(self.failed["failure"])
         found = [look_up(result, metric.figure) for result in self.results]

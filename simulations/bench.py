@@ -71,7 +71,7 @@ def _rows(out: str) -> list[Row]:
     return []
 
 
-main = entry.door("bench", BenchSettings, run)
+main = entry.command("bench", BenchSettings, run)
 
 if __name__ == "__main__":
     main()

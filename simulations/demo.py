@@ -140,7 +140,7 @@ PARTS = (
 )
 
 
-main = entry.door("demo", DemoSettings, run)
+main = entry.command("demo", DemoSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     return simulate(settings, place)
 
 
-main = entry.door("fed_learn", FederatedSettings, run)
+main = entry.command("fed_learn", FederatedSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -117,7 +117,7 @@ def backend(settings: FederatedSettings) -> dict[str, Any]:
 
 
 WORKERS = ("ray::ClientAppActor", "ray::IDLE")
-"""How Ray names processes that serve clients, or are about to."""
+"""Ray's names for processes that serve clients, or will."""
 WORKERS_SECONDS = 0.5
 """Pause between two searches for them."""
 

@@ -40,7 +40,7 @@ def link_settings(project: LinkProjectSettings, seed: int) -> LinkSettings:
     )
 
 
-main = entry.door("link", LinkRunSettings, run)
+main = entry.command("link", LinkRunSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.command import entry
-from lab.command.processes import listening, own_words
+from lab.command.processes import listening, own_overrides
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from lab.tracking import Tracker
@@ -38,10 +38,14 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     if context <= project.max_new_tokens:
         raise UserError(f"project.context must be greater than max_new_tokens={project.max_new_tokens}, got {context}")
     prompts = _prompts(settings, context - project.max_new_tokens)
-    words = [*own_words(_NOT_FOR_THE_VERIFIER), "network.port=0", f"project.max_connections={project.sessions + 1}"]
+    overrides = [
+        *own_overrides(_NOT_FOR_THE_VERIFIER),
+        "network.port=0",
+        f"project.max_connections={project.sessions + 1}",
+    ]
     with (
         Tracker(settings, "speculative-decode", place.folder) as tracker,
-        listening("speculative.verifier", words, place.folder / "verifier", START_SECONDS) as port,
+        listening("speculative.verifier", overrides, place.folder / "verifier", START_SECONDS) as port,
     ):
         asked = replace(
             settings,
@@ -93,7 +97,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     raise UserError(f"project.context must leave room for a prompt, got {len(ids)} tokens for it")
 
 
-main = entry.door("spec_decoding", SpeculativeSettings, run)
+main = entry.command("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

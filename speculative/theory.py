@@ -183,7 +183,7 @@ IsRight = Callable[[int, int], bool]
 
 
 @dataclass(frozen=True)
-class Simulated:
+class SimulatedRun:
     """Counts from `simulate`."""
 
     tokens_per_second: float
@@ -195,7 +195,7 @@ class Simulated:
 
 def simulated_optimum(
     is_right: IsRight, acceptance: Acceptance, speeds: Speeds, *, longest: int, new_tokens: int
-) -> Simulated:
+) -> SimulatedRun:
     """Simulate the best plan for these figures over one text whose draft tokens are not known beforehand."""
     plan, _ = best_plan(survival(acceptance, new_tokens), speeds.pace(), range(longest + 1))
     runs = (simulate(is_right, speeds, plan, window=window, new_tokens=new_tokens) for window in (16, 64))
@@ -210,7 +210,7 @@ def simulate(
     window: int,
     new_tokens: int,
     up_seconds: float | None = None,
-) -> Simulated:
+) -> SimulatedRun:
     """Play the asynchronous loop, token by token.
 
     Args:
@@ -234,8 +234,8 @@ def simulate(
         right = drafter.right(position, checked)
         now += speeds.pass_seconds(checked)
         position, passes = position + right + 1, passes + 1
-        drafter.send_verdict(now + down, position)
-    return Simulated(position / now, passes, drafter.drafted, drafter.epochs)
+        drafter.verdicts.append((now + down, position))
+    return SimulatedRun(position / now, passes, drafter.drafted, drafter.epochs)
 
 
 @dataclass
@@ -256,22 +256,18 @@ class _SimulatedDrafter:
     """Time at which each draft token of the epoch was made, from `_first` on."""
     _wrong: float = math.inf
     """Position of the first wrong draft token of the epoch."""
-    _verdicts: deque[tuple[float, int]] = field(default_factory=deque)
+    verdicts: deque[tuple[float, int]] = field(default_factory=deque)
     """Verdicts in transit: arrival time, and length of the text."""
-
-    def send_verdict(self, arrives_at: float, length: int) -> None:
-        """Send a verdict."""
-        self._verdicts.append((arrives_at, length))
 
     def draft_until(self, until: float) -> None:
         """Draft until then; a step that would end later is not started."""
         while True:
-            if self._verdicts and self._verdicts[0][0] <= self._free_at:
-                self._on_verdict(self._verdicts.popleft()[1])
-            elif self._ahead >= self.window:
-                if not self._verdicts or self._verdicts[0][0] > until:
+            if self.verdicts and self.verdicts[0][0] <= self._free_at:
+                self._on_verdict(self.verdicts.popleft()[1])
+            elif self._first + len(self._made_at) - self._known >= self.window:
+                if not self.verdicts or self.verdicts[0][0] > until:
                     return
-                self._free_at = self._verdicts[0][0]
+                self._free_at = self.verdicts[0][0]
             elif self._free_at + self.step_seconds > until:
                 return
             else:
@@ -280,12 +276,12 @@ class _SimulatedDrafter:
     def ready_at(self, position: int, count: int) -> float | None:
         """Draft until there are `count` draft tokens from `position` on; the time, or None if the window forbids it."""
         while not self._is_live(position) or self._first + len(self._made_at) < position + count:
-            before = (self.drafted, len(self._verdicts))
+            before = (self.drafted, len(self.verdicts))
             self.draft_until(self._free_at + self.step_seconds)
-            if before == (self.drafted, len(self._verdicts)):
-                if not self._verdicts:
+            if before == (self.drafted, len(self.verdicts)):
+                if not self.verdicts:
                     return None
-                self.draft_until(self._verdicts[0][0])
+                self.draft_until(self.verdicts[0][0])
         return self._made_at[position + count - 1 - self._first]
 
     def valid(self, position: int, most: int, made_by: float) -> int:
@@ -302,10 +298,6 @@ class _SimulatedDrafter:
     def right(self, position: int, count: int) -> int:
         """Number of right ones among the `count` draft tokens from `position` on."""
         return int(min(count, max(0, self._wrong - position)))
-
-    @property
-    def _ahead(self) -> int:
-        return self._first + len(self._made_at) - self._known
 
     def _is_live(self, position: int) -> bool:
         return self._first <= position <= self._wrong

@@ -15,7 +15,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     from lab.device import open_device, read_memory
     from lab.models.sources import load_tokenizer_only
     from lab.settings import user_errors
-    from lab.text.asking import asked_sampling
+    from lab.text.generation import sampling_of
     from lab.tracking import Tracker
     from split.inference.open import sharded_model
 
@@ -31,7 +31,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
                 context=engine.context,
                 sessions=project.sessions,
                 new_tokens=project.max_new_tokens,
-                sampling=asked_sampling(project, settings.seed, tokenizer, max(0, prompt_tokens)),
+                sampling=sampling_of(project, settings.seed, tokenizer, max(0, prompt_tokens)),
             )
         memory = read_memory(device)
         figures |= {"client_peak_rss_bytes": memory.peak_rss_bytes, "peak_device_bytes": memory.device_peak_bytes}
@@ -39,7 +39,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     return figures
 
 
-main = entry.door("split_inf", SplitSettings, run)
+main = entry.command("split_inf", SplitSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -30,7 +30,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
         ) from None
 
 
-main = entry.door("split_inf", SplitSettings, run)
+main = entry.command("split_inf", SplitSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ def run(settings: SplitTrainSettings, place: entry.Run) -> dict[str, Any]:
     return host(settings, place.folder)
 
 
-main = entry.door("split_train", SplitTrainSettings, run)
+main = entry.command("split_train", SplitTrainSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -41,7 +41,7 @@ def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:
     )
 
 
-main = entry.door("split_merge", MergeSettings, run)
+main = entry.command("split_merge", MergeSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,5 @@
 """Turns the parts of a checkpoint into one folder. Their tensors already have the names of the whole model."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from lab.environment import commit
 from lab.files import whole_folder
 from lab.models.folder import GENERATION, ModelFolder
-from lab.models.peft_folder import IDENTITY_KEY, RECORD_FILE, TENSORS_FILE
 from lab.models.proof import Use, require
 from lab.models.shape import ModelShape
 from lab.models.sources import fetch, model_identity
@@ -43,11 +41,11 @@ def merge(model: ModelSettings, checkpoint: Path, output: Path) -> dict[str, Any
     if output.exists():
         raise UserError(f"project.output must not be there yet, got {str(output)!r}")
     weights = read_weights(folder, manifest)
-    write = write_adapter if manifest.recipe.train is Train.lora else write_model
     with whole_folder(output) as unfinished:
-        write(model, manifest, weights, unfinished)
         if manifest.recipe.train is Train.lora:
-            write_card(model, manifest, unfinished, output)
+            write_adapter(model, manifest, weights, unfinished, output)
+        else:
+            write_model(model, manifest, weights, unfinished)
     return {
         "kind": "peft" if manifest.recipe.train is Train.lora else "transformers",
         "step": manifest.step,
@@ -106,25 +104,18 @@ def _drop_tied_head(weights: dict[str, Tensor], structure: Structure | None) -> 
         del weights[head]
 
 
-def write_adapter(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write a PEFT folder, with the record of its base model."""
-    from lab.models.base_model import base_name
-    from split.training.first_adapter import first_adapter  # loads PEFT
-
-    first = first_adapter(model, manifest.recipe)
-    config = first.described()
-    config.base_model_name_or_path = base_name(model)
-    config.save_pretrained(str(folder))
-    save_file(first.untrained() | weights, folder / TENSORS_FILE, metadata={"format": "pt"})
-    record = {IDENTITY_KEY: model_identity(model), "name": model.name, "step": manifest.step, "commit": commit()}
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def write_card(model: ModelSettings, manifest: Manifest, folder: Path, output: Path) -> None:
-    """Write a model card with the way to load the adapter on its base; `output` is the final folder."""
+def write_adapter(
+    model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path, output: Path
+) -> None:
+    """Write a PEFT folder, with the record of its base model and a model card; `output` is the final folder."""
+    from lab.models import adapter  # loads PEFT
     from lab.models.base_model import base_name, base_origin, loading_code
+    from split.training.first_adapter import first_adapter
 
-    code = loading_code(base_name(model), str(output))
+    first, base, identity = first_adapter(model, manifest.recipe), base_name(model), model_identity(model)
+    tensors, about = first.untrained() | weights, {"name": model.name, "step": manifest.step, "commit": commit()}
+    adapter.write_adapter(folder, first.described(), tensors, base, identity, **about)
+    code = loading_code(base, str(output))
     card = f"# Adapter after {manifest.step} steps of split training\n\n{base_origin(model)}\n\n{code}\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
 

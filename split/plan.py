@@ -1,4 +1,4 @@
-"""Which machine should hold which layers. `python -m split.plan model=llama3_70b`: nothing is downloaded."""
+"""Plans which machine holds which layers. `python -m split.plan model=llama3_70b`: nothing is downloaded."""
 
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -174,7 +174,7 @@ def print_plan(plan: Plan, title: str) -> None:
     console.print(f"{1000 * plan.token_seconds:.1f} ms a token, {1 / plan.token_seconds:.1f} tokens a second")
 
 
-main = entry.door("split_plan", PlanSettings, run)
+main = entry.command("split_plan", PlanSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -183,16 +183,13 @@ def _layer_seconds(architecture: Architecture, node: Node) -> float:
     return node.layer_seconds or architecture.layer_bytes / node.weights_bytes_per_second
 
 
-def _head_seconds(architecture: Architecture, node: Node) -> float:
-    return node.head_seconds or architecture.table_bytes / node.weights_bytes_per_second
-
-
 def _plan(architecture: Architecture, order: Sequence[Node], counts: Sequence[int], work: Work) -> Plan:
     placements, first = [], 0
     row_bytes = work.boundary_row_bytes + FRAME_BYTES
     for index, (node, count) in enumerate(zip(order, counts, strict=True)):
         last = index == len(order) - 1
         hop = _hop(node, None if last else order[index + 1], ANSWER_BYTES if last else row_bytes, work)
+        head = node.head_seconds or architecture.table_bytes / node.weights_bytes_per_second
         placements.append(
             Placement(
                 node,
@@ -200,7 +197,7 @@ def _plan(architecture: Architecture, order: Sequence[Node], counts: Sequence[in
                 count * architecture.layer_bytes + _ends_bytes(architecture, index == 0, last),
                 count * kv_bytes_of_layer(architecture, work),
                 _workspace_bytes(architecture, last, work),
-                count * _layer_seconds(architecture, node) + (_head_seconds(architecture, node) if last else 0.0),
+                count * _layer_seconds(architecture, node) + (head if last else 0.0),
                 hop,
             )
         )

@@ -13,7 +13,7 @@ def run(settings: SplitSettings, place: entry.Run) -> dict[str, Any]:
     return host(settings)
 
 
-main = entry.door("split_inf", SplitSettings, run)
+main = entry.command("split_inf", SplitSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from split.chain.boundary import Boundary
 
 
 class TransportKind(Enum):
-    """How hidden states are carried. `tcp`: our frames, every system; `rpc`: torch.distributed.rpc, trusted links only;
+    """Transport of hidden states. `tcp`: our frames, every system; `rpc`: torch.distributed.rpc, trusted links only;
     `inproc`: all shards in the process of the client or trainer."""
 
     tcp = "tcp"

@@ -28,7 +28,7 @@ from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.folder import ModelFolder
 from lab.models.proof import Proof, prove, try_out, try_packed
-from lab.models.quantized import Stored
+from lab.models.quantized import WeightFormat
 from lab.models.shape import ModelShape
 from lab.models.slices import read_slice, run_slice
 from lab.models.twin import VOCABULARY, twin_model
@@ -105,7 +105,7 @@ def row_of(name: str) -> Row:
         proof.engine,
         proof.slices,
         proof.training,
-        nf4=try_packed(config_of(name), stored=Stored.nf4).slices,
+        nf4=try_packed(config_of(name), stored=WeightFormat.nf4).slices,
         lora=_reason(lambda: _try_lora(name, proof)),
         text=_reason(lambda: _try_text(name, proof)),
     )

@@ -136,5 +136,5 @@ def test_every_script_names_a_function(site: Path) -> None:
     for line in lines:
         module, _, function = line.partition("=")[2].strip().partition(":")
         file = site / Path(*module.split(".")).with_suffix(".py")
-        defined = rf"^(def {function}\(|{function} = entry\.door\()"
+        defined = rf"^(def {function}\(|{function} = entry\.command\()"
         assert re.search(defined, file.read_text(), re.MULTILINE), line

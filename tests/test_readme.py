@@ -135,20 +135,20 @@ def test_another_federation_in_small(
     assert (line["status"], line["rounds_completed"]) == ("ok", 1)
 
 
-def door(command: str) -> tuple[str, Any]:
+def entry_of(command: str) -> tuple[str, Any]:
     """The configuration and the type of settings that a command's own module names."""
     words = shlex.split(command)
     name = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
     module = importlib.import_module(name)
     module = importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
-    [(config, settings_type)] = re.findall(r'entry\.(?:main|door)\("(\w+)", (\w+), ', inspect.getsource(module))
+    [(config, settings_type)] = re.findall(r'entry\.(?:main|command)\("(\w+)", (\w+), ', inspect.getsource(module))
     return config, getattr(module, settings_type)
 
 
 @pytest.mark.parametrize("command", starting_with(*COMPOSED))
 def test_the_words_of_a_role_compose(command: str) -> None:
     words = [word for word in shlex.split(re.sub(r"<.*?>", "10.0.0.2", command)) if "=" in word]
-    assert compose_settings(door(command)[0], words, door(command)[1]).seed >= 0
+    assert compose_settings(entry_of(command)[0], words, entry_of(command)[1]).seed >= 0
 
 
 @pytest.mark.parametrize("command", starting_with(SOAK))

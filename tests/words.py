@@ -21,7 +21,7 @@ import torch
 
 from lab.engine.base import Engine, Session, TargetStep
 from lab.engine.sampling import Sampling
-from lab.text.words import Words
+from lab.text.logit_rules import LogitRules
 from speculative.settings import Mode
 from tests.speculative.identity import Compared, Subject, compare
 from tests.split.chains import CONTEXT, VOCABULARY, inprocess, local, saved_model
@@ -54,10 +54,10 @@ WORDS: dict[str, dict[str, Any]] = {
 def samplings(name: str) -> tuple[Sampling, Sampling]:
     """A word greedy and sampled."""
     asked = WORDS[name]
-    words = Words(prompt_tokens=PROMPT_TOKENS, **asked) if asked else None
+    words = LogitRules(prompt_tokens=PROMPT_TOKENS, **asked) if asked else None
     min_p = 0.9 if name in ("min_p", "all") else 0.0
-    sampled = Sampling(seed=5, temperature=0.8, top_k=40, top_p=0.95, min_p=min_p, words=words)
-    return replace(Sampling.greedy(), min_p=min_p, words=words), sampled
+    sampled = Sampling(seed=5, temperature=0.8, top_k=40, top_p=0.95, min_p=min_p, logit_rules=words)
+    return replace(Sampling.greedy(), min_p=min_p, logit_rules=words), sampled
 
 
 def subject() -> Subject:
@@ -95,7 +95,7 @@ def _cells(names: Sequence[str], *, whole: bool) -> Iterator[tuple[Sampling, str
 def without_effect(new_tokens: int) -> list[str]:
     """The words that do not matter to the texts that are compared."""
     asked = subject()
-    plain = [asked.own_text(0, replace(one, min_p=0.0, words=None), new_tokens) for one in samplings("all")]
+    plain = [asked.own_text(0, replace(one, min_p=0.0, logit_rules=None), new_tokens) for one in samplings("all")]
     return [name for name in WORDS if [asked.own_text(0, one, new_tokens) for one in samplings(name)] == plain]
 
 

@@ -218,7 +218,7 @@ def simulate(overrides: Sequence[str], folder: Path, timeout_seconds: float) -> 
     return run_to_end("simulations.fed_sim", overrides, folder, timeout_seconds)[1]
 
 
-main = entry.door("fed_bench", FederatedBenchSettings, run)
+main = entry.command("fed_bench", FederatedBenchSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""How a command ends: by itself, by a signal or by an exception. Exit codes, and `ended_by` of the last line.
+"""The end of a command: by itself, by a signal or by an exception; exit codes, and `ended_by` in the last line.
 
 In the main thread a signal raises an exception (`Stopped`), or calls a function where one was registered
 (`calling_on_signal`); a coroutine is cancelled (`run_async`). A later signal ends the process at once. So does a run
@@ -28,7 +28,7 @@ from lab.settings import UserError
 Returned = TypeVar("Returned")
 
 SAME_SECONDS = 0.5
-"""Signals so soon after the first are that one again: `timeout`, and who signals a group, may send it twice."""
+"""Signals within this time of the first count as the same one: `timeout`, or a signal to a group, may arrive twice."""
 UNWIND_SECONDS = 7.0
 """Seconds between a signal and the forced end; containers kill after ten."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})

@@ -107,14 +107,14 @@ def main(
         _main(config_name, settings_type, run, sort)
 
 
-def door(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> Callable[[], NoReturn]:
+def command(config_name: str, settings_type: type[Settings], run: Work[Settings]) -> Callable[[], NoReturn]:
     """The `main` of a command's module: it composes `conf/<config_name>.yaml`, and runs."""
 
-    def opened() -> NoReturn:
+    def run_command() -> NoReturn:
         main(config_name, settings_type, run)
 
-    opened.__module__ = run.__module__
-    return opened
+    run_command.__module__ = run.__module__
+    return run_command
 
 
 def _main(
@@ -178,10 +178,10 @@ class _Command:
 
         streams.check_arguments(sys.argv[1:])
         arguments = sort(sys.argv[1:])
-        words = parse_options(arguments).overrides
-        options = [argument for argument in arguments if argument not in words]
+        overrides = parse_options(arguments).overrides
+        options = [argument for argument in arguments if argument not in overrides]
         # Overrides first: Hydra ignores those that follow an option.
-        sys.argv[1:] = [*with_texts_as_typed(literal_prompt(words), settings_type), *options]
+        sys.argv[1:] = [*with_texts_as_typed(literal_prompt(overrides), settings_type), *options]
         hydra.main(version_base="1.3", config_path="../../conf", config_name=config_name)(task)()
         if raised:
             raise raised[0]
@@ -266,9 +266,9 @@ def _end_of(error: BaseException, command: _Command) -> End:
 def compose_settings(config_name: str, overrides: str | Sequence[str], settings_type: type[Settings]) -> Settings:
     """Settings for a process without its own command line: a config name and Hydra overrides, as a list or as one
     string that is split like a shell's."""
-    words = shlex.split(overrides) if isinstance(overrides, str) else overrides
-    words = with_texts_as_typed(words, settings_type)
-    return settle(compose_config(config_name, words), settings_type)
+    given = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    given = with_texts_as_typed(given, settings_type)
+    return settle(compose_config(config_name, given), settings_type)
 
 
 def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
@@ -287,12 +287,12 @@ def settle(config: DictConfig, settings_type: type[Settings]) -> Settings:
     return settings
 
 
-def compose_config(config_name: str, words: Sequence[str]) -> DictConfig:
+def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The config of a command with this primary config and these overrides. UserError if they do not compose."""
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("conf", version_base="1.3"):
-            return compose(config_name, overrides=list(words))
+            return compose(config_name, overrides=list(overrides))
     except HydraException as error:
         raise UserError(explain(error)) from None
     except COMPOSING_FAULTS as error:

@@ -1,4 +1,4 @@
-"""Overrides of a command line, `key=value`, quoted for Hydra by code: nobody types quotes, here or in a shell."""
+"""Overrides of a command line, `key=value`, quoted for Hydra by code, so that users need no quotes."""
 
 import re
 from argparse import Namespace
@@ -72,14 +72,14 @@ def quoted(text: str, *, interpolate: bool = False) -> str:
     return f'"{text}"'
 
 
-def with_texts_as_typed(words: Sequence[str], settings: type) -> list[str]:
+def with_texts_as_typed(overrides: Sequence[str], settings: type) -> list[str]:
     """The same overrides, with the value of every text setting taken as it was typed.
 
     Hydra reads a comma as a sweep, brackets as a list, and fails on spaces, accents, `(` and `=`, all of which occur in
     names of folders. Values in quotes, `null`, and `${...}` keep Hydra's meaning.
     """
-    sweeps = not {"-m", "--multirun"}.isdisjoint(words)
-    return [_text_as_typed(word, settings, sweeps=sweeps) for word in words]
+    sweeps = not {"-m", "--multirun"}.isdisjoint(overrides)
+    return [_text_as_typed(word, settings, sweeps=sweeps) for word in overrides]
 
 
 def _text_as_typed(word: str, settings: type, *, sweeps: bool) -> str:

@@ -30,24 +30,24 @@ class NotReady(Fault):
 
 def start(
     module: str,
-    words: Sequence[str],
+    overrides: Sequence[str],
     folder: Path | None,
     *,
     log: bool = True,
     follows_stdin: bool = False,
     own_session: bool = False,
 ) -> subprocess.Popen[str]:
-    """`python -m module words`, with its standard output for us to read.
+    """`python -m module overrides`, with its standard output for us to read.
 
     Args:
         module: A command of ours.
-        words: Overrides, such as `lab.command.overrides.override` makes.
+        overrides: Overrides, such as `lab.command.overrides.override` makes.
         folder: Its run folder; None for a module that keeps no files.
         log: Its stderr goes to a file there; else to our own stderr.
         follows_stdin: It ends when we close its standard input, or end; else it has no standard input.
         own_session: Ctrl+C in our terminal does not reach it.
     """
-    command = [sys.executable, "-m", module, *words]
+    command = [sys.executable, "-m", module, *overrides]
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         command.append(override("hydra.run.dir", folder))
@@ -66,13 +66,13 @@ def start(
             stderr.close()
 
 
-def own_words(but: tuple[str, ...] = ()) -> list[str]:
+def own_overrides(but: tuple[str, ...] = ()) -> list[str]:
     """The overrides of our own command line, for a process that needs them too, without those that begin with one of
     `but`; `--config-dir` is among them."""
     own = HydraConfig.get()
     folders = [source.path for source in own.runtime.config_sources if source.provider == "command-line"]
-    words = [word for word in own.overrides.task if not word.startswith(but)]
-    return [*(f"--config-dir={folder}" for folder in folders), *words]
+    overrides = [word for word in own.overrides.task if not word.startswith(but)]
+    return [*(f"--config-dir={folder}" for folder in folders), *overrides]
 
 
 def say_ready(status: str, role: str, host: str, port: int, **about: Any) -> None:
@@ -102,26 +102,26 @@ def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]
     return ready
 
 
-def last_words(folder: Path) -> str:
+def last_line(folder: Path) -> str:
     """The last line of a role's log, for the message that it did not start."""
     said = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return said[-1] if said else "it said nothing"
 
 
 @contextmanager
-def listening(module: str, words: Sequence[str], folder: Path, start_seconds: float) -> Iterator[int]:
+def listening(module: str, overrides: Sequence[str], folder: Path, start_seconds: float) -> Iterator[int]:
     """Run a role until the end of the block; yields the port that it listens on.
 
     Raises:
-        UserError: it refuses its words, for the reason that it gives.
+        UserError: it refuses its overrides, for the reason that it gives.
         NotReady: it does not listen within `start_seconds`.
     """
-    process = start(module, words, folder)
+    process = start(module, overrides, folder)
     try:
         yield int(first_line(process, start_seconds)["port"])
     except NotReady as error:
         if error.ended and process.wait(start_seconds) == 2:
-            raise UserError(f"{module} did not start: {last_words(folder).removeprefix('error: ')}") from None
+            raise UserError(f"{module} did not start: {last_line(folder).removeprefix('error: ')}") from None
         raise NotReady(f"{module}: {error} ({folder / LOG} says why)", ended=error.ended) from None
     finally:
         process.kill()
@@ -129,7 +129,7 @@ def listening(module: str, words: Sequence[str], folder: Path, start_seconds: fl
 
 
 def run_to_end(
-    module: str, words: Sequence[str], folder: Path | None, timeout_seconds: float
+    module: str, overrides: Sequence[str], folder: Path | None, timeout_seconds: float
 ) -> tuple[list[str], dict[str, Any]]:
     """Run a command to its end, with its progress on our stderr. Returns the lines of its standard output, and the
     figures of the last one.
@@ -137,7 +137,7 @@ def run_to_end(
     Raises:
         CalledProcessError, TimeoutExpired: as from `subprocess.run`.
     """
-    with start(module, words, folder, log=False) as process:
+    with start(module, overrides, folder, log=False) as process:
         try:
             output, _ = process.communicate(timeout=timeout_seconds)
         except BaseException:

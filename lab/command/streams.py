@@ -106,7 +106,7 @@ def _opened(stream: TextIO | None, name: str) -> TextIO:
 
 
 def lost(stream: TextIO) -> OSError | None:
-    """Why `stream` writes nothing any more; None while it does."""
+    """The reason why `stream` no longer writes; None while it does."""
     return stream.lost if isinstance(stream, Forgiving) else None
 
 

@@ -1,8 +1,8 @@
 """The interface of a target model: an engine takes the token ids of texts, and predicts the next ones.
 
-Logits stay where they are made. A whole model in this process, a model split over machines and a synthetic engine with
-settable speeds are all engines; verifiers, drafters and benchmarks do not know which one they hold. An engine and its
-sessions belong to one thread.
+Logits stay where they are computed. A whole model in this process, a model split over machines and a synthetic engine
+with configurable speeds are all engines; verifiers, drafters and benchmarks do not know which one they use. An engine
+and its sessions belong to one thread.
 
 Knows nothing about tokenizers, texts or networks.
 
@@ -29,7 +29,7 @@ Want = Literal["last", "all"]
 
 SWEEP_ROWS = 16
 """A pass is mostly one sweep over the weights, which costs about as much as this many rows more (a CPU, bfloat16):
-where sessions of different lengths would need more padding than this to share a pass, they take two."""
+sessions whose lengths would need more padding than this in one pass get two passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,11 @@ class TargetStep:
     """[t] is the cross-entropy, in nats, of ids[t] under the step before it. NaN at t = 0 unless ids[0] is the
     id that the target predicted there in the extend just before: no other logits are kept between calls."""
     fault: str = ""
-    """Where NaN or infinity came up first, for people. With a fault the lists above mean nothing."""
+    """Part of the model and position of the first NaN or infinity, for people. With a fault the lists are
+    meaningless."""
 
     def then(self, later: TargetStep) -> TargetStep:
-        """This step and the one that goes on behind it, as one."""
+        """This step and a later one, which continues it, as one step."""
         return TargetStep(
             self.next_ids + later.next_ids,
             self.next_nll + later.next_nll,
@@ -63,7 +64,7 @@ NOTHING = TargetStep([], [], [], [])
 
 
 class Session:
-    """One text in one engine: its sampling, and how many of its tokens the engine holds.
+    """One text in one engine: its sampling, and the number of its tokens that the engine holds.
 
     ``session.position = n`` forgets everything from token n on, in O(1). A context manager: leaving it closes it.
     """
@@ -74,19 +75,19 @@ class Session:
         self.most_tokens = most_tokens
         """The most tokens that it will ever hold; room for them is reserved."""
         self.sampling = sampling
-        self.history = History(sampling.words) if sampling.words else None
-        """The text, for the words of its sampling; None where it has none. Kept by engines that have the logits."""
+        self.history = History(sampling.logit_rules) if sampling.logit_rules else None
+        """The text, for the logit rules of its sampling; None without any. Kept by engines that have the logits."""
         self.step: TargetStep | None = None
-        """The outcome of the latest extend; right after `open` that of the prompt. None when the prompt was empty."""
+        """The result of the latest extend, after `open` that of the prompt; None if the prompt was empty."""
         self.closed = False
         self.fault = ""
-        """Where NaN or infinity came up: what the engine holds of it is spoilt, and it can only be closed."""
+        """Part of the model and position of the first NaN or infinity; with a fault it can only be closed."""
         self._engine = engine
         self._position = 0
 
     @property
     def position(self) -> int:
-        """Tokens held: where the next id will stand."""
+        """Number of tokens held: the position of the next id."""
         return self._position
 
     @position.setter
@@ -147,29 +148,30 @@ class Engine(Protocol):
     context: int
     """The most tokens that a text may have."""
     longest: int
-    """The most tokens that a session can be promised: the context, or fewer where not even one such text fits."""
+    """The most tokens that can be reserved for a session: the context, or fewer if the cache cannot hold one such
+    text."""
     has_logits: bool = True
     """Whether it can apply min_p, penalties and word lists, which change logits."""
 
     @property
     def row_invariant(self) -> bool:
-        """Whether what it says about a token does not depend on what shares the pass."""
+        """Whether its results for a token do not depend on what else is in the pass."""
         return False
 
     def open(self, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None = None) -> Session:
         """Start a text and run its prompt; ``session.step.next_ids[-1]`` is the first new token.
 
-        The prompt may be empty: then the caller feeds it by `extend`, in the pieces it likes.
+        The prompt may be empty: then the caller passes it to `extend`, in any pieces.
 
         Args:
             prompt_ids: The beginning of the text.
-            sampling: How it goes on.
-            most_tokens: The most that the session will ever hold, prompt included: there will be room for them,
-                whatever else is opened. None: the whole context.
+            sampling: How the next tokens are drawn.
+            most_tokens: The most that the session will ever hold, prompt included: room for them is reserved. None: the
+                whole context.
 
         Raises:
             ValueError: an id outside the vocabulary, or a prompt longer than the context or than `most_tokens`.
-            CacheFull: no slot is free, or what is promised already leaves no room for so many tokens.
+            CacheFull: no slot is free, or other reservations leave too little room.
             NotFinite: see `extend`; the session is closed again.
         """
         ...
@@ -178,11 +180,11 @@ class Engine(Protocol):
         """Append ids to several sessions, each at its own position, in one batched pass.
 
         Raises:
-            ValueError: no ids, ids outside the vocabulary, a session twice, closed or beyond what it was promised.
-                Every session is where it was.
+            ValueError: no ids, ids outside the vocabulary, a session twice, closed, or beyond its reservation. No
+                session has changed.
             NotFinite: the logits of some sessions, or hidden states on the way to them, hold NaN or infinity. These
-                sessions must be closed: what the cache holds of them would spoil every later pass. The others have
-                advanced, and their steps are in the exception.
+                sessions must be closed: their cache would make every later pass wrong. The others have advanced, and
+                their steps are in the exception.
         """
         ...
 
@@ -191,7 +193,7 @@ class Engine(Protocol):
         ...
 
     def shutdown(self) -> None:
-        """Give back everything: memory here, connections of an engine that has some."""
+        """Release all memory and connections."""
         ...
 
 
@@ -215,7 +217,7 @@ def check_requests(engine: Engine, requests: Sequence[Request]) -> None:
 
 
 def check_finite(steps: list[TargetStep]) -> list[TargetStep]:
-    """The steps of an `extend`, whose sessions have advanced. Raises `NotFinite` where one of them has a fault."""
+    """The steps of an `extend`, whose sessions have advanced. Raises `NotFinite` if one of them has a fault."""
     if any(step.fault for step in steps):
         raise NotFinite(steps)
     return steps
@@ -223,7 +225,7 @@ def check_finite(steps: list[TargetStep]) -> list[TargetStep]:
 
 def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, most_tokens: int | None) -> int:
     """Raise the ValueErrors that every engine's `open` has in common. Returns the most tokens of the session."""
-    check_words(engine, sampling)
+    check_logit_rules(engine, sampling)
     if len(prompt_ids) > engine.context:
         raise ValueError(f"prompt must be at most the context of {engine.context} tokens, got {len(prompt_ids)}")
     most = engine.context if most_tokens is None else most_tokens
@@ -233,14 +235,14 @@ def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, mo
     return most
 
 
-def check_words(engine: Engine, sampling: Sampling) -> None:
-    """ValueError for penalties, biases and bad words where the engine has no logits to apply them to."""
-    if not engine.has_logits and (sampling.words is not None or sampling.min_p):
+def check_logit_rules(engine: Engine, sampling: Sampling) -> None:
+    """ValueError for penalties, biases and bad words if the engine has no logits to which they apply."""
+    if not engine.has_logits and (sampling.logit_rules is not None or sampling.min_p):
         raise ValueError(
             "min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits"
         )
-    if sampling.words is not None:
-        sampling.words.check_ids(engine.vocabulary_size)
+    if sampling.logit_rules is not None:
+        sampling.logit_rules.check_ids(engine.vocabulary_size)
 
 
 def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:
@@ -251,25 +253,25 @@ def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Scored:
+class LogitRows:
     """Consecutive rows of logits of one session, to be read as a `TargetStep`."""
 
     logits_KV: Tensor
-    """The last K of the rows that the ids gave."""
+    """The last K rows of logits of the ids."""
     ids: Sequence[int]
     position: int
-    """Where ids[0] stands."""
+    """Position of ids[0]."""
     sampling: Sampling
     before_V: Tensor | None = None
     """The row before the first one, if the caller has it: then nll[0] is known."""
     history: History | None = None
-    """Holds the text up to the last of the ids, where the sampling has words."""
+    """Holds the text up to the last of the ids, if the sampling has logit rules."""
 
 
-def read_steps(blocks: Sequence[Scored], want: Want) -> list[TargetStep]:
-    """Draw the next token in every row of every session at once: the last step of whoever has the logits.
+def read_steps(blocks: Sequence[LogitRows], want: Want) -> list[TargetStep]:
+    """Draw the next token in every row of every session: the last step of each engine that has logits.
 
-    A session whose logits hold NaN or infinity gets a step with a fault; the others get what they get without it.
+    A session whose logits hold NaN or infinity gets a step with a fault; it does not affect the others.
     """
     samplings: list[Sampling] = []
     positions: list[int] = []
@@ -299,7 +301,7 @@ def _fault(finite: Sequence[bool], positions: Sequence[int]) -> str:
     return f"the logits for position {positions[finite.index(False)]} hold NaN or infinity"
 
 
-def _nll_before(block: Scored) -> float:
+def _nll_before(block: LogitRows) -> float:
     return math.nan if block.before_V is None else nll(block.before_V[None], block.ids[:1])[0]
 
 
@@ -312,8 +314,8 @@ PieceT = TypeVar("PieceT", bound=_HasIds)
 
 
 def together(pieces: Sequence[PieceT], most_padding: float) -> list[list[PieceT]]:
-    """Groups of pieces that share a pass, longest first: those of about the same length, with at most
-    `most_padding`."""
+    """Groups of pieces that share a pass, longest first: pieces of similar length, with at most `most_padding` in
+    all."""
     groups: list[list[PieceT]] = []
     padding = 0
     for piece in sorted(pieces, key=lambda piece: len(piece.ids), reverse=True):

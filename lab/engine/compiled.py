@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 """Layers that are compiled: these exact classes of transformers."""
 DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
-"""What may stand around them: an embedding before the layers, a norm behind them, and nothing else."""
+"""Decoders whose layers are compiled: an embedding, the layers and a norm, nothing else."""
 MOST_ROWS = 24
 """Most rows of one sequence in one pass: 16 draft tokens, the token before them, and some to spare. A longer piece is
 part of a prompt, which transformers' own forward computes faster."""
@@ -63,7 +63,7 @@ PROBED_COLUMNS = 256
 
 
 class NotCompiled(ValueError):
-    """Why a model runs without compiled layers, for people."""
+    """The reason why a model runs without compiled layers, for people."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class LayerPlan:
     has_head_norms: bool
     """Whether queries and keys are normed by head (Qwen3)."""
     outputs: tuple[int, ...]
-    """Of each of `PROJECTIONS`."""
+    """Number of outputs of each of `PROJECTIONS`."""
     kinds: tuple[str, ...]
-    """Of each of `PROJECTIONS`: the dtype of its weight, and `+` where it has a bias."""
+    """Dtype of the weight of each of `PROJECTIONS`, with `+` if it has a bias."""
     dtype: str
-    """Of activations and cache."""
+    """Dtype of activations and cache."""
 
 
 class CompiledLayer(nn.Module):
@@ -274,7 +274,7 @@ def _digest(plan: LayerPlan) -> str:
 
 
 def _instructions() -> str:
-    """What the processor can do, as Linux says it: a cache may be shared by machines of the same name."""
+    """The processor's features, as Linux reports them: machines of the same name may share a cache."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
             return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,4 +1,4 @@
-"""How long a text may be, so that what a token is does not depend on how the text was cut into forward passes."""
+"""The longest text whose tokens do not depend on how it is divided into forward passes."""
 
 import logging
 from typing import Any
@@ -11,11 +11,11 @@ log = logging.getLogger(__name__)
 
 
 def longest_text(config: PreTrainedConfig) -> int | None:
-    """The most tokens of a text for which a model always says the same; None for a model that does not say.
+    """Most tokens of a text for which a model's results do not vary; None if its config names no limit.
 
-    With longrope, rotary frequencies change for the whole text once it is longer than what the model was first trained
-    on. Keys that were computed before that have the old ones, and so would a neighbour in the same forward pass that is
-    shorter: such a model is served up to that length. (transformers computes the whole text anew there.)
+    With longrope, rotary frequencies change for the whole text once it exceeds the length of the original training.
+    Keys that were computed before still have the old frequencies, and shorter texts in the same pass would get the new
+    ones: such a model is served up to that length. (transformers computes the whole text again there.)
     """
     text: Any = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or {}
@@ -31,10 +31,10 @@ def longest_text(config: PreTrainedConfig) -> int | None:
 
 
 def model_context(config: PreTrainedConfig, wanted: int) -> int:
-    """Most tokens of a text: `wanted`, but no more than `longest_text`; 0: just that.
+    """Most tokens of a text: `wanted`, but at most `longest_text`; 0 stands for `longest_text`.
 
     Raises:
-        UserError: neither says how many.
+        UserError: neither gives a limit.
     """
     longest = longest_text(config)
     if not (wanted or longest):

@@ -1,7 +1,8 @@
-"""Where NaN or infinity comes up first in a forward pass that gave some.
+"""The first position at which a forward pass gives NaN or infinity.
 
-Its result does not tell: attention takes masked positions times zero, and zero times infinity is not zero, so that one
-position spoils the whole text in the layer behind it. So the pass is made again, and every module is looked at.
+The result of the pass does not show it: attention multiplies masked positions by zero, and zero times infinity is NaN,
+so one position spoils the whole text in the next layer. So the pass is repeated, and the output of every module
+checked.
 
 Shapes: B batch rows, T positions in this pass, H hidden size.
 """
@@ -16,7 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 @contextmanager
 def first_faults(width: int) -> Iterator[dict[int, int]]:
-    """By batch row, at which of T = `width` positions the first hidden states were not finite; after the block."""
+    """By batch row, the first of T = `width` positions whose hidden states were not finite; filled when the block
+    ends."""
     found: dict[int, int] = {}
 
     def look(module: Any, given: Any, output: Any) -> None:

@@ -1,6 +1,6 @@
-"""One text as its words need it: how often each token stands in it, and what its logits become by that.
+"""The tokens of one text, counted for its logit rules, and the changes to its logits.
 
-Shapes: K consecutive places of one text, V vocabulary, U different tokens that stand in the text.
+Shapes: K consecutive positions of one text, V vocabulary, U different tokens of the text.
 """
 
 import math
@@ -9,25 +9,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lab.text.words import Words
+from lab.text.logit_rules import LogitRules
 
 
 class History:
-    """The tokens of one text, as its words need them: an engine tells it what the text is, and it follows.
+    """The tokens of one text with their counts; the engine keeps it up to date.
 
-    Counts are kept, not made anew: going on costs what has come since, going back what is taken back. They are of the
-    tokens that stand in the text alone, so that a row costs one copy of its logits and little more.
+    Counts are updated, not computed again: advancing and rewinding cost as much as the tokens added or removed. Only
+    tokens of the text have counts, so a row costs little more than one copy of its logits.
     """
 
-    def __init__(self, words: Words) -> None:
-        self._words = words
+    def __init__(self, rules: LogitRules) -> None:
+        self._rules = rules
         self._ids: list[int] = []
-        self._counts = _Counts(words.prompt_tokens)
-        self._singles = sorted({word[0] for word in words.bad_words if len(word) == 1})
-        self._bias = dict(words.logit_bias)
+        self._counts = _Counts(rules.prompt_tokens)
+        self._singles = sorted({word[0] for word in rules.bad_words if len(word) == 1})
+        self._bias = dict(rules.logit_bias)
         self._endings: dict[int, list[tuple[int, ...]]] = {}
-        """Bad words of several tokens, by the one before the last."""
-        for word in words.bad_words:
+        """Bad words of several tokens, by their last token but one."""
+        for word in rules.bad_words:
             if len(word) > 1:
                 self._endings.setdefault(word[-2], []).append(word)
         self._singles_B: Tensor | None = None
@@ -35,16 +35,16 @@ class History:
         self._biases_B: Tensor | None = None
 
     def hold(self, position: int, ids: Sequence[int]) -> None:
-        """From `position` on the text is `ids`; what it was there is forgotten."""
+        """Replace the text from `position` on by `ids`."""
         self._counts.go_back(position, self._ids)
         self._ids[position:] = ids
 
     def changed(self, logits_KV: Tensor, end: int) -> Tensor:
-        """The logits to draw from, for the places behind the last K tokens of the text's first `end`.
+        """The logits to draw from, for the positions after each of the last K of the text's first `end` tokens.
 
         Args:
             logits_KV: float32 or float64; not changed.
-            end: The last row is about the place `end`.
+            end: Position that the last row predicts.
         """
         scores_KV = logits_KV.clone()
         self._ban(scores_KV, logits_KV, end)
@@ -53,7 +53,7 @@ class History:
                 self._biased_B = torch.tensor(list(self._bias), device=scores_KV.device)
                 self._biases_B = torch.tensor(list(self._bias.values()), device=scores_KV.device, dtype=torch.float64)
             scores_KV[:, self._biased_B] += self._biases_B.to(scores_KV.dtype)
-        if self._words.has_penalties:
+        if self._rules.has_penalties:
             self._penalise(scores_KV, end)
         return scores_KV
 
@@ -71,7 +71,7 @@ class History:
                 scores_KV[row, list(completing)] = -math.inf
 
     def _completing(self, place: int) -> set[int]:
-        """The tokens that would complete a bad word at `place`."""
+        """Tokens that would complete a bad word at `place`."""
         before = self._ids[place - 1] if place else -1
         return {
             word[-1]
@@ -80,21 +80,21 @@ class History:
         }
 
     def _penalise(self, scores_KV: Tensor, end: int) -> None:
-        words, dtype = self._words, scores_KV.dtype
+        rules, dtype = self._rules, scores_KV.dtype
         tokens_U, counts_2KU = self._counts.before(self._ids, end, len(scores_KV), scores_KV.device)
         scores_KU = scores_KV[:, tokens_U]
         generated_KU = counts_2KU[1].to(dtype)
         # Each step is rounded by itself, on every device and in every shape: no fused multiply-add.
-        if words.repetition_penalty != 1:
-            divided_KU = scores_KU / words.repetition_penalty
-            shrunk_KU = torch.where(scores_KU > 0, divided_KU, scores_KU * words.repetition_penalty)
+        if rules.repetition_penalty != 1:
+            divided_KU = scores_KU / rules.repetition_penalty
+            shrunk_KU = torch.where(scores_KU > 0, divided_KU, scores_KU * rules.repetition_penalty)
             scores_KU = torch.where(counts_2KU.sum(0) > 0, shrunk_KU, scores_KU).clamp_(max=torch.finfo(dtype).max)
-        scores_KU = scores_KU - generated_KU * words.frequency_penalty
-        scores_KV[:, tokens_U] = scores_KU - (generated_KU > 0).to(dtype) * words.presence_penalty
+        scores_KU = scores_KU - generated_KU * rules.frequency_penalty
+        scores_KV[:, tokens_U] = scores_KU - (generated_KU > 0).to(dtype) * rules.presence_penalty
 
 
 class _Counts:
-    """How often each token stands in the prompt of a text, and behind it."""
+    """Counts of each token in the prompt of a text, and after it."""
 
     def __init__(self, prompt_tokens: int) -> None:
         self._prompt_tokens = prompt_tokens
@@ -106,13 +106,13 @@ class _Counts:
         self._counts_2U = torch.zeros(2, 0, dtype=torch.int32)
 
     def go_back(self, length: int, ids: Sequence[int]) -> None:
-        """The text is only its first `length` ids now, of which these are those until now."""
+        """Rewind to the first `length` of the ids counted so far, `ids`."""
         if length < self._length:
             self._add(ids, range(length, self._length), -1)
             self._length = length
 
     def before(self, ids: Sequence[int], end: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tokens, and their counts before each of the places behind the last `rows` of the first `end` ids."""
+        """Tokens, and their counts before each of the positions after the last `rows` of the first `end` ids."""
         first = end - rows + 1
         self._make_columns(ids[self._length : end], device)
         self.go_back(first, ids)

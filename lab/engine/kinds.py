@@ -1,4 +1,4 @@
-"""Kinds of engines, for settings, and the seam to the one that another pillar builds. Loads no torch."""
+"""Kinds of engines, for settings, and the import of the one that another pillar builds. Loads no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class EngineKind(Enum):
-    """Which engine stands behind a role; names are what people type."""
+    """The engine of a role; names are values of the setting."""
 
     local = "local"
     split = "split"

@@ -1,10 +1,10 @@
-"""The one KV cache of the lab: fixed slots, each with a length of its own, advanced together in one forward pass.
+"""The one KV cache of the lab: fixed slots, each with its own length, advanced together in one forward pass.
 
-A pass is three steps: `begin` takes slots and counts and gives the position ids for the model, the model calls `update`
-in every attention layer, `commit` moves the lengths. Room is reserved: a slot is acquired with the most positions that
-it will ever hold, and all that is promised fits. Rewinding is an assignment to ``lengths``: what lies beyond a length
-is masked out, and overwritten later. Keys are kept for all positions, and sliding windows are folded into the masks, so
-that a rewind never meets a window that has already moved on.
+A pass has three steps: `begin` takes slots and counts and returns the position ids for the model, the model calls
+`update` in every attention layer, and `commit` advances the lengths. Room is reserved: a slot is acquired with the most
+positions that it will ever hold, and all reservations fit together. Rewinding is an assignment to ``lengths``: later
+entries are masked out, and overwritten when the slot grows again. Keys are kept for all positions, and masks apply
+sliding windows, so that a rewind never needs a key that has left the window.
 
 A model makes its masks itself, with its own rules (causal, sliding, chunked): transformers asks the cache where the
 queries stand, and `_mask_of` applies the model's rule to each slot's own positions.
@@ -29,7 +29,7 @@ from lab.engine import row_attention
 
 
 class CacheFull(RuntimeError):
-    """No slot is free, or what would be promised does not fit into the limit in bytes. Nothing was changed."""
+    """No slot is free, or the reservation does not fit into the limit in bytes. Nothing was changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,13 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class _Writes:
-    """Where a pass writes. One index pair serves every layer."""
+    """Indices at which a pass writes, the same in every layer."""
 
     slots: list[int]
     counts: list[int]
     slot_index: Tensor | int
     column_index: Tensor | slice
-    """A number and a slice for one text alone: the new keys go there in one piece."""
+    """With `slot_index` a number and a slice for a single text, whose new keys are copied in one piece."""
     source: tuple[Tensor, Tensor] | None
     """Rows and positions to take from the new keys (N each); None: all of them."""
     read: slice | Tensor
@@ -85,7 +85,7 @@ class _Writes:
 
 
 class UnknownState(ValueError):
-    """A model keeps something of its past that is no key and no value, or not in the way of other models."""
+    """A model keeps a recurrent or other state besides keys and values, or keeps those in a way of its own."""
 
 
 def layer_shapes(run: Callable[[Cache], object]) -> dict[int, LayerShape]:
@@ -121,14 +121,14 @@ def _in_one_line(error: Exception) -> str:
 
 
 def check_attention(config: PreTrainedConfig) -> None:
-    """ValueError for an attention whose masks are not made in this module."""
+    """ValueError for an attention whose masks `_mask_of` does not make."""
     attention = config.get_text_config(decoder=True)._attn_implementation
     if attention not in _MASKS:
         raise ValueError(f"attn_implementation must be sdpa or eager, got {attention}")
 
 
 class _Positions(int):
-    """Where the queries of a pass stand, handed through transformers in the place of the first one's position."""
+    """Positions of the queries of a pass, passed through transformers in place of the first query's position."""
 
     ids_BT: Tensor
 
@@ -171,7 +171,7 @@ for _name, _mask in _MASKS.items():
 
 
 class SlotCache(Cache):
-    """Keys and values of several texts. Storage follows what is in use: slots by one, columns by buckets.
+    """Keys and values of several texts. Storage grows with its use: one slot at a time, columns by buckets.
 
     Args:
         layers: The shape of each attention layer, by its number in the whole model (`layer_shapes`).
@@ -182,8 +182,8 @@ class SlotCache(Cache):
         device: The model's.
         exact: Give every pass this shape, and allocate it all now. None: each pass as large as it must be.
 
-    Storage is one rectangle of slots x columns in each layer, so that a pass reads it without a copy. What is promised
-    fits when the rectangle does that the slots in use would need at their full lengths.
+    Storage is one rectangle of slots x columns in each layer, so that a pass reads it without a copy. Reservations fit
+    if the rectangle does that the slots in use would need at their full lengths.
 
     Raises:
         CacheFull: the exact shape, or one bucket of one text, does not fit into the limit.
@@ -247,17 +247,17 @@ class SlotCache(Cache):
         fits = self._fit(slots)
         longest = max(most, *self._promised)
         if longest > fits:
-            # Those in use may be what does not fit beside one more; then there is room for none.
+            # The slots in use may fit only without another one; then there is no room at all.
             fits = 0 if max(self._promised) > fits else fits
             raise CacheFull(
-                f"the KV cache is full: {self._needs(slots, self._rounded(longest))}; room for a text of {fits} "
+                f"the KV cache is full: {self._needs(slots, self._rounded(longest))}; room for a sequence of {fits} "
                 f"positions is left, got {most}"
             )
         self._promised[slot] = most
         return slot
 
     def release(self, slot: int) -> None:
-        """Give a slot back. What was written is wiped: the next text in it can neither see nor inherit it (a masked
+        """Give a slot back, wiped: the next text in it can neither see nor inherit the old one (a masked
         column still multiplies its value by zero, and zero times infinity is not zero)."""
         for stored in self._stored():
             stored[slot : slot + 1, :, : self._written[slot]].zero_()
@@ -356,7 +356,7 @@ class SlotCache(Cache):
         return self._writes.columns, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Where the queries of this pass stand, for `_mask_of`."""
+        """Positions of the queries of this pass, for `_mask_of`."""
         assert self._writes is not None, "get_query_offset() outside of a pass: call begin() first"
         return self._positions_now
 

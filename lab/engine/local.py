@@ -19,8 +19,8 @@ from lab.engine.base import (
     NOTHING,
     SWEEP_ROWS,
     Engine,
+    LogitRows,
     Request,
-    Scored,
     Session,
     TargetStep,
     Want,
@@ -258,7 +258,7 @@ class LocalEngine(Engine):
     def _read(self, logits: Sequence[tuple[_Piece, Tensor]], want: Want) -> None:
         """Draw from the rows of logits (K x V) of some pieces."""
         blocks = [
-            Scored(rows_KV, piece.ids, piece.position, session.sampling, piece.run.before_V, session.history)
+            LogitRows(rows_KV, piece.ids, piece.position, session.sampling, piece.run.before_V, session.history)
             for piece, rows_KV in logits
             for session in (piece.run.session,)
         ]
@@ -267,7 +267,7 @@ class LocalEngine(Engine):
             piece.run.before_V = block.logits_KV[-1].clone()
 
     def _find_faults(self, pieces: Sequence[_Piece]) -> None:
-        """Where a pass gave NaN or infinity, say which position was the first of its text."""
+        """After a pass that gave NaN or infinity, find the first such position of each text."""
         if all(piece.run.is_located or not piece.run.step.fault for piece in pieces):
             return
         with first_faults(self._exact_rows or max(len(piece.ids) for piece in pieces)) as found:
@@ -361,7 +361,7 @@ def open_local_engine(
     except ShapeDependence as error:
         raise UserError(f"project.exact_shapes must be false here: {error}") from None
     except CacheFull as error:
-        least = "one pass of exact shapes" if exact_rows else "a text of project.cache_bucket positions"
+        least = "one pass of exact shapes" if exact_rows else "a sequence of project.cache_bucket positions"
         raise UserError(f"project.cache_limit_bytes must hold {least}: {error}") from None
     except ValueError as error:
         raise UserError(f"project.exact_shapes: {error}" if exact_rows else str(error)) from None

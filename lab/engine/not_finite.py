@@ -1,4 +1,4 @@
-"""The fault of numbers that are none: NaN or infinity where a model's numbers should be. Loads no torch."""
+"""The fault of a model that gives NaN or infinity. Loads no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class NotFinite(Fault):
-    """Some texts of an `extend` met NaN or infinity. Their sessions are of no use any more, the others have advanced.
+    """Some sessions of an `extend` met NaN or infinity and can only be closed; the others have advanced.
 
-    Its text names the first of them: which part of the model, and which position.
+    The message names the first of them, with the part of the model and the position.
     """
 
     def __init__(self, steps: Sequence[TargetStep]) -> None:
         super().__init__(next(step.fault for step in steps if step.fault))
         self.steps = list(steps)
-        """One step for every request, in order; those with a `fault` hold nothing else."""
+        """One step for every request, in order; a step with a `fault` holds nothing else."""

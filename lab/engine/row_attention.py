@@ -1,9 +1,9 @@
 """Attention of a few rows, each as if it were alone: a draft token is checked with the bits of a decoding step.
 
-torch's kernel for a CPU computes the rows of a pass together, and sums other than over one. Beside matrix products
-that do not (`lab.engine.wide_products`) that alone makes a pass over several rows round otherwise, and a near tie fall
-the other way. So here the rows of a text stand side by side like texts that share their keys and values; none of those
-is copied.
+torch's CPU kernel computes the rows of a pass together, and adds in another order than for a single row. Where matrix
+products do not depend on the number of rows (`lab.engine.wide_products`), this alone would change the rounding of a
+pass over several rows and flip near ties. So the rows of one text are computed like separate texts that share their
+keys and values; none of those is copied.
 
 Only in inference mode and for few rows: a prompt is computed in the same pieces with and without drafts.
 """

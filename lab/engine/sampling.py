@@ -1,14 +1,15 @@
-"""Sampling as a function of position: a token depends on where it stands, not on which machine draws it.
+"""Sampling as a function of position: a token depends on its position, not on the machine that draws it.
 
 A token is ``argmax(logits + temperature * g(seed, position, token))`` over the tokens that top-k, top-p and min-p
 leave, with ``g`` Gumbel noise from a counter-based hash. (Above 1 the temperature divides the logits instead, so that
-no finite temperature makes infinity of a finite number.) There is no generator state: a drafter and a target that share
-the seed draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 + TV)`` (TV:
-the total variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to travel.
+no finite temperature turns a finite number into infinity.) There is no generator state: a drafter and a target that
+share the seed draw the same noise on every machine, so that they agree with probability at least ``(1 - TV) / (1 +
+TV)`` (TV: the total variation between their distributions; Daliri et al., arXiv 2408.07978) and only token ids need to
+travel.
 
 Knows nothing about models, sessions or networks.
 
-Shapes: R rows (one position of one session each), V vocabulary, M tokens that are looked at.
+Shapes: R rows (one position of one session each), V vocabulary, M tokens that are considered.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lab.text.words import Words, check_ranges
+from lab.text.logit_rules import LogitRules, check_ranges
 
 _LANE = 0xFFFFFFFF  # 32-bit arithmetic in int64 lanes: MPS has no uint64, and torch has few uint32 operations
 _WORD = 0xFFFFFFFFFFFFFFFF
 _FIRST_SORTED = 256
-"""Best tokens that are sorted first for top-k and top-p; 16 times more as long as they are too few."""
+"""Number of best tokens that are sorted first for top-k and top-p; 16 times as many while they are too few."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one session draws its tokens. Equal settings and equal logits give equal text."""
+    """The sampling settings of one session. Equal settings and equal logits give equal text."""
 
     seed: int
-    """Which noise, in [0, 2^63)."""
+    """Seed of the noise, in [0, 2^63)."""
     temperature: float
-    """Multiplies the noise; 0 takes the best token, and the lowest id among equals. So does one that is so small that
-    the noise is lost beside the logits."""
+    """Multiplies the noise; 0 takes the best token, and the lowest id among equals. So does a temperature so
+    small that the noise is lost in rounding."""
     top_k: int
     """Only the k best tokens can be drawn (all that equal the k-th); 0 switches it off."""
     top_p: float
@@ -44,8 +45,8 @@ class Sampling:
     min_p: float = 0.0
     """Only tokens at least so probable, relative to the best one, can be drawn (Nguyen et al., arXiv 2407.01082; as in
     transformers after top-k and top-p, at the same temperature); 0 switches it off."""
-    words: Words | None = None
-    """Changes to the logits before all of this, by the text before them; None: no changes."""
+    logit_rules: LogitRules | None = None
+    """Changes to the logits before all other settings, by the text before them; None: no changes."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -54,7 +55,7 @@ class Sampling:
 
     @classmethod
     def greedy(cls) -> Sampling:
-        """Always the best token."""
+        """Sampling that always takes the best token."""
         return cls(seed=0, temperature=0.0, top_k=0, top_p=1.0)
 
 
@@ -67,13 +68,13 @@ class Choice:
     nll: list[float]
     """Cross-entropy of the drawn token under the plain softmax of the logits (no temperature, no top-k), in nats."""
     margins: list[float]
-    """Gap between the two best candidates, words and noise included, in units of the logits: while top-k, top-p and
-    min-p leave the same tokens, only an error of more than half of it can change the choice (of the logits as they are
-    after a repetition penalty). Infinite when one candidate was left."""
+    """Gap between the two best candidates, logit rules and noise included, in units of the logits: while top-k, top-p
+    and min-p leave the same tokens, only an error of more than half of it can change the choice (of the logits after a
+    repetition penalty). Infinite when one candidate was left."""
     follower_nll: list[float]
-    """Cross-entropy of the token that follows in the text instead; NaN where none was given."""
+    """Cross-entropy of the follower, the token that is in the text at that position; NaN without one."""
     finite: list[bool]
-    """Whether all logits were finite; where one was not, nothing above means anything."""
+    """Whether all logits were finite; if not, the other results of the row are meaningless."""
 
 
 def choose(
@@ -88,9 +89,9 @@ def choose(
     Args:
         logits_RV: Plain logits, of any floating dtype and device. Not changed.
         samplings: The settings of the session that each row belongs to.
-        positions: Where each drawn token will stand in its text, counted from the first prompt token.
-        followers: The token that stands there already (a draft token), -1 where there is none.
-        changed: Scores, V each, that a row is drawn from in place of its logits, by row: `lab.text.words`.
+        positions: Position of each drawn token in its text, counted from the first prompt token.
+        followers: The token that is already there (a draft token); -1: none.
+        changed: Scores, V each, that replace the logits of some rows, by row: `lab.text.logit_rules`.
 
     Returns:
         R ids, their cross-entropies and margins. A row's result does not depend on the other rows.
@@ -177,7 +178,7 @@ def _pick(logits_RV: Tensor, ids_R: Tensor) -> Tensor:
 
 
 def widened(logits_RV: Tensor) -> Tensor:
-    """The logits in the precision that tokens are drawn in."""
+    """The logits in the precision in which tokens are drawn."""
     return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import msgspec
 
 from lab.engine.sampling import Sampling
-from lab.text.words import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES, Words
+from lab.text.logit_rules import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES, LogitRules
 from lab.wire.fields import Uint31, Uint32, Uint63
 from lab.wire.frames import Head
 
@@ -16,8 +16,8 @@ SAMPLING_BYTES = 96 + 16 * MAX_BIASES + 5 * MAX_BAD_WORD_TOKENS + 3 * MAX_BAD_WO
 """Most bytes of these fields: a frame that announces more is refused before anything is allocated for it."""
 
 
-class WordsHead(Head):
-    """The fields of `lab.text.words.Words`."""
+class LogitRulesHead(Head):
+    """The fields of `lab.text.logit_rules.LogitRules`."""
 
     prompt_tokens: Uint32
     repetition_penalty: float
@@ -35,29 +35,29 @@ class SamplingHead(Head):
     top_k: Uint32
     top_p: float
     min_p: float
-    words: WordsHead | None
+    logit_rules: LogitRulesHead | None
 
     @property
     def sampling(self) -> Sampling:
         """The sampling that the head describes. Raises ValueError for values out of range."""
         own = {name: getattr(self, name) for name in SamplingHead.__struct_fields__}  # OPEN has more of its own
-        return Sampling(**{**own, "words": _words(self.words)})
+        return Sampling(**{**own, "logit_rules": _rules(self.logit_rules)})
 
 
 def sampling_fields(sampling: Sampling) -> dict[str, Any]:
     """The fields of a `SamplingHead`."""
-    return {**vars(sampling), "words": _head(sampling.words)}
+    return {**vars(sampling), "logit_rules": _head(sampling.logit_rules)}
 
 
-def _words(head: WordsHead | None) -> Words | None:
+def _rules(head: LogitRulesHead | None) -> LogitRules | None:
     if head is None:
         return None
     listed = {"logit_bias": tuple(head.logit_bias), "bad_words": tuple(map(tuple, head.bad_words))}
-    return Words(**{**msgspec.structs.asdict(head), **listed})
+    return LogitRules(**{**msgspec.structs.asdict(head), **listed})
 
 
-def _head(words: Words | None) -> WordsHead | None:
-    if words is None:
+def _head(rules: LogitRules | None) -> LogitRulesHead | None:
+    if rules is None:
         return None
-    listed = {"logit_bias": list(words.logit_bias), "bad_words": list(map(list, words.bad_words))}
-    return WordsHead(**{**vars(words), **listed})
+    listed = {"logit_bias": list(rules.logit_bias), "bad_words": list(map(list, rules.bad_words))}
+    return LogitRulesHead(**{**vars(rules), **listed})

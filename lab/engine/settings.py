@@ -1,4 +1,4 @@
-"""How much room a target's sessions have: settings that every process with a KV cache shares."""
+"""Settings of the KV cache, which every process with a target shares."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from lab.settings import require, require_at_least
 
 @dataclass(kw_only=True)
 class CacheSettings:
-    """Sizes of a KV cache and of what is written into it."""
+    """Sizes of a KV cache and of the passes that fill it."""
 
     sessions: int
-    """Texts held at once: the batch size."""
+    """Concurrent texts: the batch size."""
     context: int
-    """Most tokens of one text, prompt included; 0: what the model was made for."""
+    """Most tokens of one text, prompt included; 0: the model's own limit."""
     prefill_chunk: int
     """Most tokens of a prompt in one pass; the chunks of a split model overlap on its shards."""
     cache_bucket: int

@@ -70,7 +70,7 @@ class SyntheticEngine(Engine):
         # Cross-entropies are 0 for the ids that this engine predicts itself, and log V for all others.
         began = time.monotonic()
         check_requests(self, requests)
-        steps = [session.advance(ids, self._say(session, ids, want)) for session, ids in requests]
+        steps = [session.advance(ids, self._predict(session, ids, want)) for session, ids in requests]
         rows = sum(len(ids) for _, ids in requests)
         pass_seconds = self._step_seconds + self._row_seconds * (rows - 1)
         self._sleep(max(0.0, began + pass_seconds - time.monotonic()))
@@ -86,7 +86,7 @@ class SyntheticEngine(Engine):
         """Forget all sessions."""
         self._hashes.clear()
 
-    def _say(self, session: Session, ids: Sequence[int], want: Want) -> TargetStep:
+    def _predict(self, session: Session, ids: Sequence[int], want: Want) -> TargetStep:
         hashes = self._hashes[session.key]
         del hashes[session.position + 1 :]
         before = self._next_id(hashes[-1])
@@ -99,7 +99,7 @@ class SyntheticEngine(Engine):
         return TargetStep(next_ids, [0.0] * len(next_ids), [1.0] * len(next_ids), nll)
 
     def _next_id(self, prefix: int) -> int:
-        """The hash of a prefix has the seed in it, and its position in the number of times it was mixed."""
+        """The next id, from the hash of a prefix, which depends on seed, tokens and position."""
         target = mix64(prefix + 1) % self.vocabulary_size
         if mix64(prefix + 2) < self._agreement * 2**64:
             return target

@@ -1,17 +1,17 @@
 """Matrix products of 16-bit weights by way of float32, for a CPU that has no instructions for 16-bit floats.
 
-torch computes such a product there number by number: many rows cost as much each as one, so that a prompt takes eight
-times as long as in float32 (AVX2), and checking one draft token as long as a decoding step. So weights stay in 16 bits,
-are made float32 a piece at a time, multiplied by all rows, and the outcome is rounded: what a product of 16-bit numbers
-is anyway, sums in another order.
+On such a CPU torch computes a product number by number: each further row costs as much as the first, so a prompt takes
+eight times as long as in float32 (AVX2), and checking one draft token as long as a decoding step. So weights stay in 16
+bits, are converted to float32 piece by piece, multiplied by all rows, and the result is rounded: the same as a product
+of 16-bit numbers, except for the order of sums.
 
-Where torch has FBGEMM (x86), `PackedLinear`: its product of float32 rows and float16 weights, which widens them in
+If torch has FBGEMM (x86), `PackedLinear` uses its product of float32 rows and float16 weights, which widens them in
 registers. SmolLM2's matrices take 28 ms over one to three rows there and 46 over nine; as blocks 46 to 69 and 90; in
-torch's own way 30 over one and 27 for each further. Every row is summed in the same order however many share the pass,
-so that checking a draft token gives bit by bit the result of a decoding step. It has its weights in a layout of its
-own: a second copy, beside the pages of the checkpoint, which are mapped and which the system can drop.
+torch's own way 30 over one and 27 for each further. Every row is summed in the same order, whatever the number of rows,
+so checking a draft token gives, bit by bit, the result of a decoding step. Its weights have another layout: a second
+copy next to the pages of the checkpoint, which are mapped, and which the system can drop.
 
-Elsewhere `WideLinear`: a block of a matrix at a time, where rows share the work.
+Without FBGEMM, `WideLinear` converts one block of a matrix at a time, for all rows.
 
 Only in inference mode: a backward pass would keep the wide numbers.
 """
@@ -54,7 +54,7 @@ class WideLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class _Packed:
-    """A weight as FBGEMM has it, and which state of it that is."""
+    """A weight in FBGEMM's layout, and the version of the weight that was packed."""
 
     weight: Tensor
     version: int
@@ -64,7 +64,7 @@ class _Packed:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies by FBGEMM, with the same bits for a row alone as for one among others."""
+    """A linear layer that multiplies by FBGEMM; a row has the same bits alone and among others."""
 
     _packed: _Packed | None = None
 
@@ -81,10 +81,10 @@ class PackedLinear(nn.Linear):
         return outcome[:rows].to(input.dtype).view(*input.shape[:-1], self.out_features)
 
     def pack(self) -> _Packed:
-        """The weights as they are now, packed again only if they changed.
+        """The current weights, packed again only if they have changed.
 
-        They are scaled by a power of two up to float16's range: all that weights have in bfloat16 is kept then but for
-        what is 2**-40 of the largest, less than float32 sees.
+        They are scaled by a power of two to float16's range, which keeps all bits of bfloat16 weights except those
+        below 2**-40 of the largest, which float32 sums would lose as well.
         """
         weight, packed = self.weight, self._packed
         if packed is None or packed.weight is not weight or packed.version != weight._version:
@@ -105,7 +105,7 @@ def widen_products(model: nn.Module) -> None:
 
 
 def pack_products(model: nn.Module) -> None:
-    """Pack all layers now, which the first pass would have to wait for otherwise (2 s for 135M weights)."""
+    """Pack all layers now, so that the first pass need not wait for it (2 s for 135M weights)."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.pack()

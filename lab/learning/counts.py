@@ -7,42 +7,42 @@ from typing import Self
 
 @dataclass(kw_only=True)
 class Counts:
-    """Every line that was read is skipped, masked whole, or gives examples; every example has one of four fates.
+    """Counts of lines (skipped, masked whole, or read into examples) and of what happened to their examples.
 
-    A line is a line of a JSONL file that is not blank, a row of a dataset, a file of a folder. It gives one example; a
-    text gives one for each window, and a dialogue several where the chat template shows earlier answers differently
+    A line is a line of a JSONL file that is not blank, a row of a dataset, or a file of a folder. It gives one example;
+    a text gives one for each window, and a dialogue several if the chat template shows earlier answers differently
     later on. A line is cut when some but not all of its answers' tokens are within `project.data.sequence_length`.
     """
 
     lines_read: int = 0
     lines_skipped: int = 0
-    """Without an answer to learn from, or of a single token."""
+    """Lines without an answer to learn from, or of a single token."""
     lines_masked: int = 0
-    """Masked whole: no token of an answer is within the sequence length."""
+    """Lines masked whole: no token of an answer is within the sequence length."""
     lines_cut: int = 0
     answers: int = 0
-    """In the dialogues that were read."""
+    """Answers in the dialogues that were read."""
     answers_cut: int = 0
     """Answers whose end token is beyond the sequence length, so that no end is learnt from them."""
     longest_tokens: int = 0
     """The sequence length that would hold every answer of every dialogue."""
     examples_repeated: int = 0
-    """The same tokens as another example's: kept once."""
+    """Examples with the same tokens as another one, which is kept once."""
     examples_left_out: int = 0
-    """Beyond `project.data.max_examples` or `max_held_out`."""
+    """Examples beyond `project.data.max_examples` or `max_held_out`."""
     examples_trained: int = 0
     examples_held_out: int = 0
     answer_tokens: int = 0
     """Tokens of the examples trained on that the loss counts."""
 
     def __add__(self, other: Self) -> Self:
-        """Both together."""
+        """The sum of both counts."""
         sums = {name: value + getattr(other, name) for name, value in asdict(self).items()}
         return replace(self, **sums | {"longest_tokens": max(self.longest_tokens, other.longest_tokens)})
 
     @classmethod
     def checked(cls, numbers: Mapping[str, object]) -> Self:
-        """Counts that came from elsewhere; ValueError unless each is there, and a whole number from 0 on."""
+        """Counts from another machine; ValueError unless all are there, each a whole number of at least 0."""
         known = {field.name for field in fields(cls)}
         if odd := sorted(known ^ numbers.keys()):
             raise ValueError(f"{odd[0]} is unknown or missing")
@@ -52,7 +52,7 @@ class Counts:
         return cls(**numbers)  # type: ignore[arg-type]  # checked above
 
     def line(self) -> str:
-        """All of it for a log."""
+        """All counts as one line of a log."""
         return (
             f"{self.lines_read} lines read: {self.lines_skipped} skipped, {self.lines_masked} masked whole, "
             f"{self.lines_cut} cut; examples: {self.examples_trained} trained on ({self.answer_tokens} answer tokens), "

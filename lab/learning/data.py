@@ -1,4 +1,4 @@
-"""Sources of text: which documents there are, and the records in them.
+"""Sources of text: their documents, and the records in them.
 
 Knows nothing about clients, tokenizers or models. A source lists its documents from file sizes and line ends alone; a
 document is opened only by the client that reads it.
@@ -42,15 +42,15 @@ NOT_LIBRARY_FOLDERS = ("test", "tests", "idle_test", "__pycache__", "site-packag
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text of a source, known by name and size before anyone reads it."""
+    """One text of a source; name and size are known before it is read."""
 
     name: str
-    """Path below the source, or file:line; what error messages name."""
+    """Path below the source, or file:line, for messages."""
     unit: str
     """Group of documents that a partition by package keeps together: a top-level package, a folder, a line."""
     size_bytes: int
     position: int = 0
-    """Where the source finds it: first byte of the line (jsonl), row (hub)."""
+    """Position in the source: first byte of the line (jsonl), row (hub)."""
 
 
 class Source(Protocol):
@@ -64,7 +64,7 @@ class Source(Protocol):
 
 
 def open_source(settings: DataSettings) -> Source:
-    """The source that `settings` names; UserError with the dotted key when its file or folder is not named or there."""
+    """The source in `settings`; UserError with the dotted key if its file or folder is not named or does not exist."""
     if settings.source in (DataSource.jsonl, DataSource.text) and not settings.path:
         raise UserError(f"project.data.path must be set for source={settings.source.name}, got {settings.path!r}")
     match settings.source:
@@ -191,7 +191,7 @@ class HubDataset:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file of the person's own, to be read; UserError when it cannot be."""
+    """A file of the user, open for reading; UserError if it cannot be read."""
     try:
         file = path.open("rb")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How records become examples: token ids, which of them the loss counts, held-out parts, batches.
+"""Examples from records: token ids, the part that the loss counts, held-out parts, batches.
 
 Knows nothing about clients or models.
 
@@ -41,7 +41,7 @@ MAX_NAMED = 3
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Token ids of at most `sequence_length`, and which of them the loss counts."""
+    """At most `sequence_length` token ids, with the mask of those that the loss counts."""
 
     ids_T: NDArray[np.int32]
     counted_T: NDArray[np.bool_]
@@ -57,7 +57,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """One reader's examples; no token sequence is in both parts, or twice in one."""
+    """One reader's examples in two parts; no token sequence is in both, or twice in one."""
 
     train: list[Example]
     held_out: list[Example]
@@ -65,7 +65,7 @@ class Split:
     counts: Counts
 
     def with_something_to_train_on(self, sequence_length: int) -> Split:
-        """The split itself; UserError when all of it is held out, skipped or masked."""
+        """The split itself; UserError if all examples are held out, skipped or masked."""
         if not self.train:
             got = "; ".join([self.counts.line(), *self.counts.warnings(sequence_length)])
             raise UserError(f"project.data must give each reader an example to train on, got {got}")
@@ -91,9 +91,9 @@ class Batch:
 
 
 class MalformedData(UserError):
-    """Lines that cannot be learnt from; the text names the first few. `reasons` holds one line for each.
+    """Lines that cannot be learnt from; the message names the first few. `reasons` has one line for each.
 
-    `summary` has only their number, for anyone but the owner of the data.
+    `summary` has only their number, for readers other than the owner of the data.
     """
 
     def __init__(self, malformed: Sequence[MalformedRecord], lines: int) -> None:
@@ -113,7 +113,7 @@ class MalformedData(UserError):
 
 
 class ExampleReader:
-    """Records as token ids with the mask of what the loss counts; `counts` says what became of them so far.
+    """Reads records as token ids with the mask of those that the loss counts; `counts` has the totals so far.
 
     A text becomes windows of `sequence_length` that do not overlap, with the end-of-text token behind it; all of it
     counts. A last window of a single token has nothing to predict and is left out. A dialogue becomes one example for
@@ -237,7 +237,7 @@ class ExampleReader:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One text of a dialogue, whole."""
+    """One text of a dialogue, before it is cut."""
 
     ids: list[int]
     counted: list[bool]
@@ -251,7 +251,7 @@ class _Encoded:
 
 
 def _prompt(dialogue: Dialogue) -> str:
-    """The messages before the first answer; without the system message, which many share, unless there is no other."""
+    """The messages before the first answer, without the system message, which many share, unless it is the only one."""
     asked = list(takewhile(lambda place: not (place[0] and place[1].role == "assistant"), enumerate(dialogue.messages)))
     said = [message.content for _, message in asked if message.role != "system"]
     return "\n".join(said or [message.content for _, message in asked])

@@ -8,7 +8,7 @@ Knows nothing about files, tokenizers or models. The first format whose keys a J
     {"prompt": ..., "response": ...} or {"prompt": ..., "completion": ...}      also lists of messages, as TRL has it
     {"text": ...}                                                               plain text: every token counts
 
-A "system" text beside the second, third and fourth becomes the first message. Other keys are metadata, and not read.
+A "system" text in the second, third and fourth format becomes the first message. Other keys are metadata and ignored.
 """
 
 import json

@@ -81,7 +81,8 @@ class Proximal:
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
-    """A seed in [0, 2**63) for one purpose, from a run's seed and what tells the purpose apart (a name, round, ...).
+    """A seed in [0, 2**63) for one purpose, from a run's seed and the parts that identify the purpose (a name, round,
+    ...).
 
     A hash, so that it is the same on every machine (Python's own differs between processes) and neighbours do not
     resemble each other.
@@ -158,7 +159,7 @@ def autocast(model: torch.nn.Module) -> AbstractContextManager[object]:
     """bfloat16 autocast where it pays, else a context that does nothing.
 
     On CUDA with bf16 units for a model in bfloat16 or float32; elsewhere only for a model that is in bfloat16 itself
-    (its float32 adapters then compute in bfloat16 too). Never for float64 and float16: who asks for those wants them.
+    (its float32 adapters then compute in bfloat16 too). Never for float64 and float16, which are used on request only.
     """
     device, dtype = _device(model), _compute_dtype(model)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,1 +1,1 @@
-"""Where weights come from: sources and folders of models, slices of layers, adapters, and the proof of each."""
+"""Weights: sources and folders of models, slices of layers, adapters, and the proof of each architecture."""

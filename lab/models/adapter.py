@@ -1,13 +1,14 @@
 """A PEFT adapter on a model or on a slice of its layers, as PEFT itself reads it.
 
-PEFT builds the adapter once on a twin of the whole model that has no weights. That says which modules are wrapped, with
-which rank and scale, and which tensors there must be; a folder of another model is refused there, by every shard alike.
-The slice then gets PEFT's own modules, those of them that it has a place for, and their tensors are read.
+PEFT first builds the adapter on a twin of the whole model without weights. The twin shows which modules are wrapped,
+with which rank and scale, and which tensors the folder must have; every shard alike refuses a folder of another model.
+Then the slice gets PEFT's own modules, as far as it has the modules that they wrap, and their tensors are read.
 
-A slice names its modules as the whole model does, and what it lacks is a module without parameters.
+A slice names its modules as the whole model does; a module that it lacks has no parameters.
 """
 
 import copy
+import json
 import logging
 import math
 import typing
@@ -27,11 +28,20 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from lab.models.peft_folder import RECORDS, TENSORS_FILE, check_base, find_folder, read_fields
+from lab.models.peft_folder import (
+    IDENTITY_KEY,
+    RECORD_FILE,
+    RECORDS,
+    TENSORS_FILE,
+    check_base,
+    find_folder,
+    read_fields,
+)
 from lab.models.slices import cut_of
 from lab.models.sources import load_config, model_identity
 from lab.settings import ModelSettings, UserError
@@ -54,26 +64,26 @@ _FOLLOWED = frozenset(
 _NEED_FLOAT = ("modules_to_save", "use_dora", "target_parameters")
 """Keys of a config that replace weights of the base, or need them in float."""
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-"""The others need a base whose weights they changed, which no folder holds."""
+"""Others change the weights of the base, which no adapter folder holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFolder:
-    """A PEFT folder, described by `fields` and by the shapes of its tensors."""
+    """A PEFT folder: its config and the shapes of its tensors."""
 
     place: Path
     setting: str
-    """The setting that names it, for messages."""
+    """Setting that names the folder, for messages."""
     fields: Mapping[str, Any]
-    """Values of its config, from which `config` makes one."""
+    """Values of PEFT's config."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Shapes of its tensors, by their names in the file."""
+    """Shapes of the tensors, by their names in the file."""
 
     def config(self) -> LoraConfig:
         """PEFT's config, a new one each time: PEFT writes into it."""
         known = {name: copy.deepcopy(value) for name, value in self.fields.items() if name in _types()}
         try:
-            with _said_once(self.setting):
+            with _logging_each_warning_once(self.setting):
                 return LoraConfig(**known | {"inference_mode": True})
         except Exception as error:  # PEFT's checks raise a dozen kinds
             raise self.misfit(_one_line(error)) from None
@@ -92,7 +102,7 @@ def read_adapter(folder: str | Path, setting: str = "model.adapter") -> AdapterF
     """The adapter in a PEFT folder; its tensors are not read yet.
 
     Raises:
-        UserError: files that are not there or are broken, a kind of adapter that is not supported, by name.
+        UserError: missing or broken files, or an unsupported kind of adapter, by name.
     """
     place = find_folder(folder, setting)
     found = read_fields(place, setting)
@@ -110,7 +120,7 @@ def read_adapter(folder: str | Path, setting: str = "model.adapter") -> AdapterF
 
 
 def _check_fields(found: Mapping[str, Any], place: Path, setting: str) -> None:
-    """UserError for what is not supported, and for values that PEFT's own types do not allow."""
+    """UserError for unsupported keys, and for values that PEFT's own types do not allow."""
     if found.get("peft_type") != "LORA":
         raise UserError(f"{setting} must have peft_type=LORA, got {found.get('peft_type')!r} in {str(place)!r}")
     if found.get("task_type") not in (None, "CAUSAL_LM"):
@@ -149,33 +159,33 @@ def _unset() -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Where an adapter belongs in a model, by the names of the whole model."""
+    """Modules and tensors of an adapter in a model, by the names of the whole model."""
 
     config: LoraConfig
     modules: list[str]
-    """That get a LoRA beside them."""
+    """Linear modules with a LoRA."""
     parameters: list[str]
-    """That get one and belong to no linear module, like fused experts."""
+    """Parameters with a LoRA that belong to no linear module, such as fused experts."""
     saved: list[str]
     """Modules that the adapter replaces."""
     tokens: list[str]
-    """Embeddings of which it replaces rows."""
+    """Embeddings of which the adapter replaces rows."""
     scales: dict[str, float]
     """Factor of each product B A."""
     shapes: dict[str, tuple[int, ...]]
     """Shapes of the trained tensors, by their names in a PEFT file."""
     shared: dict[str, str]
-    """Base weights that the file holds under another name only, and that name: a tied head is the embedding."""
+    """Base weights that the file holds under another name only, with that name: a tied head is the embedding."""
 
 
 def fit_adapter(adapter: AdapterFolder, whole: PreTrainedConfig) -> Fit:
-    """Where the adapter belongs in a model of config `whole`.
+    """The fit of an adapter to a model of config `whole`.
 
     Raises:
         UserError: modules or tensors that are unknown, missing or of another shape.
     """
     try:
-        with _said_once(adapter.setting):
+        with _logging_each_warning_once(adapter.setting):
             twin, fit = _on_twin(adapter.config(), whole)
             metas = {name: torch.empty(shape, device="meta") for name, shape in adapter.shapes.items()}
             loaded = _load(twin, metas)
@@ -197,7 +207,7 @@ def fit_adapter(adapter: AdapterFolder, whole: PreTrainedConfig) -> Fit:
 
 
 def fit_config(config: LoraConfig, whole: PreTrainedConfig) -> Fit:
-    """The same for an adapter that has no tensors yet. Raises what PEFT raises."""
+    """The fit of an adapter without tensors yet. Raises what PEFT raises."""
     with quiet_peft():
         return _on_twin(config, whole)[1]
 
@@ -228,7 +238,7 @@ def _on_twin(config: LoraConfig, whole: PreTrainedConfig) -> tuple[PreTrainedMod
 
 
 def _shared(twin: torch.nn.Module, missing: set[str]) -> dict[str, str]:
-    """Parameters that are one with another, of which the file holds the other only."""
+    """Parameters that share memory with another one, if the file holds only the other one."""
     same: dict[int, list[str]] = {}
     for name, weight in twin.named_parameters(remove_duplicate=False):
         same.setdefault(id(weight), []).append(name)
@@ -240,7 +250,7 @@ def _shared(twin: torch.nn.Module, missing: set[str]) -> dict[str, str]:
 
 
 def inject_adapter(model: PreTrainedModel, fit: Fit, *, trainable: bool, dropout: float = 0.0) -> None:
-    """Give a model or a slice of it PEFT's modules of an adapter, with no tensors in them yet.
+    """Add PEFT's modules of an adapter, still without tensors, to a model or a slice of it.
 
     Raises:
         UserError: rows of a tied embedding on a slice that has one of the two copies.
@@ -285,7 +295,7 @@ def put_adapter(model: PreTrainedModel, adapter: AdapterFolder, fit: Fit) -> Non
 def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> None:
     """Put `model.adapter`, where it is set, on a model or on a slice of it, frozen.
 
-    The modules are PEFT's own, beside the weights and not merged into them: a sum in 16 bits rounds the adapter away.
+    PEFT's modules stay separate from the weights: merging in 16 bits would round the adapter away.
 
     Raises:
         UserError: what `read_adapter` and `fit_adapter` refuse, and an adapter that was trained on another base model.
@@ -303,7 +313,7 @@ def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> None:
 
 
 def _check_packed(adapter: AdapterFolder, settings: ModelSettings) -> None:
-    """UserError for an adapter that PEFT would put into the numbers of packed layers, or compute from them."""
+    """UserError for an adapter that PEFT would merge into the numbers of packed layers, or compute from them."""
     found = [key for key in _NEED_FLOAT if adapter.fields.get(key)]
     if settings.quantization.bits is not None and found:
         raise UserError(
@@ -319,10 +329,25 @@ def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _unwrap_saved(model: torch.nn.Module) -> None:
-    """Modules that the adapter replaces stand where the base's own were."""
+    """Put modules that the adapter replaces in the place of the base's own."""
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.modules_to_save[NAME])
+
+
+def write_adapter(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], base: str, identity: str, **record: Any
+) -> None:
+    """Write a PEFT folder on the base model `base` of this identity, with more fields of its `RECORD_FILE`."""
+    config.base_model_name_or_path, config.inference_mode = base, True
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(found := getattr(config, name), set):  # the order of a set differs between processes
+            setattr(config, name, sorted(found))
+    config.save_pretrained(str(folder))
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, folder / TENSORS_FILE, metadata={"format": "pt"})
+    text = json.dumps({IDENTITY_KEY: identity, **record}, indent=2) + "\n"
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -335,7 +360,7 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _is_here(model: torch.nn.Module, name: str) -> bool:
-    """Whether a slice has the place of a module or tensor of the whole model."""
+    """Whether a slice holds a module or tensor of the whole model."""
     if hasattr(model, "cut") and not cut_of(model).owns(f"{name}."):  # the dot: it may be a module's name
         return False
     module = model
@@ -351,14 +376,14 @@ def _is_here(model: torch.nn.Module, name: str) -> bool:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without PEFT's warnings: those that concern an adapter were logged when it was fitted."""
+    """Silence PEFT's warnings; those about an adapter were logged when it was fitted."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 @contextmanager
-def _said_once(setting: str) -> Iterator[None]:
+def _logging_each_warning_once(setting: str) -> Iterator[None]:
     """PEFT's warnings, each once, in the log."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -369,7 +394,7 @@ def _said_once(setting: str) -> Iterator[None]:
 
 
 def _in_file(name: str) -> str:
-    """A model's name of a weight as PEFT's file has it."""
+    """The name in a PEFT file of a model's weight."""
     return PREFIX + name.removeprefix(PREFIX).replace(f".{NAME}.", ".").removesuffix(f".{NAME}")
 
 

@@ -1,4 +1,4 @@
-"""Name and sizes of a model from its own description, where those of the preset belong to another model."""
+"""Name and sizes of a model from its own files, unless a preset describes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def as_described(settings: ModelSettings) -> ModelSettings:
-    """These settings with the name and the numbers of the model they lead to.
+    """The settings with the name and the sizes of the model that they select.
 
     A preset's name goes where a model has another origin than the preset's; a name that is no preset's was given for
     this model and stays. Nothing is downloaded or converted: the numbers of a hub model are the preset's still
@@ -45,7 +45,7 @@ def is_of_preset(settings: ModelSettings) -> bool:
 
 
 def own_name(settings: ModelSettings) -> str:
-    """The last part of the repository, of the folder's path, or of the file's without its ending."""
+    """The last part of the repository, the folder's path, or the file's path without its ending."""
     if settings.source is ModelSource.hub:
         return str(settings.repo).rpartition("/")[2]
     path = path_of(str(settings.path), "model.path")
@@ -53,7 +53,7 @@ def own_name(settings: ModelSettings) -> str:
 
 
 def architecture_of(config: PreTrainedConfig) -> ArchitectureSettings:
-    """The numbers of a config; UserError where it lacks one of them."""
+    """The sizes in a config; UserError if it lacks one of them."""
     text: Any = config.get_text_config(decoder=True)
     heads = _value(text, "num_attention_heads")
     hidden = text.hidden_size
@@ -77,12 +77,12 @@ def architecture_of(config: PreTrainedConfig) -> ArchitectureSettings:
 
 
 class LayerWeights(NamedTuple):
-    """How many weights one layer has in its matrices."""
+    """Number of weights in the matrices of one layer."""
 
     packable: int
-    """In the modules that nf4 packs."""
+    """In modules that nf4 packs."""
     others: int
-    """Elsewhere, such as in fused experts: these stay in the model's precision."""
+    """In other modules, such as fused experts, which keep the model's precision."""
 
 
 def layer_weights_of(config: PreTrainedConfig) -> list[LayerWeights]:
@@ -121,7 +121,7 @@ def _first(text: Any, *names: str) -> Any:
 
 
 def _value(text: Any, name: str) -> Any:
-    """A value of a config, None where it has none; the largest where it differs by layer."""
+    """A value of a config; None if it has none, the largest if layers differ."""
     try:
         return getattr(text, name, None)
     except RuntimeError:  # what transformers raises for a value that differs by layer

@@ -7,14 +7,14 @@ from lab.settings import ModelSettings, ModelSource
 
 
 def base_name(settings: ModelSettings) -> str:
-    """The argument for `from_pretrained` to load the base model: a hub id, or its folder on this machine."""
+    """The base model as `from_pretrained` takes it: a hub id, or its folder on this machine."""
     if settings.source is ModelSource.hub:
         return str(settings.repo)
     return str(prepare_checkpoint(settings).folder.absolute())
 
 
 def base_origin(settings: ModelSettings) -> str:
-    """How to have the base model where its folder is not, as a sentence."""
+    """A sentence that says how to get the base model on another machine."""
     match settings.source:
         case ModelSource.hub:
             return f"It is `{settings.repo}` on the Hugging Face hub."

@@ -1,7 +1,6 @@
-"""Models that are no folder, made into one: a GGUF file, or random weights from a seed; and models packed to 8 or 4
-bits.
+"""Conversion of other sources of models into folders: GGUF files, random weights from a seed, weights of 8 or 4 bits.
 
-Each is written once, under `model.cache_dir` by digest and dtype; every later start is a memory-mapped read.
+Each is written once, below `model.cache_dir` by digest and dtype; every later start maps it into memory.
 """
 
 import importlib.util
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 CONVERSION = 2
 """Part of the cache key: raise it when the same source would be written differently."""
 PACKING = 1
-"""The same for packed models."""
+"""Likewise for packed models."""
 
 
 def cache_folder(settings: ModelSettings) -> Path:
@@ -72,7 +71,7 @@ def _is_gguf(path: Path) -> bool:
 
 @contextmanager
 def _reading_gguf(file: Path) -> Iterator[None]:
-    """Turns whatever the readers make of a strange GGUF file into one line."""
+    """Turn any error of the readers of a GGUF file into a UserError of one line."""
     try:
         yield
     except Exception as error:
@@ -117,7 +116,7 @@ def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> No
 
 
 def _drop_ids_from(file: Path, rows: int) -> None:
-    """Take out what transformers adds to a GGUF's tokens without being asked: it has no row in the embedding."""
+    """Remove tokens that transformers adds to a GGUF file's own and that have no row in the embedding."""
     described = json.loads(file.read_text(encoding="utf-8"))
     described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < rows]
     file.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
@@ -125,7 +124,7 @@ def _drop_ids_from(file: Path, rows: int) -> None:
 
 @contextmanager
 def _alone_in_a_folder(file: Path) -> Iterator[Path]:
-    """The file in a folder of its own: nothing that lies beside it takes part."""
+    """The file in a separate folder, so that other files next to it have no effect."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "model.gguf"
         try:
@@ -192,7 +191,7 @@ def _write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> No
 
 
 def converted_folder(settings: ModelSettings, identity: str) -> Path:
-    """`<cache>/<digest>-<dtype>`: where a model of source gguf or random is kept once it was converted."""
+    """`<cache>/<digest>-<dtype>`, the folder of a converted model of source gguf or random."""
     return cache_folder(settings) / f"{identity.partition(':')[2]}-v{CONVERSION}-{_stored_dtype(settings).name}"
 
 
@@ -231,7 +230,8 @@ def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
         log.info("packing %s to %s once (about 10 s for 135M parameters)", settings.name, settings.quantization.name)
         config = stored.config()
         blocks = GgufBlocks(gguf_file(settings), dtype) if settings.source is ModelSource.gguf and bits == 4 else None
-        model = stored.load(config, dtype, **load_options(stored.stored(config), None, torch.device("cpu"), dtype))
+        options = load_options(stored.weight_format(config), None, torch.device("cpu"), dtype)
+        model = stored.load(config, dtype, **options)
         try:
             write_packed(model, folder, bits, dtype, blocks.find if blocks else lambda weight: None)
         except ValueError as error:
@@ -248,7 +248,7 @@ def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
 
 
 def _written_once(target: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """A folder of the cache, written by the first process that needs it; readers see all of it or nothing."""
+    """Write a folder of the cache if no other process has; readers see all of it or nothing."""
     if target.exists():
         return target
     require_writable(target.parent, "model.cache_dir")
@@ -268,7 +268,7 @@ def _written_once(target: Path, name: str, write: Callable[[Path], None]) -> Pat
 
 @contextmanager
 def _alone(lock_file: Path, waiting_for: str) -> Iterator[None]:
-    """Holds an operating-system lock (it falls with its holder), saying what it waits for every ten seconds."""
+    """Hold a lock of the operating system, which ends with its process; every ten seconds, log what it waits for."""
     lock, since = FileLock(lock_file), time.monotonic()
     while not lock.is_locked:
         try:

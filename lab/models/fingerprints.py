@@ -6,7 +6,7 @@ from lab.settings import ModelSettings
 
 
 def weights_fingerprints(model: ModelSettings) -> dict[str, str]:
-    """Which tensors under which config, with which adapter, in which precision, by name.
+    """Fingerprints of tensors, config, adapter and precision, by name.
 
     A random model's seed and sizes are in its identity. UserError for a model or an adapter that cannot be read.
     """

@@ -1,7 +1,7 @@
 """A model's folder: config.json, its weights with or without an index, tokenizer, generation_config.json.
 
-All of its description is read as transformers reads it, and what cannot be read is refused in one line. Only JSON and
-safetensors are read; no code of a folder runs. Knows nothing of where a folder comes from, or of parts of a model.
+All of it is read as transformers reads it, and a file that cannot be read is refused in one line. Only JSON and
+safetensors are read; no code of a folder runs. Knows nothing about the source of a folder, or about parts of a model.
 """
 
 import json
@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lab.models.quantized import READ, Stored, Unreadable, stored_kind, unpacked
+from lab.models.quantized import READ, Unreadable, WeightFormat, find_weight_format, unpacked
 from lab.settings import UserError
 
 CONFIG = "config.json"
@@ -29,20 +29,20 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 ATTENTIONS = (None, "eager", "sdpa")
-"""Values of `attn_implementation` that a config may have; transformers would fetch others from the hub, as code."""
+"""Permitted values of `attn_implementation` in a config; transformers would fetch others from the hub, as code."""
 
 PROBE = "A b\n\u00e9\U0001f600"
 PLACEHOLDERS = ("image_token", "audio_token", "video_token")
-"""Tokens of a tokenizer that a family's text-only models share with others, and have no rows for (Gemma 3)."""
+"""Tokens in the tokenizer of text-only models for which they have no rows: it is shared with other models (Gemma 3)."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """One folder; every method raises UserError for what it cannot read, naming `setting`."""
+    """One folder. Every method raises UserError, which names `setting`, for anything that it cannot read."""
 
     path: Path
     setting: str = "model.path"
-    """The setting that names the folder; errors begin with it."""
+    """Setting that names the folder; errors begin with it."""
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -66,7 +66,7 @@ class ModelFolder:
 
     @property
     def has_weights(self) -> bool:
-        """Whether there is a file, or an index, that says which tensors it has."""
+        """Whether there is a file or an index that lists its tensors."""
         return (self.path / SINGLE).is_file() or (self.path / INDEX).is_file()
 
     def missing_files(self) -> list[str]:
@@ -74,7 +74,7 @@ class ModelFolder:
         return [file for file in self.weight_files if not (self.path / file).is_file()]
 
     def check(self, files: Collection[str] | None = None) -> None:
-        """UserError unless config.json is there and these weight files (None: all) are whole and as the index says."""
+        """UserError unless config.json exists and these weight files (None: all) are whole and match the index."""
         if not (self.path / CONFIG).is_file():
             raise self._refused("be a folder with config.json and safetensors")
         if (self.path / "adapter_config.json").exists():
@@ -83,7 +83,7 @@ class ModelFolder:
             self._tensors_in(file)
 
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype (as safetensors names it) and shape of every stored tensor that is here."""
+        """Dtype (as safetensors names it) and shape of every tensor in the files that are here."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         if self.has_weights:
             for file in set(self.weight_files).difference(self.missing_files()):
@@ -91,7 +91,7 @@ class ModelFolder:
         return found
 
     def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """These tensors, mapped from their files: nothing is read from the disk before it is used."""
+        """Tensors mapped from their files: read from the disk when they are used."""
         by_file = defaultdict(list)
         for name in names:
             if name not in self.files:
@@ -106,7 +106,7 @@ class ModelFolder:
 
     @contextmanager
     def lazy(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
-        """Those of these tensors that are here, as safetensors' slices: read only when they are used."""
+        """The tensors among `names` that are here, as safetensors' slices: read only when they are used."""
         with ExitStack() as stack:
             found: dict[str, Any] = {}
             for file in self.weight_files:
@@ -118,7 +118,7 @@ class ModelFolder:
             yield found
 
     def config(self) -> PreTrainedConfig:
-        """The config, of an architecture that has a causal language model in transformers."""
+        """The config, if its architecture has a causal language model in transformers."""
         described = self._json(CONFIG)
         if "transformers_weights" in described:
             raise self._refused("have a config.json that names no weight files of its own", CONFIG)
@@ -138,19 +138,19 @@ class ModelFolder:
                 raise self._refused("ask for no other attention than eager or sdpa", str(part._attn_implementation))
         return config
 
-    def stored(self, config: PreTrainedConfig) -> Stored:
-        """How its matrices are stored, by the config that `config` returned."""
+    def weight_format(self, config: PreTrainedConfig) -> WeightFormat:
+        """The format of its matrices, by the config that `config` returned."""
         try:
-            return stored_kind(config, self.shapes(), self.files if self.has_weights else ())
+            return find_weight_format(config, self.shapes(), self.files if self.has_weights else ())
         except Unreadable as found:
             raise UserError(f"{self.setting} must be {READ}, got {found}") from None
 
     def load(self, config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-        """The whole model as transformers itself makes it, but for tensors it would have to invent.
+        """The whole model as transformers makes it; UserError for tensors that it would have to invent.
 
         Args:
             config: What `config` returned.
-            dtype: What it computes in.
+            dtype: Dtype of the computation.
             options: `lab.models.quantized.load_options`.
         """
         with self._reading("hold a model that transformers can load", self.path.name):
@@ -175,7 +175,7 @@ class ModelFolder:
         return loaded
 
     def check_computes(self, model: PreTrainedModel) -> None:
-        """UserError for a model that cannot compute two tokens: a config may make one that fails only then."""
+        """UserError for a model that cannot compute two tokens: some configs make a model that fails only then."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
         model.train()  # in evaluation mode bitsandbytes may repack 4-bit layers, which have no gradient then
         with self._reading("hold a model that computes", self.path.name), torch.inference_mode():
@@ -183,7 +183,7 @@ class ModelFolder:
         model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer, chat template included; each of its ids has a row in the embedding."""
+        """Its tokenizer, including the chat template; each of its ids has a row in the embedding."""
         config: Any = self.config().get_text_config(decoder=True)
         with self._reading("have a tokenizer that transformers can read", self.path.name):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -204,7 +204,7 @@ class ModelFolder:
         return tokenizer
 
     def end_ids(self) -> list[int]:
-        """The ids that end a text: of generation_config.json, else of the config."""
+        """The ids that end a text, from generation_config.json, else from the config."""
         config = self.config()
         text: Any = config.get_text_config(decoder=True)
         if (self.path / GENERATION).exists():
@@ -261,7 +261,7 @@ class ModelFolder:
 
     @contextmanager
     def _reading(self, rule: str, what: str) -> Iterator[None]:
-        """Turns whatever transformers makes of a strange file into one line, and silences what it says besides."""
+        """Turn any error of transformers into a UserError of one line, and silence its other output."""
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         try:

@@ -1,8 +1,8 @@
 """The 4-bit numbers of a GGUF file, as `lab.models.packed` has them: a model is not rounded a second time.
 
-transformers reads a GGUF file into float matrices, and may put their rows into another order (Llama's rotary pairs).
-So the matrix that a layer has says by its rows where its numbers are: each row is looked up among the dequantised rows
-of the file, and all must be there, to the bit.
+transformers reads a GGUF file into float matrices, and may reorder their rows (Llama's rotary pairs). So the numbers of
+a layer are found by the rows of its matrix: each is looked up among the dequantised rows of the file, and all must be
+there, to the bit.
 
 Shapes: N outputs, K inputs, G blocks of a row.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from lab.models.packed import GROUP, halves
 
 MULTIPLIER = 6364136223846793005
-"""Of Knuth's linear congruential generator (MMIX): a row's digest is a polynomial in it."""
+"""Multiplier of Knuth's linear congruential generator (MMIX): a row's digest is a polynomial in it."""
 
 
 class GgufBlocks:
@@ -25,14 +25,14 @@ class GgufBlocks:
 
     Args:
         file: The GGUF file.
-        dtype: What the matrices were rounded to after they had been dequantised.
+        dtype: Dtype to which the matrices were rounded after they had been dequantised.
     """
 
     def __init__(self, file: Path, dtype: torch.dtype) -> None:
         from gguf import GGMLQuantizationType, GGUFReader
 
         self.found = 0
-        """How many matrices have been found."""
+        """Number of matrices found so far."""
         self._dtype = dtype
         self._tensors: dict[int, Any] = {}
         kinds = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
@@ -41,8 +41,8 @@ class GgufBlocks:
                 self._tensors[_digest(_digests(self._dequantised(tensor)))] = tensor
 
     def find(self, weight_NK: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Numbers and scales of a matrix, as `lab.models.packed.quantise` returns them; None where it is not of the
-        file, or its blocks are of another kind. Scale and zero are rounded to bfloat16; the numbers are the file's."""
+        """Numbers and scales of a matrix, as `lab.models.packed.quantise` returns them; None if the file does not have
+        it, or has it in other blocks. Scale and zero are rounded to bfloat16; the numbers are the file's."""
         digests_N = _digests(weight_NK)
         tensor = self._tensors.get(_digest(digests_N))
         if tensor is None:
@@ -79,7 +79,8 @@ def _blocks(tensor: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _digests(weight_NK: Tensor) -> Any:
-    """64 bits of each row, by numpy, whose integers wrap around. Zero has one sign: Q4_0 may have a negative scale."""
+    """64-bit digests of all rows, by numpy, whose integers wrap around. Zero gets one sign: Q4_0 may have a negative
+    scale."""
     words_NK = (weight_NK + 0).contiguous().view(torch.int16 if weight_NK.element_size() == 2 else torch.int32).numpy()
     with np.errstate(over="ignore"):
         powers_K = np.cumprod(np.full(weight_NK.shape[1], MULTIPLIER, dtype=np.uint64), dtype=np.uint64)
@@ -87,5 +88,5 @@ def _digests(weight_NK: Tensor) -> Any:
 
 
 def _digest(digests_N: Any) -> int:
-    """A digest of rows in any order."""
+    """A digest of a set of rows, independent of their order."""
     return int(digests_N.sum(dtype=np.uint64))

@@ -1,4 +1,4 @@
-"""Layers of a model that settings describe: read as a slice, once the architecture is proved for it."""
+"""Layers of a model read as a slice, after its architecture is proved."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from lab.device import check_dtype
 from lab.models.proof import Use, require
-from lab.models.quantized import Stored, load_options
+from lab.models.quantized import WeightFormat, load_options
 from lab.models.shape import ModelShape
 from lab.models.slices import read_slice
 from lab.models.sources import (
     LoadedModel,
+    check_weight_format,
     fetch,
     load_config,
     load_model,
     prepared,
     quantization_config,
-    stored_as,
 )
 from lab.models.structure import Structure
 from lab.settings import ModelSettings, UserError
@@ -32,10 +32,10 @@ def load_proved(settings: ModelSettings, device: torch.device) -> LoadedModel:
     """A whole model for an engine: `load_model` of an architecture that is proved with our cache.
 
     Raises:
-        UserError: an architecture that is not, a model that cannot be had.
+        UserError: an architecture that is not proved, or a model that cannot be loaded.
     """
     config, packed = load_config(settings), settings.quantization.bits is not None
-    require(config, Use.engine, settings.cache_dir, packed=Stored[settings.quantization.name] if packed else None)
+    require(config, Use.engine, settings.cache_dir, packed=WeightFormat[settings.quantization.name] if packed else None)
     return load_model(settings, device)
 
 
@@ -51,11 +51,11 @@ def load_layers(
         device: Where the slice will be.
         layers: Which layers.
         embedding, head: Whether it has them.
-        use: What the architecture must be proved for.
+        use: The use for which the architecture must be proved.
 
     Raises:
-        UserError: layers the model does not have, an architecture that is not proved, a quantisation that cannot be
-            had, a checkpoint without the tensors of its architecture.
+        UserError: layers that the model lacks, an architecture that is not proved, an unavailable quantisation, a
+            checkpoint without the tensors of its architecture.
     """
     disable_progress_bar()
     dtype = check_dtype(device, settings.dtype)
@@ -66,23 +66,26 @@ def load_layers(
         described = fetch(settings, None)
     config = described.config()
     check_layers(config, layers)
-    stored = stored_as(described, config, settings)
-    as_packed = stored if quantization is None else Stored.nf4
+    stored = check_weight_format(described, config, settings)
+    as_packed = stored if quantization is None else WeightFormat.nf4
     structure = require(
-        config, use, settings.cache_dir, packed=None if as_packed in (Stored.plain, Stored.fp8) else as_packed
+        config,
+        use,
+        settings.cache_dir,
+        packed=None if as_packed in (WeightFormat.plain, WeightFormat.fp8) else as_packed,
     ).structure
     assert structure is not None, "what is proved to be cut is known in its parts"
     ties = ModelShape.of(config).is_tied
     names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=ties)
     folder = fetch(settings, names)
-    placement = load_options(stored_as(folder, config, settings), quantization, device, dtype)
+    placement = load_options(check_weight_format(folder, config, settings), quantization, device, dtype)
     with folder.lazy(names) as tensors:
         model = read_slice(config, tensors, structure, layers, embedding=embedding, head=head, dtype=dtype, **placement)
     return prepared(model, settings, device, dtype, moves="device_map" not in placement)
 
 
 def check_layers(config: PreTrainedConfig, layers: range) -> None:
-    """UserError for layers that the model does not have."""
+    """UserError for layers that the model lacks."""
     count = ModelShape.of(config).layers
     if not 0 <= layers.start < layers.stop <= count:
         raise UserError(
@@ -93,9 +96,10 @@ def check_layers(config: PreTrainedConfig, layers: range) -> None:
 def stored_names(
     names: Collection[str], structure: Structure, layers: range, *, embedding: bool, head: bool, ties: bool
 ) -> set[str]:
-    """Which tensors of a checkpoint a slice may need: all but those that are another layer's, or an end's it lacks.
+    """Names of the tensors of a checkpoint that a slice may need: all but those of other layers and of ends that it
+    lacks.
 
-    Stored names are not always the model's own, so that only what is certain is left out.
+    Stored names are not always the model's own, so only tensors that are certainly not needed are left out.
     """
     number = re.compile(rf"(?:^|\.){re.escape(structure.blocks.rpartition('.')[2])}\.(\d+)\.")
     ends = {structure.embedding: embedding or (head and ties), structure.head: head or (embedding and ties)}
@@ -109,7 +113,7 @@ def stored_names(
 
 
 def with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
-    """The same model, behind the adapter of its settings if they name one."""
+    """The model, with the adapter of its settings if they name one."""
     if settings.adapter is not None:
         from lab.models.adapter import add_adapter  # loads PEFT and bitsandbytes, which plain models can do without
 

@@ -24,8 +24,8 @@ def lora_config(targets: list[str], lora: LoraSettings) -> LoraConfig:
 
 
 def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraSettings) -> PeftModel:
-    """An adapter on `model`, to be filled by the caller; UserError when the model lacks a target, or none of them can
-    have the adapter's rank."""
+    """An adapter on `model`, for the caller to fill; UserError if the model lacks a target, or all targets are too
+    small for the adapter's rank."""
     ranks = highest_ranks(model)
     for target in targets:
         if target not in ranks:
@@ -41,7 +41,7 @@ def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraSettings) -> 
 def fresh_adapter(settings: ModelSettings, lora: LoraSettings, seed: int) -> dict[str, torch.Tensor]:
     """The adapter that training starts from, in float32: A uniform in +-1/sqrt(inputs), as PEFT's own, B zero.
 
-    Needs the model's config only: whoever starts a federation holds no weights.
+    Needs the model's config only: the server of a federation holds no weights.
     """
     config = load_config(settings)  # may convert the model first, which needs real tensors
     with torch.device("meta"):

@@ -112,7 +112,7 @@ def multiply(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
 
 
 def project(rows_RK: Tensor, numbers: Tensor, scales: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
-    """What a packed layer gives for rows of any dtype, in that dtype: R x N."""
+    """The output of a packed layer for rows of any dtype, in that dtype: R x N."""
     outcome_RN = multiply(rows_RK.to(torch.bfloat16), numbers, scales)[:, :outputs].to(rows_RK.dtype)
     return outcome_RN if bias is None else outcome_RN + bias
 

@@ -1,6 +1,6 @@
-"""The files of a PEFT folder: which there must be, which base model they name, what tells two folders apart.
+"""The files of a PEFT folder: the required ones, the base model that they name, a digest that tells two folders apart.
 
-Loads no PEFT, which the client of a split model can do without.
+Does not load PEFT, which the client of a split model does not need.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from lab.settings import UserError
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 RECORD_FILE = "lab_adapter.json"
-"""Beside PEFT's own files: where the adapter comes from. Whoever writes an adapter writes one."""
+"""Next to PEFT's own files: the origin of the adapter. The lab writes one with every adapter."""
 IDENTITY_KEY = "base_model_identity"
-"""Which weights the adapter was trained on: `lab.models.sources.model_identity`."""
+"""Key of the identity of the weights that the adapter was trained on (`lab.models.sources.model_identity`)."""
 RECORDS = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
 )
@@ -33,7 +33,7 @@ def find_folder(folder: str | Path, setting: str = "model.adapter") -> Path:
 
 
 def read_fields(place: Path, setting: str = "model.adapter") -> dict[str, Any]:
-    """An adapter's config as it stands in its file; UserError when that is no JSON object."""
+    """An adapter's config as in its file; UserError if that is no JSON object."""
     try:
         fields = json.loads((place / CONFIG_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -46,7 +46,7 @@ def read_fields(place: Path, setting: str = "model.adapter") -> dict[str, Any]:
 def folder_digest(folder: str | Path) -> str:
     """Sixteen hex digits over the whole description and all bytes of all tensors; UserError where there are none.
 
-    What only records where an adapter comes from is left out, so that a copy under another path is the same adapter.
+    Records of the adapter's origin are left out, so that a copy under another path is the same adapter.
     """
     place = find_folder(folder)
     described = {name: value for name, value in read_fields(place).items() if name not in RECORDS}
@@ -59,14 +59,14 @@ def folder_digest(folder: str | Path) -> str:
 
 
 def check_base(place: Path, identity: str, setting: str = "model.adapter") -> None:
-    """UserError unless the folder belongs to base model `identity`; one that does not say is let through."""
+    """UserError if the folder belongs to another base model than `identity`; a folder without a record is accepted."""
     trained_on = recorded_identity(place, setting)
     if trained_on not in (None, identity):
         raise UserError(f"{setting} must belong to base model {identity}, got {str(place)!r} trained on {trained_on}")
 
 
 def recorded_identity(place: Path, setting: str = "model.adapter") -> str | None:
-    """The base model an adapter folder says it belongs to; None when it does not say. UserError for a broken record."""
+    """The identity of the base model in an adapter folder's record; None without one. UserError for a broken record."""
     record = place / RECORD_FILE
     try:
         found = json.loads(record.read_bytes()).get(IDENTITY_KEY) if record.exists() else None

@@ -1,10 +1,10 @@
-"""Proof that an architecture runs correctly here, before it runs: a small random twin of the model goes through every
-use, and must give the results of transformers. A use that differs is refused by name; results are kept by the twin's
+"""Proof that an architecture runs correctly, before it is used: a small random twin of the model goes through every
+use, and must give the results of transformers. A use that differs is refused by name. Results are kept, by the twin's
 config.
 
-Three uses are proved apart. The engine: prompts in chunks, beside neighbours, rewound, with our cache, against one
-plain forward pass in float64. Slices: three of them read from a folder, against the whole, to the bit, values and
-caches. Training: the gradients of the same slices, to the bit.
+Three uses are proved separately. The engine: prompts in chunks, batched with other sequences, rewound, with our cache,
+against one plain forward pass in float64. Slices: three of them read from a folder, against the whole, to the bit,
+results and caches. Training: the gradients of the same slices, to the bit.
 
 Shapes: B sequences, T positions, V vocabulary.
 """
@@ -46,7 +46,7 @@ from lab.files import path_of, write_whole
 from lab.learning.training import keep_differentiable
 from lab.models import slices, structure, twin
 from lab.models.packed import IntLinear, write_packed
-from lab.models.quantized import PACKED, Stored
+from lab.models.quantized import PACKED, WeightFormat
 from lab.models.shape import ModelShape
 from lab.models.slices import cut_of, read_slice, run_slice
 from lab.models.structure import Structure, Unsliceable, find_structure
@@ -56,7 +56,8 @@ from lab.settings import UserError
 log = logging.getLogger(__name__)
 
 LONGEST = 64
-"""Tokens of a sequence in a trial: more than a twin's windows, and than its rotary frequencies stay the same for."""
+"""Tokens of a sequence in a trial: more than a twin's windows, and than the length at which its rotary frequencies
+change."""
 
 SHORTEST = 8
 
@@ -67,7 +68,7 @@ costs more."""
 
 LARGEST_ROUNDING = 0.15
 """Largest difference of a token's logits with products in bfloat16 from those in float32, as a share of their norm:
-random layers add up what each rounds. A wrong product costs all of it."""
+random layers add up their rounding errors. A wrong product costs all of the norm."""
 
 
 class Use(Enum):
@@ -84,39 +85,39 @@ class Proof:
 
     model_type: str
     engine: str | None
-    """The difference that was found; None where it is proved."""
+    """The difference that was found; None if the engine is proved."""
     slices: str | None
     training: str | None
     structure: Structure | None
     """None for a model that cannot be cut."""
 
-    def against(self, use: Use) -> str | None:
-        """The reason against a use; None where there is none."""
+    def reason_against(self, use: Use) -> str | None:
+        """The reason against a use; None if it is proved."""
         found: str | None = getattr(self, use.name)
         return found
 
 
-class _Differs(ValueError):
-    """Two ways that must give the same did not."""
+class _Difference(ValueError):
+    """Two computations that must agree differ."""
 
 
-def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: Stored | None = None) -> Proof:
-    """The proof that an architecture is right for a use: from an earlier trial, or tried now (seconds).
+def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: WeightFormat | None = None) -> Proof:
+    """The proof that an architecture is right for a use, from an earlier trial or a new one (seconds).
 
     Args:
         config: The model's.
-        use: What it is wanted for.
+        use: The intended use.
         cache_dir: Where proofs are kept (`model.cache_dir`).
-        packed: How its matrices are quantised, which is proved apart; None: they are not.
+        packed: Format of its quantised matrices, which is proved separately; None: not quantised.
 
     Raises:
-        UserError: it is not proved, with what differs.
+        UserError: it is not proved; the message has the difference.
     """
     folder = path_of(cache_dir, "model.cache_dir") / "proofs"
     proof = prove(config, folder)
-    against = proof.against(use)
+    against = proof.reason_against(use)
     if packed and not against:
-        against = prove(config, folder, packed=packed).against(use)
+        against = prove(config, folder, packed=packed).reason_against(use)
     if against:
         wanted = f"{use.value} in {packed.name}" if packed else use.value
         raise UserError(
@@ -125,10 +126,10 @@ def require(config: PreTrainedConfig, use: Use, cache_dir: str, *, packed: Store
     return proof
 
 
-def prove(config: PreTrainedConfig, folder: Path, *, packed: Stored | None = None) -> Proof:
-    """The outcome of the trial of a config, read from `folder` where it is known there.
+def prove(config: PreTrainedConfig, folder: Path, *, packed: WeightFormat | None = None) -> Proof:
+    """The outcome of the trial of a config, read from `folder` if it is kept there.
 
-    `packed`: That of its slices with their matrices quantised so, and of nothing else.
+    `packed`: try only its slices, with their matrices in this format.
     """
     attempt = partial(try_packed, stored=packed) if packed else try_out
     try:
@@ -187,7 +188,7 @@ def try_out(config: PreTrainedConfig) -> Proof:
             return replace(found, slices=against, training=_failure(made.try_training), structure=outline)
 
 
-def try_packed(config: PreTrainedConfig, *, stored: Stored) -> Proof:
+def try_packed(config: PreTrainedConfig, *, stored: WeightFormat) -> Proof:
     """Try a twin with its matrices quantised, on the CPU: slices against the whole, and for int8 and int4 the whole
     against the same numbers in float."""
     with _one_thread(), _quietly(), tempfile.TemporaryDirectory() as folder:
@@ -203,11 +204,11 @@ def try_packed(config: PreTrainedConfig, *, stored: Stored) -> Proof:
     return Proof(str(config.model_type), whole, slices, slices, None)
 
 
-def _packed_trial(config: PreTrainedConfig, stored: Stored, folder: Path) -> _Trial:
+def _packed_trial(config: PreTrainedConfig, stored: WeightFormat, folder: Path) -> _Trial:
     model = twin_model(config)
     outline = find_structure(model)
     if stored in PACKED:
-        return _Trial(model, outline, folder, bits=8 if stored is Stored.int8 else 4)
+        return _Trial(model, outline, folder, bits=8 if stored is WeightFormat.int8 else 4)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
@@ -230,14 +231,14 @@ def _in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split())[:240]
     return (
         text
-        if isinstance(error, (_Differs, Unsliceable, NoTwin, kv.UnknownState))
+        if isinstance(error, (_Difference, Unsliceable, NoTwin, kv.UnknownState))
         else f"{type(error).__name__}: {text}"
     )
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """On several threads the place of a row can decide how it rounds."""
+    """Compute on one thread: on several, rounding can depend on the place of a row."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -248,7 +249,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' bars and reports, which would speak of a model that nobody asked for."""
+    """Silence transformers' bars and reports, which would be about a model that the user does not know."""
     disable_progress_bar()
     verbosity = get_verbosity()
     set_verbosity_error()
@@ -273,20 +274,21 @@ def _longest(config: PreTrainedConfig) -> int:
 
 # The engine
 
-_SETTING = "with a cache, in chunks and beside neighbours"
+_SETTING = "with a cache, in chunks and batched with others"
 
 
 def _check_state(config: PreTrainedConfig) -> None:
-    """Refuse by name what transformers itself keeps besides keys and values."""
+    """Refuse by name a model for which transformers keeps other state than keys and values."""
     for number, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             kind = type(layer).__name__.removesuffix("Layer")
-            raise kv.UnknownState(f"its layer {number} keeps a state that is no key and no value ({kind})")
+            raise kv.UnknownState(f"its layer {number} keeps a state other than keys and values ({kind})")
 
 
 @torch.inference_mode()
 def _check_own_cache(model: Any) -> None:
-    """Refuse what transformers itself says in two ways: token by token with its own cache, and in one pass without."""
+    """Refuse a model for which transformers' own results with its cache, token by token, differ from those of one
+    pass."""
     count = min(24, _longest(model.config))
     text = _ids(count, seed=9)
     cache, plain_TV = (
@@ -298,11 +300,12 @@ def _check_own_cache(model: Any) -> None:
         cached_TV = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
         wrong = float((cached_TV[-1] - plain_TV[last - 1]).abs().max())
         if not wrong <= 10 * LARGEST_ERROR:
-            raise _Differs(f"transformers' own logits with its cache are off by {wrong:.2g} from those without")
+            raise _Difference(f"transformers' own logits with its cache are off by {wrong:.2g} from those without")
 
 
 def _try_engine(model: PreTrainedModel) -> None:
-    """Three sequences of different lengths, in chunks, together and apart, rewound; one leaves, one takes its slot."""
+    """Run three sequences of different lengths in chunks, together and alone, rewound; one leaves, another takes its
+    slot."""
     _check_state(model.config)
     any_model: Any = model
     any_model.set_experts_implementation("eager")  # the grouped product has no float64
@@ -345,14 +348,12 @@ def _compare_with_plain(
     errors = [abs(said - right) for said, right in zip(known_nll, expected) if not math.isnan(said + right)]
     wrong = max(errors, default=0.0)
     if not wrong <= LARGEST_ERROR:
-        raise _Differs(
-            f"with a cache, in chunks and beside neighbours, a token's cross-entropy is off by {wrong:.2g} nats"
-        )
+        raise _Difference(f"{_SETTING}, a token's cross-entropy is off by {wrong:.2g} nats")
     best_T = logits_TV[-new:].argmax(-1).tolist()
     leads_T2 = logits_TV[-new:].topk(2).values
     for said, best, lead in zip(next_ids, best_T, (leads_T2[:, 0] - leads_T2[:, 1]).tolist(), strict=True):
         if said != best and lead > LARGEST_ERROR:
-            raise _Differs(f"{_SETTING}, the next token is {said} instead of {best}")
+            raise _Difference(f"{_SETTING}, the next token is {said} instead of {best}")
 
 
 # Slices
@@ -399,11 +400,11 @@ class _Trial:
 
     @torch.inference_mode()
     def try_packed_whole(self) -> None:
-        """Some matrices are packed; and of those that are packed by us, logits are those of the same numbers in float,
-        but for what products of bfloat16 round."""
+        """Check that matrices are packed, and that the logits of our packed layers are those of the same numbers in
+        float, up to the rounding of bfloat16 products."""
         whole: Any = self.whole()
         if not any(weight.dtype in (torch.uint8, torch.int8) for weight in whole.parameters()):
-            raise _Differs("none of its matrices is packed")
+            raise _Difference("none of its matrices is packed")
         if not any(isinstance(part, IntLinear) for part in whole.modules()):
             return
         ids_BT = torch.tensor([_ids(self._most // 2, 5)])
@@ -415,18 +416,18 @@ class _Trial:
         # The median, since rounding may send a token to another expert.
         wrong = float(((logits_TV - exact_TV).norm(dim=1) / exact_TV.norm(dim=1)).median())
         if not wrong <= LARGEST_ROUNDING:
-            raise _Differs(f"its logits are off by {wrong:.1%} from those of the same numbers in float")
+            raise _Difference(f"its logits are off by {wrong:.1%} from those of the same numbers in float")
 
     @torch.inference_mode()
     def try_inference(self) -> None:
-        """Three passes over two sequences: logits and caches of the slices are those of the whole."""
+        """Check in three passes over two sequences that logits and caches of the slices are those of the whole."""
         whole: Any = self.whole()
         slices = self.slices()
         for model in (whole, *slices):
             # What counts is which matrices are packed, and how; bitsandbytes' kernels for a CPU want wider ones.
             keep_differentiable(model)
-        uncut = _Cached(whole, run=lambda states, **options: whole(input_ids=states, **options).logits)
-        parts = [_Cached(part, run=partial(run_slice, part)) for part in slices]
+        uncut = _CachedModel(whole, run=lambda states, **options: whole(input_ids=states, **options).logits)
+        parts = [_CachedModel(part, run=partial(run_slice, part)) for part in slices]
         for slots, counts in (([0], [self._most // 6]), ([0, 1], [1, self._most // 2]), ([0, 1], [1, 1])):
             texts = [_ids(count, 7 * slot + count) for slot, count in zip(slots, counts, strict=True)]
             width = max(counts)
@@ -434,17 +435,18 @@ class _Trial:
             expected, states = uncut.forward(ids_BT, slots, counts), ids_BT
             for part in parts:
                 states = part.forward(states, slots, counts)
-            _same(states, expected, "logits of slices are not those of the whole model")
-        held = {name: stored for part in parts for name, stored in part.held().items()}
-        for name, stored in uncut.held().items():
+            _check_same(states, expected, "logits of slices are not those of the whole model")
+        held = {name: stored for part in parts for name, stored in part.cached_states().items()}
+        for name, stored in uncut.cached_states().items():
             if name not in held:
-                raise _Differs(f"{name} of the cache is held by no slice")
-            _same(held[name], stored, f"{name} of the cache of a slice is not that of the whole model")
+                raise _Difference(f"{name} of the cache is held by no slice")
+            _check_same(held[name], stored, f"{name} of the cache of a slice is not that of the whole model")
 
     def try_training(self) -> None:
-        """Two sequences, one of them padded: gradients of the slices are those of the whole, to the bit."""
-        if dropping := _dropping(self._config):
-            raise _Differs(f"{dropping} drops whole layers at random, and with one what came to a slice")
+        """Check with two sequences, one of them padded, that gradients of the slices are those of the whole, to the
+        bit."""
+        if dropping := _layer_drop_key(self._config):
+            raise _Difference(f"{dropping} drops whole layers at random, and with them the input of a slice")
         whole: Any = self.whole()
         width = min(20, self._most)
         ids_BT = torch.tensor([_ids(width, 1), _ids(width, 2)])
@@ -461,7 +463,7 @@ class _Trial:
             leaf = states if cut_of(part).layers.start == 0 else states.detach().requires_grad_()
             states = run_slice(part, leaf, **options)
             links.append((leaf, states))
-        _same(states, logits_BTV, "logits of slices that learn are not those of the whole model")
+        _check_same(states, logits_BTV, "logits of slices that learn are not those of the whole model")
         gradient = pull_BTV
         for leaf, states in reversed(links):
             states.backward(gradient)
@@ -477,22 +479,22 @@ class _Trial:
         for part in parts:
             for name, weight in part.named_parameters():
                 if outline.layer_of(name) is not None and not cut_of(part).owns(name):
-                    raise _Differs(f"a slice holds {name}, which is not its own")
+                    raise _Difference(f"a slice holds {name}, which is not its own")
                 if weight.grad is not None:
                     same = f"{outline.embedding}.weight" if is_tied and name == f"{outline.head}.weight" else name
                     found[same] = found[same] + weight.grad if same in found else weight.grad
         if missing := sorted(expected.keys() ^ found.keys()):
-            raise _Differs(f"the gradient of {missing[0]} is there in one of slices and whole model only")
+            raise _Difference(f"the gradient of {missing[0]} is there in one of slices and whole model only")
         for name, gradient in expected.items():
             if name == f"{outline.embedding}.weight" and is_tied:
                 if not torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5):
-                    raise _Differs(f"the gradient of the tied {name} is not the whole model's")
+                    raise _Difference(f"the gradient of the tied {name} is not the whole model's")
             else:
-                _same(found[name], gradient, f"the gradient of {name} is not that of the whole model")
+                _check_same(found[name], gradient, f"the gradient of {name} is not that of the whole model")
 
 
-def _dropping(config: PreTrainedConfig) -> str | None:
-    """The setting by which layers are left out at random while a model learns, if there is one."""
+def _layer_drop_key(config: PreTrainedConfig) -> str | None:
+    """The key of the config by which layers are left out at random in training, if there is one."""
     parts = (config, config.get_text_config(decoder=True))
     return next(
         (f"{name}={getattr(part, name)}" for part in parts for name in _DROPPING if getattr(part, name, 0)), None
@@ -502,7 +504,7 @@ def _dropping(config: PreTrainedConfig) -> str | None:
 _DROPPING = ("layerdrop", "decoder_layerdrop")
 
 
-class _Cached:
+class _CachedModel:
     """A model or slice with a cache of its own layers."""
 
     def __init__(self, model: PreTrainedModel, run: Callable[..., Tensor]) -> None:
@@ -524,16 +526,16 @@ class _Cached:
         self._cache.commit()
         return leaving
 
-    def held(self) -> dict[str, Tensor]:
+    def cached_states(self) -> dict[str, Tensor]:
         """Keys and values, by the name of their layer."""
         return self._cache.tensors()
 
 
-def _same(found: Tensor, expected: Tensor, what: str) -> None:
+def _check_same(found: Tensor, expected: Tensor, what: str) -> None:
     if found.shape != expected.shape or not torch.equal(found, expected):
         wrong = (
             f" by {float((found - expected).detach().abs().max()):.2g}"
             if found.shape == expected.shape
             else " in shape"
         )
-        raise _Differs(f"{what}, but off{wrong}")
+        raise _Difference(f"{what}, but off{wrong}")

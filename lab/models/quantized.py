@@ -1,8 +1,8 @@
-"""Folders that come quantised: which kinds are read, how, and which are refused by name.
+"""Folders with quantised weights: which formats are read, how, and which are refused by name.
 
 `fp8` (float8 with block scales) is dequantised by transformers' own reader. `bitsandbytes` in 4 bits stays as it is.
-All others are refused: either their packages are not part of the lab, or a request's result would depend on the
-requests beside it (bitsandbytes in 8 bits picks its outlier columns over all rows of a pass).
+All others are refused: either their packages are not part of the lab, or a request's result would depend on the other
+requests of a pass (bitsandbytes in 8 bits chooses its outlier columns over all rows of a pass).
 """
 
 import logging
@@ -32,8 +32,8 @@ _QUANT_STATE = re.compile(
 given."""
 
 
-class Stored(Enum):
-    """How a folder keeps its matrices."""
+class WeightFormat(Enum):
+    """The format in which a folder stores its matrices."""
 
     plain = "plain"
     fp8 = "fp8"
@@ -43,39 +43,40 @@ class Stored(Enum):
     int4 = "int4"
 
 
-PACKED = (Stored.int8, Stored.int4)
-"""Folders whose linear layers are packed for inference (`lab.models.packed`)."""
+PACKED = (WeightFormat.int8, WeightFormat.int4)
+"""Formats whose linear layers are packed for inference (`lab.models.packed`)."""
 
 
 class Unreadable(ValueError):
-    """A way of storing weights that the lab does not read; the text is what was found."""
+    """A format that the lab does not read; the message names it."""
 
 
-def stored_kind(config: PreTrainedConfig, tensors: Shapes, index: Collection[str]) -> Stored:
-    """How a folder stores its matrices.
+def find_weight_format(config: PreTrainedConfig, tensors: Shapes, index: Collection[str]) -> WeightFormat:
+    """The format in which a folder stores its matrices.
 
     Args:
-        config: The folder's.
-        tensors: The tensors whose files are here, which may be a part of them.
+        config: The folder's config.
+        tensors: The tensors of the files that are here, possibly not all.
         index: The names of all tensors, wherever their files are.
 
     Raises:
-        Unreadable: What is stored is not read, or lacks a part that the index does not have either.
+        Unreadable: the format is not read, or lacks a tensor that the index does not have either.
     """
     described = description(config)
     if described is None:
-        _check_plain(tensors)
-        return Stored.plain
+        for name, dtype in _narrow(tensors).items():
+            raise Unreadable(f"{name!r} in {dtype} without a quantization_config")
+        return WeightFormat.plain
     method = described.get("quant_method")
     if described.get("load_in_8bit"):
-        raise Unreadable("bitsandbytes in 8 bits, where a request's result depends on the requests beside it")
+        raise Unreadable("bitsandbytes in 8 bits, where a request's result depends on the other requests of its pass")
     if described.get("load_in_4bit"):
         return _four_bits(described, tensors, index)
-    if method == METHOD and f"int{described.get('bits')}" in Stored.__members__:
-        return Stored[f"int{described['bits']}"]
+    if method == METHOD and f"int{described.get('bits')}" in WeightFormat.__members__:
+        return WeightFormat[f"int{described['bits']}"]
     if method == "fp8":
         _check_fp8(described, tensors, index)
-        return Stored.fp8
+        return WeightFormat.fp8
     raise Unreadable(f"quant_method={method!r}")
 
 
@@ -93,35 +94,35 @@ def description(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def load_options(
-    stored: Stored, wanted: BitsAndBytesConfig | None, device: torch.device, dtype: torch.dtype
+    stored: WeightFormat, wanted: BitsAndBytesConfig | None, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Arguments for `from_pretrained` besides config and dtype.
 
     Args:
-        stored: How the folder keeps its matrices.
-        wanted: How to quantise them while they are loaded; only plain ones can be.
+        stored: Format of the folder's matrices.
+        wanted: Quantisation while they are loaded, of plain matrices only.
         device: Where the model will be.
-        dtype: What it computes in.
+        dtype: Dtype of the computation.
     """
-    if dtype is torch.float64 and stored is Stored.plain:
+    if dtype is torch.float64 and stored is WeightFormat.plain:
         return {"experts_implementation": "eager"}  # torch's grouped product has no float64
-    if stored is Stored.fp8:  # never its kernels: they would be fetched from the hub
+    if stored is WeightFormat.fp8:  # never its kernels: they would be fetched from the hub
         return {"quantization_config": FineGrainedFP8Config(dequantize=True)}
     if stored in PACKED:
         return {}  # its config says all of it
-    if stored is not Stored.plain:
+    if stored is not WeightFormat.plain:
         return {"device_map": {"": device}}
     return {"quantization_config": wanted, "device_map": {"": device}} if wanted else {}
 
 
-def can_become(stored: Stored, wanted: Quantization) -> bool:
-    """Whether a folder stored so can be used under `model.quantization`."""
+def can_become(stored: WeightFormat, wanted: Quantization) -> bool:
+    """Whether a folder in this format can be used under `model.quantization`."""
     if wanted.bits is not None:
-        return stored in (Stored.plain, Stored.fp8) or stored.name == wanted.name
-    return wanted is Quantization.none or stored in (Stored.plain, Stored.nf4)
+        return stored in (WeightFormat.plain, WeightFormat.fp8) or stored.name == wanted.name
+    return wanted is Quantization.none or stored in (WeightFormat.plain, WeightFormat.nf4)
 
 
-def _four_bits(described: Mapping[str, Any], tensors: Shapes, index: Collection[str]) -> Stored:
+def _four_bits(described: Mapping[str, Any], tensors: Shapes, index: Collection[str]) -> WeightFormat:
     kind, storage = described.get("bnb_4bit_quant_type", "fp4"), described.get("bnb_4bit_quant_storage", "uint8")
     if kind not in ("nf4", "fp4") or storage != "uint8":
         raise Unreadable(f"bitsandbytes with bnb_4bit_quant_type={kind!r}, bnb_4bit_quant_storage={storage!r}")
@@ -135,7 +136,7 @@ def _four_bits(described: Mapping[str, Any], tensors: Shapes, index: Collection[
         part = _QUANT_STATE.fullmatch(name)
         if part is None or part[1] not in index or part[2] not in (None, kind) or narrow[name] != "U8":
             raise Unreadable(f"bitsandbytes in 4 bits with {name!r} in {narrow[name]}")
-    return Stored[kind]
+    return WeightFormat[kind]
 
 
 def unpacked(model: torch.nn.Module) -> str | None:
@@ -156,11 +157,11 @@ def stored_bytes(model: torch.nn.Module) -> int:
 
 
 def check_packed(model: PreTrainedModel, quantization: Quantization) -> None:
-    """Warn where most of a model's weights, besides embedding and head, are left unpacked.
+    """Warn if most of a model's weights, besides embedding and head, are left unpacked.
 
     Args:
         model: A model, or a slice of one.
-        quantization: What it was loaded with.
+        quantization: The quantisation with which it was loaded.
 
     Raises:
         UserError: Nothing was packed.
@@ -186,15 +187,10 @@ def check_packed(model: PreTrainedModel, quantization: Quantization) -> None:
         )
 
 
-def _check_plain(tensors: Shapes) -> None:
-    for name, dtype in _narrow(tensors).items():
-        raise Unreadable(f"{name!r} in {dtype} without a quantization_config")
-
-
 def _check_fp8(described: Mapping[str, Any], tensors: Shapes, index: Collection[str]) -> None:
     """Every float8 matrix has its scales, one for each block; transformers takes other grids for other blocks.
 
-    It looks for scales only beside tensors whose name ends in `weight`, so that fused experts would stay unscaled.
+    transformers looks for scales only of tensors whose name ends in `weight`: fused experts would stay unscaled.
     """
     block = described.get("weight_block_size")
     for name, dtype in _narrow(tensors).items():

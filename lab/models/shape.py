@@ -1,4 +1,4 @@
-"""The sizes of a model that its shards, caches and benchmarks are built from, out of its config. Loads no torch."""
+"""Sizes of a model, from its config, for shards, caches and benchmarks. Loads no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ModelShape(NamedTuple):
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> ModelShape:
-        """The shape that a config describes; one of an image model holds it in its text config."""
+        """The shape in a config; that of an image model is in its text config."""
         text: Any = config.get_text_config(decoder=True)
         is_tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, text))
         return cls(int(text.num_hidden_layers), int(text.hidden_size), int(text.vocab_size), is_tied)

@@ -1,10 +1,10 @@
 """A slice of a model: layers `first` to `last` - 1 of it, as a model of its own that computes what they compute.
 
-A slice is the whole architecture without most of its tensors. Its list of layers has its full length, so that whatever
-depends on a layer's number does what it does in the whole model; layers elsewhere are stand-ins without tensors. The
-one right before the slice puts in the hidden states that came, so that whatever the model does between its embedding
-and its first layer happens, and is forgotten; the one right behind the slice takes out the hidden states and ends the
-forward pass. transformers itself reads the tensors, with all it knows of their names and kinds.
+A slice is the whole architecture without most of its tensors. Its list of layers has the full length, so that anything
+that depends on a layer's number is as in the whole model; all other layers are stand-ins without tensors. The stand-in
+right before the slice returns the hidden states that arrived, and so discards the work of the model between its
+embedding and its first layer; the stand-in right after the slice takes the hidden states and ends the forward pass.
+transformers itself reads the tensors, with its knowledge of their names and kinds.
 
 Shapes: B sequences, T positions, H hidden size, E size of an embedding's row, V vocabulary.
 """
@@ -37,7 +37,7 @@ class Cut:
     def owns(self, name: str) -> bool:
         """Whether a weight, by its name in the whole model, is this slice's to train.
 
-        What stands before the layers is in every slice, since the model passes through it, but belongs to the first.
+        Modules before the layers are in every slice, since the model passes through them, but belong to the first.
         """
         layer = self.structure.layer_of(name)
         if layer is not None:
@@ -46,7 +46,7 @@ class Cut:
         return self.head if closes else self.embedding
 
 
-class _Left(Exception):
+class _SliceEnd(Exception):
     """The forward pass has reached the end of the slice."""
 
     def __init__(self, hidden_BTH: Tensor) -> None:
@@ -54,8 +54,8 @@ class _Left(Exception):
         self.hidden_BTH = hidden_BTH
 
 
-class _Elsewhere(nn.Module):
-    """Stands for a layer that is not in the slice, and hands on what comes."""
+class _AbsentLayer(nn.Module):
+    """A stand-in for a layer that is not in the slice; passes its input on."""
 
     def __init__(self, layer: nn.Module, cut: Cut) -> None:
         super().__init__()
@@ -74,25 +74,25 @@ class _Elsewhere(nn.Module):
         return (hidden_BTH, *[None] * (outputs - 1)) if outputs else hidden_BTH
 
 
-class _Entry(_Elsewhere):
-    """The layer before the slice: it brings in what came from there."""
+class _EntryLayer(_AbsentLayer):
+    """The stand-in before the slice: brings in the hidden states from there."""
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Return the hidden states that came to the slice."""
+        """Return the hidden states that arrived."""
         assert self._cut.entering_BTH is not None, "hidden states must be given to a slice that does not begin a model"
         return self._returned(self._cut.entering_BTH)
 
 
-class _Exit(_Elsewhere):
-    """The layer behind the slice."""
+class _ExitLayer(_AbsentLayer):
+    """The stand-in after the slice."""
 
     def forward(self, *arguments: Any, **options: Any) -> NoReturn:
         """End the forward pass with the hidden states of the slice's last layer."""
-        raise _Left(arguments[0] if arguments else options["hidden_states"])
+        raise _SliceEnd(arguments[0] if arguments else options["hidden_states"])
 
 
 class _NoEmbedding(nn.Module):
-    """Stands for an embedding that is elsewhere: what comes out of it is forgotten before the slice's first layer."""
+    """A stand-in for an embedding that the slice lacks; its output is discarded before the slice's first layer."""
 
     def __init__(self, cut: Cut) -> None:
         super().__init__()
@@ -121,12 +121,12 @@ def run_slice(model: nn.Module, states: Tensor, *, without_head: bool = False, *
     Args:
         model: From `read_slice`, with an adapter on it or not.
         states: Token ids B x T where the slice begins the model, else hidden states B x T x H.
-        without_head: Leave out the head, of a slice that has one: for what is written to a cache only.
-        options: What the model takes besides, such as `position_ids` and `past_key_values`.
+        without_head: Leave out the slice's head, for a pass that only fills the cache.
+        options: Other arguments of the model, such as `position_ids` and `past_key_values`.
 
     Returns:
-        Logits B x K x V from a slice with the head, else hidden states B x T x H for the next one. Without the head
-        what the model's decoder returns.
+        Logits B x K x V from a slice with the head, else hidden states B x T x H for the next slice. Without the head,
+        the output of the model's decoder.
     """
     cut = cut_of(model)
     if cut.layers.start == 0:
@@ -139,7 +139,7 @@ def run_slice(model: nn.Module, states: Tensor, *, without_head: bool = False, *
             decoder = cast(Any, model).get_decoder()
             return cast(Tensor, decoder(input_ids=ids_BT, **options).last_hidden_state)
         output = model(input_ids=ids_BT, **options)
-    except _Left as left:
+    except _SliceEnd as left:
         return left.hidden_BTH
     finally:
         cut.entering_BTH = None
@@ -164,11 +164,11 @@ def read_slice(
             layers are not touched, so that lazy ones (safetensors' slices) cost nothing.
         structure: The architecture's.
         layers: Which layers.
-        embedding, head: Whether the slice has them, besides what else stands outside of the layers, which is small.
+        embedding, head: Whether the slice has them. It has all other modules outside of the layers, which are small.
         placement: `dtype`, `device_map`, `quantization_config`: as `from_pretrained` takes them.
 
     Raises:
-        UserError: the checkpoint lacks a tensor of the slice, or has it in another shape.
+        UserError: the checkpoint lacks a tensor of the slice, or has another shape for it.
     """
     cut = Cut(layers, structure, embedding=embedding, head=head)
     own = copy.deepcopy(config)
@@ -200,9 +200,9 @@ def read_slice(
 
 
 def _keeping_what_the_whole_keeps(config: Any, placement: dict[str, Any]) -> dict[str, Any]:
-    """The placement in which a slice leaves unquantised just what the whole model leaves so.
+    """The placement with which a slice leaves the same modules unquantised as the whole model.
 
-    transformers finds that out of a model's last weight and its head, and a slice has others. `config` is changed.
+    transformers derives them from a model's last weight and its head, which differ in a slice. `config` is changed.
     """
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -219,10 +219,10 @@ def _keeping_what_the_whole_keeps(config: Any, placement: dict[str, Any]) -> dic
 
 
 def _sliced_class(config: PreTrainedConfig, cut: Cut, *, keeps_both: bool) -> Any:
-    """The architecture's class, whose models lack what is not in the slice before any tensor is read.
+    """The architecture's class, but its models lose all modules outside of the slice before any tensor is read.
 
-    `keeps_both`: Leave embedding and head where they are while tensors are read, since transformers looks at both to
-    tell whether they are one.
+    `keeps_both`: keep embedding and head while tensors are read: transformers compares them to see whether they are
+    tied.
     """
     whole: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
@@ -246,8 +246,8 @@ def _sliced_class(config: PreTrainedConfig, cut: Cut, *, keeps_both: bool) -> An
 
 def _stand_in(number: int, layer: nn.Module, cut: Cut) -> nn.Module:
     if number == cut.layers.start - 1:
-        return _Entry(layer, cut)
-    return _Exit(layer, cut) if number == cut.layers.stop and not cut.head else _Elsewhere(layer, cut)
+        return _EntryLayer(layer, cut)
+    return _ExitLayer(layer, cut) if number == cut.layers.stop and not cut.head else _AbsentLayer(layer, cut)
 
 
 def _take_out_ends(model: nn.Module, cut: Cut) -> None:

@@ -1,4 +1,4 @@
-"""Where a model comes from. Every source ends as one plain folder: config.json, safetensors, tokenizer.
+"""Sources of models. Each becomes one plain folder: config.json, safetensors, tokenizer.
 
 Knows nothing about pillars, adapters or networks.
 """
@@ -27,7 +27,7 @@ from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
 from lab.files import path_of
 from lab.models.conversion import cache_folder, converted, gguf_config, gguf_file, packed, random_config
 from lab.models.folder import CONFIG, INDEX, SINGLE, ModelFolder
-from lab.models.quantized import PACKED, Stored, can_become, check_packed, load_options
+from lab.models.quantized import PACKED, WeightFormat, can_become, check_packed, load_options
 from lab.settings import ModelSettings, ModelSource, Quantization, UserError, digest
 
 log = logging.getLogger(__name__)
@@ -54,17 +54,17 @@ class LoadedModel:
 
 
 def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
-    """The base model that `settings` describe, on `device`; UserError when it cannot be had."""
+    """The base model that `settings` describe, on `device`; UserError if it cannot be loaded."""
     disable_progress_bar()  # weights are mapped, not read: its bar is over before it shows
     dtype = check_dtype(device, settings.dtype)
     quantization = quantization_config(settings, device, dtype)
     folder = fetch(settings, None)
     config = folder.config()
-    stored = stored_as(folder, config, settings)
+    stored = check_weight_format(folder, config, settings)
     tokenizer = folder.tokenizer()
     model = folder.load(config, dtype, **load_options(stored, quantization, device, dtype))
     model = prepared(
-        model, settings, device, dtype, moves=quantization is None and stored in (Stored.plain, Stored.fp8)
+        model, settings, device, dtype, moves=quantization is None and stored in (WeightFormat.plain, WeightFormat.fp8)
     )
     folder.check_computes(model)
     return LoadedModel(model, tokenizer, Checkpoint(folder.path, model_identity(settings)), device)
@@ -73,7 +73,7 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
 def prepared(
     model: PreTrainedModel, settings: ModelSettings, device: torch.device, dtype: torch.dtype, *, moves: bool
 ) -> PreTrainedModel:
-    """A model, or a slice of one, ready for inference on its device; `moves`: it is not there yet.
+    """A model, or a slice of one, ready for inference on its device; `moves`: it is not on the device yet.
 
     Raises:
         UserError: quantisation packed nothing.
@@ -95,9 +95,9 @@ def load_tokenizer_only(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return fetch(settings, ()).tokenizer()
 
 
-def stored_as(folder: ModelFolder, config: PreTrainedConfig, settings: ModelSettings) -> Stored:
-    """How a folder keeps its matrices; UserError where it cannot be read, or not under `model.quantization`."""
-    stored = folder.stored(config)
+def check_weight_format(folder: ModelFolder, config: PreTrainedConfig, settings: ModelSettings) -> WeightFormat:
+    """The format of a folder's matrices; UserError if it cannot be read, or not under `model.quantization`."""
+    stored = folder.weight_format(config)
     if not can_become(stored, settings.quantization):
         raise UserError(
             f"model.quantization must be none for a model that is stored as {stored.name}, "
@@ -112,7 +112,7 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
 
 
 def read_own_config(settings: ModelSettings) -> PreTrainedConfig:
-    """The config of a folder, or out of a GGUF file's header: nothing is converted. UserError for others."""
+    """The config of a folder, or from a GGUF file's header, without conversion. UserError for other sources."""
     match settings.source:
         case ModelSource.path:
             return _model_folder(settings).config()
@@ -123,12 +123,12 @@ def read_own_config(settings: ModelSettings) -> PreTrainedConfig:
 
 
 def end_ids_of(settings: ModelSettings) -> list[int]:
-    """The ids with which a model ends a text, from its generation config, else its config; no weights are read."""
+    """The ids that end a text of a model, from its generation config, else from its config; no weights are read."""
     return fetch(settings, ()).end_ids()
 
 
 def model_identity(settings: ModelSettings) -> str:
-    """Which weights `settings` name, whatever their precision; an adapter belongs to one identity.
+    """Identity of the weights in `settings`, whatever their precision; an adapter belongs to one identity.
 
     It covers all bytes of config and weights of a folder, all bytes of a GGUF file, and the commit of a hub model.
     """
@@ -146,24 +146,24 @@ def model_identity(settings: ModelSettings) -> str:
 
 
 def prepare_checkpoint(settings: ModelSettings) -> Checkpoint:
-    """The folder of a model with all of its weights, converted first where its source is no folder."""
+    """The folder of a model with all of its weights, after conversion if its source is not a folder."""
     return Checkpoint(fetch(settings, None).path, model_identity(settings))
 
 
 def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:
-    """A model's folder, with the files that hold these tensors; None: with all of them.
+    """A model's folder, with the files that hold these tensors; None: with all files.
 
-    Config, index and tokenizer are always there. Only hub models can have less than all weights: each file is
-    downloaded when a tensor of it is asked for, always from the commit that this process saw first. A model that is to
-    be int8 or int4 is packed once, into the model cache; where no tensors are asked for it is described as it came.
+    Config, index and tokenizer are always there. Only hub models can lack weights: each file is downloaded when one of
+    its tensors is requested, always from the commit that this process saw first. A model of quantization int8 or int4
+    is packed once, into the model cache; if no tensors are requested, its original description is returned.
 
     Raises:
-        UserError: a model that cannot be had, a folder that is not whole.
+        UserError: a model that cannot be loaded, a folder that is not whole.
     """
     if settings.quantization.bits is None or (names is not None and not names):
         return _fetch_stored(settings, names)
     stored = _fetch_stored(settings, None)
-    if stored_as(stored, stored.config(), settings) in PACKED:
+    if check_weight_format(stored, stored.config(), settings) in PACKED:
         return stored
     folder = ModelFolder(packed(settings, model_identity(settings), stored), "model.cache_dir")
     folder.check()
@@ -171,7 +171,7 @@ def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder
 
 
 def _fetch_stored(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:
-    """A model's folder as its source has it."""
+    """A model's folder in the format of its source."""
     setting = _SETTING[settings.source]
     match settings.source:
         case ModelSource.hub:
@@ -181,7 +181,7 @@ def _fetch_stored(settings: ModelSettings, names: Collection[str] | None) -> Mod
         case ModelSource.gguf | ModelSource.random:
             folder = ModelFolder(converted(settings, model_identity(settings)), setting)
     folder.check()
-    stored_as(folder, folder.config(), settings)
+    check_weight_format(folder, folder.config(), settings)
     return folder
 
 
@@ -199,7 +199,7 @@ _SETTING = {
 
 
 def quantization_config(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How to quantise, None for not at all; UserError where 4-bit cannot be had."""
+    """The quantisation while loading, None without; UserError if 4 bits are not available."""
     if settings.quantization is Quantization.none:
         return None
     if settings.quantization.bits is not None:
@@ -238,7 +238,7 @@ def _from_hub(settings: ModelSettings, names: Collection[str] | None) -> ModelFo
         if lacking := sorted(wanted.intersection(folder.missing_files())):
             raise _unreachable(str(settings.repo), OSError(f"it has no {lacking[0]}"))
         folder.check(wanted)
-    stored_as(folder, folder.config(), settings)
+    check_weight_format(folder, folder.config(), settings)
     return folder
 
 
@@ -248,7 +248,7 @@ def _described_on_hub(settings: ModelSettings) -> Path:
 
 @functools.cache
 def _first_seen(repo: str, revision: str | None) -> Path:
-    """The snapshot of a repository that this process keeps to, named by its commit, with its descriptions."""
+    """The snapshot of a repository that this process uses throughout, named by its commit, with its `DESCRIPTIONS`."""
     return _snapshot(repo, revision, DESCRIPTIONS)
 
 
@@ -271,6 +271,6 @@ def _unreachable(repo: str, error: Exception) -> UserError:
 
 
 def _folder_digest(settings: ModelSettings, folder: ModelFolder) -> str:
-    """Over all bytes of config and weights, and the names of their files."""
+    """Digest over all bytes of config and weights, and the names of their files."""
     records = [folder.path / RECORD_FILE, record_in_cache(folder.path, cache_folder(settings))]
     return digest(file_digests(folder.path, [CONFIG, *folder.weight_files], records))

@@ -1,5 +1,5 @@
-"""How an architecture is built, seen on a small twin of it that runs: which modules are its blocks, what a block gives,
-which modules a text never passes through. Nothing is guessed from names.
+"""The structure of an architecture, observed while a small twin of it runs: which modules are its blocks, what a block
+returns, which modules a text never passes. Nothing is derived from names.
 """
 
 from collections.abc import Collection
@@ -19,7 +19,7 @@ class Unsliceable(ValueError):
 
 @dataclass(frozen=True)
 class Structure:
-    """The modules of a causal language model that a slice of it has to tell apart."""
+    """The modules of a causal language model that matter for its slices."""
 
     blocks: str
     """The name of the list of layers, such as `model.layers` or `transformer.h`."""
@@ -28,14 +28,14 @@ class Structure:
     embedding: str
     head: str
     embedding_size: int
-    """Numbers in a row of the embedding; not always the hidden size (OPT)."""
+    """Size of a row of the embedding; not always the hidden size (OPT)."""
     closing: list[str]
     """Modules with weights that a text passes after the last layer, such as a final norm; the head is one of them."""
     unused: list[str]
     """Modules that a text never passes through, such as the tower of an image model."""
 
     def layer_of(self, name: str) -> int | None:
-        """The layer that a tensor or module belongs to, by its name in the whole model; None outside of the layers."""
+        """The layer of a tensor or module, by its name in the whole model; None outside of the layers."""
         if not name.startswith(f"{self.blocks}."):
             return None
         return int(name[len(self.blocks) + 1 :].partition(".")[0])
@@ -44,7 +44,7 @@ class Structure:
 @dataclass
 class _Call:
     at: int
-    """How many modules had ended before it."""
+    """Number of modules that had ended before it."""
     name: str
     hidden: Tensor | None
     output: Any
@@ -52,14 +52,13 @@ class _Call:
 
 @torch.inference_mode()
 def find_structure(model: PreTrainedModel) -> Structure:
-    """Run a model over a few tokens and see what it does.
+    """Run a model over a few tokens and record the calls of its modules.
 
     Args:
         model: A small one, with weights.
 
     Raises:
-        Unsliceable: no list of as many modules as it has layers is passed through in order, with hidden states in and
-            out.
+        Unsliceable: no list with one module per layer is called in order, with hidden states as input and output.
     """
     embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
     if embedding is None or head is None:
@@ -97,7 +96,7 @@ def _has_own_weights(model: nn.Module, name: str) -> bool:
 
 
 def _watch(model: PreTrainedModel) -> tuple[list[_Call], dict[str, int]]:
-    """The calls of members of lists, in order, and all modules that were called, with their place in that order."""
+    """The calls of members of lists, in order, and all modules that were called, with their place in the order."""
     calls: list[_Call] = []
     called: dict[str, int] = {}
     handles = []

@@ -1,8 +1,9 @@
-"""A twin of a model: the same architecture in small, with random weights, to try on it what the model is to do.
+"""A twin of a model: a small model of the same architecture with random weights, for trials.
 
-A twin keeps what decides how the architecture computes (kinds of layers, rotary embeddings, head sizes, multipliers)
-and shrinks what only decides how much (layers of the same kind, heads, experts, widths, the vocabulary). Windows and
-the lengths at which rotary frequencies change are shrunk, too, so that a text of a few dozen tokens passes them.
+A twin keeps all settings that decide how the architecture computes (kinds of layers, rotary embeddings, head sizes,
+multipliers) and shrinks those that only decide its size (layers of the same kind, heads, experts, widths, the
+vocabulary). Windows and the lengths at which rotary frequencies change are shrunk too, so that a text of a few dozen
+tokens exceeds them.
 """
 
 import copy
@@ -15,14 +16,14 @@ from transformers.modeling_utils import PreTrainedModel
 
 VOCABULARY = 96
 CONTEXT = 128
-"""Tokens that a twin is made for, in place of `max_position_embeddings`."""
+"""`max_position_embeddings` of a twin."""
 WINDOW = 8
 TRAINED = 40
-"""Tokens up to which rotary frequencies stay the same, where they depend on the length of a text."""
+"""Length of a text at which rotary frequencies change, if they depend on it."""
 MOST_LAYERS = 8
 MOST_LAYERS_OF_A_MODEL = 10_000
 MOST_PARAMETERS = 60_000_000
-"""A twin that is larger than that would take longer to try than anyone waits."""
+"""Limit of a twin's size: the trial of a larger one would take too long."""
 _HEADS = 4
 _WIDTH = 64
 """Sizes of a twin are this or a small multiple of it: bitsandbytes wants multiples of 64 on a CPU."""
@@ -52,11 +53,11 @@ def twin_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def twin_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model of `twin_config(config)` in float32 whose every weight matters: none is zero or one, or vanishes beside
-    the rest.
+    """A model of `twin_config(config)` in float32 in which every weight has an effect: none is zero or one, or
+    negligible compared with others.
 
     Raises:
-        NoTwin: transformers makes no model of the small config, or a large one.
+        NoTwin: transformers makes no model, or a large one, from the small config.
     """
     try:
         small = twin_config(config)

@@ -1,7 +1,7 @@
-"""How a model's chat template shows a dialogue, and where the answers in it begin and end.
+"""A dialogue as a model's chat template shows it, with the beginning and the end of each answer.
 
-An answer is what the template puts behind the text that it would have given the model to generate from, up to the mark
-that ends it. So nothing here knows a template; each is asked once what it writes behind an answer (`_ending`).
+An answer is the text that the template adds to a generation prompt, up to the mark that ends it. So no template is
+known by name: each is probed once for what it writes after an answer (`_ending`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Ending:
-    """The text that a template writes behind an answer."""
+    """The text that a template writes after an answer."""
 
     always: str
-    """Behind every answer: the mark that ends it, and whitespace."""
+    """After every answer: the mark that ends it, and whitespace."""
     finally_: str
-    """After that, only where the dialogue ends (Phi-3 writes the end-of-text token there)."""
+    """After that, at the end of the dialogue only (Phi-3 writes its end-of-text token there)."""
 
 
 class Chat:
@@ -53,11 +53,11 @@ class Chat:
             log.warning("the model's chat template writes no end behind an answer: the model will not learn to stop")
 
     def sequences(self, dialogue: Dialogue) -> list[list[Piece]]:
-        """Texts to learn from that hold every answer once, as the model would give it; none where nothing answers.
+        """Texts to train on, with every answer once, as the model would give it; none without answers.
 
-        One text holds them all, unless the template shows an answer differently once the dialogue goes on (Qwen3 leaves
-        out earlier reasoning): then the dialogue as it was at that answer is a text of its own. MalformedRecord when
-        the template refuses the dialogue, does not show all of it, or shows an answer as no continuation of its prompt.
+        One text holds them all, unless the template shows an answer differently once the dialogue continues (Qwen3
+        leaves out earlier reasoning): then the dialogue up to that answer is a separate text. MalformedRecord if the
+        template refuses the dialogue, leaves out a part, or does not show an answer as a continuation of its prompt.
         """
         # An opening message of the assistant answers nothing.
         places = [i for i, m in enumerate(dialogue.messages) if i and m.role == "assistant" and m.counts]
@@ -80,26 +80,26 @@ class Chat:
         return found
 
     def _answer(self, dialogue: Dialogue, place: int) -> tuple[str, str, str]:
-        """The text before an answer, the answer with its end, and what the template writes behind that."""
+        """The text before an answer, the answer with its end, and what the template writes after that."""
         before = self._show(dialogue, place, generate=True)
         through = self._show(dialogue, place + 1)
         if not through.startswith(before):
             rule = "be shown by the model's chat template as a continuation of the text that the model would answer"
             raise MalformedRecord(f"{dialogue.name} messages[{place}] must {rule}")
-        told = through[len(before) :]
-        self._check_shown(dialogue, place, before, told)
-        answer = told.removesuffix(self._end.finally_) if self._end.always.strip() else told
+        rest = through[len(before) :]
+        self._check_shown(dialogue, place, before, rest)
+        answer = rest.removesuffix(self._end.finally_) if self._end.always.strip() else rest
         if (self._end.always + self._end.finally_).strip():
             answer = answer.rstrip()
         else:
             answer = answer.removesuffix(self._end.always)
         answer = self._up_to_end(answer, dialogue.messages[place])
-        return before, answer, told[len(answer) :]
+        return before, answer, rest[len(answer) :]
 
     def _up_to_end(self, answer: str, message: Message) -> str:
-        """`answer` up to and with the template's last end-of-text token: no model has to generate what is behind it.
+        """`answer` up to and including the template's last end-of-text token: no model has to generate what follows.
 
-        The same text may stand in the message itself, where it ends nothing.
+        The message itself may contain the same text, where it ends nothing.
         """
         end = str(self._tokenizer.eos_token or "")
         said = message.content + json.dumps(dict(message.extra), ensure_ascii=False)
@@ -107,8 +107,8 @@ class Chat:
             return answer
         return answer[: answer.rindex(end) + len(end)]
 
-    def _check_shown(self, dialogue: Dialogue, place: int, before: str, told: str) -> None:
-        """Templates leave out what they do not know (a system message, tools) without a word."""
+    def _check_shown(self, dialogue: Dialogue, place: int, before: str, rest: str) -> None:
+        """MalformedRecord for a part that the template leaves out: it drops what it does not know without an error."""
         for index, message in enumerate(dialogue.messages[:place]):
             # Llama 3.1 shows a tool's result as a JSON string.
             shown = message.content.strip() in before or (message.role == "tool" and _escaped(message) in before)
@@ -116,9 +116,9 @@ class Chat:
                 raise _hidden(dialogue, f"messages[{index}].content")
         message = dialogue.messages[place]
         # Reasoning may be shown with other whitespace around it.
-        if any(part.strip() not in told for part in message.content.replace("<think>", "</think>").split("</think>")):
+        if any(part.strip() not in rest for part in message.content.replace("<think>", "</think>").split("</think>")):
             raise _hidden(dialogue, f"messages[{place}].content")
-        if message.extra.get("reasoning_content", "").strip() not in told:
+        if message.extra.get("reasoning_content", "").strip() not in rest:
             raise _hidden(dialogue, f"messages[{place}].reasoning_content")
         check_shown(dialogue, place, lambda marked: self._show(marked, place + 1))
 
@@ -148,7 +148,7 @@ class Chat:
         )
 
     def _ending(self) -> _Ending:
-        """Read off a made-up dialogue: what stands behind its answer at the end, and what of it when it goes on."""
+        """Probe the template with a made-up dialogue: what follows an answer that is the last, or is not."""
         asked = [{"role": "user", "content": PROBE_PROMPT}, {"role": "assistant", "content": PROBE_ANSWER}]
         try:
             last = self._render(asked, False, [])
@@ -162,7 +162,7 @@ class Chat:
         return _Ending(behind[:cut], behind[cut:])
 
     def _whole_mark(self, text: str, cut: int) -> int:
-        """`cut`, or where the mark begins that it would cut in two: a special token, else text without a space."""
+        """`cut`, or the start of the mark that it would cut in two: a special token, else text without a space."""
         marks = [token for token in {*self._tokenizer.get_added_vocab(), *self._tokenizer.all_special_tokens} if token]
         for mark in marks:
             start = text.find(mark, max(0, cut - len(mark) + 1))
@@ -175,9 +175,9 @@ class Chat:
 
 
 def check_shown(dialogue: Dialogue, place: int, show: Callable[[Dialogue], str]) -> None:
-    """MalformedRecord for a part of the dialogue up to `place` that a template leaves out as it shows it.
+    """MalformedRecord for a part of the dialogue up to `place` that the template leaves out.
 
-    A short text may stand in the template's own words by chance, so each part must show a mark put behind it.
+    The template's own text may contain a short part by chance, so a mark is appended to each part and must show.
     """
     marks: dict[str, str] = {}
     shown = show(_marked(dialogue, place, marks))
@@ -196,19 +196,19 @@ def plain_message(message: Message) -> dict[str, Any]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Length of the beginning that both have."""
+    """Length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
 
 
 def _escaped(message: Message) -> str:
-    """The content as it stands between the quotes of a JSON string."""
+    """The content as in a JSON string, without the quotes."""
     return json.dumps(message.content.strip(), ensure_ascii=False)[1:-1]
 
 
 def _marked(dialogue: Dialogue, place: int, marks: dict[str, str]) -> Dialogue:
-    """The dialogue up to `place` with a mark behind each part that must be shown; `marks` gets each mark's part.
+    """The dialogue up to `place` with a mark after each part that must be shown; `marks` gets the part of each mark.
 
-    The content of earlier answers has none: a template may leave out their reasoning.
+    The content of earlier answers gets no mark: a template may leave out their reasoning.
     """
     messages = []
     for index, message in enumerate(dialogue.messages[: place + 1]):

@@ -1,8 +1,8 @@
-"""Text that is data: what looks like a control token in it, such as <|im_end|>, is encoded as the characters it is.
+"""Text that is data: what looks like a control token in it, such as <|im_end|>, is encoded as plain characters.
 
-A tokenizer finds its control tokens in any text, whoever wrote them. Here those are found that are not in the data: the
-text is encoded by a copy of the tokenizer whose control tokens have other names, and these names stand where real ones
-were. So all else (what is merged, where spaces go) is as the tokenizer does it.
+A tokenizer finds its control tokens in any text, whatever their origin. So that it finds none in the data, the text is
+encoded by a copy of the tokenizer whose control tokens have other names, and the real control tokens of the text are
+replaced by these names. Everything else (merges, spaces) is as the tokenizer does it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and only names are ne
 
 Span = tuple[int, int]
 _UNUSED = range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
-"""Unicode's private use areas: no meaning, and hardly ever in a text."""
+"""Unicode's private use areas, which have no meaning and hardly ever occur in a text."""
 
 
 def unused_letters(count: int, *texts: str) -> list[str]:
-    """Characters that stand in none of these texts. UserError for texts that hold all of those for private use."""
+    """Characters that occur in none of these texts. UserError if the texts hold all private-use characters."""
     taken = set().union(*texts)
     free = list(islice((chr(code) for code in chain(*_UNUSED) if chr(code) not in taken), count))
     if len(free) < count:
@@ -35,7 +35,7 @@ def unused_letters(count: int, *texts: str) -> list[str]:
 
 
 class DataEncoder:
-    """Encodes texts of one tokenizer, of which parts are data."""
+    """Encodes texts, parts of which are data, with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer: Any = tokenizer
@@ -45,9 +45,9 @@ class DataEncoder:
         self.special = frozenset(text for text, token in added.items() if token.special)
         """Control tokens by their text."""
         self.control = self.special | {text for text in added if text in template}
-        """The same, and the tokens that the chat template writes though they are not called special."""
+        """These, and the tokens that the chat template writes although they are not marked as special."""
         self._letters: list[str] | None = None
-        """Letters that the names in the copy are made of; None: there is no copy yet."""
+        """Letters of the names in the copy; None: there is no copy yet."""
         self._names: dict[str, str] = {}
         self._renamed: Tokenizer
         self._own_ids: dict[int, int] = {}
@@ -57,7 +57,7 @@ class DataEncoder:
         self.pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
 
     def data_spans(self, text: str, control: Collection[str] | None = None) -> list[Span]:
-        """Where control tokens (of this set) stand in a text that is all data."""
+        """Positions of control tokens (of this set) in a text that is all data."""
         known = self.control if control is None else control
         return [found.span() for found in self.pattern.finditer(text) if found[0] in known]
 
@@ -66,7 +66,7 @@ class DataEncoder:
         return self.encode(text, self.data_spans(text), add_special_tokens=add_special_tokens)
 
     def encode(self, text: str, data: Sequence[Span], *, add_special_tokens: bool) -> list[int]:
-        """The ids of a text in which `data` are the places of control tokens that are none.
+        """The ids of a text in which the control tokens at `data` are plain text.
 
         Raises:
             UserError: a tokenizer that has no other way to write one of them.
@@ -93,7 +93,7 @@ class DataEncoder:
         return [*before, *ids, *behind]
 
     def _names_for(self, text: str) -> dict[str, str]:
-        """Names of control tokens that do not stand in `text`, by what they are called."""
+        """New names for control tokens, by their own; none of them occurs in `text`."""
         if self._letters is None or any(letter in text for letter in self._letters):
             first, last = self._letters = unused_letters(2, text)
             self._names = {token: f"{first}{index}{last}" for index, token in enumerate(sorted(self.control))}
@@ -128,7 +128,7 @@ class DataEncoder:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """The ids that the tokenizer puts before and behind every text."""
+        """The ids that the tokenizer adds before and after every text."""
         alone = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])
         whole = list(self._tokenizer("a")["input_ids"])
         starts = (start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)

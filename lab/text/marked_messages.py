@@ -1,4 +1,4 @@
-"""Marks around the control tokens that stand in messages, so that they are known again behind a chat template."""
+"""Marks around control tokens in messages, by which they are recognised in the output of a chat template."""
 
 import itertools
 from collections.abc import Callable, Collection
@@ -7,23 +7,23 @@ from typing import Any, NamedTuple
 from lab.text.data_text import DataEncoder, Span
 
 _NAMES = ("role", "type", "id", "tool_call_id")
-"""Keys of a message, or in it, whose values a template may look into: they are left as they are where they may be."""
+"""Keys whose values a template may compare with names of its own: values without control tokens stay as they are."""
 
 
 class Marks(NamedTuple):
-    """Characters that stand in no text."""
+    """Characters that occur in no text of a dialogue."""
 
     begin: str
     """Before a control token in a message."""
     end: str
-    """Behind it."""
+    """After it."""
     edge: str
-    """Where a message's text begins, and where it ends."""
+    """At the beginning and at the end of a message's text."""
 
 
 def marked(message: Any, control: Collection[str], encoder: DataEncoder, marks: Marks) -> Any:
-    """The message, or a tool, with marks around control tokens (of this set), and with edges where its texts begin and
-    end: a control token over an edge is in part the message's."""
+    """The message, or a tool, with marks around control tokens (of this set) and edges around its texts: a control
+    token across an edge is partly the message's."""
 
     def put(text: str) -> str:
         core = text.strip()
@@ -39,8 +39,8 @@ def marked(message: Any, control: Collection[str], encoder: DataEncoder, marks: 
 
 
 def control_of(message: dict[str, Any], encoder: DataEncoder) -> frozenset[str]:
-    """Tokens that the content of `message` must not be read as. A model's answer may hold those that the template
-    writes, such as <think>."""
+    """Control tokens that are plain text in `message`. A model's answer may contain those of the template, such as
+    <think>."""
     return encoder.special if message["role"] == "assistant" else frozenset(encoder.control)
 
 
@@ -57,7 +57,7 @@ def texts_of(value: Any) -> list[str]:
 
 
 def _each_text(value: Any, change: Callable[[str], str], change_name: Callable[[str], str]) -> Any:
-    """A value of a message with its texts changed, and its names: keys, and the values of `_NAMES`."""
+    """A value of a message: texts changed by `change`, keys and the values of `_NAMES` by `change_name`."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -71,7 +71,7 @@ def _each_text(value: Any, change: Callable[[str], str], change_name: Callable[[
 
 
 def may_hold_control(text: str, encoder: DataEncoder) -> bool:
-    """Whether a control token stands in a text, or may come to stand over its edges."""
+    """Whether a text contains a control token, or may be part of one across its edges."""
     core = text.strip()
     return any(
         token in core or any(core.endswith(token[:cut]) or core.startswith(token[cut:]) for cut in range(1, len(token)))
@@ -80,12 +80,12 @@ def may_hold_control(text: str, encoder: DataEncoder) -> bool:
 
 
 def holds_control(value: Any, control: Collection[str], encoder: DataEncoder) -> bool:
-    """Whether a control token (of this set) stands in a message or a tool."""
+    """Whether a message or a tool contains a control token (of this set)."""
     return any(encoder.data_spans(text, control) for text in texts_of(value))
 
 
 def taken_out(text: str, marks: Marks) -> tuple[dict[str, set[int]], str]:
-    """Where each mark was in the text without them, and that text."""
+    """The positions of each mark, counted in the text without marks, and that text."""
     places: dict[str, set[int]] = {mark: set() for mark in marks}
     kept: list[str] = []
     at = 0
@@ -101,7 +101,7 @@ def taken_out(text: str, marks: Marks) -> tuple[dict[str, set[int]], str]:
 
 
 def spans_of(text: str, marks: Marks) -> tuple[str, list[Span]]:
-    """A text without its marks, and the places in it that had some around them."""
+    """A text without its marks, and the spans that were marked."""
     places, plain = taken_out(text, marks)
     begins, ends = sorted(places[marks.begin]), sorted(places[marks.end])
     return plain, list(zip(begins, ends))

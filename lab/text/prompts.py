@@ -1,7 +1,7 @@
-"""From what a person asks to the ids that a model reads: a plain prompt, or messages through its chat template.
+"""Prompts as the ids that a model reads: plain text, or messages through its chat template.
 
-What stands in a message is data: control tokens in it are text. To know which ones the template wrote itself, it is
-shown the messages once more with marks around theirs.
+A message is data: control tokens in it are plain text. To tell them from those that the template writes itself, the
+messages are rendered once more with marks around theirs.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and only names are ne
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
-"""Messages in the form that chat templates take."""
+"""Messages as chat templates take them."""
 
 
-def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, asked: TextSettings) -> list[int]:
-    """The ids of `prompt`, or of `project.messages`, as the model is to read them.
+def input_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, settings: TextSettings) -> list[int]:
+    """The ids of `prompt`, or of `project.messages`.
 
     Raises:
-        UserError: nothing to read, or too much; messages that the model's chat template does not show; a file that
-            holds none.
+        UserError: no prompt, or both a prompt and messages; messages that the chat template does not show, or a file
+            without any.
     """
-    if asked.messages is not None:
+    if settings.messages is not None:
         if prompt:
             raise UserError("prompt must be empty where project.messages is given, got both")
-        _check_template(tokenizer, asked, "messages")
-        return dialogue_ids(tokenizer, read_messages(asked.messages))
+        _check_template(tokenizer, settings, "messages")
+        return dialogue_ids(tokenizer, read_messages(settings.messages))
     if not prompt:
         raise UserError("prompt must not be empty, got ''")
-    if asked.system is not None:
-        _check_template(tokenizer, asked, "system")
-        messages = Message("system", asked.system), Message("user", prompt)
+    if settings.system is not None:
+        _check_template(tokenizer, settings, "system")
+        messages = Message("system", settings.system), Message("user", prompt)
         return dialogue_ids(tokenizer, Dialogue(messages, "project.system and prompt"))
-    return prompt_ids(tokenizer, prompt, asked.chat, special_tokens=asked.special_tokens)
+    return prompt_ids(tokenizer, prompt, settings.chat, special_tokens=settings.special_tokens)
 
 
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, *, special_tokens: bool = False
 ) -> list[int]:
-    """The ids of a prompt: through the chat template when there is one and it is wanted.
+    """The ids of a prompt; with `chat`, through the model's chat template if it has one.
 
-    `special_tokens` says whether control tokens in a prompt without a template are control tokens.
+    `special_tokens`: whether control tokens in a prompt without a template are read as such, and not as text.
     """
     if chat and tokenizer.chat_template:
         return chat_ids(tokenizer, [{"role": "user", "content": prompt}], "prompt")
@@ -60,7 +60,7 @@ def prompt_ids(
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str) -> list[int]:
-    """The ids of messages as the chat template shows them, up to where the model goes on."""
+    """The ids of messages as the chat template shows them, up to the point where the model continues."""
     encoder = DataEncoder(tokenizer)
     text = _rendered(tokenizer, messages, whose)
     data: list[Span] = []
@@ -70,7 +70,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str)
 
 
 def dialogue_ids(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> list[int]:
-    """The ids of a dialogue. UserError for what of it the template leaves out: a system message, a call of a tool."""
+    """The ids of a dialogue. UserError if the template leaves out a part, such as a system message or a tool call."""
 
     def plain(dialogue: Dialogue) -> Messages:
         return [plain_message(message) for message in dialogue.messages]
@@ -81,7 +81,7 @@ def dialogue_ids(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> list
 
 
 def read_messages(file: str) -> Dialogue:
-    """The messages in a JSON file. UserError for a file that holds none, or whose last one is not the user's."""
+    """The messages in a JSON file. UserError for a file without any, or if the last one is not the user's."""
     try:
         text = Path(file).expanduser().read_bytes().decode("utf-8-sig")
         rows = json.loads(text, object_pairs_hook=unique_keys("a message"))
@@ -97,8 +97,8 @@ def read_messages(file: str) -> Dialogue:
     return dialogue
 
 
-def _check_template(tokenizer: PreTrainedTokenizerBase, asked: TextSettings, name: str) -> None:
-    if not asked.chat:
+def _check_template(tokenizer: PreTrainedTokenizerBase, settings: TextSettings, name: str) -> None:
+    if not settings.chat:
         raise UserError(f"project.chat must be true for project.{name}, got false")
     if not tokenizer.chat_template:
         raise UserError(f"project.{name} must be null for a model without a chat template")
@@ -115,7 +115,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str
 def _data_spans(
     tokenizer: PreTrainedTokenizerBase, encoder: DataEncoder, messages: Messages, text: str, whose: str
 ) -> list[Span]:
-    """Where control tokens of messages, and not of the template, stand in the rendered text."""
+    """Spans of the rendered text that look like control tokens and belong to messages, not to the template."""
     marks = Marks(*unused_letters(3, text, json.dumps(messages, ensure_ascii=False)))
     shown_marked = [marked(message, control_of(message, encoder), encoder, marks) for message in messages]
     places, shown = taken_out(_rendered(tokenizer, shown_marked, whose), marks)

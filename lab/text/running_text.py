@@ -1,14 +1,14 @@
-"""A text during generation: characters once they are complete, and an end where a stop string occurs.
+"""A text during generation: complete characters, up to the first stop string.
 
 Where a stop string ends the text depends on its characters only, not on how tokens divide them or how many arrive
-together: the first complete one counts, or the one that began first. A possible beginning of one is held back.
+together: the first complete one counts; of several, the one that began first. A possible beginning of one is held back.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""The character that decoders put for bytes that are no character yet."""
+"""The character that decoders write for bytes of an incomplete character."""
 
 
 class RunningText:
@@ -16,7 +16,7 @@ class RunningText:
 
     Args:
         decode: The text of some ids.
-        stops: The text ends before the first of these; none: it never does.
+        stops: Stop strings; the text ends before the first of them.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
@@ -24,16 +24,16 @@ class RunningText:
         """Whether a stop string has ended the text; later characters are not part of it."""
         self._decode, self._stops = decode, list(stops)
         self._before: list[int] = []
-        """The tokens of the last piece: a tokenizer may treat the first one of a text apart."""
+        """The tokens of the last piece, decoded with the next: tokenizers treat the first token differently."""
         self._ids: list[int] = []
         """Tokens since then."""
         self._text = ""
         self._given = 0
-        """Characters of it that were given out."""
+        """Number of characters returned so far."""
         self._cut = 0
-        """Characters that came and are not of the text."""
+        """Number of characters from the stop string on, which are not part of the text."""
         self._ends = [0]
-        """Where characters were whole: [n] is the length of the text of n tokens, or -1."""
+        """[n] is the length of the text of n tokens; -1 if its last character is incomplete."""
 
     @property
     def text(self) -> str:
@@ -42,12 +42,12 @@ class RunningText:
 
     @property
     def whole_tokens(self) -> int:
-        """Number of tokens that are in the text with all of their characters."""
+        """Number of tokens that are completely in the text."""
         fitting = (count for count, end in enumerate(self._ends) if 0 <= end <= len(self._text))
         return max(fitting)
 
     def add(self, token: int) -> str:
-        """Returns what can be shown now."""
+        """Add a token; return the characters that can be shown now."""
         if self.stopped:
             return ""
         self._ids.append(token)
@@ -74,7 +74,7 @@ class RunningText:
         return self._decode([*self._before, *self._ids])[len(self._decode(self._before)) :]
 
     def _grow(self, piece: str) -> str:
-        # No stop string that is not found yet begins before what was given out.
+        # A stop string that is not found yet cannot begin before the characters that were returned.
         self._text += piece
         found = [(at + len(stop), at) for stop in self._stops if (at := self._text.find(stop, self._given)) >= 0]
         if found:
@@ -103,12 +103,12 @@ class FinalText:
 
     text: str
     ids: list[int]
-    """The tokens that are in it with all of their characters."""
+    """The tokens that are completely in the text."""
     stopped: bool
     """Whether a stop string ended it."""
 
     def ended_by(self, end_ids: Collection[int]) -> str:
-        """`stop`, `end_token` or `length`: `ended_by` of the last line."""
+        """`stop`, `end_token` or `length`, for `ended_by` in the last line."""
         if self.stopped:
             return "stop"
         return "end_token" if self.ids and self.ids[-1] in end_ids else "length"

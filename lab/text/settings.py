@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lab.settings import require
-from lab.text.words import check_bias, check_ranges
+from lab.text.logit_rules import check_bias, check_ranges
 
 FILL = -1
 """Value of `max_new_tokens` for as many as the context has room for."""

@@ -1,6 +1,6 @@
-"""The protocol of one connection, without its socket: handshake, heartbeats and errors are dealt with here.
+"""The protocol of one connection, without its socket: handshake, heartbeats and errors.
 
-Both sides that do IO (`FrameSocket`, `FrameConnection`) only move bytes: received ones in, `outbox` out.
+Both classes that do IO (`FrameSocket`, `FrameConnection`) only move bytes: received ones in, `outbox` out.
 """
 
 from lab.wire.endpoint import Endpoint
@@ -61,7 +61,7 @@ class Conversation:
             self._queue(WireType.ping, ping)
 
     def farewell(self, error: WireError) -> bytearray | None:
-        """Return the ERROR frame that tells the peer why we end the connection; None when it cannot read it."""
+        """Return the ERROR frame with our reason for ending the connection; None if the peer cannot read it."""
         if isinstance(error, (PeerFull, PeerGone, PeerSilent, PeerRefused)):
             return None
         return encode(HANDSHAKE_TABLE, WireType.error, 0, Error(code=type(error).__name__, text=error.what[:1024]))

@@ -9,7 +9,7 @@ Fingerprints = Mapping[str, str]
 
 
 def common_names_differ(ours: Fingerprints, theirs: Fingerprints) -> str | None:
-    """Return which fingerprint that both sides name differs, for people; None when none does."""
+    """Return the first fingerprint of both sides that differs, for people; None if all are equal."""
     for name in sorted(ours.keys() & theirs.keys()):
         if ours[name] != theirs[name]:
             return f"{name} {theirs[name]}, ours is {ours[name]}"
@@ -18,18 +18,18 @@ def common_names_differ(ours: Fingerprints, theirs: Fingerprints) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
-    """How long to wait for a peer, in seconds."""
+    """Time limits for a peer, in seconds."""
 
     connect_seconds: float
     """For one attempt to reach it."""
     handshake_seconds: float
     """From the connection to the last frame of the handshake, TLS included."""
     send_seconds: float
-    """For it to take what we send."""
+    """For the peer to receive what we send."""
     ping_seconds: float
     """Between two PINGs."""
     dead_seconds: float
-    """Without a byte from it, it counts as dead. At least two PING intervals."""
+    """After this time without a byte the peer counts as dead. At least two PING intervals."""
 
     def __post_init__(self) -> None:
         for name in ("connect_seconds", "handshake_seconds", "send_seconds", "ping_seconds"):
@@ -47,7 +47,7 @@ class Endpoint:
     role: str
     """Our role: "drafter", "verifier", "shard"."""
     peer_roles: frozenset[str]
-    """The roles we talk to; another is refused."""
+    """Accepted roles of the peer."""
     key: bytes = field(repr=False)
     """The shared key; empty only on loopback (`check_listener`)."""
     table: MessageTable
@@ -57,7 +57,7 @@ class Endpoint:
     limits: Limits
     deadlines: Deadlines
     fingerprints: Fingerprints = field(default_factory=dict)
-    """Digests of what both sides must have alike (tokenizer, tensors). The peer sees them before it shows the key."""
+    """Digests that must be equal on both sides (tokenizer, tensors). The peer sees them before it shows the key."""
     difference: Callable[[Fingerprints, Fingerprints], str | None] = common_names_differ
     """Compares our fingerprints with the peer's: None to accept, else what differs, for the peer to read."""
 

@@ -1,4 +1,4 @@
-"""Faults of a wire, each with a name. Every text has the peer, what happened, and during which phase."""
+"""Faults of a connection. Every message names the peer, the event and the phase."""
 
 import socket
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from lab.faults import Lost
 
 @dataclass
 class Peer:
-    """The other end of a connection and the current phase; the text of every fault is made from it."""
+    """The other end of a connection and the current phase, for the messages of all faults."""
 
     role: str
     """Role of the peer: "verifier", "drafter", "shard"; "peer" until it is known."""
@@ -33,13 +33,13 @@ class WireError(Lost):
         super().__init__(f"{peer} {what} during {peer.phase}{state}")
 
 
-class _Mendable(WireError):
-    """Settings are to blame and not the network: another address, key, certificate, version or model."""
+class _SettingsFault(WireError):
+    """A fault of the settings, not of the network: another address, key, certificate, version or model."""
 
     exit_code = 2
 
 
-class Unreachable(_Mendable):
+class Unreachable(_SettingsFault):
     """Nobody answered at that address in time."""
 
 
@@ -61,35 +61,35 @@ class PeerSilent(WireError):
 
 
 class PeerRefused(WireError):
-    """The peer told us in an ERROR frame why it ends the connection; `code` is its word for the reason."""
+    """The peer gave its reason in an ERROR frame and ends the connection; `code` is the reason for programs."""
 
     def __init__(self, peer: Peer, code: str, text: str) -> None:
         self.code = code
-        self.exit_code = 2 if code in {kind.__name__ for kind in _Mendable.__subclasses__()} else 1
+        self.exit_code = 2 if code in {kind.__name__ for kind in _SettingsFault.__subclasses__()} else 1
         super().__init__(peer, f"refused ({printable(code)}): {printable(text)}")
 
 
 class PeerFull(WireError):
-    """The peer has all the connections that it may have; later on it may have one to give."""
+    """The peer has reached its limit of connections; a later attempt may succeed."""
 
 
 class BadFrame(WireError):
     """The peer sent bytes that are not a frame we accept; nothing was allocated for them."""
 
 
-class WrongKey(_Mendable):
+class WrongKey(_SettingsFault):
     """The peer does not hold our key."""
 
 
-class VersionMismatch(_Mendable):
+class VersionMismatch(_SettingsFault):
     """The two ends have no protocol version in common."""
 
 
-class TlsRefused(_Mendable):
+class TlsRefused(_SettingsFault):
     """TLS could not be agreed on: another certificate, another name, no TLS at the other end."""
 
 
-class PeerMismatch(_Mendable):
+class PeerMismatch(_SettingsFault):
     """The peer has a role we do not talk to, or another model, tokenizer or revision."""
 
 

@@ -10,7 +10,7 @@ from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
 from lab.wire.faults import Peer, PeerGone, PeerSilent, WireError, unreachable
 from lab.wire.frames import Buffer, Frame, Head, encode
-from lab.wire.listener import tls_refused, why_gone
+from lab.wire.listener import explain_hangup, tls_refused
 from lab.wire.peer_connection import PeerConnection
 from lab.wire.waiting import has_ended
 
@@ -44,7 +44,7 @@ class FrameConnection(PeerConnection, asyncio.BufferedProtocol):
     # For the application
 
     async def shake_hands(self) -> None:
-        """Wait for the end of the handshake; once, before anything else. Raises a `WireError`."""
+        """Wait for the end of the handshake; to be called once, before anything else. Raises a `WireError`."""
         seconds = self.endpoint.deadlines.handshake_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -82,8 +82,8 @@ class FrameConnection(PeerConnection, asyncio.BufferedProtocol):
         self._write(frame)
 
     def send_at_once(self, number: int, session: int, head: Head, *body: Buffer) -> int:
-        """From any thread: send one frame past the event loop, which saves waking it; return its bytes. 0: it was not
-        sent, since something waits to be sent already or the transport wants it otherwise (TLS); `send` it.
+        """From any thread: send one frame without the event loop, which saves waking it; return its bytes. 0: it was
+        not sent, because other bytes wait to be sent or the transport does not permit it (TLS); use `send`.
 
         Raises what ended the connection.
         """
@@ -129,11 +129,11 @@ class FrameConnection(PeerConnection, asyncio.BufferedProtocol):
         self._end(PeerGone(self.peer, "was left by us"))
 
     def refuse(self, error: WireError) -> None:
-        """End the connection for a reason of the application, which the peer is told."""
+        """End the connection for a reason of the application, and send the reason to the peer."""
         self._fail(error)
 
     async def pause(self, seconds: float) -> None:
-        """Wait for so long, or until the connection ends."""
+        """Wait for `seconds`, or until the connection ends."""
         if seconds > 0:
             await asyncio.wait({self._ended}, timeout=seconds)
 
@@ -160,7 +160,7 @@ class FrameConnection(PeerConnection, asyncio.BufferedProtocol):
         self._flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Say where the next bytes go."""
+        """The memory for the next bytes."""
         return self._conversation.reader.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -186,13 +186,13 @@ class FrameConnection(PeerConnection, asyncio.BufferedProtocol):
         self._wake_reader()
 
     def eof_received(self) -> bool:
-        """Take the peer's end for the connection's: nobody here half-closes."""
+        """Treat the end of the peer's stream as the end of the connection: half-closing is not supported."""
         where = " in the middle of a frame" if self._conversation.reader.in_frame else ""
         self._end(PeerGone(self.peer, f"closed the connection{where}"))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wake whoever waits."""
+        """Wake all waiting tasks."""
         with self._writing:
             self._direct = self._descriptor = None  # the socket is closed next, and its number given to another
         self._end(PeerGone(self.peer, f"broke the connection ({exc})" if exc else "closed the connection"))
@@ -201,11 +201,11 @@ class FrameConnection(PeerConnection, asyncio.BufferedProtocol):
             self._closed.set_result(None)
 
     def pause_writing(self) -> None:
-        """Note that the transport holds much."""
+        """Note that the transport's buffer is full."""
         self._room.clear()
 
     def resume_writing(self) -> None:
-        """Note that the transport has room again."""
+        """Note that the transport's buffer has room again."""
         self._room.set()
 
     # Inside
@@ -297,8 +297,8 @@ async def connect(host: str, port: int, endpoint: Endpoint, *, tls: ssl.SSLConte
     try:
         await connection.shake_hands()
     except PeerGone as gone:
-        raise (gone if tls else await asyncio.to_thread(why_gone, gone, host, port, seconds)) from None
-    except asyncio.CancelledError:  # who asked for it has left
+        raise (gone if tls else await asyncio.to_thread(explain_hangup, gone, host, port, seconds)) from None
+    except asyncio.CancelledError:  # the caller has left
         connection.close()
         raise
     return connection
@@ -311,5 +311,5 @@ def address(transport: asyncio.BaseTransport) -> str:
 
 
 def _weight(frame: Frame) -> int:
-    """Return about what a waiting frame costs; an empty one is not free."""
+    """Return the approximate memory of a waiting frame; an empty one is not free."""
     return 512 + len(frame.body)

@@ -1,6 +1,6 @@
-"""A listener: shakes hands with whoever connects and hands each connection to one coroutine.
+"""A listener: shakes hands with each peer that connects, and starts one coroutine for each connection.
 
-One that has all its connections tells who comes then, and hangs up: in words where these are frames of ours.
+When all connections are in use, further peers are refused; those that speak frames get the reason.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ HandleFrames = Callable[[FrameConnection], Awaitable[None]]
 HandleFirstProtocol = Callable[[asyncio.StreamReader, asyncio.StreamWriter, asyncio.Event], Awaitable[None]]
 
 REFUSAL_SECONDS = 2.0
-"""For a peer to say who it is, and to read that there is no place for it."""
+"""Time for a peer to introduce itself and to read its refusal."""
 MOST_REFUSALS = 64
-"""Peers that are told so at once; others beyond are hung up on without a word."""
+"""Most concurrent refusals with a reason; further connections are closed without one."""
 MOST_AHEAD_BYTES = 2**19
-"""Most unread bytes of a peer that speaks the first protocol. Beyond it the socket is not read, so that its end would
-not be seen."""
+"""Most unread bytes of a peer that speaks the first protocol. With more, the socket is not read, and its end would not
+be noticed."""
 WARNING_SECONDS = 10.0
 """Refusals are logged no more often."""
 
@@ -36,8 +36,8 @@ class FrameServer:
 
     `handle(connection)` runs once a connection has agreed, as one task; its return or exception closes that connection
     and nothing else. `handle_first_protocol(reader, writer, left)` gets the connections that do not begin with the
-    magic; `left` is set when the peer has closed its side, or sends without end what nobody has asked for. Without it
-    they are refused. Check the host with `check_listener` before.
+    magic; `left` is set when the peer has closed its side, or sends too much that was not requested. Without this
+    function they are refused. Check the host with `check_listener` before.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class FrameServer:
         self._max_connections = max_connections
         self._tasks: set[asyncio.Task[None]] = set()
         self.refusals: set[asyncio.BaseTransport] = set()
-        """Connections that are being told that there is no place for them."""
+        """Connections that are being refused."""
         self.refused = 0
-        """Connections for which there was no place."""
+        """Number of refused connections."""
         self._next_warning_at = 0.0
         self._server: asyncio.Server
 
@@ -71,7 +71,7 @@ class FrameServer:
 
     @property
     def connections(self) -> int:
-        """How many connections there are, those that shake hands included."""
+        """Number of connections, including those in the handshake."""
         return len(self._tasks)
 
     async def __aenter__(self) -> Self:
@@ -79,7 +79,7 @@ class FrameServer:
         loop = asyncio.get_running_loop()
         limit = self.endpoint.deadlines.handshake_seconds if self._tls else None
         self._server = await loop.create_server(
-            lambda: _Doorman(self), self._host, self._port, ssl=self._tls, ssl_handshake_timeout=limit
+            lambda: _ProtocolSniffer(self), self._host, self._port, ssl=self._tls, ssl_handshake_timeout=limit
         )
         return self
 
@@ -106,7 +106,7 @@ class FrameServer:
         return Error(code=PeerFull.__name__, text=text)
 
     def note_refusal(self, name: str) -> None:
-        """One more connection for which there is no place."""
+        """Count a refused connection."""
         self.refused += 1
         now = asyncio.get_running_loop().time()
         if now >= self._next_warning_at:
@@ -121,7 +121,7 @@ class FrameServer:
         task.add_done_callback(self._tasks.discard)
 
 
-class _Doorman(asyncio.BufferedProtocol):
+class _ProtocolSniffer(asyncio.BufferedProtocol):
     """Reads the first four bytes of a connection, no more, and steps aside for the protocol they announce."""
 
     def __init__(self, server: FrameServer) -> None:
@@ -202,7 +202,8 @@ class _Doorman(asyncio.BufferedProtocol):
 
 
 class _FirstProtocol(asyncio.StreamReaderProtocol):
-    """A stream whose end is seen while nobody reads. Nobody here half-closes: who has closed its side has left."""
+    """A stream whose end is noticed without a reader. Half-closing is not supported: a peer that closes its side has
+    left."""
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
         super().__init__(reader)
@@ -230,10 +231,10 @@ class _FirstProtocol(asyncio.StreamReaderProtocol):
 
 
 class _Refusal(asyncio.BufferedProtocol):
-    """A connection for which there is no place: it may begin, is told so, and has a moment to read it.
+    """A refused connection: it may begin, gets the reason, and has a moment to read it.
 
-    What it says meanwhile is read and forgotten, since a socket that is closed with something unread takes back what
-    was sent on it. It costs a small buffer and no cryptography but that of TLS.
+    Its bytes are read and dropped: closing a socket with unread bytes would discard what was sent on it. It costs a
+    small buffer, and no cryptography except TLS.
     """
 
     def __init__(self, server: FrameServer, transport: asyncio.Transport) -> None:

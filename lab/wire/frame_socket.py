@@ -13,9 +13,9 @@ from lab.wire.conversation import Conversation
 from lab.wire.endpoint import Endpoint
 from lab.wire.faults import Peer, PeerGone, PeerSilent, WireError, unreachable
 from lab.wire.frames import Buffer, Frame, Head, encode_start
-from lab.wire.listener import tls_refused, why_gone
+from lab.wire.listener import explain_hangup, tls_refused
 from lab.wire.peer_connection import PeerConnection
-from lab.wire.waiting import Arrival, can_write
+from lab.wire.waiting import ReadWaiter, can_write
 
 JOIN_BYTES = 64 * 1024  # below it one copy is cheaper than a gathering write
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -24,19 +24,19 @@ _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 class FrameSocket(PeerConnection):
     """A connection that has agreed on key, version and fingerprints. A context manager: it closes its socket.
 
-    Heartbeats live in `recv` and `poll`: a client that is to notice a dead peer, and not to look dead itself, keeps one
-    thread in them. The socket never blocks; every wait has a deadline.
+    `recv` and `poll` send and check heartbeats: a client that must notice a dead peer, and not look dead itself, keeps
+    one thread in them. The socket never blocks; every wait has a deadline.
     """
 
     def __init__(self, connected: socket.socket, endpoint: Endpoint, peer: Peer, *, listening: bool) -> None:
-        """Take over `connected` and shake hands. Raises a `WireError`; the socket is closed then."""
+        """Take over `connected` and shake hands. Raises a `WireError` after closing the socket."""
         super().__init__(endpoint, peer)
         self._socket = connected
         self._gathers = hasattr(connected, "sendmsg") and not isinstance(connected, ssl.SSLSocket)
         self._sending = threading.Lock()
         self._io = threading.Lock()  # OpenSSL wants one call at a time; no call under it waits
         connected.setblocking(False)
-        self._arrival = Arrival(connected)
+        self._arrival = ReadWaiter(connected)
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._conversation = Conversation(endpoint, peer, listening=listening, now=time.monotonic())
@@ -59,7 +59,7 @@ class FrameSocket(PeerConnection):
         try:
             return cls(connected, endpoint, peer, listening=False)
         except PeerGone as gone:
-            raise (why_gone(gone, host, port, seconds) if tls is None else gone) from None
+            raise (explain_hangup(gone, host, port, seconds) if tls is None else gone) from None
 
     def send(self, number: int, session: int, head: Head, *body: Buffer) -> None:
         """Send one frame in one write. Any thread; whole frames of several threads never mix.
@@ -100,7 +100,7 @@ class FrameSocket(PeerConnection):
         if self._fault is None:
             self._fault = PeerGone(self.peer, "was left by us")
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the threads that wait for it
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -140,7 +140,7 @@ class FrameSocket(PeerConnection):
             if self._can_read(max(0.0, until - time.monotonic())):
                 return True
             now = time.monotonic()
-            self._conversation.beat(now)  # after looking: bytes that nobody had taken yet are no silence
+            self._conversation.beat(now)  # after reading: unread bytes are no silence
             self._flush()
             if now >= deadline:
                 return False
@@ -151,7 +151,7 @@ class FrameSocket(PeerConnection):
         return self._arrival.wait(timeout_seconds)
 
     def _flush(self) -> None:
-        """Send what the conversation has to say, unless that would wait: bytes under way prove as well that we live."""
+        """Send the conversation's frames, unless that would wait: bytes in transit also prove that we are alive."""
         outbox = self._conversation.outbox
         if not outbox:
             return
@@ -180,7 +180,7 @@ class FrameSocket(PeerConnection):
                 left = _without(left, count)
 
     def _write_some(self, parts: list[memoryview]) -> int | None:
-        """Write what the socket takes at once; return how much, None when it takes nothing."""
+        """Write as much as the socket takes without waiting; return the number of bytes, None if it takes none."""
         try:
             with self._io:
                 return self._socket.send(parts[0]) if len(parts) == 1 else self._socket.sendmsg(parts)
@@ -195,14 +195,14 @@ class FrameSocket(PeerConnection):
             raise PeerSilent(self.peer, f"took nothing of what we sent for {seconds:g} s")
 
     def _end(self, error: WireError) -> WireError:
-        """End the connection; return why: the first fault is the one that every thread sees."""
+        """End the connection; return the reason. Every thread sees the first one."""
         if self._fault is None:
             self._fault = error
-            self._say_farewell(error)
+            self._send_farewell(error)
             self.close()
         return self._fault
 
-    def _say_farewell(self, error: WireError) -> None:
+    def _send_farewell(self, error: WireError) -> None:
         farewell = self._conversation.farewell(error)
         if farewell is not None and self._sending.acquire(blocking=False):
             with contextlib.suppress(OSError), self._io:

@@ -4,7 +4,8 @@
     payload = head (a msgspec struct as a msgpack array) + body (raw: token ids, tensors; empty for most types)
 
 `head_bytes` sits in the header so that a reader can place a large body on a boundary that torch likes before it has
-read a byte of it. Who may send what, and how large, is a closed table; it is checked before anything is allocated.
+read a byte of it. A closed table lists the messages of each role with their largest sizes; it is checked before
+anything is allocated.
 """
 
 import struct
@@ -50,7 +51,7 @@ class Ping(Head):
 
 
 class Error(Head):
-    """Why the sender ends the connection: `code` for programs, `text` for people."""
+    """The reason why the sender ends the connection: `code` for programs, `text` for people."""
 
     code: Annotated[str, msgspec.Meta(max_length=64)]
     text: Annotated[str, msgspec.Meta(max_length=4096)]
@@ -110,7 +111,7 @@ _ALWAYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much a peer may make us hold. Each frame type has its own cap besides."""
+    """Limits of the memory that a peer can occupy. Each frame type has its own cap as well."""
 
     handshake_bytes: int
     """Largest payload from a peer that has not yet shown that it holds the key."""
@@ -137,7 +138,7 @@ class Opening(Enum):
 def sniff(first_4_bytes: bytes) -> Opening:
     """Tell frames from the first protocol, so that one port serves both.
 
-    Anything but the magic is taken for a length of the first protocol, whose own cap refuses nonsense.
+    Anything but the magic is read as a length of the first protocol, whose own cap refuses wrong ones.
     """
     return Opening.frames if bytes(first_4_bytes) == MAGIC else Opening.first_protocol
 
@@ -174,7 +175,7 @@ def encode(table: MessageTable, number: int, session: int, head: Head, *body: Bu
 
 
 class FrameReader:
-    """Turns what a socket delivers into frames.
+    """Turns the bytes of a socket into frames.
 
     Loop: let the socket write into `buffer()`, tell `received(count)`, then take `next_frame()` until it is None. A
     frame that fits the shared buffer is copied out of it; a larger one gets memory of its own, after its header passed
@@ -214,7 +215,7 @@ class FrameReader:
             self._end += count
 
     def forget(self) -> None:
-        """Drop every byte held: the connection is over and nobody will read on."""
+        """Drop all bytes: the connection is over."""
         self._header = self._large = None
         self._start = self._end = 0
 

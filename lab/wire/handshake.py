@@ -97,7 +97,7 @@ class Handshake:
         )
 
     def opening(self) -> tuple[WireType, Head] | None:
-        """Return the frame to send before anything is received, if any."""
+        """Return the frame that begins the handshake, if this side sends it."""
         return None
 
     def receive(self, frame: Frame) -> tuple[WireType, Head] | None:

@@ -1,4 +1,4 @@
-"""Round-trip time and liveness of one connection. Knows no clock and no socket: it is told the time."""
+"""Round-trip time and liveness of one connection. Knows no clock and no socket: times are arguments."""
 
 from lab.wire.endpoint import Deadlines
 from lab.wire.frames import Ping
@@ -7,7 +7,7 @@ SMOOTHING = 1 / 8  # RFC 6298
 
 
 class Heartbeat:
-    """When to PING, what a PONG says, and when a peer is dead. All times are in seconds of one monotonic clock."""
+    """Times of PINGs, round trips, and the death of a peer. All times are in seconds of one monotonic clock."""
 
     def __init__(self, deadlines: Deadlines, now: float) -> None:
         self._deadlines = deadlines
@@ -24,13 +24,13 @@ class Heartbeat:
         self._heard = now
 
     def silent_seconds(self, now: float) -> float:
-        """Return for how long nothing came."""
+        """Return the time since the last byte."""
         return now - self._heard
 
     def is_dead(self, now: float) -> bool:
         """Return whether the peer has been silent for too long.
 
-        Silence counts only while somebody listened: after a pause of ours (a laptop that slept) it starts anew.
+        Silence counts only while we listen: after a pause of ours (a laptop that slept) it starts again.
         """
         if now - self._looked > 2 * self._deadlines.ping_seconds:
             self._heard = now
@@ -57,5 +57,5 @@ class Heartbeat:
         self.rtt_seconds = rtt if self.rtt_seconds is None else self.rtt_seconds + SMOOTHING * (rtt - self.rtt_seconds)
 
     def next_event(self) -> float:
-        """Return when to look again: the next PING or the death of the peer."""
+        """Return the time of the next check: the next PING or the death of the peer."""
         return min(self._next_ping, self._heard + self._deadlines.dead_seconds)

@@ -1,4 +1,4 @@
-"""Keys, TLS, and the rule for who may listen where."""
+"""Keys, TLS, and the rules for listening."""
 
 import ipaddress
 import logging
@@ -12,13 +12,13 @@ from lab.wire.faults import Peer, PeerGone, TlsRefused, WireError
 
 logger = logging.getLogger(__name__)
 
-KEY_MIN_BYTES = 16  # a server proves first, so whoever connects can try keys offline: they must not be guessable
+KEY_MIN_BYTES = 16  # a server proves first, so any peer can try keys offline: they must be long
 
 
 def read_key(key_file: Path | None, variable: str, environment: Mapping[str, str] = os.environ) -> bytes:
-    """Return the shared key: what stands in `key_file`, else in the environment `variable`, else empty (loopback only).
+    """Return the shared key from `key_file`, else from the environment `variable`, else empty (loopback only).
 
-    White space around it does not count. Raises `ValueError` for a file that is not there and for a short key.
+    White space around it is ignored. Raises `ValueError` for a missing file and for a short key.
     """
     if key_file is None:
         key, source = environment.get(variable, "").encode().strip(), f"environment variable {variable}"
@@ -49,10 +49,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_listener(host: str, *, key: bytes, tls: bool, trusted_link: bool) -> None:
-    """Refuse to listen where strangers could come in. Raises `ValueError` that says what is missing and why.
+    """Refuse to listen where strangers could connect. Raises `ValueError` with what is missing and why.
 
-    On loopback everything goes. Elsewhere a key is needed, and besides it TLS or a link that is encrypted already: the
-    key protects only the handshake, frames after it could be read and altered on the way.
+    On loopback nothing is required. Elsewhere a key is, together with TLS or a link that is encrypted already: the key
+    protects only the handshake, and later frames could be read and altered on the way.
     """
     try:
         socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -97,14 +97,15 @@ def client_tls(ca_file: Path, cert_file: Path | None, private_key_file: Path | N
 
 
 def tls_refused(peer: Peer, error: OSError) -> TlsRefused:
-    """Return the fault of a TLS handshake that came to nothing on a client's side."""
+    """Return the fault of a failed TLS handshake at the client."""
     if isinstance(error, ssl.SSLEOFError | ConnectionError):
         return TlsRefused(peer, "hung up on TLS (it has no network.tls_certificate, or this is another port)")
     return TlsRefused(peer, f"could not agree on TLS ({error})")
 
 
-def why_gone(gone: PeerGone, host: str, port: int, seconds: float) -> WireError:
-    """Return what ended the handshake of a client without TLS: a listener with TLS hangs up on it without a word."""
+def explain_hangup(gone: PeerGone, host: str, port: int, seconds: float) -> WireError:
+    """Return the fault that ended the handshake of a client without TLS: a listener with TLS hangs up without a
+    reason."""
     if not _speaks_tls(host, port, seconds):
         return gone
     peer = Peer(role=gone.role, address=gone.address, phase=gone.phase)

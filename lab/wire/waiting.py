@@ -1,4 +1,4 @@
-"""Waiting for one socket, for at most so long, on every system. A closed socket counts as ready: using it says so."""
+"""Waiting for one socket with a time limit, on every system. A closed socket counts as ready: using it raises."""
 
 import select
 import socket
@@ -6,8 +6,8 @@ import socket
 _AT_MOST_SECONDS = 3600.0  # callers look at their deadline again; an infinite one is no number for the system
 
 
-class Arrival:
-    """Waits for bytes, or the end, of one socket; for one thread that does so again and again."""
+class ReadWaiter:
+    """Waits for bytes, or the end, of one socket; for one thread that waits repeatedly."""
 
     def __init__(self, waited_for: socket.socket) -> None:
         self._socket = waited_for
@@ -24,8 +24,8 @@ _ENDED = getattr(select, "POLLRDHUP", 0)  # Linux
 
 
 def has_ended(descriptor: int) -> bool:
-    """Return whether the peer has closed its end or the connection is broken, be it behind bytes that nobody has read;
-    False where the system does not tell."""
+    """Return whether the peer has closed its end or the connection is broken, even if unread bytes come first; False on
+    systems that do not report it."""
     if not _ENDED:
         return False
     poll = select.poll()
@@ -34,7 +34,7 @@ def has_ended(descriptor: int) -> bool:
 
 
 def can_write(waited_for: socket.socket, timeout_seconds: float) -> bool:
-    """Wait until something can be written (or an end be seen); return whether it can."""
+    """Wait until the socket can be written to, or has ended; return whether it can."""
     return _wait(waited_for, timeout_seconds, writing=True)
 
 

@@ -90,7 +90,7 @@ def draw(folder: Path, rows: list[Row]) -> list[Path]:
     return pictures
 
 
-main = entry.door("spec_decoding", SpeculativeSettings, run)
+main = entry.command("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

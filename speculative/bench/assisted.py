@@ -15,7 +15,7 @@ from speculative.bench.rig import VERIFIER_CORE
 from speculative.settings import DraftSource, SpeculativeSettings
 
 
-class Assisted:
+class AssistedRun:
     """The target of the benchmark with the drafter of `project.draft`, greedy, on the verifier's core."""
 
     def __init__(self, settings: SpeculativeSettings, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -149,8 +149,8 @@ def _calm(rig: Rig) -> Iterator[None]:
 def _stalled(rig: Rig) -> Iterator[None]:
     """A drafter whose process is stopped in the middle of its text: it neither reads nor sends."""
     tokens = rig.settings.project.context // 2
-    words = [f"network.port={rig.port}", "prompt=x", f"project.max_new_tokens={tokens}", *rig.drafter_words]
-    process = start("speculative.drafter", words, rig.folder / "stalled")
+    overrides = [f"network.port={rig.port}", "prompt=x", f"project.max_new_tokens={tokens}", *rig.drafter_overrides]
+    process = start("speculative.drafter", overrides, rig.folder / "stalled")
     try:
         assert process.stdout is not None
         if not process.stdout.read(1):  # its text has begun

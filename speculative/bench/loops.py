@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from lab.bench import Row, Sample, judged, ratio
 from lab.ping_pong import measure as measure_frames
-from speculative.bench.assisted import Assisted
+from speculative.bench.assisted import AssistedRun
 from speculative.bench.plots import draw_timelines
 from speculative.bench.rig import Case, Rig
 from speculative.bench.rows import (
@@ -156,7 +156,7 @@ def texts(rig: Rig) -> list[Row]:
     bench = rig.settings.project.bench
     source = rig.settings.project.draft.source
     rows = []
-    colocated = Assisted(rig.settings, rig.tokenizer)
+    colocated = AssistedRun(rig.settings, rig.tokenizer)
     for text in bench.chosen_texts:
         cases = []
         for rtt in bench.rtt_seconds:

@@ -24,7 +24,7 @@ from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
-from lab.text.asking import asked_sampling
+from lab.text.generation import sampling_of
 from lab.text.prompts import prompt_ids
 from lab.wire.frames import encode
 from lab.wire.tokens import pack_tokens
@@ -113,9 +113,9 @@ class Rig(ExitStack):
         return self
 
     @property
-    def drafter_words(self) -> list[str]:
+    def drafter_overrides(self) -> list[str]:
         """Overrides for a drafter process that suits this verifier."""
-        return [*model_words(self.settings), "tracking=none", "project.draft.source=random"]
+        return [*model_overrides(self.settings), "tracking=none", "project.draft.source=random"]
 
     def link(self, rtt_seconds: float) -> int:
         """Port of a link to the verifier with this round-trip time, half each way."""
@@ -160,7 +160,7 @@ class Rig(ExitStack):
         """The rounds of one text over a connection; `wrap` may wrap its draft source."""
         settings = self.settings_of(case)
         ids = prompt_ids(self.tokenizer, case.prompt, settings.project.chat)
-        sampling = asked_sampling(settings.project, settings.seed, self.tokenizer, len(ids))
+        sampling = sampling_of(settings.project, settings.seed, self.tokenizer, len(ids))
         request = make_request(settings, ids, sampling, settings.project.max_new_tokens)
         drafts: Drafts = NoDrafts()
         if case.mode is not Mode.target_only:
@@ -240,8 +240,8 @@ def for_engine(settings: SpeculativeSettings) -> SpeculativeSettings:
 def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence[str] = ()) -> Iterator[int]:
     """Start a verifier with the benchmark's engine; yields its port."""
     project = settings.project
-    words = [
-        *model_words(settings),
+    overrides = [
+        *model_overrides(settings),
         "tracking=none",
         "network.port=0",
         f"project.context={project.context}",
@@ -252,18 +252,18 @@ def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence
     ]
     if project.bench.engine is BenchEngine.synthetic:
         synthetic = project.synthetic
-        words += [
+        overrides += [
             "project.engine=synthetic",
             "project.lookup=false",
             f"project.synthetic.vocabulary_size={synthetic.vocabulary_size}",
             f"project.synthetic.step_seconds={synthetic.step_seconds}",
             f"project.synthetic.row_seconds={synthetic.row_seconds}",
         ]
-    with listening("speculative.verifier", words, folder, START_SECONDS) as port:
+    with listening("speculative.verifier", overrides, folder, START_SECONDS) as port:
         yield port
 
 
-def model_words(settings: SpeculativeSettings) -> list[str]:
+def model_overrides(settings: SpeculativeSettings) -> list[str]:
     """Overrides that give another process our model."""
     model = settings.model
     files = (Path(conf.__file__).parent / "model").glob("*.yaml")

@@ -13,7 +13,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     return draft(settings, place)
 
 
-main = entry.door("spec_decoding", SpeculativeSettings, run)
+main = entry.command("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -17,8 +17,8 @@ from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError, user_errors
-from lab.text.asking import asked_sampling, check_rows, decoder, most_new_tokens
-from lab.text.prompts import asked_ids
+from lab.text.generation import check_rows, decoder, most_new_tokens, sampling_of
+from lab.text.prompts import input_ids
 from lab.text.running_text import final_text
 from lab.tracking import Tracker
 from speculative.drafter.check import find_flips
@@ -52,8 +52,8 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     device = open_device(settings.device)
     tokenizer = load_tokenizer_only(settings.model)
     texts = token_texts(tokenizer)
-    ids = asked_ids(tokenizer, settings.prompt, project)
-    sampling = asked_sampling(project, settings.seed, tokenizer, len(ids))
+    ids = input_ids(tokenizer, settings.prompt, project)
+    sampling = sampling_of(project, settings.seed, tokenizer, len(ids))
     with Tracker(settings, "drafter", place.folder) as tracker, join(settings, texts) as target:
         request = make_request(settings, ids, sampling, most_new_tokens(project, len(ids), target.welcome.context))
         _check_request(request, texts, target.welcome)
@@ -81,9 +81,9 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
     """UserError for a prompt that is too long, and for ids that the target does not have."""
-    if request.sampling.words is not None:
+    if request.sampling.logit_rules is not None:
         with user_errors("project."):
-            request.sampling.words.check_ids(welcome.vocabulary_size)
+            request.sampling.logit_rules.check_ids(welcome.vocabulary_size)
     if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
         raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
     check_rows(request.prompt_ids, welcome.vocabulary_size, "target", texts.__getitem__)

@@ -42,8 +42,8 @@ class EngineDrafts(Drafts):
         """`vocabulary_size` is the target's: an id beyond it, from longer padding, is not a draft token."""
         self._engine = engine
         self._vocabulary_size = vocabulary_size
-        if sampling.words is not None:
-            sampling = replace(sampling, words=sampling.words.within(engine.vocabulary_size))
+        if sampling.logit_rules is not None:
+            sampling = replace(sampling, logit_rules=sampling.logit_rules.within(engine.vocabulary_size))
         self._session = engine.open([], sampling, engine.longest)
         self._sampling = sampling
         self._text: list[int] = []
@@ -63,7 +63,7 @@ class EngineDrafts(Drafts):
             try:
                 token = self._next_id()
             except NotFinite as fault:
-                log.warning("the drafter drafts no more for this text: %s", fault)
+                log.warning("the drafter makes no more drafts for this request: %s", fault)
                 break
             if token >= self._vocabulary_size:
                 break
@@ -135,7 +135,7 @@ def open_drafts(
         ),
         # It has no logits for penalties and biases to change, which only costs acceptance.
         DraftSource.synthetic: lambda: EngineDrafts(
-            _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, words=None), shared
+            _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, logit_rules=None), shared
         ),
         DraftSource.model: lambda: _from_model(_draft_model(settings, device, target_texts), project, sampling, shared),
         DraftSource.layers: lambda: _from_model(_first_layers(settings, device), project, sampling, shared),

@@ -95,7 +95,7 @@ class RemoteTarget(Target):
         self._resume_seconds = resume_seconds
         self._window = window
         self._report = report
-        self.connection = persistently(connect, connect_seconds, (Unreachable, PeerFull))
+        self.connection = with_retries(connect, connect_seconds, (Unreachable, PeerFull))
         """Replaced by a new connection when it is lost."""
         self._session = 0
         self._ticket: Ticket | None = None
@@ -245,20 +245,20 @@ class RemoteTarget(Target):
         old = self.connection
         old.close()
         try:
-            self.connection = persistently(self._connect, self._resume_seconds, _LOST)
+            self.connection = with_retries(self._connect, self._resume_seconds, _LOST)
         except _LOST as error:
             what = f"{lost.what}, and was not there again within {self._resume_seconds:g} s: it {error.what}"
             raise PeerGone(old.frames.peer, what) from None
         self._bytes_sent += old.frames.bytes_sent
         self._bytes_received += old.frames.bytes_received
         if self.welcome != old.welcome:
-            changed = changes(old.welcome.target, self.welcome.target) or "what it takes of a text has changed"
+            changed = changes(old.welcome.target, self.welcome.target) or "its limits for a request have changed"
             raise PeerMismatch(self.connection.frames.peer, f"is another target than before: {changed}")
 
     def _read(self) -> Outcome:
         frame = self._next_frame()
         if isinstance(frame.head, WaitingFrame):
-            return self._stand_in_line(frame.head.place)
+            return self._wait_in_line(frame.head.place)
         self._leave_line()
         if isinstance(frame.head, CloseFrame):
             head = frame.head
@@ -271,7 +271,7 @@ class RemoteTarget(Target):
         ids = self.connection.ids(frame)
         return Verdict(self._session, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
 
-    def _stand_in_line(self, place: int) -> Waiting:
+    def _wait_in_line(self, place: int) -> Waiting:
         if self._waits_since is None:
             self._waits_since = time.monotonic()
         log.info("the verifier has no room for this request now: it waits, place %d in line", place)
@@ -351,7 +351,7 @@ def _check_credit(draft: DraftSettings, welcome: WelcomeFrame) -> None:
             )
 
 
-def persistently(connect: Connect, seconds: float, faults: tuple[type[WireError], ...]) -> VerifierConnection:
+def with_retries(connect: Connect, seconds: float, faults: tuple[type[WireError], ...]) -> VerifierConnection:
     """Connect, trying again after these `faults` until `seconds` have passed.
 
     Raises:

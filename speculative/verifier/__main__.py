@@ -53,10 +53,14 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
 
 def announce(network: NetworkSettings, target: OpenTarget, port: int) -> None:
     """Print one JSON line on stdout for programs; on stderr the command for the drafter's machine."""
-    words = [f"network.host={address_for_peers(network.host)}", f"network.port={port}", *_words_for_both_roles()]
+    overrides = [
+        f"network.host={address_for_peers(network.host)}",
+        f"network.port={port}",
+        *_overrides_for_both_roles(),
+    ]
     if network.tls_certificate is not None:
-        words.append("network.tls_authority=<the authority's certificate>")
-    command = " ".join([*(shlex.quote(word) for word in words), 'prompt="..."'])
+        overrides.append("network.tls_authority=<the authority's certificate>")
+    command = " ".join([*(shlex.quote(word) for word in overrides), 'prompt="..."'])
     hint = f"on the drafter's machine: python -m speculative.drafter {command}"
     say_listening(
         "verifier",
@@ -69,13 +73,13 @@ def announce(network: NetworkSettings, target: OpenTarget, port: int) -> None:
     )
 
 
-def _words_for_both_roles() -> list[str]:
+def _overrides_for_both_roles() -> list[str]:
     """Words of this command line that the drafter needs, too: the model, and where the key is."""
     both = ("model=", "model.source=", "model.repo=", "model.path=", "model.seed=", "network.key_file=")
     return [word for word in HydraConfig.get().overrides.task if word.startswith(both)]
 
 
-main = entry.door("spec_decoding", SpeculativeSettings, run)
+main = entry.command("spec_decoding", SpeculativeSettings, run)
 
 if __name__ == "__main__":
     main()

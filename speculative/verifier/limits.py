@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lab.engine.base import Engine, check_ids, check_words
+from lab.engine.base import Engine, check_ids, check_logit_rules
 from speculative.request import GenerationRequest
 
 
@@ -28,24 +28,24 @@ class SchedulerLimits:
     bytes_per_token: int
     """Bytes of keys and values of one token; 0 if the engine does not report them."""
     keep_seconds: float
-    """How long a sequence is kept after its connection has ended."""
+    """Time for which a sequence is kept after its connection has ended."""
     idle_seconds: float
-    """How long a sequence of mode sync may go without a DRAFT."""
+    """Time limit of a sequence of mode sync without a DRAFT."""
 
     def refusal_by_client(self, request: GenerationRequest, others: Sequence[GenerationRequest]) -> str | None:
-        """Why a client with the requests `others` may not have this one, too; None if it may."""
+        """The reason to refuse this request to a client with the requests `others`; None: it is accepted."""
         if len(others) >= self.client_texts:
-            return f"a client may have {self.client_texts} texts at once (the verifier's project.client.texts)"
+            return f"a client may have {self.client_texts} requests at a time (the verifier's project.client.texts)"
         if not self.bytes_per_token:
             return None
         taken = sum(len(other.prompt_ids) + other.max_new_tokens for other in others)
-        why = f"a client's texts may need {self.client_cache_bytes} bytes of keys and values, its "
+        why = f"a client's requests may need {self.client_cache_bytes} bytes of keys and values, its "
         why += "project.client.cache_bytes" + (f", and {taken} tokens are taken" if taken else "")
         return _refusal_by_length(request, self.client_cache_bytes // self.bytes_per_token - taken, why)
 
 
 def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
-    """Why an engine could never serve a request; None if it could."""
+    """The reason why an engine could never serve a request; None if it could."""
     if not request.prompt_ids:
         return "prompt must hold at least one token, got none"
     try:
@@ -53,7 +53,7 @@ def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
     except ValueError as error:
         return f"prompt must hold tokens that the target has rows for: {error}"
     try:
-        check_words(engine, request.sampling)
+        check_logit_rules(engine, request.sampling)
     except ValueError as error:
         return str(error)
     if request.max_new_tokens < 1:
@@ -62,7 +62,7 @@ def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
         return f"new tokens must be fewer than max_new_tokens {request.max_new_tokens}, got {len(request.new_ids)}"
     why = "its context" if engine.longest == engine.context else "its project.cache_limit_bytes"
     return _refusal_by_length(
-        request, engine.longest, f"a text at this verifier has room for {engine.longest} tokens, {why}"
+        request, engine.longest, f"a request to this verifier has room for {engine.longest} tokens, {why}"
     )
 
 

@@ -137,7 +137,7 @@ class Scheduler:
                 "(its project.max_waiting)"
             )
             return [*outcomes, Ending(key, Reason.refused, refusal)]
-        return [*outcomes, *self._tell_places(sequence)]
+        return [*outcomes, *self._report_places(sequence)]
 
     def resume(
         self, key: Hashable, request: GenerationRequest, *, client: Hashable, name: int, owner: bytes
@@ -165,7 +165,7 @@ class Scheduler:
             self._running.append(sequence)
         elif sequence not in self._running and sequence not in self._line:
             outcomes += self._queue(sequence)
-        return [*outcomes, *self._tell_places(sequence)]
+        return [*outcomes, *self._report_places(sequence)]
 
     def offer(self, key: Hashable, epoch: int, position: int, draft_ids: Sequence[int], now: float) -> list[Outcome]:
         """Give draft tokens to a sequence. One that has ended ignores them; one that cannot hold them is closed.
@@ -233,7 +233,7 @@ class Scheduler:
             self._is_in_doubt = False
             self.prove()
         # Not earlier: a sequence that gets the room of another must not be in the middle of a pass.
-        return [*outcomes, *self._admit(), *self._tell_places()]
+        return [*outcomes, *self._admit(), *self._report_places()]
 
     def patience(self) -> float:
         """Seconds until a tick has something to do, if nothing is called meanwhile; infinite if it never will.
@@ -392,7 +392,7 @@ class Scheduler:
             ahead[sequence.client] += 1
         return [sequence for _, sequence in sorted(turns, key=lambda turn: turn[0])]
 
-    def _tell_places(self, new: VerifiedSequence | None = None) -> list[Outcome]:
+    def _report_places(self, new: VerifiedSequence | None = None) -> list[Outcome]:
         """Report new places in line, once in `PLACE_SECONDS`; or at once, but only to the `new` sequence."""
         now = self._clock()
         if not self._line or (new is None and now < self._next_places_at):

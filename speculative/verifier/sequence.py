@@ -108,7 +108,7 @@ class VerifiedSequence:
         self.queued_at = 0.0
         """When it began to wait for room."""
         self.place = 0
-        """Place in line that its client was last told; 0: none."""
+        """The last place in line that was reported to its client; 0: none."""
         self._session: Session | None = None
         """None while it waits for room in the engine, and after its end."""
         self._prefix = prefix_hash(self.ids)

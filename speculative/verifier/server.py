@@ -42,7 +42,7 @@ class ServerStats(DraftCounts):
     failed: int = 0
     evicted: int = 0
     refused: int = 0
-    """Requests that were refused; their client was told why."""
+    """Requests that were refused, with a reason."""
     waited: int = 0
     """Requests that waited in line for room."""
     refused_connections: int = 0

@@ -39,7 +39,7 @@ def run(settings: SplitBenchSettings, place: entry.Run) -> dict[str, Any]:
     return run_parts("split", PARTS, project.parts, rig, settings=settings, place=place, report=report)
 
 
-main = entry.door("split_bench", SplitBenchSettings, run)
+main = entry.command("split_bench", SplitBenchSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -285,14 +285,14 @@ def memory(rig: Rig) -> Row:
     )
 
 
-def _peaks(rig: Rig, name: str, count: int, words: Sequence[str]) -> tuple[list[ShardReport[Report]], int]:
+def _peaks(rig: Rig, name: str, count: int, overrides: Sequence[str]) -> tuple[list[ShardReport[Report]], int]:
     """Reports of `count` shards of a random model after some tokens, and the model's bytes on disk."""
-    words = ["model=random", "project.context=64", "tracking=none", "device.threads=1", *words]
-    settings = compose_settings("split_inf", words, SplitSettings)
+    overrides = ["model=random", "project.context=64", "tracking=none", "device.threads=1", *overrides]
+    settings = compose_settings("split_inf", overrides, SplitSettings)
     folder = prepare_checkpoint(settings.model).folder
     layers = cut_layers(settings.model, [], count)
     with (
-        LocalShards(layers, rig.folder / f"memory-{name}", rig.project.start_seconds, words) as shards,
+        LocalShards(layers, rig.folder / f"memory-{name}", rig.project.start_seconds, overrides) as shards,
         rig.tcp([str(address) for address in shards.addresses], model=settings.model) as engine,
         engine.open(list(range(8)), Sampling.greedy()) as session,
     ):
@@ -305,10 +305,10 @@ def _peaks(rig: Rig, name: str, count: int, words: Sequence[str]) -> tuple[list[
 def speculation(rig: Rig) -> Row:
     """Compare a verifier over two shards with a link between them, with and without a drafter of known acceptance."""
     project = rig.project
-    words = [*rig.model_words, "tracking=none", "device.threads=1", "network.port=0", "project.engine=split"]
+    overrides = [*rig.model_overrides, "tracking=none", "device.threads=1", "network.port=0", "project.engine=split"]
     with rig.linked(project.speculation_rtt_seconds) as shards:
-        words += [override("project.split.shards", shards), f"project.context={project.context}"]
-        with listening("speculative.verifier", words, rig.folder / "verifier", project.start_seconds) as port:
+        overrides += [override("project.split.shards", shards), f"project.context={project.context}"]
+        with listening("speculative.verifier", overrides, rig.folder / "verifier", project.start_seconds) as port:
             alone = _drafted(rig, port, "alone", ["project.mode=target_only"])
             recorded = rig.folder / "alone" / "result.json"
             guessing = [
@@ -338,14 +338,14 @@ def speculation(rig: Rig) -> Row:
     )
 
 
-def _drafted(rig: Rig, port: int, name: str, words: Sequence[str]) -> dict[str, Any]:
+def _drafted(rig: Rig, port: int, name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The figures of a drafter's process."""
-    words = [
-        *(*rig.model_words, "tracking=none", "device.threads=1", f"network.port={port}", *words),
+    overrides = [
+        *(*rig.model_overrides, "tracking=none", "device.threads=1", f"network.port={port}", *overrides),
         f"project.max_new_tokens={rig.project.speculation_tokens}",
         "prompt=Tell a long story about a lighthouse.",
     ]
-    return run_to_end("speculative.drafter", words, rig.folder / name, rig.project.start_seconds + 600)[1]
+    return run_to_end("speculative.drafter", overrides, rig.folder / name, rig.project.start_seconds + 600)[1]
 
 
 def _token_seconds(

@@ -21,13 +21,13 @@ EXAMPLES, TOKENS, STEPS, HELD = 2, 64, 3, 2
 TINY = ("model=random", "project.train=everything")
 
 
-def main(first: int, last: int, words: Sequence[str]) -> None:
+def main(first: int, last: int, overrides: Sequence[str]) -> None:
     """Measure layers first..last - 1 of a model that is in the cache already."""
     torch.set_num_threads(1)
     give_back_freed_memory()  # as a shard's process does
     train(TINY, range(0, 4))  # imports and whatever torch sets up at its first step
     before = peak_rss_bytes()
-    shard, activations = train(words, range(first, last))
+    shard, activations = train(overrides, range(first, last))
     own = shard.weights_bytes + shard.gradient_bytes + shard.optimizer_bytes + HELD * activations
     taken = peak_rss_bytes() - before
     figures = {
@@ -42,9 +42,9 @@ def main(first: int, last: int, words: Sequence[str]) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def train(words: Sequence[str], layers: range) -> tuple[TrainingShard, int]:
+def train(overrides: Sequence[str], layers: range) -> tuple[TrainingShard, int]:
     """Train some steps, `HELD` micro-batches in flight; return the shard, and the bytes that autograd keeps for one."""
-    settings = compose_settings("split_train", words, SplitTrainSettings)
+    settings = compose_settings("split_train", overrides, SplitTrainSettings)
     shard = load_training_shard(settings.model, torch.device("cpu"), layers, make_recipe(settings))
     weights = {weight.untyped_storage().data_ptr() for weight in shard.weights.values()}
     kept: dict[int, int] = {}

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lab.bench import link_process, pinned
 from lab.command.entry import compose_settings
-from lab.command.processes import own_words
+from lab.command.processes import own_overrides
 from lab.device import open_device
 from lab.engine.compiled import Compiler
 from lab.engine.local import LocalEngine
@@ -67,9 +67,11 @@ class Rig(ExitStack):
                 recovery_seconds=0.0,
             ),
         )
-        self.model_words = [word for word in own_words() if word.startswith(("--config-dir", "model", "device."))]
-        self._words = [
-            *self.model_words,
+        self.model_overrides = [
+            word for word in own_overrides() if word.startswith(("--config-dir", "model", "device."))
+        ]
+        self._overrides = [
+            *self.model_overrides,
             f"project.context={self.project.context}",
             f"project.cache_limit_bytes={self.project.cache_limit_bytes}",
             f"project.max_connections={MAX_CONNECTIONS}",
@@ -81,8 +83,8 @@ class Rig(ExitStack):
         `awake` sleep as soon as a pass is over."""
         if (cut, awake) not in self._addresses:
             folder = self.folder / f"cut-{cut}{'' if awake else '-asleep'}"
-            words = self._words if awake else [*self._words, "project.awake_seconds=0"]
-            shards = LocalShards(self.ranges(cut), folder, self.project.start_seconds, words, pin=True)
+            overrides = self._overrides if awake else [*self._overrides, "project.awake_seconds=0"]
+            shards = LocalShards(self.ranges(cut), folder, self.project.start_seconds, overrides, pin=True)
             self._addresses[cut, awake] = [str(address) for address in self.enter_context(shards).addresses]
         return self._addresses[cut, awake]
 
@@ -131,9 +133,9 @@ class Rig(ExitStack):
         from split.transport.rpc import RpcChain  # some systems lack it
 
         port, layers = free_port(), self.ranges(self.project.cut)
-        words = [*self._words, "project.transport=rpc"]
+        overrides = [*self._overrides, "project.transport=rpc"]
         seconds = self.project.start_seconds
-        with LocalShards(layers, self.folder / "rpc", seconds, words, pin=True, group_port=port):
+        with LocalShards(layers, self.folder / "rpc", seconds, overrides, pin=True, group_port=port):
             wanted = fingerprints(self.model, self.settings.project.boundary)
             group = RpcChain(len(layers) + 1, self.settings.network, port, wanted, start_seconds=seconds)
             engine = self.engine(group)

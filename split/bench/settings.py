@@ -16,7 +16,7 @@ class TwoShardsSettings:
     repeats: int
     """Interleaved readings that count."""
     start_seconds: float
-    """How long shards may take to be reachable."""
+    """Time limit for shards to be reachable."""
     report: str | None
     """File of the report; rows of other parts that it holds stay. null: bench.json in the run folder."""
 

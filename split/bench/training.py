@@ -33,7 +33,7 @@ def run(settings: SplitTrainBenchSettings, place: entry.Run) -> dict[str, Any]:
     return run_parts("split_train", PARTS, project.parts, rig, settings=settings, place=place, report=report)
 
 
-main = entry.door("split_train_bench", SplitTrainBenchSettings, run)
+main = entry.command("split_train_bench", SplitTrainBenchSettings, run)
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ import numpy as np
 
 from lab.bench import Row, Sample, interleaved, judged, pinned, ratio
 from lab.command.entry import compose_settings
-from lab.command.processes import own_words, run_to_end
+from lab.command.processes import own_overrides, run_to_end
 from lab.device import open_device
 from lab.learning.examples import Batch, Example, collate
 from lab.learning.training import train_steps
@@ -136,12 +136,12 @@ class TrainingRig(ExitStack):
 
     def memory(self) -> Row:
         """Train each shard of two layers of a large random model, all weights, in a separate process."""
-        words = [*self._project.memory_overrides, "project.train=everything"]
-        model = compose_settings("split_train", words, SplitTrainSettings).model
+        overrides = [*self._project.memory_overrides, "project.train=everything"]
+        model = compose_settings("split_train", overrides, SplitTrainSettings).model
         prepare_checkpoint(model)  # here: making the weights takes more memory than a shard of them
         layers = model.architecture.layers
         rows = [
-            run_to_end("split.bench.memory_probe", [str(first), str(first + 2), *words], None, 300)[1]
+            run_to_end("split.bench.memory_probe", [str(first), str(first + 2), *overrides], None, 300)[1]
             for first in range(0, layers, 2)
         ]
         worst = max(row["peak_over_own"] for row in rows)
@@ -185,9 +185,9 @@ class TrainingRig(ExitStack):
         """Two pinned shards, for every part that needs them."""
         settings = self._settings
         assert settings.project.transport is TransportKind.tcp
-        words = [word for word in own_words() if word.startswith(("--config-dir", "model", "device."))]
+        overrides = [word for word in own_overrides() if word.startswith(("--config-dir", "model", "device."))]
         recipe, checkpoints = make_recipe(settings), self._folder / "checkpoints"
-        return self.enter_context(open_shards(settings, recipe, self._device, self._folder, checkpoints, words))
+        return self.enter_context(open_shards(settings, recipe, self._device, self._folder, checkpoints, overrides))
 
     def _trainer(
         self,

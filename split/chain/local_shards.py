@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from lab.bench import pinned
-from lab.command.processes import NotReady, first_line, last_words, start
+from lab.command.processes import NotReady, first_line, last_line, start
 from lab.settings import UserError
 from split.chain.address import Address
 
@@ -30,7 +30,7 @@ class LocalShards:
         layers: Layers of each.
         folder: Where they log.
         start_seconds: How long they may take to listen.
-        words: Their command line, but for their places.
+        overrides: Their command line, but for their places.
         pin: Whether each gets its own core.
         module: What they run.
         group_port: Where they meet as members of a torch RPC group; they do not listen then, and are not started again.
@@ -41,13 +41,13 @@ class LocalShards:
         layers: Sequence[range],
         folder: Path,
         start_seconds: float,
-        words: Sequence[str],
+        overrides: Sequence[str],
         *,
         pin: bool = False,
         module: str = "split.serve",
         group_port: int | None = None,
     ) -> None:
-        self._words, self._pin, self._module = words, pin, module
+        self._overrides, self._pin, self._module = overrides, pin, module
         self._layers, self._folder, self._start_seconds = layers, folder, start_seconds
         self.group_port = group_port
         self.processes: list[subprocess.Popen[str]] = []
@@ -103,8 +103,8 @@ class LocalShards:
 
     def _start(self, index: int, port: int) -> subprocess.Popen[str]:
         layers = self._layers[index]
-        words = [
-            *self._words,
+        overrides = [
+            *self._overrides,
             f"project.layers={layers.start}:{layers.stop}",
             "project.follow_stdin=true",
             f"network.port={port}",
@@ -112,7 +112,7 @@ class LocalShards:
         ]
         with pinned(index) if self._pin else nullcontext():
             # Ctrl+C must reach only us: we end them after we have left them.
-            return start(self._module, words, self._shard_folder(index), follows_stdin=True, own_session=True)
+            return start(self._module, overrides, self._shard_folder(index), follows_stdin=True, own_session=True)
 
     def _shard_folder(self, index: int) -> Path:
         return self._folder / f"shard-{index + 1}"
@@ -123,7 +123,7 @@ class LocalShards:
             ready = first_line(self.processes[index], deadline - time.monotonic())
         except NotReady as error:
             if error.ended:
-                raise UserError(f"shard {index + 1} did not start: {last_words(self._shard_folder(index))}") from None
+                raise UserError(f"shard {index + 1} did not start: {last_line(self._shard_folder(index))}") from None
             raise UserError(
                 f"project.start_seconds must be long enough for a shard to load, got {self._start_seconds:g}"
             ) from None

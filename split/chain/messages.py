@@ -83,7 +83,7 @@ class ShardFigures(Answer):
 
 
 class FaultCode(Enum):
-    """Why a request cannot continue, or a message had no effect."""
+    """Reasons why a request cannot continue, or a message had no effect."""
 
     unfit = "unfit"
     """NaN or infinity in its hidden states or logits."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lab.command.ending import run_async
-from lab.command.processes import own_words, say_listening, say_ready
+from lab.command.processes import own_overrides, say_listening, say_ready
 from lab.models.shape import ModelShape
 from lab.models.sources import load_config
 from lab.network import address_for_peers, cannot_listen, client_side_tls, listener_tls, make_endpoint
@@ -29,7 +29,7 @@ from split.transport.inproc import InProcess
 from split.transport.tcp import TcpChain
 
 if TYPE_CHECKING:
-    from split.transport.rpc import Seat  # some systems lack it
+    from split.transport.rpc import RpcShard  # some systems lack it
 
 NOT_FOR_SHARDS = ("prompt", "project.local_shards=", "project.shards=", "project.cuts=", "network.port=", "hydra.")
 """Overrides of the client that are not passed on to its shards begin with these."""
@@ -42,15 +42,15 @@ class LocalPlaces:
 
     folder: Path
     """Folder of their logs."""
-    words: Sequence[str] | None = None
+    overrides: Sequence[str] | None = None
     """Their command line, without their layers; None: our own."""
-    more_words: Sequence[str] = ()
+    more_overrides: Sequence[str] = ()
     pin_cores: bool = False
 
-    def all_words(self) -> list[str]:
+    def all_overrides(self) -> list[str]:
         """The command line of each shard, without its layers."""
-        words = own_words(NOT_FOR_SHARDS) if self.words is None else self.words
-        return [*words, *self.more_words]
+        overrides = own_overrides(NOT_FOR_SHARDS) if self.overrides is None else self.overrides
+        return [*overrides, *self.more_overrides]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ class Chain:
                 cut_layers(self.model, project.cuts, project.local_shards),
                 local.folder,
                 project.start_seconds,
-                local.all_words(),
+                local.all_overrides(),
                 module=self.kind.module,
                 pin=local.pin_cores,
                 group_port=group_port,
@@ -183,14 +183,14 @@ class Chain:
         self,
         load: Callable[[range], StageT],
         make_server: Callable[[StageT, Place], ChainServer],
-        make_seat: Callable[[StageT, str, int, dict[str, str]], Seat],
+        make_rpc_shard: Callable[[StageT, str, int, dict[str, str]], RpcShard],
     ) -> tuple[StageT, int]:
         """Load one shard and serve it until Ctrl+C; its stage, and the number of its clients.
 
         Args:
             load: Makes the stage of some layers; called once the settings are known to be right.
             make_server: Makes its server, over tcp.
-            make_seat: Makes its seat, in a group: from the stage, its name, the model's layers and the fingerprints.
+            make_rpc_shard: Makes its RPC shard, from the stage, its name, the model's layers and the fingerprints.
 
         Raises:
             UserError: what cannot be served.
@@ -200,16 +200,16 @@ class Chain:
             raise UserError("project.layers must be set for a shard, as first:last, got null")
         layers, name = parse_layers(project.layers), f"{self.model.name} {project.layers}"
         if project.transport is TransportKind.rpc:
-            from split.transport.rpc import check_master, serve_seat  # some systems lack it
+            from split.transport.rpc import check_master, serve_rpc_shard  # some systems lack it
 
             check_master(network)
             if not 1 <= project.rank < project.world_size:
                 raise UserError(f"project.rank must be in [1, world_size={project.world_size}), got {project.rank}")
             stage = load(layers)
-            seat = make_seat(stage, name, self.model_layers, self.fingerprints)
+            member = make_rpc_shard(stage, name, self.model_layers, self.fingerprints)
             with until_stopped(project.follow_stdin):
                 say_ready("joining", self.kind.shard, network.host, network.port, layers=project.layers)
-                serve_seat(seat, project.rank, project.world_size, network)
+                serve_rpc_shard(member, project.rank, project.world_size, network)
             return stage, 1
         tls = listener_tls(network)
         stage = load(layers)

@@ -245,7 +245,8 @@ class ChainServer(ABC):
     # The next shard
 
     async def _join_next(self, client: FrameConnection, attach: Attach) -> FrameConnection:
-        """Connect to the next shard that a client names. It is told if that fails; trying ends when it leaves.
+        """Connect to the next shard that a client names. The client is notified if that fails; the attempt ends when it
+        leaves.
 
         Raises:
             WireError: the client left, or the next shard is not there.

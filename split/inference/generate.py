@@ -14,12 +14,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.command import entry
 from lab.command.terminal import TextStream
-from lab.engine.base import Session, check_words
+from lab.engine.base import Session, check_logit_rules
 from lab.engine.sampling import Sampling
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import UserError, user_errors
-from lab.text.asking import asked_sampling, check_rows, decoder, most_new_tokens
-from lab.text.prompts import asked_ids
+from lab.text.generation import check_rows, decoder, most_new_tokens, sampling_of
+from lab.text.prompts import input_ids
 from lab.text.running_text import final_text
 from lab.tracking import Tracker, picture
 from split.inference.messages import Report
@@ -63,7 +63,7 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
     """
     project = settings.project
     tokenizer = load_tokenizer_only(settings.model)
-    prompt = asked_ids(tokenizer, settings.prompt, project)
+    prompt = input_ids(tokenizer, settings.prompt, project)
     if not prompt:
         raise UserError(f"prompt must have at least one token, got {settings.prompt!r}")
     most = most_new_tokens(project, len(prompt), engine.context)
@@ -73,9 +73,9 @@ def generate(settings: SplitSettings, engine: ShardedModel, tracker: Tracker, pl
             f"{len(prompt)}, got {most}"
         )
     check_rows(prompt, engine.vocabulary_size, "model", tokenizer.convert_ids_to_tokens)
-    sampling = asked_sampling(project, settings.seed, tokenizer, len(prompt))
+    sampling = sampling_of(project, settings.seed, tokenizer, len(prompt))
     with user_errors("project."):
-        check_words(engine, sampling)
+        check_logit_rules(engine, sampling)
     generation = Generation(settings, tokenizer, end_ids_of(settings.model))
     place.so_far = generation.figures
     write(engine, generation, prompt, sampling, most, tracker)

@@ -109,8 +109,8 @@ class Pass(Head):
     stopped: AllStopped = msgspec.field(default_factory=list)
     """Requests that stopped at earlier shards: zeros take the place of their hidden states, and they are not
     computed."""
-    for_words: bool = False
-    """Whether a request has penalties, biases or bad words (`lab.text.words`): the last shard then needs the ids."""
+    for_logit_rules: bool = False
+    """Whether a request has penalties, biases or bad words (`LogitRules`): then the last shard needs its ids."""
 
     @property
     def rows(self) -> int:
@@ -120,7 +120,7 @@ class Pass(Head):
     @property
     def ids_for_last(self) -> bool:
         """Whether the ids travel on to the last shard."""
-        return self.read_all or self.for_words
+        return self.read_all or self.for_logit_rules
 
     @property
     def want(self) -> Want:

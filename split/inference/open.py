@@ -29,7 +29,7 @@ from split.settings import SplitSettings
 from split.transport.base import Transport
 
 if TYPE_CHECKING:
-    from split.transport.rpc import Seat  # some systems lack it
+    from split.transport.rpc import RpcShard  # some systems lack it
 
 INFERENCE = ChainKind(
     client="client", shard="shard", module="split.serve", protocol=PROTOCOL, table=table, worker_threads=4
@@ -156,14 +156,14 @@ def host(settings: SplitSettings) -> dict[str, Any]:
             )
         return ShardServer(stage, place, awake_seconds=project.awake_seconds, most_waiting=project.max_waiting)
 
-    def make_seat(stage: InferenceStage, name: str, model_layers: int, prints: dict[str, str]) -> Seat:
-        from split.transport.rpc import Seat
+    def make_rpc_shard(stage: InferenceStage, name: str, model_layers: int, prints: dict[str, str]) -> RpcShard:
+        from split.transport.rpc import RpcShard
 
-        return Seat(stage, name, model_layers, prints, project.awake_seconds)
+        return RpcShard(stage, name, model_layers, prints, project.awake_seconds)
 
     def load(layers: range) -> InferenceStage:
         return load_stage(settings, open_device(settings.device), layers)
 
-    stage, clients = _chain(settings).serve(load, make_server, make_seat)
+    stage, clients = _chain(settings).serve(load, make_server, make_rpc_shard)
     sizes = {"layers": project.layers, "weights_bytes": stage.shard.weights_bytes, "clients": clients}
     return {"role": INFERENCE.shard} | sizes | asdict(stage.counts)

@@ -20,7 +20,7 @@ from split.inference.messages import Close, Open, Opened, Pass
 from split.inference.stage import InferenceStage
 from split.transport.base import Message, To
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 """Seconds between two checks for idle requests while others wait for room."""
 
 
@@ -33,7 +33,7 @@ class _Waiting:
     """Its OPEN."""
     arrived: float
     place: int = 0
-    """The place in line that its client was last told."""
+    """The last place in line that was reported to its client."""
 
 
 class ShardServer(ChainServer):
@@ -55,7 +55,7 @@ class ShardServer(ChainServer):
         self._most_waiting = most_waiting
         self._line: list[_Waiting] = []
         """The line; belongs to the thread."""
-        self._is_looking = False
+        self._is_scheduled = False
         self._awake_seconds = awake_seconds
         self._awake_until = 0.0
         self._awake: asyncio.Task[None] | None = None
@@ -107,8 +107,8 @@ class ShardServer(ChainServer):
             self.hand_out(client, Outgoing(self.stage.onward, fault, None))
             return
         self._line.append(_Waiting(client, message, arrived))
-        self._tell_places()
-        self.call_on_loop(self._look_again)
+        self._report_places()
+        self.call_on_loop(self._schedule_check)
 
     def _admit(self) -> None:
         """Give free room to the requests at the front of the line."""
@@ -123,27 +123,27 @@ class ShardServer(ChainServer):
             del self._line[0]
             for result in results:
                 self.hand_out(waiting.client, result)
-        self._tell_places()
+        self._report_places()
 
-    def _tell_places(self) -> None:
+    def _report_places(self) -> None:
         for place, waiting in enumerate(self._line, 1):
             if waiting.place != place:
                 waiting.place = place
-                self.call_on_loop(_tell_place, waiting.client, waiting.message.number, place)
+                self.call_on_loop(_report_place, waiting.client, waiting.message.number, place)
 
-    def _look(self) -> None:
-        self._is_looking = False
+    def _check_idle(self) -> None:
+        self._is_scheduled = False
         self._admit()
         if self._line:
-            self.call_on_loop(self._look_again)
+            self.call_on_loop(self._schedule_check)
 
     # On the loop
 
-    def _look_again(self) -> None:
+    def _schedule_check(self) -> None:
         """Check again later: a request that stays idle gives its room to a waiting one, without another message."""
-        if not self._is_looking:
-            self._is_looking = True
-            self.loop.call_later(LOOK_SECONDS, self.jobs.put, self._look)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self.loop.call_later(CHECK_SECONDS, self.jobs.put, self._check_idle)
 
     @override
     def on_computed(self, client: Client) -> None:
@@ -151,9 +151,9 @@ class ShardServer(ChainServer):
         # A core that sleeps until the next pass takes tenths of a millisecond to work again.
         self._awake_until = time.monotonic() + self._awake_seconds
         if self._awake is None or self._awake.done():
-            self._awake = self.loop.create_task(self._look_around())
+            self._awake = self.loop.create_task(self._poll_awake())
 
-    async def _look_around(self) -> None:
+    async def _poll_awake(self) -> None:
         """Poll for arrivals without sleeping; other processes of this core go first."""
         while not self.under_way and time.monotonic() < self._awake_until:
             _yield_core()
@@ -167,6 +167,6 @@ def _is_full(result: Message) -> bool:
     return isinstance(result.head, Fault) and result.head.code is FaultCode.full
 
 
-def _tell_place(client: Client, number: int, place: int) -> None:
+def _report_place(client: Client, number: int, place: int) -> None:
     with contextlib.suppress(WireError):
         send(client.connections[To.client], number, Opened(place=place))

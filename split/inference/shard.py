@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from typing_extensions import override
 
-from lab.engine.base import Scored, TargetStep, Want, check_ids, read_steps
+from lab.engine.base import LogitRows, TargetStep, Want, check_ids, read_steps
 from lab.engine.compiled import MOST_ROWS, CompiledModel, Compiler
 from lab.engine.context import longest_text
 from lab.engine.first_fault import first_faults
@@ -66,7 +66,7 @@ class _Request:
     sampling: Sampling
     used_at: float
     history: History | None = None
-    """Its ids, at the last shard and if its sampling has words."""
+    """Its ids, at the last shard and if its sampling has logit rules."""
     is_used: bool = False
     """Whether a pass has continued it."""
     before_V: Tensor | None = None
@@ -80,7 +80,7 @@ class PassInput:
     pieces: Sequence[Piece]
     want: Want
     ids: Sequence[int] = ()
-    """N ids, piece by piece: at the first shard, and at the last one if want is all or a request has words."""
+    """N ids, piece by piece: at the first shard, and at the last one if want is all or a request has logit rules."""
     hidden_NH: Tensor | None = None
     """Hidden states, at all but the first shard."""
 
@@ -172,15 +172,15 @@ class Shard:
         """Keep room for a request of at most `tokens` tokens.
 
         Raises:
-            ValueError: `key` is open, `tokens` never fit, or the sampling's words name ids that the model lacks.
+            ValueError: `key` is open, `tokens` never fit, or the sampling's logit rules name ids that the model lacks.
             CacheFull: there is no room now, and no request that holds some is idle.
         """
         if key in self._requests:
-            raise ValueError("text must be new, got one that is open")
+            raise ValueError("request must be new, got one that is open")
         if tokens > self.longest:
             raise ValueError(f"tokens must be at most the {self.longest} that fit here, prompt included, got {tokens}")
-        if sampling.words is not None:
-            sampling.words.check_ids(self.vocabulary_size)
+        if sampling.logit_rules is not None:
+            sampling.logit_rules.check_ids(self.vocabulary_size)
         while True:
             try:
                 slot = self.cache.acquire(tokens)
@@ -188,7 +188,7 @@ class Shard:
             except CacheFull:
                 if not self._evict_idle():
                     raise
-        history = History(sampling.words) if sampling.words and self.gives_steps else None
+        history = History(sampling.logit_rules) if sampling.logit_rules and self.gives_steps else None
         self._requests[key] = _Request(slot, tokens, sampling, self._clock(), history)
 
     @property
@@ -268,12 +268,12 @@ class Shard:
 
     def _find(self, keys: Sequence[Hashable], pieces: Sequence[Piece]) -> list[_Request]:
         if len(set(keys)) < len(keys):
-            raise ValueError(f"texts of a pass must be different from each other, got {len(keys)} with one twice")
+            raise ValueError(f"requests of a pass must be different from each other, got {len(keys)} with one twice")
         for key, piece in zip(keys, pieces, strict=True):
             request = self._requests.get(key)
             held = self.cache.lengths[request.slot] if request else 0
             if request is None or held < piece.position:
-                raise RequestLost(f"text {piece.session} goes on at {piece.position}, held are {held}")
+                raise RequestLost(f"request {piece.session} continues at {piece.position}, but {held} tokens are held")
             if piece.position + piece.count > request.tokens:
                 raise ValueError(
                     f"position + ids must be at most the {request.tokens} tokens that were asked for, "
@@ -334,7 +334,7 @@ class Shard:
         return self._clock() - request.used_at - most
 
 
-class Shard1(Shard):
+class FirstShard(Shard):
     """The first shard: embedding and first layers. Its input is token ids."""
 
     takes_ids = True
@@ -347,7 +347,7 @@ class Shard1(Shard):
         return torch.tensor(ids_BT, device=self.device)
 
 
-class Shard2(Shard):
+class LastShard(Shard):
     """The last shard: last layers, norm and LM head. It samples; its output is token ids."""
 
     gives_steps = True
@@ -365,7 +365,7 @@ class Shard2(Shard):
         logits_BKV = self._run_slice(plan, given, logits_to_keep=0 if steps is None else torch.tensor(steps))
         return self._read(
             [
-                (request, _scored(logits_BKV[row], piece, ids, steps, request))
+                (request, _wanted_rows(logits_BKV[row], piece, ids, steps, request))
                 for request, row, piece, ids, is_read in zip(
                     requests, plan.rows, pieces, ids_of_pieces, read, strict=True
                 )
@@ -392,45 +392,49 @@ class Shard2(Shard):
         parts = logits_KV.split([len(rows_KH) for *_, rows_KH in kept])
         return self._read(
             [
-                (request, _block(part_KV, piece, ids, request))
+                (request, _logit_rows(part_KV, piece, ids, request))
                 for (request, piece, ids, _), part_KV in zip(kept, parts, strict=True)
             ],
             given.want,
         )
 
     def _hold_ids(self, requests: Sequence[_Request], given: PassInput) -> list[Sequence[int]]:
-        """The ids of each piece, held for requests that have words; -1 where the pass brings none."""
+        """The ids of each piece, held for requests that have logit rules; -1 where the pass brings none."""
         unknown: list[Sequence[int]] = [[-1] * piece.count for piece in given.pieces]
         ids_of_pieces = given.ids_of_pieces() if given.ids else unknown
         for request, piece, ids in zip(requests, given.pieces, ids_of_pieces, strict=True):
             if request.history is not None:
                 if not given.ids:
-                    raise ValueError("a pass of a text with words must bring its ids, got none")
+                    raise ValueError(
+                        "a pass of a request with penalties, biases or bad words must bring its ids, got none"
+                    )
                 request.history.hold(piece.position, ids)
         return ids_of_pieces
 
-    def _read(self, wanted: Sequence[tuple[_Request, Scored]], want: Want) -> list[TargetStep]:
+    def _read(self, wanted: Sequence[tuple[_Request, LogitRows]], want: Want) -> list[TargetStep]:
         found = read_steps([block for _, block in wanted], want)
         for request, block in wanted:  # not before: where this raises, each request is asked again as it was
             request.before_V = block.logits_KV[-1].clone() if want == "all" else None
         return found
 
 
-def _scored(logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int] | None, request: _Request) -> Scored:
+def _wanted_rows(
+    logits_KV: Tensor, piece: Piece, ids: Sequence[int], steps: list[int] | None, request: _Request
+) -> LogitRows:
     if steps is None:
         rows_KV = logits_KV[: piece.count]
     else:
         last = steps.index(piece.count - 1)
         rows_KV = logits_KV[last : last + 1]
-    return _block(rows_KV, piece, ids, request)
+    return _logit_rows(rows_KV, piece, ids, request)
 
 
-def _block(rows_KV: Tensor, piece: Piece, ids: Sequence[int], request: _Request) -> Scored:
+def _logit_rows(rows_KV: Tensor, piece: Piece, ids: Sequence[int], request: _Request) -> LogitRows:
     before_V = None if piece.is_first else request.before_V
-    return Scored(rows_KV, ids, piece.position, request.sampling, before_V, request.history)
+    return LogitRows(rows_KV, ids, piece.position, request.sampling, before_V, request.history)
 
 
-class OnlyShard(Shard1, Shard2):
+class OnlyShard(FirstShard, LastShard):
     """All layers: a model that is not split, served as a shard."""
 
 
@@ -455,4 +459,4 @@ def shard_class(first: bool, last: bool) -> type[Shard]:
     """The class of a shard that is the first, the last, both or neither."""
     if first and last:
         return OnlyShard
-    return Shard1 if first else Shard2 if last else Shard
+    return FirstShard if first else LastShard if last else Shard

@@ -46,7 +46,7 @@ KEPT_SECONDS = 5.0
 
 
 class ShardFault(faults.Fault):
-    """A shard could not do what it was told, and asking again would not help."""
+    """A shard could not process a message, and repeating it would not help."""
 
 
 class _RequestLost(RuntimeError):
@@ -58,7 +58,7 @@ class _RequestLost(RuntimeError):
 
 
 @dataclass
-class _Asked:
+class _PendingOpen:
     """An OPEN whose request has not begun."""
 
     number: int
@@ -69,10 +69,6 @@ class _Asked:
     place: int | None = None
     """Place in line; 0: there is room; None: no answer yet."""
     fault: Fault | None = None
-
-    @property
-    def is_answered(self) -> bool:
-        return self.place is not None or self.fault is not None
 
 
 @dataclass
@@ -190,7 +186,7 @@ class ShardedModel(Engine):
         self._chunk = prefill_chunk
         self._recovery_seconds, self._line_seconds = recovery_seconds, line_seconds
         self._journals: dict[int, _Journal] = {}
-        self._asked: dict[int, _Asked] = {}
+        self._pending: dict[int, _PendingOpen] = {}
         self._numbered = 0
         """The last number of a request or pass; both are numbered together."""
 
@@ -214,7 +210,7 @@ class ShardedModel(Engine):
         for session, ids in requests:
             journal = self._journals[session.key].ids
             journal[session.position :] = ids
-        self._forget_asked()
+        self._drop_stale_opens()
         return check_finite(
             [
                 session.advance(extend.ids, replace(extend.step, fault=extend.fault))
@@ -241,53 +237,55 @@ class ShardedModel(Engine):
 
     def _find_room(self, sampling: Sampling, tokens: int) -> int:
         """The number of a request that every shard keeps room for."""
-        self._forget_asked()
-        same = (asked for asked in self._asked.values() if (asked.sampling, asked.tokens) == (sampling, tokens))
-        asked = next(same, None) or self._ask(_Asked(self._number(), sampling, tokens, 0.0))
-        self._await_room(asked, 0.0 if self._journals else self._line_seconds)
-        asked.at = time.monotonic()
-        if asked.fault is not None:
-            del self._asked[asked.number]
-            self._close(asked.number)  # shards before the one that refused keep room for it
-            raise _raised(asked.fault)
-        if asked.place:
-            raise CacheFull(f"the shards have no room for {tokens} tokens now: place {asked.place} in line")
-        del self._asked[asked.number]
-        return asked.number
+        self._drop_stale_opens()
+        same = (one for one in self._pending.values() if (one.sampling, one.tokens) == (sampling, tokens))
+        pending = next(same, None) or self._ask(_PendingOpen(self._number(), sampling, tokens, 0.0))
+        self._await_room(pending, 0.0 if self._journals else self._line_seconds)
+        pending.at = time.monotonic()
+        if pending.fault is not None:
+            del self._pending[pending.number]
+            self._close(pending.number)  # shards before the one that refused keep room for it
+            raise _fault_of(pending.fault)
+        if pending.place:
+            raise CacheFull(f"the shards have no room for {tokens} tokens now: place {pending.place} in line")
+        del self._pending[pending.number]
+        return pending.number
 
-    def _ask(self, asked: _Asked) -> _Asked:
-        head = Open(tokens=asked.tokens, **sampling_fields(asked.sampling))
-        self._asked[asked.number] = asked
-        self._transport.send(0, Message(asked.number, head))
-        return asked
+    def _ask(self, pending: _PendingOpen) -> _PendingOpen:
+        head = Open(tokens=pending.tokens, **sampling_fields(pending.sampling))
+        self._pending[pending.number] = pending
+        self._transport.send(0, Message(pending.number, head))
+        return pending
 
-    def _await_room(self, asked: _Asked, seconds: float) -> None:
+    def _await_room(self, pending: _PendingOpen, seconds: float) -> None:
         """Wait until there is room or a fault, or `seconds` are over; in any case until the first answer."""
-        while not asked.is_answered:
+        while pending.place is None and pending.fault is None:
             self._note(self._transport.collect())
         deadline = time.monotonic() + seconds
         with contextlib.suppress(TimeoutError):
-            while asked.place and asked.fault is None:
+            while pending.place and pending.fault is None:
                 self._note(self._transport.collect(max(0.0, deadline - time.monotonic())))
 
     def _note(self, answer: Message) -> None:
         """Take the answer to an OPEN that waited in line."""
-        asked = self._asked.get(answer.number)
+        pending = self._pending.get(answer.number)
         if isinstance(answer.head, Steps):
             raise ShardFault(f"the shards answered pass {answer.number}, which was not expected")
-        if asked is not None and isinstance(answer.head, Fault):
-            asked.fault = answer.head
-        elif asked is not None and isinstance(answer.head, Opened) and asked.place not in (0, answer.head.place):
-            asked.place = answer.head.place
-            if asked.place:
-                log.warning("the shards have no room for %d tokens yet: place %d in line", asked.tokens, asked.place)
+        if pending is not None and isinstance(answer.head, Fault):
+            pending.fault = answer.head
+        elif pending is not None and isinstance(answer.head, Opened) and pending.place not in (0, answer.head.place):
+            pending.place = answer.head.place
+            if pending.place:
+                log.warning(
+                    "the shards have no room for %d tokens yet: place %d in line", pending.tokens, pending.place
+                )
 
-    def _forget_asked(self) -> None:
+    def _drop_stale_opens(self) -> None:
         """Give up the places in line that were not asked for again in time."""
-        for asked in list(self._asked.values()):
-            if time.monotonic() - asked.at > KEPT_SECONDS:
-                del self._asked[asked.number]
-                self._close(asked.number)
+        for pending in list(self._pending.values()):
+            if time.monotonic() - pending.at > KEPT_SECONDS:
+                del self._pending[pending.number]
+                self._close(pending.number)
 
     def _close(self, number: int) -> None:
         try:
@@ -299,7 +297,7 @@ class ShardedModel(Engine):
         """A new number for a request or pass."""
         while True:
             self._numbered = self._numbered % (2**32 - 1) + 1
-            if self._numbered not in self._journals and self._numbered not in self._asked:
+            if self._numbered not in self._journals and self._numbered not in self._pending:
                 return self._numbered
 
     # Passes
@@ -315,7 +313,7 @@ class ShardedModel(Engine):
             elif not faults:
                 self._read(sent, answer)
         if faults:
-            raise _raised(faults[0])
+            raise _fault_of(faults[0])
         for extend in extends:
             if extend.lost:
                 raise _RequestLost(extend.number, extend.lost)
@@ -338,8 +336,8 @@ class ShardedModel(Engine):
 
     def _submit(self, parts: Sequence[_Part], want: Want) -> _InFlight:
         number = self._number()
-        has_words = any(self._journals[part.extend.number].session.sampling.words for part in parts)
-        head = Pass(read_all=want == "all", for_words=has_words, pieces=[part.piece() for part in parts])
+        has_logit_rules = any(self._journals[part.extend.number].session.sampling.logit_rules for part in parts)
+        head = Pass(read_all=want == "all", for_logit_rules=has_logit_rules, pieces=[part.piece() for part in parts])
         submitted = time.monotonic()
         self._transport.send(0, Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
         return _InFlight(number, head, parts, submitted)
@@ -397,7 +395,7 @@ class ShardedModel(Engine):
                 rebuilt.add(lost.number)
 
     def _restore(self, deadline: float, began: float) -> None:
-        self._asked.clear()
+        self._pending.clear()
         self._transport.restore(deadline)
         connected = time.monotonic()
         for journal in self._journals.values():
@@ -412,15 +410,15 @@ class ShardedModel(Engine):
         if session.fault:
             return
         self._close(session.key)
-        asked = self._ask(_Asked(session.key, session.sampling, session.most_tokens, time.monotonic()))
+        pending = self._ask(_PendingOpen(session.key, session.sampling, session.most_tokens, time.monotonic()))
         try:
-            self._await_room(asked, max(0.0, deadline - time.monotonic()))
+            self._await_room(pending, max(0.0, deadline - time.monotonic()))
         finally:
-            self._asked.pop(session.key, None)
-        if asked.fault is not None and asked.fault.code is FaultCode.link:
-            raise _raised(asked.fault)
-        if asked.fault is not None or asked.place:
-            why = asked.fault.text if asked.fault is not None else f"place {asked.place} in line"
+            self._pending.pop(session.key, None)
+        if pending.fault is not None and pending.fault.code is FaultCode.link:
+            raise _fault_of(pending.fault)
+        if pending.fault is not None or pending.place:
+            why = pending.fault.text if pending.fault is not None else f"place {pending.place} in line"
             session.fault = f"the shards had lost it, and have no room for it now ({why})"
             self._close(session.key)
         elif session.position:
@@ -431,7 +429,7 @@ class ShardedModel(Engine):
                 session.fault = str(lost)
 
 
-def _raised(fault: Fault) -> Exception:
+def _fault_of(fault: Fault) -> Exception:
     match fault.code:
         case FaultCode.full:
             return CacheFull(fault.text)

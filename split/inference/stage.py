@@ -81,7 +81,7 @@ class InferenceStage(Stage):
         self.coding_seconds = 0.0
         self.boundary_bytes = 0
         self.counts = Counts()
-        self._texts: dict[Hashable, set[int]] = {}
+        self._requests: dict[Hashable, set[int]] = {}
         """Open requests of each client."""
 
     @override
@@ -128,7 +128,7 @@ class InferenceStage(Stage):
 
     @override
     def forget(self, client: Hashable = 0) -> None:
-        for number in self._texts.pop(client, set()):
+        for number in self._requests.pop(client, set()):
             self.counts.left += 1
             self.shard.close((client, number))
 
@@ -138,12 +138,12 @@ class InferenceStage(Stage):
             return self._forward(client, message.number, head, memoryview(message.body))
         if isinstance(head, Open):
             self.shard.open((client, message.number), head.sampling, head.tokens)
-            self._texts.setdefault(client, set()).add(message.number)
+            self._requests.setdefault(client, set()).add(message.number)
             self.counts.texts += 1
             return Message(message.number, Opened(place=0)) if self.shard.gives_steps else message
         if isinstance(head, Close):
             self.shard.close((client, message.number))
-            self._texts.get(client, set()).discard(message.number)
+            self._requests.get(client, set()).discard(message.number)
             return None if self.shard.gives_steps else message
         return message
 

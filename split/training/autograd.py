@@ -1,6 +1,6 @@
-"""Gradients across the cut by torch.distributed.autograd, steps by `DistributedOptimizer`; results as of `Explicit`.
+"""Gradients across the cut by torch.distributed.autograd, steps by `DistributedOptimizer`: those of `ExplicitBackward`.
 
-The trainer calls the seats of the shards. Each shard fetches hidden states from the one that made them, and torch
+The trainer calls every member of the group. Each shard fetches hidden states from the one that made them, and torch
 records on both sides what its distributed backward will need. All micro-batches of a step share one context and one
 joint backward: a backward for each of them hangs until its time-out. So the forwards are pipelined, and a shard holds
 all micro-batches, as under GPipe.
@@ -33,12 +33,12 @@ from split.training.settings import Train
 from split.training.shard import MicroBatch
 from split.training.stage import TrainingStage
 from split.training.trainer import Backward, Gradients, Shards, TrainingFault
-from split.transport.rpc import RpcChain, Seat
+from split.transport.rpc import RpcChain, RpcShard
 
 log = logging.getLogger(__name__)
 
 
-class Gathered(NamedTuple):
+class BackwardFigures(NamedTuple):
     """Figures of a shard after a distributed backward."""
 
     squares: float
@@ -50,7 +50,7 @@ class Gathered(NamedTuple):
     rss_bytes: int
 
 
-class LearnerSeat(Seat):
+class AutogradRpcShard(RpcShard):
     """A training stage in a group; with backward=autograd its shard is called directly."""
 
     stage: TrainingStage
@@ -96,11 +96,11 @@ class LearnerSeat(Seat):
                 self.stage.boundary_bytes += (2 if output.requires_grad else 1) * output.nbytes  # and its gradient
         return output
 
-    def gather(self, context: int) -> Gathered:
+    def gather(self, context: int) -> BackwardFigures:
         """Move the gradients out of the context, so that everything else is as after our own backward."""
         self._take_gradients(context)
         shard = self.stage.shard
-        return Gathered(
+        return BackwardFigures(
             squares=shard.squares(),
             is_finite=self._is_finite,
             held=self._forwards,
@@ -151,8 +151,8 @@ class LearnerSeat(Seat):
             weight.grad = gradients[weight]
 
 
-class Autograd(Backward):
-    """A `Backward` over the seats of a group: its shards are reached over `rpc`."""
+class AutogradBackward(Backward):
+    """A `Backward` over the members of a group: the shards, reached over `rpc`."""
 
     def __init__(self, shards: Shards, recipe: Recipe) -> None:
         assert isinstance(shards.transport, RpcChain)
@@ -166,15 +166,15 @@ class Autograd(Backward):
     @override
     def begin(self) -> None:
         # an optimizer at every shard that has trainable weights
-        weights = [weight for seat in self._transport.seats for weight in seat.rpc_sync().parameters()]
+        weights = [weight for member in self._transport.members for weight in member.rpc_sync().parameters()]
         logging.getLogger("torch.distributed.optim").setLevel(logging.ERROR)  # it warns of plain Python, which we want
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the TorchScript that it uses here
             self._optimizer = DistributedOptimizer(MasterAdamW, weights, **adamw_options(self._recipe))
         made = {optimizer.owner().name: optimizer for optimizer in self._optimizer.remote_optimizers}
-        for seat in self._transport.seats:
-            if seat.owner().name in made:
-                seat.rpc_sync().adopt(made[seat.owner().name])
+        for member in self._transport.members:
+            if member.owner().name in made:
+                member.rpc_sync().adopt(made[member.owner().name])
 
     @override
     def gradients(self, step: int, micro_batches: Sequence[Batch], plan: Step) -> Gradients:
@@ -194,17 +194,17 @@ class Autograd(Backward):
     @override
     def apply(self, step: int, apply: Apply) -> None:
         try:
-            for seat in self._transport.seats:
-                seat.rpc_sync().scale(self._context_id, apply.scale, apply.learning_rate)
+            for member in self._transport.members:
+                member.rpc_sync().scale(self._context_id, apply.scale, apply.learning_rate)
             self._optimizer.step(self._context_id)
             self._leave_context()
         except RuntimeError as error:
             raise self._transport.lost(error) from None
 
     def _gradients(self, step: int, micro_batches: Sequence[Batch], plan: Step) -> Gradients:
-        seats = self._transport.seats
-        for seat in seats:
-            seat.rpc_sync().begin_step()
+        members = self._transport.members
+        for member in members:
+            member.rpc_sync().begin_step()
         begin = time.perf_counter()
         self._context = context()
         self._context_id = self._context.__enter__()
@@ -212,14 +212,14 @@ class Autograd(Backward):
         losses = [share.wait() for share in shares]
         backward(self._context_id, losses)
         if self._sums_tied:
-            seats[0].rpc_sync().sum_tied(self._context_id, seats[-1])
-        gathered = [seat.rpc_sync().gather(self._context_id) for seat in seats]
+            members[0].rpc_sync().sum_tied(self._context_id, members[-1])
+        gathered = [member.rpc_sync().gather(self._context_id) for member in members]
         seconds = time.perf_counter() - begin
         return Gradients(
             loss=sum(float(loss.detach()) for loss in losses),
             squares=[one.squares for one in gathered],
             is_finite=[one.is_finite for one in gathered],
-            bubble_fraction=max(0.0, 1 - sum(one.busy_seconds for one in gathered) / (len(seats) * seconds)),
+            bubble_fraction=max(0.0, 1 - sum(one.busy_seconds for one in gathered) / (len(members) * seconds)),
             timeline=None,
             held=[one.held for one in gathered],
             boundary_bytes=sum(one.boundary_bytes for one in gathered),
@@ -230,9 +230,9 @@ class Autograd(Backward):
         """The future of a micro-batch's share of the loss; hidden states travel from shard to shard."""
         lengths = batch.attention_BT.sum(1).tolist()
         states: Any = batch.ids_BT
-        *others, last = self._transport.seats
-        for seat in others:
-            states = seat.remote().forward(step, number, states, lengths, None, tokens)
+        *others, last = self._transport.members
+        for member in others:
+            states = member.remote().forward(step, number, states, lengths, None, tokens)
         return last.rpc_async().forward(step, number, states, lengths, batch.labels_BT, tokens)
 
     def _leave_context(self) -> None:

@@ -59,10 +59,6 @@ class FirstAdapter:
         else:
             config = self.folder.config()
         config.lora_dropout = self.recipe.lora_dropout
-        config.inference_mode = True
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(found := getattr(config, name), set):  # the order of a set differs between processes
-                setattr(config, name, sorted(found))
         return config
 
     def untrained(self) -> dict[str, Tensor]:
@@ -95,10 +91,11 @@ def first_adapter(settings: ModelSettings, recipe: Recipe) -> FirstAdapter:
 
 def _check_recipe(folder: AdapterFolder, fit: Fit, recipe: Recipe) -> None:
     config = folder.config()
+    targets = sorted({name.rsplit(".", 1)[-1] for name in (*fit.modules, *fit.parameters)})
     for name, found, wanted in (
         ("project.lora.rank", config.r, recipe.lora_rank),
         ("project.lora.alpha", config.lora_alpha, recipe.lora_alpha),
-        ("model.lora_targets", _last_names(fit), sorted(set(recipe.lora_targets))),
+        ("model.lora_targets", targets, sorted(set(recipe.lora_targets))),
     ):
         if found != wanted:
             raise UserError(f"model.adapter must have {name}={wanted}, got {found} in {str(folder.place)!r}")
@@ -107,10 +104,6 @@ def _check_recipe(folder: AdapterFolder, fit: Fit, recipe: Recipe) -> None:
             f"model.adapter must be saved by the installed PEFT to be trained on, got {str(folder.place)!r} without "
             f"{unnamed[0]}"
         )
-
-
-def _last_names(fit: Fit) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name in (*fit.modules, *fit.parameters)})
 
 
 def lora_of(recipe: Recipe) -> LoraSettings:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from lab.command import overrides
+from lab.command.overrides import override as make_override
 from lab.device import give_back_freed_memory, open_device
 from lab.files import path_of
 from lab.models.fingerprints import weights_fingerprints
@@ -27,12 +27,12 @@ from split.training.messages import MAX_JOINT_MICRO_BATCHES, PROTOCOL, Recipe, S
 from split.training.settings import MAX_MICRO_BATCHES, BackwardKind, SplitTrainSettings
 from split.training.shard import TrainingShard
 from split.training.stage import InitialWeight, TrainingStage
-from split.training.trainer import Backward, Explicit, Shards
+from split.training.trainer import Backward, ExplicitBackward, Shards
 from split.training.weights import initial_weight, load_training_shard
 from split.transport.base import To
 
 if TYPE_CHECKING:
-    from split.training.autograd import LearnerSeat  # some systems lack it
+    from split.training.autograd import AutogradRpcShard  # some systems lack it
 
 LEARNING = ChainKind(
     client="trainer",
@@ -73,14 +73,14 @@ def open_shards(
     device: torch.device,
     folder: Path,
     checkpoints: Path,
-    words: Sequence[str] | None = None,
+    overrides: Sequence[str] | None = None,
 ) -> Iterator[tuple[Shards, Backward]]:
     """The shards that the settings describe; local ones live as long as this does.
 
-    `words`: the command line of local shards, without their layers and checkpoints; None: our own.
+    `overrides`: the command line of local shards, without their layers and checkpoints; None: our own.
     """
-    override_checkpoints = overrides.override("project.checkpoints", checkpoints)
-    local = LocalPlaces(folder, words, [override_checkpoints], pin_cores=settings.project.pin_cores)
+    override_checkpoints = make_override("project.checkpoints", checkpoints)
+    local = LocalPlaces(folder, overrides, [override_checkpoints], pin_cores=settings.project.pin_cores)
     with ExitStack() as stack:
         transport = _chain(settings).open(
             local, lambda layers: make_stage(settings.model, device, layers, checkpoints), stack
@@ -95,10 +95,10 @@ def _chain(settings: SplitTrainSettings) -> Chain:
 
 def _backward(settings: SplitTrainSettings, shards: Shards, recipe: Recipe) -> Backward:
     if settings.project.backward is BackwardKind.explicit:
-        return Explicit(shards)
-    from split.training.autograd import Autograd  # some systems lack it
+        return ExplicitBackward(shards)
+    from split.training.autograd import AutogradBackward  # some systems lack it
 
-    return Autograd(shards, recipe)
+    return AutogradBackward(shards, recipe)
 
 
 class TrainingServer(ChainServer):
@@ -129,10 +129,10 @@ def host(settings: SplitTrainSettings, folder: Path) -> dict[str, Any]:
             raise UserError(f"project.layers must be within the model's {count} layers, got {settings.project.layers}")
         return make_stage(settings.model, open_device(settings.device), layers, checkpoints)
 
-    def make_seat(stage: TrainingStage, name: str, model_layers: int, prints: dict[str, str]) -> LearnerSeat:
-        from split.training.autograd import LearnerSeat
+    def make_rpc_shard(stage: TrainingStage, name: str, model_layers: int, prints: dict[str, str]) -> AutogradRpcShard:
+        from split.training.autograd import AutogradRpcShard
 
-        return LearnerSeat(stage, name, model_layers, prints)
+        return AutogradRpcShard(stage, name, model_layers, prints)
 
-    _chain(settings).serve(load, TrainingServer, make_seat)
+    _chain(settings).serve(load, TrainingServer, make_rpc_shard)
     return {"role": LEARNING.shard, "layers": settings.project.layers, "checkpoints": checkpoints}

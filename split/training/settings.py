@@ -29,8 +29,8 @@ class Train(Enum):
 
 
 class BackwardKind(Enum):
-    """How gradients cross the cut. `explicit`: our messages, over any transport; `autograd`: torch's distributed
-    autograd, over rpc."""
+    """Transport of gradients across the cut. `explicit`: our messages, over any transport; `autograd`: torch's
+    distributed autograd, over rpc."""
 
     explicit = "explicit"
     autograd = "autograd"

@@ -158,17 +158,15 @@ class TrainingStage(Stage):
         optimizer = shard.optimizer.tensors(list(shard.weights)) if shard.optimizer else {}
         self._parts.forget_before(save.keep_from)
         digest = self._parts.write(self._part(step), dict(shard.weights), optimizer)
+        weights = shard.weights.items()
+        delta = sum(_squared_distance(weight.detach(), self._initial(name)) for name, weight in weights)
         head = Saved(
             shard=self._start.shard,
             digest=digest,
             folder=str(self._parts.folder(step).absolute())[-1024:],
-            weights_delta_norm=self._delta_norm(),
+            weights_delta_norm=math.sqrt(delta),
         )
         return Message(step, head)
-
-    def _delta_norm(self) -> float:
-        weights = self.shard.weights.items()
-        return math.sqrt(sum(_squared_distance(weight.detach(), self._initial(name)) for name, weight in weights))
 
     @override
     def figures(self, name: str) -> Figures:

@@ -2,7 +2,7 @@
 
 The trainer sends ids to the first shard and labels to the last one; the shards do the rest among themselves. It gets
 the loss and one scalar from each shard, from which it computes the global gradient norm. A `Backward` computes the
-gradients: `Explicit` in this module, over any transport; `split.training.autograd.Autograd` over torch's.
+gradients: `ExplicitBackward` in this module, over any transport, or `AutogradBackward` over torch's RPC.
 """
 
 import logging
@@ -36,7 +36,7 @@ Answer = TypeVar("Answer", bound=Head)
 
 
 class TrainingFault(faults.Fault):
-    """A shard could not do what it was told."""
+    """A shard could not process a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class Shards:
         """Send a message to one shard."""
         self.transport.send(shard, Message(step, head, body))
 
-    def tell(self, step: int, head: Head) -> None:
+    def send_to_all(self, step: int, head: Head) -> None:
         """Send a message to every shard."""
         for shard in range(self.count):
             self.send(shard, step, head)
@@ -112,7 +112,7 @@ class Shards:
         while len(found) < self.count:
             answer = self.transport.collect()
             if isinstance(answer.head, Fault):
-                raise _raised(answer.head)
+                raise _fault_of(answer.head)
             if not isinstance(answer.head, kind):
                 raise TrainingFault(
                     f"{kind.__name__.upper()} was due, a shard sent {type(answer.head).__name__.upper()}"
@@ -127,7 +127,7 @@ class Shards:
         return [report.figures for report in reports]
 
 
-class Explicit(Backward):
+class ExplicitBackward(Backward):
     """Backward across the boundary: each shard keeps input and output of a micro-batch, gets dL/dy, sends dL/dx."""
 
     def __init__(self, shards: Shards) -> None:
@@ -140,7 +140,7 @@ class Explicit(Backward):
     @override
     def gradients(self, step: int, micro_batches: Sequence[Batch], plan: Step) -> Gradients:
         shards = self._shards
-        shards.tell(step, plan)
+        shards.send_to_all(step, plan)
         for number, batch in enumerate(micro_batches):
             head = Tokens(micro_batch=number, lengths=batch.attention_BT.sum(1).tolist(), columns=batch.ids_BT.shape[1])
             parts = [_int32(batch.ids_BT), _int32(batch.labels_BT)]
@@ -170,7 +170,7 @@ class Explicit(Backward):
 
     @override
     def apply(self, step: int, apply: Apply) -> None:
-        self._shards.tell(step, apply)
+        self._shards.send_to_all(step, apply)
 
 
 class DistributedTrainer:
@@ -289,7 +289,7 @@ class DistributedTrainer:
 
     def _save(self) -> Path:
         before = self.manifest.step
-        self.shards.tell(self.step, Save(keep_from=before))
+        self.shards.send_to_all(self.step, Save(keep_from=before))
         saved = [head for head, _ in self.shards.collect(Saved)]
         self.weights_delta_norms = [head.weights_delta_norm for head in saved]
         self.manifest.step = self.step
@@ -370,7 +370,7 @@ def _int32(tensor: torch.Tensor) -> bytes:
     return tensor.numpy().astype(np.dtype("<i4")).tobytes()
 
 
-def _raised(fault: Fault) -> Exception:
+def _fault_of(fault: Fault) -> Exception:
     match fault.code:
         case FaultCode.link:
             return ShardLost(fault.text)

@@ -9,10 +9,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lab.models.layers import load_layers
 from lab.models.proof import Use
-from lab.models.quantized import Stored
+from lab.models.quantized import WeightFormat
 from lab.models.shape import ModelShape
 from lab.models.slices import cut_of
-from lab.models.sources import fetch, load_config, stored_as
+from lab.models.sources import check_weight_format, fetch, load_config
 from lab.settings import ModelSettings, Quantization, UserError
 from split.training.messages import Recipe
 from split.training.settings import Train
@@ -47,8 +47,8 @@ def _load_slice(settings: ModelSettings, device: torch.device, layers: range) ->
 
 def check_can_train_everything(settings: ModelSettings) -> None:
     """UserError for weights that have no gradient, and for an adapter, which would not be trained."""
-    stored = stored_as(fetch(settings, ()), load_config(settings), settings)
-    if stored in (Stored.nf4, Stored.fp4):
+    stored = check_weight_format(fetch(settings, ()), load_config(settings), settings)
+    if stored in (WeightFormat.nf4, WeightFormat.fp4):
         raise UserError(f"project.train must be lora for a model that is stored as {stored.name}, got everything")
     if settings.quantization is not Quantization.none:
         raise UserError(
@@ -71,7 +71,7 @@ def initial_weight(settings: ModelSettings, recipe: Recipe, layers: range) -> Ca
 
         return first_adapter(settings, recipe).tensors().__getitem__
     folder = fetch(settings, ())
-    is_plain = stored_as(folder, load_config(settings), settings) is Stored.plain
+    is_plain = check_weight_format(folder, load_config(settings), settings) is WeightFormat.plain
 
     @cache
     def again() -> dict[str, Tensor]:

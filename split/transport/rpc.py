@@ -1,8 +1,8 @@
 """Messages over torch.distributed.rpc: Linux and macOS, trusted networks only.
 
 torch's RPC is pickle: anyone who can reach one of its ports can run code on the machine. So a master address off
-loopback is refused unless the settings declare a trusted link. The client is rank 0 and holds an RRef to the seat of
-every shard; seats hold RRefs to their neighbours. A lost process cannot be replaced in a running group.
+loopback is refused unless the settings declare a trusted link. The client is rank 0 and holds an RRef to every
+shard; shards hold RRefs to their neighbours. A lost process cannot be replaced in a running group.
 
 RPC hands calls to threads, which loses their order: a sender numbers its messages to each receiver.
 """
@@ -64,7 +64,7 @@ def check_master(network: NetworkSettings) -> None:
         raise UserError(f"project.transport must be tcp on {sys.platform}: this torch is built without rpc, got rpc")
     if not (is_loopback(network.host) or network.trusted_link):
         raise UserError(
-            "network.host must be loopback for transport=rpc (it is pickle: who reaches the port can run code here), "
+            "network.host must be loopback for transport=rpc (it is pickle: anyone who reaches the port can run code), "
             f"or network.trusted_link=true if a VPN or a cable keeps strangers out, got {network.host!r}"
         )
 
@@ -125,7 +125,7 @@ def leave_group() -> None:
     torch_rpc.shutdown(graceful=False)
 
 
-class InOrder:
+class InOrderReceiver:
     """The messages of one sender, in the order in which it sent them."""
 
     def __init__(self) -> None:
@@ -140,11 +140,11 @@ class InOrder:
             self._due += 1
 
 
-class Seat:
+class RpcShard:
     """A shard's member of the group: gives its stage the messages of each sender in order, on a separate thread.
 
     Args:
-        stage: The shard. Its thread is the seat's.
+        stage: The shard's stage. Only our thread uses it.
         name: Name of the shard, for people.
         model_layers: Layers of the whole model.
         fingerprints: Of the model; the client must have the same.
@@ -174,7 +174,7 @@ class Seat:
         return welcome_of(self.stage, self._model_layers), self._fingerprints
 
     def join(self, previous: Any, behind: Any) -> None:
-        """Set our neighbours once the client has found all seats: their RRefs, None at the ends of the chain."""
+        """Set our neighbours once the client has found all of them: their RRefs, None at the ends of the chain."""
         self._neighbours = {To.previous: previous, To.next: behind}
         self._thread.start()
 
@@ -183,7 +183,7 @@ class Seat:
         return self.stage.figures(self._name), b"".join(tuple(self._hops))
 
     def _work(self) -> None:
-        senders = {origin: InOrder() for origin in To}
+        senders = {origin: InOrderReceiver() for origin in To}
         while True:
             origin, serial, arrived, message = self._await_message()
             for moment, due in senders[origin].take(serial, (arrived, message)):
@@ -219,17 +219,17 @@ class Seat:
             self.stage.boundary_bytes += len(message.body)
             origin = To.previous if to is To.next else To.next
             future = deliver(self._neighbours[to], origin, serial, message.number, message.head, body)
-            future.add_done_callback(_tell_if_lost)
+            future.add_done_callback(_report_loss)
         self._sent[to] = serial  # not if that raised: the receiver would wait for it
 
 
-def deliver(seat: Any, origin: To, serial: int, number: int, head: Head, body: Packed) -> Any:
-    """Send a message to the seat of an RRef's owner; the future of its delivery. The RRef itself is not sent: torch
+def deliver(member: Any, origin: To, serial: int, number: int, head: Head, body: Packed) -> Any:
+    """Send a message to the owner of an RRef; the future of its delivery. The RRef itself is not sent: torch
     counts each one that is, which takes messages of its own."""
-    return torch_rpc.rpc_async(seat.owner(), _deliver, args=(origin, serial, number, head, body))
+    return torch_rpc.rpc_async(member.owner(), _deliver, args=(origin, serial, number, head, body))
 
 
-def _tell_if_lost(done: Any) -> None:
+def _report_loss(done: Any) -> None:
     """Tell the client if a neighbour could not be sent a message."""
     try:
         done.value()
@@ -237,18 +237,18 @@ def _tell_if_lost(done: Any) -> None:
         torch_rpc.rpc_async(CLIENT, _note_lost, args=(f"a neighbour is gone ({_first_line(error)})",))
 
 
-_SEATS: list[Seat] = []
-"""The seat of this process, for the client's RRef."""
+_RPC_SHARDS: list[RpcShard] = []
+"""The shard of this process, for the client's RRef."""
 INBOX: queue.SimpleQueue[tuple[str, int, Message] | ShardLost] = queue.SimpleQueue()
 """Answers to the client of this process. Remote calls find functions by name, so both of these must be global."""
 
 
-def _seat_here() -> Seat:
-    return _SEATS[0]
+def _own_rpc_shard() -> RpcShard:
+    return _RPC_SHARDS[0]
 
 
 def _deliver(origin: To, serial: int, number: int, head: Head, body: Packed) -> None:
-    _SEATS[0].arrived.put((origin, serial, time.monotonic(), Message(number, head, unpack(body))))
+    _RPC_SHARDS[0].arrived.put((origin, serial, time.monotonic(), Message(number, head, unpack(body))))
 
 
 def _answer(name: str, serial: int, number: int, head: Head, body: Packed) -> None:
@@ -259,12 +259,12 @@ def _note_lost(text: str) -> None:
     INBOX.put(ShardLost(text))
 
 
-def serve_seat(seat: Seat, rank: int, world_size: int, network: NetworkSettings) -> None:
+def serve_rpc_shard(member: RpcShard, rank: int, world_size: int, network: NetworkSettings) -> None:
     """Serve one shard of a group until the client leaves or is lost. Raises UserError, KeyboardInterrupt."""
-    _SEATS[:] = [seat]
-    join_group(f"shard{rank}", rank, world_size, network, network.port, seat.worker_threads)
+    _RPC_SHARDS[:] = [member]
+    join_group(f"shard{rank}", rank, world_size, network, network.port, member.worker_threads)
     try:
-        while not seat.left.wait(network.heartbeat_seconds):
+        while not member.left.wait(network.heartbeat_seconds):
             try:
                 torch_rpc.rpc_sync(CLIENT, _ping_client, timeout=network.dead_after_seconds)
             except RuntimeError as error:
@@ -279,7 +279,7 @@ def _ping_client() -> None:
 
 
 class RpcChain(Transport):
-    """The client's end of a group: RRefs to the seats of all shards.
+    """The client's end of a group: RRefs to all shards.
 
     Args:
         world_size: Processes of the group, this one included.
@@ -310,18 +310,18 @@ class RpcChain(Transport):
         self._closing = threading.Event()
         join_group(CLIENT, 0, world_size, network, port, worker_threads, start_seconds)
         names = [f"shard{rank}" for rank in range(1, world_size)]
-        self._senders = {name: InOrder() for name in names}
+        self._senders = {name: InOrderReceiver() for name in names}
         self._sent = [0 for _ in names]
-        self.seats: list[Any] = [torch_rpc.remote(name, _seat_here) for name in names]
+        self.members: list[Any] = [torch_rpc.remote(name, _own_rpc_shard) for name in names]
         """RRefs, first to last."""
         try:
-            described: list[tuple[Welcome, dict[str, str]]] = [seat.rpc_sync().describe() for seat in self.seats]
+            described: list[tuple[Welcome, dict[str, str]]] = [member.rpc_sync().describe() for member in self.members]
             for _, theirs in described:
                 _check_fingerprints(theirs, fingerprints)
             welcomes = [welcome for welcome, _ in described]
             check_layers(welcomes, names)
-            for previous, seat, behind in zip([None, *self.seats], self.seats, [*self.seats[1:], None]):
-                seat.rpc_sync().join(previous, behind)
+            for previous, member, behind in zip([None, *self.members], self.members, [*self.members[1:], None]):
+                member.rpc_sync().join(previous, behind)
         except BaseException:
             self.shutdown()
             raise
@@ -333,13 +333,13 @@ class RpcChain(Transport):
     def send(self, shard: int, message: Message) -> None:
         if self._lost is not None:
             raise self._lost
-        seat = self.seats[shard]
+        member = self.members[shard]
         self._sent[shard] += 1
         try:
-            future = deliver(seat, To.client, self._sent[shard], message.number, message.head, pack(message.body))
+            future = deliver(member, To.client, self._sent[shard], message.number, message.head, pack(message.body))
         except RuntimeError as error:
             raise self.lost(error) from None
-        future.add_done_callback(lambda done: self._check_sent(seat, done))
+        future.add_done_callback(lambda done: self._check_sent(member, done))
 
     @override
     def collect(self, wait_seconds: float | None = None) -> Message:
@@ -366,18 +366,19 @@ class RpcChain(Transport):
     @override
     def reports(self) -> list[ShardReport[ShardFigures]]:
         return [
-            ask_figures(layers, partial(self._ask, seat)) for layers, seat in zip(self.layers, self.seats, strict=True)
+            ask_figures(layers, partial(self._ask, member))
+            for layers, member in zip(self.layers, self.members, strict=True)
         ]
 
     @override
     def shutdown(self) -> None:
         self._closing.set()
-        for seat in self.seats:
+        for member in self.members:
             try:
-                torch_rpc.rpc_sync(seat.owner(), _leave_here, timeout=self._network.dead_after_seconds)
+                torch_rpc.rpc_sync(member.owner(), _leave_here, timeout=self._network.dead_after_seconds)
             except RuntimeError as error:
-                log.info("%s could not be told that we leave (%s)", seat.owner().name, _first_line(error))
-        self.seats.clear()
+                log.info("%s could not be told that we leave (%s)", member.owner().name, _first_line(error))
+        self.members.clear()
         leave_group()
 
     def lost(self, error: RuntimeError) -> ShardLost:
@@ -386,37 +387,37 @@ class RpcChain(Transport):
         self._lost = self._lost or ShardLost(f"a shard is gone ({reason})")
         return self._lost
 
-    def _ask(self, seat: Any) -> tuple[ShardFigures, bytes, float]:
+    def _ask(self, member: Any) -> tuple[ShardFigures, bytes, float]:
         try:
-            figures, hops = seat.rpc_sync().report()
+            figures, hops = member.rpc_sync().report()
         except RuntimeError as error:
-            raise ShardLost(f"{seat.owner().name} is gone ({_first_line(error)})") from None
+            raise ShardLost(f"{member.owner().name} is gone ({_first_line(error)})") from None
         return figures, hops, time.monotonic()
 
-    def _check_sent(self, seat: Any, done: Any) -> None:
+    def _check_sent(self, member: Any, done: Any) -> None:
         try:
             done.value()
         except RuntimeError as error:
-            self._lose(seat, error)
+            self._lose(member, error)
 
     def _watch(self) -> None:
         """Notice a dead shard even while no answer is awaited."""
         while not self._closing.wait(self._network.heartbeat_seconds):
-            for seat in list(self.seats):
+            for member in list(self.members):
                 try:
-                    torch_rpc.rpc_sync(seat.owner(), _ping_client, timeout=self._network.dead_after_seconds)
+                    torch_rpc.rpc_sync(member.owner(), _ping_client, timeout=self._network.dead_after_seconds)
                 except RuntimeError as error:
-                    self._lose(seat, error)
+                    self._lose(member, error)
                     return
 
-    def _lose(self, seat: Any, error: RuntimeError) -> None:
+    def _lose(self, member: Any, error: RuntimeError) -> None:
         if not self._closing.is_set():
-            self._lost = self._lost or ShardLost(f"{seat.owner().name} is gone ({_first_line(error)})")
+            self._lost = self._lost or ShardLost(f"{member.owner().name} is gone ({_first_line(error)})")
             INBOX.put(self._lost)
 
 
 def _leave_here() -> None:
-    _SEATS[0].left.set()
+    _RPC_SHARDS[0].left.set()
 
 
 def _check_fingerprints(theirs: dict[str, str], fingerprints: dict[str, str]) -> None:

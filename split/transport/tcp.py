@@ -61,7 +61,7 @@ class TcpChain(Transport):
         self._addresses, self._spares = list(addresses), list(spares)
         self._endpoint, self._tls = endpoint, tls
         self._answer_seconds = answer_seconds
-        self._lines: list[_Line] = []
+        self._lines: list[_ShardConnection] = []
         self.client = 0
         """Our number in ATTACH."""
         self._known_layers: dict[int, range] = {}
@@ -133,10 +133,10 @@ class TcpChain(Transport):
             line.close()
         self._lines = []
 
-    def _join(self) -> list[_Line]:
+    def _join(self) -> list[_ShardConnection]:
         """Attach to all shards, last to first, each with the address of the next. Raises a `WireError`."""
         self.client = client = secrets.randbits(63)
-        lines: list[_Line] = []
+        lines: list[_ShardConnection] = []
         behind: list[Address] = []
         instance = 0
         try:
@@ -153,13 +153,13 @@ class TcpChain(Transport):
             line.listen(self._answers)
         return lines
 
-    def _attach(self, place: int, attach: Attach) -> _Line:
+    def _attach(self, place: int, attach: Attach) -> _ShardConnection:
         """A line to the shard at a place, or to a spare with the same layers."""
         fault: WireError | None = None
         wanted = self._known_layers.get(place)
         for address in [self._addresses[place], *self._spares]:
             try:
-                line = _Line(address, self._endpoint, self._tls, attach, self._answer_seconds)
+                line = _ShardConnection(address, self._endpoint, self._tls, attach, self._answer_seconds)
             except _HOPELESS:
                 raise
             except WireError as error:
@@ -173,7 +173,7 @@ class TcpChain(Transport):
         assert fault is not None
         raise fault
 
-    def _remember(self, place: int, line: _Line) -> None:
+    def _remember(self, place: int, line: _ShardConnection) -> None:
         self._known_layers.setdefault(place, line.layers)
         if line.address in self._spares:
             log.warning("spare %s takes the place of %s", line.address, self._addresses[place])
@@ -181,7 +181,7 @@ class TcpChain(Transport):
             self._addresses[place] = line.address
 
 
-class _Line:
+class _ShardConnection:
     """A connection to one shard, with a thread that reads from it."""
 
     def __init__(

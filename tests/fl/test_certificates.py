@@ -124,7 +124,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"alice\.pub must not be there yet"):
         make_site(tmp_path, "alice")
     with pytest.raises(FileExistsError):
-        certificates.write_private(server.key, b"")
+        certificates.write_new(server.key, b"")
     after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert after == {file: data for file, data in before.items() if file not in (server.authority, site.key)}
 

@@ -173,7 +173,7 @@ def test_a_round_is_never_overwritten(tmp_path: Path) -> None:
     assert (folder / "adapter_model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("step", ["fl.checkpoint.save_file", "lab.files.sync"])
+@pytest.mark.parametrize("step", ["lab.models.adapter.save_file", "lab.files.sync"])
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_fault_while_writing_leaves_no_half_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, fault: BaseException

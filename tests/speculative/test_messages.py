@@ -61,7 +61,7 @@ def test_ids_only() -> None:
             top_k=3,
             top_p=0.9,
             min_p=0.05,
-            words=None,
+            logit_rules=None,
             max_new_tokens=5,
             mode=Mode.sync,
             draft_length=5,

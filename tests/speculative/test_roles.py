@@ -26,7 +26,7 @@ from lab.faults import EndedBy, Fault
 from lab.models.conversion import BYTE_EOS
 from lab.models.sources import LoadedModel, load_model
 from lab.settings import UserError
-from lab.text.words import Words
+from lab.text.logit_rules import LogitRules
 from lab.wire.faults import PeerGone, PeerMismatch, TlsRefused
 from speculative.acceptance import until_end
 from speculative.drafter.connection import VerifierConnection
@@ -106,7 +106,7 @@ WORDS = (
 
 
 def _with_words(prompt: str) -> Sampling:
-    words = Words(
+    words = LogitRules(
         prompt_tokens=len(prompt),
         repetition_penalty=1.2,
         presence_penalty=0.1,
@@ -114,7 +114,7 @@ def _with_words(prompt: str) -> Sampling:
         logit_bias=((101, 0.3), (32, -0.2)),
         bad_words=tuple(tuple(word) for word in (b" e", b"e", b" in", b"in")),
     )
-    return Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98, min_p=0.02, words=words)
+    return Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98, min_p=0.02, logit_rules=words)
 
 
 def test_words_and_a_stop_string_over_the_wire(random_verifier: Role, tmp_path: Path) -> None:
@@ -517,7 +517,7 @@ def test_what_the_verifier_refuses_is_said_in_one_line(random_verifier: Role, tm
         "project.draft.window must be in [1, 64] for this verifier (its project.draft.window), got 65"
     )
     assert _refused(port, (), tmp_path, "x" * 1000) == (
-        "project.max_new_tokens must be at most 24 here for a prompt of 1000 tokens (a text at this verifier "
+        "project.max_new_tokens must be at most 24 here for a prompt of 1000 tokens (a request to this verifier "
         "has room for 1024 tokens, its context), got 64"
     )
     assert _refused(port, (), tmp_path, "x" * 262145) == "prompt must be at most 262144 tokens, got 262145"

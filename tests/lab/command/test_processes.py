@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lab.command.overrides import override
-from lab.command.processes import NotReady, first_line, last_words, listening, run_to_end, start
+from lab.command.processes import NotReady, first_line, last_line, listening, run_to_end, start
 from lab.settings import UserError
 
 SIGNS = "-José, (a)=[b] {c} 'd' \"e\" $f%d #g\t\n."
@@ -49,7 +49,7 @@ def test_a_role_that_does_not_start_has_its_last_words(tmp_path: Path) -> None:
     ):
         with pytest.raises(kind, match=f"^{line}"), listening(module, words, tmp_path / SIGNS, 60):
             pytest.fail("must not listen")
-        assert last_words(tmp_path / SIGNS) == "error: seed must be in [0, 2**31), got -1"
+        assert last_line(tmp_path / SIGNS) == "error: seed must be in [0, 2**31), got -1"
 
 
 def test_names_with_every_sign_reach_all_processes_of_a_training(

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lab.command.terminal import TextStream, has_room, masked, one_line
 from lab.models.conversion import BYTE_EOS, byte_tokenizer
-from lab.text.asking import decoder
+from lab.text.generation import decoder
 
 
 class Terminal(io.StringIO):

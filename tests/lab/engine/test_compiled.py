@@ -25,7 +25,7 @@ from lab.models.slices import read_slice
 from lab.models.structure import find_structure
 from lab.settings import UserError
 from split.inference.messages import Piece
-from split.inference.shard import OnlyShard, PassInput, Shard1, Shard2, ShardLimits
+from split.inference.shard import FirstShard, LastShard, OnlyShard, PassInput, ShardLimits
 from tests.random_models import random_model
 
 SIZES = {
@@ -230,9 +230,9 @@ def test_shards_say_what_the_whole_says(want: Any, folder: Path, tmp_path: Path)
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     limits = ShardLimits(sessions=4, context=200, bucket=32, kv_limit_bytes=10**8, idle_seconds=60.0)
     shards = []
-    for kind, layers in ((Shard1, range(1)), (Shard2, range(1, 3))):
+    for kind, layers in ((FirstShard, range(1)), (LastShard, range(1, 3))):
         part = read_slice(
-            config, tensors, structure, layers, embedding=kind is Shard1, head=kind is Shard2,
+            config, tensors, structure, layers, embedding=kind is FirstShard, head=kind is LastShard,
             dtype=torch.bfloat16,
         )  # fmt: skip
         shards.append(kind(part, layers, limits, compiler=Compiler(True, True, True, folder)))

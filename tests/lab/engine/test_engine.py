@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function
 
 from lab.engine import kv as kv_module
 from lab.engine import local as engine_module
-from lab.engine.base import Engine, Request, Scored, Session, TargetStep, Want
+from lab.engine.base import Engine, LogitRows, Request, Session, TargetStep, Want
 from lab.engine.kinds import open_split_engine
 from lab.engine.kv import CacheFull, SlotCache
 from lab.engine.local import LocalEngine, ShapeDependence
@@ -85,7 +85,7 @@ def _worst_error(model: Any, monkeypatch: pytest.MonkeyPatch) -> float:
     texts: dict[int, list[int]] = {}
     read_steps = engine_module.read_steps
 
-    def recording(blocks: Sequence[Scored], want: Want) -> list[TargetStep]:
+    def recording(blocks: Sequence[LogitRows], want: Want) -> list[TargetStep]:
         for block in blocks:
             prefix = texts[block.sampling.seed][: block.position + len(block.ids)]
             seen.append((prefix, block.logits_KV.clone()))
@@ -300,7 +300,7 @@ def test_a_cache_without_room_leaves_every_session_where_it_was() -> None:
     per_position = _local(model).cache.bytes_per_position
     engine = _local(model, kv_limit_bytes=2 * 32 * per_position)
     assert (engine.context, engine.longest) == (200, 64)
-    with pytest.raises(CacheFull, match="room for a text of 64 positions is left, got 200"):
+    with pytest.raises(CacheFull, match="room for a sequence of 64 positions is left, got 200"):
         engine.open([1], Sampling.greedy())
     first, second = engine.open(_ids(20, 1), Sampling.greedy(), 32), engine.open(_ids(9, 2), Sampling.greedy(), 10)
     text = _generate(_local(model), _ids(20, 1), Sampling.greedy(), 5)

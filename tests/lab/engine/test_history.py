@@ -21,14 +21,14 @@ from transformers.generation.logits_process import (
 
 from lab.engine.history import History
 from lab.engine.sampling import Sampling, choose
-from lab.text.words import MAX_BIASES, Words
+from lab.text.logit_rules import MAX_BIASES, LogitRules
 
 VOCABULARY = 40
 PROMPT = 5
 
 
-def _words(**asked: object) -> Words:
-    return Words(prompt_tokens=PROMPT, **asked)  # type: ignore[arg-type]  # the names are the point
+def _words(**asked: object) -> LogitRules:
+    return LogitRules(prompt_tokens=PROMPT, **asked)  # type: ignore[arg-type]  # the names are the point
 
 
 def _text(seed: int, length: int = 30) -> list[int]:
@@ -40,7 +40,7 @@ def _logits(seed: int, rows: int) -> Tensor:
     return 4 * torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _by_rows(words: Words, ids: Sequence[int], logits_KV: Tensor, end: int) -> Tensor:
+def _by_rows(words: LogitRules, ids: Sequence[int], logits_KV: Tensor, end: int) -> Tensor:
     history = History(words)
     history.hold(0, ids)
     return history.changed(logits_KV, end)

@@ -165,10 +165,10 @@ def test_a_full_cache_refuses_and_nothing_changes() -> None:
 def test_a_long_promise_leaves_no_room_for_one_more() -> None:
     cache = _cache(limit_bytes=3 * 16 * BYTES_PER_POSITION)
     assert cache.longest == 48
-    with pytest.raises(CacheFull, match="room for a text of 48 positions is left, got 49"):
+    with pytest.raises(CacheFull, match="room for a sequence of 48 positions is left, got 49"):
         cache.acquire(49)
     long = cache.acquire(40)
-    with pytest.raises(CacheFull, match="room for a text of 0 positions is left, got 1"):
+    with pytest.raises(CacheFull, match="room for a sequence of 0 positions is left, got 1"):
         cache.acquire(1)
     cache.release(long)
     assert [cache.acquire(16), cache.acquire(16), cache.acquire(16)] == [0, 1, 2]
@@ -188,7 +188,7 @@ def test_what_was_promised_is_there() -> None:
             promised[cache.acquire(most)] = most
         except CacheFull as full:
             refused += 1
-            if room := re.search(r"room for a text of ([1-9]\d*) positions", str(full)):
+            if room := re.search(r"room for a sequence of ([1-9]\d*) positions", str(full)):
                 promised[cache.acquire(int(room[1]))] = int(room[1])
         grown = {slot: generator.randint(0, most - cache.lengths[slot]) for slot, most in promised.items()}
         if grown and max(grown.values()):
@@ -257,7 +257,7 @@ def test_exact_shapes_are_always_the_same() -> None:
     assert cache.allocated_bytes == allocated == 3 * 10 * BYTES_PER_POSITION
     with pytest.raises(ValueError, match="counts must be at most 4"):
         cache.begin([slots[0]], [5])
-    with pytest.raises(CacheFull, match="room for a text of 10 positions is left, got 11"):
+    with pytest.raises(CacheFull, match="room for a sequence of 10 positions is left, got 11"):
         cache.acquire(11)
     with pytest.raises(CacheFull):
         _cache(exact=ExactShape(rows=4, columns=10), limit_bytes=10)

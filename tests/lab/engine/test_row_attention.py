@@ -13,7 +13,7 @@ from lab.command.entry import compose_settings
 from lab.device import lacks_sixteen_bits
 from lab.engine import local as engine_module
 from lab.engine import row_attention, wide_products
-from lab.engine.base import Scored, TargetStep, Want
+from lab.engine.base import LogitRows, TargetStep, Want
 from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models import sources as models
@@ -38,7 +38,7 @@ def _logits(engine: LocalEngine, width: int, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[Tensor] = []
     read_steps = engine_module.read_steps
 
-    def recording(blocks: list[Scored], want: Want) -> list[TargetStep]:
+    def recording(blocks: list[LogitRows], want: Want) -> list[TargetStep]:
         seen.append(next(block for block in blocks if block.sampling is sampling).logits_KV.clone())
         return read_steps(blocks, want)
 

@@ -21,7 +21,7 @@ from lab.models import conversion
 from lab.models import sources as models
 from lab.models.folder import INDEX, SINGLE, ModelFolder
 from lab.models.layers import load_layers
-from lab.models.quantized import Shapes, Stored, Unreadable, stored_kind
+from lab.models.quantized import Shapes, Unreadable, WeightFormat, find_weight_format
 from lab.models.slices import run_slice
 from lab.models.twin import twin_model
 from lab.settings import ModelSettings, Quantization, UserError
@@ -330,7 +330,7 @@ KINDS: dict[str, tuple[dict[str, Any] | None, Shapes]] = {
 
 def kind_of(described: dict[str, Any] | None, here: Shapes, index: Collection[str]) -> str:
     config = LlamaConfig() if described is None else LlamaConfig(quantization_config=described)
-    return stored_kind(config, here, index).name
+    return find_weight_format(config, here, index).name
 
 
 @pytest.mark.parametrize("strange", [
@@ -373,7 +373,7 @@ def test_a_part_of_a_float8_model_is_read_without_its_other_files(alone: Path) -
     (alone / INDEX).write_text(json.dumps({"weight_map": places}))
     (alone / "b.safetensors").unlink()
     folder = ModelFolder(alone)
-    assert folder.stored(folder.config()) is Stored.fp8
+    assert folder.weight_format(folder.config()) is WeightFormat.fp8
 
 
 def small(name: str, place: Path) -> Path:

@@ -20,7 +20,7 @@ from lab.models.gguf_blocks import GgufBlocks
 from lab.models.layers import load_layers, load_proved
 from lab.models.packed import IntLinear, halves, quantise
 from lab.models.proof import try_packed
-from lab.models.quantized import Stored
+from lab.models.quantized import WeightFormat
 from lab.models.slices import run_slice
 from lab.models.sources import load_model
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
@@ -81,9 +81,9 @@ def test_a_row_depends_on_itself_alone(bits: int) -> None:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral", "qwen3_moe")
 
 
-@pytest.mark.parametrize("stored", [Stored.int8, Stored.int4])
+@pytest.mark.parametrize("stored", [WeightFormat.int8, WeightFormat.int4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_are_proved(family: str, stored: Stored) -> None:
+def test_families_are_proved(family: str, stored: WeightFormat) -> None:
     proof = try_packed(CONFIG_MAPPING[family](), stored=stored)
     assert proof.engine is None
     assert proof.slices is None
@@ -104,7 +104,7 @@ def test_wrong_products_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(packed, "multiply", wrong)
     monkeypatch.setattr(IntLinear, "in_float", truthful)
-    for stored in (Stored.int8, Stored.int4):
+    for stored in (WeightFormat.int8, WeightFormat.int4):
         against = try_packed(CONFIG_MAPPING["llama"](), stored=stored).engine
         assert against is not None
         assert "from those of the same numbers in float" in against

@@ -15,7 +15,7 @@ from lab.command.entry import compose_settings
 from lab.models.conversion import byte_tokenizer
 from lab.settings import UserError
 from lab.text.data_text import DataEncoder
-from lab.text.prompts import asked_ids, chat_ids, dialogue_ids, prompt_ids, read_messages
+from lab.text.prompts import chat_ids, dialogue_ids, input_ids, prompt_ids, read_messages
 from lab.text.settings import TextSettings
 from speculative.settings import SpeculativeSettings
 
@@ -185,9 +185,9 @@ def test_a_token_that_cannot_be_written_otherwise_is_refused() -> None:
 def test_a_raw_prompt_has_control_tokens_only_where_that_is_asked_for() -> None:
     tokenizer = _bytes()
     raw = "<|im_start|>user\nhi<|im_end|>"
-    as_text = asked_ids(tokenizer, raw, _asked(chat=False))
+    as_text = input_ids(tokenizer, raw, _asked(chat=False))
     assert (_count(tokenizer, as_text, "<|im_end|>"), tokenizer.decode(as_text)) == (0, raw)
-    asked = asked_ids(tokenizer, raw, _asked(chat=False, special_tokens=True))
+    asked = input_ids(tokenizer, raw, _asked(chat=False, special_tokens=True))
     assert (_count(tokenizer, asked, "<|im_end|>"), asked) == (1, list(tokenizer(raw)["input_ids"]))
 
 
@@ -215,10 +215,10 @@ def test_what_a_template_leaves_out_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(messages))
     assert dialogue_ids(_bytes(CALLS), read_messages(str(file)))
     with pytest.raises(UserError, match=r"^project\.messages messages\[1\]\.tool_calls must be shown by the model's"):
-        asked_ids(_bytes(), "", _asked(messages=str(file)))
+        input_ids(_bytes(), "", _asked(messages=str(file)))
     users = _bytes(CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role == 'user' %}"))
     with pytest.raises(UserError, match=r"^project\.system and prompt messages\[0\]\.content must be shown"):
-        asked_ids(users, "hi", _asked(system="user"))
+        input_ids(users, "hi", _asked(system="user"))
 
 
 def test_a_text_may_hold_all_characters_of_the_private_use_area() -> None:
@@ -235,14 +235,14 @@ def test_messages_come_from_a_file(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "brief"}, {"role": "user", "content": "hé"}]
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(messages, ensure_ascii=False).encode())
     tokenizer = _bytes()
-    assert asked_ids(tokenizer, "", _asked(messages=str(file))) == chat_ids(tokenizer, messages, "prompt")
-    assert asked_ids(tokenizer, "hé", _asked(system="brief")) == chat_ids(tokenizer, messages, "prompt")
+    assert input_ids(tokenizer, "", _asked(messages=str(file))) == chat_ids(tokenizer, messages, "prompt")
+    assert input_ids(tokenizer, "hé", _asked(system="brief")) == chat_ids(tokenizer, messages, "prompt")
     with pytest.raises(UserError, match=r"^prompt must be empty where project\.messages is given, got both$"):
-        asked_ids(tokenizer, "hi", _asked(messages=str(file)))
+        input_ids(tokenizer, "hi", _asked(messages=str(file)))
     with pytest.raises(UserError, match=r"^project\.chat must be true for project\.messages, got false$"):
-        asked_ids(tokenizer, "", _asked(messages=str(file), chat=False))
+        input_ids(tokenizer, "", _asked(messages=str(file), chat=False))
     with pytest.raises(UserError, match=r"^project\.system must be null for a model without a chat template$"):
-        asked_ids(_bytes(None), "hi", _asked(system="brief"))
+        input_ids(_bytes(None), "hi", _asked(system="brief"))
 
 
 @pytest.mark.parametrize(

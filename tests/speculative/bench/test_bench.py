@@ -190,7 +190,7 @@ def test_these_bytes_are_the_ones_that_cross_the_socket(random_verifier: Role) -
         top_k=0,
         top_p=1.0,
         min_p=0.0,
-        words=None,
+        logit_rules=None,
         max_new_tokens=40,
         mode=Mode.sync,
         draft_length=8,

@@ -186,7 +186,7 @@ def _open(number: int, draws: random.Random) -> OpenFrame:
         top_k=0,
         top_p=1.0,
         min_p=0.0,
-        words=None,
+        logit_rules=None,
         max_new_tokens=NEW_TOKENS,
         mode=draws.choice([Mode["async"], Mode.target_only]),
         draft_length=0,

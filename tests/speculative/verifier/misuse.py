@@ -84,7 +84,7 @@ class Ground:
     def open(self, **changes: Any) -> OpenFrame:
         """A request that is right but for the changes."""
         values: dict[str, Any] = {
-            "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "words": None,
+            "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_rules": None,
             "max_new_tokens": 20, "threshold": None,
             "name": self.draws.getrandbits(64), "owner": bytes(16), "mode": Mode.target_only, "draft_length": 5,
             "report": False,

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from lab.command.entry import compose_settings
-from lab.engine.sampling_head import WordsHead
+from lab.engine.sampling_head import LogitRulesHead
 from lab.models.conversion import BYTE_EOS, byte_tokenizer
 from lab.wire.faults import PeerRefused
 from lab.wire.frame_socket import FrameSocket
@@ -40,7 +40,7 @@ WELCOMES: dict[FrameSocket, WelcomeFrame] = {}
 OURS = fingerprint(token_texts(byte_tokenizer()))
 
 
-def _words(**changes: Any) -> WordsHead:
+def _words(**changes: Any) -> LogitRulesHead:
     values: dict[str, Any] = {
         "prompt_tokens": 1,
         "repetition_penalty": 1.0,
@@ -49,7 +49,7 @@ def _words(**changes: Any) -> WordsHead:
         "logit_bias": [],
         "bad_words": [],
     }
-    return WordsHead(**values | changes)
+    return LogitRulesHead(**values | changes)
 
 
 def _open(**changes: Any) -> OpenFrame:
@@ -59,7 +59,7 @@ def _open(**changes: Any) -> OpenFrame:
         "top_k": 0,
         "top_p": 1.0,
         "min_p": 0.0,
-        "words": None,
+        "logit_rules": None,
         "max_new_tokens": 20,
         "name": next(NAMES),
         "owner": bytes(16),
@@ -112,10 +112,13 @@ def _opened_then(*ids: int) -> Send:
         (_opened_then(*range(17)), "sent 17 draft tokens, at most 16 are checked at once"),
         (lambda frames: frames.send(MessageType.open, 1, _open(top_p=0.0), pack_tokens([1])), "top_p must be in"),
         (lambda frames: frames.send(MessageType.open, 1, _open(min_p=2.0), pack_tokens([1])), "min_p must be in"),
-        (lambda frames: frames.send(MessageType.open, 1, _open(words=_words()), pack_tokens([1])), "presence_penalty"),
+        (
+            lambda frames: frames.send(MessageType.open, 1, _open(logit_rules=_words()), pack_tokens([1])),
+            "presence_penalty",
+        ),
         (
             lambda frames: frames.send(
-                MessageType.open, 1, _open(words=_words(bad_words=[[1] * 4096] * 2)), pack_tokens([1])
+                MessageType.open, 1, _open(logit_rules=_words(bad_words=[[1] * 4096] * 2)), pack_tokens([1])
             ),
             "bad_words must be at most 1024 of 4096 tokens together, got 2 of 8192",
         ),

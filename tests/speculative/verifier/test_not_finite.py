@@ -133,7 +133,7 @@ def test_a_drafter_that_meets_nan_guesses_no_more_and_the_text_goes_on(caplog: p
         assert tokens(rounds) == text
         assert sum(done.accepted for done in rounds) > 3, "it never guessed"
         assert [record.message.partition(":")[0] for record in caplog.records] == [
-            "the drafter drafts no more for this text"
+            "the drafter makes no more drafts for this request"
         ]
         drafts.begin(NEIGHBOUR)
         assert drafts.propose(1), "the next text is another one"

@@ -13,7 +13,7 @@ from lab.engine.base import Engine, Request, Session, TargetStep, Want
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.engine.synthetic import SyntheticEngine
-from lab.text.words import Words
+from lab.text.logit_rules import LogitRules
 from speculative.acceptance import prefix_hash
 from speculative.drafter.loop import Desync, DraftedSequence
 from speculative.drafts import RandomDrafts
@@ -250,7 +250,9 @@ def test_a_text_is_resumed_by_its_owner_only_and_as_it_is() -> None:
     for changed in (
         replace(asked(), max_new_tokens=41),
         replace(asked(), sampling=Sampling(seed=1, temperature=1, top_k=0, top_p=1)),
-        replace(asked(), sampling=replace(asked().sampling, words=Words(prompt_tokens=3, presence_penalty=1.0))),
+        replace(
+            asked(), sampling=replace(asked().sampling, logit_rules=LogitRules(prompt_tokens=3, presence_penalty=1.0))
+        ),
         replace(asked(), prompt_ids=[1, 2, 4]),
         replace(asked(), new_ids=[(TEXT[0] + 1) % 50]),
     ):
@@ -290,13 +292,13 @@ def test_what_a_client_may_take() -> None:
     core.open(2, 40)
     [ended] = core.scheduler.open(3, asked(2), client="client")
     assert isinstance(ended, Ending)
-    assert ended.text == "a client may have 2 texts at once (the verifier's project.client.texts)"
+    assert ended.text == "a client may have 2 requests at a time (the verifier's project.client.texts)"
     core.scheduler.close(2)
     [ended] = core.scheduler.open(4, asked(60), client="client")
     assert isinstance(ended, Ending)
     assert ended.text == (
-        "project.max_new_tokens must be at most 54 here for a prompt of 3 tokens (a client's texts may need 1000 bytes "
-        "of keys and values, its project.client.cache_bytes, and 43 tokens are taken), got 60"
+        "project.max_new_tokens must be at most 54 here for a prompt of 3 tokens (a client's requests may need 1000 "
+        "bytes of keys and values, its project.client.cache_bytes, and 43 tokens are taken), got 60"
     )
     core.open(5, 60, client="another")
 

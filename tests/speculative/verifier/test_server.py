@@ -18,7 +18,7 @@ from speculative.settings import Mode
 from speculative.verifier import forward_thread
 from tests.speculative.serving_here import client_endpoint, connected, serving_here
 
-SAMPLING: dict[str, Any] = {"seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "words": None}
+SAMPLING: dict[str, Any] = {"seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_rules": None}
 
 
 @dataclass

@@ -172,7 +172,7 @@ def _piece(session: int, position: int, count: int) -> Piece:
 
 
 def _open(tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Open:
-    return Open(tokens=tokens, seed=1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=0.0, words=None)
+    return Open(tokens=tokens, seed=1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=0.0, logit_rules=None)
 
 
 def misuse(

@@ -228,7 +228,7 @@ def test_texts_that_do_not_fit_together_wait_and_none_dies(settings: ModelSettin
 def test_a_line_has_an_end_and_an_order(
     settings: ModelSettings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("split.inference.server.LOOK_SECONDS", 1000.0)
+    monkeypatch.setattr("split.inference.server.CHECK_SECONDS", 1000.0)
     with two(settings, sessions=1, most_waiting=2) as both:
         engines = [engine_of(both) for _ in range(4)]
         held = engines[0].open([1], GREEDY)
@@ -298,7 +298,7 @@ def test_who_holds_room_does_not_wait_for_more(settings: ModelSettings) -> None:
 
 def test_room_that_nobody_takes_up_goes_to_who_waits(settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("split.inference.shard.UNUSED_SECONDS", 0.2)
-    monkeypatch.setattr("split.inference.server.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("split.inference.server.CHECK_SECONDS", 0.05)
     with two(settings, sessions=1) as both:
         idle, waits = engine_of(both), engine_of(both, line_seconds=30.0)
         text = idle.open([], GREEDY)

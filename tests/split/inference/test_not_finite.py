@@ -162,6 +162,6 @@ def test_a_prompt_with_an_id_without_a_row_is_refused_in_one_line(
     words = f"model=random 'model.cache_dir={tmp_path}' tracking=none project.transport=inproc project.local_shards=2"
     settings = compose_settings("split_inf", words, SplitSettings)
     settings.prompt = "hello"
-    monkeypatch.setattr(generating, "asked_ids", lambda *given: [1, 300])
+    monkeypatch.setattr(generating, "input_ids", lambda *given: [1, 300])
     with pytest.raises(UserError, match=r"^prompt must hold tokens that the model has rows for, ids below 259, got "):
         infer.run(settings, Run(tmp_path))

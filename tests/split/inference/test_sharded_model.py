@@ -18,7 +18,7 @@ from lab.models import folder as folder_module
 from lab.models.layers import load_layers
 from split.chain.boundary import Boundary
 from split.inference.messages import Pass
-from split.inference.shard import PassInput, Shard1
+from split.inference.shard import FirstShard, PassInput
 from split.inference.sharded_model import ShardFault
 from split.inference.stage import InferenceStage
 from split.transport.base import Message
@@ -125,7 +125,7 @@ def test_a_text_that_does_not_fit_is_told_what_would(tmp_path: Path) -> None:
     with pytest.raises(ShardFault, match="tokens must be at most the 32 that fit here, prompt included, got 33"):
         engine.open(some_ids(20, 1), Sampling.greedy(), 33)
     text = engine.open(some_ids(20, 1), Sampling.greedy(), 32)
-    with pytest.raises(CacheFull, match="room for a text of 0 positions is left, got 1"):
+    with pytest.raises(CacheFull, match="room for a sequence of 0 positions is left, got 1"):
         engine.open([], Sampling.greedy(), 1)
     engine.extend([(text, some_ids(12, 2))], "last")
     with pytest.raises(ValueError, match="at most the 32 tokens that were promised"):
@@ -172,7 +172,7 @@ def test_a_text_that_is_evicted_again_while_it_is_rebuilt_stops_alone(tmp_path: 
     text = engine.open(some_ids(9, 1), SAMPLED)
     said = text.step
     transport.evicts = True
-    with pytest.raises(NotFinite, match="text 1 goes on at 0, held are 0 in the shard of layers 0:2"):
+    with pytest.raises(NotFinite, match="request 1 continues at 0, but 0 tokens are held in the shard of layers 0:2"):
         engine.extend([(text, [1])], "last")
     transport.evicts = False
     text.close()
@@ -236,6 +236,6 @@ def test_a_shard_reads_no_tensors_but_its_own(tmp_path: Path, monkeypatch: pytes
 
 def test_the_middle_of_a_chain_takes_no_ids(tmp_path: Path) -> None:
     first, *rest = shards(saved_model("llama", tmp_path), (0, 1, 2, 4))
-    assert isinstance(first, Shard1)
+    assert isinstance(first, FirstShard)
     assert [shard.takes_ids for shard in rest] == [False, False]
     assert [shard.gives_steps for shard in rest] == [False, True]

@@ -14,7 +14,7 @@ import torch
 
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
-from lab.text.words import Words
+from lab.text.logit_rules import LogitRules
 from lab.wire.tokens import pack_tokens
 from split.chain.boundary import Boundary
 from split.chain.messages import Fault, FaultCode
@@ -24,7 +24,7 @@ from split.inference.stage import InferenceStage
 from split.transport.base import Message
 from tests.split.chains import CONTEXT, VOCABULARY, saved_model, shards, some_ids
 
-OPEN = Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, words=None)
+OPEN = Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logit_rules=None)
 
 
 def _pass(*pieces: tuple[int, int, int], read_all: bool = False) -> Pass:
@@ -157,17 +157,17 @@ def test_a_pass_of_one_token_fits_its_budget() -> None:
 def test_a_pass_that_does_not_tell_the_last_shard_the_text_is_refused(tmp_path: Path) -> None:
     """Words need the ids; and ids from a client are looked at before anything is counted by them."""
     last = _stages(tmp_path)[-1]
-    words = Words(prompt_tokens=2, presence_penalty=1.0)
-    opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), words=words)))
+    words = LogitRules(prompt_tokens=2, presence_penalty=1.0)
+    opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), logit_rules=words)))
     _taken(last, Message(7, opened))
     hidden = bytes(3 * 32 * 4)
     run = _pass((7, 0, 3))
     assert _code(_taken(last, Message(1, run, hidden))) is FaultCode.refused
-    told = msgspec.structs.replace(run, for_words=True)
+    told = msgspec.structs.replace(run, for_logit_rules=True)
     assert _code(_taken(last, Message(1, told, pack_tokens([1, 2, VOCABULARY]) + hidden))) is FaultCode.refused
     answer = _taken(last, Message(1, told, pack_tokens([1, 2, 3]) + hidden))
     assert answer is not None
     assert isinstance(answer.head, Steps)
-    unknown = Words(prompt_tokens=2, logit_bias=((VOCABULARY, 1.0),))
-    opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), words=unknown)))
+    unknown = LogitRules(prompt_tokens=2, logit_bias=((VOCABULARY, 1.0),))
+    opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), logit_rules=unknown)))
     assert _code(_taken(last, Message(8, opened))) is FaultCode.refused

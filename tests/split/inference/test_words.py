@@ -13,7 +13,7 @@ from lab.command.entry import Run, compose_settings
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_model
 from lab.settings import UserError
-from lab.text.words import Words
+from lab.text.logit_rules import LogitRules
 from split import infer
 from split.settings import SplitSettings
 from tests.speculative.in_process import decoded_alone, local_engine
@@ -37,10 +37,10 @@ def _said(words: str, folder: Path, prompt: str = PROMPT) -> dict[str, Any]:
 
 def test_words_and_stop_strings_are_those_of_the_whole_model(tmp_path: Path) -> None:
     loaded = load_model(_settings(ASKED).model, torch.device("cpu"))
-    words = Words(
+    words = LogitRules(
         prompt_tokens=len(PROMPT), repetition_penalty=1.2, presence_penalty=0.4, bad_words=((32, 101), (101,))
     )
-    sampling = Sampling(seed=3, temperature=0.9, top_k=0, top_p=1.0, words=words)
+    sampling = Sampling(seed=3, temperature=0.9, top_k=0, top_p=1.0, logit_rules=words)
     expected = decoded_alone(local_engine(loaded.model, sessions=1), list(PROMPT.encode()), sampling, 24)
     found = _said(f"{ASKED} project.max_new_tokens=24", tmp_path)
     assert found["token_ids"] == expected[: len(found["token_ids"])]

@@ -22,13 +22,13 @@ from torch import Tensor
 from lab.command.entry import compose_settings
 from lab.settings import Dtype, ModelSettings, NetworkSettings
 from split.chain.open import free_port
-from split.training.autograd import Autograd, LearnerSeat
+from split.training.autograd import AutogradBackward, AutogradRpcShard
 from split.training.messages import Apply, Recipe
 from split.training.schedule import Schedule
 from split.training.settings import SplitTrainSettings
-from split.training.trainer import Backward, Explicit, Shards
+from split.training.trainer import Backward, ExplicitBackward, Shards
 from split.transport.base import ChainLost, ShardLost
-from split.transport.rpc import RpcChain, serve_seat
+from split.transport.rpc import RpcChain, serve_rpc_shard
 from tests.split.training.unsplit import (
     ADAPTER,
     EVERYTHING,
@@ -71,8 +71,8 @@ CASES = [
 ]
 
 
-class Seat(LearnerSeat):
-    """A seat that shows its gradients, and may forget to send any back."""
+class ShowingShard(AutogradRpcShard):
+    """A shard that shows its gradients, and may forget to send any back."""
 
     detached = False
     gradient_seconds = 5.0
@@ -91,21 +91,21 @@ def learner(case: Case, settings: ModelSettings, network: NetworkSettings, rank:
     """One member of a group."""
     layers = ranges(case.cuts)[rank - 1]
     made = stage(settings, layers, Path(settings.cache_dir), load_plain)
-    seat = Seat(made, str(rank), 4, {"model": "tests"})
+    member = ShowingShard(made, str(rank), 4, {"model": "tests"})
     if case.backward == "detached":
-        seat.detached, seat.gradient_seconds = True, 0.5  # for what never comes
-    serve_seat(seat, rank, len(case.cuts), network)
+        member.detached, member.gradient_seconds = True, 0.5  # for what never comes
+    serve_rpc_shard(member, rank, len(case.cuts), network)
 
 
 def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: int) -> None:
     """The trainer of a group."""
     transport = RpcChain(
-        len(case.cuts), network, network.port, {"model": "tests"}, LearnerSeat.worker_threads, start_seconds=60.0
+        len(case.cuts), network, network.port, {"model": "tests"}, AutogradRpcShard.worker_threads, start_seconds=60.0
     )
     optimization = replace(OPTIMIZATION, max_gradient_norm=case.max_gradient_norm)
 
     def backward(shards: Shards) -> Backward:
-        return Explicit(shards) if case.backward == "explicit" else Autograd(shards, case.recipe)
+        return ExplicitBackward(shards) if case.backward == "explicit" else AutogradBackward(shards, case.recipe)
 
     checkpoints = Path(settings.cache_dir)
     made = trainer(
@@ -123,8 +123,8 @@ def lead(case: Case, settings: ModelSettings, network: NetworkSettings, rank: in
     found: dict[str, Tensor] = {}
 
     def keep(step: int, apply: Apply) -> None:
-        for seat in transport.seats:
-            found.update(seat.rpc_sync().gradients())
+        for member in transport.members:
+            found.update(member.rpc_sync().gradients())
 
     made._backward.apply = keep  # type: ignore[method-assign]
     figures.append(made.train_step())

@@ -27,7 +27,7 @@ from split.training.schedule import Schedule
 from split.training.settings import Train
 from split.training.shard import TrainingShard
 from split.training.stage import InitialWeight, TrainingStage
-from split.training.trainer import Backward, DistributedTrainer, Explicit, Shards, split_batch
+from split.training.trainer import Backward, DistributedTrainer, ExplicitBackward, Shards, split_batch
 from split.training.weights import initial_weight, load_training_shard
 from split.transport.base import Transport
 from split.transport.inproc import InProcess
@@ -113,7 +113,7 @@ def trainer(
     schedule: Schedule = Schedule.gpipe,
     total_steps: int = 8,
     examples: Sequence[Example] | None = None,
-    backward: Callable[[Shards], Backward] = Explicit,
+    backward: Callable[[Shards], Backward] = ExplicitBackward,
     recovery_seconds: float = 20.0,
     manifest: Manifest | None = None,
 ) -> DistributedTrainer:

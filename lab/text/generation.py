@@ -1,4 +1,4 @@
-"""From the settings of a text to an engine's arguments: sampling with its rules, length, decoder."""
+"""An engine's arguments for a generation, from its settings: sampling with its logit rules, length, decoder."""
 
 from __future__ import annotations
 
@@ -7,59 +7,59 @@ from typing import TYPE_CHECKING, Any
 
 from lab.engine.sampling import Sampling
 from lab.settings import UserError, user_errors
+from lab.text.logit_rules import LogitRules
 from lab.text.settings import FILL, TextSettings
-from lab.text.words import Words
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and only names are needed here
     from transformers import PreTrainedTokenizerBase
 
 
-def asked_sampling(asked: TextSettings, seed: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Sampling:
-    """The sampling of a text with such a prompt. UserError for invalid penalties, biases or bad words."""
+def sampling_of(settings: TextSettings, seed: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Sampling:
+    """The sampling of a generation with a prompt of `prompt_tokens`. UserError for invalid logit rules."""
     with user_errors("project."):
-        words = Words(
+        rules = LogitRules(
             prompt_tokens=prompt_tokens,
-            repetition_penalty=asked.repetition_penalty,
-            presence_penalty=asked.presence_penalty,
-            frequency_penalty=asked.frequency_penalty,
-            logit_bias=tuple(asked.biases),
-            bad_words=tuple(word for text in asked.bad_words for word in bad_word_ids(tokenizer, text)),
+            repetition_penalty=settings.repetition_penalty,
+            presence_penalty=settings.presence_penalty,
+            frequency_penalty=settings.frequency_penalty,
+            logit_bias=tuple(settings.biases),
+            bad_words=tuple(word for text in settings.bad_words for word in bad_word_ids(tokenizer, text)),
         )
     return Sampling(
         seed=seed,
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=asked.top_p,
-        min_p=asked.min_p,
-        words=None if words.is_off else words,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        logit_rules=None if rules.is_off else rules,
     )
 
 
 def bad_word_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, ...]]:
-    """The token sequences that write a text, at the beginning of a word and within one: without and with a space before
-    it, as vLLM does it (docs.vllm.ai, SamplingParams.bad_words). Other ways to write it are not banned."""
+    """The token sequences of a bad word: without and with a space before it, as in vLLM (docs.vllm.ai,
+    SamplingParams.bad_words). Other tokens that spell it are not banned."""
     written = (text.lstrip(), f" {text.lstrip()}")
     return sorted({tuple(tokenizer(one, add_special_tokens=False)["input_ids"]) for one in written})
 
 
 def check_rows(ids: Sequence[int], rows: int, whose: str, text_of: Callable[[int], Any]) -> None:
-    """UserError for a prompt with an id that a model, `whose`, has no row for."""
+    """UserError for a prompt with an id that the model named `whose` has no row for."""
     wrong = next((token for token in ids if token >= rows), None)
     if wrong is not None:
         rule = f"prompt must hold tokens that the {whose} has rows for, ids below {rows}"
         raise UserError(f"{rule}, got {text_of(wrong)!r} (id {wrong})")
 
 
-def most_new_tokens(asked: TextSettings, prompt_tokens: int, context: int) -> int:
-    """Most new tokens of a text. UserError for a prompt that fills the context."""
-    if asked.max_new_tokens != FILL:
-        return asked.max_new_tokens
+def most_new_tokens(settings: TextSettings, prompt_tokens: int, context: int) -> int:
+    """Most new tokens of a generation. UserError for a prompt that fills the context."""
+    if settings.max_new_tokens != FILL:
+        return settings.max_new_tokens
     if prompt_tokens >= context:
         raise UserError(f"prompt must leave room in the context of {context} tokens, got {prompt_tokens}")
     return context - prompt_tokens
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> Callable[[Sequence[int]], str]:
-    """A function from ids to text: without control tokens and `ends`, and with every space as it is."""
+    """A function from ids to text, without control tokens and `ends`; no space is changed."""
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return lambda ids: str(tokenizer.decode([token for token in ids if token not in ends], **options))

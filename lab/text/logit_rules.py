@@ -1,8 +1,8 @@
-"""Rules about the tokens of a text: penalties for those that it holds, biases, and sequences that must never occur.
+"""Rules that change logits before a token is drawn: penalties for tokens of the text, biases, and banned sequences.
 
-They change the logits before a token is drawn, as a function of the text before it and of nothing else: a drafter and a
-target that hold the same text change them alike, so that speculation does not change the text. In this order, as
-vLLM does it (docs.vllm.ai, v1/sample/sampler.py): banned tokens, bias, repetition, frequency, presence.
+They are a function of the text before the token and of nothing else: a drafter and a target with the same text change
+logits alike, so speculation does not change the text. Applied in the order of vLLM (docs.vllm.ai,
+v1/sample/sampler.py): banned tokens, bias, repetition, frequency, presence.
 
 Knows nothing about logits: `lab.engine.history` changes them.
 """
@@ -19,20 +19,20 @@ MAX_BAD_WORD_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
-    """Changes to the logits of one text. `Sampling.words` is None where there are none."""
+class LogitRules:
+    """The rules of one text. `Sampling.logit_rules` is None without any."""
 
     prompt_tokens: int
-    """Where the generated part of the text begins: presence and frequency count from there."""
+    """Length of the prompt: presence and frequency count only tokens after it."""
     repetition_penalty: float = 1.0
-    """A logit of a token that stands in the text, prompt included, is divided by this where it is positive, and
-    multiplied where it is negative: transformers' `repetition_penalty`, after CTRL (Keskar et al., arXiv 1909.05858,
+    """The logit of each token that occurs in the text, prompt included, is divided by this if it is positive, and
+    multiplied if it is negative: transformers' `repetition_penalty`, after CTRL (Keskar et al., arXiv 1909.05858,
     section 4.1). 1 switches it off."""
     presence_penalty: float = 0.0
     """Subtracted from the logit of each token that was generated (OpenAI, API reference, `presence_penalty`; as vLLM
     does it). 0 switches it off."""
     frequency_penalty: float = 0.0
-    """The same, times how often it was generated (OpenAI, `frequency_penalty`)."""
+    """Subtracted once for each time the token was generated (OpenAI, `frequency_penalty`)."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Token ids, and what is added to their logits (OpenAI, `logit_bias`)."""
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -55,8 +55,8 @@ class Words:
 
     @property
     def is_off(self) -> bool:
-        """Whether there are no changes."""
-        return self == Words(prompt_tokens=self.prompt_tokens)
+        """Whether no rule changes anything."""
+        return self == LogitRules(prompt_tokens=self.prompt_tokens)
 
     @property
     def _largest_id(self) -> int:
@@ -65,18 +65,18 @@ class Words:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether logits depend on the tokens in the text so far."""
+        """Whether logits depend on the tokens of the text so far."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     def check_ids(self, vocabulary_size: int) -> None:
-        """ValueError for ids that a model does not have."""
+        """ValueError for ids beyond a model's vocabulary."""
         if self._largest_id >= vocabulary_size:
             raise ValueError(
                 f"logit_bias and bad_words must name ids in [0, {vocabulary_size}), got {self._largest_id}"
             )
 
     def within(self, vocabulary_size: int) -> Self:
-        """The same for a drafter whose vocabulary is shorter: without the ids that it does not have."""
+        """These rules for a drafter with a smaller vocabulary, without the ids that it lacks."""
         if self._largest_id < vocabulary_size:
             return self
         return replace(
@@ -98,7 +98,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def check_ranges(given: object) -> None:
-    """ValueError for the first of these fields of `given`, as far as it has them, that is out of its range."""
+    """ValueError for the first field of `given` that is out of its range; fields without a range are skipped."""
     for name, (holds, rule) in _RANGES.items():
         if hasattr(given, name) and not holds(value := getattr(given, name)):
             raise ValueError(f"{name} must be {rule}, got {value}")
