@@ -228,7 +228,8 @@ class DeviceSettings:
     runs for long, or where they have been compiled before."""
 
     def __post_init__(self) -> None:
-        require(self.compile in (True, False, "auto"), "compile must be true, false or auto", self.compile)
+        is_known = isinstance(self.compile, bool) or self.compile == "auto"  # 0 and 1 equal the former
+        require(is_known, "compile must be true, false or auto", self.compile)
         require(0 <= self.threads <= 1024, "threads must be in [0, 1024]", self.threads)
 
 

@@ -216,7 +216,8 @@ class SpeculativeProjectSettings(TextSettings, CacheSettings):
         require(1 <= longest <= MAX_DRAFT_LENGTH, f"max_draft_length must be in [1, {MAX_DRAFT_LENGTH}]", longest)
         if self.engine is EngineKind.split:
             require(bool(self.split.shards), "split.shards must name at least one shard for engine=split", [])
-            require(not self.exact_shapes, "exact_shapes must be false for engine=split", self.exact_shapes)
+        is_held = self.engine is EngineKind.local or not self.exact_shapes
+        require(is_held, f"exact_shapes must be false for engine={self.engine.name}", self.exact_shapes)
 
 
 @register("spec_decoding")
@@ -230,5 +231,7 @@ class SpeculativeSettings(LabSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        are_exact = self.project.exact_shapes and self.device.compile is True
+        require(not are_exact, "device.compile must be false or auto with project.exact_shapes", self.device.compile)
         rule = "seed must be the one that the text was begun with for project.resume"
         require(self.seed >= 0 or self.project.resume is None, rule, self.seed)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
+from zipfile import ZipFile
 
 import torch
 from filelock import FileLock
@@ -52,14 +53,17 @@ MOST_ROWS = 24
 part of a prompt, which transformers' own forward computes faster."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 COMPILERS = ("g++", "clang++", "c++")
-INDUCTOR = {"compile_threads": 1, "realize_opcount_threshold": 8, "realize_reads_threshold": 3}
+INDUCTOR: dict[str, Any] = {"compile_threads": 1, "realize_opcount_threshold": 8, "realize_reads_threshold": 3}
 """Queries are stored once they are rotated; otherwise inductor rotates them anew for every column of the cache."""
 PROBED_ROWS = (*range(2, 16), 17, 20, 24, 25, 28, 30, 31, 40, 64, 96, 150, 192)
 """Rows of the products that are compared with single rows."""
 WIDTHS = (192, 31, 14)
-"""Most rows of a product, the first that rounds each row as if it were alone. With the row that `_linear` adds, products
-of 2 to 15 rows round alike in float32 (MKL), and those of 2 to 32 rows in bfloat16 with AMX (oneDNN)."""
+"""Most rows of a product: the first of these that rounds each row as if it were alone. With the row that `_linear` adds,
+products of 2 to 15 rows round alike in float32 (MKL), and those of 2 to 32 rows in bfloat16 with AMX (oneDNN)."""
 PROBED_COLUMNS = 256
+LARGEST_ERROR = 0.1
+"""Largest difference of what compiled code adds to hidden states from what its layer adds, as a share of its norm: in
+bfloat16 the two round at different places. A wrong term costs all of it."""
 
 
 class NotCompiled(ValueError):
@@ -239,22 +243,49 @@ def compiled_code(plan: LayerPlan, tensors: Sequence[Tensor], folder: Path, *, m
     Raises:
         NotCompiled: it has none and may not compile it; there is no C++ compiler, or it fails.
     """
+    package = folder / f"{_digest(plan)}.pt2"
+    try:
+        if not _is_whole(package):
+            if not may_compile:
+                raise NotCompiled("no such layer has been compiled yet")
+            if not any(map(shutil.which, COMPILERS)):
+                raise NotCompiled(f"this machine has no C++ compiler ({', '.join(COMPILERS)})")
+            package.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with FileLock(package.with_suffix(".lock")):  # the shards of a machine start together
+                if not _is_whole(package):
+                    _compile(plan, tensors, package)
+        for place in (folder, package):
+            _check_own(place)
+    except OSError as error:
+        raise NotCompiled(f"compiled layers cannot be kept in {str(folder)!r} ({error.strerror})") from None
+    return _load(package)
+
+
+def _is_whole(package: Path) -> bool:
+    """Whether it is there, to the bit as it was written: torch maps machine code without looking at its checksums."""
+    try:
+        with ZipFile(package) as parts:
+            return parts.testzip() is None
+    except FileNotFoundError:
+        return False
+    except OSError:
+        raise
+    except Exception:  # whatever zipfile makes of other bytes
+        return False
+
+
+def _load(package: Path) -> Code:
     import torch._inductor
 
-    package = folder / f"{_digest(plan)}.pt2"
-    if not package.exists():
-        if not may_compile:
-            raise NotCompiled("no such layer has been compiled yet")
-        if not any(map(shutil.which, COMPILERS)):
-            raise NotCompiled(f"this machine has no C++ compiler ({', '.join(COMPILERS)})")
-        package.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with FileLock(package.with_suffix(".lock")):  # the shards of a machine start together
-            if not package.exists():
-                _compile(plan, tensors, package)
-    for place in (folder, package):
-        _check_own(place)
-    loader = cast(Any, torch._inductor.aoti_load_package(str(package))).loader
+    try:
+        loader = cast(Any, torch._inductor.aoti_load_package(str(package))).loader
+    except Exception as error:  # whatever zip, file system and linker say
+        raise NotCompiled(f"a compiled layer does not load: {_in_short(error)}") from None
     return cast(Code, loader.boxed_run)
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _check_own(place: Path) -> None:
@@ -299,14 +330,12 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
     temporary = package.with_suffix(".partial.pt2")
     try:
         # Rows and slots may be one, for which torch would compile code of its own.
-        with torch.no_grad(), cast(Any, shapes).patch(backed_size_oblivious=True), inductor.patch(**INDUCTOR):
+        with torch.no_grad(), cast(Any, shapes).patch(backed_size_oblivious=True), inductor.patch(INDUCTOR):
             exported = export(CompiledLayer(plan), arguments, dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary))
     except Exception as error:  # whatever exporter, compiler and linker say
         temporary.unlink(missing_ok=True)
-        raise NotCompiled(
-            f"a layer did not compile: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
-        ) from None
+        raise NotCompiled(f"a layer did not compile: {_in_short(error)}") from None
     temporary.replace(package)
     log.info("compiled a layer in %.0f s", time.monotonic() - began)
 
@@ -350,6 +379,8 @@ class CompiledModel:
         self._codes = {number: by_plan[plan] for number, plan in plans.items()}
         self._columns = torch.arange(0)
         first = {plan: number for number, plan in reversed(plans.items())}
+        for plan, number in first.items():
+            self._check(number, plan, decoder.layers[number])
         found = min(self._invariant_rows(number, plan) for plan, number in first.items())
         self.row_invariant = found > 0
         """Whether a row gets the same bits in every company, as tried on random rows with these weights."""
@@ -388,14 +419,32 @@ class CompiledModel:
         """N x V, of hidden states behind the last layer."""
         return torch.cat([self._logits(part_NC) for part_NC in self._parts(hidden_NC)])
 
-    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self._most_rows)
+    def _parts(self, rows: Tensor) -> Sequence[Tensor]:
+        return cast(Sequence[Tensor], rows.split(self._most_rows))
 
     def _logits(self, hidden_NC: Tensor) -> Tensor:
         normed_NC, head = self._norm(hidden_NC), self._head
         if type(head) is nn.Linear:
             return _linear(normed_NC, head.weight, head.bias)
         return cast(Tensor, head(normed_NC))
+
+    @torch.inference_mode()
+    def _check(self, number: int, plan: LayerPlan, layer: nn.Module) -> None:
+        """NotCompiled for code that computes something else than its layer, as tried on a text of random rows."""
+        dtype, position_N = getattr(torch, plan.dtype), torch.arange(MOST_ROWS)
+        noise = torch.randn(MOST_ROWS, plan.hidden_size, generator=torch.Generator().manual_seed(number))
+        hidden_NC = noise.to(dtype)
+        turns = self._rotary(hidden_NC, position_N[None])
+        stored = [torch.zeros(1, plan.kv_heads, MOST_ROWS, plan.head_size, dtype=dtype) for _ in range(2)]
+        given = [turns[0][0], turns[1][0], torch.zeros_like(position_N), position_N, position_N]
+        [ours_NC] = self._codes[number]([hidden_NC, *given, *stored, *self._tensors[number]])
+        distance_NN = position_N[:, None] - position_N
+        hidden_NN = (distance_NN < 0) | (distance_NN >= (plan.window or MOST_ROWS))
+        mask_NN = torch.zeros(hidden_NN.shape, dtype=dtype).masked_fill(hidden_NN, -math.inf)
+        theirs_NC = layer(hidden_NC[None], attention_mask=mask_NN[None, None], position_embeddings=turns)[0]
+        error = float((ours_NC.float() - theirs_NC).norm() / (theirs_NC - hidden_NC.float()).norm())
+        if not error <= LARGEST_ERROR:
+            raise NotCompiled(f"compiled layer {number} differs from what it was made of, by {error:.2g}")
 
     @torch.inference_mode()
     def _invariant_rows(self, number: int, plan: LayerPlan) -> int:

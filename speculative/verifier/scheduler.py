@@ -129,7 +129,7 @@ class Scheduler:
         if name is not None:
             self._named[name] = sequence
         outcomes = self._queue(sequence)
-        if len(self._line) > limits.most_waiting and sequence in self._line:
+        if len(self._line) > limits.most_waiting and sequence in self._line and not request.new_ids:  # else: half done
             self._line.remove(sequence)
             self._forget(sequence)
             refusal = (

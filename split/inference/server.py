@@ -66,16 +66,16 @@ class ShardServer(ChainServer):
 
     @override
     def do(self, client: Client, message: Message, arrived: float) -> None:
-        opens = isinstance(message.head, Open)
-        if opens and self._line:
+        head = message.head
+        if isinstance(head, Open) and self._line and self.stage.may_wait(client.key, message.number, head):
             self._queue(client, message, arrived)
             return
         for result in self.results(client, message, arrived):
-            if opens and _is_full(result.message):
+            if isinstance(head, Open) and _is_full(result.message):
                 self._queue(client, message, arrived)
             else:
                 self.hand_out(client, self._fitting(result))
-        if isinstance(message.head, Close):
+        if isinstance(head, Close):
             self._line = [one for one in self._line if (one.client, one.message.number) != (client, message.number)]
             self._admit()
 

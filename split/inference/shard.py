@@ -168,19 +168,24 @@ class Shard:
         """Size of its tensors."""
         return stored_bytes(self._model)
 
-    def open(self, key: Hashable, sampling: Sampling, tokens: int) -> None:
-        """Keep room for a request of at most `tokens` tokens.
-
-        Raises:
-            ValueError: `key` is open, `tokens` never fit, or the sampling's logit rules name ids that the model lacks.
-            CacheFull: there is no room now, and no request that holds some is idle.
-        """
+    def check_open(self, key: Hashable, sampling: Sampling, tokens: int) -> None:
+        """ValueError for a request that no room will ever be enough for: `key` is open, `tokens` never fit, or the
+        sampling's logit rules name ids that the model lacks."""
         if key in self._requests:
             raise ValueError("request must be new, got one that is open")
         if tokens > self.longest:
             raise ValueError(f"tokens must be at most the {self.longest} that fit here, prompt included, got {tokens}")
         if sampling.logit_rules is not None:
             sampling.logit_rules.check_ids(self.vocabulary_size)
+
+    def open(self, key: Hashable, sampling: Sampling, tokens: int) -> None:
+        """Keep room for a request of at most `tokens` tokens.
+
+        Raises:
+            ValueError: as `check_open`.
+            CacheFull: there is no room now, and no request that holds some is idle.
+        """
+        self.check_open(key, sampling, tokens)
         while True:
             try:
                 slot = self.cache.acquire(tokens)

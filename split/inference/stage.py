@@ -99,6 +99,14 @@ class InferenceStage(Stage):
         if result is not None:
             yield self.onward, result
 
+    def may_wait(self, client: Hashable, number: int, head: Open) -> bool:
+        """Whether a request without room may have some later; one that never will is refused by `take`."""
+        try:
+            self.shard.check_open((client, number), head.sampling, head.tokens)
+        except ValueError:
+            return False
+        return True
+
     @override
     def figures(self, name: str) -> Report:
         shard = self.shard

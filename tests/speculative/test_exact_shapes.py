@@ -58,6 +58,8 @@ def test_they_are_refused_where_they_cannot_hold() -> None:
     torch.set_num_threads(2)
     with pytest.raises(UserError, match=r"^project\.exact_shapes: torch threads must be 1 with exact shapes"):
         open_target(_settings("project.context=64"), CPU)
+    with pytest.raises(UserError, match=r"^device\.compile must be false or auto with project\.exact_shapes, got True"):
+        _settings("device.compile=true")
     torch.set_num_threads(1)
     with pytest.raises(UserError, match=r"^project\.cache_limit_bytes must hold one pass of exact shapes"):
         open_target(_settings("project.cache_limit_bytes=1048576"), CPU)

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +328,73 @@ def test_code_that_others_can_change_is_not_loaded(folder: Path, tmp_path: Path)
     _engine(model, own)
 
 
+def _spoil(package: Path, kind: str) -> None:
+    data = bytearray(package.read_bytes())
+    if kind == "flipped":  # in machine code
+        data[len(data) // 2] ^= 0xFF
+    package.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "noise": data[::-1]}.get(kind, data))
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut", "noise", "flipped"])
+def test_a_damaged_package_is_compiled_again(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model("llama")
+    _engine(model, folder)
+    own = tmp_path / "own"
+    own.mkdir()
+    plan = compiled.plan_of(model.model.layers[0], torch.float32)
+    good = folder / f"{compiled._digest(plan)}.pt2"
+    package = shutil.copy(good, own)
+    _spoil(package, kind)
+    assert not _open(model, own, "auto", lasts=False)
+    monkeypatch.setattr(compiled, "_compile", lambda plan, tensors, package: shutil.copy(good, package))
+    _engine(model, own)
+
+
+def test_a_package_that_does_not_load_is_not_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one whose temporary folder may hold no machine code."""
+    caplog.set_level("INFO")
+    model = _model("llama")
+    _engine(model, folder)
+
+    def fail(package: str) -> None:
+        raise RuntimeError("failed to map\na segment")
+
+    monkeypatch.setattr("torch._inductor.aoti_load_package", fail)
+    assert not _open(model, folder, "auto")
+    assert (
+        "layers are not compiled: a compiled layer does not load: RuntimeError: failed to map a segment" in caplog.text
+    )
+
+
+def test_a_place_that_cannot_be_written_compiles_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "file").touch()
+    model = _model("llama")
+    assert not _open(model, tmp_path / "file" / "compiled", "auto")
+    assert "layers are not compiled: compiled layers cannot be kept in" in caplog.text
+    with pytest.raises(UserError, match=r"device\.compile must be false or auto here, got true: .*cannot be kept in"):
+        _open(model, tmp_path / "file" / "compiled", True)
+
+
+def test_code_that_computes_something_else_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a compiler with a fault makes it: here, of a layer with another epsilon."""
+    model: Any = _model("llama", **{"rms_norm_eps": 1e-6})
+    _engine(model, folder)
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 2
+    monkeypatch.setattr(
+        compiled, "_digest", lambda plan, digest=compiled._digest: digest(replace(plan, scaling=plan.scaling / 2))
+    )
+    with pytest.raises(UserError, match="compiled layer 0 differs from what it was made of, by"):
+        _engine(model, folder)
+
+
 def _open(model: Any, tmp_path: Path, wanted: bool | str, *, is_packed: bool = True, lasts: bool = True) -> bool:
-    compiler = Compiler(wanted, is_packed, lasts, tmp_path / "none")
+    compiler = Compiler(wanted, is_packed, lasts, tmp_path)
     return LocalEngine(model, sessions=1, compiler=compiler, **CACHE).is_compiled
 
 

@@ -481,6 +481,21 @@ def test_the_line_has_an_end_and_tells_places() -> None:
     assert texts[3] == TEXT[:3]
 
 
+def test_a_text_that_is_half_done_waits_however_long_the_line_is() -> None:
+    """As after a verifier's restart: it does not know the text, and its other clients came first."""
+    core = Core(sessions=1, most_waiting=1)
+    core.open(1, 3)
+    core.scheduler.open(2, asked(3), client="b")
+    begun = replace(asked(3), new_ids=TEXT[:1])
+    told = core.scheduler.resume(3, begun, client="c", name=3, owner=OWNER)
+    assert [type(outcome) for outcome in told] == [Verdict, Waiting]
+    [ended] = core.scheduler.resume(4, asked(3), client="d", name=4, owner=OWNER)
+    assert isinstance(ended, Ending), "nothing of it is lost"
+    texts, ends = whole_texts(core)
+    assert [ended.key for ended in ends] == [1, 2, 3]
+    assert texts[3] == TEXT[1:3]
+
+
 def test_who_leaves_the_line_makes_room_in_it() -> None:
     core = Core(sessions=1, most_waiting=2)
     core.open(1, 3)

@@ -68,6 +68,7 @@ def test_a_split_target_writes_the_text_of_a_whole_one(tmp_path: Path) -> None:
 def test_a_split_target_wants_shards_and_no_exact_shapes() -> None:
     with pytest.raises(UserError, match=r"project\.split\.shards must name at least one"):
         compose_settings("spec_decoding", "project.engine=split", SpeculativeSettings)
-    words = "project.engine=split 'project.split.shards=[a:1]' project.exact_shapes=true"
-    with pytest.raises(UserError, match=r"project\.exact_shapes must be false for engine=split"):
-        compose_settings("spec_decoding", words, SpeculativeSettings)
+    for engine in ("split", "synthetic"):
+        words = f"project.engine={engine} 'project.split.shards=[a:1]' project.exact_shapes=true"
+        with pytest.raises(UserError, match=rf"project\.exact_shapes must be false for engine={engine}"):
+            compose_settings("spec_decoding", words, SpeculativeSettings)

@@ -29,7 +29,7 @@ from split.chain.messages import Attach, Join, send
 from split.inference.messages import MAX_PIECES, Pass, Piece, table
 from split.inference.open import load_stage
 from split.inference.shard import Shard
-from split.inference.sharded_model import ShardedModel
+from split.inference.sharded_model import ShardedModel, _Asked
 from split.inference.stage import InferenceStage
 from split.settings import SplitSettings
 from split.transport.base import Message, ShardLost, To
@@ -254,6 +254,23 @@ def test_a_line_has_an_end_and_an_order(
         for process in both:
             eventually(lambda process=process: is_empty(process))  # type: ignore[misc]
     assert "place 1 in line" in caplog.text
+
+
+def test_what_will_never_fit_is_refused_before_it_waits(settings: ModelSettings) -> None:
+    """Our clients know what fits; others may ask for anything."""
+    with two(settings, sessions=1) as both:
+        engines = [engine_of(both) for _ in range(3)]
+        engines[0].open([1], GREEDY)
+        with pytest.raises(CacheFull, match="place 1 in line"):
+            engines[1].open([1], GREEDY)
+        asked = engines[2]._ask(_Asked(1, GREEDY, 10**6, 0.0))
+        engines[2]._await_room(asked, 0.0)
+        assert asked.fault is not None
+        assert (
+            asked.fault.text == "ValueError: tokens must be at most the 200 that fit here, prompt included, got 1000000"
+        )
+        for engine in engines:
+            engine.shutdown()
 
 
 def test_a_short_text_does_not_overtake_a_long_one(settings: ModelSettings) -> None:
