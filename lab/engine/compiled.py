@@ -58,8 +58,8 @@ INDUCTOR: dict[str, Any] = {"compile_threads": 1, "realize_opcount_threshold": 8
 PROBED_ROWS = (*range(2, 16), 17, 20, 24, 25, 28, 30, 31, 40, 64, 96, 150, 192)
 """Rows of the products that are compared with single rows."""
 WIDTHS = (192, 31, 14)
-"""Most rows of a product: the first of these that rounds each row as if it were alone. With the row that `_linear` adds,
-products of 2 to 15 rows round alike in float32 (MKL), and those of 2 to 32 rows in bfloat16 with AMX (oneDNN)."""
+"""Most rows of a product: the first of these that rounds each row as if it were alone. With the row that `_linear`
+adds, products of 2 to 15 rows round alike in float32 (MKL), and those of 2 to 32 rows in bfloat16 with AMX (oneDNN)."""
 PROBED_COLUMNS = 256
 LARGEST_ERROR = 0.1
 """Largest difference of what compiled code adds to hidden states from what its layer adds, as a share of its norm: in

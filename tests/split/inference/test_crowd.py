@@ -29,7 +29,7 @@ from split.chain.messages import Attach, Join, send
 from split.inference.messages import MAX_PIECES, Pass, Piece, table
 from split.inference.open import load_stage
 from split.inference.shard import Shard
-from split.inference.sharded_model import ShardedModel, _Asked
+from split.inference.sharded_model import ShardedModel, _PendingOpen
 from split.inference.stage import InferenceStage
 from split.settings import SplitSettings
 from split.transport.base import Message, ShardLost, To
@@ -263,7 +263,7 @@ def test_what_will_never_fit_is_refused_before_it_waits(settings: ModelSettings)
         engines[0].open([1], GREEDY)
         with pytest.raises(CacheFull, match="place 1 in line"):
             engines[1].open([1], GREEDY)
-        asked = engines[2]._ask(_Asked(1, GREEDY, 10**6, 0.0))
+        asked = engines[2]._ask(_PendingOpen(1, GREEDY, 10**6, 0.0))
         engines[2]._await_room(asked, 0.0)
         assert asked.fault is not None
         assert (
