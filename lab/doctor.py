@@ -5,12 +5,14 @@ Only looks: nothing is downloaded, converted or sent. A check that fails is a li
 
 import os
 import platform
+import shutil
 import socket
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,33 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from lab.command import entry
-from lab.device import TORCH_DTYPES, available, open_device, read_memory, synchronize
+from lab.device import TORCH_DTYPES, available, best_dtype, lacks_sixteen_bits, open_device, read_memory, synchronize
 from lab.environment import describe_environment
-from lab.settings import Dtype, LabSettings, ModelSettings, ModelSource, UserError, WandbMode, register, require
+from lab.settings import (
+    Dtype,
+    LabSettings,
+    ModelSettings,
+    ModelSource,
+    Quantization,
+    UserError,
+    WandbMode,
+    register,
+    require,
+)
 
 GIB = 2**30
+PRODUCTS = (Dtype.float32, Dtype.bfloat16, Quantization.int8, Quantization.int4)
+"""Precisions of weights that an engine multiplies by."""
+OUTPUTS, INPUTS = 1536, 576
+"""The largest matrix in a layer of a small model, SmolLM2-135M."""
+MATRICES = 16
+"""Matrices that are multiplied in turn: a token, too, reads every weight once."""
+PRODUCT_SECONDS = 0.2
+LARGEST_ERROR = 0.15
+"""NF4 rounds normal weights by about 9 % of their size (arXiv 2305.14314), int4 by 8 %; rubbish is off by > 100 %."""
 
 
 @dataclass(kw_only=True)
@@ -84,6 +106,9 @@ def examine(settings: DoctorSettings) -> dict[str, Finding]:
         "dtypes": lambda: check_dtypes(device, settings.project.matrix_size),
         "memory": lambda: check_memory(device),
         "cores": check_cores,
+        "instructions": lambda: check_instructions(device),
+        "compiler": check_compiler,
+        **{f"{kind.name}_product": partial(check_product, device, kind) for kind in PRODUCTS},
         "nf4": lambda: check_nf4(device, settings.project.matrix_size),
         "torch_rpc": check_torch_rpc,
         "model": lambda: check_model(settings.model),
@@ -181,6 +206,69 @@ def check_cores() -> Finding:
     return Finding(f"{cores} cores, torch uses {threads} threads", {"cores": cores, "threads": threads}, remedy)
 
 
+def check_instructions(device: torch.device) -> Finding:
+    """What the processor can do, as far as torch's kernels use it, and whether `device` computes in bfloat16."""
+    kinds = {"avx512_bf16": "avx512_bf16", "avx512_vnni": "vnni", "amx": "amx_tile"}
+    has = [name for name, torchs in kinds.items() if getattr(torch.cpu, f"_is_{torchs}_supported", bool)()]
+    level, best = torch.backends.cpu.get_cpu_capability(), best_dtype(device)
+    found = f"torch's kernels for {level}, {', '.join(has) or 'nothing more'}; model.dtype=auto is {best.name}"
+    return Finding(found, {"capability": level, "instructions": has, "auto_dtype": best})
+
+
+def check_compiler() -> Finding:
+    """The C++ compiler that compiled layers need."""
+    from lab.engine.compiled import COMPILERS
+
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        remedy = f"layers run uncompiled: install one of {', '.join(COMPILERS)}"
+        return Finding("not installed", {"path": None}, remedy)
+    return Finding(f"{found}, for compiled layers", {"path": found})
+
+
+@torch.inference_mode()
+def check_product(device: torch.device, kind: Dtype | Quantization) -> Finding:
+    """How fast one row is multiplied by weights in a precision, as for each new token, and whether rightly."""
+    is_packed = isinstance(kind, Quantization)
+    if is_packed and device.type != "cpu":
+        return Finding(f"no kernel is used on {device.type}, only on a CPU", {"ok": False})
+    generator = torch.Generator().manual_seed(0)
+    weight, row = (torch.randn(count, INPUTS, generator=generator) for count in (OUTPUTS, 1))
+    layers = [_layer(weight, kind, device) for _ in range(MATRICES)]
+    given = row.to(device, torch.bfloat16 if is_packed else TORCH_DTYPES[kind])
+    error = _relative_error(layers[0](given).float().cpu(), row @ weight.t())
+    until, seconds = time.perf_counter() + PRODUCT_SECONDS, list[float]()
+    while len(seconds) < 5 or time.perf_counter() < until:
+        seconds.append(_seconds(lambda: [layer(given) for layer in layers], device) / MATRICES)
+    median = statistics.median(seconds)
+    speed = sum(tensor.nbytes for tensor in layers[0].state_dict().values()) / median
+    ok = error < LARGEST_ERROR
+    return Finding(
+        f"{1e6 * median:.0f} µs for a row and {OUTPUTS} x {INPUTS} weights ({speed / 1e9:.1f} GB/s), {error:.1%} off",
+        {"ok": ok, "seconds": median, "weights_bytes_per_second": speed, "relative_error": error},
+        None if ok else f"another precision than {kind.name}: its kernel is wrong on this device",
+    )
+
+
+def _layer(weight: Tensor, kind: Dtype | Quantization, device: torch.device) -> nn.Module:
+    """A layer as engines have it (`lab.models.sources.prepared`)."""
+    from lab.engine.wide_products import widen_products
+    from lab.models.packed import IntLinear
+
+    if isinstance(kind, Quantization):
+        assert kind.bits is not None, "nf4 has a check of its own"
+        return IntLinear.of(weight, kind.bits)
+    layer = nn.Linear(INPUTS, OUTPUTS, bias=False, device=device, dtype=TORCH_DTYPES[kind])
+    layer.weight.copy_(weight)
+    if lacks_sixteen_bits(device, TORCH_DTYPES[kind]):
+        widen_products(layer)
+    return layer
+
+
+def _relative_error(product: Tensor, exact: Tensor) -> float:
+    return float((product - exact).norm() / exact.norm())
+
+
 def check_nf4(device: torch.device, size: int) -> Finding:
     """Stores a matrix in 4 bits with bitsandbytes on `device` and multiplies with it."""
     try:
@@ -192,9 +280,8 @@ def check_nf4(device: torch.device, size: int) -> Finding:
     rows = torch.randn(4, size, generator=generator).to(device)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
     product, exact = bnb.matmul_4bit(rows, packed.t(), quant_state=state), rows @ weight.t()
-    error = float((product - exact).norm() / exact.norm())
-    # NF4 rounds normal weights by about 9 % of their size (arXiv 2305.14314); rubbish is off by > 100 %.
-    ok = error < 0.15
+    error = _relative_error(product, exact)
+    ok = error < LARGEST_ERROR
     found = f"works on {device.type}: {packed.numel() * 8 / weight.numel():.0f} bits a weight, {error:.1%} off"
     figures = {"ok": ok, "relative_error": error}
     return Finding(found, figures, None if ok else "model.quantization=none: this device's NF4 kernel is wrong")

@@ -76,6 +76,15 @@ class IntLinear(nn.Linear):
         self.weight = nn.Parameter(numbers, requires_grad=False)
         self.register_parameter("bias", bias)
 
+    @classmethod
+    def of(cls, weight_NK: Tensor, bits: int, bias: nn.Parameter | None = None) -> "IntLinear":
+        """The layer of a weight in float, ready to multiply."""
+        layer = cls(bits, *weight_NK.shape, bias)
+        numbers, layer.scales = quantise(weight_NK, bits)
+        layer.weight = nn.Parameter(numbers, requires_grad=False)
+        layer.pack()
+        return layer
+
     @override
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         rows_RK = input.reshape(-1, self.in_features)

@@ -15,12 +15,17 @@ import torch
 
 from lab import doctor
 from lab.command import entry
+from lab.models import packed
 from lab.models import sources as models
-from lab.settings import WandbMode
+from lab.settings import Dtype, Quantization, WandbMode
 from tests.in_process import exit_code
 
 CPU = torch.device("cpu")
-NAMES = ["python", "packages", "device", "dtypes", "memory", "cores", "nf4", "torch_rpc", "model", "ports", "wandb"]
+PRODUCTS = ["float32_product", "bfloat16_product", "int8_product", "int4_product"]
+NAMES = [
+    "python", "packages", "device", "dtypes", "memory", "cores", "instructions", "compiler", *PRODUCTS, "nf4",
+    "torch_rpc", "model", "ports", "wandb",
+]  # fmt: skip
 
 
 def settings(cache: Path, overrides: str = "model=random") -> doctor.DoctorSettings:
@@ -39,7 +44,7 @@ def test_every_line_is_there_and_this_machine_is_well(
     for name in NAMES:
         assert name.replace("_", " ") in output.err
     assert figures["missing"] == [name for name in NAMES if figures["checks"][name]["remedy"]]
-    assert not {"python", "packages", "nf4", "model", "ports"} & set(figures["missing"])
+    assert not {"python", "packages", "nf4", "model", "ports", *PRODUCTS} & set(figures["missing"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,6 +84,51 @@ def test_nf4_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     finding = doctor.check_nf4(CPU, 64)
     assert (finding.figures, finding.remedy) == ({"ok": False}, "pip install bitsandbytes")
+
+
+@pytest.mark.parametrize("kind", doctor.PRODUCTS, ids=lambda kind: kind.name)
+def test_how_fast_a_layer_is_multiplied(kind: Dtype | Quantization) -> None:
+    finding = doctor.check_product(CPU, kind)
+    bits, figures = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 5}[kind.name], finding.figures
+    weights_bytes = figures["weights_bytes_per_second"] * figures["seconds"]
+    assert weights_bytes == pytest.approx(doctor.OUTPUTS * doctor.INPUTS * bits / 8, rel=0.01)
+    assert figures["relative_error"] < 0.1
+    assert (figures["ok"], finding.remedy) == (True, None)
+    assert f"({figures['weights_bytes_per_second'] / 1e9:.1f} GB/s)" in finding.found
+
+
+def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = packed.multiply
+    monkeypatch.setattr(packed, "multiply", lambda rows, numbers, scales: multiply(rows, numbers.roll(1, 0), scales))
+    for kind in (Quantization.int8, Quantization.int4):
+        finding = doctor.check_product(CPU, kind)
+        assert finding.figures["ok"] is False
+        assert finding.remedy == f"another precision than {kind.name}: its kernel is wrong on this device"
+
+
+def test_a_device_without_a_kernel() -> None:
+    finding = doctor.check_product(torch.device("mps"), Quantization.int4)
+    assert (finding.found, finding.figures) == ("no kernel is used on mps, only on a CPU", {"ok": False})
+
+
+def test_instructions_and_what_follows_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(doctor, "best_dtype", lambda device: Dtype.float32)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    finding = doctor.check_instructions(CPU)
+    assert finding.found == "torch's kernels for AVX2, avx512_vnni; model.dtype=auto is float32"
+    assert finding.figures["instructions"] == ["avx512_vnni"]
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/clang++" if name == "clang++" else None)
+    assert doctor.check_compiler() == doctor.Finding(
+        "/usr/bin/clang++, for compiled layers", {"path": "/usr/bin/clang++"}
+    )
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert doctor.check_compiler().remedy == "layers run uncompiled: install one of g++, clang++, c++"
 
 
 def test_dtypes_of_a_device_that_lacks_one(monkeypatch: pytest.MonkeyPatch) -> None:
