@@ -25,7 +25,7 @@ from lab.device import TORCH_DTYPES
 from lab.file_digests import RECORD_FILE
 from lab.files import path_of, require_writable, share_like_parent
 from lab.models.folder import INDEX, ModelFolder
-from lab.models.gguf_blocks import GgufBlocks
+from lab.models.gguf_blocks import KINDS, GgufBlocks, kinds_in_layers
 from lab.models.packed import linear_layers, write_packed
 from lab.models.quantized import load_options
 from lab.models.shape import ModelShape
@@ -229,7 +229,8 @@ def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
     def write(folder: Path) -> None:
         log.info("packing %s to %s once (about 10 s for 135M parameters)", settings.name, settings.quantization.name)
         config = stored.config()
-        blocks = GgufBlocks(gguf_file(settings), dtype) if settings.source is ModelSource.gguf and bits == 4 else None
+        file = gguf_file(settings) if settings.source is ModelSource.gguf else None
+        blocks = GgufBlocks(file, dtype) if file and bits == 4 else None
         options = load_options(stored.weight_format(config), None, torch.device("cpu"), dtype)
         model = stored.load(config, dtype, **options)
         try:
@@ -239,10 +240,13 @@ def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
             raise UserError(f"model must {rule}, got a {config.model_type}: {error}") from None
         if blocks is not None:
             log.info("%d of %d layers keep the numbers of the GGUF file", blocks.found, len(linear_layers(model)))
-        for file in stored.path.iterdir():
-            is_described = file.suffix != ".safetensors" and file.name not in (INDEX, RECORD_FILE)
-            if is_described and file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+        if others := kinds_in_layers(file) - (KINDS if blocks else set()) if file else None:
+            kinds = ", ".join(sorted(others))
+            log.info("the GGUF file stores layers as %s: they are rounded to %s", kinds, settings.quantization.name)
+        for part in stored.path.iterdir():
+            is_described = part.suffix != ".safetensors" and part.name not in (INDEX, RECORD_FILE)
+            if is_described and part.is_file() and not (folder / part.name).exists():
+                shutil.copyfile(part, folder / part.name)
 
     return _written_once(cache_folder(settings) / name, settings.name, write)
 

@@ -20,6 +20,18 @@ MULTIPLIER = 6364136223846793005
 """Multiplier of Knuth's linear congruential generator (MMIX): a row's digest is a polynomial in it."""
 
 
+KINDS = {"Q4_0", "Q4_1"}
+"""Kinds of blocks that are taken over."""
+
+
+def kinds_in_layers(file: Path) -> set[str]:
+    """How a GGUF file stores the matrices of its layers, such as Q6_K."""
+    from gguf import GGUFReader
+
+    tensors = [tensor for tensor in GGUFReader(file).tensors if tensor.name.startswith("blk.")]
+    return {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}
+
+
 class GgufBlocks:
     """The matrices of a file whose blocks are 32 weights of 4 bits: Q4_0 (w = d (q - 8)) and Q4_1 (w = d q + m).
 
@@ -29,15 +41,14 @@ class GgufBlocks:
     """
 
     def __init__(self, file: Path, dtype: torch.dtype) -> None:
-        from gguf import GGMLQuantizationType, GGUFReader
+        from gguf import GGUFReader
 
         self.found = 0
         """Number of matrices found so far."""
         self._dtype = dtype
         self._tensors: dict[int, Any] = {}
-        kinds = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
         for tensor in GGUFReader(file).tensors:
-            if tensor.tensor_type in kinds and len(tensor.shape) == 2:
+            if tensor.tensor_type.name in KINDS and len(tensor.shape) == 2:
                 self._tensors[_digest(_digests(self._dequantised(tensor)))] = tensor
 
     def find(self, weight_NK: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -12,7 +12,8 @@ from lab import decode
 from lab.command.entry import Run, compose_settings
 from lab.decode import DecodeSettings, time_tokens
 from lab.engine.synthetic import SyntheticEngine
-from lab.settings import UserError
+from lab.settings import DeviceName, UserError
+from tests.in_process import exit_code
 
 
 def synthetic(context: int = 64, sessions: int = 3, row_seconds: float = 0.0) -> SyntheticEngine:
@@ -63,6 +64,44 @@ def test_the_command_times_a_whole_model(tmp_path: Path) -> None:
     assert figures["tokens_per_second"] > 0
     assert figures["peak_rss_bytes"] > 2**20
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] == figures["tokens_per_second"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "device.name=mps model.quantization=int4",
+            "model.quantization must be none or nf4 on mps, got int4: its kernels",
+        ),
+        (
+            "model.quantization=int8 model.architecture.intermediate_size=80",
+            "model must have widths that int8 can pack, got a llama: model.layers.0.mlp.down_proj has 80 inputs, which "
+            "is no multiple of 32",
+        ),
+        (
+            "model.quantization=int4 model.dtype=float64",
+            "model.dtype must be float32 or bfloat16 for int4, got float64",
+        ),
+        (
+            "device.compile=true",
+            "device.compile must be false or auto here, got true: this machine has no C++ compiler",
+        ),
+        ("device.compile=maybe", "device.compile must be true, false or auto, got 'maybe'"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_one_line_and_exit_code_2(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lab.device.available", lambda: [DeviceName.mps, DeviceName.cpu])
+    monkeypatch.setattr("lab.engine.compiled.shutil.which", lambda name: None)
+    common = ("model=random", f"model.cache_dir={tmp_path}", "device.name=cpu", "device.threads=1", "tracking=none")
+    assert exit_code(decode.main, *common, *words.split()) == 2
+    output = capsys.readouterr()
+    errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {message}")
+    assert "Traceback" not in output.err
 
 
 @pytest.mark.parametrize(

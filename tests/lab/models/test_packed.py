@@ -18,7 +18,7 @@ from lab.models import packed
 from lab.models.conversion import byte_tokenizer, gguf_file
 from lab.models.gguf_blocks import GgufBlocks
 from lab.models.layers import load_layers, load_proved
-from lab.models.packed import IntLinear, halves, quantise
+from lab.models.packed import IntLinear, halves
 from lab.models.proof import try_packed
 from lab.models.quantized import WeightFormat
 from lab.models.slices import run_slice
@@ -26,6 +26,7 @@ from lab.models.sources import load_model
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from speculative.drafter.sources import add_noise_to_head
 from tests.lab.models.adapters import make_adapter, peft_says, slices_say
+from tests.lab.models.test_sources import write_gguf
 from tests.random_models import random_model
 
 CPU = torch.device("cpu")
@@ -33,14 +34,6 @@ INTEGERS = (Quantization.int8, Quantization.int4)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def _layer(weight_NK: Tensor, bits: int, bias: nn.Parameter | None = None) -> IntLinear:
-    layer = IntLinear(bits, *weight_NK.shape, bias)
-    numbers, layer.scales = quantise(weight_NK, bits)
-    layer.weight = nn.Parameter(numbers, requires_grad=False)
-    layer.pack()
-    return layer
 
 
 def _settings(quantization: Quantization, **changes: Any) -> ModelSettings:
@@ -53,7 +46,7 @@ def test_numbers_are_the_nearest_and_the_kernel_multiplies_by_them(bits: int, ou
     generator = torch.Generator().manual_seed(outputs)
     weight_NK = torch.randn(outputs, inputs, generator=generator)
     bias = nn.Parameter(torch.randn(outputs, generator=generator), requires_grad=False)
-    layer = _layer(weight_NK, bits, bias)
+    layer = IntLinear.of(weight_NK, bits, bias)
     plain = layer.in_float()
     if bits == 8:
         step = weight_NK.abs().amax(1, keepdim=True) / 127
@@ -71,7 +64,7 @@ def test_numbers_are_the_nearest_and_the_kernel_multiplies_by_them(bits: int, ou
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_row_depends_on_itself_alone(bits: int) -> None:
-    layer = _layer(torch.randn(200, 96), bits)
+    layer = IntLinear.of(torch.randn(200, 96), bits)
     rows = torch.randn(33, 96)
     alone = torch.cat([layer(row[None]) for row in rows])
     for width in (2, 3, 4, 5, 8, 9, 16, 33):
@@ -203,6 +196,24 @@ def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> Non
     assert GgufBlocks(tmp_path / "a.gguf", torch.float32).find(other) is None
 
 
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [
+        (Quantization.int4, ["3 of 8 layers keep the numbers", "stores layers as Q8_0: they are rounded to int4"]),
+        (Quantization.int8, ["stores layers as Q4_1, Q8_0: they are rounded to int8"]),
+    ],
+)
+def test_what_is_not_repacked_is_said(
+    quantization: Quantization, said: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    file, _ = write_gguf(tmp_path / "tiny.gguf", inner=64, kinds={"ffn": "Q4_1", "attn": "Q8_0"})
+    load_model(_settings(quantization, package=None, path=str(file), cache_dir=str(tmp_path / "c")), CPU)
+    lines = [record.message for record in caplog.records if " the GGUF file" in f" {record.message}"]
+    assert len(lines) == len(said)
+    assert all(part in line for part, line in zip(said, lines, strict=True))
+
+
 def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
     for part, width in (("thin", 48), ("other", 64)):
         config = GPT2Config(vocab_size=300, n_embd=width, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -216,8 +227,12 @@ def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*-int4")), "a half-written folder is left"
     with pytest.raises(UserError, match=r"model\.dtype must be float32 or bfloat16 for int4, got float64"):
         load_model(replace(settings, path=str(tmp_path / "other"), dtype=Dtype.float64), CPU)
-    with pytest.raises(UserError, match=r"model\.quantization must be none or nf4 on meta, got int4"):
-        load_model(replace(settings, path=str(tmp_path / "other")), torch.device("meta"))
+    for kind in map(torch.device, ("cuda", "mps")):
+        refused = rf"^model\.quantization must be none or nf4 on {kind}, got int4: .* on a CPU only$"
+        with pytest.raises(UserError, match=refused):
+            load_model(replace(settings, path=str(tmp_path / "other")), kind)
+        with pytest.raises(UserError, match=refused):
+            load_layers(replace(settings, path=str(tmp_path / "other")), kind, range(1), embedding=True, head=True)
 
 
 def test_halves_hold_two_numbers() -> None:

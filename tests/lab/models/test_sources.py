@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -418,12 +418,14 @@ def test_gguf_is_converted_once(tiny: ModelSettings, tmp_path: Path) -> None:
     assert (models.prepare_checkpoint(settings).folder / "config.json").stat().st_mtime_ns == modified
 
 
-def write_gguf(file: Path, without: str = "") -> tuple[Path, dict[str, torch.Tensor]]:
-    """A Llama of one layer over the byte tokens and one merge."""
+def write_gguf(
+    file: Path, without: str = "", inner: int = 48, kinds: Mapping[str, str] | None = None
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A Llama of one layer over the byte tokens and one merge; `kinds`: how to store `attn` and `ffn` matrices."""
     import gguf
 
     generator = torch.Generator().manual_seed(0)
-    hidden, inner, rows = 32, 48, 259
+    hidden, rows = 32, 259
     shapes = {"token_embd.weight": (rows, hidden), "output_norm.weight": (hidden,), "output.weight": (rows, hidden)}
     shapes |= {f"blk.0.attn_{name}.weight": (hidden, hidden) for name in ("q", "k", "v", "output")}
     shapes |= {f"blk.0.{name}_norm.weight": (hidden,) for name in ("attn", "ffn")}
@@ -448,7 +450,11 @@ def write_gguf(file: Path, without: str = "") -> tuple[Path, dict[str, torch.Ten
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(256)
     for name, tensor in tensors.items():
-        if name != without:
+        kind = (kinds or {}).get(name.removeprefix("blk.0.").partition("_")[0]) if tensor.dim() > 1 else None
+        if kind is not None:
+            stored = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quantize(tensor.numpy(), stored), raw_dtype=stored)
+        elif name != without:
             writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
