@@ -5,7 +5,7 @@ from enum import Enum
 
 from lab.engine.kinds import EngineKind
 from lab.engine.settings import CacheSettings
-from lab.settings import Dtype, LabSettings, register, require, require_above, require_at_least
+from lab.settings import Dtype, LabSettings, Quantization, register, require, require_above, require_at_least
 from lab.text.settings import TextSettings
 from speculative.bench.settings import BenchSettings
 
@@ -66,6 +66,8 @@ class DraftSettings:
     file, or a hub repository."""
     dtype: Dtype | None
     """Precision of that model; null: that of its YAML."""
+    quantization: Quantization | None
+    """How its weights are stored (`model.quantization`); null: as its YAML says."""
     length: str  # a union of int and str is too much for OmegaConf 2.3: merging fails
     """Most draft tokens of a pass (k); fewer near the end of the text. auto: as many as pay off, possibly none (mode
     async); five (mode sync)."""

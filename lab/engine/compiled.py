@@ -356,7 +356,7 @@ class CompiledModel:
     """
 
     def __init__(
-        self, model: nn.Module, layers: range, cache: SlotCache, folder: Path, *, may_compile: bool = True
+        self, model: nn.Module, layers: Sequence[int], cache: SlotCache, folder: Path, *, may_compile: bool = True
     ) -> None:
         any_model = cast(Any, model)
         decoder = any_model.get_decoder()
@@ -490,7 +490,7 @@ class Compiler:
         folder = path_of(model.cache_dir, "model.cache_dir") / "compiled"
         return cls(device.compile, model.quantization.bits is not None, lasts, folder)
 
-    def open(self, model: nn.Module, layers: range, cache: SlotCache) -> CompiledModel | None:
+    def open(self, model: nn.Module, layers: Sequence[int], cache: SlotCache) -> CompiledModel | None:
         """The model over compiled layers, None where it runs without.
 
         Raises:

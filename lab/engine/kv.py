@@ -280,6 +280,11 @@ class SlotCache(Cache):
             f"the limit is {self._limit_bytes}"
         )
 
+    @property
+    def layer_numbers(self) -> Sequence[int]:
+        """The layers whose keys and values it holds: those of a slice have their numbers in the whole model."""
+        return list(self._shapes)
+
     # Bytes
 
     @property

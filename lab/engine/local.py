@@ -148,8 +148,7 @@ class LocalEngine(Engine):
         self.longest = min(context, self.cache.longest)
         self._compiled: CompiledModel | None = None
         if compiler is not None and not self._exact_rows:
-            layers = range(ModelShape.of(self._model.config).layers)
-            self._compiled = compiler.open(self._model, layers, self.cache)
+            self._compiled = compiler.open(self._model, self.cache.layer_numbers, self.cache)
         if self._exact_rows:
             self._probe_exact_shapes(sessions, self._exact_rows)
 

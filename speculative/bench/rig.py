@@ -273,4 +273,5 @@ def model_overrides(settings: SpeculativeSettings) -> list[str]:
             f"model must be one of {', '.join(sorted(names.values()))} for this benchmark, got {model.name!r}"
         )
     cache = path_of(model.cache_dir, "model.cache_dir")
-    return [f"model={names[model.name]}", f"model.dtype={model.dtype.name}", override("model.cache_dir", cache)]
+    precision = [f"model.dtype={model.dtype.name}", f"model.quantization={model.quantization.name}"]
+    return [f"model={names[model.name]}", *precision, override("model.cache_dir", cache)]

@@ -24,15 +24,21 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def draft_model(settings: SpeculativeSettings, device: torch.device) -> ModelSettings:
-    """The model that `project.draft.model` names, in `project.draft.dtype` or the precision of its YAML.
+    """The model that `project.draft.model` names, in `project.draft.dtype` and `.quantization` or those of its YAML.
 
     Raises:
         UserError: nothing of that name, or a YAML that describes no model.
     """
-    name, dtype = str(settings.project.draft.model), settings.project.draft.dtype
+    draft = settings.project.draft
+    name = str(draft.model)
     files = [file for folder in _folders() if (file := folder / "model" / f"{name}.yaml").is_file()]
     model = _of_yaml(files[0], name) if files else _of_place(name, settings.model)
-    model = replace(model, cache_dir=settings.model.cache_dir, dtype=dtype or model.dtype)
+    model = replace(
+        model,
+        cache_dir=settings.model.cache_dir,
+        dtype=draft.dtype or model.dtype,
+        quantization=draft.quantization or model.quantization,
+    )
     if model.dtype is Dtype.auto:
         model = replace(model, dtype=best_dtype(device))
     return as_described(model)

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from typing_extensions import override
 
 from lab.engine.base import Engine
+from lab.engine.compiled import Compiler
 from lab.engine.local import open_local_engine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
@@ -22,7 +23,7 @@ from lab.engine.synthetic import SyntheticEngine
 from lab.models.layers import load_layers, load_proved, with_adapter
 from lab.models.packed import IntLinear
 from lab.models.sources import load_tokenizer_only
-from lab.settings import UserError
+from lab.settings import ModelSettings, UserError
 from speculative.drafter.draft_model import draft_model
 from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts
 from speculative.settings import SYNTHETIC_CONTEXT, DraftSource, SpeculativeProjectSettings, SpeculativeSettings
@@ -126,6 +127,11 @@ def open_drafts(
     """
     project = settings.project
     shared = min(vocabulary_size, len(target_texts))
+
+    def of_model(model: torch.nn.Module, its: ModelSettings) -> EngineDrafts:
+        compiler = Compiler.of(its, settings.device, lasts=False)
+        return EngineDrafts(open_local_engine(model, project, sessions=1, compiler=compiler), sampling, shared)
+
     makers: dict[DraftSource, Callable[[], Drafts]] = {
         DraftSource.none: NoDrafts,
         DraftSource.ngram: lambda: NgramDrafts(project.draft.longest_ngram, project.draft.shortest_ngram),
@@ -137,9 +143,9 @@ def open_drafts(
         DraftSource.synthetic: lambda: EngineDrafts(
             _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, logit_rules=None), shared
         ),
-        DraftSource.model: lambda: _from_model(_draft_model(settings, device, target_texts), project, sampling, shared),
-        DraftSource.layers: lambda: _from_model(_first_layers(settings, device), project, sampling, shared),
-        DraftSource.noisy: lambda: _from_model(_noisy_target(settings, device), project, sampling, shared),
+        DraftSource.model: lambda: of_model(*_draft_model(settings, device, target_texts)),
+        DraftSource.layers: lambda: of_model(_first_layers(settings, device), settings.model),
+        DraftSource.noisy: lambda: of_model(_noisy_target(settings, device), settings.model),
     }
     return makers[project.draft.source]()
 
@@ -163,13 +169,9 @@ def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int
     )
 
 
-def _from_model(
-    model: torch.nn.Module, project: SpeculativeProjectSettings, sampling: Sampling, vocabulary_size: int
-) -> EngineDrafts:
-    return EngineDrafts(open_local_engine(model, project, sessions=1), sampling, vocabulary_size)
-
-
-def _draft_model(settings: SpeculativeSettings, device: torch.device, target_texts: list[str]) -> PreTrainedModel:
+def _draft_model(
+    settings: SpeculativeSettings, device: torch.device, target_texts: list[str]
+) -> tuple[PreTrainedModel, ModelSettings]:
     model = draft_model(settings, device)
     whose = f"project.draft.model {settings.project.draft.model}"
     try:
@@ -178,7 +180,7 @@ def _draft_model(settings: SpeculativeSettings, device: torch.device, target_tex
         raise UserError(f"{whose}: {error}") from None
     if difference := first_difference(token_texts(tokenizer), target_texts):
         raise UserError(f"{whose} must have the target's tokenizer: {difference}")
-    return load_proved(model, device).model
+    return load_proved(model, device).model, model
 
 
 def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:

@@ -199,7 +199,12 @@ def test_a_draft_model_has_the_dtype_that_was_asked_for(
 ) -> None:
     monkeypatch.setattr("speculative.drafter.draft_model.best_dtype", lambda device: Dtype.bfloat16)
     seen: list[torch.dtype] = []
-    monkeypatch.setattr("speculative.drafter.sources._from_model", lambda model, *rest: seen.append(model.dtype))
+
+    def opened(model: torch.nn.Module, *_: object, **__: object) -> LocalEngine:
+        seen.append(next(model.parameters()).dtype)
+        return local_engine(model)
+
+    monkeypatch.setattr("speculative.drafter.sources.open_local_engine", opened)
     words = f"model=random project.draft.source=model project.draft.model=random project.draft.dtype={asked}"
     settings = compose_settings("spec_decoding", words, SpeculativeSettings)
     texts = token_texts(load_tokenizer_only(settings.model))
