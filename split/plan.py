@@ -13,6 +13,7 @@ from lab.settings import (
     Dtype,
     LabSettings,
     ModelSettings,
+    Quantization,
     UserError,
     register,
     require,
@@ -20,7 +21,7 @@ from lab.settings import (
     require_at_least,
 )
 from split.chain.boundary import Boundary
-from split.planner import QUANTISED_BYTES, Architecture, FitsNowhere, Node, Plan, Work, make_plan
+from split.planner import Architecture, FitsNowhere, Node, Plan, Work, bytes_of_weight, make_plan
 
 MAX_NODES = 7
 """Most nodes; all their orders are tried."""
@@ -36,7 +37,7 @@ class NodeSettings:
     memory_gb: float
     """Memory that the model may take, in units of 10^9 bytes."""
     gb_per_second: float
-    """Speed of reading weights: about the bandwidth of its memory."""
+    """Speed of reading weights: about the bandwidth of its memory, or what `lab.doctor` measures in this precision."""
     delay_ms: float
     """One-way delay to the middle of the network."""
     megabit_per_second: float
@@ -86,6 +87,8 @@ def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:
     """Make the plan; return the figures of the last line. UserError, with the missing GB, if it fits nowhere."""
     project, model = settings.project, settings.model
     architecture = own_architecture(model)
+    stored = model.dtype if model.quantization is Quantization.none else model.quantization
+    title = f"{model.name} in {stored.name}"
     work = Work(
         context=project.context,
         sessions=project.sessions,
@@ -97,8 +100,8 @@ def run(settings: PlanSettings, place: entry.Run) -> dict[str, Any]:
     try:
         plan = make_plan(architecture, [node_of(node) for node in project.nodes], work)
     except FitsNowhere as error:
-        raise UserError(f"project.nodes must have room for {model.name}: {error}") from None
-    print_plan(plan, model.name)
+        raise UserError(f"project.nodes must have room for {title}: {error}") from None
+    print_plan(plan, title)
     return figures_of(plan)
 
 
@@ -122,9 +125,14 @@ def own_architecture(model: ModelSettings) -> Architecture:
 
 def sized_architecture(model: ModelSettings) -> Architecture:
     """`model.architecture` with the size of its values in the model's precision."""
-    value_bytes = _VALUE_BYTES[model.dtype]
-    weight_bytes = QUANTISED_BYTES.get(model.quantization, value_bytes)
-    return Architecture(**asdict(model.architecture), value_bytes=value_bytes, weight_bytes=weight_bytes)
+    value_bytes, inputs = _VALUE_BYTES[model.dtype], model.architecture.hidden_size
+    head = Quantization.none if model.quantization.bits is None else Quantization.int8
+    return Architecture(
+        **asdict(model.architecture),
+        value_bytes=value_bytes,
+        weight_bytes=bytes_of_weight(model.quantization, inputs, value_bytes),
+        head_weight_bytes=bytes_of_weight(head, inputs, value_bytes),
+    )
 
 
 def node_of(node: NodeSettings) -> Node:

@@ -15,9 +15,16 @@ from lab.settings import ArchitectureSettings, Quantization
 FRAME_BYTES = 40
 """Size of a frame's header and head, about."""
 ANSWER_BYTES = 48
-QUANTISED_BYTES = {Quantization.nf4: 0.5 + 4 / 64, Quantization.int8: 1.0, Quantization.int4: 0.5 + 4 / 32}
-"""Size of a weight. nf4: four bits, and a float32 scale for each block of 64 (arXiv 2305.14314; no double
-quantisation); int4: four bits, and a scale and a zero in bfloat16 for each 32."""
+
+
+def bytes_of_weight(quantization: Quantization, inputs: int, value_bytes: int) -> float:
+    """Size of a weight in a matrix with so many inputs, of a model whose values take `value_bytes`.
+
+    nf4: four bits, and a float32 scale for each block of 64 (arXiv 2305.14314; no double quantisation); int8: eight,
+    and a scale in bfloat16 for each row; int4: four, and a scale and a zero in bfloat16 for each 32.
+    """
+    sizes = {Quantization.nf4: 0.5 + 4 / 64, Quantization.int8: 1 + 2 / inputs, Quantization.int4: 0.5 + 4 / 32}
+    return sizes.get(quantization, value_bytes)
 
 
 @dataclass(kw_only=True)
@@ -28,6 +35,8 @@ class Architecture(ArchitectureSettings):
     """Size of one value."""
     weight_bytes: float
     """Size of one weight in a layer's matrices: `value_bytes`, or less when they are quantised."""
+    head_weight_bytes: float
+    """Size of one weight in the head: `value_bytes`, or that of int8 in an int8 or int4 model."""
     layer_weights: int | None = None
     """Weights in all matrices of the largest layer; None: those of attention and a gated MLP of the sizes above."""
     unpacked_weights: int = 0
@@ -44,13 +53,19 @@ class Architecture(ArchitectureSettings):
 
     @property
     def table_bytes(self) -> int:
-        """Size of the embedding; the head has the same size (a tied one is copied to the last shard)."""
+        """Size of the embedding."""
         return self.vocabulary * self.hidden_size * self.value_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Size of the head (a tied one is copied to the last shard)."""
+        return math.ceil(self.vocabulary * self.hidden_size * self.head_weight_bytes)
 
     @property
     def weights_bytes(self) -> int:
         """Size of the whole model, embedding and head both counted."""
-        return self.layers * self.layer_bytes + 2 * self.table_bytes + self.hidden_size * self.value_bytes
+        ends = self.table_bytes + self.head_bytes + self.hidden_size * self.value_bytes
+        return self.layers * self.layer_bytes + ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +184,7 @@ def kv_bytes_of_layer(architecture: Architecture, work: Work) -> int:
 
 def _ends_bytes(architecture: Architecture, first: bool, last: bool) -> int:
     norm = architecture.hidden_size * architecture.value_bytes
-    return architecture.table_bytes * first + (architecture.table_bytes + norm) * last
+    return architecture.table_bytes * first + (architecture.head_bytes + norm) * last
 
 
 def _workspace_bytes(architecture: Architecture, last: bool, work: Work) -> int:
@@ -189,7 +204,7 @@ def _plan(architecture: Architecture, order: Sequence[Node], counts: Sequence[in
     for index, (node, count) in enumerate(zip(order, counts, strict=True)):
         last = index == len(order) - 1
         hop = _hop(node, None if last else order[index + 1], ANSWER_BYTES if last else row_bytes, work)
-        head = node.head_seconds or architecture.table_bytes / node.weights_bytes_per_second
+        head = node.head_seconds or architecture.head_bytes / node.weights_bytes_per_second
         placements.append(
             Placement(
                 node,
@@ -242,6 +257,6 @@ def _missing(architecture: Architecture, nodes: Sequence[Node], work: Work) -> s
     if need > have:
         return f"{text}: {(need - have) / 1e9:.2f} GB are missing"
     return f"{text}, but no cut leaves whole layers on each of them: each layer takes " + (
-        f"{(architecture.layer_bytes + kv / architecture.layers) / 1e9:.2f} GB, embedding and head "
-        f"{architecture.table_bytes / 1e9:.2f} GB each"
+        f"{(architecture.layer_bytes + kv / architecture.layers) / 1e9:.2f} GB, the embedding "
+        f"{architecture.table_bytes / 1e9:.2f} GB and the head {architecture.head_bytes / 1e9:.2f} GB"
     )

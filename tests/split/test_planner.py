@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lab.command.entry import compose_settings
-from split.plan import PlanSettings, figures_of, node_of, sized_architecture
+from lab.command.entry import Run, compose_settings
+from lab.settings import Quantization, UserError
+from split.plan import PlanSettings, figures_of, node_of, run, sized_architecture
 from split.planner import (
     Architecture,
     FitsNowhere,
@@ -28,7 +29,7 @@ from tests.split.chains import VOCABULARY, saved_model, shards
 OTHERS: dict[str, Any] = {"family": "llama", "tied_embeddings": False, "context": 128}
 SMALL = Architecture(
     layers=6, hidden_size=64, intermediate_size=256, heads=4, kv_heads=2, head_dim=16, vocabulary=1000,
-    value_bytes=4, weight_bytes=4, **OTHERS,
+    value_bytes=4, weight_bytes=4, head_weight_bytes=4, **OTHERS,
 )  # fmt: skip
 WORK = Work(context=128, sessions=1, prefill_chunk=16, boundary_row_bytes=256, overhead_bytes=0, hop_seconds=0.001)
 
@@ -103,7 +104,7 @@ def test_weights_are_counted_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     model = saved_model("llama", tmp_path)
     sizes = Architecture(
         layers=4, hidden_size=32, intermediate_size=64, heads=4, kv_heads=2, head_dim=8, vocabulary=VOCABULARY,
-        value_bytes=4, weight_bytes=4, **OTHERS,
+        value_bytes=4, weight_bytes=4, head_weight_bytes=4, **OTHERS,
     )  # fmt: skip
     plan = make_plan_with_cuts(sizes, [_node("a", 1), _node("b", 1)], [0, 1, 4], WORK)
     rotary_bytes = 8 // 2 * 4 * 2  # inverse frequencies, twice, in every shard
@@ -113,6 +114,33 @@ def test_weights_are_counted_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     ]
     assert kv_bytes_of_layer(sizes, WORK) * 3 == made[1].cache.bytes_per_position * WORK.context
     assert torch.float32.itemsize == sizes.value_bytes
+
+
+@pytest.mark.parametrize("quantization", [Quantization.int8, Quantization.int4])
+def test_packed_weights_are_counted_as_shards_hold_them(quantization: Quantization, tmp_path: Path) -> None:
+    """Within one percent, never less; and a token takes the time to read them, but for the embedding."""
+    widths: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
+    model = saved_model("llama", tmp_path, vocab_size=320, **widths)
+    model = replace(model, architecture=replace(model.architecture, vocabulary=320, **widths))
+    packed = replace(model, quantization=quantization)
+    rotary_bytes = 64 // 2 * 4 * 2
+    made = [shard.weights_bytes - rotary_bytes for shard in shards(packed, (0, 1, 4))]
+    plan, control = (
+        make_plan_with_cuts(sized_architecture(one), [_node("a", 1), _node("b", 1)], [0, 1, 4], WORK)
+        for one in (packed, model)
+    )
+    for placed, unpacked, real in zip(plan.placements, control.placements, made, strict=True):
+        assert real <= placed.weights_bytes < 1.01 * real
+        assert unpacked.weights_bytes > 2 * real
+    compute_seconds = sum(placed.compute_seconds for placed in plan.placements)
+    assert compute_seconds * 1e9 == pytest.approx(sum(made) - 320 * 256 * 4, rel=0.01)
+
+
+def test_messages_name_the_precision(tmp_path: Path) -> None:
+    for more, name in (("model.quantization=int4", "int4"), ("model.dtype=bfloat16", "bfloat16")):
+        settings = compose_settings("split_plan", f"model=llama3_70b {more} project.context=131072", PlanSettings)
+        with pytest.raises(UserError, match=rf"^project\.nodes must have room for Llama-3.*-70B.* in {name}: "):
+            run(settings, Run(tmp_path))
 
 
 @pytest.mark.parametrize(("quantization", "nodes"), [("nf4", 2), ("none", 0)])
