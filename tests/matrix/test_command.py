@@ -20,7 +20,7 @@ from matrix.grid import sort_overrides
 from matrix.results import CellRun
 from matrix.supervisor import Outcome
 from tests.in_process import exit_code
-from tests.matrix.sweeps import command, environment, started, sweep_as_command, words_of
+from tests.matrix.sweeps import ROOT, TRACKING, command, environment, started, sweep_as_command, words_of
 from tests.matrix.test_sweep import wait_for_results
 
 MIB = 1 / 1024
@@ -151,6 +151,24 @@ def test_whatever_ends_a_sweep_the_report_is_there(
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["cells"], last["ok"], last["failed"], last["not_run"]) == (3, 1, 0, 2)
     assert (last["plots"], len(last["not_drawn"])) == ([], 2)
+
+
+@pytest.mark.real
+def test_how_a_model_is_stored_can_be_an_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cells that run the real command, with packed weights in between."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    axes = ("model.quantization=none,int8,int4", "project.context=32", "project.sessions=1", "project.max_new_tokens=4")
+    words = ("matrix=decode", "model=random", f"model.cache_dir={tmp_path}/cache", "device.compile=false")
+    assert exit_code(main, *words, *axes, "device.threads=1", *TRACKING) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["cells"], last["ok"]) == (3, 3)
+    with Path(last["results_csv"]).open() as file:
+        assert [row["model.quantization"] for row in csv.DictReader(file)] == ["none", "int8", "int4"]
+    packed = {folder.name.rpartition("-")[2] for folder in (tmp_path / "cache").glob("*-float32*")}
+    assert packed == {"float32", "int8", "int4"}, "each cell had its own weights"
 
 
 @pytest.mark.real
