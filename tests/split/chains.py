@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lab.device import TORCH_DTYPES
+from lab.engine.compiled import Compiler
 from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.layers import load_layers
@@ -47,7 +48,9 @@ def saved_model(architecture: str, folder: Path, dtype: torch.dtype = torch.floa
     )  # fmt: skip
 
 
-def shards(settings: ModelSettings, cuts: Sequence[int], limits: ShardLimits = LIMITS) -> list[Shard]:
+def shards(
+    settings: ModelSettings, cuts: Sequence[int], limits: ShardLimits = LIMITS, compiler: Compiler | None = None
+) -> list[Shard]:
     """Shards of layers [cuts[0], cuts[1]), [cuts[1], cuts[2]), ..."""
     made = []
     for first, last in itertools.pairwise(cuts):
@@ -55,7 +58,7 @@ def shards(settings: ModelSettings, cuts: Sequence[int], limits: ShardLimits = L
         model = load_layers(settings, torch.device("cpu"), range(first, last), embedding=begins, head=ends)
         if settings.name == "gemma2":
             model.config._attn_implementation = "eager"
-        made.append(shard_class(begins, ends)(model, range(first, last), limits))
+        made.append(shard_class(begins, ends)(model, range(first, last), limits, compiler=compiler))
     return made
 
 
@@ -87,7 +90,7 @@ def local(settings: ModelSettings) -> LocalEngine:
     return local_engine(model)
 
 
-def local_engine(model: torch.nn.Module) -> LocalEngine:
+def local_engine(model: torch.nn.Module, compiler: Compiler | None = None) -> LocalEngine:
     """The same for a model at hand."""
     return LocalEngine(
         model,
@@ -97,6 +100,7 @@ def local_engine(model: torch.nn.Module) -> LocalEngine:
         kv_limit_bytes=KV_BYTES,
         prefill_chunk=CHUNK,
         exact_rows=None,
+        compiler=compiler,
     )
 
 
