@@ -74,6 +74,8 @@ class Row:
     slices: str | None
     training: str | None
     nf4: str | None
+    int8: str | None
+    int4: str | None
     lora: str | None
     text: str | None = None
     """What is wrong with its texts though it is proved; None for nothing."""
@@ -97,15 +99,17 @@ def row_of(name: str) -> Row:
         proof = try_out(config_of(name))
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return Row(name, reason, reason, reason, reason, reason)
+        return Row(name, *[reason] * len(USES))
+    packed = (WeightFormat.nf4, WeightFormat.int8, WeightFormat.int4)
+    others = dict.fromkeys([*(stored.name for stored in packed), "lora"], proof.slices)
     if proof.slices is not None:
-        return Row(name, proof.engine, proof.slices, proof.training, proof.slices, proof.slices)
+        return Row(name, proof.engine, proof.slices, proof.training, **others)
     return Row(
         name,
         proof.engine,
         proof.slices,
         proof.training,
-        nf4=try_packed(config_of(name), stored=WeightFormat.nf4).slices,
+        **{stored.name: try_packed(config_of(name), stored=stored).slices for stored in packed},
         lora=_reason(lambda: _try_lora(name, proof)),
         text=_reason(lambda: _try_text(name, proof)),
     )
@@ -242,7 +246,7 @@ def _together(engine: Any, prompts: Sequence[Sequence[int]], sampling: Sampling)
 
 # The table
 
-_USES = ("engine", "slices", "training", "nf4", "lora")
+USES = ("engine", "slices", "training", "nf4", "int8", "int4", "lora")
 _HEAD = """# Which architectures are proved
 
 For every architecture with a causal language model in transformers {version}: whether a small random model of it gave
@@ -255,12 +259,14 @@ spite of a `yes`, or accepted in spite of a `no`.
 - **split inference**: three slices read from a folder: equal to the bit, keys and values in the caches too.
 - **split training**: the gradients of the slices: equal to the bit (a tied embedding: within 1e-4, since its copies are
   summed).
-- **nf4**, **LoRA**: slices in 4 bits, and slices with an adapter on every linear layer: equal to the whole, to the bit.
+- **nf4**, **int8**, **int4**, **LoRA**: slices in so many bits, and slices with an adapter on every linear layer: equal
+  to the whole, to the bit. And in int8 and int4 the whole's logits are those of the same numbers in float32, but for
+  what products in bfloat16 round.
 
 Proved for split inference: {proved} of {count}. Written by `python -m tests.architectures`.
 
-| architecture | engine | split inference | split training | nf4 | LoRA |
-|---|---|---|---|---|---|
+| architecture | engine | split inference | split training | nf4 | int8 | int4 | LoRA |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -269,12 +275,12 @@ def table(rows: Sequence[Row]) -> str:
     proved = sum(row.slices is None for row in rows)
     lines = [_HEAD.format(version=transformers.__version__, proved=proved, count=len(rows))]
     lines += [
-        f"| {row.name} | " + " | ".join("no" if getattr(row, use) else "yes" for use in _USES) + " |\n" for row in rows
+        f"| {row.name} | " + " | ".join("no" if getattr(row, use) else "yes" for use in USES) + " |\n" for row in rows
     ]
     lines.append("\n## Why not\n\n")
     for row in rows:
         reasons: dict[str, list[str]] = {}
-        for use in _USES:
+        for use in USES:
             if reason := getattr(row, use):
                 reasons.setdefault(reason, []).append(use)
         said = "; ".join(f"{', '.join(uses)}: {reason}" for reason, uses in reasons.items())

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from lab.models import proof as proof_module
 from lab.models.proof import Use, prove, require, try_out
 from lab.settings import UserError
-from tests.architectures import NAMED, NAMES, STATEFUL, TABLE, config_of, row_of
+from tests.architectures import NAMED, NAMES, STATEFUL, TABLE, USES, config_of, row_of
 
 SAMPLE = random.Random(0).sample(sorted(set(NAMES) - set(NAMED)), 4)
 """Rows of the table that are tried again; all of them by `python -m tests.architectures`."""
@@ -188,18 +188,20 @@ def test_layers_that_are_dropped_at_random_are_refused_for_training() -> None:
 
 
 def test_the_table_has_every_architecture_and_none_is_missing() -> None:
-    rows = re.findall(
-        r"^\| (\S+) \| (yes|no) \| (yes|no) \| (yes|no) \| (yes|no) \| (yes|no) \|$", TABLE.read_text(), re.M
-    )
+    pattern = r"^\| (\S+)" + r" \| (yes|no)" * len(USES) + r" \|$"
+    rows = re.findall(pattern, TABLE.read_text(), re.M)
     assert [row[0] for row in rows] == list(NAMES)
     proved = [row[0] for row in rows if row[2] == "yes"]
     assert len(proved) >= 90
     assert set(NAMED) <= set(proved)
     assert not set(STATEFUL) & {row[0] for row in rows if "yes" in row[1:3]}
+    for use in ("int8", "int4"):
+        packed = {row[0] for row in rows if row[1 + USES.index(use)] == "yes"}
+        assert set(NAMED) <= packed <= set(proved)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_row_of_the_table_is_what_a_trial_gives(name: str) -> None:
     row = row_of(name)
-    said = ["no" if getattr(row, use) else "yes" for use in ("engine", "slices", "training", "nf4", "lora")]
+    said = ["no" if getattr(row, use) else "yes" for use in USES]
     assert f"| {name} | {' | '.join(said)} |\n" in TABLE.read_text()
