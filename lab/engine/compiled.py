@@ -317,6 +317,7 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
     import torch._inductor
     import torch._inductor.config as inductor
     import torch.fx.experimental._config as shapes
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch.export import Dim, export
 
     log.info("compiling a layer once (about 20 s)")
@@ -329,6 +330,7 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
     sizes: Any = (*[{0: rows}] * 5, {0: Dim("columns", min=2, max=2**24)}, cache, cache, [None] * len(tensors))
     temporary = package.with_suffix(".partial.pt2")
     try:
+        _check_own(Path(cast(Any, cache_dir)()))  # below /tmp, under a name that anybody knows
         # Rows and slots may be one, for which torch would compile code of its own.
         with torch.no_grad(), cast(Any, shapes).patch(backed_size_oblivious=True), inductor.patch(INDUCTOR):
             exported = export(CompiledLayer(plan), arguments, dynamic_shapes=sizes)

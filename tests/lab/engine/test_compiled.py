@@ -345,7 +345,8 @@ def test_a_damaged_package_is_compiled_again(
     own.mkdir()
     plan = compiled.plan_of(model.model.layers[0], torch.float32)
     good = folder / f"{compiled._digest(plan)}.pt2"
-    package = shutil.copy(good, own)
+    package = own / good.name
+    shutil.copy(good, package)
     _spoil(package, kind)
     assert not _open(model, own, "auto", lasts=False)
     monkeypatch.setattr(compiled, "_compile", lambda plan, tensors, package: shutil.copy(good, package))
@@ -368,6 +369,17 @@ def test_a_package_that_does_not_load_is_not_used(
     assert (
         "layers are not compiled: a compiled layer does not load: RuntimeError: failed to map a segment" in caplog.text
     )
+
+
+def test_nothing_is_compiled_where_others_can_change_what_the_compiler_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "inductor").mkdir()
+    (tmp_path / "inductor").chmod(0o777)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    assert not _open(_model("llama"), tmp_path / "own", "auto")
+    assert "inductor', which holds machine code" in caplog.text
 
 
 def test_a_place_that_cannot_be_written_compiles_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -266,9 +266,7 @@ def test_what_will_never_fit_is_refused_before_it_waits(settings: ModelSettings)
         asked = engines[2]._ask(_PendingOpen(1, GREEDY, 10**6, 0.0))
         engines[2]._await_room(asked, 0.0)
         assert asked.fault is not None
-        assert (
-            asked.fault.text == "ValueError: tokens must be at most the 200 that fit here, prompt included, got 1000000"
-        )
+        assert asked.fault.text == "tokens must be at most the 200 that fit here, prompt included, got 1000000"
         for engine in engines:
             engine.shutdown()
 
