@@ -229,13 +229,12 @@ def check_compiler() -> Finding:
 @torch.inference_mode()
 def check_product(device: torch.device, kind: Dtype | Quantization) -> Finding:
     """How fast one row is multiplied by weights in a precision, as for each new token, and whether rightly."""
-    is_packed = isinstance(kind, Quantization)
-    if is_packed and device.type != "cpu":
+    if isinstance(kind, Quantization) and device.type != "cpu":
         return Finding(f"no kernel is used on {device.type}, only on a CPU", {"ok": False})
     generator = torch.Generator().manual_seed(0)
     weight, row = (torch.randn(count, INPUTS, generator=generator) for count in (OUTPUTS, 1))
     layers = [_layer(weight, kind, device) for _ in range(MATRICES)]
-    given = row.to(device, torch.bfloat16 if is_packed else TORCH_DTYPES[kind])
+    given = row.to(device, torch.bfloat16 if isinstance(kind, Quantization) else TORCH_DTYPES[kind])
     error = _relative_error(layers[0](given).float().cpu(), row @ weight.t())
     until, seconds = time.perf_counter() + PRODUCT_SECONDS, list[float]()
     while len(seconds) < 5 or time.perf_counter() < until:

@@ -12,7 +12,7 @@ Shapes: B sessions, T positions in this call, V vocabulary, K rows of logits kep
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Protocol, Self, TypeVar
@@ -77,6 +77,8 @@ class Session:
         self.sampling = sampling
         self.history = History(sampling.logit_rules) if sampling.logit_rules else None
         """The text, for the logit rules of its sampling; None without any. Kept by engines that have the logits."""
+        self.prompt_tokens: int | None = None
+        """Tokens of its prompt: `pieces_of` cuts by it. None: unknown."""
         self.step: TargetStep | None = None
         """The result of the latest extend, after `open` that of the prompt; None if the prompt was empty."""
         self.closed = False
@@ -108,6 +110,7 @@ class Session:
 
     def with_prompt(self, prompt_ids: Sequence[int]) -> Self:
         """For engines: run the prompt, if there is one, and return the session. It is closed again if that fails."""
+        self.prompt_tokens = len(prompt_ids)
         try:
             if prompt_ids:
                 self._engine.extend([(self, prompt_ids)], want="last")
@@ -195,6 +198,35 @@ class Engine(Protocol):
     def shutdown(self) -> None:
         """Release all memory and connections."""
         ...
+
+
+MOST_ROWS = 24
+"""Most tokens of a piece that compiled layers compute row by row: 16 draft tokens, the token before them, and some to
+spare. A longer piece is part of a prompt, which transformers' own forward computes faster, rounded by its length."""
+
+
+def pieces_of(position: int, count: int, prompt_tokens: int | None, chunk: int) -> Iterator[tuple[int, int]]:
+    """Cut an extend into pieces that do not depend on how its sequence came to be.
+
+    A prompt is cut into chunks up to its last token, which draws the first new one. That one and all later tokens are
+    in short pieces. So a sequence that is computed anew, from its prompt and its new tokens in one extend, gets the
+    same bits as the first time, token by token.
+
+    Args:
+        position: Tokens that the engine holds.
+        count: Tokens that are appended.
+        prompt_tokens: Tokens of the prompt; None where they are not known: chunks only.
+        chunk: Most tokens of a piece.
+
+    Yields:
+        First and end of each piece, counted from the first appended token.
+    """
+    at, end = position, position + count
+    while at < end:
+        prompt_end = end + 1 if prompt_tokens is None else prompt_tokens
+        stop = min(at + chunk, prompt_end - 1) if prompt_end - at > MOST_ROWS else at + min(chunk, MOST_ROWS)
+        yield at - position, min(stop, end) - position
+        at = stop
 
 
 def check_requests(engine: Engine, requests: Sequence[Request]) -> None:

@@ -37,6 +37,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
+from lab.engine.base import MOST_ROWS
 from lab.engine.kv import SlotCache
 from lab.files import path_of
 from lab.models.packed import IntLinear, multiply, project
@@ -48,9 +49,6 @@ LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3Decode
 """Layers that are compiled: these exact classes of transformers."""
 DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 """Decoders whose layers are compiled: an embedding, the layers and a norm, nothing else."""
-MOST_ROWS = 24
-"""Most rows of one sequence in one pass: 16 draft tokens, the token before them, and some to spare. A longer piece is
-part of a prompt, which transformers' own forward computes faster."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 COMPILERS = ("g++", "clang++", "c++")
 INDUCTOR: dict[str, Any] = {"compile_threads": 1, "realize_opcount_threshold": 8, "realize_reads_threshold": 3}

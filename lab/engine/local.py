@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache
 from typing_extensions import override
 
 from lab.engine.base import (
+    MOST_ROWS,
     NOTHING,
     SWEEP_ROWS,
     Engine,
@@ -27,10 +29,11 @@ from lab.engine.base import (
     check_finite,
     check_open,
     check_requests,
+    pieces_of,
     read_steps,
     together,
 )
-from lab.engine.compiled import MOST_ROWS, CompiledModel, Compiler
+from lab.engine.compiled import CompiledModel, Compiler
 from lab.engine.context import longest_text, model_context
 from lab.engine.first_fault import first_faults
 from lab.engine.kv import CacheFull, ExactShape, SlotCache, check_attention, layer_shapes
@@ -166,11 +169,8 @@ class LocalEngine(Engine):
         for session, ids in requests:
             if session.history is not None:
                 session.history.hold(session.position, ids)
-        longest = max((len(run.ids) for run in runs), default=0)
-        for start in range(0, longest, self._chunk):
-            end = start + self._chunk
-            pieces = [_Piece(run, start, run.ids[start:end]) for run in runs if run.ids[start:]]
-            for group in self._groups(pieces):
+        for pieces in zip_longest(*map(self._pieces, runs)):
+            for group in self._groups([piece for piece in pieces if piece is not None]):
                 self._pass(group, want)
                 self._find_faults(group)
         return check_finite([run.session.advance(run.ids, run.step) for run in runs])
@@ -206,6 +206,12 @@ class LocalEngine(Engine):
         """A forward pass over one token: it shows what each layer keeps, and that the engine runs at all."""
         one = torch.zeros(1, 1, dtype=torch.long, device=self._device)
         self._model(input_ids=one, position_ids=one, past_key_values=cache, use_cache=True)
+
+    def _pieces(self, run: _Extend) -> list[_Piece]:
+        """Of one request, in the order of passes."""
+        prompt_tokens = run.session.prompt_tokens if self._compiled is not None else None
+        cuts = pieces_of(run.session.position, len(run.ids), prompt_tokens, self._chunk)
+        return [_Piece(run, start, run.ids[start:end]) for start, end in cuts]
 
     def _groups(self, pieces: Sequence[_Piece]) -> list[list[_Piece]]:
         """The pieces that share a pass. With compiled layers all short ones do, and a long one is alone: its rows

@@ -79,7 +79,7 @@ class IntLinear(nn.Linear):
     @classmethod
     def of(cls, weight_NK: Tensor, bits: int, bias: nn.Parameter | None = None) -> "IntLinear":
         """The layer of a weight in float, ready to multiply."""
-        layer = cls(bits, *weight_NK.shape, bias)
+        layer = cls(bits, weight_NK.shape[0], weight_NK.shape[1], bias)
         numbers, layer.scales = quantise(weight_NK, bits)
         layer.weight = nn.Parameter(numbers, requires_grad=False)
         layer.pack()

@@ -371,7 +371,9 @@ class Scheduler:
 
     def _enter(self, sequence: VerifiedSequence) -> None:
         """Give a sequence all the room that it may ever need. Raises `CacheFull` if there is too little."""
-        sequence.enter(self.engine.open([], sequence.request.sampling, sequence.longest))
+        session = self.engine.open([], sequence.request.sampling, sequence.longest)
+        session.prompt_tokens = len(sequence.request.prompt_ids)
+        sequence.enter(session)
         self._leave_line(sequence)
         self._running.append(sequence)
         self._touch(sequence)

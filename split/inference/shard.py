@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from typing_extensions import override
 
-from lab.engine.base import LogitRows, TargetStep, Want, check_ids, read_steps
-from lab.engine.compiled import MOST_ROWS, CompiledModel, Compiler
+from lab.engine.base import MOST_ROWS, LogitRows, TargetStep, Want, check_ids, read_steps
+from lab.engine.compiled import CompiledModel, Compiler
 from lab.engine.context import longest_text
 from lab.engine.first_fault import first_faults
 from lab.engine.history import History

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from typing_extensions import override
@@ -27,6 +28,7 @@ from lab.engine.base import (
     check_finite,
     check_open,
     check_requests,
+    pieces_of,
     together,
 )
 from lab.engine.kv import CacheFull
@@ -118,6 +120,7 @@ class _Extend:
     number: int
     position: int
     ids: Sequence[int]
+    prompt_tokens: int | None
     step: TargetStep = NOTHING
     fault: str = ""
     """Reason for its stop, from the first pass in which it stopped."""
@@ -204,7 +207,11 @@ class ShardedModel(Engine):
         check_requests(self, requests)
         extends = self._with_recovery(
             lambda: self._advance(
-                [_Extend(session.key, session.position, ids, fault=session.fault) for session, ids in requests], want
+                [
+                    _Extend(session.key, session.position, ids, session.prompt_tokens, fault=session.fault)
+                    for session, ids in requests
+                ],
+                want,
             )
         )
         for session, ids in requests:
@@ -327,12 +334,13 @@ class ShardedModel(Engine):
 
     def _plan(self, extends: Sequence[_Extend]) -> Iterator[list[_Part]]:
         """The parts of each pass."""
-        longest = max((len(extend.ids) for extend in extends), default=0)
-        for start in range(0, longest, self._chunk):
-            going_on = [extend for extend in extends if extend.ids[start:] and not extend.fault]
-            parts = [_Part(extend, start, extend.ids[start : start + self._chunk]) for extend in going_on]
-            for group in together(parts, SWEEP_ROWS):
+        for parts in zip_longest(*(self._parts(extend) for extend in extends if not extend.fault)):
+            for group in together([part for part in parts if part is not None], SWEEP_ROWS):
                 yield from (group[first : first + MAX_PIECES] for first in range(0, len(group), MAX_PIECES))
+
+    def _parts(self, extend: _Extend) -> list[_Part]:
+        cuts = pieces_of(extend.position, len(extend.ids), extend.prompt_tokens, self._chunk)
+        return [_Part(extend, start, extend.ids[start:end]) for start, end in cuts]
 
     def _submit(self, parts: Sequence[_Part], want: Want) -> _InFlight:
         number = self._number()
@@ -423,7 +431,8 @@ class ShardedModel(Engine):
             self._close(session.key)
         elif session.position:
             try:
-                [extend] = self._advance([_Extend(session.key, 0, journal.ids[: session.position])], "last")
+                ids = journal.ids[: session.position]
+                [extend] = self._advance([_Extend(session.key, 0, ids, session.prompt_tokens)], "last")
                 session.fault = session.fault or extend.fault
             except _RequestLost as lost:  # again, to another client's
                 session.fault = str(lost)

@@ -222,6 +222,26 @@ def test_products_are_as_wide_as_their_rows_round_alike(folder: Path, monkeypatc
     assert together.next_nll == alone
 
 
+@pytest.mark.parametrize("prompt_tokens", [3, 25, 64, 65, 100, 128, 150])
+@pytest.mark.parametrize("fed", [64, 1000])
+def test_a_text_that_is_computed_anew_gets_the_same_bits(
+    prompt_tokens: int, fed: int, folder: Path, tmp_path: Path
+) -> None:
+    """From its prompt and new tokens, as after a loss, however they are fed; a prompt is in chunks of 64."""
+    engine = _engine(_packed(_model("qwen3"), tmp_path / "m"), folder)
+    prompt = _ids(prompt_tokens, prompt_tokens)
+    steps = _greedy(engine, prompt, 45)
+    text = prompt + [step.next_ids[-1] for step in steps[:40]]
+    with engine.open([], Sampling.greedy()) as anew:
+        anew.prompt_tokens = prompt_tokens
+        for start in range(0, len(text), fed):
+            engine.extend([(anew, text[start : start + fed])], "last")
+        assert anew.step is not None
+        assert anew.step.next_nll[-1:] == steps[40].next_nll[-1:]
+        for step, token in zip(steps[41:], [step.next_ids[-1] for step in steps[40:]], strict=False):
+            assert engine.extend([(anew, [token])], "last")[0].next_nll == step.next_nll
+
+
 @pytest.mark.parametrize("want", ["last", "all"])
 def test_shards_say_what_the_whole_says(want: Any, folder: Path, tmp_path: Path) -> None:
     whole = _packed(_model("qwen3"), tmp_path / "m")
