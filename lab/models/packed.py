@@ -10,6 +10,9 @@ are loaded, whole or in a slice.
 Shapes: N outputs, K inputs, G groups of a row, R rows.
 """
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +34,8 @@ GROUP = 32
 """Weights of a row that share a scale and a zero in int4."""
 KERNEL_ROWS = 64
 """Outputs that the CPU's int4 kernel takes at once: matrices are filled up to a multiple of it."""
+MADV_PAGEOUT = 21
+"""Of Linux's madvise: give the pages back; those of a file are read from it again."""
 PACKED_AT_ONCE = 1024
 """Outputs that are brought into the kernel's order together; a multiple of `KERNEL_ROWS`."""
 
@@ -110,7 +115,20 @@ class IntLinear(nn.Linear):
             packed_NX, filled = _in_kernel_order(numbers_NX), nn.functional.pad(scales, (0, 0, 0, missing))
         else:
             packed_NX, filled = numbers_NX.clone(), nn.functional.pad(scales, (0, missing))
+        _forget_pages(self.weight)
         self.weight, self.scales = nn.Parameter(packed_NX, requires_grad=False), filled.clone()
+
+
+def _forget_pages(tensor: Tensor) -> None:
+    """Let the system forget the pages of a file that a tensor is mapped from, once it has been copied.
+
+    They would count as this process's until the last tensor of that file is gone. Nothing is lost: they are read again
+    if anybody asks for them. Where the system has no such call, nothing happens.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.nbytes - first
+    if sys.platform == "linux" and size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)
 
 
 def multiply(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:

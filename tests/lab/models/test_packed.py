@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 
@@ -239,3 +242,19 @@ def test_halves_hold_two_numbers() -> None:
     q = torch.arange(16, dtype=torch.uint8)[None]
     assert halves(q).tolist() == [[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]]
     assert packed.GROUP % 2 == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives pages back on request")
+def test_pages_of_a_file_that_was_copied_are_given_back_unharmed(tmp_path: Path) -> None:
+    def of_files() -> int:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    save_file({"large": torch.arange(2**23, dtype=torch.int32)}, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as opened:
+        large = opened.get_tensor("large")
+        total = large.sum()  # reads all 32 MiB
+        read = of_files()
+        packed._forget_pages(large)
+        assert of_files() < read - 2**14
+        assert large.sum() == total
