@@ -87,7 +87,7 @@ def eventually(what: Callable[[], bool], seconds: float = 10.0) -> None:
 
 def is_empty(process: Process) -> bool:
     stage = process.server.stage
-    return not (process.server.clients or stage._texts or stage.shard._requests or process.server._line)
+    return not (process.server.clients or stage._requests or stage.shard._requests or process.server._line)
 
 
 # A fault has one owner
@@ -288,7 +288,7 @@ def test_a_short_text_does_not_overtake_a_long_one(settings: ModelSettings) -> N
 def _admitted(engine: ShardedModel) -> bool:
     with suppress(TimeoutError):
         engine._note(engine._transport.collect(0.0))
-    return any(asked.place == 0 for asked in engine._asked.values())
+    return any(asked.place == 0 for asked in engine._pending.values())
 
 
 def _gets_room(engine: ShardedModel) -> bool:

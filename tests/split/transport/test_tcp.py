@@ -68,9 +68,9 @@ def test_two_clients_do_not_meet(tmp_path: Path) -> None:
                     engine.extend([(text, text.step.next_ids)], "last")
                     whole.extend([(right, text.step.next_ids[:0] or right.step.next_ids)], "last")  # type: ignore[union-attr]
         deadline = time.monotonic() + 5
-        while any(p.server.stage._texts for p in processes) and time.monotonic() < deadline:
+        while any(p.server.stage._requests for p in processes) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not any(p.server.stage._texts for p in processes), "texts outlive their clients"
+        assert not any(p.server.stage._requests for p in processes), "texts outlive their clients"
 
 
 def _greedy(
