@@ -1,1 +1,3 @@
 """Speculative decoding between two machines: draft tokens travel, the text is the target's own."""
+
+import lab  # noqa: F401 (first of all: Ctrl+C is quiet from here on)
