@@ -163,6 +163,8 @@ class _Sizes:
         self.few_heads = min(self.heads, _HEADS if head_size <= 2 * _WIDTH else 2)
         is_whole = self.heads and self.hidden % self.heads == 0
         self.small_hidden = self.hidden // self.heads * self.few_heads if is_whole else min(self.hidden, 2 * _WIDTH)
+        if _number(config, "head_dim"):  # then the hidden size is free, and packed layers take groups of 32 inputs
+            self.small_hidden = min(self.hidden, -(-self.small_hidden // 32) * 32)
         self.experts = max(8, 2 * (_number(config, "n_group") or 1), 2 * (_number(config, "num_experts_per_tok") or 1))
 
     def smaller(self, name: str, value: Any) -> Any:
