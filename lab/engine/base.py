@@ -110,9 +110,9 @@ class Session:
 
     def with_prompt(self, prompt_ids: Sequence[int]) -> Self:
         """For engines: run the prompt, if there is one, and return the session. It is closed again if that fails."""
-        self.prompt_tokens = len(prompt_ids)
         try:
             if prompt_ids:
+                self.prompt_tokens = len(prompt_ids)
                 self._engine.extend([(self, prompt_ids)], want="last")
         except BaseException:
             self.close()

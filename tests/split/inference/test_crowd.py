@@ -179,7 +179,7 @@ def test_a_result_that_no_frame_holds_is_told_to_its_client_only(settings: Model
         engine, neighbour = engine_of(both), engine_of(both)
         engine._chunk = 64
         text = neighbour.open([1, 2, 3], GREEDY)
-        with pytest.raises(RuntimeError, match=r"network.max_frame_bytes must be at least .* 8192 bytes, got 2000"):
+        with pytest.raises(RuntimeError, match=r"network.max_frame_bytes must be at least .* 8064 bytes, got 2000"):
             engine.open([1] * 64, GREEDY)
         assert engine.open([1] * 5, GREEDY).step is not None
         assert neighbour.extend([(text, [1])], "last")
