@@ -7,6 +7,7 @@ check       time of a pass that checks draft tokens, over that of a decoding ste
 identity    tokens of sequences that are checked in pieces, among others, that differ from the sequence alone
 perplexity  of held-out text, over that of the same model in float32
 memory      peak memory of an int4 process over that of one with a tiny model, in bytes of the packed weights
+start       seconds from a verifier's command to `listening`, with compiled layers and without, once they are compiled
 
 All readings of a part are interleaved in one process. llama.cpp is the wheel `xllamacpp`, with the GGUF file that the
 model comes from; without it, or where the model is no GGUF file, its figures are left out.
@@ -29,8 +30,17 @@ from typing import TYPE_CHECKING, Any
 
 from lab.bench import Row, Sample, interleaved, judged, ratio, run_parts
 from lab.command import entry
-from lab.command.processes import run_to_end
-from lab.settings import Dtype, LabSettings, ModelSource, Quantization, register, require, require_at_least
+from lab.command.processes import listening, run_to_end
+from lab.settings import (
+    Dtype,
+    LabSettings,
+    ModelSettings,
+    ModelSource,
+    Quantization,
+    register,
+    require,
+    require_at_least,
+)
 
 if TYPE_CHECKING:
     from lab.engine.local import LocalEngine
@@ -43,6 +53,8 @@ LEAST_OVER_EAGER, LEAST_PROMPT, LEAST_TEXTS = 1.6, 2.0, 1.0
 MOST_LOSS = {"int4": 0.001, "int8": 0.002}
 """Largest growth of the perplexity. The numbers of int4 are those of the GGUF file."""
 MOST_MEMORY = 1.3
+MOST_ADDED = 5.0
+"""Most seconds that compiled layers add to a later start."""
 
 
 @dataclass(kw_only=True)
@@ -67,7 +79,7 @@ class EngineBenchProjectSettings:
     """Tokens of part identity, for each engine."""
     perplexity_tokens: int
     start_seconds: float
-    """Time limit of a process of part memory."""
+    """Time limit of a process of parts memory and start."""
     report: str | None
     """File of the report; rows of other parts that it holds stay. null: bench.json in the run folder."""
 
@@ -124,15 +136,7 @@ class EngineRig(ExitStack):
         return self.engine(Quantization.none, compiles, 1, dtype)
 
     def _llama_cpp(self, slots: int) -> LlamaCpp | None:
-        from lab.models.conversion import gguf_file
-
-        if self.settings.model.source is not ModelSource.gguf:
-            return None
-        try:
-            return LlamaCpp(gguf_file(self.settings.model), self.settings.device.threads, slots, self.project.context)
-        except ImportError:
-            log.warning("llama.cpp is left out: pip install '.[peers]' brings it")
-            return None
+        return open_llama_cpp(self.settings.model, self.settings.device.threads, slots, self.project.context)
 
     def ids(self, count: int, seed: int) -> list[int]:
         """Random ids."""
@@ -141,20 +145,27 @@ class EngineRig(ExitStack):
 
 
 class LlamaCpp:
-    """llama.cpp in this process; ImportError where its wheel is not installed."""
+    """llama.cpp in this process; ImportError where its wheel is not installed.
 
-    def __init__(self, file: Path, threads: int, slots: int, context: int) -> None:
+    With `speculation` it drafts by n-grams of its text, by one of its own methods: NGRAM_SIMPLE, NGRAM_MAP_K,
+    NGRAM_MAP_K4V, NGRAM_MOD or NGRAM_CACHE.
+    """
+
+    def __init__(self, file: Path, threads: int, slots: int, context: int, speculation: str | None = None) -> None:
         import xllamacpp
 
         own = xllamacpp.CommonParams()
         own.model.path, own.n_parallel, own.n_ctx = str(file), slots, slots * context
         own.cpuparams.n_threads = own.cpuparams_batch.n_threads = threads
+        if speculation is not None:
+            kinds = xllamacpp.common_speculative_type
+            own.speculative.types = [getattr(kinds, f"COMMON_SPECULATIVE_TYPE_{speculation}")]
         self._server = xllamacpp.Server(own)
 
-    def complete(self, ids: Sequence[int], new_tokens: int) -> Mapping[str, float]:
-        """Greedy continuation of exactly so many tokens; its own timings."""
+    def complete(self, ids: Sequence[int], new_tokens: int, *, ignore_end: bool = True) -> Mapping[str, float]:
+        """Greedy continuation of so many tokens, fewer if the model may end it sooner; its own timings."""
         request = {"prompt": list(ids), "n_predict": new_tokens, "temperature": 0.0, "cache_prompt": False}
-        found = self._server.handle_completions(request | {"ignore_eos": True})
+        found = self._server.handle_completions(request | {"ignore_eos": ignore_end})
         answer = json.loads(found) if isinstance(found, str) else found
         timings: Mapping[str, float] = answer["timings"]
         return timings
@@ -162,6 +173,21 @@ class LlamaCpp:
     def prompt_speed(self, ids: Sequence[int]) -> float:
         """Tokens a second of a prompt."""
         return self.complete(ids, 1)["prompt_per_second"]
+
+
+def open_llama_cpp(
+    model: ModelSettings, threads: int, slots: int, context: int, speculation: str | None = None
+) -> LlamaCpp | None:
+    """llama.cpp with the GGUF file of a model; None where the model has none, or its wheel is not installed."""
+    from lab.models.conversion import gguf_file
+
+    if model.source is not ModelSource.gguf:
+        return None
+    try:
+        return LlamaCpp(gguf_file(model), threads, slots, context, speculation)
+    except ImportError:
+        log.warning("llama.cpp is left out: pip install '.[peers]' brings it")
+        return None
 
 
 def _continue(engine: LocalEngine, prompts: Sequence[Sequence[int]], count: int) -> tuple[float, list[list[int]]]:
@@ -372,8 +398,26 @@ def memory(rig: EngineRig) -> Row:
     return judged("memory", row, f"over at most {MOST_MEMORY}", over <= MOST_MEMORY)
 
 
+def start(rig: EngineRig) -> Row:
+    """Time verifiers from their command to `listening`, with compiled layers and without."""
+    words = ["tracking=none", "network.port=0", "model.quantization=int4", "model.dtype=bfloat16", "device.threads=1"]
+    words += [f"model.cache_dir={rig.settings.model.cache_dir}"]
+
+    def seconds(compiles: bool) -> float:
+        began = time.perf_counter()
+        own = [*words, f"device.compile={compiles}"]
+        with listening("speculative.verifier", own, rig.folder / f"start-{compiles}", rig.project.start_seconds):
+            return time.perf_counter() - began
+
+    # The first turn, which does not count, packs and compiles.
+    found = interleaved({"eager": lambda: seconds(False), "compiled": lambda: seconds(True)}, 1, rig.project.repeats)
+    added = Sample.of([one - other for one, other in zip(found["compiled"], found["eager"], strict=True)])
+    row = {"seconds": {name: Sample.of(own) for name, own in found.items()}, "added_seconds": added}
+    return judged("start", row, f"added_seconds at most {MOST_ADDED:g}", added.median <= MOST_ADDED)
+
+
 PARTS: dict[str, Callable[[EngineRig], Row | list[Row]]] = {
-    part.__name__: part for part in (decode, prompt, texts, check, identity, perplexity, memory)
+    part.__name__: part for part in (decode, prompt, texts, check, identity, perplexity, memory, start)
 }
 
 

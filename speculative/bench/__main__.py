@@ -26,6 +26,8 @@ Engine real: `model` as the target, `project.draft` as the draft source.
     sources     prompt lookup and the target's first layers as drafters, on every text, without a delay
     texts       every text at every delay: alone (B0), sync (B2), async (B3), and transformers' own assisted generation
                 with the same drafter on the target's machine (B1), which has no delay
+    llama_cpp   prompt lookup without a delay, compared with llama.cpp (the wheel xllamacpp) on a core: alone, and with
+                the best of its own ways to draft by n-grams; prompts included
     crowd       several concurrent prompt-lookup drafters on one verifier, all their tokens together, relative to the
                 same texts one after the other, prompts included: all with the same text, and with all texts in turn
 
@@ -58,6 +60,7 @@ PARTS: dict[BenchEngine, dict[str, Callable[[Rig], list[Row]]]] = {
         "sources": loops.sources,
         "texts": loops.texts,
         "crowd": clients.crowd,
+        "llama_cpp": loops.llama_cpp,
     },
 }
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lab.bench import Row, Sample, judged, ratio
+from lab.bench_engine import LlamaCpp, open_llama_cpp
 from lab.ping_pong import measure as measure_frames
+from lab.text.prompts import prompt_ids
 from speculative.bench.assisted import AssistedRun
 from speculative.bench.plots import draw_timelines
 from speculative.bench.rig import Case, Rig
@@ -21,6 +23,7 @@ from speculative.bench.rows import (
     median_speed,
     plain_row,
     real_row,
+    row_name,
     speed_ratio,
     synthetic_case,
 )
@@ -32,6 +35,9 @@ LEAST_OVER_FIXED = 0.95
 LEAST_OVER_SYNC = 0.97
 LEAST_OVER_ALONE = 0.97
 MOST_ADDED = 60e-6
+LEAST_OVER_LLAMA_CPP = 2.0
+LLAMA_CPP_DRAFTS = ("NGRAM_SIMPLE", "NGRAM_MAP_K", "NGRAM_MAP_K4V", "NGRAM_CACHE")
+"""Its ways to draft by n-grams, but for NGRAM_MOD, which remembers the answer of the turn before."""
 
 
 def measure(rig: Rig, cases: Sequence[Case], repeats: int, after_each: Callable[[], None] | None = None) -> Readings:
@@ -184,6 +190,47 @@ def texts(rig: Rig) -> list[Row]:
                 least = 1.5 if text.repeats and case.rtt_seconds <= 0.02 else LEAST_OVER_ALONE
                 row = at_least(least, "speedup", row)
             rows.append(row)
+    return rows
+
+
+def llama_cpp(rig: Rig) -> list[Row]:
+    """Prompt lookup without a delay, compared with llama.cpp on one core: alone, and with the best of its own ways to
+    draft by n-grams. All decode greedily until the model ends the text. No rows where `open_llama_cpp` has none."""
+    bench, settings = rig.settings.project.bench, rig.settings
+    peers: dict[str | None, LlamaCpp] = {}
+    for name in (None, *LLAMA_CPP_DRAFTS):
+        peer = open_llama_cpp(settings.model, 1, 1, settings.project.context, name)
+        if peer is None:
+            return []
+        peers[name] = peer
+    rows = []
+    for text in bench.chosen_texts:
+        ids = prompt_ids(rig.tokenizer, text.prompt, chat=True)
+        speeds: dict[str | None, list[float]] = {name: [] for name in peers}
+
+        def after_each(ids: list[int] = ids, speeds: dict[str | None, list[float]] = speeds) -> None:
+            for name, peer in peers.items():
+                timings = peer.complete(ids, bench.text_tokens, ignore_end=False)
+                speeds[name].append(1000 * timings["predicted_n"] / (timings["prompt_ms"] + timings["predicted_ms"]))
+
+        alone = Case(mode=Mode.target_only, rtt_seconds=0.0, prompt=text.prompt, new_tokens=bench.text_tokens)
+        case = replace(alone, mode=ASYNC, source=DraftSource.ngram)
+        readings = measure(rig, [alone, case], bench.text_repeats, after_each)
+        ours = [reading.tokens_per_second for reading in readings[case]]
+        best = max(LLAMA_CPP_DRAFTS, key=lambda name: statistics.median(speeds[name]))
+        over, over_best = ratio(ours, speeds[None]), ratio(ours, speeds[best])
+        row = real_row(rig, case, readings, part="llama_cpp") | {
+            "text": text.name,
+            "llama_cpp_tokens_per_second": {name or "alone": Sample.of(found) for name, found in speeds.items()},
+            "its_best": best,
+            "over_llama_cpp": over,
+            "over_its_best": over_best,
+        }
+        if text.repeats:
+            holds = over.median >= LEAST_OVER_LLAMA_CPP and over_best.median >= 1
+            target = f"over_llama_cpp at least {LEAST_OVER_LLAMA_CPP}, over_its_best at least 1"
+            row = judged(row_name(row), row, target, holds)
+        rows.append(row)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from lab.command.entry import Run, compose_settings
 from lab.engine.sampling import Sampling
 from lab.engine.synthetic import SyntheticEngine
 from lab.models.sources import load_tokenizer_only
-from lab.settings import UserError
+from lab.settings import ModelSettings, UserError
 from lab.wire.frames import encode
 from lab.wire.tokens import pack_tokens
 from speculative.bench import __main__ as bench
-from speculative.bench.rig import Reading, text_bytes
+from speculative.bench import loops
+from speculative.bench.rig import Reading, Rig, text_bytes
 from speculative.drafter.loop import Round, speculate
 from speculative.drafter.sources import EngineDrafts
 from speculative.drafter.tally import Tally
@@ -127,8 +129,46 @@ def test_a_real_pair_beside_transformers(tmp_path: Path) -> None:
     assert all(row["tokens_per_second"]["median"] > 0 for row in rows)
 
 
+class _Peer:
+    """A llama.cpp that makes 100 tokens a second alone and 200 with n-grams, prompts included."""
+
+    def __init__(self, model: ModelSettings, threads: int, slots: int, context: int, speculation: str | None) -> None:
+        self._factor = 2 if speculation == "NGRAM_CACHE" else 1
+
+    def complete(self, ids: list[int], new_tokens: int, *, ignore_end: bool) -> dict[str, float]:
+        assert not ignore_end
+        milliseconds = 1000 * new_tokens / (100 * self._factor)
+        return {"predicted_n": new_tokens, "prompt_ms": 0.25 * milliseconds, "predicted_ms": 0.75 * milliseconds}
+
+
+def test_a_real_pair_beside_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (
+        "model=random",
+        "project.bench.engine=real",
+        "project.bench.parts=[llama_cpp]",
+        "'project.bench.texts=[{name: edit, prompt: one two one two one, repeats: true}]'",
+    )
+    monkeypatch.setattr("speculative.bench.loops.open_llama_cpp", _Peer)
+    [row] = _rows(tmp_path, *words)
+    assert row["its_best"] == "NGRAM_CACHE"
+    assert row["llama_cpp_tokens_per_second"]["alone"]["median"] == pytest.approx(100)
+    assert row["over_llama_cpp"]["median"] == pytest.approx(row["tokens_per_second"]["median"] / 100, rel=0.2)
+    assert row["holds"] == (row["over_llama_cpp"]["median"] >= 2 and row["over_its_best"]["median"] >= 1)
+
+
+@pytest.mark.parametrize("model", ["smollm2_135m", "random"])
+def test_without_its_wheel_or_a_gguf_file_llama_cpp_is_left_out(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.setattr("lab.models.conversion.gguf_file", lambda model: tmp_path)
+    assert loops.llama_cpp(Rig(_settings(f"model={model}", "project.bench.engine=real"), tmp_path)) == []
+
+
 def test_parts_belong_to_engines(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"project\.bench\.parts must be of sources, texts, crowd for engine=real"):
+    with pytest.raises(
+        UserError, match=r"project\.bench\.parts must be of sources, texts, crowd, llama_cpp for engine=real"
+    ):
         _rows(tmp_path, "project.bench.engine=real", "project.bench.parts=[loops]")
 
 
