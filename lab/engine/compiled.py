@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import logging
 import math
 import os
@@ -241,7 +242,8 @@ def compiled_code(plan: LayerPlan, tensors: Sequence[Tensor], folder: Path, *, m
     """The code of a layer, compiled where `folder` has none of this plan for this machine.
 
     Raises:
-        NotCompiled: it has none and may not compile it; there is no C++ compiler, or it fails.
+        NotCompiled: it has none and may not compile it; there is no C++ compiler, or it fails; the folder cannot be
+            used, or others can change it.
     """
     package = folder / f"{_digest(plan)}.pt2"
     try:
@@ -328,18 +330,27 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
     rows, slots, room = Dim("rows", min=1, max=2**16), Dim("slots", min=1, max=2**16), Dim("room", min=2, max=2**24)
     cache = {0: slots, 2: room}
     sizes: Any = (*[{0: rows}] * 5, {0: Dim("columns", min=2, max=2**24)}, cache, cache, [None] * len(tensors))
-    temporary = package.with_suffix(".partial.pt2")
+    made = io.BytesIO()  # not its file: torch's own writer aborts the process where a disk is full
     try:
         _check_own(Path(cast(Any, cache_dir)()))  # below /tmp, under a name that anybody knows
         # Rows and slots may be one, for which torch would compile code of its own.
         with torch.no_grad(), cast(Any, shapes).patch(backed_size_oblivious=True), inductor.patch(INDUCTOR):
             exported = export(CompiledLayer(plan), arguments, dynamic_shapes=sizes)
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary))
+            torch._inductor.aoti_compile_and_package(exported, package_path=made)
     except Exception as error:  # whatever exporter, compiler and linker say
-        temporary.unlink(missing_ok=True)
         raise NotCompiled(f"a layer did not compile: {_in_short(error)}") from None
-    temporary.replace(package)
+    _keep(made.getvalue(), package)
     log.info("compiled a layer in %.0f s", time.monotonic() - began)
+
+
+def _keep(data: bytes, package: Path) -> None:
+    """Write a package whole, or raise OSError."""
+    temporary = package.with_suffix(".partial")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(package)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class CompiledModel:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -400,6 +402,39 @@ def test_nothing_is_compiled_where_others_can_change_what_the_compiler_keeps(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     assert not _open(_model("llama"), tmp_path / "own", "auto")
     assert "inductor', which holds machine code" in caplog.text
+
+
+def test_a_full_disk_keeps_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, whose files cannot grow: torch's writer would end this one."""
+    script = """
+import logging, resource, signal, sys, torch
+from pathlib import Path
+from lab.engine import compiled
+from tests.lab.engine.test_compiled import _model, _open
+
+def full(*given, package_path):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    writer = torch._C.PyTorchFileWriter(package_path)
+    writer.write_record("code", b"x" * 10**6, 10**6)
+    writer.write_end_of_file()
+
+import torch._inductor
+torch._inductor.aoti_compile_and_package = full
+logging.basicConfig(level="INFO", stream=sys.stdout)
+assert not _open(_model("llama"), Path(sys.argv[1]), "auto")
+assert [file.suffix for file in Path(sys.argv[1]).iterdir()] == [".lock"]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "own")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compiled layers cannot be kept in" in done.stdout
+    assert "File too large" in done.stdout
 
 
 def test_a_place_that_cannot_be_written_compiles_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
