@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lab.command.processes import listening
 from lab.environment import describe_environment
+from lab.files import require_writable, write_whole
 from lab.settings import LabSettings, UserError, to_plain
 from lab.tracking import Tracker, finite
 
@@ -112,6 +113,7 @@ def run_parts(
     """
     if unknown := [part for part in chosen if part not in parts]:
         raise UserError(f"{rule.format(', '.join(parts))}, got {unknown}")
+    require_writable(report.parent, "the working folder")  # now, not after a part was measured
     rows: list[Row] = []
     place.so_far = lambda: {"rows": rows}
     before = json.loads(report.read_text(encoding="utf-8"))["rows"] if report.exists() else []
@@ -161,6 +163,5 @@ def write_report(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> di
         "rows": list(rows),
     }
     document: dict[str, Any] = finite(to_plain(figures))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n", share=True)
     return document

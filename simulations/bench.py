@@ -21,7 +21,7 @@ from lab.bench import Row, load_average, missed
 from lab.command import entry
 from lab.command.processes import run_to_end
 from lab.environment import commit, describe_environment
-from lab.files import write_whole
+from lab.files import require_writable, write_whole
 from simulations.bench_settings import BenchmarkSettings, BenchSettings
 from simulations.results import known_figures, write_results
 
@@ -32,6 +32,7 @@ def run(settings: BenchSettings, place: entry.Run) -> dict[str, Any]:
     """Run the selected benchmarks in turn; return the figures of the last line."""
     project, folder = settings.project, Path(settings.project.folder)
     report = folder / "results" / f"{time.strftime('%Y-%m-%d')}-{commit() or 'unknown'}.json"
+    require_writable(report.parent, "project.folder")  # now, not after an hour
     found = known_figures(folder / "results")
     asked = [benchmark for benchmark in project.benchmarks if benchmark.name in project.only or not project.only]
     for benchmark in asked:

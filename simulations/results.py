@@ -3,6 +3,7 @@
 python -m simulations.results     # writes the page again; measures nothing
 """
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -168,5 +169,6 @@ def write_results(benchmarks: Sequence[BenchmarkSettings], folder: Path) -> Path
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # it has no settings
     project = compose_settings("bench", "", BenchSettings).project
     print(write_results(project.benchmarks, Path(project.folder)))

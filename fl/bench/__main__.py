@@ -37,6 +37,7 @@ from lab.bench import Row, Sample, interleaved, judged, missed, ratio, write_rep
 from lab.command import entry
 from lab.command.processes import run_to_end
 from lab.environment import commit
+from lab.files import require_writable
 from lab.settings import ModelSettings
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,17 @@ def run(settings: FederatedBenchSettings, place: entry.Run) -> dict[str, Any]:
     project = settings.project
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 0  # Flower makes no message outside a run
     torch.set_num_threads(1)
-    rows = [folding(project), memory(project), *(message(name) for name in project.size_models)]
+    path = Path(project.report or f"benchmarks/results/fl-{commit() or 'unknown'}.json")
+    require_writable(path.parent, "project.report")  # now, not after everything was measured
+    rows: list[Row] = []
+    place.so_far = lambda: {"rows": rows}
+    rows.append(folding(project))
+    rows.append(memory(project))
+    rows.extend(map(message, project.size_models))
     if project.scale:
         rows.append(scale(project, place.folder / "scale"))
     if project.compare_seeds:
         rows.append(comparison(project, place.folder / "comparison"))
-    path = Path(project.report or f"benchmarks/results/fl-{commit() or 'unknown'}.json")
     write_report(path, "fl", rows)
     return {"report": path, "missed": missed(rows), "rows": rows}
 

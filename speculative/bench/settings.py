@@ -76,7 +76,8 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         require(bool(self.rtt_seconds), "rtt_seconds must name at least one time", self.rtt_seconds)
-        require(min([*self.rtt_seconds, *self.far_rtt_seconds]) >= 0, "delays must be at least 0", self.rtt_seconds)
+        delays = [*self.rtt_seconds, *self.far_rtt_seconds]
+        require(min(delays) >= 0, "rtt_seconds and far_rtt_seconds must be at least 0", delays)
         require(bool(self.draft_lengths), "draft_lengths must name at least one length", self.draft_lengths)
         lengths = [*self.draft_lengths, *self.fixed_lengths]
         require(min(lengths) >= 1, "draft_lengths and fixed_lengths must be at least 1", lengths)

@@ -85,6 +85,14 @@ def test_bad_sizes_are_refused() -> None:
         project("project.adapter_bytes=6")
 
 
+def test_nothing_is_measured_for_a_report_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = [f"project.report={tmp_path / 'file' / 'report.json'}"]
+    settings = compose_settings("fed_bench", words, FederatedBenchSettings)
+    with pytest.raises(UserError, match=r"^project\.report must be a folder that can be written, got "):
+        bench.run(settings, Run(tmp_path / "run"))
+
+
 def figures(loss: float) -> dict[str, Any]:
     return {"eval_loss_before": 3.0, "eval_loss_after": loss}
 

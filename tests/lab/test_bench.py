@@ -114,3 +114,13 @@ def test_parts_are_measured_in_order_and_the_report_has_those_before_one_that_fa
     assert rows() == [("old", 2), ("one", 5)]
     with pytest.raises(UserError, match=r"^project.parts must be of one, two, bad, got \['none'\]$"):
         run("one", "none")
+
+
+def test_nothing_is_measured_for_a_report_that_cannot_be_written(tmp_path: Path) -> None:
+    settings, place = compose_settings("decode", "tracking=none", DecodeSettings), Run(tmp_path)
+    (tmp_path / "file").touch()
+    report = tmp_path / "file" / "results" / "a.json"
+    with pytest.raises(UserError, match=r"^the working folder must be a folder that can be written, got "):
+        run_parts(
+            "toy", {"bad": lambda n: 1 / 0}, ["bad"], nullcontext(5), settings=settings, place=place, report=report
+        )

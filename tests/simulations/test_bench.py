@@ -102,3 +102,10 @@ def test_what_make_bench_runs_are_commands_with_these_settings() -> None:
         module = importlib.import_module(benchmark.command)
         entry = importlib.import_module(f"{benchmark.command}.__main__") if hasattr(module, "__path__") else module
         assert callable(entry.main)
+
+
+def test_nothing_is_measured_for_a_folder_that_cannot_be_written(modules: Path) -> None:
+    (modules / "file").touch()
+    with pytest.raises(UserError, match=r"^project\.folder must be a folder that can be written, got "):
+        bench.run(settings(modules / "file", "good_bench"), Run(modules / "run"))
+    assert not (modules / "run").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,10 @@ def test_soak_runs_stand_behind_the_benchmarks_but_for_those_that_are_one(tmp_pa
     assert "### soak: fuzz\n\n2026-01-03, commit def" in page
     assert "| frames | 1,000 |" in page
     assert "soak: kills" not in page
+
+
+def test_it_takes_no_settings(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "simulations.results", "project.folder=elsewhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "unrecognized arguments: project.folder=elsewhere" in done.stderr

@@ -472,6 +472,7 @@ def test_bad_input_of_a_command_is_one_line_and_exit_code_2(
     assert process.stderr == f"error: project.{complaint}\n"
 
 
+_DELAYS = "bench.rtt_seconds and far_rtt_seconds must be at least 0, got "
 _COUNT = "max_new_tokens must be in [1, 2**32), or -1 to fill the context, got "
 
 
@@ -479,6 +480,7 @@ _COUNT = "max_new_tokens must be in [1, 2**32), or -1 to fill the context, got "
     ("word", "complaint"),
     [
         ("draft.window=1025", "draft.window must be in [1, 1024], got 1025"),
+        ("bench.far_rtt_seconds=[-1]", f"{_DELAYS}[0.0, 0.02, 0.05, 0.1, -1.0]"),
         ("draft.length=9 project.draft.window=8", "draft.window must be in [9, 1024], got 8"),
         ("client.cache_bytes=1000", "client.cache_bytes must be at least 1 MiB, got 1000"),
         ("client.frames_per_second=0.5", "client.frames_per_second must be at least 1, got 0.5"),
