@@ -274,4 +274,5 @@ def model_overrides(settings: SpeculativeSettings) -> list[str]:
         )
     cache = path_of(model.cache_dir, "model.cache_dir")
     precision = [f"model.dtype={model.dtype.name}", f"model.quantization={model.quantization.name}"]
-    return [f"model={names[model.name]}", *precision, override("model.cache_dir", cache)]
+    compiles = f"device.compile={str(settings.device.compile).lower()}"
+    return [f"model={names[model.name]}", *precision, compiles, override("model.cache_dir", cache)]

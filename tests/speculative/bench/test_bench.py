@@ -18,7 +18,7 @@ from lab.wire.frames import encode
 from lab.wire.tokens import pack_tokens
 from speculative.bench import __main__ as bench
 from speculative.bench import loops
-from speculative.bench.rig import Reading, Rig, text_bytes
+from speculative.bench.rig import Reading, Rig, model_overrides, text_bytes
 from speculative.drafter.loop import Round, speculate
 from speculative.drafter.sources import EngineDrafts
 from speculative.drafter.tally import Tally
@@ -163,6 +163,13 @@ def test_without_its_wheel_or_a_gguf_file_llama_cpp_is_left_out(
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     monkeypatch.setattr("lab.models.conversion.gguf_file", lambda model: tmp_path)
     assert loops.llama_cpp(Rig(_settings(f"model={model}", "project.bench.engine=real"), tmp_path)) == []
+
+
+def test_the_verifier_has_the_model_that_was_asked_for(tmp_path: Path) -> None:
+    words = f"model=random model.cache_dir={tmp_path} model.dtype=bfloat16 model.quantization=int4 device.compile=true"
+    asked = compose_settings("spec_decoding", words, SpeculativeSettings)
+    got = compose_settings("spec_decoding", model_overrides(asked), SpeculativeSettings)
+    assert (got.model, got.device.compile) == (asked.model, True)
 
 
 def test_parts_belong_to_engines(tmp_path: Path) -> None:
