@@ -127,6 +127,13 @@ class EngineRig(ExitStack):
             compiler=compiler,
         )
 
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether the processor has instructions for it; layers in bfloat16 are compiled only there."""
+        from lab.device import best_dtype, open_device
+
+        return best_dtype(open_device(self.settings.device)) is Dtype.bfloat16
+
     def packed(self, bits: str, sessions: int = 1) -> LocalEngine:
         """The compiled engine of these bits."""
         return self.engine(Quantization[bits], True, sessions, None)
@@ -217,16 +224,18 @@ def decode(rig: EngineRig) -> Row:
     cases: dict[str, Callable[[], float | None]] = {
         "int4": partial(speed, rig.packed("int4")),
         "int8": partial(speed, rig.packed("int8")),
-        "bfloat16": partial(speed, rig.plain(True)),
         "bfloat16_eager": partial(speed, rig.plain(False)),
     }
+    if rig.has_bfloat16:
+        cases["bfloat16"] = partial(speed, rig.plain(True))
     if (peer := rig.llama_cpp(1)) is not None:
         cases["llama_cpp"] = lambda: peer.complete(ids, count)["predicted_per_second"]
     found = interleaved(cases, 1, project.repeats)
-    over_eager = ratio(found["bfloat16"], found["bfloat16_eager"])
     row: Row = {"threads": threads, "tokens_per_second": {name: Sample.of(own) for name, own in found.items()}}
-    row["bfloat16_over_eager"] = over_eager
-    holds, target = over_eager.median >= LEAST_OVER_EAGER, f"bfloat16_over_eager at least {LEAST_OVER_EAGER}"
+    holds, target = True, f"bfloat16_over_eager at least {LEAST_OVER_EAGER}"
+    if rig.has_bfloat16:
+        row["bfloat16_over_eager"] = over_eager = ratio(found["bfloat16"], found["bfloat16_eager"])
+        holds = over_eager.median >= LEAST_OVER_EAGER
     if peer is not None:
         row["int4_over_llama_cpp"] = over = ratio(found["int4"], found["llama_cpp"])
         least = LEAST_OVER_LLAMA_CPP.get(threads, 1.0)
@@ -314,7 +323,7 @@ def identity(rig: EngineRig) -> Row:
     wrong: dict[str, int] = {}
     invariant: dict[str, bool] = {}
     length = 200
-    for name in ("int4", "int8", "bfloat16"):
+    for name in ("int4", "int8", *(["bfloat16"] if rig.has_bfloat16 else [])):
         engine = rig.engine(Quantization.none if name == "bfloat16" else Quantization[name], True, 4, None)
         draw, done, wrong[name], invariant[name] = random.Random(0), 0, 0, engine.row_invariant
         while done < rig.project.identity_tokens:

@@ -40,6 +40,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Mod
 
 from lab.engine.base import MOST_ROWS
 from lab.engine.kv import SlotCache
+from lab.engine.wide_products import PackedLinear, WideLinear
 from lab.files import path_of
 from lab.models.packed import IntLinear, multiply, project
 from lab.settings import DeviceSettings, ModelSettings, UserError
@@ -63,8 +64,8 @@ HEAD_ROWS = 31
 """Most rows of logits at once: those of 192 would take more memory than the layers."""
 PROBED_COLUMNS = 256
 LARGEST_ERROR = 0.1
-"""Largest difference of what compiled code adds to hidden states from what its layer adds, as a share of its norm: in
-bfloat16 the two round at different places. A wrong term costs all of it."""
+"""Largest difference of what compiled code adds to hidden states from what its layer adds, as a share of its norm, on
+top of the rounding of their sum: in bfloat16 the two round at different places. A wrong term costs all of it."""
 
 
 class NotCompiled(ValueError):
@@ -200,6 +201,8 @@ def plan_of(layer: nn.Module, dtype: torch.dtype) -> LayerPlan:
     any_layer = cast(Any, layer)
     attention, mlp, norm = any_layer.self_attn, any_layer.mlp, any_layer.input_layernorm
     parts = [getattr(attention, name, None) or getattr(mlp, name) for name in PROJECTIONS]
+    if any(isinstance(part, PackedLinear | WideLinear) for part in parts):
+        raise NotCompiled("this processor has no instructions for model.dtype=bfloat16")
     if odd := [type(part).__name__ for part in parts if type(part) not in (nn.Linear, IntLinear)]:
         raise NotCompiled(f"a layer holds a {odd[0]}")
     if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
@@ -299,10 +302,10 @@ def _check_own(place: Path) -> None:
 
 
 def _digest(plan: LayerPlan) -> str:
-    """All that the machine code depends on: plan, source, torch, processor and threads."""
-    machine = [platform.machine(), platform.processor(), _instructions(), str(torch.get_num_threads())]
+    """All that the machine code depends on: plan, source, torch, processor, what torch uses of it, and threads."""
+    machine = [platform.machine(), platform.processor(), _instructions(), torch.backends.cpu.get_cpu_capability()]
     source = [Path(__file__).read_text(encoding="utf-8"), inspect.getsource(multiply), inspect.getsource(project)]
-    known = "\n".join([torch.__version__, *machine, str(asdict(plan)), *source])
+    known = "\n".join([torch.__version__, *machine, str(torch.get_num_threads()), str(asdict(plan)), *source])
     return hashlib.sha256(known.encode()).hexdigest()[:32]
 
 
@@ -456,9 +459,10 @@ class CompiledModel:
         hidden_NN = (distance_NN < 0) | (distance_NN >= (plan.window or MOST_ROWS))
         mask_NN = torch.zeros(hidden_NN.shape, dtype=dtype).masked_fill(hidden_NN, -math.inf)
         theirs_NC = layer(hidden_NC[None], attention_mask=mask_NN[None, None], position_embeddings=turns)[0]
-        error = float((ours_NC.float() - theirs_NC).norm() / (theirs_NC - hidden_NC.float()).norm())
-        if not error <= LARGEST_ERROR:
-            raise NotCompiled(f"compiled layer {number} differs from what it was made of, by {error:.2g}")
+        added, rounding = (theirs_NC - hidden_NC.float()).norm(), torch.finfo(dtype).eps * theirs_NC.float().norm()
+        error = float((ours_NC.float() - theirs_NC).norm() / (LARGEST_ERROR * added + rounding))
+        if not error <= 1:
+            raise NotCompiled(f"compiled layer {number} differs from what it was made of, {error:.2g} times too much")
 
     @torch.inference_mode()
     def _invariant_rows(self, number: int, plan: LayerPlan) -> int:

@@ -124,7 +124,6 @@ class LocalEngine(Engine):
         exact_rows: int | None,
         compiler: Compiler | None = None,
     ) -> None:
-        pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         longest = longest_text(self._model.config) or context
         if not 1 <= context <= longest:
@@ -152,6 +151,8 @@ class LocalEngine(Engine):
         self._compiled: CompiledModel | None = None
         if compiler is not None and not self._exact_rows:
             self._compiled = compiler.open(self._model, self.cache.layer_numbers, self.cache)
+        if self._compiled is None:
+            pack_products(model)
         if self._exact_rows:
             self._probe_exact_shapes(sessions, self._exact_rows)
 

@@ -130,7 +130,6 @@ class Shard:
         clock: Callable[[], float] = time.monotonic,
         compiler: Compiler | None = None,
     ) -> None:
-        pack_products(model)
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         config, shape = model.config, ModelShape.of(model.config)
         longest = longest_text(config) or limits.context
@@ -155,6 +154,8 @@ class Shard:
             exact=None,
         )
         self._compiled = compiler.open(self._model, layers, self.cache) if compiler else None
+        if self._compiled is None:
+            pack_products(model)
         self._clock = clock
         self._requests: dict[Hashable, _Request] = {}
 

@@ -153,7 +153,7 @@ def test_a_full_cache_refuses_and_nothing_changes() -> None:
     with pytest.raises(ValueError, match=r"positions must be at most the 4 that were promised, got 3 \+ 2"):
         cache.begin([first, second], [1, 2])
     needed = 3 * 24 * BYTES_PER_POSITION
-    with pytest.raises(CacheFull, match=f"need {needed} bytes.*a text of 16 positions is left, got 17"):
+    with pytest.raises(CacheFull, match=f"need {needed} bytes.*a sequence of 16 positions is left, got 17"):
         cache.acquire(17)
     assert cache.lengths[:2] == [15, 3]
     assert _column_values(_run(cache, [first, second], [1, 1], 2.0), 0) == [1.0] * 15 + [2.0]
