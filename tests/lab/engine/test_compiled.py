@@ -465,7 +465,7 @@ def test_code_that_computes_something_else_is_not_used(folder: Path, monkeypatch
     monkeypatch.setattr(
         compiled, "_digest", lambda plan, digest=compiled._digest: digest(replace(plan, scaling=plan.scaling / 2))
     )
-    with pytest.raises(UserError, match="compiled layer 0 differs from what it was made of, .* times too much"):
+    with pytest.raises(UserError, match=r"compiled layer 0 differs from what it was made of, .* times too much"):
         _engine(model, folder)
 
 
