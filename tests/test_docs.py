@@ -113,6 +113,11 @@ def shown(row: dict[str, Any], key: str, form: str = "{} x", scale: float = 1.0)
     return text if row.get("holds", True) else f"**{text}**"
 
 
+def _over_one(ratio: dict[str, float]) -> str:
+    figure = f"{number(ratio['median'])} x"
+    return figure if ratio["median"] >= 1 else f"**{figure}**"
+
+
 def at_a_glance() -> list[tuple[str, str]]:
     """What the README's table of results must say: the anchor of each row's figures, and the figures."""
     real = functools.partial(measured, "speculative_real", "texts", mode="async")
@@ -127,7 +132,8 @@ def at_a_glance() -> list[tuple[str, str]]:
     eight = [shown(crowd(text=text), "over_one") for text in ("all", *TEXTS)]
     over = message["overhead_bytes"] / message["adapter_bytes"]
     decode, four = measured("engine", "decode"), measured("engine", "texts", texts=4)
-    beside = [f"{number(row['int4_over_llama_cpp']['median'])} x" for row in (decode, four)]
+    beside = [_over_one(row["int4_over_llama_cpp"]) for row in (decode, four)]
+    behind = [measured("speculative_int4", "llama_cpp", text=text)["over_its_best"] for text in ("edit", "summary")]
     added = measured("split", "added_tcp")["added_over_whole_seconds"]
     between = f"({number(1000 * added['low'])} – {number(1000 * added['high'])})"
     return [
@@ -139,6 +145,7 @@ def at_a_glance() -> list[tuple[str, str]]:
         ("speculative_real-texts", f"{at['edit'][far]}, {at['prose'][far]}"),
         ("speculative_real-crowd", ", ".join(eight)),
         ("engine-decode", "; ".join(beside)),
+        ("speculative_int4-llama_cpp", ", ".join(map(_over_one, behind))),
         (
             "split-added_tcp",
             f"{shown(measured('split', 'added_tcp'), 'added_over_whole_seconds', '{} ms', 1000)} {between}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,3 +81,25 @@ def test_whole_two_shards_and_three_say_the_same(
         assert _texts(engine) == texts
     if not compiles:
         assert _texts(local_engine(load_model(model, torch.device("cpu")).model)) != texts, "the control"
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+def test_a_text_that_shards_lost_goes_on_to_the_same_bits(model: ModelSettings) -> None:
+    """Its prompt is long enough to be computed in chunks; it is computed anew twice, in the middle of the text."""
+    packed = replace(model, quantization=Quantization.int4)
+    compiler = Compiler(True, True, True, Path(model.cache_dir) / "compiled")
+    parts = [InferenceStage(part, Boundary.bfloat16) for part in shards(packed, (0, 2, 4), compiler=compiler)]
+    engine = as_engine(InProcess(parts))
+    engine._chunk = 64
+    found = []
+    for losses in ((), (20, 45)):
+        with engine.open(some_ids(40, 1), Sampling.greedy()) as session:
+            nll: list[float] = []
+            while len(nll) < NEW_TOKENS:
+                if len(nll) in losses:
+                    engine._rebuild(engine._journals[session.key], time.monotonic() + 60)
+                assert session.step is not None
+                nll += session.step.next_nll[-1:]
+                engine.extend([(session, session.step.next_ids[-1:])], "last")
+            found.append(nll)
+    assert found[0] == found[1]
