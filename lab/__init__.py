@@ -3,6 +3,8 @@
 import sys
 from types import TracebackType
 
+_before = sys.excepthook
+
 
 def _without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print any exception but Ctrl+C: here it came while modules were imported, before a command listens for signals.
@@ -10,7 +12,7 @@ def _without_traceback(kind: type[BaseException], error: BaseException, trace: T
     This package is the first of ours that any command imports, before torch and others that take seconds.
     """
     if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
+        _before(kind, error, trace)
 
 
 sys.excepthook = _without_traceback

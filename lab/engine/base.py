@@ -210,7 +210,7 @@ def pieces_of(position: int, count: int, prompt_tokens: int | None, chunk: int) 
 
     A prompt is cut into chunks up to its last token, which draws the first new one. That one and all later tokens are
     in short pieces. So a sequence that is computed anew, from its prompt and its new tokens in one extend, gets the
-    same bits as the first time, token by token.
+    same bits as the first time, token by token, where its engine's rows stand alone (`Engine.row_invariant`).
 
     Args:
         position: Tokens that the engine holds.

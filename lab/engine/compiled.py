@@ -63,6 +63,8 @@ adds, products of 2 to 15 rows round alike in float32 (MKL), and those of 2 to 3
 HEAD_ROWS = 31
 """Most rows of logits at once: those of 192 would take more memory than the layers."""
 PROBED_COLUMNS = 256
+VECTOR = 16
+"""Columns that are summed at once, on any processor at most."""
 LARGEST_ERROR = 0.1
 """Largest difference of what compiled code adds to hidden states from what its layer adds, as a share of its norm, on
 top of the rounding of their sum: in bfloat16 the two round at different places. A wrong term costs all of it."""
@@ -267,16 +269,18 @@ def compiled_code(plan: LayerPlan, tensors: Sequence[Tensor], folder: Path, *, m
 
 
 def _is_whole(package: Path) -> bool:
-    """Whether it is there, to the bit as it was written: torch maps machine code without looking at its checksums."""
+    """Whether it is there, and its parts have their checksums, which torch does not look at. Raises OSError for a file
+    that cannot be opened."""
     try:
-        with ZipFile(package) as parts:
-            return parts.testzip() is None
+        stream = package.open("rb")
     except FileNotFoundError:
         return False
-    except OSError:
-        raise
-    except Exception:  # whatever zipfile makes of other bytes
-        return False
+    with stream:
+        try:
+            with ZipFile(stream) as parts:
+                return parts.testzip() is None
+        except Exception:  # whatever zipfile makes of other bytes, OSError among it
+            return False
 
 
 def _load(package: Path) -> Code:
@@ -340,6 +344,8 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
         with torch.no_grad(), cast(Any, shapes).patch(backed_size_oblivious=True), inductor.patch(INDUCTOR):
             exported = export(CompiledLayer(plan), arguments, dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(exported, package_path=made)
+    except NotCompiled:
+        raise
     except Exception as error:  # whatever exporter, compiler and linker say
         raise NotCompiled(f"a layer did not compile: {_in_short(error)}") from None
     _keep(made.getvalue(), package)
@@ -350,6 +356,7 @@ def _keep(data: bytes, package: Path) -> None:
     """Write a package whole, or raise OSError."""
     temporary = package.with_suffix(".partial")
     try:
+        temporary.touch(mode=0o600)
         temporary.write_bytes(data)
         temporary.replace(package)
     finally:
@@ -364,7 +371,7 @@ class CompiledModel:
         layers: Numbers of the layers that it holds.
         cache: Its cache.
         folder: Where compiled layers are kept.
-        may_compile: Whether layers that are not there are compiled now, which takes some 10 s.
+        may_compile: Whether layers that are not there are compiled now, which takes about 20 s.
 
     Raises:
         NotCompiled: it is none of `DECODERS`, has other layers than `LAYERS`, rotary frequencies that depend on a
@@ -398,6 +405,8 @@ class CompiledModel:
         for plan, number in first.items():
             self._check(number, plan, decoder.layers[number])
         found = min(self._invariant_rows(number, plan) for plan, number in first.items())
+        if cache.bucket % VECTOR:  # sums over columns would end in a part of a vector here, and not there
+            found = 0
         self.row_invariant = found > 0
         """Whether a row gets the same bits in every company, as tried on random rows with these weights."""
         self._most_rows = found or WIDTHS[0]

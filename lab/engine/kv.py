@@ -208,7 +208,7 @@ class SlotCache(Cache):
         self.lengths = [0] * slots
         """Positions held by each slot. Assign a smaller number to rewind."""
         self._shapes = dict(layers)
-        self._bucket, self._limit_bytes = bucket, limit_bytes
+        self.bucket, self._limit_bytes = bucket, limit_bytes
         self._dtype, self._device = dtype, device
         self._exact = exact
         self._promised = [0] * slots
@@ -272,7 +272,7 @@ class SlotCache(Cache):
         """Positions that each of `slots` slots can hold."""
         if self._exact is not None:
             return self._exact.columns
-        return self._limit_bytes // (slots * self.bytes_per_position) // self._bucket * self._bucket
+        return self._limit_bytes // (slots * self.bytes_per_position) // self.bucket * self.bucket
 
     def _needs(self, slots: int, columns: int) -> str:
         return (
@@ -451,7 +451,7 @@ class SlotCache(Cache):
     # Storage
 
     def _rounded(self, columns: int) -> int:
-        return -(-columns // self._bucket) * self._bucket
+        return -(-columns // self.bucket) * self.bucket
 
     def _make_room(self, ends: list[int]) -> None:
         """Grow to the slots and columns in use. The columns of a long text that was released are freed on this

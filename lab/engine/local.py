@@ -210,7 +210,7 @@ class LocalEngine(Engine):
 
     def _pieces(self, run: _Extend) -> list[_Piece]:
         """Of one request, in the order of passes."""
-        prompt_tokens = run.session.prompt_tokens if self._compiled is not None else None
+        prompt_tokens = None if self._exact_rows else run.session.prompt_tokens  # exact shapes give equal bits anyway
         cuts = pieces_of(run.session.position, len(run.ids), prompt_tokens, self._chunk)
         return [_Piece(run, start, run.ids[start:end]) for start, end in cuts]
 
@@ -276,6 +276,8 @@ class LocalEngine(Engine):
         """After a pass that gave NaN or infinity, find the first such position of each text."""
         if all(piece.run.is_located or not piece.run.step.fault for piece in pieces):
             return
+        if not self._exact_rows:  # the others keep what the cache holds of them
+            pieces = [piece for piece in pieces if piece.run.step.fault and not piece.run.is_located]
         with first_faults(self._exact_rows or max(len(piece.ids) for piece in pieces)) as found:
             rows, _ = self._forward(self._model, pieces)
         for piece, row in zip(pieces, rows, strict=True):

@@ -180,7 +180,10 @@ def _draft_model(
         raise UserError(f"{whose}: {error}") from None
     if difference := first_difference(token_texts(tokenizer), target_texts):
         raise UserError(f"{whose} must have the target's tokenizer: {difference}")
-    return load_proved(model, device).model, model
+    try:
+        return load_proved(model, device).model, model
+    except UserError as error:
+        raise UserError(f"{whose}: {error}") from None
 
 
 def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:

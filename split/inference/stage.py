@@ -211,7 +211,10 @@ class InferenceStage(Stage):
             return Message(number, Steps(stopped=in_flight.all_stopped()), pack_steps(output))
         stored_NH = stored(output, self.boundary)
         if not bool(stored_NH.isfinite().all()):
-            self._stop_unfit(in_flight, output, "hold NaN or infinity in", self._find_faults(in_flight))
+            unfit = [
+                not bool(own_KH.isfinite().all()) for own_KH in output.split([piece.count for piece in head.pieces])
+            ]
+            self._stop_unfit(in_flight, output, "hold NaN or infinity in", self._find_faults(in_flight, unfit))
             stored_NH = stored(output, self.boundary)
             self._stop_unfit(in_flight, stored_NH, f"do not fit the boundary {self.boundary.name} behind")
         hidden = encode(stored_NH, self.boundary)
@@ -221,16 +224,21 @@ class InferenceStage(Stage):
             head = msgspec.structs.replace(head, stopped=stopped)
         return Message(number, head, ids + bytes(hidden) if ids else hidden)
 
-    def _find_faults(self, in_flight: _InFlight) -> dict[int, int | None]:
-        """Position in its piece at which each request first met NaN or infinity, by session."""
+    def _find_faults(self, in_flight: _InFlight, unfit: Sequence[bool]) -> dict[int, int | None]:
+        """Position in its piece at which each `unfit` request first met NaN or infinity, by session."""
         pieces = in_flight.head.pieces
-        sound = [place for place, piece in enumerate(pieces) if piece.session not in in_flight.stopped]
+        # Only these are computed once more: the others keep what the cache holds of them.
+        places = [
+            place for place, piece in enumerate(pieces) if unfit[place] and piece.session not in in_flight.stopped
+        ]
+        if not places:
+            return {}
         try:
-            firsts = self.shard.find_faults([in_flight.keys[place] for place in sound], in_flight.input.only(sound))
+            firsts = self.shard.find_faults([in_flight.keys[place] for place in places], in_flight.input.only(places))
         except Exception as error:  # the pass itself worked: no memory for a second one
             log.info("the first position with NaN was not found (%s)", _one_line(error))
             return {}
-        return {pieces[place].session: first for place, first in zip(sound, firsts, strict=True)}
+        return {pieces[place].session: first for place, first in zip(places, firsts, strict=True)}
 
     @torch.inference_mode()  # the shard's tensors were made in it
     def _stop_unfit(
@@ -254,8 +262,9 @@ class InferenceStage(Stage):
 
     def _stop_unread(self, in_flight: _InFlight, steps: Sequence[TargetStep]) -> None:
         """Stop requests whose logits are not finite."""
-        firsts = self._find_faults(in_flight)
         read = [piece for piece in in_flight.head.pieces if in_flight.head.read_all or piece.is_last]
+        wrong = {piece.session for piece, step in zip(read, steps, strict=True) if step.fault}
+        firsts = self._find_faults(in_flight, [piece.session in wrong for piece in in_flight.head.pieces])
         for piece, step in zip(read, steps, strict=True):
             first = firsts.get(piece.session)
             if step.fault and first is not None:

@@ -22,6 +22,7 @@ from lab.engine import compiled
 from lab.engine.base import Session, TargetStep
 from lab.engine.compiled import Compiler, NotCompiled
 from lab.engine.local import LocalEngine
+from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling, nll
 from lab.engine.wide_products import widen_products
 from lab.models.packed import write_packed
@@ -253,6 +254,25 @@ def test_a_text_that_is_computed_anew_gets_the_same_bits(
             assert engine.extend([(anew, [token])], "last")[0].next_nll == step.next_nll
 
 
+def test_a_neighbour_that_meets_nan_changes_no_bit(folder: Path) -> None:
+    """To find its first position it is computed once more, it alone."""
+    model: Any = _model("llama")
+    model.model.embed_tokens.weight[98] = math.nan
+    engine = _engine(model, folder)
+    found = []
+    for spoils in (False, True):
+        with engine.open(_ids(30, 1), Sampling.greedy()) as good, engine.open(_ids(9, 2), Sampling.greedy()) as bad:
+            requests = [(good, [7, 8, 9]), (bad, [5, 98 if spoils else 6])]
+            if spoils:
+                with pytest.raises(NotFinite):
+                    engine.extend(requests, "all")
+                assert "position 10" in bad.fault
+            else:
+                engine.extend(requests, "all")
+            found.append(engine.extend([(good, [10, 11])], "all")[0].next_nll)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("want", ["last", "all"])
 def test_shards_say_what_the_whole_says(want: Any, folder: Path, tmp_path: Path) -> None:
     whole = _packed(_model("qwen3"), tmp_path / "m")
@@ -363,10 +383,12 @@ def _spoil(package: Path, kind: str) -> None:
     data = bytearray(package.read_bytes())
     if kind == "flipped":  # in machine code
         data[len(data) // 2] ^= 0xFF
+    if kind == "record":  # where the list of parts begins: zipfile seeks to before the file
+        data[-5] ^= 1
     package.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "noise": data[::-1]}.get(kind, data))
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "noise", "flipped"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "noise", "flipped", "record"])
 def test_a_damaged_package_is_compiled_again(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

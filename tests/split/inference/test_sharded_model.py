@@ -73,6 +73,19 @@ def test_split_is_whole_bit_by_bit(architecture: str, tied: bool, tmp_path: Path
         assert conversation(inprocess(settings, cuts)) == whole, cuts
 
 
+@pytest.mark.parametrize("prompt_tokens", [24, 25, 40])
+def test_a_prompt_is_cut_alike(prompt_tokens: int, tmp_path: Path) -> None:
+    """One that one pass holds gets the same bits from a whole model and from shards."""
+    settings = saved_model("llama", tmp_path)
+    found = []
+    for engine in (local(settings), inprocess(settings, (0, 2, 4))):
+        engine._chunk = 64
+        with engine.open(some_ids(prompt_tokens, 3), Sampling.greedy()) as session:
+            assert session.step is not None
+            found.append(session.step.next_nll)
+    assert found[0] == found[1]
+
+
 def test_bfloat16_travels_as_bfloat16(tmp_path: Path) -> None:
     settings = saved_model("llama", tmp_path, torch.bfloat16)
     assert conversation(inprocess(settings, (0, 2, 4), Boundary.bfloat16)) == conversation(local(settings))
