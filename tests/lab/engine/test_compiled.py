@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -383,12 +384,10 @@ def _spoil(package: Path, kind: str) -> None:
     data = bytearray(package.read_bytes())
     if kind == "flipped":  # in machine code
         data[len(data) // 2] ^= 0xFF
-    if kind == "record":  # where the list of parts begins: zipfile seeks to before the file
-        data[-5] ^= 1
     package.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "noise": data[::-1]}.get(kind, data))
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "noise", "flipped", "record"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "noise", "flipped"])
 def test_a_damaged_package_is_compiled_again(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +403,20 @@ def test_a_damaged_package_is_compiled_again(
     assert not _open(model, own, "auto", lasts=False)
     monkeypatch.setattr(compiled, "_compile", lambda plan, tensors, package: shutil.copy(good, package))
     _engine(model, own)
+
+
+def test_a_list_of_parts_before_the_file_is_damage(tmp_path: Path) -> None:
+    """zipfile meets it with an OSError, as if the place could not be used."""
+    package = tmp_path / "a.pt2"
+    with ZipFile(package, "w") as parts:
+        parts.writestr("a", "b" * 100)
+    assert compiled._is_whole(package)
+    data = bytearray(package.read_bytes())
+    data[-5] ^= 1
+    package.write_bytes(data)
+    with pytest.raises(OSError, match="Invalid argument"):
+        ZipFile(package)
+    assert not compiled._is_whole(package)
 
 
 def test_a_package_that_does_not_load_is_not_used(
