@@ -277,7 +277,7 @@ def test_a_long_prompt_is_run_in_chunks_and_costs_the_head_once() -> None:
 def test_a_short_session_does_not_pay_for_a_long_prompt() -> None:
     model: Any = random_model("llama", torch.float64)
     engine = _local(model, prefill_chunk=64)
-    sessions = [engine.open(_ids(3, number), Sampling.greedy()) for number in range(3)]
+    sessions = [engine.open(_ids(count, count), Sampling.greedy()) for count in (3, 0, 4)]
     shapes: list[tuple[int, ...]] = []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
     engine.extend([(sessions[0], [1]), (sessions[1], _ids(40, 9)), (sessions[2], [1, 2])], "last")
