@@ -389,17 +389,17 @@ def _perplexity(engine: LocalEngine, ids: Sequence[int]) -> float:
 
 def memory(rig: EngineRig) -> Row:
     """Measure processes that decode."""
-    words = [
+    overrides = [
         "tracking=none",
         "model.dtype=bfloat16",
         "model.quantization=int4",
         f"device.threads={rig.settings.device.threads}",
     ]
-    words += ["project.context=64", f"model.cache_dir={rig.settings.model.cache_dir}"]
+    overrides += ["project.context=64", f"model.cache_dir={rig.settings.model.cache_dir}"]
     peaks = {}
     for name, own in {"large": [], "tiny": ["model=random"]}.items():
         for _ in range(2):  # the first one packs and compiles
-            _, figures = run_to_end("lab.decode", [*own, *words], rig.folder / name, rig.project.start_seconds)
+            _, figures = run_to_end("lab.decode", [*own, *overrides], rig.folder / name, rig.project.start_seconds)
             peaks[name] = figures["peak_rss_bytes"]
     packed = rig.packed("int4").weights_bytes
     over = (peaks["large"] - peaks["tiny"]) / packed
@@ -409,12 +409,18 @@ def memory(rig: EngineRig) -> Row:
 
 def start(rig: EngineRig) -> Row:
     """Time verifiers from their command to `listening`, with compiled layers and without."""
-    words = ["tracking=none", "network.port=0", "model.quantization=int4", "model.dtype=bfloat16", "device.threads=1"]
-    words += [f"model.cache_dir={rig.settings.model.cache_dir}"]
+    overrides = [
+        "tracking=none",
+        "network.port=0",
+        "model.quantization=int4",
+        "model.dtype=bfloat16",
+        "device.threads=1",
+    ]
+    overrides += [f"model.cache_dir={rig.settings.model.cache_dir}"]
 
     def seconds(compiles: bool) -> float:
         began = time.perf_counter()
-        own = [*words, f"device.compile={compiles}"]
+        own = [*overrides, f"device.compile={compiles}"]
         with listening("speculative.verifier", own, rig.folder / f"start-{compiles}", rig.project.start_seconds):
             return time.perf_counter() - began
 

@@ -404,9 +404,9 @@ class CompiledModel:
         first = {plan: number for number, plan in reversed(plans.items())}
         for plan, number in first.items():
             self._check(number, plan, decoder.layers[number])
-        found = min(self._invariant_rows(number, plan) for plan, number in first.items())
-        if cache.bucket % VECTOR:  # sums over columns would end in a part of a vector here, and not there
-            found = 0
+        found = 0
+        if cache.bucket % VECTOR == 0:  # else sums over columns end in a part of a vector in one pass, not in another
+            found = min(self._invariant_rows(number, plan) for plan, number in first.items())
         self.row_invariant = found > 0
         """Whether a row gets the same bits in every company, as tried on random rows with these weights."""
         self._most_rows = found or WIDTHS[0]

@@ -17,11 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
+from lab.engine.base import MOST_ROWS
+
 NAME = "sdpa_by_row"
 """Value of `attn_implementation`."""
-
-MOST_ROWS = 24
-"""Most rows of one text in one pass: 16 draft tokens, the token before them, and some to spare."""
 
 
 def attend(

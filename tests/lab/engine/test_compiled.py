@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,18 +188,33 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
 
 def test_a_code_that_looks_at_its_neighbours_is_not_invariant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model("llama")
-    engine = _engine(model, folder)
+    found = _changed(_engine(model, folder), monkeypatch, lambda hidden_NC: hidden_NC + 1e-3 * len(hidden_NC))
+    plan = compiled.plan_of(model.model.layers[0], torch.float32)
+    assert not found._invariant_rows(0, plan)
+
+
+def _changed(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]
+) -> compiled.CompiledModel:
+    """The compiled layers of an engine, with `change` behind each."""
     found = engine._compiled
     assert found is not None
     for number, code in list(found._codes.items()):
 
-        def leaning(given: list[torch.Tensor], code: Any = code) -> list[torch.Tensor]:
-            [hidden_NC] = code(given)
-            return [hidden_NC + 1e-3 * len(hidden_NC)]
+        def changed(given: list[torch.Tensor], code: Any = code) -> list[torch.Tensor]:
+            return [change(hidden_NC) for hidden_NC in code(given)]
 
-        monkeypatch.setitem(found._codes, number, leaning)
-    plan = compiled.plan_of(model.model.layers[0], torch.float32)
-    assert not found._invariant_rows(0, plan)
+        monkeypatch.setitem(found._codes, number, changed)
+    return found
+
+
+@pytest.mark.parametrize("bucket", [16, 20])
+def test_columns_that_do_not_fill_vectors_promise_nothing(bucket: int, folder: Path, tmp_path: Path) -> None:
+    model = _packed(_model("qwen3"), tmp_path / "m")
+    compiler = Compiler(True, False, True, folder)
+    engine = LocalEngine(model, sessions=1, compiler=compiler, **CACHE | {"bucket": bucket})
+    assert engine.is_compiled
+    assert engine.row_invariant is (bucket == 16)
 
 
 def test_products_without_instructions_for_their_dtype_are_not_compiled(folder: Path) -> None:
@@ -214,15 +229,7 @@ def test_products_are_as_wide_as_their_rows_round_alike(folder: Path, monkeypatc
     """A code that rounds otherwise from 20 rows on is given at most 14; what it computes is that of single rows."""
     model = _model("qwen3", **AS_SMOLLM2)
     engine = _engine(model, folder)
-    found = engine._compiled
-    assert found is not None
-    for number, code in list(found._codes.items()):
-
-        def wide(given: list[torch.Tensor], code: Any = code) -> list[torch.Tensor]:
-            [hidden_NC] = code(given)
-            return [hidden_NC + 1e-3 if len(hidden_NC) >= 20 else hidden_NC]
-
-        monkeypatch.setitem(found._codes, number, wide)
+    found = _changed(engine, monkeypatch, lambda rows_NC: rows_NC + 1e-3 if len(rows_NC) >= 20 else rows_NC)
     plan = compiled.plan_of(model.model.layers[0], torch.float32)
     width = found._invariant_rows(0, plan)
     if width != 14:
