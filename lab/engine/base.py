@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Literal, Protocol, Self, TypeVar
 
@@ -48,6 +48,9 @@ class TargetStep:
     fault: str = ""
     """Part of the model and position of the first NaN or infinity, for people. With a fault the lists are
     meaningless."""
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    """[t] are the best tokens after ids[t], as many as the sampling asks for, with their cross-entropies
+    (`Choice.top`). Empty if it asks for none, and with a fault."""
 
     def then(self, later: TargetStep) -> TargetStep:
         """This step and a later one, which continues it, as one step."""
@@ -57,6 +60,7 @@ class TargetStep:
             self.margin + later.margin,
             self.nll + later.nll,
             self.fault or later.fault,
+            self.top + later.top,
         )
 
 
@@ -268,11 +272,13 @@ def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, mo
 
 
 def check_logit_rules(engine: Engine, sampling: Sampling) -> None:
-    """ValueError for penalties, biases and bad words if the engine has no logits to which they apply."""
+    """ValueError for penalties, biases, bad words and top tokens if the engine has no logits."""
     if not engine.has_logits and (sampling.logit_rules is not None or sampling.min_p):
         raise ValueError(
             "min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits"
         )
+    if not engine.has_logits and sampling.top_tokens:
+        raise ValueError(f"top_tokens must be 0 for a synthetic engine, which has no logits, got {sampling.top_tokens}")
     if sampling.logit_rules is not None:
         sampling.logit_rules.check_ids(engine.vocabulary_size)
 
@@ -323,7 +329,8 @@ def read_steps(blocks: Sequence[LogitRows], want: Want) -> list[TargetStep]:
         rows = slice(row, row := row + block.logits_KV.shape[0])
         known = [_nll_before(block), *choice.follower_nll[rows][:-1]] if want == "all" else []
         fault = _fault(choice.finite[rows], positions[rows])
-        steps.append(TargetStep(choice.ids[rows], choice.nll[rows], choice.margins[rows], known, fault))
+        top = choice.top[rows] if block.sampling.top_tokens and not fault else []
+        steps.append(TargetStep(choice.ids[rows], choice.nll[rows], choice.margins[rows], known, fault, top))
     return steps
 
 

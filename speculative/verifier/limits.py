@@ -56,6 +56,8 @@ def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
         check_logit_rules(engine, request.sampling)
     except ValueError as error:
         return str(error)
+    if request.logprobs and not engine.has_logits:
+        return "logprobs must be off for a synthetic engine, which has no logits"
     if request.max_new_tokens < 1:
         return f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
     if len(request.new_ids) >= request.max_new_tokens:

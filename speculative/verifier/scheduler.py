@@ -476,5 +476,6 @@ def _one_line(error: Exception) -> str:
 
 
 def _is_same(left: GenerationRequest, right: GenerationRequest) -> bool:
-    settings = all(getattr(left, name) == getattr(right, name) for name in ("sampling", "max_new_tokens", "threshold"))
+    names = ("sampling", "max_new_tokens", "threshold", "logprobs")
+    settings = all(getattr(left, name) == getattr(right, name) for name in names)
     return settings and list(left.prompt_ids) == list(right.prompt_ids)

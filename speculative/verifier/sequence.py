@@ -11,7 +11,7 @@ defined in `speculative.messages`. Knows nothing about tokenizers, networks or t
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lab.engine.base import Session, TargetStep
@@ -252,11 +252,16 @@ class VerifiedSequence:
         nll = step.nll[-len(draft_ids) :] if draft_ids else []
         accepted = accepted_length(draft_ids, chosen, nll, self.request.threshold)
         new = until_end([*draft_ids[:accepted], chosen[accepted]], end_ids)
+        # An accepted token need not be the target's choice (rule cross_entropy): its own number is that of its row.
+        own_nll = [*nll[:accepted], step.next_nll[-rows:][accepted]]
         self.session.position = min(self.session.position, self.position + accepted)
         if self._checks_lookup:
             self.figures.lookups_accepted += min(accepted, len(new))
             nll = []
-        return self._extend(new, nll[: len(new)], margins[: len(new)], now)
+        verdict = self._extend(new, nll[: len(new)], margins[: len(new)], now)
+        if not self.request.logprobs:
+            return verdict
+        return replace(verdict, nll=own_nll[: len(new)], top=step.top[-rows:][: len(new)])
 
     def verdict_since(self, position: int) -> Verdict:
         """All tokens from `position` on, for a drafter that resumes there; both sides begin at epoch 0."""

@@ -48,7 +48,7 @@ from split.chain.messages import (
 )
 from split.transport.base import HOP_BYTES, REPORTED_PASSES
 
-PROTOCOL = range(4, 5)
+PROTOCOL = range(5, 6)
 
 MAX_PIECES = 512
 """Most pieces of a pass; the head has room for the reason of each that stopped."""
@@ -157,29 +157,45 @@ def table(body_bytes: int) -> MessageTable:
 # Steps as bytes
 
 _STEP = struct.Struct("<idd")
+_TOP = struct.Struct("<id")
 
 
 def pack_steps(steps: Sequence[TargetStep]) -> bytes:
-    """The body of STEPS: of each step its K next ids with their cross-entropies and margins, then its known `nll`."""
+    """The body of STEPS: of each step its K next ids with their cross-entropies and margins, then its known `nll`, then
+    the top tokens of its K rows with their cross-entropies."""
     body = bytearray()
     for step in steps:
         for row in zip(step.next_ids, step.next_nll, step.margin, strict=True):
             body += _STEP.pack(*row)
         body += struct.pack(f"<{len(step.nll)}d", *step.nll)
+        for top in step.top:
+            for one in top:
+                body += _TOP.pack(*one)
     return bytes(body)
 
 
-def unpack_steps(head: Pass, body: bytes | memoryview) -> list[TargetStep]:
-    """The steps of the pieces that `head` reads. Raises ValueError unless the body has just these."""
-    counts = [piece.count if head.read_all else 1 for piece in head.pieces if head.read_all or piece.is_last]
-    expected = sum(counts) * (_STEP.size + (8 if head.read_all else 0))
+def unpack_steps(head: Pass, body: bytes | memoryview, tops: Sequence[int]) -> list[TargetStep]:
+    """The steps of the pieces that `head` reads, with `tops[i]` top tokens in each row of piece i.
+
+    Raises ValueError unless the body has just these.
+    """
+    sizes = [
+        (piece.count if head.read_all else 1, top)
+        for piece, top in zip(head.pieces, tops, strict=True)
+        if head.read_all or piece.is_last
+    ]
+    nll_size = 8 if head.read_all else 0
+    expected = sum(rows * (_STEP.size + nll_size + top * _TOP.size) for rows, top in sizes)
     if len(body) != expected:
-        raise ValueError(f"steps of {sum(counts)} rows must be {expected} bytes, got {len(body)}")
-    steps, offset = [], 0
-    for count in counts:
-        end = offset + count * _STEP.size
-        rows = list(_STEP.iter_unpack(body[offset:end]))
-        offset = end + (8 * count if head.read_all else 0)
-        nll = list(struct.unpack(f"<{count}d", body[end:offset])) if head.read_all else []
-        steps.append(TargetStep([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], nll))
+        raise ValueError(f"steps of {sum(rows for rows, _ in sizes)} rows must be {expected} bytes, got {len(body)}")
+    steps, rest = [], memoryview(body)
+    for rows, top in sizes:
+        own, rest = rest[: rows * _STEP.size], rest[rows * _STEP.size :]
+        next_ids, next_nll, margins = (list(column) for column in zip(*_STEP.iter_unpack(own), strict=True))
+        known, rest = rest[: rows * nll_size], rest[rows * nll_size :]
+        best, rest = rest[: rows * top * _TOP.size], rest[rows * top * _TOP.size :]
+        flat = list(_TOP.iter_unpack(best))
+        by_row = [flat[first : first + top] for first in range(0, len(flat), top)] if top else []
+        nll = list(struct.unpack(f"<{len(known) // 8}d", known))
+        steps.append(TargetStep(next_ids, next_nll, margins, nll, top=by_row))
     return steps

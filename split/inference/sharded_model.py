@@ -350,11 +350,19 @@ class ShardedModel(Engine):
         self._transport.send(0, Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
         return _InFlight(number, head, parts, submitted)
 
-    @staticmethod
-    def _read(sent: _InFlight, answer: Message) -> None:
+    def _tops(self, sent: _InFlight, answer: Steps) -> list[int]:
+        """How many top tokens the answer has in each row of each piece: none of a request that stopped."""
+        stopped = {one.session for one in answer.stopped}
+        asked = {piece.session: self._journals[piece.session].session.sampling.top_tokens for piece in sent.head.pieces}
+        return [
+            0 if piece.session in stopped else min(asked[piece.session], self.vocabulary_size)
+            for piece in sent.head.pieces
+        ]
+
+    def _read(self, sent: _InFlight, answer: Message) -> None:
         if not isinstance(answer.head, Steps):
             raise ShardFault(f"pass {sent.number} was answered by {type(answer.head).__name__.upper()}")
-        steps = iter(unpack_steps(sent.head, answer.body))
+        steps = iter(unpack_steps(sent.head, answer.body, self._tops(sent, answer.head)))
         for part, piece in zip(sent.parts, sent.head.pieces, strict=True):
             if sent.head.read_all or piece.is_last:
                 part.extend.step = part.extend.step.then(next(steps))

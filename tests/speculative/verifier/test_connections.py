@@ -60,6 +60,7 @@ def _open(**changes: Any) -> OpenFrame:
         "top_p": 1.0,
         "min_p": 0.0,
         "logit_rules": None,
+        "top_tokens": 0,
         "max_new_tokens": 20,
         "name": next(NAMES),
         "owner": bytes(16),
@@ -67,6 +68,7 @@ def _open(**changes: Any) -> OpenFrame:
         "draft_length": 5,
         "threshold": None,
         "report": False,
+        "logprobs": False,
     }
     return OpenFrame(**values | changes)
 
