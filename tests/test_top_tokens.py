@@ -5,25 +5,37 @@ Shapes: T positions, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lab.command.entry import compose_settings
 from lab.engine.base import Engine, TargetStep
 from lab.engine.sampling import Sampling, choose
 from lab.engine.synthetic import SyntheticEngine
+from lab.models.sources import load_tokenizer_only
 from lab.settings import ModelSettings
 from lab.text.logit_rules import LogitRules
-from speculative.messages import Reason
-from speculative.request import Ending
-from speculative.settings import Mode
-from tests.speculative.in_process import bench, request
+from speculative.drafter.loop import Round, speculate
+from speculative.drafter.target import RemoteTarget, join
+from speculative.drafts import NoDrafts, RandomDrafts, RecordedDrafts
+from speculative.messages import Reason, ScoresFrame
+from speculative.request import Ending, GenerationRequest, Verdict
+from speculative.scores import pack_scores, with_scores
+from speculative.settings import Mode, SpeculativeSettings
+from speculative.verifier.target import open_target
+from speculative.vocabulary import token_texts
+from tests.random_models import VOCABULARY, random_model
+from tests.speculative.in_process import InProcess, bench, local_engine, request, speculated, tokens
+from tests.speculative.serving_here import serving_here
 from tests.split.chains import CHUNK, inprocess, local, saved_model, some_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +95,7 @@ def test_a_number_of_top_tokens_out_of_range_is_refused(count: int) -> None:
 
 def test_an_engine_without_logits_refuses_them() -> None:
     engine = SyntheticEngine(vocabulary_size=50, context=40, sessions=1, step_seconds=0, row_seconds=0, agreement=1.0)
-    with pytest.raises(ValueError, match="^top_tokens must be 0 for a synthetic engine"):
+    with pytest.raises(ValueError, match=r"^top_tokens must be 0 for a synthetic engine"):
         engine.open([1], replace(Sampling.greedy(), top_tokens=3))
     with bench(engine) as verifiers:
         asked = replace(request([1, 2], 3, Sampling.greedy(), Mode.target_only), logprobs=True)
@@ -181,3 +193,143 @@ def test_a_tie_across_chunks_is_a_tie(settings: ModelSettings) -> None:
                 [step] = engine.extend([(text, ids)], "all")
                 ids.append(step.next_ids[-1])
             assert step.nll[3:] == [top[0][1] for top in step.top[2:-1]]
+
+
+# Verdicts
+
+
+def numbers(rounds: Sequence[Round | Verdict]) -> list[tuple[float, list[tuple[int, float]]]]:
+    """What was told of each new token."""
+    assert all(len(one.nll) == len(one.top) for one in rounds)
+    return [told for one in rounds for told in zip(one.nll, one.top, strict=True)]
+
+
+PROMPT = [5, 9, 11, 4]
+LOGGED = replace(
+    request(PROMPT, 60, Sampling(seed=3, temperature=1.0, top_k=0, top_p=1.0, top_tokens=3), length=5), logprobs=True
+)
+
+
+@functools.cache
+def alone() -> tuple[list[int], list[tuple[float, list[tuple[int, float]]]]]:
+    """The text without drafts, and its numbers."""
+    with bench(local_engine(random_model("llama", torch.float32), 2, 128, 8)) as verifiers:
+        rounds = speculated(InProcess(verifiers), NoDrafts(), replace(LOGGED, mode=Mode.target_only))
+    return tokens(rounds), numbers(rounds)
+
+
+def test_verdicts_tell_what_raw_logits_say() -> None:
+    ids, found = alone()
+    model = random_model("llama", torch.float32).double()
+    nll_TV = oracle(model, [*PROMPT, *ids])[len(PROMPT) - 1 :]
+    assert len(found) == len(ids) == 60
+    for place, (token, (nll, top)) in enumerate(zip(ids, found, strict=True)):
+        assert nll == pytest.approx(float(nll_TV[place, token]), abs=NEAR)
+        assert [one for one, _ in top] == best(nll_TV[place], 3)
+        assert dict(top).get(token, nll) == nll
+
+
+@pytest.mark.parametrize("mode", [Mode.sync, Mode["async"]])
+def test_speculated_rows_are_those_of_single_passes(mode: Mode) -> None:
+    """In exact shapes to the bit: accepted tokens, and those that follow them."""
+    ids, found = alone()
+    accepted = 0
+    for agreement in (0.0, 0.6, 1.0):
+        with bench(local_engine(random_model("llama", torch.float32), 2, 128, 8)) as verifiers:
+            drafts = RecordedDrafts(ids, agreement, 1, VOCABULARY)
+            rounds = speculated(InProcess(verifiers), drafts, replace(LOGGED, mode=mode))
+        assert tokens(rounds) == ids
+        assert numbers(rounds) == found
+        accepted += sum(done.accepted for done in rounds)
+    assert accepted > 20
+
+
+def test_a_lossy_token_has_its_own_number() -> None:
+    """Rule cross_entropy accepts what the target would not choose: its number is not that of the target's choice."""
+    asked = replace(LOGGED, threshold=6.0, sampling=replace(Sampling.greedy(), top_tokens=3))
+    model = random_model("llama", torch.float32)
+    with bench(local_engine(model, 2, 128, 8)) as verifiers:
+        rounds = speculated(InProcess(verifiers), RandomDrafts(2, VOCABULARY), asked)
+    nll_TV = oracle(model.double(), [*PROMPT, *tokens(rounds)])[len(PROMPT) - 1 :]
+    lossy = 0
+    for place, (token, (nll, top)) in enumerate(zip(tokens(rounds), numbers(rounds), strict=True)):
+        assert nll == pytest.approx(float(nll_TV[place, token]), abs=1e-4)
+        assert [one for one, _ in top] == best(nll_TV[place], 3)
+        lossy += token != top[0][0]
+    assert lossy > 5
+
+
+def test_nothing_is_told_unless_it_is_asked_for() -> None:
+    with bench(local_engine(random_model("llama", torch.float32), 2, 128)) as verifiers:
+        rounds = speculated(InProcess(verifiers), NoDrafts(), replace(LOGGED, logprobs=False, max_new_tokens=5))
+        assert numbers(rounds) == []
+        plain = replace(LOGGED, sampling=replace(LOGGED.sampling, top_tokens=0), max_new_tokens=5)
+        rounds = speculated(InProcess(verifiers), NoDrafts(), plain)
+    assert [len(one.nll) for one in rounds] == [len(one.tokens) for one in rounds]
+    assert [one.top for one in rounds] == [[]] * len(rounds)
+
+
+# Over the wire
+
+
+VERDICTS = [
+    Verdict(1, 0, 4, 1, [7], None, [0.5, 1.5], [1.0, math.inf], [0.1, 0.2], [[(1, 0.1)], [(2, 0.2)]]),
+    Verdict(1, 0, 4, 0, [7], None, [], [1.0], [0.1], []),
+    Verdict(1, 0, 4, 0, [7, 8], None, [], [], [], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+@pytest.mark.parametrize("report", [True, False])
+def test_scores_travel_as_they_are(verdict: Verdict, report: bool) -> None:
+    bare = replace(verdict, draft_nll=[], margins=[], nll=[], top=[])
+    head, body = pack_scores(verdict, report=report)
+    assert with_scores(bare, head, body) == (verdict if report else replace(verdict, draft_nll=[], margins=[]))
+    for wrong in (replace_head(head, logprobs=head.logprobs + 1), replace_head(head, margins=2**32 - 1)):
+        with pytest.raises(ValueError, match=r"^scores must be"):
+            with_scores(bare, wrong, body)
+
+
+def replace_head(head: ScoresFrame, **changes: int) -> ScoresFrame:
+    return msgspec.structs.replace(head, **changes)
+
+
+def test_a_remote_target_tells_the_same_numbers() -> None:
+    words = (
+        "model=random",
+        "device.threads=1",
+        "project.context=96",
+        "project.exact_shapes=true",
+        "project.sessions=2",
+    )
+    asked = replace(LOGGED, max_new_tokens=30, mode=Mode["async"])
+    with serving_here(*words) as here:
+        with bench(open_target(here.settings, torch.device("cpu")).engine) as verifiers:
+            expected = speculated(InProcess(verifiers), NoDrafts(), replace(asked, mode=Mode.target_only))
+        texts = token_texts(load_tokenizer_only(here.settings.model))
+        drafter = f"model=random tracking=none network.port={here.port}"
+        with join(compose_settings("spec_decoding", drafter, SpeculativeSettings), texts) as target:
+            drafts = RecordedDrafts(tokens(expected), 0.6, 1, len(texts))
+            rounds = list(speculate(target, drafts, asked, frozenset()))
+            assert tokens(rounds) == tokens(expected)
+            assert numbers(rounds) == numbers(expected)
+            assert sum(one.accepted for one in rounds) > 0
+            _resumed(target, replace(asked, mode=Mode.target_only), tokens(expected))
+
+
+def _resumed(target: RemoteTarget, asked: GenerationRequest, text: list[int]) -> None:
+    """The answer to a RESUME has tokens without numbers, and later verdicts have theirs."""
+    target.open(asked)
+    for _ in range(5):
+        assert isinstance(target.next(), Verdict)
+    target.resume(replace(asked, new_ids=text[:2]))
+    verdicts: list[Verdict] = []
+    while not isinstance(outcome := target.next(), Ending):
+        assert isinstance(outcome, Verdict)
+        verdicts.append(outcome)
+    target.leave()
+    [resumed, *later] = verdicts
+    assert (resumed.position, resumed.nll, resumed.top) == (len(PROMPT) + 2, [], [])
+    assert len(resumed.ids) >= 3
+    assert all(len(one.nll) == len(one.top) == len(one.ids) for one in later)
+    assert [token for one in verdicts for token in one.ids] == text[2:]

@@ -138,8 +138,11 @@ def test_it_computes_what_transformers_computes(family: str, folder: Path) -> No
         assert max(wrong) < 1e-3
 
 
+TOLD = replace(Sampling.greedy(), top_tokens=3)
+
+
 def _greedy(engine: LocalEngine, prompt: Sequence[int], count: int) -> list[TargetStep]:
-    with engine.open(prompt, Sampling.greedy()) as text:
+    with engine.open(prompt, TOLD) as text:
         assert text.step is not None
         steps = [text.step]
         while len(steps) < count:
@@ -159,7 +162,7 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
             pytest.skip(f"products in {weights} depend on their number of rows on this processor")
     prompts = [_ids(count, count) for count in (3, 40, 30, 9)]
     alone = [_greedy(engine, prompt, 60) for prompt in prompts]
-    sessions = [engine.open(prompt, Sampling.greedy()) for prompt in prompts]
+    sessions = [engine.open(prompt, TOLD) for prompt in prompts]
     draw, place = random.Random(0), [0] * len(prompts)
     while min(place) < 40:
         requests: list[tuple[Session, list[int]]] = []
@@ -176,6 +179,8 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
             for at in range(right):
                 if place[number] + at + 1 < 60:
                     assert step.next_nll[at] == known[at + 1].next_nll[-1]
+                    assert step.top[at] == known[at + 1].top[-1]
+                    assert len(step.top[at]) == 3
                     assert step.next_ids[at] == known[at + 1].next_ids[-1]
             session.position -= len(guesses) - right
             place[number] += right
