@@ -39,7 +39,7 @@ from speculative.messages import (
 )
 from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.scores import with_scores
-from speculative.settings import DraftSettings, SpeculativeSettings
+from speculative.settings import DraftSettings, SpeculativeSettings, TargetRoleSettings
 from speculative.vocabulary import fingerprint, first_difference
 
 log = logging.getLogger(__name__)
@@ -306,11 +306,17 @@ class RemoteTarget(Target):
 
 
 def join(settings: SpeculativeSettings, token_texts: Sequence[str]) -> RemoteTarget:
+    """Connect a drafter to the verifier at `network.host` and `network.port`: `join_verifier`."""
+    return join_verifier(settings, token_texts, report=settings.project.report or settings.project.check)
+
+
+def join_verifier(settings: TargetRoleSettings, token_texts: Sequence[str], *, report: bool) -> RemoteTarget:
     """Connect to the verifier at `network.host` and `network.port`.
 
     Args:
         settings: The drafter's.
         token_texts: Text of each id of its tokenizer.
+        report: Whether to ask for cross-entropies and margins.
 
     Raises:
         WireError: nothing listens there, another key, ...
@@ -329,7 +335,7 @@ def join(settings: SpeculativeSettings, token_texts: Sequence[str]) -> RemoteTar
         connect_seconds=network.connect_timeout_seconds,
         resume_seconds=settings.project.resume_seconds,
         window=settings.project.draft.window,
-        report=settings.project.report or settings.project.check,
+        report=report,
     )
     try:
         if target.connection.fingerprints.get(TOKENIZER) != ours:
