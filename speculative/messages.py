@@ -173,6 +173,8 @@ class VerdictFrame(Head):
     accepted: Uint32
     prefix: Uint64 | None
     """`prefix_hash` of the text including these tokens; None in mode sync."""
+    cached_tokens: Uint32
+    """Tokens of the prompt that the verifier held already."""
 
 
 class ScoresFrame(Head):

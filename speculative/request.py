@@ -57,6 +57,9 @@ class Verdict:
     Empty unless `GenerationRequest.logprobs` asks for it, and in the answer to a RESUME: those are not kept."""
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     """`Choice.top` at each new token; empty where `nll` is, and if the sampling asks for none."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not computed again, because an earlier request began with them; the same in every
+    verdict."""
 
 
 @dataclass(frozen=True)

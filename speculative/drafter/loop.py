@@ -94,6 +94,8 @@ class Round:
     """Cross-entropy of each new token; empty unless requested, and behind a resumed connection (`Verdict.nll`)."""
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     """The best tokens at each new token; empty where `nll` is."""
+    cached_tokens: int = 0
+    """`Verdict.cached_tokens`."""
     place: int
     """Number of consecutive right draft tokens before the first one: its position in the run."""
     made: int
@@ -201,6 +203,7 @@ class DraftedSequence:
             margins=verdict.margins,
             nll=verdict.nll,
             top=verdict.top,
+            cached_tokens=verdict.cached_tokens,
             place=self._place,
             made=self._made,
             sent=self._newly_sent,

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -272,7 +273,8 @@ class RemoteTarget(Target):
         if not isinstance(head, VerdictFrame):
             raise self.connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was expected")
         ids = self.connection.ids(frame)
-        verdict = Verdict(self._session, head.epoch, head.position, head.accepted, ids, head.prefix, [], [])
+        bare = Verdict(self._session, head.epoch, head.position, head.accepted, ids, head.prefix, [], [])
+        verdict = replace(bare, cached_tokens=head.cached_tokens)
         return self._with_scores(verdict) if self._expects_scores else verdict
 
     def _wait_in_line(self, place: int) -> Waiting:

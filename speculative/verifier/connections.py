@@ -201,7 +201,11 @@ class _DrafterConnection:
 
     def _send_verdict(self, session: int, verdict: Verdict) -> None:
         head = VerdictFrame(
-            epoch=verdict.epoch, position=verdict.position, accepted=verdict.accepted, prefix=verdict.prefix
+            epoch=verdict.epoch,
+            position=verdict.position,
+            accepted=verdict.accepted,
+            prefix=verdict.prefix,
+            cached_tokens=verdict.cached_tokens,
         )
         self._connection.send(MessageType.verdict, session, head, pack_tokens(verdict.ids))
         asked = self._open[session]

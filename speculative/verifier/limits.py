@@ -29,6 +29,8 @@ class SchedulerLimits:
     """Bytes of keys and values of one token; 0 if the engine does not report them."""
     keep_seconds: float
     """Time for which a sequence is kept after its connection has ended."""
+    prefix_tokens: int
+    """Most tokens of prompts kept after their sequences have ended, for later prompts that begin alike; 0: none."""
     idle_seconds: float
     """Time limit of a sequence of mode sync without a DRAFT."""
 

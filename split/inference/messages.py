@@ -5,6 +5,9 @@
                          <---------------------------   OPENED
     PASS(pieces) ids     ->    PASS hidden states ->    computes, samples            chunks follow without waiting
                          <---------------------------   STEPS tokens, or FAULT
+    SETASIDE             ->    SETASIDE           ->    gives its room to any request that needs it
+    REOPEN(position) ids ->    REOPEN             ->    another request, from its first tokens on
+                         <---------------------------   OPENED, or FAULT: the tokens are not held, or there is no room
     CLOSE                ->    CLOSE              ->    frees the slot
 
 A PASS gets exactly one answer, in order: if it is invalid, a FAULT takes its place, and later shards pass that on. So
@@ -15,7 +18,7 @@ only at earlier ones: no two requests can wait for each other.
 A fault of one request in a PASS (ids outside the embedding, positions that are not held, NaN, an exception of the
 model) stops only that request: the PASS continues with its number in `stopped`, and so do the STEPS.
 
-The frame's session number is the request's for OPEN and CLOSE, the pass's for PASS, and the same in the answer;
+The frame's session number is the pass's for PASS and the request's for all others, and the same in the answer;
 messages of a client that await an answer have distinct numbers. A PASS gives the position of each of its pieces, so a
 rewind needs no message.
 
@@ -72,6 +75,23 @@ class Opened(Answer):
 
 class Close(Head):
     """A request has ended, or waits no longer."""
+
+
+class SetAside(Head):
+    """A request has ended and may be reopened: until then its slot belongs to any request that needs room."""
+
+    tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    """The tokens that it holds, the first ones: room for more is not kept."""
+
+
+class Reopen(SamplingHead):
+    """A new request under the number of one that ended, with its first tokens; it does not wait in line. The body holds
+    their ids (4 bytes each) if its sampling has logit rules: the last shard counts them."""
+
+    tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    """As in OPEN."""
+    position: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    """Number of these tokens."""
 
 
 class Piece(Head):
@@ -149,9 +169,10 @@ def table(body_bytes: int) -> MessageTable:
     """The frames of both roles; bodies up to `body_bytes`."""
     heads: dict[type[Head], int] = {
         Open: 64 + SAMPLING_BYTES, Close: 8, Pass: _PASS_HEAD_BYTES, Steps: _PASS_HEAD_BYTES, Fault: 4096 + 64,
-        Attach: 8192, Welcome: 64, Join: 32, Ask: 8, Report: 1024, Opened: 8,
+        Attach: 8192, Welcome: 64, Join: 32, Ask: 8, Report: 1024, Opened: 8, SetAside: 8, Reopen: 72 + SAMPLING_BYTES,
     }  # fmt: skip
-    return frame_table(heads, {Pass: body_bytes, Steps: body_bytes, Report: REPORTED_PASSES * HOP_BYTES})
+    bodies: dict[type[Head], int] = dict.fromkeys((Pass, Steps, Reopen), body_bytes)
+    return frame_table(heads, bodies | {Report: REPORTED_PASSES * HOP_BYTES})
 
 
 # Steps as bytes

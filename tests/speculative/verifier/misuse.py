@@ -189,7 +189,7 @@ def _another(**changes: Any) -> Callable[[Ground], None]:
     return shake
 
 
-VERDICT = VerdictFrame(epoch=0, position=0, accepted=0, prefix=0)
+VERDICT = VerdictFrame(epoch=0, position=0, accepted=0, prefix=0, cached_tokens=0)
 WELCOME = WelcomeFrame(
     model="", dtype="", vocabulary_size=1, context=1, max_draft_length=1, window=1, end_ids=[], target={}
 )
