@@ -32,6 +32,7 @@ from lab.models.structure import find_structure
 from lab.settings import UserError
 from split.inference.messages import Piece
 from split.inference.shard import FirstShard, LastShard, OnlyShard, PassInput, ShardLimits
+from tests import reuse
 from tests.random_models import random_model
 
 SIZES = {
@@ -189,6 +190,23 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
                 place[number] = 42
     for session in sessions:
         session.close()
+
+
+@pytest.mark.parametrize("among_others", [False, True])
+def test_a_text_that_goes_on_from_another_ones_session_has_the_same_bits(
+    among_others: bool, folder: Path, tmp_path: Path
+) -> None:
+    """In int4, where rows stand alone: whatever shares the passes of either."""
+    engines = [_engine(_packed(_model("qwen3"), tmp_path / "m", 4), folder) for _ in range(2)]
+    assert engines[0].row_invariant
+    for engine in engines:
+        engine._chunk = reuse.CHUNK
+    rules = reuse.sampled(reuse.SECOND_TOKENS)
+    for before, sampling in ((rules, reuse.PLAIN), (reuse.PLAIN, rules)):
+        found = reuse.again(engines[0], before, sampling, among_others=among_others)
+        assert found == reuse.anew(engines[1], sampling, among_others=not among_others)
+    wrong, right = reuse.again(engines[0], rules, rules, beyond=1), reuse.anew(engines[1], rules)
+    assert not all(one.equal(other) for one, other in zip(wrong.held, right.held, strict=True))
 
 
 def test_a_code_that_looks_at_its_neighbours_is_not_invariant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
