@@ -181,13 +181,16 @@ class TargetSettings(CacheSettings):
     """Verifier: requests that may wait in line for room; further ones are refused at once."""
     max_draft_length: int
     """Verifier: most draft tokens of a request checked in one pass."""
+    prefix_tokens: int
+    """Verifier: most tokens of prompts kept after their requests have ended, so that the next turn of a chat does not
+    compute its history again; they give way to any request that needs room. 0: none is kept."""
     exact_shapes: bool
     """Verifier: every pass has the same shape, so that every dtype gives the text that the target alone gives in this
     mode; refuses to start on a device that cannot guarantee this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(0, self, "max_waiting", "resume_seconds")
+        require_at_least(0, self, "max_waiting", "resume_seconds", "prefix_tokens")
         longest = self.max_draft_length
         require(1 <= longest <= MAX_DRAFT_LENGTH, f"max_draft_length must be in [1, {MAX_DRAFT_LENGTH}]", longest)
         if self.engine is EngineKind.split:

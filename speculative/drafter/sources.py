@@ -43,6 +43,7 @@ class EngineDrafts(Drafts):
         """`vocabulary_size` is the target's: an id beyond it, from longer padding, is not a draft token."""
         self._engine = engine
         self._vocabulary_size = vocabulary_size
+        sampling = replace(sampling, top_tokens=0)  # the target's are reported
         if sampling.logit_rules is not None:
             sampling = replace(sampling, logit_rules=sampling.logit_rules.within(engine.vocabulary_size))
         self._session = engine.open([], sampling, engine.longest)
