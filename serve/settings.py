@@ -64,7 +64,9 @@ class ServeProjectSettings(TargetSettings):
             kept = (DraftSource.ngram, DraftSource.none)
             rule = "draft.source must be ngram or none for engine=speculative"
             require(self.draft.source in kept, rule, self.draft.source.name)
-            require(not self.exact_shapes, "exact_shapes must be false for engine=speculative: it is the verifier's", True)
+            require(
+                not self.exact_shapes, "exact_shapes must be false for engine=speculative: it is the verifier's", True
+            )
         is_local = self.engine is EngineKind.local
         require(is_local or self.adapters is None, "adapters must be null but for engine=local", self.adapters)
         rule = "load_adapters must be false without a folder of adapters"
