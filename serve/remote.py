@@ -40,6 +40,8 @@ class RemoteWriter(Writer):
         WireError: no verifier there.
     """
 
+    scores_prompts = False
+
     def __init__(self, settings: ServeSettings, token_texts: list[str], call_soon: Callable[..., object]) -> None:
         verifier = settings.project.verifier
         network = replace(settings.network, host=verifier.host, port=verifier.port, tls_certificate=None)

@@ -44,6 +44,8 @@ class ScheduledWriter(Writer):
         turn: A context manager around each pass, where several models share the processor.
     """
 
+    scores_prompts = True
+
     def __init__(
         self,
         target: OpenTarget,

@@ -69,6 +69,8 @@ class TextRequest:
     has_usage_always: bool
     """Whether each chunk of a stream has the usage so far."""
     is_speculative: bool
+    has_token_ids: bool
+    """Whether a whole document has the ids of its new tokens."""
     user: str
     """Whose request this is, where clients share a key; empty: unknown."""
     schema: str = field(default="")
@@ -199,6 +201,7 @@ def _request(
         has_usage=options is not None and options.flag("include_usage", False),
         has_usage_always=options is not None and options.flag("continuous_usage_stats", False),
         is_speculative=fields.flag("speculative", True),
+        has_token_ids=fields.flag("return_token_ids", False),
         user=fields.text("user", "") or "",
     )
 

@@ -83,6 +83,8 @@ class Writer(Protocol):
     end_ids: Sequence[int]
     fingerprints: dict[str, str]
     """All that a text depends on, by name."""
+    scores_prompts: bool
+    """Whether it gives the log probabilities of a prompt's own tokens."""
     finished: Future[None]
     """Done when it can continue no more texts; holds the exception that ended it, if one did."""
 
