@@ -25,6 +25,9 @@ class GenerationRequest:
     """New tokens that are already known: the request began at an earlier connection."""
     logprobs: bool = False
     """Whether verdicts give the cross-entropy of each new token, and its `sampling.top_tokens` alternatives."""
+    scores_prompt: bool = False
+    """Whether `PromptScores` come before the first verdict. The prompt is then computed in one pass, and no kept one is
+    used. Does not travel: only for a scheduler in the same process."""
 
     @property
     def ids(self) -> list[int]:
@@ -63,6 +66,17 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class PromptScores:
+    """The prompt under the target."""
+
+    key: Hashable
+    nll: list[float]
+    """Cross-entropy in nats of each token of the prompt but the first, as in `Verdict.nll`."""
+    top: list[list[tuple[int, float]]]
+    """Alternatives to each of these tokens, as in `Verdict.top`."""
+
+
+@dataclass(frozen=True)
 class Ending:
     """The last outcome of a request."""
 
@@ -85,4 +99,4 @@ class Waiting:
     """Place in line; 1: next."""
 
 
-Outcome = Verdict | Ending | Waiting
+Outcome = Verdict | PromptScores | Ending | Waiting

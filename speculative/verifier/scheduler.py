@@ -28,7 +28,7 @@ from lab.engine.sampling import Sampling
 from lab.faults import Fault
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
-from speculative.request import Ending, GenerationRequest, Outcome, Waiting
+from speculative.request import Ending, GenerationRequest, Outcome, PromptScores, Waiting
 from speculative.verifier.limits import SchedulerLimits, refusal_by_engine
 from speculative.verifier.lookup import Lookup
 from speculative.verifier.prefixes import KeptPrefixes
@@ -231,7 +231,11 @@ class Scheduler:
             (one, one.next_draft(limits.longest_check)) for one in self._running if one.key not in fed and one.is_ready
         ]
         outcomes += self._check(ready) if ready else []
+        scored = [one for one, _ in prompts if one.request.scores_prompt and not one.session.position]
+        prompts = [(one, piece) for one, piece in prompts if one not in scored]
         outcomes += self._feed(prompts) if prompts else []
+        for sequence in scored:
+            outcomes += self._score(sequence)
         if self._is_in_doubt:
             self._is_in_doubt = False
             self.prove()
@@ -286,6 +290,17 @@ class Scheduler:
             if isinstance(step, Exception) or step.fault or not sequence.unseen:
                 outcomes += self._judge(sequence, [], step)
         return outcomes
+
+    def _score(self, sequence: VerifiedSequence) -> list[Outcome]:
+        """Run a whole prompt through one pass, all of whose rows are read."""
+        ids = sequence.unseen
+        [step] = self._extend([(sequence, ids)], want_all=True)
+        outcomes = self._judge(sequence, [], step)
+        if isinstance(step, Exception) or step.fault:
+            return outcomes
+        # One position on: the step has the alternatives to the token after each one.
+        count = len(sequence.request.prompt_ids) - 1
+        return [PromptScores(sequence.key, step.nll[1 : count + 1], step.top[:count]), *outcomes]
 
     def _extend(self, asked: Asked, *, want_all: bool) -> list[TargetStep | Exception]:
         """Run all sequences in one pass; if that fails, each alone, so that only a sequence that fails again gets an
@@ -378,7 +393,8 @@ class Scheduler:
         """Give a sequence all the room that it may ever need. Raises `CacheFull` if there is too little."""
         request = sequence.request
         asked = request.sampling, sequence.longest
-        session = self._prefixes.open(request.prompt_ids, *asked) or self.engine.open([], *asked)
+        kept = None if request.scores_prompt else self._prefixes.open(request.prompt_ids, *asked)
+        session = kept or self.engine.open([], *asked)
         session.prompt_tokens = len(request.prompt_ids)
         sequence.enter(session)
         self._leave_line(sequence)
