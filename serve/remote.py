@@ -15,14 +15,14 @@ from typing_extensions import override
 from lab.faults import Fault
 from lab.models.fingerprints import changes
 from lab.settings import UserError
+from serve.settings import ServeSettings
+from serve.writer import Counts, Ended, Event, NewTokens, Receive, Writer
 from speculative.drafter.loop import RequestRefused, Round, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.target import RemoteTarget, Ticket, join_verifier
 from speculative.drafts import Drafts, NoDrafts
 from speculative.request import GenerationRequest
 from speculative.settings import Mode
-from serve.settings import ServeSettings
-from serve.writer import Counts, Ended, Event, NewTokens, Receive, Writer
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class RemoteWriter(Writer):
                     if left.is_set():
                         break
                     self._count(done)
-                    tell(NewTokens(done.tokens, done.accepted))
+                    tell(NewTokens(done.tokens, done.accepted, done.nll, done.top))
         except BaseException:
             target.close()  # whatever it holds is not for another text
             raise

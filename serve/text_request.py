@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lab.engine.sampling import Sampling
-from lab.settings import UserError
 from lab.text.logit_rules import MAX_BIASES, LogitRules
 from lab.text.settings import FILL, MAX_STOP_LENGTH, MAX_STOPS
 from serve.faults import RequestFault, wrong
@@ -76,6 +75,11 @@ class TextRequest:
     """JSON schema of the text; empty: none."""
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt are asked for."""
+        return self.echo and self.logprobs is not None
+
+    @property
     def count(self) -> int:
         """All choices of all prompts."""
         return len(self.prompts) * self.choices
@@ -92,6 +96,7 @@ class TextRequest:
             top_p=own.top_p,
             min_p=own.min_p,
             logit_rules=rules,
+            top_tokens=self.logprobs or 0,
         )
 
     def new_tokens(self, prompt_tokens: int, context: int, limits: Limits) -> int:
@@ -126,7 +131,7 @@ def read_chat(fields: Fields, texts: Texts, limits: Limits) -> TextRequest:
         fields,
         limits,
         is_chat=True,
-        prompts=[texts.ids_of_messages(_messages(fields))],
+        prompts=[texts.ids_of_messages(messages_of(fields))],
         max_new_tokens=most,
         logprobs=(top or 0) if has_logprobs else None,
         echo=False,
@@ -230,7 +235,8 @@ def _biases(fields: Fields, vocabulary_size: int) -> tuple[tuple[int, float], ..
     return tuple(found.items())
 
 
-def _messages(fields: Fields) -> list[dict[str, Any]]:
+def messages_of(fields: Fields) -> list[dict[str, Any]]:
+    """The messages of a chat, as chat templates take them."""
     given = fields.raw("messages")
     if not isinstance(given, list) or not given:
         raise wrong("messages", "must be a list of at least one message", given)
@@ -263,9 +269,7 @@ def _part(name: str, part: Any) -> str:
 
 def _prompts(fields: Fields, texts: Texts) -> list[list[int]]:
     given = fields.raw("prompt")
-    if isinstance(given, str):
-        given = [given]
-    elif isinstance(given, list) and given and all(type(one) is int for one in given):
+    if isinstance(given, str) or (isinstance(given, list) and given and all(type(one) is int for one in given)):
         given = [given]
     if not isinstance(given, list) or not 1 <= len(given) <= MOST_PROMPTS:
         rule = f"must be a text, a list of token ids, or a list of 1 to {MOST_PROMPTS} of them"
@@ -282,8 +286,3 @@ def _prompt(given: Any, texts: Texts) -> list[int]:
     if strange is not None:
         raise wrong("prompt", f"must hold token ids in [0, {texts.vocabulary_size})", strange)
     return given
-
-
-def refused(error: UserError, param: str) -> RequestFault:
-    """The fault for a mistake that another part of the lab found in a field."""
-    return RequestFault(400, str(error), param=param)

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from lab.settings import UserError
 from lab.text.data_text import DataEncoder
@@ -41,6 +42,7 @@ class ModelTexts(Texts):
         self.piece = lru_cache(KEPT_PIECES)(self._piece)
         """Text and bytes of one token inside a text."""
 
+    @override
     def ids_of_prompt(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
         found = self._encoder.encode_data(prompt, add_special_tokens=add_special_tokens)
         if not found:
@@ -48,6 +50,7 @@ class ModelTexts(Texts):
         self._check_rows(found, "prompt")
         return found
 
+    @override
     def ids_of_messages(self, messages: list[dict[str, Any]]) -> list[int]:
         if not self._tokenizer.chat_template:
             rule = "messages must be sent to a model with a chat template; this one has none: use /v1/completions"

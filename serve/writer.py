@@ -24,6 +24,16 @@ class NewTokens:
     """Cross-entropy of each token, in nats; empty unless asked for."""
     top: Sequence[Top] = ()
     """Alternatives of each token; empty unless asked for."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not computed again; the same in every event."""
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """The prompt under the model, before its text: cross-entropies and alternatives of all its tokens but the first."""
+
+    nll: Sequence[float]
+    top: Sequence[Top]
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Ended:
     """Whether the request is to blame."""
 
 
-Event = NewTokens | InLine | Ended
+Event = NewTokens | PromptTokens | InLine | Ended
 Receive = Callable[[Event], None]
 
 

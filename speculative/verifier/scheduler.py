@@ -28,7 +28,7 @@ from lab.engine.sampling import Sampling
 from lab.faults import Fault
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
-from speculative.request import Ending, GenerationRequest, Outcome, PromptScores, Waiting
+from speculative.request import Ending, GenerationRequest, Outcome, PromptScores, Verdict, Waiting
 from speculative.verifier.limits import SchedulerLimits, refusal_by_engine
 from speculative.verifier.lookup import Lookup
 from speculative.verifier.prefixes import KeptPrefixes
@@ -295,12 +295,12 @@ class Scheduler:
         """Run a whole prompt through one pass, all of whose rows are read."""
         ids = sequence.unseen
         [step] = self._extend([(sequence, ids)], want_all=True)
-        outcomes = self._judge(sequence, [], step)
-        if isinstance(step, Exception) or step.fault:
-            return outcomes
-        # One position on: the step has the alternatives to the token after each one.
+        verdict, *others = self._judge(sequence, [], step)
+        if isinstance(step, Exception) or not isinstance(verdict, Verdict):
+            return [verdict, *others]
         count = len(sequence.request.prompt_ids) - 1
-        return [PromptScores(sequence.key, step.nll[1 : count + 1], step.top[:count]), *outcomes]
+        # A step has the alternatives to the token after each of its own.
+        return [replace(verdict, prompt=PromptScores(step.nll[1 : count + 1], step.top[:count])), *others]
 
     def _extend(self, asked: Asked, *, want_all: bool) -> list[TargetStep | Exception]:
         """Run all sequences in one pass; if that fails, each alone, so that only a sequence that fails again gets an
