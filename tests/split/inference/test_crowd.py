@@ -349,7 +349,7 @@ def test_a_lost_text_waits_until_a_full_line_has_a_place(
         if recovery_seconds:
             eventually(lambda: counts.refused > 2)
         else:
-            with pytest.raises(NotFinite, match="no room for it now .*1 requests already wait in line"):
+            with pytest.raises(NotFinite, match=r"no room for it now .*1 requests already wait in line"):
                 extended.result(20)
         taken.close()
         eventually(lambda: _admitted(waiter))
