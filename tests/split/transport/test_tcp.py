@@ -27,7 +27,7 @@ from tests.shared import one_way
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
 from tests.split.inference.test_sharded_model import conversation
 from tests.split.processes import Process, chain, endpoint
-from tests.words import samplings
+from tests.logit_rules import samplings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
