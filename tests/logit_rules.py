@@ -1,5 +1,5 @@
-"""The proof that logit rules (penalties, biases, banned words) and `min_p` leave speculated text the target's own, at any
-size: a small one is a test, the whole is `soak`.
+"""The proof that logit rules (penalties, biases, banned words) and `min_p` leave speculated text the target's own:
+a small size is a test, the whole is `soak`.
 
     python -m tests.logit_rules 10000
 

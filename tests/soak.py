@@ -38,6 +38,7 @@ from split.settings import SplitSettings
 from tests import architectures
 from tests.folder_fuzz import fuzz_folders
 from tests.lab.models import adapters
+from tests.logit_rules import compare_logit_rules, shards_differ
 from tests.role_kills import kill_roles
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
@@ -61,7 +62,6 @@ from tests.sweep_pairs import compare_pairs
 from tests.test_conf import COMMANDS
 from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
-from tests.logit_rules import compare_logit_rules, shards_differ
 
 HOSTILE_FRAMES = 200_000
 CHANGED_FOLDERS = 1500
