@@ -1,4 +1,4 @@
-"""Logit rules and `min_p` on every engine: speculated text is the target's own, and shards say what the whole model says."""
+"""Logit rules and `min_p`: speculated text is the target's own, and shards say what the whole model says."""
 
 from __future__ import annotations
 
