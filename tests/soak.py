@@ -38,6 +38,7 @@ from split.settings import SplitSettings
 from tests import architectures
 from tests.folder_fuzz import fuzz_folders
 from tests.lab.models import adapters
+from tests.logit_rules import compare_logit_rules, shards_differ
 from tests.role_kills import kill_roles
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
@@ -61,14 +62,13 @@ from tests.sweep_pairs import compare_pairs
 from tests.test_conf import COMMANDS
 from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
-from tests.words import compare_words, shards_differ
 
 HOSTILE_FRAMES = 200_000
 CHANGED_FOLDERS = 1500
 CHANGED_SETTINGS = 5000
 REACHING_SETTINGS = 130
 COMPARED_TOKENS = 50_000
-WORDS_TOKENS = 10_000
+LOGIT_RULES_TOKENS = 10_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
@@ -112,10 +112,10 @@ def async_identity() -> dict[str, Any]:
     return {"ok": not compared.flips, **_figures(compared)}
 
 
-def words_identity() -> dict[str, Any]:
+def logit_rules_identity() -> dict[str, Any]:
     """Speculated text with penalties, biases, banned words and min_p, each and all, sync and async, against the target
     alone, and two shards against the whole model: no token differs."""
-    compared = compare_words(WORDS_TOKENS)
+    compared = compare_logit_rules(LOGIT_RULES_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         by_shards = shards_differ(Path(folder))
     return {"ok": not compared.flips and not by_shards, **_figures(compared), "differing_by_shards": by_shards}
@@ -313,7 +313,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
-        *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
+        *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left),
         *(unicode_texts, roles_killed, settings_changed),
         *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells),
     )

@@ -76,6 +76,7 @@ class Scheduler:
         self._limits = limits
         self._closed = closed
         self._clock = clock
+        self._began_at = clock()
         self._sequences: dict[Hashable, VerifiedSequence] = {}
         """All sequences that have a connection or are kept, by key."""
         self._named: dict[int, VerifiedSequence] = {}
@@ -132,7 +133,9 @@ class Scheduler:
         if name is not None:
             self._named[name] = sequence
         outcomes = self._queue(sequence)
-        if len(self._line) > limits.most_waiting and sequence in self._line and not request.new_ids:  # else: half done
+        # After a restart it knows none of the texts that it had begun. Later it knows each that can still be resumed.
+        is_half_done = bool(request.new_ids) and sequence.heard_at - self._began_at < limits.keep_seconds
+        if len(self._line) > limits.most_waiting and sequence in self._line and not is_half_done:
             self._line.remove(sequence)
             self._forget(sequence)
             refusal = (
