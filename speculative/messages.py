@@ -62,7 +62,7 @@ from lab.wire.frames import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTa
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
-PROTOCOL = range(4, 5)
+PROTOCOL = range(5, 6)
 TOKENIZER = "tokenizer"
 """Name of the fingerprint that both roles send in the handshake."""
 MAX_PROMPT_TOKENS = 2**18

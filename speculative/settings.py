@@ -216,6 +216,8 @@ class SpeculativeProjectSettings(TextSettings, CacheSettings):
         require_above(0, self, "idle_seconds")
         longest = self.max_draft_length
         require(1 <= longest <= MAX_DRAFT_LENGTH, f"max_draft_length must be in [1, {MAX_DRAFT_LENGTH}]", longest)
+        keeps_schema = self.rule is Rule.exact or self.schema is None
+        require(keeps_schema, "rule must be exact with project.schema", self.rule.name)
         if self.engine is EngineKind.split:
             require(bool(self.split.shards), "split.shards must name at least one shard for engine=split", [])
         is_held = self.engine is EngineKind.local or not self.exact_shapes

@@ -56,6 +56,11 @@ def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
         check_logit_rules(engine, request.sampling)
     except ValueError as error:
         return str(error)
+    rules = request.sampling.logit_rules
+    if request.threshold is not None and rules is not None and rules.schema:
+        return (
+            "rule must be exact with a schema: rule cross_entropy accepts draft tokens that the schema does not allow"
+        )
     if request.max_new_tokens < 1:
         return f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
     if len(request.new_ids) >= request.max_new_tokens:

@@ -13,6 +13,7 @@ from lab.models.fingerprints import weights_fingerprints
 from lab.models.layers import load_proved, with_adapter
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import ModelSettings, UserError
+from lab.text.grammars import Grammars
 from speculative.messages import MAX_END_IDS
 from speculative.settings import SYNTHETIC_CONTEXT, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.vocabulary import token_texts
@@ -50,7 +51,12 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
     model_behind_adapter = with_adapter(loaded.model, model)
     compiler = Compiler.of(model, settings.device, lasts=True)
     engine = open_local_engine(
-        model_behind_adapter, project, sessions=project.sessions, exact_rows=rows, compiler=compiler
+        model_behind_adapter,
+        project,
+        sessions=project.sessions,
+        exact_rows=rows,
+        compiler=compiler,
+        grammars=Grammars.of(model),
     )
     if project.exact_shapes:
         fingerprints["shapes"] = "exact"
