@@ -28,7 +28,9 @@ from lab.engine.base import (
     Want,
     check_finite,
     check_open,
+    check_reopen,
     check_requests,
+    check_set_aside,
     pieces_of,
     read_steps,
     together,
@@ -200,6 +202,18 @@ class LocalEngine(Engine):
     def close(self, session: Session) -> None:
         self.cache.release(session.key)
         session.closed = True
+
+    @override
+    def set_aside(self, session: Session) -> None:
+        check_set_aside(session)
+        self.cache.reserve(session.key, session.position)
+        session.most_tokens = session.position
+
+    @override
+    def reopen(self, session: Session, ids: Sequence[int], sampling: Sampling, most_tokens: int) -> Session:
+        check_reopen(self, session, ids, sampling, most_tokens)
+        self.cache.reserve(session.key, most_tokens)
+        return session.continued(ids, sampling, most_tokens)
 
     @override
     def shutdown(self) -> None:

@@ -12,7 +12,7 @@ from lab.wire.frames import Head
 Bias = tuple[Uint31, float]
 BadWord = Annotated[list[Uint31], msgspec.Meta(min_length=1, max_length=MAX_BAD_WORD_TOKENS)]
 
-SAMPLING_BYTES = 96 + 16 * MAX_BIASES + 5 * MAX_BAD_WORD_TOKENS + 3 * MAX_BAD_WORDS + MAX_SCHEMA_BYTES
+SAMPLING_BYTES = 101 + 16 * MAX_BIASES + 5 * MAX_BAD_WORD_TOKENS + 3 * MAX_BAD_WORDS + MAX_SCHEMA_BYTES
 """Most bytes of these fields: a frame that announces more is refused before anything is allocated for it."""
 
 
@@ -37,6 +37,7 @@ class SamplingHead(Head):
     top_p: float
     min_p: float
     logit_rules: LogitRulesHead | None
+    top_tokens: Uint32
 
     @property
     def sampling(self) -> Sampling:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.engine.sampling import Sampling
-from lab.settings import UserError, user_errors
+from lab.settings import ModelSettings, UserError, user_errors
+from lab.text.grammars import Grammars
 from lab.text.logit_rules import LogitRules
 from lab.text.settings import FILL, TextSettings
 
@@ -48,6 +49,17 @@ def schema_text(given: str) -> str:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         got = "JSON" if is_inline else repr(given)
         raise UserError(f"project.schema must be a JSON schema or a JSON file in UTF-8, got {got} ({reason})") from None
+
+
+def grammars_of(model: ModelSettings) -> Grammars:
+    """Grammars for a model's tokenizer and its end tokens."""
+
+    def load() -> tuple[PreTrainedTokenizerBase, Sequence[int]]:
+        from lab.models.sources import end_ids_of, load_tokenizer_only
+
+        return load_tokenizer_only(model), end_ids_of(model)
+
+    return Grammars(load)
 
 
 def bad_word_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, ...]]:

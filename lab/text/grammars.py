@@ -16,16 +16,15 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cached_property, lru_cache
 from itertools import takewhile
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLTokenizer
 
 from lab.faults import Fault
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and only names are needed here
+    from llguidance._lib import JsonCompileOptions  # in its stubs only
     from transformers import PreTrainedTokenizerBase
-
-    from lab.settings import ModelSettings
 
 LAYOUT: JsonCompileOptions = {
     "whitespace_flexible": False,
@@ -62,17 +61,6 @@ class Grammars:
     def __init__(self, load: Callable[[], tuple[PreTrainedTokenizerBase, Sequence[int]]]) -> None:
         self._load = load
         self._compiled = lru_cache(MOST_COMPILED)(self._compile)
-
-    @classmethod
-    def of(cls, model: ModelSettings) -> Self:
-        """Grammars for a model's tokenizer and its end tokens."""
-
-        def load() -> tuple[PreTrainedTokenizerBase, Sequence[int]]:
-            from lab.models.sources import end_ids_of, load_tokenizer_only
-
-            return load_tokenizer_only(model), end_ids_of(model)
-
-        return cls(load)
 
     def check(self, schema: str) -> None:
         """ValueError for a schema that cannot be compiled, and for any schema if the tokenizer does not fit."""

@@ -27,7 +27,7 @@ from lab.settings import ModelSettings, UserError
 from lab.text.grammars import GrammarFailed, Grammars
 from speculative.drafter.draft_model import draft_model
 from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts, with_schema
-from speculative.settings import SYNTHETIC_CONTEXT, DraftSource, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.settings import SYNTHETIC_CONTEXT, DraftSource, TargetRoleSettings, TargetSettings
 from speculative.vocabulary import first_difference, token_texts
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class EngineDrafts(Drafts):
         """`vocabulary_size` is the target's: an id beyond it, from longer padding, is not a draft token."""
         self._engine = engine
         self._vocabulary_size = vocabulary_size
+        sampling = replace(sampling, top_tokens=0)  # the target's are reported
         if sampling.logit_rules is not None:
             sampling = replace(sampling, logit_rules=sampling.logit_rules.within(engine.vocabulary_size))
         self._session = engine.open([], sampling, engine.longest)
@@ -109,7 +110,7 @@ def add_noise_to_head(model: PreTrainedModel, noise: float, seed: int) -> None:
 
 
 def open_drafts(
-    settings: SpeculativeSettings,
+    settings: TargetRoleSettings,
     device: torch.device,
     sampling: Sampling,
     target_texts: list[str],
@@ -163,7 +164,7 @@ def _recorded_ids(file: str) -> list[int]:
         raise UserError(f"project.draft.file must be a run's result.json with token_ids, got {file!r}") from None
 
 
-def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
+def _synthetic_drafter(project: TargetSettings, vocabulary_size: int) -> SyntheticEngine:
     synthetic = project.synthetic
     return SyntheticEngine(
         vocabulary_size=vocabulary_size,
@@ -176,7 +177,7 @@ def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int
 
 
 def _draft_model(
-    settings: SpeculativeSettings, device: torch.device, target_texts: list[str]
+    settings: TargetRoleSettings, device: torch.device, target_texts: list[str]
 ) -> tuple[PreTrainedModel, ModelSettings]:
     model = draft_model(settings, device)
     whose = f"project.draft.model {settings.project.draft.model}"
@@ -192,7 +193,7 @@ def _draft_model(
         raise UserError(f"{whose}: {error}") from None
 
 
-def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:
+def _first_layers(settings: TargetRoleSettings, device: torch.device) -> PreTrainedModel:
     try:
         model = load_layers(settings.model, device, range(settings.project.draft.layers), embedding=True, head=True)
     except UserError as error:
@@ -200,7 +201,7 @@ def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTra
     return with_adapter(model, settings.model)
 
 
-def _noisy_target(settings: SpeculativeSettings, device: torch.device) -> torch.nn.Module:
+def _noisy_target(settings: TargetRoleSettings, device: torch.device) -> torch.nn.Module:
     loaded = load_proved(settings.model, device)
     add_noise_to_head(loaded.model, settings.project.draft.noise, settings.seed)
     return with_adapter(loaded.model, settings.model)

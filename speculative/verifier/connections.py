@@ -5,7 +5,6 @@ A connection that sends too many frames is not cut off: it is read more slowly, 
 
 import asyncio
 import logging
-import struct
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -27,13 +26,13 @@ from speculative.messages import (
     OpenFrame,
     Reason,
     ResumeFrame,
-    ScoresFrame,
     VerdictFrame,
     VocabularyFrame,
     WaitingFrame,
     WelcomeFrame,
 )
 from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
+from speculative.scores import pack_scores
 from speculative.verifier.forward_thread import ForwardThread
 from speculative.verifier.scheduler import Scheduler
 
@@ -166,6 +165,7 @@ class _DrafterConnection:
             mode=head.mode,
             threshold=head.threshold,
             draft_length=head.draft_length,
+            logprobs=head.logprobs,
         )
 
     def _offer(self, frame: Frame, head: DraftFrame) -> None:
@@ -201,13 +201,16 @@ class _DrafterConnection:
 
     def _send_verdict(self, session: int, verdict: Verdict) -> None:
         head = VerdictFrame(
-            epoch=verdict.epoch, position=verdict.position, accepted=verdict.accepted, prefix=verdict.prefix
+            epoch=verdict.epoch,
+            position=verdict.position,
+            accepted=verdict.accepted,
+            prefix=verdict.prefix,
+            cached_tokens=verdict.cached_tokens,
         )
         self._connection.send(MessageType.verdict, session, head, pack_tokens(verdict.ids))
-        if self._open[session].report:
-            numbers = [*verdict.draft_nll, *verdict.margins]
-            scores = ScoresFrame(position=verdict.position, draft_tokens=len(verdict.draft_nll))
-            self._connection.send(MessageType.scores, session, scores, struct.pack(f"<{len(numbers)}f", *numbers))
+        asked = self._open[session]
+        if asked.report or asked.logprobs:
+            self._connection.send(MessageType.scores, session, *pack_scores(verdict, report=asked.report))
 
 
 class _Pace:

@@ -1,4 +1,4 @@
-"""The verifier's own draft tokens for one sequence, for passes without a drafter's: prompt lookup, and forced tokens."""
+"""The verifier's own draft tokens of one sequence, for passes without a drafter's: prompt lookup, and forced tokens."""
 
 from collections.abc import Sequence
 

@@ -2,7 +2,8 @@
 
 Sequences that have room in the engine are *running*; others wait in line for it. Room is reserved: a running sequence
 has room for its prompt and all of its new tokens, and no other can take it away. A sequence whose connection ended
-*rests*: it is kept for a while in case it is resumed, but not computed, and its room may go to the next in line.
+*rests*: it is kept for a while in case it is resumed, but not computed, and its room may go to the next in line. So may
+that of prompts that are kept after the end of their sequences (`speculative.verifier.prefixes`), which go first.
 
 If a pass over several sequences fails, it is repeated with each of them alone, and ends those that fail again. If the
 engine also fails on a sequence of the scheduler's own (`prove`), the engine itself is at fault.
@@ -31,6 +32,7 @@ from speculative.policy import Pacing, PassCosts
 from speculative.request import Ending, GenerationRequest, Outcome, Waiting
 from speculative.verifier.limits import SchedulerLimits, refusal_by_engine
 from speculative.verifier.lookup import Lookup
+from speculative.verifier.prefixes import KeptPrefixes
 from speculative.verifier.sequence import VerifiedSequence
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class Scheduler:
         self._running: list[VerifiedSequence] = []
         self._resting: list[VerifiedSequence] = []
         """In the order in which their connections ended."""
+        self._prefixes = KeptPrefixes(engine, limits.prefill_chunk, limits.prefix_tokens)
         self._line: list[VerifiedSequence] = []
         """In the order of arrival."""
         self._next_places_at = -math.inf
@@ -362,6 +365,8 @@ class Scheduler:
             try:
                 self._enter(sequence)
             except CacheFull:
+                if self._prefixes.drop_oldest():
+                    continue
                 if not self._resting:
                     break
                 self._stop(self._resting[0])
@@ -372,8 +377,10 @@ class Scheduler:
 
     def _enter(self, sequence: VerifiedSequence) -> None:
         """Give a sequence all the room that it may ever need. Raises `CacheFull` if there is too little."""
-        session = self.engine.open([], sequence.request.sampling, sequence.longest)
-        session.prompt_tokens = len(sequence.request.prompt_ids)
+        request = sequence.request
+        asked = request.sampling, sequence.longest
+        session = self._prefixes.open(request.prompt_ids, *asked) or self.engine.open([], *asked)
+        session.prompt_tokens = len(request.prompt_ids)
         sequence.enter(session)
         self._leave_line(sequence)
         self._running.append(sequence)
@@ -444,6 +451,8 @@ class Scheduler:
         """End a sequence. Unless `forget`, a named one is kept: its last VERDICT may have been lost."""
         sequence.ended = ended
         self._touch(sequence)
+        if ended.reason is not Reason.failed and (session := sequence.hand_over()) is not None:
+            self._prefixes.keep(session, sequence.request.prompt_ids)
         self._stop(sequence)
         if forget or sequence.name is None:
             self._forget(sequence)
@@ -483,5 +492,6 @@ def _one_line(error: Exception) -> str:
 
 
 def _is_same(left: GenerationRequest, right: GenerationRequest) -> bool:
-    settings = all(getattr(left, name) == getattr(right, name) for name in ("sampling", "max_new_tokens", "threshold"))
+    names = ("sampling", "max_new_tokens", "threshold", "logprobs")
+    settings = all(getattr(left, name) == getattr(right, name) for name in names)
     return settings and list(left.prompt_ids) == list(right.prompt_ids)

@@ -13,9 +13,9 @@ from lab.models.fingerprints import weights_fingerprints
 from lab.models.layers import load_proved, with_adapter
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import ModelSettings, UserError
-from lab.text.grammars import Grammars
+from lab.text.generation import grammars_of
 from speculative.messages import MAX_END_IDS
-from speculative.settings import SYNTHETIC_CONTEXT, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.settings import SYNTHETIC_CONTEXT, TargetRoleSettings, TargetSettings
 from speculative.vocabulary import token_texts
 
 
@@ -34,7 +34,7 @@ class OpenTarget:
     """Weights, precision and all else that a text depends on, by name: it is resumed only if these are the same."""
 
 
-def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarget:
+def open_target(settings: TargetRoleSettings, device: torch.device) -> OpenTarget:
     """Open the engine that `settings` select. UserError for settings that it cannot serve."""
     project, model = settings.project, settings.model
     if project.engine is EngineKind.synthetic:
@@ -56,7 +56,7 @@ def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarg
         sessions=project.sessions,
         exact_rows=rows,
         compiler=compiler,
-        grammars=Grammars.of(model),
+        grammars=grammars_of(model),
     )
     if project.exact_shapes:
         fingerprints["shapes"] = "exact"
@@ -76,7 +76,7 @@ def _ends(model: ModelSettings) -> list[int]:
     return ends
 
 
-def _synthetic_vocabulary(settings: SpeculativeSettings) -> int:
+def _synthetic_vocabulary(settings: TargetRoleSettings) -> int:
     """Number of ids of a synthetic target: at least those of the tokenizer. UserError for fewer."""
     known = len(token_texts(load_tokenizer_only(settings.model)))
     asked = settings.project.synthetic.vocabulary_size
@@ -88,7 +88,7 @@ def _synthetic_vocabulary(settings: SpeculativeSettings) -> int:
     return asked or known
 
 
-def _split_target(settings: SpeculativeSettings) -> Engine:
+def _split_target(settings: TargetRoleSettings) -> Engine:
     project = settings.project
     return open_split_engine(
         settings.model,
@@ -99,7 +99,7 @@ def _split_target(settings: SpeculativeSettings) -> Engine:
     )
 
 
-def _synthetic_target(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
+def _synthetic_target(project: TargetSettings, vocabulary_size: int) -> SyntheticEngine:
     synthetic = project.synthetic
     return SyntheticEngine(
         vocabulary_size=vocabulary_size,

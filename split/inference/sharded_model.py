@@ -23,11 +23,14 @@ from lab.engine.base import (
     Engine,
     Request,
     Session,
+    SessionLost,
     TargetStep,
     Want,
     check_finite,
     check_open,
+    check_reopen,
     check_requests,
+    check_set_aside,
     pieces_of,
     together,
 )
@@ -35,9 +38,22 @@ from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
 from lab.text.grammars import Grammars
+from lab.wire.frames import Head
 from lab.wire.tokens import pack_tokens
 from split.chain.messages import Fault, FaultCode
-from split.inference.messages import MAX_PIECES, Close, Open, Opened, Pass, Piece, Report, Steps, unpack_steps
+from split.inference.messages import (
+    MAX_PIECES,
+    Close,
+    Open,
+    Opened,
+    Pass,
+    Piece,
+    Reopen,
+    Report,
+    SetAside,
+    Steps,
+    unpack_steps,
+)
 from split.transport.base import REPORTED_PASSES, ChainLost, Message, ShardLost, ShardReport, Transport
 
 log = logging.getLogger(__name__)
@@ -80,6 +96,8 @@ class _Journal:
 
     session: Session
     ids: list[int] = field(default_factory=list)
+    is_set_aside: bool = False
+    """Whether its shards may forget it; then it is not rebuilt."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +253,22 @@ class ShardedModel(Engine):
         session.closed = True
         self._close(session.key)
 
+    @override
+    def set_aside(self, session: Session) -> None:
+        check_set_aside(session)
+        session.most_tokens = session.position
+        self._journals[session.key].is_set_aside = True
+        self._tell(session.key, SetAside(tokens=session.position), "set aside")
+
+    @override
+    def reopen(self, session: Session, ids: Sequence[int], sampling: Sampling, most_tokens: int) -> Session:
+        # After `CacheFull`, shards before the one that refused keep more room for the session than it had.
+        check_reopen(self, session, ids, sampling, most_tokens)
+        self._with_recovery(lambda: self._reopen(session.key, ids, sampling, most_tokens))
+        continued = session.continued(ids, sampling, most_tokens)
+        self._journals[session.key] = _Journal(continued, list(ids))
+        return continued
+
     def shutdown(self) -> None:
         """Leave the shards; the engine cannot be used afterwards."""
         self._transport.shutdown()
@@ -251,7 +285,8 @@ class ShardedModel(Engine):
         self._drop_stale_opens()
         same = (one for one in self._pending.values() if (one.sampling, one.tokens) == (sampling, tokens))
         pending = next(same, None) or self._ask(_PendingOpen(self._number(), sampling, tokens, 0.0))
-        self._await_room(pending, 0.0 if self._journals else self._line_seconds)
+        is_alone = all(journal.is_set_aside for journal in self._journals.values())
+        self._await_room(pending, self._line_seconds if is_alone else 0.0)
         pending.at = time.monotonic()
         if pending.fault is not None:
             del self._pending[pending.number]
@@ -264,9 +299,26 @@ class ShardedModel(Engine):
 
     def _ask(self, pending: _PendingOpen) -> _PendingOpen:
         head = Open(tokens=pending.tokens, **sampling_fields(pending.sampling))
+        return self._send_open(pending, Message(pending.number, head))
+
+    def _send_open(self, pending: _PendingOpen, message: Message) -> _PendingOpen:
         self._pending[pending.number] = pending
-        self._transport.send(0, Message(pending.number, head))
+        self._transport.send(0, message)
         return pending
+
+    def _reopen(self, number: int, ids: Sequence[int], sampling: Sampling, tokens: int) -> None:
+        """Give the request the new settings at every shard."""
+        head = Reopen(tokens=tokens, position=len(ids), **sampling_fields(sampling))
+        message = Message(number, head, pack_tokens(ids) if sampling.logit_rules else b"")
+        pending = self._send_open(_PendingOpen(number, sampling, tokens, time.monotonic()), message)
+        try:
+            self._await_room(pending, 0.0)
+        finally:
+            self._pending.pop(number, None)
+        if pending.fault is not None and pending.fault.code is FaultCode.lost:
+            raise SessionLost(pending.fault.text)
+        if pending.fault is not None:
+            raise _fault_of(pending.fault)
 
     def _await_room(self, pending: _PendingOpen, seconds: float) -> None:
         """Wait until there is room or a fault, or `seconds` are over; in any case until the first answer."""
@@ -299,10 +351,13 @@ class ShardedModel(Engine):
                 self._close(pending.number)
 
     def _close(self, number: int) -> None:
+        self._tell(number, Close(), "closed")
+
+    def _tell(self, number: int, head: Head, what: str) -> None:
         try:
-            self._transport.send(0, Message(number, Close()))
+            self._transport.send(0, Message(number, head))
         except ShardLost as lost:
-            log.info("request %d was closed without its shards: %s", number, lost)
+            log.info("request %d was %s without its shards: %s", number, what, lost)
 
     def _number(self) -> int:
         """A new number for a request or pass."""
@@ -354,11 +409,19 @@ class ShardedModel(Engine):
         self._transport.send(0, Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
         return _InFlight(number, head, parts, submitted)
 
-    @staticmethod
-    def _read(sent: _InFlight, answer: Message) -> None:
+    def _tops(self, sent: _InFlight, answer: Steps) -> list[int]:
+        """How many top tokens the answer has in each row of each piece: none of a request that stopped."""
+        stopped = {one.session for one in answer.stopped}
+        asked = {piece.session: self._journals[piece.session].session.sampling.top_tokens for piece in sent.head.pieces}
+        return [
+            0 if piece.session in stopped else min(asked[piece.session], self.vocabulary_size)
+            for piece in sent.head.pieces
+        ]
+
+    def _read(self, sent: _InFlight, answer: Message) -> None:
         if not isinstance(answer.head, Steps):
             raise ShardFault(f"pass {sent.number} was answered by {type(answer.head).__name__.upper()}")
-        steps = iter(unpack_steps(sent.head, answer.body))
+        steps = iter(unpack_steps(sent.head, answer.body, self._tops(sent, answer.head)))
         for part, piece in zip(sent.parts, sent.head.pieces, strict=True):
             if sent.head.read_all or piece.is_last:
                 part.extend.step = part.extend.step.then(next(steps))
@@ -410,10 +473,11 @@ class ShardedModel(Engine):
         self._pending.clear()
         self._transport.restore(deadline)
         connected = time.monotonic()
-        for journal in self._journals.values():
+        held = [journal for journal in self._journals.values() if not journal.is_set_aside]
+        for journal in held:
             self._rebuild(journal, deadline)
         self.recoveries.append(Recovery(began, connected, time.monotonic()))
-        log.info("the shards hold all %d requests again", len(self._journals))
+        log.info("the shards hold all %d requests again", len(held))
 
     def _rebuild(self, journal: _Journal, deadline: float) -> None:
         """Prefill the ids of a request. If the shards have no room for it until `deadline` (monotonic seconds), it

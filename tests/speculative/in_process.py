@@ -34,6 +34,7 @@ LIMITS = SchedulerLimits(
     client_cache_bytes=2**40,
     bytes_per_token=0,
     keep_seconds=60.0,
+    prefix_tokens=1000,
     idle_seconds=60.0,
 )
 

@@ -39,17 +39,17 @@ def test_bytes_of_a_text_at_length_8_and_acceptance_080() -> None:
 
 
 def test_ids_only() -> None:
-    """Of a round nothing travels but three small numbers, one small number, and raw ids."""
+    """Of a round nothing travels but a few numbers and raw ids."""
     draft = encode(TABLE, MessageType.draft, 1, DraftFrame(epoch=70000, position=70000), pack_tokens([1] * 8))
     verdict = encode(
         TABLE,
         MessageType.verdict,
         1,
-        VerdictFrame(epoch=70000, position=70000, accepted=8, prefix=2**64 - 1),
+        VerdictFrame(epoch=70000, position=70000, accepted=8, prefix=2**64 - 1, cached_tokens=2000),
         pack_tokens([1]),
     )
     assert len(draft) == 16 + (1 + 5 + 5) + 32
-    assert len(verdict) == 16 + (1 + 5 + 5 + 1 + 9) + 4
+    assert len(verdict) == 16 + (1 + 5 + 5 + 1 + 9 + 3) + 4
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,7 @@ def test_ids_only() -> None:
             top_p=0.9,
             min_p=0.05,
             logit_rules=None,
+            top_tokens=0,
             max_new_tokens=5,
             mode=Mode.sync,
             draft_length=5,
@@ -69,6 +70,7 @@ def test_ids_only() -> None:
             owner=bytes(16),
             threshold=None,
             report=False,
+            logprobs=False,
         ),
         CloseFrame(reason=Reason.refused, text="why"),
     ],

@@ -32,6 +32,7 @@ from lab.models.structure import find_structure
 from lab.settings import UserError
 from split.inference.messages import Piece
 from split.inference.shard import FirstShard, LastShard, OnlyShard, PassInput, ShardLimits
+from tests import reuse
 from tests.random_models import random_model
 
 SIZES = {
@@ -138,8 +139,11 @@ def test_it_computes_what_transformers_computes(family: str, folder: Path) -> No
         assert max(wrong) < 1e-3
 
 
+TOLD = replace(Sampling.greedy(), top_tokens=3)
+
+
 def _greedy(engine: LocalEngine, prompt: Sequence[int], count: int) -> list[TargetStep]:
-    with engine.open(prompt, Sampling.greedy()) as text:
+    with engine.open(prompt, TOLD) as text:
         assert text.step is not None
         steps = [text.step]
         while len(steps) < count:
@@ -159,7 +163,7 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
             pytest.skip(f"products in {weights} depend on their number of rows on this processor")
     prompts = [_ids(count, count) for count in (3, 40, 30, 9)]
     alone = [_greedy(engine, prompt, 60) for prompt in prompts]
-    sessions = [engine.open(prompt, Sampling.greedy()) for prompt in prompts]
+    sessions = [engine.open(prompt, TOLD) for prompt in prompts]
     draw, place = random.Random(0), [0] * len(prompts)
     while min(place) < 40:
         requests: list[tuple[Session, list[int]]] = []
@@ -176,6 +180,8 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
             for at in range(right):
                 if place[number] + at + 1 < 60:
                     assert step.next_nll[at] == known[at + 1].next_nll[-1]
+                    assert step.top[at] == known[at + 1].top[-1]
+                    assert len(step.top[at]) == 3
                     assert step.next_ids[at] == known[at + 1].next_ids[-1]
             session.position -= len(guesses) - right
             place[number] += right
@@ -184,6 +190,23 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
                 place[number] = 42
     for session in sessions:
         session.close()
+
+
+@pytest.mark.parametrize("among_others", [False, True])
+def test_a_text_that_goes_on_from_another_ones_session_has_the_same_bits(
+    among_others: bool, folder: Path, tmp_path: Path
+) -> None:
+    """In int4, where rows stand alone: whatever shares the passes of either."""
+    engines = [_engine(_packed(_model("qwen3"), tmp_path / "m", 4), folder) for _ in range(2)]
+    assert engines[0].row_invariant
+    for engine in engines:
+        engine._chunk = reuse.CHUNK
+    rules = reuse.sampled(reuse.SECOND_TOKENS)
+    for before, sampling in ((rules, reuse.PLAIN), (reuse.PLAIN, rules)):
+        found = reuse.again(engines[0], before, sampling, among_others=among_others)
+        assert found == reuse.anew(engines[1], sampling, among_others=not among_others)
+    wrong, right = reuse.again(engines[0], rules, rules, beyond=1), reuse.anew(engines[1], rules)
+    assert not all(one.equal(other) for one, other in zip(wrong.held, right.held, strict=True))
 
 
 def test_a_code_that_looks_at_its_neighbours_is_not_invariant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,11 +238,13 @@ def test_these_bytes_are_the_ones_that_cross_the_socket(random_verifier: Role) -
         top_p=1.0,
         min_p=0.0,
         logit_rules=None,
+        top_tokens=0,
         max_new_tokens=40,
         mode=Mode.sync,
         draft_length=8,
         threshold=None,
         report=False,
+        logprobs=False,
     )
     expected = len(encode(TABLE, MessageType.open, 1, opened, pack_tokens(asked.prompt_ids)))
     for reason in (Reason.length, Reason.left):  # the verifier's word and ours cross on the way

@@ -84,10 +84,10 @@ class Ground:
     def open(self, **changes: Any) -> OpenFrame:
         """A request that is right but for the changes."""
         values: dict[str, Any] = {
-            "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_rules": None,
+            "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_rules": None, "top_tokens": 0,
             "max_new_tokens": 20, "threshold": None,
             "name": self.draws.getrandbits(64), "owner": bytes(16), "mode": Mode.target_only, "draft_length": 5,
-            "report": False,
+            "report": False, "logprobs": False,
         }  # fmt: skip
         return OpenFrame(**values | changes)
 
@@ -189,7 +189,7 @@ def _another(**changes: Any) -> Callable[[Ground], None]:
     return shake
 
 
-VERDICT = VerdictFrame(epoch=0, position=0, accepted=0, prefix=0)
+VERDICT = VerdictFrame(epoch=0, position=0, accepted=0, prefix=0, cached_tokens=0)
 WELCOME = WelcomeFrame(
     model="", dtype="", vocabulary_size=1, context=1, max_draft_length=1, window=1, end_ids=[], target={}
 )
@@ -251,7 +251,9 @@ KINDS: dict[str, Callable[[Ground], None]] = {
         (MessageType.open, 1, ground.open(max_new_tokens=1), pack_tokens([1])),
     ),
     "sent VERDICT": _of_a_verifier(VERDICT, MessageType.verdict),
-    "sent SCORES": _of_a_verifier(ScoresFrame(position=0, draft_tokens=0), MessageType.scores),
+    "sent SCORES": _of_a_verifier(
+        ScoresFrame(position=0, draft_tokens=0, margins=0, logprobs=0, top_tokens=0), MessageType.scores
+    ),
     "sent WELCOME": _of_a_verifier(WELCOME, MessageType.welcome),
     "sent WAITING": _of_a_verifier(WaitingFrame(place=1), MessageType.waiting),
     "asked for the vocabulary twice": _asks_twice,

@@ -60,6 +60,7 @@ def _open(**changes: Any) -> OpenFrame:
         "top_p": 1.0,
         "min_p": 0.0,
         "logit_rules": None,
+        "top_tokens": 0,
         "max_new_tokens": 20,
         "name": next(NAMES),
         "owner": bytes(16),
@@ -67,6 +68,7 @@ def _open(**changes: Any) -> OpenFrame:
         "draft_length": 5,
         "threshold": None,
         "report": False,
+        "logprobs": False,
     }
     return OpenFrame(**values | changes)
 
@@ -129,7 +131,9 @@ def _opened_then(*ids: int) -> Send:
         (lambda frames: frames.send(MessageType.open, 1, _open(), b"abc"), "sent 3 bytes of token ids"),
         (lambda frames: frames.send(MessageType.open, 1, _open(), pack_tokens([-1])), "sent token id -1"),
         (
-            lambda frames: frames.send(MessageType.verdict, 1, VerdictFrame(epoch=0, position=0, accepted=0, prefix=0)),
+            lambda frames: frames.send(
+                MessageType.verdict, 1, VerdictFrame(epoch=0, position=0, accepted=0, prefix=0, cached_tokens=0)
+            ),
             "sent VERDICT, which a verifier does not accept",
         ),
         (

@@ -24,7 +24,7 @@ from split.inference.stage import InferenceStage
 from split.transport.base import Message
 from tests.split.chains import CONTEXT, VOCABULARY, saved_model, shards, some_ids
 
-OPEN = Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logit_rules=None)
+OPEN = Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logit_rules=None, top_tokens=0)
 
 
 def _pass(*pieces: tuple[int, int, int], read_all: bool = False) -> Pass:
@@ -118,7 +118,7 @@ def _greedy(stages: list[InferenceStage], client: Hashable) -> list[int]:
             message = _taken(stage, message, client)
         assert message is not None
         position += len(ids)
-        ids = unpack_steps(run, message.body)[0].next_ids
+        ids = unpack_steps(run, message.body, [0])[0].next_ids
         said += ids
     return said
 
@@ -128,9 +128,14 @@ def test_steps_travel_as_they_are() -> None:
 
     run = _pass((1, 0, 2), (2, 4, 1), read_all=True)
     steps = [TargetStep([5, 6], [0.5, 1.5], [2.0, float("inf")], [0.25, 0.75]), TargetStep([7], [0.1], [0.2], [0.3])]
-    assert unpack_steps(run, pack_steps(steps)) == steps
+    assert unpack_steps(run, pack_steps(steps), [0, 0]) == steps
     with pytest.raises(ValueError, match="must be"):
-        unpack_steps(run, pack_steps(steps)[:-1])
+        unpack_steps(run, pack_steps(steps)[:-1], [0, 0])
+    steps[0] = replace(steps[0], top=[[(9, 0.1), (5, 0.5)], [(6, 1.5), (8, 1.5)]])
+    assert unpack_steps(run, pack_steps(steps), [2, 0]) == steps
+    for tops in ([0, 0], [1, 0], [2, 1], [20, 20]):
+        with pytest.raises(ValueError, match="steps of 3 rows must be"):
+            unpack_steps(run, pack_steps(steps), tops)
 
 
 @pytest.mark.parametrize("boundary", Boundary)
