@@ -100,7 +100,7 @@ def test_where_only_the_end_is_left_it_is_forced() -> None:
 
 
 def test_going_back_forgets() -> None:
-    """Texts by detours: tokens that are not allowed, ends, pieces of any length; each against one that went straight."""
+    """Texts by detours (tokens that are not allowed, ends, pieces of any length) against texts that went straight."""
     numbers, many, schema = random.Random(4), grammars(), json.dumps(PERSON)
     text, held, seen_over = many.begin(schema), list[int](), 0
     for _ in range(250):
@@ -188,7 +188,10 @@ def _word_level() -> PreTrainedTokenizerFast:
 
 def test_a_tokenizer_that_does_not_fit_is_refused_by_name() -> None:
     for load, message in (
-        (lambda: (_other("small"), (0,)), "schema must be off for a tokenizer whose tokens do not spell a text's bytes"),
+        (
+            lambda: (_other("small"), (0,)),
+            "schema must be off for a tokenizer whose tokens do not spell a text's bytes",
+        ),
         (lambda: (_other("words"), (0,)), "schema must be off for a tokenizer that llguidance cannot read, got: "),
         (lambda: (object(), (0,)), "schema must be off for a tokenizer without a tokenizer.json, got object"),
         (lambda: (tokenizer(), ()), "schema must be off for a model without end tokens"),
@@ -206,7 +209,9 @@ def test_probes_are_texts_that_a_careless_tokenizer_loses() -> None:
 def test_a_text_that_no_token_continues_is_a_fault_and_no_end() -> None:
     text = grammars().begin('{"enum": ["a"]}')
     text._matcher = _Dead()  # type: ignore[assignment]  # no vocabulary of ours lacks a byte
-    with pytest.raises(GrammarFailed, match=r"^no token of the vocabulary continues the text under its schema \(token 0"):
+    with pytest.raises(
+        GrammarFailed, match=r"^no token of the vocabulary continues the text under its schema \(token 0"
+    ):
         text.allowed()
 
 
