@@ -163,8 +163,11 @@ class Generation:
         prompt = self._prompt_of[number]
         try:
             sampling = self.request.sampling_of(number % self.request.choices, len(prompt))
+            if sampling.logit_rules is not None:
+                self.writer.check_schema(sampling.logit_rules.schema)
         except ValueError as error:
-            raise RequestFault(400, str(error)) from None
+            param = "response_format" if "schema" in str(error) else None
+            raise RequestFault(400, str(error), param=param) from None
         return GenerationRequest(
             prompt_ids=prompt,
             sampling=sampling,

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from typing_extensions import override
 
-from lab.engine.base import Engine
+from lab.engine.base import Engine, check_schema
 from serve.settings import ServeProjectSettings
 from serve.writer import Counts, Ended, InLine, NewTokens, PromptTokens, Receive, Writer
 from speculative.messages import Reason
@@ -86,6 +86,10 @@ class ScheduledWriter(Writer):
                 receive(_ended(outcome))
 
         self._thread.open(key, received, lambda scheduler: scheduler.open(key, request, client=client))
+
+    @override
+    def check_schema(self, schema: str) -> None:
+        check_schema(self.engine.grammars, schema)
 
     @override
     def leave(self, key: Hashable) -> None:

@@ -487,7 +487,7 @@ class ShardedModel(Engine):
         session = journal.session
         if session.fault:
             return
-        if refusal := self._reopen(session, deadline):
+        if refusal := self._room_again(session, deadline):
             session.fault = f"the shards had lost it, and have no room for it now ({refusal})"
             self._close(session.key)
         elif session.position:
@@ -498,7 +498,7 @@ class ShardedModel(Engine):
             except _RequestLost as lost:  # again, to another client's
                 session.fault = str(lost)
 
-    def _reopen(self, session: Session, deadline: float) -> str:
+    def _room_again(self, session: Session, deadline: float) -> str:
         """Ask the shards for the room of a request again; empty if they have it, else why they have none."""
         while True:
             self._close(session.key)
