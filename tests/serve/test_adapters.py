@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -123,16 +124,19 @@ def test_the_newest_round_is_the_highest(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_turns_are_given_in_order() -> None:
-    turns, order = Turns(), []
-    with ThreadPoolExecutor(4) as pool:
+def test_turns_are_given_in_the_order_in_which_they_were_asked_for() -> None:
+    turns, order = Turns(), list[int]()
 
-        def work(name: int) -> None:
-            for _ in range(20):
-                with turns.turn():
-                    order.append(name)
-                    time.sleep(0.001)
+    def work(name: int) -> None:
+        with turns.turn():
+            order.append(name)
 
-        list(pool.map(work, range(4)))
-    late = order[8:72]
-    assert all(len(set(late[at : at + 4])) == 4 for at in range(0, 64, 4)), "somebody had two turns while others waited"
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(6)]
+    with turns.turn():
+        for place, thread in enumerate(threads):
+            thread.start()
+            while repr(turns._numbers) != f"count({place + 2})":  # it has asked
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(10)
+    assert order == list(range(6))
