@@ -61,7 +61,7 @@ Result = TypeVar("Result")
 
 KEPT_SECONDS = 5.0
 """A place in line is kept this long for a client that asks again."""
-REOPEN_SECONDS = 0.5
+REGAIN_SECONDS = 0.5
 """Seconds between two attempts to get a lost request's room again, while a shard's line is full."""
 
 
@@ -483,7 +483,7 @@ class ShardedModel(Engine):
         session = journal.session
         if session.fault:
             return
-        if refusal := self._reopen(session, deadline):
+        if refusal := self._regain_room(session, deadline):
             session.fault = f"the shards had lost it, and have no room for it now ({refusal})"
             self._close(session.key)
         elif session.position:
@@ -494,7 +494,7 @@ class ShardedModel(Engine):
             except _RequestLost as lost:  # again, to another client's
                 session.fault = str(lost)
 
-    def _reopen(self, session: Session, deadline: float) -> str:
+    def _regain_room(self, session: Session, deadline: float) -> str:
         """Ask the shards for the room of a request again; empty if they have it, else why they have none."""
         while True:
             self._close(session.key)
@@ -512,7 +512,7 @@ class ShardedModel(Engine):
                 return pending.fault.text
             # A line is full. Earlier shards must not keep room meanwhile: two clients might wait for each other.
             self._close(session.key)
-            time.sleep(min(REOPEN_SECONDS, left))
+            time.sleep(min(REGAIN_SECONDS, left))
 
 
 def _fault_of(fault: Fault) -> Exception:
