@@ -233,6 +233,8 @@ class SpeculativeProjectSettings(TextSettings, TargetSettings):
         require_at_least(1, self, "max_connections")
         require_at_least(0, self, "cross_entropy_threshold")
         require_above(0, self, "idle_seconds")
+        keeps_schema = self.rule is Rule.exact or self.schema is None
+        require(keeps_schema, "rule must be exact with project.schema", self.rule.name)
         is_held = self.engine is not EngineKind.speculative
         require(is_held, "engine must be local, split or synthetic for a verifier", self.engine.name)
 

@@ -220,7 +220,7 @@ def text_bytes(prompt_length: int, rounds: Sequence[Round]) -> int:
         draft = DraftFrame(epoch=epoch, position=position)
         total += len(encode(TABLE, MessageType.draft, 1, draft, pack_tokens(done.draft_ids)))
         epoch += done.accepted < len(done.draft_ids)
-        verdict = VerdictFrame(epoch=epoch, position=position, accepted=done.accepted, prefix=None, cached_tokens=0)
+        verdict = VerdictFrame(epoch=epoch, position=position, accepted=done.accepted, prefix=None)
         total += len(encode(TABLE, MessageType.verdict, 1, verdict, pack_tokens(done.ids)))
         position += len(done.tokens)
     return total

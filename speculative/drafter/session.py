@@ -13,11 +13,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab.command import entry
 from lab.command.terminal import TextStream
 from lab.device import open_device
+from lab.engine.base import check_schema
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError, user_errors
 from lab.text.generation import check_rows, decoder, most_new_tokens, sampling_of
+from lab.text.grammars import Grammars
 from lab.text.prompts import input_ids
 from lab.text.running_text import final_text
 from lab.tracking import Tracker
@@ -57,10 +59,12 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     sampling = sampling_of(project, settings.seed, tokenizer, len(ids))
     with Tracker(settings, "drafter", place.folder) as tracker, join(settings, texts) as target:
         request = make_request(settings, ids, sampling, most_new_tokens(project, len(ids), target.welcome.context))
-        _check_request(request, texts, target.welcome)
+        grammars = Grammars(lambda: (tokenizer, target.welcome.end_ids))
+        _check_request(request, texts, target.welcome, grammars)
         drafts: Drafts = NoDrafts()
         if request.mode is not Mode.target_only:
-            drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
+            size = target.welcome.vocabulary_size
+            drafts = open_drafts(settings, device, request.sampling, texts, size, grammars)
         tally = Tally()
         place.so_far = lambda: _figures(settings, target, tokenizer, tally)
         try:
@@ -99,11 +103,13 @@ def warn_of_unused(settings: SpeculativeSettings) -> None:
         log.warning("not used with %s: %s", whose, ", ".join(unused))
 
 
-def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
-    """UserError for a prompt that is too long, and for ids that the target does not have."""
+def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame, grammars: Grammars) -> None:
+    """UserError for a prompt that is too long, for ids that the target does not have, and for a schema that cannot be
+    compiled."""
     if request.sampling.logit_rules is not None:
         with user_errors("project."):
             request.sampling.logit_rules.check_ids(welcome.vocabulary_size)
+            check_schema(grammars, request.sampling.logit_rules.schema)
     if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
         raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
     check_rows(request.prompt_ids, welcome.vocabulary_size, "target", texts.__getitem__)

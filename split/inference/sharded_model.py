@@ -37,6 +37,7 @@ from lab.engine.base import (
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
+from lab.text.grammars import Grammars
 from lab.wire.frames import Head
 from lab.wire.tokens import pack_tokens
 from split.chain.messages import Fault, FaultCode
@@ -186,6 +187,7 @@ class ShardedModel(Engine):
         line_seconds: How long `open` may wait in line for room at the shards. It never does while this engine has
             another request: two engines that each hold the other one's room would wait forever. A second call for the
             same request within `KEPT_SECONDS` keeps its place.
+        grammars: Compiles schemas, so that a wrong one is found before the shards are asked; None: schemas are refused.
     """
 
     def __init__(
@@ -197,7 +199,9 @@ class ShardedModel(Engine):
         prefill_chunk: int,
         recovery_seconds: float,
         line_seconds: float = 0.0,
+        grammars: Grammars | None = None,
     ) -> None:
+        self.grammars = grammars
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         self.vocabulary_size, self.context, self.longest = vocabulary_size, context, context
@@ -483,7 +487,7 @@ class ShardedModel(Engine):
         session = journal.session
         if session.fault:
             return
-        if refusal := self._regain_room(session, deadline):
+        if refusal := self._room_again(session, deadline):
             session.fault = f"the shards had lost it, and have no room for it now ({refusal})"
             self._close(session.key)
         elif session.position:
@@ -494,7 +498,7 @@ class ShardedModel(Engine):
             except _RequestLost as lost:  # again, to another client's
                 session.fault = str(lost)
 
-    def _regain_room(self, session: Session, deadline: float) -> str:
+    def _room_again(self, session: Session, deadline: float) -> str:
         """Ask the shards for the room of a request again; empty if they have it, else why they have none."""
         while True:
             self._close(session.key)

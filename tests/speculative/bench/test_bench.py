@@ -50,6 +50,7 @@ TOY = (
     "project.bench.crowd_tokens=8",
     "project.bench.text_tokens=8",
     "project.bench.layers=[1]",
+    "project.bench.history_tokens=300",
     "project.synthetic.step_seconds=0.008",
     "project.synthetic.row_seconds=0.0001",
     "project.synthetic.draft_step_seconds=0.001",
@@ -121,12 +122,15 @@ def test_a_real_pair_beside_transformers(tmp_path: Path) -> None:
         "{name: prose, prompt: three, repeats: false}]'",
     )
     parts = [row["part"] for row in rows]
-    assert sorted(set(parts)) == ["crowd", "sources", "texts"]
+    assert sorted(set(parts)) == ["crowd", "second_turn", "sources", "texts"]
     texts = [row for row in rows if row["part"] == "texts"]
     assert [row["mode"] for row in texts] == ["assisted", "target_only", "sync", "async"] * 2
     crowds = [(row["text"], row["drafters"]) for row in rows if row["part"] == "crowd"]
     assert crowds == [(text, drafters) for text in ("edit", "prose", "all") for drafters in (1, 2)]
-    assert all(row["tokens_per_second"]["median"] > 0 for row in rows)
+    assert all(row["tokens_per_second"]["median"] > 0 for row in rows if row["part"] != "second_turn")
+    [chat] = [row for row in rows if row["part"] == "second_turn"]
+    assert (chat["history_tokens"], chat["prompt_tokens"], chat["cached_tokens"]) == (300, 328, 256)
+    assert chat["over_cold"]["median"] > 0
 
 
 class _Peer:
@@ -187,9 +191,8 @@ def test_the_seed_is_that_of_the_texts(tmp_path: Path) -> None:
 
 
 def test_parts_belong_to_engines(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"project\.bench\.parts must be of sources, texts, crowd, llama_cpp for engine=real"
-    ):
+    parts = "sources, texts, crowd, llama_cpp, second_turn"
+    with pytest.raises(UserError, match=rf"project\.bench\.parts must be of {parts} for engine=real"):
         _rows(tmp_path, "project.bench.engine=real", "project.bench.parts=[loops]")
 
 
