@@ -62,7 +62,7 @@ Result = TypeVar("Result")
 
 KEPT_SECONDS = 5.0
 """A place in line is kept this long for a client that asks again."""
-REOPEN_SECONDS = 0.5
+REGAIN_SECONDS = 0.5
 """Seconds between two attempts to get a lost request's room again, while a shard's line is full."""
 
 
@@ -516,7 +516,7 @@ class ShardedModel(Engine):
                 return pending.fault.text
             # A line is full. Earlier shards must not keep room meanwhile: two clients might wait for each other.
             self._close(session.key)
-            time.sleep(min(REOPEN_SECONDS, left))
+            time.sleep(min(REGAIN_SECONDS, left))
 
 
 def _fault_of(fault: Fault) -> Exception:

@@ -332,7 +332,7 @@ def test_a_lost_text_waits_until_a_full_line_has_a_place(
 ) -> None:
     """A new text is told at once that the line is full; one that has begun asks again as long as it may."""
     monkeypatch.setattr("split.inference.server.CHECK_SECONDS", 1000.0)
-    monkeypatch.setattr("split.inference.sharded_model.REOPEN_SECONDS", 0.02)
+    monkeypatch.setattr("split.inference.sharded_model.REGAIN_SECONDS", 0.02)
     clock = [0.0]
     with two(settings, sessions=1, most_waiting=1) as both, ThreadPoolExecutor(1) as pool:
         for process in both:
