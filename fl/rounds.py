@@ -84,6 +84,8 @@ class RoundReport:
     """Time from the first message sent to the new adapter."""
     aggregate_seconds: float
     """Part of `round_seconds`: checking and folding replies, and taking the mean."""
+    server_rss_bytes: int = 0
+    """Resident size of the server's process after the round."""
 
 
 @dataclass(frozen=True, kw_only=True)

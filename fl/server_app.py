@@ -44,7 +44,7 @@ def deployed(grid: Grid, context: Context) -> None:
     try:
         settings = settings_from_run(context)
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{context.run_id}"
-        place = Run(Path("results/fed_learn").absolute() / name)
+        place = Run(Path(str(context.run_config.get("folder") or f"results/fed_learn/{name}")).absolute())
         # Flower sends the code itself, not the checkout: the hash of that code says what ran.
         code = {"fab_hash": grid.run.fab_hash}
         try:
@@ -62,7 +62,7 @@ def deployed(grid: Grid, context: Context) -> None:
 
 def unfinished(error: RoundFailed | NodesMissing, folder: Path) -> Fault:
     """The message of a run that ended early: each reason once, and the folder of the last adapter."""
-    left = f"the last good adapter is {latest_adapter(folder / 'adapters')}"
+    left = f"the last good adapter is {latest_adapter(folder / 'adapters')}; continue with project.resume={folder}"
     if isinstance(error, NodesMissing):
         return Lost(f"{error}; {left}")
     reasons = Counter(refusal.reason for refusal in error.refused).most_common()

@@ -95,6 +95,10 @@ class FederatedProjectSettings:
     baseline: Baseline
     warm_start: str | None
     """PEFT folder of this base model to start from; null: a new adapter."""
+    resume: str | None
+    """Folder of an interrupted run to continue, in a new folder; null: a new run."""
+    resume_changes: list[str]
+    """Settings, by dotted key, that may differ from those of the run that is continued."""
     node_timeout_seconds: float
     """Time limit for `num_clients` nodes to connect."""
     reply_timeout_seconds: float
@@ -114,6 +118,8 @@ class FederatedProjectSettings:
         require_at_least(0, self, "proximal_mu", "workers", "worker_retries")
         require_above(0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds")
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
+        if self.baseline is Baseline.central:
+            require(self.resume is None, "resume must be null for baseline=central", self.resume)
 
 
 @register("fed_learn")

@@ -7,7 +7,7 @@ at the end of each round, since it is what the server sends.
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -32,6 +32,7 @@ from fl.messages import (
     to_index_record,
 )
 from fl.rounds import ERRORS, NodesMissing, RoundFailed, RoundFold, RoundReport, RunReport, RunStopped, describe_error
+from fl.run.state import Stateful
 
 EXPIRY_GRACE_SECONDS = 5.0
 """Flower's SuperLink reports a message that has expired; if that report does not arrive either, we stop waiting."""
@@ -63,9 +64,13 @@ class WeightedFedAvg(Strategy):
     """Longest wait for `num_clients` nodes."""
     poll_seconds: float
     """Pause between two looks for replies."""
+    components: Mapping[str, Stateful] = field(default_factory=dict)
+    """Parts with state between rounds, such as a server optimizer, by the name under which the state is saved."""
     _partitions: dict[int, int] = field(default_factory=dict, init=False)
     _asked: list[Message] = field(default_factory=list, init=False)
     _first_asked: list[int] = field(default_factory=list, init=False)
+    _first_partitions: list[int] = field(default_factory=list, init=False)
+    _needed_nodes: int = field(default=1, init=False)
     _on_reply: Callable[[str], None] = field(default=lambda line: None, init=False)
     _stopped: Callable[[], bool] = field(default=lambda: False, init=False)
 
@@ -82,27 +87,41 @@ class WeightedFedAvg(Strategy):
         *,
         num_rounds: int,
         on_round: Callable[[RoundReport], None],
+        finished_rounds: int = 0,
+        first_asked: Sequence[int] = (),
         on_reply: Callable[[str], None] = lambda line: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> RunReport:
         """Run all rounds, then evaluate the last adapter at the nodes of round 1, which evaluated the first one.
+
+        A run that continues is given the number of its `finished_rounds`, the adapter of the last one, and the
+        partitions that were asked in round 1 (`first_partitions`).
 
         `on_round` is called after every round, to record it; `on_reply` with one line for every client asked, as soon
         as it has replied or failed, to show progress. `stopped` is called between two polls for replies or nodes.
 
         Raises NodesMissing, RoundFailed when a round (or the last evaluation) has no good reply, and RunStopped.
         """
-        packed, self._first_asked = PackedAdapter.pack(initial, self.index), []
+        packed, self._first_asked, self._first_partitions = PackedAdapter.pack(initial, self.index), [], [*first_asked]
         self._on_reply, self._stopped = on_reply, stopped
         self.summary()
-        for server_round in range(1, num_rounds + 1):
+        self._needed_nodes = self.num_clients
+        for server_round in range(finished_rounds + 1, num_rounds + 1):
             packed, report = self._train_round(grid, server_round, packed)
-            self._first_asked = self._first_asked or [message.metadata.dst_node_id for message in self._asked]
+            if server_round == 1:
+                self._first_asked = [message.metadata.dst_node_id for message in self._asked]
+                known = [self._partitions[node] for node in self._first_asked if node in self._partitions]
+                self._first_partitions = sorted(known)
             on_round(report)
         fold = self._evaluate_round(grid, num_rounds, packed)
         return RunReport(
             adapter=packed.unpack(), evaluate=fold.evaluate_means(), clients=fold.rows, refused=fold.refused
         )
+
+    @property
+    def first_partitions(self) -> list[int]:
+        """The partitions that were asked in round 1; empty where all were (`fraction` 1), whatever their partitions."""
+        return self._first_partitions
 
     @override
     def configure_train(
@@ -163,13 +182,24 @@ class WeightedFedAvg(Strategy):
         )
 
     def _evaluate_round(self, grid: Grid, server_round: int, packed: PackedAdapter) -> RoundFold:
-        there = set(grid.get_node_ids())
-        nodes = [node_id for node_id in self._first_asked if node_id in there] or self._draw(grid, server_round)
+        nodes = self._asked_first(grid) or self._draw(grid, server_round)
         arrays, fold = to_array_record(packed), RoundFold(self.index, trains=False)
         self._exchange(grid, self._messages(MessageType.EVALUATE, server_round, arrays, ConfigRecord(), nodes), fold)
         if not fold.rows:
             raise RoundFailed("evaluate", server_round, packed.unpack(), fold.refused)
         return fold
+
+    def _asked_first(self, grid: Grid) -> list[int]:
+        """The nodes of round 1 that are still there. Node ids differ from run to run: a run that continues knows the
+        partitions."""
+        if self._first_asked:
+            there = set(grid.get_node_ids())
+            return [node_id for node_id in self._first_asked if node_id in there]
+        nodes = self._registered(grid, self._needed_nodes)
+        if not self._first_partitions:
+            return nodes
+        known = self._by_partition(grid, nodes)
+        return [node_id for node_id in known if self._partitions[node_id] in self._first_partitions]
 
     def _messages(
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int]
@@ -184,7 +214,8 @@ class WeightedFedAvg(Strategy):
 
     def _draw(self, grid: Grid, server_round: int) -> list[int]:
         """The nodes of a round. A part of them is drawn over partitions: node ids differ from run to run."""
-        nodes = self._registered(grid, self.num_clients if server_round == 1 else 1)
+        nodes = self._registered(grid, self.num_clients if server_round == 1 else self._needed_nodes)
+        self._needed_nodes = 1  # sites may leave once a run has begun, or has begun again
         if self.fraction < 1:
             nodes = self._by_partition(grid, nodes)
             count = max(1, round(self.fraction * len(nodes)))
