@@ -153,8 +153,9 @@ def _link(source: str, target: str) -> None:
 def load_adapter(
     folder: Path, base: BaseModel, lora: LoraConfig, whole: PreTrainedConfig, key: str = "project.warm_start"
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a PEFT folder, to start from on `base` (a model of config `whole`) with `lora`; `key` is the setting
-    that names the folder.
+    """The tensors of a PEFT folder, to start from on `base` (a model of config `whole`) with `lora`.
+
+    `key` is the setting that names the folder.
 
     Clients make their adapter from the run's settings and never see the folder, so it must fit those settings.
 

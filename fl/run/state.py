@@ -4,7 +4,7 @@ A round is finished when its folder `adapters/round-NNNN` exists: adapter, `roun
 components are written into it and appear together (`fl.checkpoint.AdapterFolders`). Older rounds keep their
 `round.json`, so the folders of all rounds together are the history of the run.
 
-Clients keep no state between rounds, and the sites of a round follow from seed and round: there is nothing else to keep.
+Clients keep no state between rounds, and the sites of a round follow from seed and round: nothing else is needed.
 """
 
 import logging
@@ -35,7 +35,7 @@ FREE = (
     *("project.resume", "project.resume_changes", "project.warm_start"),
     *("project.workers", "project.worker_retries", "project.poll_seconds", "project.node_timeout_seconds"),
 )
-"""Settings, or whole groups, that change no adapter. (The base model itself is compared by the digest of its tensors.)"""
+"""Settings, or whole groups, that change no adapter. (Base models are compared by the digest of their tensors.)"""
 FIXED = ("model", "seed", "project.lora", "project.num_clients", "project.partition_by", "project.data")
 """Settings that make another model, another adapter or another partition: a run cannot continue with others."""
 

@@ -12,6 +12,9 @@ from typing import Protocol
 from fl.checkpoint import round_folders
 
 
+AT_WORK = 0.7
+
+
 class Process(Protocol):
     """A server at work."""
 
@@ -43,7 +46,10 @@ def adapters(run: Path) -> dict[str, bytes]:
 def kill_at_random(
     kills: int, seed: int, folder: Path, most_seconds: float, start: Callable[[Path, Sequence[str]], Process]
 ) -> Killed:
-    """`start(run folder, overrides)` begins a run or goes on with one. A kill comes after up to `most_seconds`."""
+    """`start(run folder, overrides)` begins a run or goes on with one.
+
+    A kill comes up to `most_seconds` after the start, or, for `AT_WORK` of them, after the first state is on disk.
+    """
     came, moments = Killed(), random.Random(seed)
     left: Path | None = None
     number = 0
@@ -52,8 +58,11 @@ def kill_at_random(
         here = folder / f"attempt-{number:03d}"
         before = adapters(left) if left else {}
         process = start(here, [f"project.resume={left}"] if left else [])
-        deadline = time.monotonic() + moments.uniform(0, most_seconds)
         if came.kills < kills:
+            at_work, seconds = moments.random() < AT_WORK, moments.uniform(0, most_seconds)
+            while at_work and process.is_alive() and not round_folders(here / "adapters"):
+                time.sleep(0.005)
+            deadline = time.monotonic() + seconds
             while process.is_alive() and time.monotonic() < deadline:
                 time.sleep(0.005)
         else:
