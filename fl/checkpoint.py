@@ -9,7 +9,6 @@ import copy
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -20,6 +19,7 @@ from peft import LoraConfig
 from transformers import PreTrainedConfig
 
 from fl.adapters import Adapter
+from fl.run.folders import round_folders
 from lab.files import whole_folder
 from lab.models.adapter import Fit, fit_adapter, fit_config, read_adapter, write_adapter
 from lab.models.base_model import loading_code
@@ -135,12 +135,6 @@ def latest_adapter(root: Path) -> Path | None:
     """The folder of the highest round below root; None if there is none."""
     rounds = round_folders(root)
     return rounds[max(rounds)] if rounds else None
-
-
-def round_folders(root: Path) -> dict[int, Path]:
-    """The absolute folder of every finished round below root, by the round's number."""
-    found = {path: re.fullmatch(r"round-(\d+)", path.name) for path in root.absolute().glob("round-*")}
-    return {int(name[1]): path for path, name in found.items() if name}
 
 
 def _link(source: str, target: str) -> None:

@@ -12,9 +12,10 @@ from flwr.serverapp import Grid, ServerApp
 from fl.checkpoint import latest_adapter
 from fl.client_app import log_beside_flower, settings_from_run
 from fl.rounds import NodesMissing, RoundFailed
+from fl.run.folders import say_process
 from fl.server import serve
 from lab.command.entry import Run, finish
-from lab.faults import Fault, Lost
+from lab.faults import EndedBy, Fault, Lost
 from lab.settings import UserError
 
 log = logging.getLogger(__name__)
@@ -45,14 +46,17 @@ def deployed(grid: Grid, context: Context) -> None:
         settings = settings_from_run(context)
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{context.run_id}"
         place = Run(Path(str(context.run_config.get("folder") or f"results/fed_learn/{name}")).absolute())
+        say_process(place.folder)
         # Flower sends the code itself, not the checkout: the hash of that code says what ran.
         code = {"fab_hash": grid.run.fab_hash}
         try:
             figures = serve(grid, settings, place)
-        except (RoundFailed, NodesMissing) as error:
-            end = unfinished(error, place.folder)
-            about = {"status": "failed", "error": str(end), "ended_by": end.ended_by}
-            finish(place.so_far() | about | code, settings, place)
+        except (UserError, Fault) as error:
+            end = unfinished(error, place.folder) if isinstance(error, RoundFailed | NodesMissing) else error
+            ended_by = end.ended_by if isinstance(end, Fault) else EndedBy.refused
+            about = {"status": "failed", "error": str(end), "ended_by": ended_by}
+            if not (place.folder / "result.json").exists():  # of another run, which refuses this one
+                finish(place.so_far() | about | code, settings, place)
             raise
         finish(figures | code, settings, place)
     except (UserError, Fault) as error:

@@ -99,8 +99,16 @@ class FederatedProjectSettings:
     """Folder of an interrupted run to continue, in a new folder; null: a new run."""
     resume_changes: list[str]
     """Settings, by dotted key, that may differ from those of the run that is continued."""
+    attempts: int
+    """Deployment: submissions of a run that fails, each from its last finished round."""
+    retry_seconds: float
+    """Deployment: pause before the next attempt."""
+    superlink: str
+    """Deployment: connection in the config.toml of `FLWR_HOME`; its SuperLink runs on this machine."""
+    command_timeout_seconds: float
+    """Deployment: time limit of one call of `flwr`."""
     node_timeout_seconds: float
-    """Time limit for `num_clients` nodes to connect."""
+    """Time limit for `num_clients` nodes to connect; in a deployment, also for the SuperLink to answer."""
     reply_timeout_seconds: float
     """Time to live of a message: a client that has not replied by then is left out of the round."""
     poll_seconds: float
@@ -114,9 +122,11 @@ class FederatedProjectSettings:
     data: DataSettings
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "num_clients", "rounds", "local_steps")
-        require_at_least(0, self, "proximal_mu", "workers", "worker_retries")
-        require_above(0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds")
+        require_at_least(1, self, "num_clients", "rounds", "local_steps", "attempts")
+        require_at_least(0, self, "proximal_mu", "workers", "worker_retries", "retry_seconds")
+        require_above(
+            0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds", "command_timeout_seconds"
+        )
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
         if self.baseline is Baseline.central:
             require(self.resume is None, "resume must be null for baseline=central", self.resume)

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fl.checkpoint import round_folders
 from fl.rounds import RoundReport
+from fl.run.folders import latest_rounds, round_folders
 from fl.settings import FederatedSettings
 from lab.files import path_of
 from lab.settings import UserError, require, to_plain
@@ -34,6 +34,7 @@ FREE = (
     *("model.source", "model.path", "model.repo", "model.revision", "model.package", "model.wheel"),
     *("project.resume", "project.resume_changes", "project.warm_start"),
     *("project.workers", "project.worker_retries", "project.poll_seconds", "project.node_timeout_seconds"),
+    *("project.attempts", "project.retry_seconds", "project.superlink", "project.command_timeout_seconds"),
 )
 """Settings, or whole groups, that change no adapter. (Base models are compared by the digest of their tensors.)"""
 FIXED = ("model", "seed", "project.lora", "project.num_clients", "project.partition_by", "project.data")
@@ -127,14 +128,15 @@ def saved_run(settings: FederatedSettings, base_digest: str) -> SavedRun | None:
     if project.resume is None:
         return None
     folder = path_of(project.resume, "project.resume")
-    rounds = round_folders(folder / "adapters")
+    root = (latest_rounds(folder) or folder) / "adapters"
+    rounds = round_folders(root)
     rule = "project.resume must be the folder of a run with finished rounds"
     if not rounds:
         raise UserError(f"{rule} (adapters/round-0000 and so on), got {str(folder)!r}")
     if missing := sorted({*range(max(rounds))} - rounds.keys()):
         raise UserError(f"{rule}, got {str(folder)!r}, which lacks round {missing[0]} of {max(rounds)}")
     records = [_read(path, number) for number, path in sorted(rounds.items())]
-    saved = SavedRun(root=folder / "adapters", records=records, folder=rounds[max(rounds)])
+    saved = SavedRun(root=root, records=records, folder=rounds[max(rounds)])
     if saved.last.round > project.rounds:
         raise UserError(f"project.rounds must be at least the {saved.last.round} finished rounds, got {project.rounds}")
     if saved.last.base_digest != base_digest:

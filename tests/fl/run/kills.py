@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from fl.checkpoint import round_folders
-
+from fl.run.folders import round_folders
 
 AT_WORK = 0.7
 
@@ -44,11 +43,16 @@ def adapters(run: Path) -> dict[str, bytes]:
 
 
 def kill_at_random(
-    kills: int, seed: int, folder: Path, most_seconds: float, start: Callable[[Path, Sequence[str]], Process]
+    kills: int,
+    seed: int,
+    folder: Path,
+    rounds: int,
+    most_seconds: float,
+    start: Callable[[Path, Sequence[str]], Process],
 ) -> Killed:
     """`start(run folder, overrides)` begins a run or goes on with one.
 
-    A kill comes up to `most_seconds` after the start, or, for `AT_WORK` of them, after the first state is on disk.
+    A kill comes up to `most_seconds` after the start, or, for `AT_WORK` of them, in the round after one of the `rounds`.
     """
     came, moments = Killed(), random.Random(seed)
     left: Path | None = None
@@ -59,10 +63,12 @@ def kill_at_random(
         before = adapters(left) if left else {}
         process = start(here, [f"project.resume={left}"] if left else [])
         if came.kills < kills:
-            at_work, seconds = moments.random() < AT_WORK, moments.uniform(0, most_seconds)
-            while at_work and process.is_alive() and not round_folders(here / "adapters"):
+            least = max(round_folders((left or here) / "adapters"), default=-1)
+            at_work, seconds = moments.random() < AT_WORK, moments.uniform(0, most_seconds / rounds)
+            seen = moments.randint(max(0, least), max(0, rounds - 1)) if at_work else -1
+            while process.is_alive() and max(round_folders(here / "adapters"), default=-1) < seen:
                 time.sleep(0.005)
-            deadline = time.monotonic() + seconds
+            deadline = time.monotonic() + (seconds if at_work else seconds * rounds)
             while process.is_alive() and time.monotonic() < deadline:
                 time.sleep(0.005)
         else:

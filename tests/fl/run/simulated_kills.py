@@ -17,8 +17,6 @@ from tests.fl.run.kills import Killed, adapters, kill_at_random
 
 ROOT = Path(__file__).resolve().parents[3]
 CLIENTS, ROUNDS = 4, 6
-KILLED_WITHIN_SECONDS = 8.0
-"""About the time of all rounds; Ray's start comes before."""
 
 
 @dataclass
@@ -54,7 +52,8 @@ def session(leader: int) -> list[psutil.Process]:
 def begin(data: Path, folder: Path, overrides: Sequence[str]) -> Simulation:
     words = on_jsonl(data, CLIENTS, f"project.rounds={ROUNDS}", "project.fraction=0.5", f"hydra.run.dir={folder}")
     command = [sys.executable, "-m", "simulations.fed_sim", *words, *overrides]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    output = folder.with_suffix(".log").open("wb")
+    quiet = {"stdout": output, "stderr": subprocess.STDOUT}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return Simulation(subprocess.Popen(command, start_new_session=True, env=environment, **quiet))  # type: ignore[call-overload]
 
@@ -63,9 +62,9 @@ def kill_simulations(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """Compares a run that is killed `kills` times with one that is left alone."""
     data = write_dialogues(folder / "data.jsonl", 40)
     begin(data, folder / "whole", []).join()
-    came: Killed = kill_at_random(
-        kills, seed, folder, KILLED_WITHIN_SECONDS, lambda where, words: begin(data, where, words)
-    )
+    rounds = sorted((folder / "whole/adapters").iterdir())
+    seconds = rounds[-1].stat().st_mtime - rounds[0].stat().st_mtime
+    came: Killed = kill_at_random(kills, seed, folder, ROUNDS, seconds, lambda where, words: begin(data, where, words))
     whole = adapters(folder / "whole")
     same = came.adapters == whole and len(whole) == ROUNDS + 1
     figures = {key: value for key, value in asdict(came).items() if key != "adapters"}

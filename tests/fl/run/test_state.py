@@ -114,7 +114,7 @@ def forked(settings_of: Path) -> Any:
 def test_killed_at_random_points_and_resumed_the_bytes_are_the_same(whole: Path, tmp_path: Path) -> None:
     begin = time.monotonic()
     federate(settings_in(whole.parent), tmp_path / "timed")
-    came = kill_at_random(KILLS, 3, tmp_path, time.monotonic() - begin, forked(whole.parent))
+    came = kill_at_random(KILLS, 3, tmp_path, ROUNDS, time.monotonic() - begin, forked(whole.parent))
     assert came.kills == KILLS
     assert came.lost == []
     assert came.adapters == adapters(whole)
@@ -141,7 +141,7 @@ def test_a_server_that_begins_again_or_loses_a_round_is_caught(
 def test_a_round_that_is_lost_is_counted(whole: Path, tmp_path: Path) -> None:
     """A negative control of the kills: a server that is resumed, and begins again."""
     begin = forked(whole.parent)
-    came = kill_at_random(KILLS, 3, tmp_path, 1.0, lambda folder, overrides: begin(folder, []))
+    came = kill_at_random(KILLS, 3, tmp_path, ROUNDS, 1.0, lambda folder, overrides: begin(folder, []))
     assert came.lost
 
 
