@@ -52,7 +52,7 @@ def kill_at_random(
 ) -> Killed:
     """`start(run folder, overrides)` begins a run or goes on with one.
 
-    A kill comes up to `most_seconds` after the start, or, for `AT_WORK` of them, in the round after one of the `rounds`.
+    A kill comes up to `most_seconds` after the start, or, for `AT_WORK` of them, soon after one of the `rounds`.
     """
     came, moments = Killed(), random.Random(seed)
     left: Path | None = None
@@ -65,7 +65,7 @@ def kill_at_random(
         if came.kills < kills:
             least = max(round_folders((left or here) / "adapters"), default=-1)
             at_work, seconds = moments.random() < AT_WORK, moments.uniform(0, most_seconds / rounds)
-            seen = moments.randint(max(0, least), max(0, rounds - 1)) if at_work else -1
+            seen = moments.randint(max(0, least), max(0, least, rounds - 1)) if at_work else -1
             while process.is_alive() and max(round_folders(here / "adapters"), default=-1) < seen:
                 time.sleep(0.005)
             deadline = time.monotonic() + (seconds if at_work else seconds * rounds)
