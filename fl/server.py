@@ -4,6 +4,7 @@ Knows nothing about where the clients are; a Grid reaches them.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from fl.checkpoint import AdapterFolders, BaseModel, load_adapter
 from fl.plots import draw_run
 from fl.report import RoundFigures, counts_of, history, summary
 from fl.rounds import RoundReport
+from fl.run.sites import SiteRecord, SiteRecords
 from fl.run.state import RoundRecord, SavedRun, drop_old_states, saved_run, write_state
 from fl.settings import FederatedSettings
 from fl.sizes import base_bytes
@@ -53,7 +55,8 @@ def serve(
     project, device = settings.project, open_device(settings.device)
     initial, saved = starting_point(settings)
     index = AdapterIndex.of(initial, project.wire_dtype)
-    averaging, folders = strategy(settings, index), adapter_folders(settings, place)
+    known = saved.last.sites if saved else ()
+    averaging, folders = strategy(settings, index, known), adapter_folders(settings, place)
     written, reports, sites = folders.root, saved.reports if saved else [], SiteLog(settings)
 
     def commit_round(number: int, adapter: Adapter, report: RoundReport | None, card: Mapping[str, float]) -> Path:
@@ -63,6 +66,7 @@ def serve(
             base_digest=folders.base.digest,
             report=report,
             first_asked=averaging.first_partitions,
+            sites=averaging.sites.records,
         )
         return folders.write(number, adapter, card, lambda folder: write_state(folder, record, averaging.components))
 
@@ -174,6 +178,9 @@ def row(report: RoundReport) -> dict[str, Any]:
         "server_rss_bytes": report.server_rss_bytes,
         "replies": len(report.clients),
         "refused": len(report.refused),
+        "late": report.late,
+        "unused": report.unused,
+        **({"left_out": report.left_out} if report.left_out else {}),
     }
 
 
@@ -204,8 +211,10 @@ def run_result(
     }
 
 
-def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg:
-    """The strategy of the run, for our own loop or Flower's `start()`."""
+def strategy(
+    settings: FederatedSettings, index: AdapterIndex, known_sites: Sequence[SiteRecord] = ()
+) -> WeightedFedAvg:
+    """The strategy of the run, for our own loop or Flower's `start()`; `known_sites` are those of a continued run."""
     project = settings.project
     return WeightedFedAvg(
         index,
@@ -215,6 +224,10 @@ def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg
         message_ttl_seconds=project.reply_timeout_seconds,
         register_timeout_seconds=project.node_timeout_seconds,
         poll_seconds=project.poll_seconds,
+        quorum=project.quorum,
+        oversample=project.oversample,
+        deadline_seconds=math.inf if project.round_deadline_seconds is None else project.round_deadline_seconds,
+        sites=SiteRecords(project.max_failures, project.pause_rounds, known_sites),
     )
 
 

@@ -72,7 +72,7 @@ def unfinished(error: RoundFailed | NodesMissing, folder: Path) -> Fault:
     reasons = Counter(refusal.reason for refusal in error.refused).most_common()
     counted = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
     more = [f"{len(reasons) - MAX_REASONS} more reasons"] if len(reasons) > MAX_REASONS else []
-    return Fault(f"round {error.server_round} had no good reply: {'; '.join(counted + more)}; {left}")
+    return Fault(f"round {error.server_round} ended {error.ended}: {'; '.join(counted + more)}; {left}")
 
 
 app = make_server_app(deployed)

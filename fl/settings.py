@@ -87,6 +87,16 @@ class FederatedProjectSettings:
     """Optimizer steps of a client in one round."""
     fraction: float
     """Share of the clients that train in a round (chosen by seed and round); 1.0: all."""
+    quorum: int
+    """Good replies without which a round fails."""
+    oversample: int
+    """Clients asked in a round beyond its share; the first good replies count, as many as the share."""
+    round_deadline_seconds: float | None
+    """When a round ends although clients have not replied, if it has its quorum; null: it waits for all."""
+    max_failures: int
+    """Rounds that a client fails in a row before it is left out for a while."""
+    pause_rounds: int
+    """Rounds for which it is left out."""
     partition_by: PartitionBy
     weighting: Weighting
     wire_dtype: WireDtype
@@ -122,12 +132,21 @@ class FederatedProjectSettings:
     data: DataSettings
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "num_clients", "rounds", "local_steps", "attempts")
-        require_at_least(0, self, "proximal_mu", "workers", "worker_retries", "retry_seconds")
+        require_at_least(1, self, "num_clients", "rounds", "local_steps", "attempts", "max_failures")
+        require_at_least(0, self, "proximal_mu", "workers", "worker_retries", "retry_seconds", "pause_rounds")
         require_above(
             0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds", "command_timeout_seconds"
         )
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
+        share = max(1, round(self.fraction * self.num_clients))
+        require(1 <= self.quorum <= share, f"quorum must be in [1, {share}], the clients of a round", self.quorum)
+        most = self.num_clients - share
+        require(0 <= self.oversample <= most, f"oversample must be in [0, {most}], the other clients", self.oversample)
+        deadline, rule = (
+            self.round_deadline_seconds,
+            "round_deadline_seconds must be null or in (0, reply_timeout_seconds]",
+        )
+        require(deadline is None or 0 < deadline <= self.reply_timeout_seconds, rule, deadline)
         if self.baseline is Baseline.central:
             require(self.resume is None, "resume must be null for baseline=central", self.resume)
 

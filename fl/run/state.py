@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fl.rounds import RoundReport
 from fl.run.folders import latest_rounds, round_folders
+from fl.run.sites import SiteRecord
 from fl.settings import FederatedSettings
 from lab.files import path_of
 from lab.settings import UserError, require, to_plain
@@ -65,6 +66,8 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Its figures, without tensors; None for round 0."""
     first_asked: list[int] = msgspec.field(default_factory=list)
     """Partitions that were asked in round 1, where they are known: the last evaluation asks the same."""
+    sites: list[SiteRecord] = msgspec.field(default_factory=list)
+    """What became of each site so far."""
 
 
 @dataclass(frozen=True, kw_only=True)

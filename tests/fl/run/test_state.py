@@ -164,8 +164,8 @@ class Momentum:
 def with_momentum(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Momentum]:
     parts, make = {name: Momentum() for name in names}, server.strategy
 
-    def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg:
-        made = make(settings, index)
+    def strategy(settings: FederatedSettings, index: AdapterIndex, known: Any) -> WeightedFedAvg:
+        made = make(settings, index, known)
         made.components = parts
         return made
 
