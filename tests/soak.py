@@ -41,6 +41,8 @@ from tests.folder_fuzz import fuzz_folders
 from tests.lab.models import adapters
 from tests.logit_rules import compare_logit_rules, shards_differ
 from tests.role_kills import kill_roles
+from tests.serve import kills as chain_kills
+from tests.serve.adapters import make_adapter
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
     Compared,
@@ -73,6 +75,8 @@ LOGIT_RULES_TOKENS = 10_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
+SERVER_KILLS = 10
+CHAIN_KINDS = ("first", "last", "verifier")
 DRAFTING_KILLS = 100
 RESUME_SECONDS = 1.0 + 4 * DELAY_SECONDS
 """A round trip at its longest, and a second; the prefill of such texts is not seen beside that."""
@@ -170,6 +174,16 @@ def shards_attacked() -> dict[str, Any]:
     growth = max(b - a for a, b in zip(before, after, strict=True))
     ok = came.same_tokens and lived and growth < ATTACKED_CACHE_BYTES + LARGEST_GROWTH_BYTES
     return {"ok": ok, **asdict(came), "shards_lived": lived, "rss_growth_bytes": growth}
+
+
+def chain_killed() -> dict[str, Any]:
+    """An adapter behind two shards, a verifier, a link of 50 ms and an HTTP server: SIGKILL of any of them at random
+    tokens, 50 behind the server and 10 of the server itself. Every text is that of the whole model with the adapter."""
+    kinds = [*CHAIN_KINDS * (KILLS // len(CHAIN_KINDS) + 1)][:KILLS] + ["server"] * SERVER_KILLS
+    with tempfile.TemporaryDirectory() as folder:
+        with chain_kills.chain(Path(folder), make_adapter(Path(folder) / "adapter", 0), rtt_seconds=0.05) as behind:
+            came = chain_kills.kill_at_random(behind, kinds, seed=1)
+    return {"ok": came.differing == 0 and came.returns >= SERVER_KILLS, **asdict(came)}
 
 
 def shards_misused() -> dict[str, Any]:
@@ -323,7 +337,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
-        *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left),
+        *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left, chain_killed),
         *(unicode_texts, roles_killed, settings_changed),
         *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells, federation_killed),
     )
