@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from typing_extensions import override
 
-from lab.engine.base import Engine
+from lab.engine.base import Engine, check_schema
 from serve.settings import ServeProjectSettings
 from serve.writer import Counts, Ended, InLine, NewTokens, PromptTokens, Receive, Writer
 from speculative.messages import Reason
@@ -43,6 +43,8 @@ class ScheduledWriter(Writer):
         call_soon: Runs a function in the event loop's thread (`call_soon_threadsafe`).
         turn: A context manager around each pass, where several models share the processor.
     """
+
+    scores_prompts = True
 
     def __init__(
         self,
@@ -84,6 +86,10 @@ class ScheduledWriter(Writer):
                 receive(_ended(outcome))
 
         self._thread.open(key, received, lambda scheduler: scheduler.open(key, request, client=client))
+
+    @override
+    def check_schema(self, schema: str) -> None:
+        check_schema(self.engine.grammars, schema)
 
     @override
     def leave(self, key: Hashable) -> None:

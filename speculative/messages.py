@@ -64,7 +64,7 @@ from lab.wire.frames import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTa
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
-PROTOCOL = range(5, 6)
+PROTOCOL = range(6, 7)
 TOKENIZER = "tokenizer"
 """Name of the fingerprint that both roles send in the handshake."""
 MAX_PROMPT_TOKENS = 2**18

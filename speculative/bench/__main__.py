@@ -83,7 +83,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         report=place.folder / f"speculative-{bench.engine.name}-{commit() or 'unknown'}.json",
         rule=f"project.bench.parts must be of {{}} for engine={bench.engine.name}",
     )
-    return figures | {"pictures": draw(place.folder, figures["rows"])}
+    return figures | {"seed": settings.seed, "pictures": draw(place.folder, figures["rows"])}
 
 
 def draw(folder: Path, rows: list[Row]) -> list[Path]:

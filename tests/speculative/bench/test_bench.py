@@ -18,7 +18,7 @@ from lab.wire.frames import encode
 from lab.wire.tokens import pack_tokens
 from speculative.bench import __main__ as bench
 from speculative.bench import loops
-from speculative.bench.rig import Reading, Rig, model_overrides, text_bytes
+from speculative.bench.rig import Case, Reading, Rig, for_engine, model_overrides, text_bytes
 from speculative.drafter.loop import Round, speculate
 from speculative.drafter.sources import EngineDrafts
 from speculative.drafter.tally import Tally
@@ -174,6 +174,20 @@ def test_the_verifier_has_the_model_that_was_asked_for(tmp_path: Path) -> None:
     asked = compose_settings("spec_decoding", words, SpeculativeSettings)
     got = compose_settings("spec_decoding", model_overrides(asked), SpeculativeSettings)
     assert (got.model, got.device.compile) == (asked.model, True)
+    adapted = compose_settings("spec_decoding", f"model=random model.adapter={tmp_path}/it", SpeculativeSettings)
+    got = compose_settings("spec_decoding", model_overrides(adapted), SpeculativeSettings)
+    assert got.model.adapter == adapted.model.adapter
+
+
+@pytest.mark.parametrize("word", ["model.adapter=folder", "model.quantization=int8", "device.compile=true"])
+def test_an_engine_without_a_model_refuses_what_only_a_model_has(word: str) -> None:
+    with pytest.raises(UserError, match=rf"^{word.partition('=')[0]} must be .* for project.bench.engine=synthetic"):
+        for_engine(_settings(word))
+
+
+def test_the_seed_is_that_of_the_texts(tmp_path: Path) -> None:
+    rig = Rig(_settings("model=random", "seed=7"), tmp_path)
+    assert rig.settings_of(Case(mode=Mode.sync, rtt_seconds=0.0, new_tokens=1, seed=2)).seed == 9
 
 
 def test_parts_belong_to_engines(tmp_path: Path) -> None:
