@@ -16,7 +16,7 @@ class Fields:
     """A JSON object of a request. Fields that are not read are ignored, as servers of this API do."""
 
     def __init__(self, document: Mapping[str, Any], of: str = "") -> None:
-        self._document, self._of = document, of
+        self.document, self._of = document, of
 
     @classmethod
     def parse(cls, body: bytes) -> Fields:
@@ -32,15 +32,15 @@ class Fields:
 
     def has(self, name: str) -> bool:
         """Whether the field is there, and not null."""
-        return self._document.get(name) is not None
+        return self.document.get(name) is not None
 
     def raw(self, name: str) -> Any:
         """The field as it is; None if it is absent."""
-        return self._document.get(name)
+        return self.document.get(name)
 
     def text(self, name: str, default: str | None = None) -> str | None:
         """A text."""
-        value = self._document.get(name)
+        value = self.document.get(name)
         if value is None:
             return default
         if not isinstance(value, str) or not is_text(value):
@@ -49,7 +49,7 @@ class Fields:
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false."""
-        value = self._document.get(name)
+        value = self.document.get(name)
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -58,7 +58,7 @@ class Fields:
 
     def whole(self, name: str, least: int, most: float, default: int | None = None) -> int | None:
         """A whole number."""
-        value = self._document.get(name)
+        value = self.document.get(name)
         if value is None:
             return default
         if isinstance(value, float) and value.is_integer():  # some clients write all numbers as floats
@@ -70,7 +70,7 @@ class Fields:
 
     def number(self, name: str, least: float, most: float, default: float) -> float:
         """A number."""
-        value = self._document.get(name)
+        value = self.document.get(name)
         if value is None:
             return default
         if type(value) not in (int, float) or not least <= value <= most:
@@ -80,7 +80,7 @@ class Fields:
 
     def block(self, name: str) -> Fields | None:
         """An object."""
-        value = self._document.get(name)
+        value = self.document.get(name)
         if value is None:
             return None
         if not isinstance(value, dict):
@@ -90,11 +90,11 @@ class Fields:
     def items(self, name: str) -> Sequence[tuple[str, Any]]:
         """The names and values of an object."""
         inner = self.block(name)
-        return [] if inner is None else list(inner._document.items())
+        return [] if inner is None else list(inner.document.items())
 
     def texts(self, name: str, most: int, longest: int) -> list[str]:
         """A text or a list of texts, none of them empty."""
-        value = self._document.get(name)
+        value = self.document.get(name)
         given = [value] if isinstance(value, str) else value or []
         if not isinstance(given, list) or len(given) > most:
             raise wrong(self._name(name), f"must be a text or a list of at most {most} texts", value)

@@ -12,17 +12,19 @@ from dataclasses import replace
 import torch
 from typing_extensions import override
 
+from lab.engine.base import check_schema
 from lab.faults import Fault
 from lab.models.fingerprints import changes
 from lab.settings import UserError
+from lab.text.generation import grammars_of
+from serve.settings import ServeSettings
+from serve.writer import Counts, Ended, Event, NewTokens, Receive, Writer
 from speculative.drafter.loop import RequestRefused, Round, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.target import RemoteTarget, Ticket, join_verifier
 from speculative.drafts import Drafts, NoDrafts
 from speculative.request import GenerationRequest
 from speculative.settings import Mode
-from serve.settings import ServeSettings
-from serve.writer import Counts, Ended, Event, NewTokens, Receive, Writer
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class RemoteWriter(Writer):
         WireError: no verifier there.
     """
 
+    scores_prompts = False
+
     def __init__(self, settings: ServeSettings, token_texts: list[str], call_soon: Callable[..., object]) -> None:
         verifier = settings.project.verifier
         network = replace(settings.network, host=verifier.host, port=verifier.port, tls_certificate=None)
@@ -53,6 +57,7 @@ class RemoteWriter(Writer):
         self.finished: Future[None] = Future()
         self._left: dict[Hashable, threading.Event] = {}
         """Texts that run, each with the event that stops it."""
+        self._grammars = grammars_of(settings.model)
         self._lock = threading.Lock()
         self._counts = Counts()
         self._places = threading.BoundedSemaphore(settings.project.sessions)
@@ -76,6 +81,10 @@ class RemoteWriter(Writer):
                 self._left.pop(key, None)
 
         threading.Thread(target=self._write, args=(request, left, tell), name="drafter", daemon=True).start()
+
+    @override
+    def check_schema(self, schema: str) -> None:
+        check_schema(self._grammars, schema)
 
     @override
     def leave(self, key: Hashable) -> None:
@@ -129,7 +138,7 @@ class RemoteWriter(Writer):
                     if left.is_set():
                         break
                     self._count(done)
-                    tell(NewTokens(done.tokens, done.accepted))
+                    tell(NewTokens(done.tokens, done.accepted, done.nll, done.top))
         except BaseException:
             target.close()  # whatever it holds is not for another text
             raise
@@ -154,7 +163,7 @@ class RemoteWriter(Writer):
         if request.mode is Mode.target_only:
             return NoDrafts()
         cpu = torch.device("cpu")  # n-grams need no device
-        return open_drafts(self._settings, cpu, request.sampling, self._texts, self.vocabulary_size)
+        return open_drafts(self._settings, cpu, request.sampling, self._texts, self.vocabulary_size, self._grammars)
 
     def _count(self, done: Round) -> None:
         with self._lock:

@@ -51,9 +51,6 @@ class Replies:
         }
         self._offsets = [0] * len(generation.choices)
         """Characters of each completion that its log probabilities have counted."""
-        self.cached_tokens = 0
-        self.guesses = 0
-        """Draft tokens in the texts."""
 
     # Streams
 
@@ -81,7 +78,9 @@ class Replies:
 
     # Whole documents
 
-    def whole(self, prompt_reports: Sequence[Sequence[TokenReport | None]], told: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+    def whole(
+        self, prompt_reports: Sequence[Sequence[TokenReport | None]], told: Sequence[Sequence[Piece]]
+    ) -> dict[str, Any]:
         """The document of a request without a stream.
 
         Args:
@@ -96,6 +95,8 @@ class Replies:
                 body["message"] = {"role": "assistant", "content": text}
             else:
                 body["text"] = self.echoed(number) + text
+            if self._request.has_token_ids:
+                body["token_ids"] = choice.ids
             if self._request.logprobs is not None:
                 reports = [*prompt_reports[number], *(one for piece in pieces for one in piece.tokens)]
                 body["logprobs"] = self._logprobs(number, reports)
@@ -113,8 +114,8 @@ class Replies:
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"accepted_prediction_tokens": self.guesses},
+            "prompt_tokens_details": {"cached_tokens": self._generation.cached_tokens},
+            "completion_tokens_details": {"accepted_prediction_tokens": self._generation.guesses},
         }
 
     def _chunk(self, choice: int, body: dict[str, Any], finish: str | None = None) -> dict[str, Any]:

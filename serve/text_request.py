@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lab.engine.sampling import Sampling
-from lab.settings import UserError
 from lab.text.logit_rules import MAX_BIASES, LogitRules
 from lab.text.settings import FILL, MAX_STOP_LENGTH, MAX_STOPS
 from serve.faults import RequestFault, wrong
@@ -20,6 +20,7 @@ MOST_TOP = 20
 MOST_PROMPTS = 256
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 WHOLE = 2**63
+ANY_OBJECT = '{"type":"object"}'
 
 
 class Texts(Protocol):
@@ -70,10 +71,15 @@ class TextRequest:
     has_usage_always: bool
     """Whether each chunk of a stream has the usage so far."""
     is_speculative: bool
+    has_token_ids: bool
+    """Whether a whole document has the ids of its new tokens."""
     user: str
     """Whose request this is, where clients share a key; empty: unknown."""
-    schema: str = field(default="")
-    """JSON schema of the text; empty: none."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt are asked for."""
+        return self.echo and self.logprobs is not None
 
     @property
     def count(self) -> int:
@@ -92,6 +98,7 @@ class TextRequest:
             top_p=own.top_p,
             min_p=own.min_p,
             logit_rules=rules,
+            top_tokens=self.logprobs or 0,
         )
 
     def new_tokens(self, prompt_tokens: int, context: int, limits: Limits) -> int:
@@ -126,7 +133,7 @@ def read_chat(fields: Fields, texts: Texts, limits: Limits) -> TextRequest:
         fields,
         limits,
         is_chat=True,
-        prompts=[texts.ids_of_messages(_messages(fields))],
+        prompts=[texts.ids_of_messages(messages_of(fields))],
         max_new_tokens=most,
         logprobs=(top or 0) if has_logprobs else None,
         echo=False,
@@ -194,6 +201,7 @@ def _request(
         has_usage=options is not None and options.flag("include_usage", False),
         has_usage_always=options is not None and options.flag("continuous_usage_stats", False),
         is_speculative=fields.flag("speculative", True),
+        has_token_ids=fields.flag("return_token_ids", False),
         user=fields.text("user", "") or "",
     )
 
@@ -211,9 +219,29 @@ def _rules(fields: Fields, vocabulary_size: int) -> dict[str, Any]:
         "presence_penalty": fields.number("presence_penalty", -2, 2, 0),
         "frequency_penalty": fields.number("frequency_penalty", -2, 2, 0),
         "logit_bias": _biases(fields, vocabulary_size),
+        "schema": _schema(fields),
     }
-    off = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": ()}
+    off = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": (), "schema": ""}
     return {name: value for name, value in found.items() if value != off[name]}
+
+
+def _schema(fields: Fields) -> str:
+    """The JSON schema that the text must follow; empty: none."""
+    form = fields.block("response_format")
+    if form is None:
+        return ""
+    kind = form.raw("type")
+    if kind == "text":
+        return ""
+    if kind == "json_object":
+        return ANY_OBJECT
+    if kind != "json_schema":
+        raise wrong("response_format.type", 'must be "text", "json_object" or "json_schema"', kind)
+    inner = form.block("json_schema")
+    schema = None if inner is None else inner.raw("schema")
+    if not isinstance(schema, dict):
+        raise wrong("response_format.json_schema.schema", "must be a JSON schema", schema)
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
 
 
 def _biases(fields: Fields, vocabulary_size: int) -> tuple[tuple[int, float], ...]:
@@ -230,7 +258,8 @@ def _biases(fields: Fields, vocabulary_size: int) -> tuple[tuple[int, float], ..
     return tuple(found.items())
 
 
-def _messages(fields: Fields) -> list[dict[str, Any]]:
+def messages_of(fields: Fields) -> list[dict[str, Any]]:
+    """The messages of a chat, as chat templates take them."""
     given = fields.raw("messages")
     if not isinstance(given, list) or not given:
         raise wrong("messages", "must be a list of at least one message", given)
@@ -263,9 +292,7 @@ def _part(name: str, part: Any) -> str:
 
 def _prompts(fields: Fields, texts: Texts) -> list[list[int]]:
     given = fields.raw("prompt")
-    if isinstance(given, str):
-        given = [given]
-    elif isinstance(given, list) and given and all(type(one) is int for one in given):
+    if isinstance(given, str) or (isinstance(given, list) and given and all(type(one) is int for one in given)):
         given = [given]
     if not isinstance(given, list) or not 1 <= len(given) <= MOST_PROMPTS:
         rule = f"must be a text, a list of token ids, or a list of 1 to {MOST_PROMPTS} of them"
@@ -282,8 +309,3 @@ def _prompt(given: Any, texts: Texts) -> list[int]:
     if strange is not None:
         raise wrong("prompt", f"must hold token ids in [0, {texts.vocabulary_size})", strange)
     return given
-
-
-def refused(error: UserError, param: str) -> RequestFault:
-    """The fault for a mistake that another part of the lab found in a field."""
-    return RequestFault(400, str(error), param=param)

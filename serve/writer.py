@@ -24,6 +24,16 @@ class NewTokens:
     """Cross-entropy of each token, in nats; empty unless asked for."""
     top: Sequence[Top] = ()
     """Alternatives of each token; empty unless asked for."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not computed again; the same in every event."""
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """The prompt under the model, before its text: cross-entropies and alternatives of all its tokens but the first."""
+
+    nll: Sequence[float]
+    top: Sequence[Top]
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Ended:
     """Whether the request is to blame."""
 
 
-Event = NewTokens | InLine | Ended
+Event = NewTokens | PromptTokens | InLine | Ended
 Receive = Callable[[Event], None]
 
 
@@ -73,8 +83,13 @@ class Writer(Protocol):
     end_ids: Sequence[int]
     fingerprints: dict[str, str]
     """All that a text depends on, by name."""
+    scores_prompts: bool
+    """Whether it gives the log probabilities of a prompt's own tokens."""
     finished: Future[None]
     """Done when it can continue no more texts; holds the exception that ended it, if one did."""
+
+    def check_schema(self, schema: str) -> None:
+        """ValueError for a JSON schema that texts here cannot follow; an empty one is none."""
 
     def begin(self, key: Hashable, request: GenerationRequest, client: Hashable, receive: Receive) -> None:
         """Continue a text under a new key; `receive` gets its events in order, the last one is `Ended`."""

@@ -25,11 +25,24 @@ class GenerationRequest:
     """New tokens that are already known: the request began at an earlier connection."""
     logprobs: bool = False
     """Whether verdicts give the cross-entropy of each new token, and its `sampling.top_tokens` alternatives."""
+    scores_prompt: bool = False
+    """Whether the first verdict has `PromptScores`. The prompt is then computed in one pass, and no kept one is
+    used. Does not travel: only for a scheduler in the same process."""
 
     @property
     def ids(self) -> list[int]:
         """The prompt and the new tokens that are known."""
         return [*self.prompt_ids, *self.new_ids]
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """A prompt under the target."""
+
+    nll: list[float]
+    """Cross-entropy in nats of each token of the prompt but the first, as in `Verdict.nll`."""
+    top: list[list[tuple[int, float]]]
+    """Alternatives to each of these tokens, as in `Verdict.top`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,8 @@ class Verdict:
     cached_tokens: int = 0
     """Tokens of the prompt that were not computed again, because an earlier request began with them; the same in every
     verdict."""
+    prompt: PromptScores | None = None
+    """In the first verdict, if the request asks for it."""
 
 
 @dataclass(frozen=True)

@@ -247,9 +247,14 @@ class TargetRoleSettings(LabSettings):
     project: TargetSettings
 
     draws_seed = True
+    compiles_layers = True
+    takes_adapter = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        engine, compiles = self.project.engine, self.device.compile
+        has_layers = engine is EngineKind.local or compiles is not True
+        require(has_layers, f"device.compile must be false or auto for project.engine={engine.name}", compiles)
         are_exact = self.project.exact_shapes and self.device.compile is True
         require(not are_exact, "device.compile must be false or auto with project.exact_shapes", self.device.compile)
 

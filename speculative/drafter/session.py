@@ -31,7 +31,7 @@ from speculative.drafter.target import RemoteTarget, Ticket, join
 from speculative.drafts import Drafts, NoDrafts
 from speculative.messages import MAX_PROMPT_TOKENS, WelcomeFrame
 from speculative.request import GenerationRequest
-from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.settings import DraftSource, Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
 from speculative.vocabulary import token_texts
 
@@ -51,6 +51,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         RequestFailed, WireError: the request could not continue; `place.so_far` has the figures so far.
     """
     project = settings.project
+    warn_of_unused(settings)
     device = open_device(settings.device)
     tokenizer = load_tokenizer_only(settings.model)
     texts = token_texts(tokenizer)
@@ -81,6 +82,25 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
             result["flips"] = [asdict(flip) for flip in flips]
         tracker.result(result)
     return result
+
+
+def warn_of_unused(settings: SpeculativeSettings) -> None:
+    """Say once which settings of a draft source were asked for and belong to another one: a sweep over sources has
+    those of all."""
+    source, draft = settings.project.draft.source, settings.project.draft
+    is_alone = settings.project.mode is Mode.target_only
+    of_model = is_alone or source is not DraftSource.model
+    has_layers = not is_alone and source in (DraftSource.model, DraftSource.layers, DraftSource.noisy)
+    asked = {
+        "project.draft.model": of_model and draft.model,
+        "project.draft.dtype": of_model and draft.dtype,
+        "project.draft.quantization": of_model and draft.quantization,
+        "project.draft.file": (is_alone or source is not DraftSource.recorded) and draft.file,
+        "device.compile": not has_layers and settings.device.compile is True,
+    }
+    if unused := [key for key, value in asked.items() if value]:
+        whose = "project.mode=target_only" if is_alone else f"project.draft.source={source.name}"
+        log.warning("not used with %s: %s", whose, ", ".join(unused))
 
 
 def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame, grammars: Grammars) -> None:

@@ -29,7 +29,7 @@ from lab.faults import Fault
 from speculative.drafts import NgramDrafts, with_schema
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
-from speculative.request import Ending, GenerationRequest, Outcome, Waiting
+from speculative.request import Ending, GenerationRequest, Outcome, PromptScores, Verdict, Waiting
 from speculative.verifier.limits import SchedulerLimits, refusal_by_engine
 from speculative.verifier.lookup import Lookup
 from speculative.verifier.prefixes import KeptPrefixes
@@ -77,6 +77,7 @@ class Scheduler:
         self._limits = limits
         self._closed = closed
         self._clock = clock
+        self._began_at = clock()
         self._sequences: dict[Hashable, VerifiedSequence] = {}
         """All sequences that have a connection or are kept, by key."""
         self._named: dict[int, VerifiedSequence] = {}
@@ -133,7 +134,9 @@ class Scheduler:
         if name is not None:
             self._named[name] = sequence
         outcomes = self._queue(sequence)
-        if len(self._line) > limits.most_waiting and sequence in self._line and not request.new_ids:  # else: half done
+        # After a restart it knows none of the texts that it had begun. Later it knows each that can still be resumed.
+        is_half_done = bool(request.new_ids) and sequence.heard_at - self._began_at < limits.keep_seconds
+        if len(self._line) > limits.most_waiting and sequence in self._line and not is_half_done:
             self._line.remove(sequence)
             self._forget(sequence)
             refusal = (
@@ -232,7 +235,11 @@ class Scheduler:
             (one, one.next_draft(limits.longest_check)) for one in self._running if one.key not in fed and one.is_ready
         ]
         outcomes += self._check(ready) if ready else []
+        scored = [one for one, _ in prompts if one.request.scores_prompt and not one.session.position]
+        prompts = [(one, piece) for one, piece in prompts if one not in scored]
         outcomes += self._feed(prompts) if prompts else []
+        for sequence in scored:
+            outcomes += self._score(sequence)
         if self._is_in_doubt:
             self._is_in_doubt = False
             self.prove()
@@ -287,6 +294,17 @@ class Scheduler:
             if isinstance(step, Exception) or step.fault or not sequence.unseen:
                 outcomes += self._judge(sequence, [], step)
         return outcomes
+
+    def _score(self, sequence: VerifiedSequence) -> list[Outcome]:
+        """Run a whole prompt through one pass, all of whose rows are read."""
+        ids = sequence.unseen
+        [step] = self._extend([(sequence, ids)], want_all=True)
+        verdict, *others = self._judge(sequence, [], step)
+        if isinstance(step, Exception) or not isinstance(verdict, Verdict):
+            return [verdict, *others]
+        count = len(sequence.request.prompt_ids) - 1
+        # A step has the alternatives to the token after each of its own.
+        return [replace(verdict, prompt=PromptScores(step.nll[1 : count + 1], step.top[:count])), *others]
 
     def _extend(self, asked: Asked, *, want_all: bool) -> list[TargetStep | Exception]:
         """Run all sequences in one pass; if that fails, each alone, so that only a sequence that fails again gets an
@@ -379,7 +397,8 @@ class Scheduler:
         """Give a sequence all the room that it may ever need. Raises `CacheFull` if there is too little."""
         request = sequence.request
         asked = request.sampling, sequence.longest
-        session = self._prefixes.open(request.prompt_ids, *asked) or self.engine.open([], *asked)
+        kept = None if request.scores_prompt else self._prefixes.open(request.prompt_ids, *asked)
+        session = kept or self.engine.open([], *asked)
         session.prompt_tokens = len(request.prompt_ids)
         sequence.enter(session)
         self._leave_line(sequence)

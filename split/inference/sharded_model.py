@@ -62,6 +62,8 @@ Result = TypeVar("Result")
 
 KEPT_SECONDS = 5.0
 """A place in line is kept this long for a client that asks again."""
+REGAIN_SECONDS = 0.5
+"""Seconds between two attempts to get a lost request's room again, while a shard's line is full."""
 
 
 class ShardFault(faults.Fault):
@@ -485,17 +487,8 @@ class ShardedModel(Engine):
         session = journal.session
         if session.fault:
             return
-        self._close(session.key)
-        pending = self._ask(_PendingOpen(session.key, session.sampling, session.most_tokens, time.monotonic()))
-        try:
-            self._await_room(pending, max(0.0, deadline - time.monotonic()))
-        finally:
-            self._pending.pop(session.key, None)
-        if pending.fault is not None and pending.fault.code is FaultCode.link:
-            raise _fault_of(pending.fault)
-        if pending.fault is not None or pending.place:
-            why = pending.fault.text if pending.fault is not None else f"place {pending.place} in line"
-            session.fault = f"the shards had lost it, and have no room for it now ({why})"
+        if refusal := self._room_again(session, deadline):
+            session.fault = f"the shards had lost it, and have no room for it now ({refusal})"
             self._close(session.key)
         elif session.position:
             try:
@@ -504,6 +497,26 @@ class ShardedModel(Engine):
                 session.fault = session.fault or extend.fault
             except _RequestLost as lost:  # again, to another client's
                 session.fault = str(lost)
+
+    def _room_again(self, session: Session, deadline: float) -> str:
+        """Ask the shards for the room of a request again; empty if they have it, else why they have none."""
+        while True:
+            self._close(session.key)
+            pending = self._ask(_PendingOpen(session.key, session.sampling, session.most_tokens, time.monotonic()))
+            try:
+                self._await_room(pending, max(0.0, deadline - time.monotonic()))
+            finally:
+                self._pending.pop(session.key, None)
+            if pending.fault is None:
+                return f"place {pending.place} in line" if pending.place else ""
+            if pending.fault.code is FaultCode.link:
+                raise _fault_of(pending.fault)
+            left = deadline - time.monotonic()
+            if pending.fault.code is not FaultCode.full or left <= 0:
+                return pending.fault.text
+            # A line is full. Earlier shards must not keep room meanwhile: two clients might wait for each other.
+            self._close(session.key)
+            time.sleep(min(REGAIN_SECONDS, left))
 
 
 def _fault_of(fault: Fault) -> Exception:

@@ -120,7 +120,7 @@ def _with_words(prompt: str) -> Sampling:
     return Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98, min_p=0.02, logit_rules=words)
 
 
-def test_words_and_a_stop_string_over_the_wire(random_verifier: Role, tmp_path: Path) -> None:
+def test_logit_rules_and_a_stop_string_over_the_wire(random_verifier: Role, tmp_path: Path) -> None:
     words = (*RANDOM, *SAMPLED, *WORDS, *EVERY_DRAFT, "project.draft.source=layers", "project.draft.layers=3")
     expected = _own_text(PROMPT, _with_words(PROMPT), 40)
     result = drafted(random_verifier.port, (*words, "project.max_new_tokens=40"), tmp_path / "whole")
@@ -180,7 +180,7 @@ def test_a_text_may_fill_the_context(random_verifier: Role, tmp_path: Path) -> N
         drafted(random_verifier.port, words, tmp_path, "x" * 1024)
 
 
-def test_words_with_ids_that_the_target_does_not_have_are_refused(random_verifier: Role, tmp_path: Path) -> None:
+def test_logit_rules_with_ids_that_the_target_does_not_have_are_refused(random_verifier: Role, tmp_path: Path) -> None:
     words = (*RANDOM, "project.logit_bias={259:1}")
     with pytest.raises(UserError, match=r"^project.logit_bias and bad_words must name ids in \[0, 259\), got 259$"):
         drafted(random_verifier.port, words, tmp_path)

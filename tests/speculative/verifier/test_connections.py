@@ -138,9 +138,7 @@ def _opened_then(*ids: int) -> Send:
         (lambda frames: frames.send(MessageType.open, 1, _open(), b"abc"), "sent 3 bytes of token ids"),
         (lambda frames: frames.send(MessageType.open, 1, _open(), pack_tokens([-1])), "sent token id -1"),
         (
-            lambda frames: frames.send(
-                MessageType.verdict, 1, VerdictFrame(epoch=0, position=0, accepted=0, prefix=0, cached_tokens=0)
-            ),
+            lambda frames: frames.send(MessageType.verdict, 1, VerdictFrame(epoch=0, position=0, accepted=0, prefix=0)),
             "sent VERDICT, which a verifier does not accept",
         ),
         (
