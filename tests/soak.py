@@ -180,8 +180,9 @@ def chain_killed() -> dict[str, Any]:
     """An adapter behind two shards, a verifier, a link of 50 ms and an HTTP server: SIGKILL of any of them at random
     tokens, 50 behind the server and 10 of the server itself. Every text is that of the whole model with the adapter."""
     kinds = [*CHAIN_KINDS * (KILLS // len(CHAIN_KINDS) + 1)][:KILLS] + ["server"] * SERVER_KILLS
-    with tempfile.TemporaryDirectory() as folder:
-        with chain_kills.chain(Path(folder), make_adapter(Path(folder) / "adapter", 0), rtt_seconds=0.05) as behind:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with chain_kills.chain(folder, make_adapter(folder / "adapter", 0), rtt_seconds=0.05) as behind:
             came = chain_kills.kill_at_random(behind, kinds, seed=1)
     return {"ok": came.differing == 0 and came.returns >= SERVER_KILLS, **asdict(came)}
 
