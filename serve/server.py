@@ -20,6 +20,7 @@ from lab.network import cannot_listen, shared_key
 from lab.settings import UserError
 from serve.adapters import Adapters, Turns, root_of
 from serve.app import State, all_counts, make_app
+from serve.connection import connection_class
 from serve.gate import Gate
 from serve.journal import Journals
 from serve.metrics import Metrics
@@ -117,6 +118,7 @@ async def serve(
 def _uvicorn(app: Gate, project: ServeProjectSettings, tls: ssl.SSLContext | None) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
+        http=connection_class(project.request_seconds),
         lifespan="off",
         log_config=None,
         access_log=False,
