@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
+from serve.adapters import Adapters
 from serve.choice import Piece, TokenReport
 from serve.faults import RequestFault, wrong
 from serve.fields import Fields
@@ -49,9 +50,14 @@ class State:
     metrics: Metrics
     about: Callable[[], dict[str, Any]]
     """What runs where, for the page."""
+    adapters: Adapters | None = None
     is_ending: bool = False
     running: dict[str, Generation] = field(default_factory=dict)
     """Requests by id."""
+
+    def uses(self, model: ServedModel) -> bool:
+        """Whether a request that runs needs this model."""
+        return any(one.writer is model.writer for one in self.running.values())
 
     @property
     def limits(self) -> Limits:
@@ -175,7 +181,32 @@ def make_app(state: State) -> FastAPI:
         """Continue a stream whose connection broke, from the position in Last-Event-ID."""
         return await _continue(state, request, str(request.path_params["name"]))
 
+    if state.project.load_adapters:
+        _add_loading(app, state)
     return app
+
+
+def _add_loading(app: FastAPI, state: State) -> None:
+    """Routes that load and unload adapters, as vLLM has them."""
+    adapters = state.adapters
+    assert adapters is not None, "there is a folder of adapters"
+
+    @app.post("/v1/load_lora_adapter", openapi_extra=_body("lora_name"))
+    async def load(request: Request) -> Response:
+        """Offer an adapter."""
+        fields = await _fields(request, state)
+        name, path = fields.text("lora_name"), fields.text("lora_path")
+        if not name or not path:
+            raise wrong("lora_path" if name else "lora_name", "must be a text", path if name else name)
+        model = await adapters.load(name, path)
+        return JSONResponse(model.about(state.models.created))
+
+    @app.post("/v1/unload_lora_adapter", openapi_extra=_body("lora_name"))
+    async def unload(request: Request) -> Response:
+        """Offer an adapter no more."""
+        name = (await _fields(request, state)).text("lora_name") or ""
+        await adapters.unload(name)
+        return JSONResponse({"status": "ok"})
 
 
 def _policy(page: str) -> str:
@@ -236,6 +267,7 @@ async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
             "created": created,
             "model": model.id,
             "fingerprint": model.fingerprint,
+            "adapter": state.adapters.name_of(model) if state.adapters else None,
             "body": {**fields.document, "seed": asked.sampling.seed},
         }
         try:
@@ -250,12 +282,14 @@ def _read(model: ServedModel, fields: Fields, limits: Limits, *, is_chat: bool) 
     return (read_chat if is_chat else read_completion)(fields, model.texts, limits)
 
 
-def _replies(model: ServedModel, generation: Generation, created: int, fields: Fields) -> Replies:
+def _replies(
+    model: ServedModel, generation: Generation, created: int, fields: Fields, name: str | None = None
+) -> Replies:
     return Replies(
         generation,
         model.texts,
         created=created,
-        model=model.id,
+        model=name or model.id,
         fingerprint=model.fingerprint,
         shows_guesses=fields.flag("show_guesses", False),
     )
@@ -417,9 +451,11 @@ async def _continue(state: State, request: Request, name: str) -> Response:
         state.running.pop(name, None)
     head, events, journal = state.journals.read(name)
     try:
-        model = state.models.get(head["model"])
-        if model.fingerprint != head["fingerprint"]:
-            rule = f"the stream began at {head['fingerprint']}, and this server has {model.fingerprint}"
+        model = state.models.with_fingerprint(head["fingerprint"])
+        if model is None and state.adapters is not None:
+            model = await state.adapters.of_fingerprint(head["fingerprint"], head["adapter"])
+        if model is None:
+            rule = f"the stream began at {head['fingerprint']}, which this server has not"
             raise RequestFault(409, f"{rule}: its text would have two unequal halves", code="other_model")
         fields = Fields(head["body"])
         asked = _read(model, fields, state.limits, is_chat=head["is_chat"])
@@ -432,7 +468,9 @@ async def _continue(state: State, request: Request, name: str) -> Response:
     generation.journal = journal
     before = generation.retell(events)
     state.running[name] = generation
-    told = _told(state, model, generation, _replies(model, generation, head["created"], fields), after, before)
+    told = _told(
+        state, model, generation, _replies(model, generation, head["created"], fields, head["model"]), after, before
+    )
     return StreamingResponse(told, media_type="text/event-stream", headers=STREAM_HEADERS)
 
 

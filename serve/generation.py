@@ -59,7 +59,7 @@ class Generation:
         self.guesses = 0
         """Draft tokens in the texts."""
         self._cached = [0] * request.count
-        self._writer, self._client = writer, client
+        self.writer, self._client = writer, client
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._prompt_of = [prompt for prompt in request.prompts for _ in range(request.choices)]
         most = [request.new_tokens(len(prompt), writer.context, limits) for prompt in self._prompt_of]
@@ -127,7 +127,7 @@ class Generation:
                     pieces = choice.add(event)
                     if choice.finish is not None:
                         open_choices.discard(number)
-                        self._writer.leave((self.name, number))
+                        self.writer.leave((self.name, number))
                     yield Told(number, pieces)
                 elif choice.finish is None:
                     raise RequestFault(400 if event.is_refused else 503, event.fault or "the text ended early")
@@ -141,7 +141,7 @@ class Generation:
         self.is_left = True
         self._events.put_nowait((-1, Ended()))  # wakes `run`
         for number in range(len(self.choices)):
-            self._writer.leave((self.name, number))
+            self.writer.leave((self.name, number))
         if self.journal is not None:
             self.journal.touch()
             self.journal.close()
@@ -153,7 +153,7 @@ class Generation:
         def receive(event: Event) -> None:
             self._events.put_nowait((number, event))
 
-        self._writer.begin((self.name, number), own, self._client, receive)
+        self.writer.begin((self.name, number), own, self._client, receive)
 
     def _request(self, number: int) -> GenerationRequest:
         prompt = self._prompt_of[number]

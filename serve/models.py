@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from serve.faults import RequestFault
@@ -21,6 +23,8 @@ class ServedModel:
     texts: ModelTexts
     parent: str | None = None
     """Id of the base model, where this is an adapter on it."""
+    folder: Path | None = None
+    """The adapter's folder."""
 
     @property
     def fingerprint(self) -> str:
@@ -51,10 +55,40 @@ class Models:
 
     created: int
     by_id: dict[str, ServedModel] = field(default_factory=dict)
+    retired: list[ServedModel] = field(default_factory=list)
+    """Models that are offered no more, but may have texts."""
+
+    broke: Callable[[BaseException], object] = field(default=lambda error: None)
+    """Called, in any thread, with what ended a writer."""
 
     def add(self, model: ServedModel) -> None:
-        """Offer a model."""
+        """Begin to offer a model."""
+        self.begin(model)
         self.by_id[model.id] = model
+
+    def begin(self, model: ServedModel) -> None:
+        """Start its writer, whose end is watched from then on."""
+        model.writer.start()
+        model.writer.finished.add_done_callback(self._ended)
+
+    def _ended(self, finished: Future[None]) -> None:
+        error = finished.exception()
+        if error is not None:
+            self.broke(error)
+
+    def retire(self, name: str) -> None:
+        """Offer a model no more, if it is offered."""
+        model = self.by_id.pop(name, None)
+        if model is not None:
+            self.retired.append(model)
+
+    def all(self) -> list[ServedModel]:
+        """Those that are offered, and the others."""
+        return [*self.by_id.values(), *self.retired]
+
+    def with_fingerprint(self, fingerprint: str) -> ServedModel | None:
+        """The model of this fingerprint; None if there is none."""
+        return next((model for model in self.all() if model.fingerprint == fingerprint), None)
 
     def get(self, name: str | None) -> ServedModel:
         """The model of this id. RequestFault (404) for one that is not here."""

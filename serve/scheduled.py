@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from typing_extensions import override
 
@@ -37,6 +38,17 @@ LONG_AGO = 1e9
 """Seconds: no limit."""
 
 
+class _InTurn(Scheduler):
+    """A scheduler whose passes wait for their turn."""
+
+    turn: Callable[[], AbstractContextManager[None]]
+
+    @override
+    def tick(self) -> list[Outcome]:
+        with self.turn():
+            return super().tick()
+
+
 class ScheduledWriter(Writer):
     """A verifier's scheduler without a wire: its drafts are those of its own prompt lookup.
 
@@ -44,9 +56,16 @@ class ScheduledWriter(Writer):
         target: The engine, ready.
         project: Its limits.
         call_soon: Runs a function in the event loop's thread (`call_soon_threadsafe`).
+        turn: A context manager around each pass, where several models share the processor.
     """
 
-    def __init__(self, target: OpenTarget, project: ServeProjectSettings, call_soon: Callable[..., object]) -> None:
+    def __init__(
+        self,
+        target: OpenTarget,
+        project: ServeProjectSettings,
+        call_soon: Callable[..., object],
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.engine: Engine = target.engine
         self.vocabulary_size, self.context = self.engine.vocabulary_size, self.engine.longest
         self.end_ids, self.fingerprints = target.end_ids, target.fingerprints
@@ -54,9 +73,10 @@ class ScheduledWriter(Writer):
         self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
         self._places = _places(self.engine, 0.0)
         self._next_look = 0.0
-        self._scheduler = Scheduler(
+        self._scheduler = _InTurn(
             self.engine, end_ids=target.end_ids, limits=_limits(project), closed=self._count, clock=time.monotonic
         )
+        self._scheduler.turn = turn
         self._scheduler.prove()
         self._thread = ForwardThread(self._scheduler, call_soon)
         self.finished = self._thread.finished

@@ -18,13 +18,14 @@ import uvicorn
 from lab.files import path_of
 from lab.network import cannot_listen, shared_key
 from lab.settings import UserError
+from serve.adapters import Adapters, Turns
 from serve.app import State, all_counts, make_app
 from serve.gate import Gate
 from serve.journal import Journals
 from serve.metrics import Metrics
 from serve.models import Models
-from serve.opening import open_models
-from serve.settings import ServeSettings
+from serve.opening import open_first
+from serve.settings import ServeProjectSettings, ServeSettings
 
 log = logging.getLogger(__name__)
 
@@ -69,36 +70,32 @@ async def serve(
     loop = asyncio.get_running_loop()
     journals = _journals(settings)
     with _listen(settings) as listener:  # before the model is loaded: the port may be taken
-        models = await asyncio.to_thread(open_models, settings, loop.call_soon_threadsafe)
+        turns = Turns()
+        broken: asyncio.Future[None] = loop.create_future()
+
+        def broke(error: BaseException) -> None:
+            loop.call_soon_threadsafe(lambda: None if broken.done() else broken.set_exception(error))
+
+        models = Models(int(time.time()), broke=broke)
+        opened = await asyncio.to_thread(open_first, settings, loop.call_soon_threadsafe, turns)
+        models.add(opened.model)
         state = _state(settings, models, journals)
+        if opened.base is not None:
+            state.adapters = Adapters(settings, opened.base, models, turns, loop.call_soon_threadsafe, state.uses)
+            await state.adapters.look()
         served.models, served.about = list(models.by_id), lambda: _totals(models)
         app = Gate(make_app(state), key=shared_key(network), host=network.host, origins=project.cors_origins)
-        config = uvicorn.Config(
-            app,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=project.max_connections,
-            timeout_graceful_shutdown=1,
-            ws="none",
-        )
-        if tls is not None:
-            config.load()
-            config.ssl = tls
-        server = _Uvicorn(config)
-        for model in models.by_id.values():
-            model.writer.start()
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        failed = [asyncio.wrap_future(model.writer.finished) for model in models.by_id.values()]
+        server = _uvicorn(app, project, tls)
+        tasks = [asyncio.create_task(server.serve(sockets=[listener]))]
+        if state.adapters is not None:
+            tasks.append(asyncio.create_task(state.adapters.follow(project.follow_seconds)))
         try:
-            while not server.started and not serving.done():
+            while not server.started and not tasks[0].done():
                 await asyncio.sleep(LOOK_SECONDS / 10)
             announce(network.host, int(listener.getsockname()[1]), models)
-            await asyncio.wait([serving, *map(asyncio.shield, failed)], return_when=asyncio.FIRST_COMPLETED)
-            for one in failed:
-                if one.done():
-                    one.result()
+            await asyncio.wait([*tasks, broken], return_when=asyncio.FIRST_COMPLETED)
+            if broken.done():
+                broken.result()
         except asyncio.CancelledError:
             await _finish(state)
             raise
@@ -107,10 +104,29 @@ async def serve(
             for generation in list(state.running.values()):
                 generation.leave()
             server.should_exit = True
+            for task in tasks[1:]:
+                task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await serving
-            for model in models.by_id.values():
+                await asyncio.wait(tasks)
+            for model in models.all():
                 await asyncio.to_thread(model.writer.close)
+
+
+def _uvicorn(app: Gate, project: ServeProjectSettings, tls: ssl.SSLContext | None) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=project.max_connections,
+        timeout_graceful_shutdown=1,
+        ws="none",
+    )
+    if tls is not None:
+        config.load()
+        config.ssl = tls
+    return _Uvicorn(config)
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

@@ -48,6 +48,8 @@ class ServeProjectSettings(TargetSettings):
     adapters: str | None
     """Folder of adapters: each PEFT folder in it is a model of its own, by its folder's name; a results folder of
     `fl` is followed to its newest round. null: none (engine=local)."""
+    follow_seconds: float
+    """How often that folder is looked at."""
     load_adapters: bool
     """Whether /v1/load_lora_adapter and /v1/unload_lora_adapter are served, for folders below `adapters`."""
 
@@ -58,7 +60,7 @@ class ServeProjectSettings(TargetSettings):
         require(0 <= self.temperature <= 2, "temperature must be in [0, 2]", self.temperature)
         require_at_least(1, self, "max_choices", "max_connections")
         require_at_least(1024, self, "max_body_bytes")
-        require_above(0, self, "keep_alive_seconds")
+        require_above(0, self, "keep_alive_seconds", "follow_seconds")
         require_at_least(0, self, "grace_seconds", "keep_seconds")
         if self.engine is EngineKind.speculative:
             kept = (DraftSource.ngram, DraftSource.none)

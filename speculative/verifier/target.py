@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 
 import torch
+from transformers.modeling_utils import PreTrainedModel
 
 from lab.engine.base import Engine
 from lab.engine.compiled import Compiler
@@ -40,23 +41,32 @@ def open_target(settings: TargetRoleSettings, device: torch.device) -> OpenTarge
         size = _synthetic_vocabulary(settings)
         known = {"model": "synthetic", "vocabulary": str(size)}
         return OpenTarget(_synthetic_target(project, size), [], "synthetic", "none", 0, known)
-    ends = _ends(model)
-    fingerprints = weights_fingerprints(model)
     if project.engine is EngineKind.split:
-        fingerprints["boundary"] = project.split.boundary
-        return OpenTarget(_split_target(settings), ends, model.name, model.dtype.name, 0, fingerprints)
-    loaded = load_proved(model, device)
-    rows = project.max_draft_length + 1 if project.exact_shapes else None
-    model_behind_adapter = with_adapter(loaded.model, model)
-    compiler = Compiler.of(model, settings.device, lasts=True)
+        fingerprints = weights_fingerprints(model) | {"boundary": project.split.boundary}
+        return OpenTarget(_split_target(settings), _ends(model), model.name, model.dtype.name, 0, fingerprints)
+    return local_target(settings, load_proved(model, device).model)
+
+
+def local_target(settings: TargetRoleSettings, base: PreTrainedModel) -> OpenTarget:
+    """The engine of a whole model, loaded as its settings say, with the adapter that they name put on here.
+
+    Raises:
+        UserError: settings that it cannot serve, an adapter of another model.
+    """
+    project, model = settings.project, settings.model
+    fingerprints = weights_fingerprints(model)
     engine = open_local_engine(
-        model_behind_adapter, project, sessions=project.sessions, exact_rows=rows, compiler=compiler
+        with_adapter(base, model),
+        project,
+        sessions=project.sessions,
+        exact_rows=project.max_draft_length + 1 if project.exact_shapes else None,
+        compiler=Compiler.of(model, settings.device, lasts=True),
     )
     if project.exact_shapes:
         fingerprints["shapes"] = "exact"
     if engine.is_compiled:
         fingerprints["layers"] = "compiled"
-    return OpenTarget(engine, ends, model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)
+    return OpenTarget(engine, _ends(model), model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)
 
 
 def _ends(model: ModelSettings) -> list[int]:
