@@ -46,7 +46,7 @@ def foreign_server() -> Iterator[Foreign]:
             deltas = [{"delta": {"content": piece}, "finish_reason": None} for piece in about.pieces]
             choices = [*deltas, {"delta": {}, "finish_reason": "stop"}]
             chunks = [{"id": "x", "model": "theirs", "choices": [{"index": 0, **one}]} for one in choices]
-            lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+            lines = [f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks]
             self._answer("text/event-stream", "".join([*lines, "data: [DONE]\n\n"]).encode())
 
         def _answer(self, kind: str, body: bytes) -> None:
@@ -81,6 +81,7 @@ class Relay:
         self._open: list[socket.socket] = []
         self.streams = 0
         """Streams that were begun through it."""
+        self.is_holding = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def hold(self, events: int) -> None:
@@ -133,12 +134,14 @@ class Relay:
 
         def pass_on(data: bytes) -> bytes:
             nonlocal count
-            if b"text/event-stream" in data:
-                self.streams += 1
+            if data.startswith(b"HTTP/1.1 "):  # connections are kept for further requests
+                self.streams += b"text/event-stream" in data
                 count = 0
             count += data.count(b"data: {")
             if self._most is not None and count >= self._most:
+                self.is_holding = True
                 self._go.wait(60)
+                self.is_holding = False
             return data
 
         return pass_on

@@ -168,9 +168,6 @@ def test_a_reload_in_the_middle_of_an_answer_goes_on(page: Tab, server: Role, re
     assert page.until("document.querySelector('.assistant')", 5) is not None
     relay.release()
     page.until(IDLE)
-    print(len(seen), page.run("JSON.stringify(chats.at(-1).messages.at(-1))"))
-    name = page.run("chats.at(-1).messages.at(-1).stream.id")
-    print(httpx.get(f"http://127.0.0.1:{server.port}/v1/streams/{name}", headers=headers()).text[:6000])
     assert page.run(TEXT) == text_of(answer(server, QUESTION))
     assert page.run(TEXT).startswith(seen)
     assert "The page was loaded again after" in page.run("document.querySelector('.told').textContent")
@@ -277,7 +274,7 @@ def test_it_works_without_a_mouse(page: Tab) -> None:
     assert page.run("document.querySelector('.user .text').textContent") == "one\ntwo"
     page.run("document.querySelector('.skip').focus()")
     found = []
-    for _ in range(14):
+    for _ in range(13):
         found.append(
             page.run("document.activeElement.id || document.activeElement.className || document.activeElement.tagName")
         )
@@ -286,7 +283,7 @@ def test_it_works_without_a_mouse(page: Tab) -> None:
     assert found[:10] == [
         "skip", "new-chat", "title", "delete", "log", "small", "small regenerate", "colours", "message", "send",
     ]  # fmt: skip
-    assert "SUMMARY" in found[10:]
+    assert found[10:] == ["SUMMARY"] * 3
 
 
 CONTRAST = """
