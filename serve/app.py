@@ -252,6 +252,8 @@ async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
         raise RequestFault(503, "the server is ending", retry_after=RETRY_SECONDS)
     model = state.models.get(fields.text("model"))
     asked = _read(model, fields, state.limits, is_chat=is_chat)
+    if asked.scores_prompt and not model.writer.scores_prompts:
+        raise wrong("echo", "must be false with logprobs where a verifier holds the model", True)
     state.check_room(asked.count)
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(16)}"
     generation = Generation(name, asked, model.writer, model.texts, state.limits, _client(request, asked.user))

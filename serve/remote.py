@@ -13,9 +13,11 @@ import torch
 from typing_extensions import override
 
 from lab.device import read_memory
+from lab.engine.base import check_schema
 from lab.faults import Fault
 from lab.models.fingerprints import changes
 from lab.settings import UserError
+from lab.text.generation import grammars_of
 from serve.settings import ServeSettings
 from serve.writer import Counts, Ended, Event, NewTokens, Place, Receive, Writer
 from speculative.drafter.loop import RequestRefused, Round, speculate
@@ -41,6 +43,8 @@ class RemoteWriter(Writer):
         WireError: no verifier there.
     """
 
+    scores_prompts = False
+
     def __init__(self, settings: ServeSettings, token_texts: list[str], call_soon: Callable[..., object]) -> None:
         verifier = settings.project.verifier
         network = replace(settings.network, host=verifier.host, port=verifier.port, tls_certificate=None)
@@ -56,6 +60,7 @@ class RemoteWriter(Writer):
         self.finished: Future[None] = Future()
         self._left: dict[Hashable, threading.Event] = {}
         """Texts that run, each with the event that stops it."""
+        self._grammars = grammars_of(settings.model)
         self._lock = threading.Lock()
         self._counts = Counts()
         self._places = threading.BoundedSemaphore(settings.project.sessions)
@@ -79,6 +84,10 @@ class RemoteWriter(Writer):
                 self._left.pop(key, None)
 
         threading.Thread(target=self._write, args=(request, left, tell), name="drafter", daemon=True).start()
+
+    @override
+    def check_schema(self, schema: str) -> None:
+        check_schema(self._grammars, schema)
 
     @override
     def leave(self, key: Hashable) -> None:
@@ -166,7 +175,7 @@ class RemoteWriter(Writer):
         if request.mode is Mode.target_only:
             return NoDrafts()
         cpu = torch.device("cpu")  # n-grams need no device
-        return open_drafts(self._settings, cpu, request.sampling, self._texts, self.vocabulary_size)
+        return open_drafts(self._settings, cpu, request.sampling, self._texts, self.vocabulary_size, self._grammars)
 
     def _count(self, done: Round) -> None:
         with self._lock:

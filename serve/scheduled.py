@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing_extensions import override
 
 from lab.device import read_memory
-from lab.engine.base import Engine
+from lab.engine.base import Engine, check_schema
 from lab.engine.local import LocalEngine
 from serve.settings import ServeProjectSettings
 from serve.writer import Counts, Ended, InLine, NewTokens, Place, PromptTokens, Receive, Writer
@@ -59,6 +59,8 @@ class ScheduledWriter(Writer):
         turn: A context manager around each pass, where several models share the processor.
     """
 
+    scores_prompts = True
+
     def __init__(
         self,
         target: OpenTarget,
@@ -102,6 +104,10 @@ class ScheduledWriter(Writer):
                 receive(_ended(outcome))
 
         self._thread.open(key, received, lambda scheduler: scheduler.open(key, request, client=client))
+
+    @override
+    def check_schema(self, schema: str) -> None:
+        check_schema(self.engine.grammars, schema)
 
     @override
     def leave(self, key: Hashable) -> None:

@@ -18,7 +18,7 @@ import uvicorn
 from lab.files import path_of
 from lab.network import cannot_listen, shared_key
 from lab.settings import UserError
-from serve.adapters import Adapters, Turns
+from serve.adapters import Adapters, Turns, root_of
 from serve.app import State, all_counts, make_app
 from serve.gate import Gate
 from serve.journal import Journals
@@ -69,6 +69,8 @@ async def serve(
     project, network = settings.project, settings.network
     loop = asyncio.get_running_loop()
     journals = _journals(settings)
+    if project.adapters is not None:
+        root_of(settings)
     with _listen(settings) as listener:  # before the model is loaded: the port may be taken
         turns = Turns()
         broken: asyncio.Future[None] = loop.create_future()

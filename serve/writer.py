@@ -105,8 +105,13 @@ class Writer(Protocol):
     end_ids: Sequence[int]
     fingerprints: dict[str, str]
     """All that a text depends on, by name."""
+    scores_prompts: bool
+    """Whether it gives the log probabilities of a prompt's own tokens."""
     finished: Future[None]
     """Done when it can continue no more texts; holds the exception that ended it, if one did."""
+
+    def check_schema(self, schema: str) -> None:
+        """ValueError for a JSON schema that texts here cannot follow; an empty one is none."""
 
     def begin(self, key: Hashable, request: GenerationRequest, client: Hashable, receive: Receive) -> None:
         """Continue a text under a new key; `receive` gets its events in order, the last one is `Ended`."""
