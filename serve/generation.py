@@ -93,6 +93,7 @@ class Generation:
 
     def retell(self, events: Sequence[tuple[int, NewTokens]]) -> list[Told]:
         """Continue the choices by what a journal holds of them, before `run`."""
+        self.guesses += sum(new.guesses for _, new in events)
         return [Told(number, self.choices[number].add(new)) for number, new in events]
 
     async def run(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[Told | InLine | None]:

@@ -164,7 +164,12 @@ def _state(settings: ServeSettings, models: Models, journals: Journals | None) -
         found = {}
         for name, model in models.by_id.items():
             counts = model.writer.counts()
-            found[name] = {**asdict(counts), "fingerprint": model.fingerprint, "context": model.writer.context}
+            found[name] = {
+                **asdict(counts),
+                "fingerprint": model.fingerprint,
+                "context": model.writer.context,
+                "places": [asdict(place) for place in model.writer.places()],
+            }
         return {
             "engine": settings.project.engine.name,
             "uptime_seconds": time.monotonic() - began,
