@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from flwr.supercore.utils import get_flwr_home
 
 from lab.files import write_whole
 from lab.settings import UserError
 
-FOLDER = "~/.cache/distributed-llm-lab/warm"
+FOLDER = "warm"
+"""Below FLWR_HOME, where Flower keeps the code of the runs."""
 SUPERNODE = "flower-supernode"
 CODE = Path(__file__).resolve().parents[2]
 """The code of this run: Flower installs every version of it into a folder of its own."""
@@ -51,7 +53,7 @@ class Place:
         for process in psutil.Process().parents():
             try:
                 if any(Path(word).name == SUPERNODE for word in process.cmdline()[:3]):
-                    return cls(process.pid, process.create_time(), Path(FOLDER).expanduser())
+                    return cls(process.pid, process.create_time(), get_flwr_home().absolute() / FOLDER)
             except psutil.Error:
                 continue
         return None
