@@ -109,6 +109,10 @@ class FederatedProjectSettings:
     """Folder of an interrupted run to continue, in a new folder; null: a new run."""
     resume_changes: list[str]
     """Settings, by dotted key, that may differ from those of the run that is continued."""
+    warm: bool
+    """Deployment: a worker beside each SuperNode keeps model and data between messages; false: a process a message."""
+    warm_limit_bytes: int
+    """Deployment: a worker that is larger than this after a message ends; the next message starts another."""
     attempts: int
     """Deployment: submissions of a run that fails, each from its last finished round."""
     retry_seconds: float
@@ -135,7 +139,13 @@ class FederatedProjectSettings:
         require_at_least(1, self, "num_clients", "rounds", "local_steps", "attempts", "max_failures")
         require_at_least(0, self, "proximal_mu", "workers", "worker_retries", "retry_seconds", "pause_rounds")
         require_above(
-            0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds", "command_timeout_seconds"
+            0,
+            self,
+            "node_timeout_seconds",
+            "reply_timeout_seconds",
+            "poll_seconds",
+            "command_timeout_seconds",
+            "warm_limit_bytes",
         )
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
         share = max(1, round(self.fraction * self.num_clients))
