@@ -20,18 +20,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
-from serve.adapters import Adapters
 from serve.choice import Piece, TokenReport
 from serve.faults import RequestFault, wrong
 from serve.fields import Fields
 from serve.generation import Generation, Told
 from serve.journal import Journals
 from serve.metrics import Metrics
-from serve.models import Models, ServedModel
+from serve.models.adapters import Adapters
+from serve.models.served import Models, ServedModel
+from serve.models.writer import Counts, InLine, PromptTokens
 from serve.replies import Replies, as_json, comment, event
 from serve.settings import ServeProjectSettings
 from serve.text_request import Limits, TextRequest, messages_of, read_chat, read_completion
-from serve.writer import Counts, InLine, PromptTokens
 
 log = logging.getLogger(__name__)
 

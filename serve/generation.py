@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from serve.choice import Choice, Piece
 from serve.faults import RequestFault
 from serve.journal import Journal
+from serve.models.tokens import ModelTexts
+from serve.models.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
 from serve.text_request import Limits, TextRequest
-from serve.tokens import ModelTexts
-from serve.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
 from speculative.request import GenerationRequest
 from speculative.settings import Mode
 

@@ -18,14 +18,14 @@ import uvicorn
 from lab.files import path_of
 from lab.network import cannot_listen, shared_key
 from lab.settings import UserError
-from serve.adapters import Adapters, Turns, root_of
 from serve.app import State, all_counts, make_app
 from serve.connection import connection_class
 from serve.gate import Gate
 from serve.journal import Journals
 from serve.metrics import Metrics
-from serve.models import Models
-from serve.opening import open_first
+from serve.models.adapters import Adapters, Turns, root_of
+from serve.models.opening import open_first
+from serve.models.served import Models
 from serve.settings import ServeProjectSettings, ServeSettings
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lab.models.peft_folder import IDENTITY_KEY
-from serve.adapters import LATEST, Turns, find_adapters
+from serve.models.adapters import LATEST, Turns, find_adapters
 from tests.serve.adapters import make_adapter
 from tests.serve.servers import Client, said, serving
 

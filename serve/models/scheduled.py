@@ -14,8 +14,8 @@ from typing_extensions import override
 from lab.device import read_memory
 from lab.engine.base import Engine, check_schema
 from lab.engine.local import LocalEngine
+from serve.models.writer import Counts, Ended, InLine, NewTokens, Place, PromptTokens, Receive, Writer
 from serve.settings import ServeProjectSettings
-from serve.writer import Counts, Ended, InLine, NewTokens, Place, PromptTokens, Receive, Writer
 from speculative.messages import Reason
 from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.verifier.forward_thread import ForwardThread

@@ -18,8 +18,8 @@ from lab.faults import Fault
 from lab.models.fingerprints import changes
 from lab.settings import UserError
 from lab.text.generation import grammars_of
+from serve.models.writer import Counts, Ended, Event, NewTokens, Place, Receive, Writer
 from serve.settings import ServeSettings
-from serve.writer import Counts, Ended, Event, NewTokens, Place, Receive, Writer
 from speculative.drafter.loop import RequestRefused, Round, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.target import RemoteTarget, Ticket, join_verifier
