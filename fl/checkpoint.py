@@ -17,9 +17,10 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedConfig
 
-from fl.adapters import Adapter
+from fl.adapters import Adapter, with_ranks
+from fl.aggregation.parts import ranks_of
 from lab.files import whole_folder
-from lab.models.adapter import Fit, fit_adapter, fit_config, read_adapter, write_adapter
+from lab.models.adapter import PREFIX, Fit, fit_adapter, fit_config, read_adapter, write_adapter
 from lab.models.base_model import loading_code
 from lab.models.peft_folder import recorded_identity
 
@@ -81,8 +82,15 @@ class AdapterFolders:
 
     def _fill(self, folder: Path, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> None:
         about = {"name": self.base.name, "round": server_round, "commit": self.commit}
-        write_adapter(folder, self.lora, adapter, self.base.name, self.base.digest, **about)
+        write_adapter(folder, self._config(adapter), adapter, self.base.name, self.base.digest, **about)
         (folder / CARD_FILE).write_text(self._card(server_round, metrics), encoding="utf-8")
+
+    def _config(self, adapter: Adapter) -> LoraConfig:
+        """PEFT's config of an adapter: it has further rows where an aggregation kept them."""
+        ranks = ranks_of({name.removeprefix(PREFIX): tuple(tensor.shape) for name, tensor in adapter.items()})
+        if set(ranks.values()) == {self.lora.r}:
+            return self.lora
+        return with_ranks(self.lora, ranks, self.lora.lora_alpha / self.lora.r)
 
     def _card(self, server_round: int, metrics: Mapping[str, float]) -> str:
         figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())

@@ -16,7 +16,7 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl.adapters import PackedAdapter
+from fl.adapters import AdapterIndex, PackedAdapter
 from fl.client import LoRAClient, Site, open_client
 from fl.messages import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT, from_records, to_records
 from fl.settings import FederatedSettings
@@ -79,7 +79,7 @@ def answer_train(message: Message, client: LoRAClient) -> Message:
     client.load(received.unpack())
     about = site_records(client)
     adapter, figures = client.train(int(str(message.content.config_records[CONFIG][SERVER_ROUND])))
-    content = to_records(PackedAdapter.pack(adapter, received.index))
+    content = to_records(PackedAdapter.pack(adapter, AdapterIndex.of(adapter, received.index.dtype)))
     content[METRICS] = MetricRecord(
         {
             PARTITION: client.site.index,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fl.aggregation import MetricMean
+from fl.aggregation.exact import MetricMean
 from fl.rounds import ClientRow, RoundReport, RunReport
 from lab.device import peak_rss_bytes
 from lab.learning.counts import Counts

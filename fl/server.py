@@ -14,6 +14,7 @@ import torch
 from flwr.serverapp import Grid
 
 from fl.adapters import AdapterIndex
+from fl.aggregation.rules import Aggregator, make_aggregator
 from fl.checkpoint import AdapterFolders, BaseModel, load_adapter
 from fl.plots import draw_run
 from fl.report import RoundFigures, counts_of, history, summary
@@ -26,6 +27,7 @@ from lab.device import open_device, read_memory
 from lab.environment import commit
 from lab.files import path_of, require_writable
 from lab.learning.counts import Counts
+from lab.learning.training import derive_seed
 from lab.models.base_model import base_name, base_origin
 from lab.models.lora import fresh_adapter, lora_config
 from lab.models.sources import load_config, model_identity
@@ -147,6 +149,7 @@ def row(report: RoundReport) -> dict[str, Any]:
         "downlink_bytes": report.downlink_bytes,
         "round_seconds": report.round_seconds,
         "aggregate_seconds": report.aggregate_seconds,
+        **report.ledger,
         "replies": len(report.clients),
         "refused": len(report.refused),
     }
@@ -190,6 +193,25 @@ def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg
         message_ttl_seconds=project.reply_timeout_seconds,
         register_timeout_seconds=project.node_timeout_seconds,
         poll_seconds=project.poll_seconds,
+        aggregator=aggregator(settings, index),
+    )
+
+
+def aggregator(settings: FederatedSettings, index: AdapterIndex) -> Aggregator:
+    """The run's rule from replies to the next adapter."""
+    project = settings.project
+
+    def fresh(server_round: int) -> dict[str, torch.Tensor]:
+        seed = derive_seed(settings.seed, "adapter", server_round) if server_round else settings.seed
+        return fresh_adapter(settings.model, project.lora, seed)
+
+    return make_aggregator(
+        project.aggregation,
+        index,
+        scale=project.lora.scale,
+        site_ranks=project.site_ranks,
+        residual_rank=project.residual_rank,
+        fresh=fresh,
     )
 
 

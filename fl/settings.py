@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,21 @@ class Weighting(Enum):
         return self.value.replace("_", " ")
 
 
+class Aggregation(Enum):
+    """How the adapters of a round's replies become the next one (`fl.aggregation.rules`)."""
+
+    average = "average"
+    ffa = "ffa"
+    rolora = "rolora"
+    stack = "stack"
+    svd = "svd"
+
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether sites may have different ranks."""
+        return self in (Aggregation.stack, Aggregation.svd)
+
+
 class Baseline(Enum):
     """`central`: the same number of steps on the union of the clients' data in one place, for comparison."""
 
@@ -89,6 +104,13 @@ class FederatedProjectSettings:
     """Share of the clients that train in a round (chosen by seed and round); 1.0: all."""
     partition_by: PartitionBy
     weighting: Weighting
+    aggregation: Aggregation
+    residual_rank: int
+    """Most rows of a module that stack and svd keep, in a second and frozen adapter, beyond `lora.rank`."""
+    site_ranks: list[int]
+    """Rank of each site's adapter, by its number; []: `lora.rank` at all sites."""
+    site_alphas: list[float]
+    """Alpha of each site's adapter, by its number; []: `lora.alpha` at all sites."""
     wire_dtype: WireDtype
     proximal_mu: float
     """FedProx (arXiv 1812.06127): mu / 2 * |w - w_global|^2 added to the loss; 0: plain FedAvg."""
@@ -114,6 +136,48 @@ class FederatedProjectSettings:
         require_at_least(0, self, "proximal_mu", "workers", "worker_retries")
         require_above(0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds")
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
+        self._check_sites()
+        if self.aggregation is Aggregation.stack:
+            needed = self.stacked_rank
+            rule = f"residual_rank must be at least {needed} for aggregation=stack, which loses nothing, over"
+            rule += f" {self.rounds} rounds of {self.asked} sites (aggregation=svd keeps the best part in any rank)"
+            require(self.residual_rank >= needed, rule, self.residual_rank)
+
+    def _check_sites(self) -> None:
+        require_at_least(0, self, "residual_rank")
+        for name in ("site_ranks", "site_alphas"):
+            values = getattr(self, name)
+            rule = f"{name} must have one value for each of num_clients={self.num_clients} sites, or none"
+            require(len(values) in (0, self.num_clients), rule, values)
+            require(all(value > 0 for value in values), f"{name} must be greater than 0", values)
+        most = self.lora.rank
+        require(
+            all(rank <= most for rank in self.site_ranks),
+            f"site_ranks must be at most lora.rank={most}",
+            self.site_ranks,
+        )
+        if any(rank != most for rank in self.site_ranks):
+            rule = f"aggregation must be stack or svd for sites of ranks {self.site_ranks}, with lora.rank={most}"
+            require(self.aggregation.takes_ranks, rule, self.aggregation.name)
+
+    @property
+    def asked(self) -> int:
+        """Sites that are asked in one round."""
+        return max(1, round(self.fraction * self.num_clients))
+
+    @property
+    def stacked_rank(self) -> int:
+        """Most rows that a run's stack can have: those of all replies of all rounds."""
+        return self.rounds * sum(sorted(self.site_ranks, reverse=True)[: self.asked] or [self.asked * self.lora.rank])
+
+    def lora_of(self, site: int) -> LoraSettings:
+        """The adapter that a site trains. ValueError for a number without a place in `site_ranks` or `site_alphas`."""
+        lora = self.lora
+        for name, field in (("site_ranks", "rank"), ("site_alphas", "alpha")):
+            if values := getattr(self, name):
+                require(site < len(values), f"partition-id must be in [0, {len(values)}) for project.{name}", site)
+                lora = replace(lora, **{field: values[site]})
+        return lora
 
 
 @register("fed_learn")

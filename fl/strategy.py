@@ -16,7 +16,8 @@ from flwr.serverapp.strategy import Strategy
 from typing_extensions import override
 
 from fl.adapters import Adapter, AdapterIndex, PackedAdapter
-from fl.aggregation import MAX_REPLIES
+from fl.aggregation.exact import MAX_REPLIES
+from fl.aggregation.rules import Aggregator
 from fl.messages import (
     ARRAYS,
     CONFIG,
@@ -42,15 +43,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class WeightedFedAvg(Strategy):
-    """The exact mean of the clients' LoRA tensors, with the weights they report (FedAvg, arXiv:1602.05629).
+    """The clients' LoRA tensors, combined with the weights they report: their exact mean (FedAvg, arXiv:1602.05629), or
+    what another `aggregator` makes of them.
 
     `run` is its own round loop. The `configure_*` and `aggregate_*` methods use the same fold, so that Flower's
     `start()` and its wrappers work too and give the same bytes. (The wrappers for differential privacy want a float32
-    wire: they compute on the array they find in the message.)
+    wire and the exact mean: they compute on the array they find in the message.)
     """
 
     index: AdapterIndex
-    """Tensors of every adapter of the run, and their type on the wire."""
+    """Tensors of the run's first adapter, and their type on the wire."""
     _: KW_ONLY
     num_clients: int
     """Nodes that must be registered before round 1; later rounds use those that are still there."""
@@ -63,6 +65,8 @@ class WeightedFedAvg(Strategy):
     """Longest wait for `num_clients` nodes."""
     poll_seconds: float
     """Pause between two looks for replies."""
+    aggregator: Aggregator | None = None
+    """The rule from replies to the next adapter; None: the exact mean."""
     _partitions: dict[int, int] = field(default_factory=dict, init=False)
     _asked: list[Message] = field(default_factory=list, init=False)
     _first_asked: list[int] = field(default_factory=list, init=False)
@@ -74,6 +78,7 @@ class WeightedFedAvg(Strategy):
             raise ValueError(f"num_clients must be in [1, {MAX_REPLIES}], got {self.num_clients}")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
+        self._aggregator = self.aggregator or Aggregator(self.index)
 
     def run(
         self,
@@ -92,7 +97,7 @@ class WeightedFedAvg(Strategy):
 
         Raises NodesMissing, RoundFailed when a round (or the last evaluation) has no good reply, and RunStopped.
         """
-        packed, self._first_asked = PackedAdapter.pack(initial, self.index), []
+        packed, self._first_asked = self._aggregator.start(initial), []
         self._on_reply, self._stopped = on_reply, stopped
         self.summary()
         for server_round in range(1, num_rounds + 1):
@@ -132,8 +137,8 @@ class WeightedFedAvg(Strategy):
     def summary(self) -> None:
         log.info(
             "weighted FedAvg: %d tensors, %d bytes as %s; %d clients, %.0f %% of them a round; %.0f s for a message",
-            len(self.index.names),
-            self.index.tensor_bytes,
+            len(self._aggregator.index.names),
+            self._aggregator.index.tensor_bytes,
             self.index.dtype.name,
             self.num_clients,
             100 * self.fraction,
@@ -144,7 +149,7 @@ class WeightedFedAvg(Strategy):
         started = time.perf_counter()
         messages = list(self.configure_train(server_round, to_array_record(packed), ConfigRecord(), grid))
         downlink_bytes = sum(map(message_bytes, messages))
-        fold = RoundFold(self.index, trains=True)
+        fold = RoundFold(self._aggregator.begin(server_round, packed))
         self._exchange(grid, messages, fold)
         if not fold.rows:
             raise RoundFailed("train", server_round, packed.unpack(), fold.refused)
@@ -160,12 +165,13 @@ class WeightedFedAvg(Strategy):
             uplink_bytes=sum(row.uplink_bytes for row in fold.rows),
             round_seconds=time.perf_counter() - started,
             aggregate_seconds=fold.seconds,
+            ledger=fold.ledger(),
         )
 
     def _evaluate_round(self, grid: Grid, server_round: int, packed: PackedAdapter) -> RoundFold:
         there = set(grid.get_node_ids())
         nodes = [node_id for node_id in self._first_asked if node_id in there] or self._draw(grid, server_round)
-        arrays, fold = to_array_record(packed), RoundFold(self.index, trains=False)
+        arrays, fold = to_array_record(packed), RoundFold(None)
         self._exchange(grid, self._messages(MessageType.EVALUATE, server_round, arrays, ConfigRecord(), nodes), fold)
         if not fold.rows:
             raise RoundFailed("evaluate", server_round, packed.unpack(), fold.refused)
@@ -175,7 +181,7 @@ class WeightedFedAvg(Strategy):
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int]
     ) -> list[Message]:
         config = ConfigRecord({**config, SERVER_ROUND: server_round})
-        content = RecordDict({ARRAYS: arrays, INDEX: to_index_record(self.index), CONFIG: config})
+        content = RecordDict({ARRAYS: arrays, INDEX: to_index_record(self._aggregator.index), CONFIG: config})
         self._asked = [self._message(content, node_id, kind, server_round) for node_id in nodes]
         return self._asked
 
@@ -273,13 +279,13 @@ class WeightedFedAvg(Strategy):
 
     def _fold_all(self, phase: str, server_round: int, replies: Iterable[Message]) -> RoundFold:
         """All replies, folded in one by one; RoundFailed when none is good."""
-        fold = RoundFold(self.index, trains=phase == "train")
+        sent = from_records(self._asked[0].content) if self._asked else None
+        fold = RoundFold(self._aggregator.begin(server_round, sent) if phase == "train" else None)
         for reply in replies:
             fold.add(self._asked_node(reply), reply, 0)
             del reply
         if not fold.rows:
-            sent = from_records(self._asked[0].content).unpack() if self._asked else {}
-            raise RoundFailed(phase, server_round, sent, fold.refused)
+            raise RoundFailed(phase, server_round, sent.unpack() if sent else {}, fold.refused)
         return fold
 
     def _asked_node(self, reply: Message) -> int:
