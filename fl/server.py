@@ -14,6 +14,7 @@ import torch
 from flwr.serverapp import Grid
 
 from fl.adapters import AdapterIndex
+from fl.aggregation.optimizer import ServerOptimizer
 from fl.aggregation.rules import Aggregator, make_aggregator
 from fl.checkpoint import AdapterFolders, BaseModel, load_adapter
 from fl.plots import draw_run
@@ -212,6 +213,7 @@ def aggregator(settings: FederatedSettings, index: AdapterIndex) -> Aggregator:
         site_ranks=project.site_ranks,
         residual_rank=project.residual_rank,
         fresh=fresh,
+        optimizer=ServerOptimizer.of(project.server_optimizer),
     )
 
 

@@ -84,6 +84,39 @@ class Aggregation(Enum):
         return self in (Aggregation.stack, Aggregation.svd)
 
 
+class ServerOptimizerName(Enum):
+    """The server's step from the adapter that sites received towards their mean (`fl.aggregation.optimizer`)."""
+
+    none = "none"
+    """The mean itself."""
+    fedavgm = "fedavgm"
+    fedadam = "fedadam"
+    nesterov = "nesterov"
+
+
+@dataclass(kw_only=True)
+class ServerOptimizerSettings:
+    """The server's optimizer."""
+
+    name: ServerOptimizerName
+    learning_rate: float
+    momentum: float
+    """Momentum of fedavgm and nesterov; beta1 of fedadam."""
+    beta2: float
+    """Of fedadam."""
+    epsilon: float
+    """Of fedadam: the larger, the less it adapts."""
+
+    def __post_init__(self) -> None:
+        require_above(0, self, "learning_rate", "epsilon")
+        for name in ("momentum", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
+        if self.name is ServerOptimizerName.nesterov:
+            require(self.momentum > 0, "momentum must be greater than 0 for name=nesterov", self.momentum)
+        if self.name is ServerOptimizerName.fedadam:  # whose step changes every value by about as much
+            require(self.learning_rate <= 0.1, "learning_rate must be at most 0.1 for name=fedadam", self.learning_rate)
+
+
 class Baseline(Enum):
     """`central`: the same number of steps on the union of the clients' data in one place, for comparison."""
 
@@ -111,6 +144,7 @@ class FederatedProjectSettings:
     """Rank of each site's adapter, by its number; []: `lora.rank` at all sites."""
     site_alphas: list[float]
     """Alpha of each site's adapter, by its number; []: `lora.alpha` at all sites."""
+    server_optimizer: ServerOptimizerSettings
     wire_dtype: WireDtype
     proximal_mu: float
     """FedProx (arXiv 1812.06127): mu / 2 * |w - w_global|^2 added to the loss; 0: plain FedAvg."""
@@ -137,6 +171,10 @@ class FederatedProjectSettings:
         require_above(0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds")
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
         self._check_sites()
+        if self.server_optimizer.name is not ServerOptimizerName.none:
+            rule = "aggregation must be average, ffa or rolora, whose factors keep their basis, for"
+            rule += f" server_optimizer.name={self.server_optimizer.name.name}"
+            require(not self.aggregation.takes_ranks, rule, self.aggregation.name)
         if self.aggregation is Aggregation.stack:
             needed = self.stacked_rank
             rule = f"residual_rank must be at least {needed} for aggregation=stack, which loses nothing, over"

@@ -26,11 +26,13 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 from typing_extensions import override
 
 from fl.adapters import Adapter, AdapterIndex, PackedAdapter
 from fl.aggregation.exact import ExactMean
 from fl.aggregation.factors import Factors, Tensor
+from fl.aggregation.optimizer import ServerOptimizer
 from fl.aggregation.parts import (
     A,
     B,
@@ -40,7 +42,7 @@ from fl.aggregation.parts import (
     modules_of,
     trained_halves,
 )
-from fl.settings import Aggregation
+from fl.settings import Aggregation, WireDtype
 from lab.faults import Fault
 
 ROW_NORM = math.sqrt(1 / 3)
@@ -73,6 +75,8 @@ class Aggregator:
 
     index: AdapterIndex
     rule: Aggregation = Aggregation.average
+    optimizer: ServerOptimizer | None = None
+    """The server's step towards the mean; None: the mean itself."""
 
     def start(self, initial: Adapter) -> PackedAdapter:
         """The first adapter, as it is sent. ValueError when it does not fit the index."""
@@ -80,23 +84,25 @@ class Aggregator:
 
     def begin(self, server_round: int, sent: PackedAdapter | None) -> RoundSum:
         """An empty sum for the replies to `sent`, which `average` alone does not need."""
-        return MeanSum(self.index, sent, trained_halves(self.rule, server_round))
+        return MeanSum(self, sent, trained_halves(self.rule, server_round))
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold besides the adapter."""
-        return {}
+        return self.optimizer.state() if self.optimizer else {}
 
     def load_state(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
         """Go on from a checkpoint's `state` and its adapter, as it was sent."""
+        if self.optimizer:
+            self.optimizer.load_state(state)
 
 
 class MeanSum(RoundSum):
     """The exact means of the factors that were trained; the other ones stay as they were sent."""
 
-    def __init__(self, index: AdapterIndex, sent: PackedAdapter | None, halves: tuple[str, ...]) -> None:
-        self._whole = index
+    def __init__(self, aggregator: Aggregator, sent: PackedAdapter | None, halves: tuple[str, ...]) -> None:
+        self._aggregator = aggregator
         self._sent = sent
-        self._index = index_of_halves(index, halves)
+        self._index = index_of_halves(aggregator.index, halves)
         self._mean = ExactMean(self._index.size)
 
     @override
@@ -109,11 +115,14 @@ class MeanSum(RoundSum):
 
     @override
     def result(self) -> PackedAdapter:
-        mean = PackedAdapter.from_float32(self._mean.mean(), self._index)
-        if self._index == self._whole:
-            return mean
-        assert self._sent is not None, "the factor that was not trained is the one that was sent"
-        return PackedAdapter.pack(self._sent.unpack() | mean.unpack(), self._whole)
+        whole, optimizer, mean = self._aggregator.index, self._aggregator.optimizer, self._mean.mean()
+        if optimizer is None and self._index == whole:
+            return PackedAdapter.from_float32(mean, whole)
+        assert self._sent is not None, "what was not trained is what was sent, and an optimizer steps from it"
+        sent = self._sent.unpack()
+        means = PackedAdapter(replace(self._index, dtype=WireDtype.float32), mean).unpack()
+        following = optimizer.step(sent, means) if optimizer else means
+        return PackedAdapter.pack(sent | {name: tensor.float() for name, tensor in following.items()}, whole)
 
 
 @dataclass(eq=False)
@@ -304,8 +313,9 @@ def make_aggregator(
     site_ranks: Sequence[int],
     residual_rank: int,
     fresh: Callable[[int], Adapter],
+    optimizer: ServerOptimizer | None = None,
 ) -> Aggregator:
     """The rule of a run whose first adapter has this index."""
-    if rule not in (Aggregation.stack, Aggregation.svd):
-        return Aggregator(index, rule)
+    if not rule.takes_ranks:
+        return Aggregator(index, rule, optimizer)
     return ProductAggregator(index, rule, scale=scale, site_ranks=site_ranks, residual_rank=residual_rank, fresh=fresh)
