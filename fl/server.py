@@ -209,6 +209,7 @@ def aggregator(settings: FederatedSettings, index: AdapterIndex) -> Aggregator:
     return make_aggregator(
         project.aggregation,
         index,
+        rank=project.lora.rank,
         scale=project.lora.scale,
         site_ranks=project.site_ranks,
         residual_rank=project.residual_rank,

@@ -90,8 +90,8 @@ class Aggregator:
         """What a checkpoint must hold besides the adapter."""
         return self.optimizer.state() if self.optimizer else {}
 
-    def load_state(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
-        """Go on from a checkpoint's `state` and its adapter, as it was sent."""
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint's `state`; then `start` takes its adapter, as it was sent."""
         if self.optimizer:
             self.optimizer.load_state(state)
 
@@ -130,6 +130,8 @@ class ProductAggregator(Aggregator):
     """stack and svd: sums of products, for sites of the same rank or of different ones."""
 
     _: KW_ONLY
+    rank: int
+    """The run's rank: the rows of its adapter that are trained."""
     scale: float
     """alpha / rank of the run, in which every B travels."""
     site_ranks: Sequence[int]
@@ -138,16 +140,14 @@ class ProductAggregator(Aggregator):
     """Most rows of a module that are kept beyond the run's rank."""
     fresh: Callable[[int], Adapter]
     """A new adapter of the run's rank for the round after this one; for 0 the one that the run starts from."""
-    rank: int = field(init=False)
     _lost: float = field(default=0.0, init=False)
-
-    def __post_init__(self) -> None:
-        self.rank = next(shape[0] for name, shape in zip(self.index.names, self.index.shapes) if A in name)
+    _goes_on: bool = field(default=False, init=False)
 
     @override
     def start(self, initial: Adapter) -> PackedAdapter:
+        self.index = AdapterIndex.of(initial, self.index.dtype)
         packed = super().start(initial)
-        if not self.site_ranks or all(not initial[name].any() for name in initial if B in name):
+        if self._goes_on or not self.site_ranks or all(not initial[name].any() for name in initial if B in name):
             return packed
         # A site of a lower rank trains the first rows: those must be the best ones of an adapter that has learned.
         total = ProductSum(self, 0, packed)
@@ -164,9 +164,8 @@ class ProductAggregator(Aggregator):
         return {"lost_norm": torch.tensor(self._lost, dtype=torch.float64)}
 
     @override
-    def load_state(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
-        self._lost = float(state["lost_norm"])
-        self.index = AdapterIndex.of(adapter, self.index.dtype)
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._lost, self._goes_on = float(state["lost_norm"]), True
 
     def rank_of(self, site: int | None) -> int:
         """The rank that a site trains."""
@@ -309,6 +308,7 @@ def make_aggregator(
     rule: Aggregation,
     index: AdapterIndex,
     *,
+    rank: int,
     scale: float,
     site_ranks: Sequence[int],
     residual_rank: int,
@@ -318,4 +318,6 @@ def make_aggregator(
     """The rule of a run whose first adapter has this index."""
     if not rule.takes_ranks:
         return Aggregator(index, rule, optimizer)
-    return ProductAggregator(index, rule, scale=scale, site_ranks=site_ranks, residual_rank=residual_rank, fresh=fresh)
+    return ProductAggregator(
+        index, rule, rank=rank, scale=scale, site_ranks=site_ranks, residual_rank=residual_rank, fresh=fresh
+    )

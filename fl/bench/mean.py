@@ -97,6 +97,7 @@ def next_adapter(sent: Adapter, replies: list[dict[str, torch.Tensor]]) -> Packe
     aggregator: Aggregator = make_aggregator(
         Aggregation.svd,
         index := AdapterIndex.of(sent, WireDtype.float32),
+        rank=len(factors_of(sent, MODULE)[1]),
         scale=1.0,
         site_ranks=(),
         residual_rank=0,

@@ -42,6 +42,7 @@ def aggregator_of(
     return make_aggregator(
         rule,
         AdapterIndex.of(initial or adapter_of(rank, 0, is_new=True), WireDtype.float32),
+        rank=rank,
         scale=SCALE,
         site_ranks=site_ranks,
         residual_rank=residual_rank,
