@@ -16,9 +16,9 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl.adapters import AdapterIndex, PackedAdapter
 from fl.client import LoRAClient, Site, open_client
-from fl.messages import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT, from_records, to_records
+from fl.compression.site import SiteLink
+from fl.messages import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings, log_to_stderr
 from lab.learning.examples import MalformedData
@@ -75,11 +75,12 @@ def guarded(message: Message, answer: Callable[[], Message]) -> Message:
 
 def answer_train(message: Message, client: LoRAClient) -> Message:
     """Evaluate the received adapter, train it, and reply with both."""
-    received = from_records(message.content)
-    client.load(received.unpack())
+    link = link_of(message, client)
+    client.load(link.received.unpack())
     about = site_records(client)
-    adapter, figures = client.train(int(str(message.content.config_records[CONFIG][SERVER_ROUND])))
-    content = to_records(PackedAdapter.pack(adapter, AdapterIndex.of(adapter, received.index.dtype)))
+    server_round = int(str(message.content.config_records[CONFIG][SERVER_ROUND]))
+    adapter, figures = client.train(server_round)
+    content = link.reply(adapter, server_round)
     content[METRICS] = MetricRecord(
         {
             PARTITION: client.site.index,
@@ -97,9 +98,14 @@ def answer_train(message: Message, client: LoRAClient) -> Message:
 
 def answer_evaluate(message: Message, client: LoRAClient) -> Message:
     """Evaluate the received adapter."""
-    client.load(from_records(message.content).unpack())
+    client.load(link_of(message, client).received.unpack())
     metrics = MetricRecord({PARTITION: client.site.index})
     return Message(RecordDict({METRICS: metrics, **site_records(client)}), reply_to=message)
+
+
+def link_of(message: Message, client: LoRAClient) -> SiteLink:
+    """The adapter of a message, and the way back."""
+    return SiteLink(client.project.compression, client.site.index, message.content)
 
 
 def answer_query(message: Message, site: Site) -> Message:

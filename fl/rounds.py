@@ -5,12 +5,13 @@ A reply is checked and folded in when it arrives, then discarded.
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from flwr.app import Message, RecordDict
 
-from fl.adapters import PackedAdapter
+from fl.adapters import AdapterIndex, PackedAdapter
 from fl.aggregation.exact import MetricMean, check_weight
 from fl.aggregation.rules import RoundSum
 from fl.messages import DATA, EVALUATE, METRICS, PARTITION, WEIGHT, from_records, metrics_of, partition_of
@@ -123,10 +124,16 @@ class RoundFold:
     """The replies of one round, folded into exact sums one by one: the same replies in any order give the same result.
 
     adapters: the sum that adapters are folded into; None where replies carry held-out figures only.
+    decode: the adapter of a reply's content that must have an index.
     """
 
-    def __init__(self, adapters: RoundSum | None) -> None:
+    def __init__(
+        self,
+        adapters: RoundSum | None,
+        decode: Callable[[RecordDict, AdapterIndex], PackedAdapter] = from_records,
+    ) -> None:
         self._adapters = adapters
+        self._decode = decode
         self._train = MetricMean()
         self._evaluate = MetricMean()
         self._rows: list[ClientRow] = []
@@ -192,7 +199,7 @@ class RoundFold:
             counts=_counts(metrics_of(content, DATA)),
         )
         if self._adapters:
-            reply = from_records(content, self._adapters.expected(row.partition_id))
+            reply = self._decode(content, self._adapters.expected(row.partition_id))
             self._adapters.fold(reply, row.partition_id, row.train_weight)
             self._train.fold(row.train, row.train_weight)
         if row.evaluate_weight:

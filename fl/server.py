@@ -17,6 +17,7 @@ from fl.adapters import AdapterIndex
 from fl.aggregation.optimizer import ServerOptimizer
 from fl.aggregation.rules import Aggregator, make_aggregator
 from fl.checkpoint import AdapterFolders, BaseModel, load_adapter
+from fl.compression.server import ServerLink
 from fl.plots import draw_run
 from fl.report import RoundFigures, counts_of, history, summary
 from fl.rounds import RoundReport
@@ -195,6 +196,7 @@ def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg
         register_timeout_seconds=project.node_timeout_seconds,
         poll_seconds=project.poll_seconds,
         aggregator=aggregator(settings, index),
+        link=ServerLink(project.compression) if project.compression.is_on else None,
     )
 
 

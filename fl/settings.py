@@ -117,6 +117,42 @@ class ServerOptimizerSettings:
             require(self.learning_rate <= 0.1, "learning_rate must be at most 0.1 for name=fedadam", self.learning_rate)
 
 
+class Codec(Enum):
+    """Format of an update on the wire (`fl.compression.codec`)."""
+
+    none = "none"
+    """The adapter itself, in `wire_dtype`."""
+    bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
+    topk_int8 = "topk_int8"
+
+
+@dataclass(kw_only=True)
+class CompressionSettings:
+    """Updates of the adapter on the wire, against what the receiver has."""
+
+    uplink: Codec
+    """Of replies to the server."""
+    downlink: Codec
+    """Of messages to a site that has the adapter of the round before; others get it whole."""
+    topk_fraction: float
+    """Share of the values that topk_int8 sends."""
+    folder: str
+    """Folder on each site's machine for what compression rounded away, and for the last adapter."""
+    keep_days: float
+    """Days after which a site removes the memory of another run."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.topk_fraction <= 1, "topk_fraction must be in (0, 1]", self.topk_fraction)
+        require_at_least(0, self, "keep_days")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is compressed."""
+        return (self.uplink, self.downlink) != (Codec.none, Codec.none)
+
+
 class Baseline(Enum):
     """`central`: the same number of steps on the union of the clients' data in one place, for comparison."""
 
@@ -146,6 +182,7 @@ class FederatedProjectSettings:
     """Alpha of each site's adapter, by its number; []: `lora.alpha` at all sites."""
     server_optimizer: ServerOptimizerSettings
     wire_dtype: WireDtype
+    compression: CompressionSettings
     proximal_mu: float
     """FedProx (arXiv 1812.06127): mu / 2 * |w - w_global|^2 added to the loss; 0: plain FedAvg."""
     baseline: Baseline
@@ -171,6 +208,11 @@ class FederatedProjectSettings:
         require_above(0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds")
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
         self._check_sites()
+        if self.compression.is_on:
+            rule = "aggregation must be average, ffa or rolora, whose factors keep their basis, for compression"
+            require(not self.aggregation.takes_ranks, rule, self.aggregation.name)
+            rule = "wire_dtype must be float32 for compression, which has formats of its own"
+            require(self.wire_dtype is WireDtype.float32, rule, self.wire_dtype.name)
         if self.server_optimizer.name is not ServerOptimizerName.none:
             rule = "aggregation must be average, ffa or rolora, whose factors keep their basis, for"
             rule += f" server_optimizer.name={self.server_optimizer.name.name}"

@@ -18,6 +18,7 @@ from typing_extensions import override
 from fl.adapters import Adapter, AdapterIndex, PackedAdapter
 from fl.aggregation.exact import MAX_REPLIES
 from fl.aggregation.rules import Aggregator
+from fl.compression.server import ServerLink
 from fl.messages import (
     ARRAYS,
     CONFIG,
@@ -67,8 +68,12 @@ class WeightedFedAvg(Strategy):
     """Pause between two looks for replies."""
     aggregator: Aggregator | None = None
     """The rule from replies to the next adapter; None: the exact mean."""
+    link: ServerLink | None = None
+    """Compression between the server and the sites; None: adapters travel as they are."""
     _partitions: dict[int, int] = field(default_factory=dict, init=False)
     _asked: list[Message] = field(default_factory=list, init=False)
+    _asked_whole: RecordDict | None = field(default=None, init=False)
+    """The content of the last messages, uncompressed."""
     _first_asked: list[int] = field(default_factory=list, init=False)
     _on_reply: Callable[[str], None] = field(default=lambda line: None, init=False)
     _stopped: Callable[[], bool] = field(default=lambda: False, init=False)
@@ -119,8 +124,9 @@ class WeightedFedAvg(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        fold = self._fold_all("train", server_round, replies)
-        return to_array_record(fold.packed()), MetricRecord(dict(fold.train_means()))
+        sent = from_records(self._asked_whole) if self._asked_whole else None
+        fold = self._fold_all("train", server_round, replies, self._fold_of(server_round, sent), sent)
+        return to_array_record(self._next(server_round, sent, fold)), MetricRecord(dict(fold.train_means()))
 
     @override
     def configure_evaluate(
@@ -130,7 +136,8 @@ class WeightedFedAvg(Strategy):
 
     @override
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        fold = self._fold_all("evaluate", server_round, replies)
+        sent = from_records(self._asked_whole) if self._asked_whole else None
+        fold = self._fold_all("evaluate", server_round, replies, RoundFold(None), sent)
         return MetricRecord(dict(fold.evaluate_means()))
 
     @override
@@ -149,11 +156,11 @@ class WeightedFedAvg(Strategy):
         started = time.perf_counter()
         messages = list(self.configure_train(server_round, to_array_record(packed), ConfigRecord(), grid))
         downlink_bytes = sum(map(message_bytes, messages))
-        fold = RoundFold(self._aggregator.begin(server_round, packed))
+        fold = self._fold_of(server_round, packed)
         self._exchange(grid, messages, fold)
         if not fold.rows:
             raise RoundFailed("train", server_round, packed.unpack(), fold.refused)
-        packed = fold.packed()
+        packed = self._next(server_round, packed, fold)
         return packed, RoundReport(
             round=server_round,
             adapter=packed.unpack(),
@@ -180,9 +187,15 @@ class WeightedFedAvg(Strategy):
     def _messages(
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int]
     ) -> list[Message]:
-        config = ConfigRecord({**config, SERVER_ROUND: server_round})
-        content = RecordDict({ARRAYS: arrays, INDEX: to_index_record(self._aggregator.index), CONFIG: config})
-        self._asked = [self._message(content, node_id, kind, server_round) for node_id in nodes]
+        index, about = self._aggregator.index, {**config, SERVER_ROUND: server_round}
+        whole = RecordDict({ARRAYS: arrays, INDEX: to_index_record(index), CONFIG: ConfigRecord(about)})
+        self._asked, self._asked_whole = [], whole
+        for node_id in nodes:
+            content = whole
+            if self.link:
+                content, compression = self.link.content(node_id, arrays, index)
+                content[CONFIG] = ConfigRecord({**about, **compression})
+            self._asked.append(self._message(content, node_id, kind, server_round))
         return self._asked
 
     def _message(self, content: RecordDict, node_id: int, kind: str, server_round: int) -> Message:
@@ -277,10 +290,30 @@ class WeightedFedAvg(Strategy):
         if self._stopped():
             raise RunStopped("stopped")
 
-    def _fold_all(self, phase: str, server_round: int, replies: Iterable[Message]) -> RoundFold:
+    def _fold_of(self, server_round: int, sent: PackedAdapter | None) -> RoundFold:
+        """An empty fold of the adapters that sites make of `sent`."""
+        adapters, link = self._aggregator.begin(server_round, sent), self.link
+        if link is None:
+            return RoundFold(adapters)
+        assert sent is not None, "an update is against what was sent"
+        return RoundFold(adapters, lambda content, expected: link.decode(content, expected, sent))
+
+    def _next(self, server_round: int, sent: PackedAdapter | None, fold: RoundFold) -> PackedAdapter:
+        """The next adapter, as it will be sent."""
+        packed = fold.packed()
+        if self.link is None or sent is None:
+            return packed
+        return self.link.advance(server_round, sent, packed, [(row.node_id, row.partition_id) for row in fold.rows])
+
+    def _fold_all(
+        self,
+        phase: str,
+        server_round: int,
+        replies: Iterable[Message],
+        fold: RoundFold,
+        sent: PackedAdapter | None,
+    ) -> RoundFold:
         """All replies, folded in one by one; RoundFailed when none is good."""
-        sent = from_records(self._asked[0].content) if self._asked else None
-        fold = RoundFold(self._aggregator.begin(server_round, sent) if phase == "train" else None)
         for reply in replies:
             fold.add(self._asked_node(reply), reply, 0)
             del reply
