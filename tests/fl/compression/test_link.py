@@ -192,8 +192,8 @@ def test_a_checkpoint_of_the_link_goes_on_with_the_same_bytes() -> None:
     [
         (
             ("project.aggregation=svd", "project.compression.uplink=int8"),
-            r"project\.aggregation must be average, ffa or rolora, whose factors keep their basis, for compression, got "
-            r"'svd'",
+            r"project\.aggregation must be average, ffa or rolora, whose factors keep their basis, for compression, "
+            r"got 'svd'",
         ),
         (
             ("project.wire_dtype=bfloat16", "project.compression.downlink=int8"),
