@@ -196,7 +196,7 @@ def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg
         register_timeout_seconds=project.node_timeout_seconds,
         poll_seconds=project.poll_seconds,
         aggregator=aggregator(settings, index),
-        link=ServerLink(project.compression) if project.compression.is_on else None,
+        link=ServerLink(project.compression) if project.remembers else None,
     )
 
 
@@ -217,6 +217,7 @@ def aggregator(settings: FederatedSettings, index: AdapterIndex) -> Aggregator:
         residual_rank=project.residual_rank,
         fresh=fresh,
         optimizer=ServerOptimizer.of(project.server_optimizer),
+        share=project.share,
     )
 
 

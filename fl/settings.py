@@ -117,6 +117,13 @@ class ServerOptimizerSettings:
             require(self.learning_rate <= 0.1, "learning_rate must be at most 0.1 for name=fedadam", self.learning_rate)
 
 
+class Share(Enum):
+    """Factors of the adapter that sites share; `A`: each keeps a B of its own (FedSA-LoRA, arXiv 2410.01463)."""
+
+    both = "both"
+    A = "A"
+
+
 class Codec(Enum):
     """Format of an update on the wire (`fl.compression.codec`)."""
 
@@ -138,14 +145,9 @@ class CompressionSettings:
     """Of messages to a site that has the adapter of the round before; others get it whole."""
     topk_fraction: float
     """Share of the values that topk_int8 sends."""
-    folder: str
-    """Folder on each site's machine for what compression rounded away, and for the last adapter."""
-    keep_days: float
-    """Days after which a site removes the memory of another run."""
 
     def __post_init__(self) -> None:
         require(0 < self.topk_fraction <= 1, "topk_fraction must be in (0, 1]", self.topk_fraction)
-        require_at_least(0, self, "keep_days")
 
     @property
     def is_on(self) -> bool:
@@ -183,6 +185,11 @@ class FederatedProjectSettings:
     server_optimizer: ServerOptimizerSettings
     wire_dtype: WireDtype
     compression: CompressionSettings
+    share: Share
+    site_folder: str
+    """Folder on each site's machine for its memory between rounds, which compression and `share=A` need."""
+    site_keep_days: float
+    """Days after which a site removes the memory of another run."""
     proximal_mu: float
     """FedProx (arXiv 1812.06127): mu / 2 * |w - w_global|^2 added to the loss; 0: plain FedAvg."""
     baseline: Baseline
@@ -208,6 +215,10 @@ class FederatedProjectSettings:
         require_above(0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds")
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
         self._check_sites()
+        require_at_least(0, self, "site_keep_days")
+        if self.share is Share.A:
+            rule = "aggregation must be average for share=A, which trains A and B and shares A"
+            require(self.aggregation is Aggregation.average, rule, self.aggregation.name)
         if self.compression.is_on:
             rule = "aggregation must be average, ffa or rolora, whose factors keep their basis, for compression"
             require(not self.aggregation.takes_ranks, rule, self.aggregation.name)
@@ -239,6 +250,11 @@ class FederatedProjectSettings:
         if any(rank != most for rank in self.site_ranks):
             rule = f"aggregation must be stack or svd for sites of ranks {self.site_ranks}, with lora.rank={most}"
             require(self.aggregation.takes_ranks, rule, self.aggregation.name)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether sites have a memory between rounds."""
+        return self.compression.is_on or self.share is not Share.both
 
     @property
     def asked(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from fl.adapters import Adapter, AdapterIndex, Shape
-from fl.settings import Aggregation
+from fl.settings import Aggregation, Share
 
 A, B = ".lora_A.", ".lora_B."
 BOTH = (A, B)
@@ -26,6 +26,11 @@ def trained_halves(aggregation: Aggregation, server_round: int) -> tuple[str, ..
     if aggregation is Aggregation.rolora:
         return (B,) if server_round % 2 else (A,)
     return BOTH
+
+
+def sent_halves(aggregation: Aggregation, share: Share, server_round: int) -> tuple[str, ...]:
+    """The factors of those that a site sends; it keeps the others to itself (FedSA-LoRA, arXiv 2410.01463)."""
+    return (A,) if share is Share.A else trained_halves(aggregation, server_round)
 
 
 def of_halves(state: Adapter, halves: tuple[str, ...]) -> dict[str, torch.Tensor]:

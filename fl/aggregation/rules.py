@@ -40,9 +40,9 @@ from fl.aggregation.parts import (
     index_of_halves,
     index_of_rank,
     modules_of,
-    trained_halves,
+    sent_halves,
 )
-from fl.settings import Aggregation, WireDtype
+from fl.settings import Aggregation, Share, WireDtype
 from lab.faults import Fault
 
 ROW_NORM = math.sqrt(1 / 3)
@@ -77,6 +77,7 @@ class Aggregator:
     rule: Aggregation = Aggregation.average
     optimizer: ServerOptimizer | None = None
     """The server's step towards the mean; None: the mean itself."""
+    share: Share = Share.both
 
     def start(self, initial: Adapter) -> PackedAdapter:
         """The first adapter, as it is sent. ValueError when it does not fit the index."""
@@ -84,7 +85,7 @@ class Aggregator:
 
     def begin(self, server_round: int, sent: PackedAdapter | None) -> RoundSum:
         """An empty sum for the replies to `sent`, which `average` alone does not need."""
-        return MeanSum(self, sent, trained_halves(self.rule, server_round))
+        return MeanSum(self, sent, sent_halves(self.rule, self.share, server_round))
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold besides the adapter."""
@@ -314,10 +315,11 @@ def make_aggregator(
     residual_rank: int,
     fresh: Callable[[int], Adapter],
     optimizer: ServerOptimizer | None = None,
+    share: Share = Share.both,
 ) -> Aggregator:
     """The rule of a run whose first adapter has this index."""
     if not rule.takes_ranks:
-        return Aggregator(index, rule, optimizer)
+        return Aggregator(index, rule, optimizer, share)
     return ProductAggregator(
         index, rule, rank=rank, scale=scale, site_ranks=site_ranks, residual_rank=residual_rank, fresh=fresh
     )

@@ -1,9 +1,10 @@
-"""A site's own memory between rounds, on its own disk: what compression rounded away, and the adapter it was last sent.
+"""A site's own memory between rounds, on its own disk: what compression rounded away, the adapter it was last sent, and
+what it keeps to itself.
 
-A reply may be lost, and a message may be sent again. So the error is kept in two versions: the one from before a round,
-and the one that holds once the server has folded the round's reply in. The server says in every message which of the
-site's rounds it has folded last, and the site goes on from that version: a reply that was lost changes nothing, and a
-message that is answered twice gets the same reply.
+A reply may be lost, and a message may be sent again. So all is kept in two versions: the one from before a round, and
+the one that holds once the server has folded the round's reply in. The server says in every message which of the site's
+rounds it has folded last, and the site goes on from that version: a reply that was lost changes nothing, and a message
+that is answered twice gets the same reply.
 
 One file for each run and site, written whole or not at all: `<folder>/<run>/site-<number>.safetensors`.
 """
@@ -20,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 SECONDS_OF_A_DAY = 86_400
-ERROR, SENT = "error", "sent"
+ERROR, SENT, PERSONAL = "error", "sent", "personal"
+"""Kinds of vectors: what was rounded away, the adapter as it was sent, and the site's own after its training."""
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +41,27 @@ class SiteMemory:
 
     def error_after(self, server_round: int, size: int) -> torch.Tensor:
         """What was rounded away up to a round whose reply was folded in; zeros for round 0, or where it is missing."""
-        found = self._vectors.get(f"{ERROR}.{server_round}")
+        found = self.vector(ERROR, server_round)
         if found is not None and found.shape == (size,):
             return found
         if server_round:
             log.warning("%s has no error of round %d: it starts again from zero", self._file, server_round)
         return torch.zeros(size)
 
-    def sent_in(self, server_round: int) -> torch.Tensor | None:
-        """The adapter that the site was sent in a round, if it is the last that it answered."""
-        return self._vectors.get(f"{SENT}.{server_round}")
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self._file.parent
 
-    def write(self, errors: Vectors, sent: Vectors) -> None:
-        """Replace the memory."""
-        self._vectors = {f"{ERROR}.{number}": vector for number, vector in errors.items()}
-        self._vectors |= {f"{SENT}.{number}": vector for number, vector in sent.items()}
+    def vector(self, kind: str, server_round: int) -> torch.Tensor | None:
+        """A vector of a round, if the site still has it; rounds that were not folded in are none."""
+        return self._vectors.get(f"{kind}.{server_round}") if server_round else None
+
+    def write(self, vectors: Mapping[str, Vectors]) -> None:
+        """Replace the memory by vectors, by their kinds and rounds."""
+        self._vectors = {
+            f"{kind}.{number}": vector for kind, found in vectors.items() for number, vector in found.items()
+        }
         new = not self._file.parent.exists()
         self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         unfinished = self._file.with_name(f".{self._file.name}.{os.getpid()}")

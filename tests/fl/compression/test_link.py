@@ -48,7 +48,7 @@ def compressed(
     folder: Path, uplink: Codec, downlink: Codec = Codec.none, *more: str, rule: Aggregation = Aggregation.average
 ) -> FederatedSettings:
     codecs = (f"project.compression.uplink={uplink.name}", f"project.compression.downlink={downlink.name}")
-    own = f"project.compression.folder={folder / 'sites'}"
+    own = f"project.site_folder={folder / 'sites'}"
     return settings_of(folder, rule, *codecs, own, "project.rounds=3", *more)
 
 
@@ -135,7 +135,7 @@ def test_a_site_that_lost_its_folder_is_sent_the_whole_adapter_next_time(
     grid = FaultyGrid(settings, before=forget)
     figures = serve(grid, settings, Run(tmp_path / "run"))
     [refused] = figures["refused"]
-    assert "project.compression.folder must hold the adapter of round 1, which was sent to site 1" in refused
+    assert "project.site_folder must hold the adapter of round 1, which was sent to site 1" in refused
     assert [message.content.config_records[CONFIG].get(BASE) for message in grid.sent[6:9]] == [2, None, 2]
 
 
@@ -148,7 +148,7 @@ def test_sites_compute_the_servers_own_adapter_from_updates(tmp_path: Path, monk
 
     def noted(self: SiteLink) -> None:
         init(self)
-        seen.append(self.received.to_float32().tobytes())
+        seen.append(self.sent.to_float32().tobytes())
 
     monkeypatch.setattr(SiteLink, "__post_init__", noted)
     adapters = adapters_of(FaultyGrid(settings), settings, tmp_path / "run")
@@ -167,9 +167,7 @@ def test_memory_of_another_run_or_of_none_is_never_used(tmp_path: Path) -> None:
 
 
 def link_of(downlink: Codec) -> ServerLink:
-    return ServerLink(
-        CompressionSettings(uplink=Codec.int8, downlink=downlink, topk_fraction=0.1, folder="unused", keep_days=1.0)
-    )
+    return ServerLink(CompressionSettings(uplink=Codec.int8, downlink=downlink, topk_fraction=0.1))
 
 
 def test_a_checkpoint_of_the_link_goes_on_with_the_same_bytes() -> None:
