@@ -88,6 +88,14 @@ class RoundReport:
     """Part of `round_seconds`: checking and folding replies, and taking the mean."""
     ledger: dict[str, float] = field(default_factory=dict)
     """Norms of what the aggregation kept and lost; empty where it cannot lose anything."""
+    server_rss_bytes: int = 0
+    """Resident size of the server's process after the round."""
+    late: int = 0
+    """Replies to earlier rounds that came during this one, and were dropped."""
+    unused: int = 0
+    """Clients asked beyond the share of the round, whose replies it did not wait for."""
+    left_out: list[str] = field(default_factory=list)
+    """Sites that were not asked because they had failed too often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +110,23 @@ class RunReport:
 
 
 class RoundFailed(Fault):
-    """No client gave a good reply, which ends the run. `adapter` is the last good one; `refused` has the reasons."""
+    """Too few clients gave a good reply, which ends the run. `adapter` is the last good one, `refused` the reasons."""
 
-    def __init__(self, phase: str, server_round: int, adapter: dict[str, torch.Tensor], refused: list[Refusal]) -> None:
+    def __init__(
+        self,
+        phase: str,
+        server_round: int,
+        adapter: dict[str, torch.Tensor],
+        refused: list[Refusal],
+        good: int = 0,
+        quorum: int = 1,
+    ) -> None:
         self.server_round = server_round
         self.adapter = adapter
         self.refused = refused
         reasons = "; ".join(f"node {refusal.node_id} {refusal.reason}" for refusal in refused)
-        super().__init__(f"{phase} round {server_round} ended without one good reply: {reasons or 'no node was asked'}")
+        self.ended = f"with {good} good replies of the {quorum} that it needs" if good else "without one good reply"
+        super().__init__(f"{phase} round {server_round} ended {self.ended}: {reasons or 'no node was asked'}")
 
 
 class RunStopped(RuntimeError):

@@ -173,6 +173,16 @@ class FederatedProjectSettings:
     """Optimizer steps of a client in one round."""
     fraction: float
     """Share of the clients that train in a round (chosen by seed and round); 1.0: all."""
+    quorum: int
+    """Good replies without which a round fails."""
+    oversample: int
+    """Clients asked in a round beyond its share; the first good replies count, as many as the share."""
+    round_deadline_seconds: float | None
+    """When a round ends although clients have not replied, if it has its quorum; null: it waits for all."""
+    max_failures: int
+    """Rounds that a client fails in a row before it is left out for a while."""
+    pause_rounds: int
+    """Rounds for which it is left out."""
     partition_by: PartitionBy
     weighting: Weighting
     aggregation: Aggregation
@@ -195,8 +205,20 @@ class FederatedProjectSettings:
     baseline: Baseline
     warm_start: str | None
     """PEFT folder of this base model to start from; null: a new adapter."""
+    resume: str | None
+    """Folder of an interrupted run to continue, in a new folder; null: a new run."""
+    resume_changes: list[str]
+    """Settings, by dotted key, that may differ from those of the run that is continued."""
+    attempts: int
+    """Deployment: submissions of a run that fails, each from its last finished round."""
+    retry_seconds: float
+    """Deployment: pause before the next attempt."""
+    superlink: str
+    """Deployment: connection in the config.toml of `FLWR_HOME`; its SuperLink runs on this machine."""
+    command_timeout_seconds: float
+    """Deployment: time limit of one call of `flwr`."""
     node_timeout_seconds: float
-    """Time limit for `num_clients` nodes to connect."""
+    """Time limit for `num_clients` nodes to connect; in a deployment, also for the SuperLink to answer."""
     reply_timeout_seconds: float
     """Time to live of a message: a client that has not replied by then is left out of the round."""
     poll_seconds: float
@@ -210,9 +232,11 @@ class FederatedProjectSettings:
     data: DataSettings
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "num_clients", "rounds", "local_steps")
-        require_at_least(0, self, "proximal_mu", "workers", "worker_retries")
-        require_above(0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds")
+        require_at_least(1, self, "num_clients", "rounds", "local_steps", "attempts", "max_failures")
+        require_at_least(0, self, "proximal_mu", "workers", "worker_retries", "retry_seconds", "pause_rounds")
+        require_above(
+            0, self, "node_timeout_seconds", "reply_timeout_seconds", "poll_seconds", "command_timeout_seconds"
+        )
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
         self._check_sites()
         require_at_least(0, self, "site_keep_days")
@@ -233,6 +257,18 @@ class FederatedProjectSettings:
             rule = f"residual_rank must be at least {needed} for aggregation=stack, which loses nothing, over"
             rule += f" {self.rounds} rounds of {self.asked} sites (aggregation=svd keeps the best part in any rank)"
             require(self.residual_rank >= needed, rule, self.residual_rank)
+        require(
+            1 <= self.quorum <= self.asked, f"quorum must be in [1, {self.asked}], the clients of a round", self.quorum
+        )
+        most = self.num_clients - self.asked
+        require(0 <= self.oversample <= most, f"oversample must be in [0, {most}], the other clients", self.oversample)
+        deadline, rule = (
+            self.round_deadline_seconds,
+            "round_deadline_seconds must be null or in (0, reply_timeout_seconds]",
+        )
+        require(deadline is None or 0 < deadline <= self.reply_timeout_seconds, rule, deadline)
+        if self.baseline is Baseline.central:
+            require(self.resume is None, "resume must be null for baseline=central", self.resume)
 
     def _check_sites(self) -> None:
         require_at_least(0, self, "residual_rank")

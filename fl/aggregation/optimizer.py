@@ -59,6 +59,8 @@ class ServerOptimizer:
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from what `state` returned."""
+        if not state:  # no step was taken yet
+            return
         kept: dict[str, dict[str, torch.Tensor]] = {}
         for place, value in state.items():
             name, _, key = place.rpartition(SEPARATOR)

@@ -87,6 +87,11 @@ class Aggregator:
         """An empty sum for the replies to `sent`, which `average` alone does not need."""
         return MeanSum(self, sent, sent_halves(self.rule, self.share, server_round))
 
+    @property
+    def has_state(self) -> bool:
+        """Whether a checkpoint must hold more than the adapter."""
+        return self.optimizer is not None
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold besides the adapter."""
         return self.optimizer.state() if self.optimizer else {}
@@ -159,6 +164,11 @@ class ProductAggregator(Aggregator):
     def begin(self, server_round: int, sent: PackedAdapter | None) -> RoundSum:
         assert sent is not None, "a sum of products needs the rows that sites did not train"
         return ProductSum(self, server_round, sent)
+
+    @property
+    @override
+    def has_state(self) -> bool:
+        return True
 
     @override
     def state(self) -> dict[str, Tensor]:

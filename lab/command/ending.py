@@ -101,6 +101,8 @@ class Signals:
         """The signal that was received."""
         self.tell: Callable[[], object] | None = None
         """Called instead of raising."""
+        self.grace_seconds = 0.0
+        """Seconds that a role may take, besides `UNWIND_SECONDS`, to finish what it does for others."""
         self._heard_at = 0.0
         self._before: dict[int, Any] = {}
         self._heard, self._over = threading.Event(), threading.Event()
@@ -139,7 +141,7 @@ class Signals:
 
     def _watch(self) -> None:
         self._heard.wait()
-        if not self._over.wait(UNWIND_SECONDS):
+        if not self._over.wait(UNWIND_SECONDS + self.grace_seconds):
             assert self.number is not None
             self._forced(self.number)
 
@@ -150,6 +152,12 @@ _current: Signals | None = None
 def is_ending() -> bool:
     """Whether a signal that ends this process has been received."""
     return _current is not None and _current.number is not None
+
+
+def allow_grace(seconds: float) -> None:
+    """Let the run take so many seconds more to end after a signal."""
+    if _current is not None:
+        _current.grace_seconds = seconds
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from lab.engine.kinds import EngineKind
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
-from lab.settings import UserError
+from lab.settings import Quantization, UserError
 from lab.text.generation import sampling_of
 from lab.text.prompts import prompt_ids
 from lab.wire.frames import encode
@@ -173,7 +173,7 @@ class Rig(ExitStack):
         draft = replace(project.draft, source=case.source, length=str(case.draft_length), layers=case.layers)
         return replace(
             self.settings,
-            seed=case.seed,
+            seed=(self.settings.seed + case.seed) % 2**31,
             project=replace(
                 project,
                 mode=case.mode,
@@ -231,6 +231,14 @@ def for_engine(settings: SpeculativeSettings) -> SpeculativeSettings:
     and the verifier's own prompt lookup, which would hide the drafter's draft tokens, is off."""
     if settings.project.bench.engine is BenchEngine.real:
         return settings
+    own = settings.model
+    for key, value, is_used in (
+        ("model.adapter must be null", own.adapter, own.adapter is not None),
+        ("model.quantization must be none", own.quantization.name, own.quantization is not Quantization.none),
+        ("device.compile must be false or auto", True, settings.device.compile is True),
+    ):
+        if is_used:
+            raise UserError(f"{key} for project.bench.engine=synthetic, which has no model, got {value!r}")
     model = compose_settings("spec_decoding", "model=random", SpeculativeSettings).model
     project = replace(settings.project, engine=EngineKind.synthetic, lookup=False)
     return replace(settings, model=replace(model, cache_dir=settings.model.cache_dir), project=project)
@@ -275,4 +283,5 @@ def model_overrides(settings: SpeculativeSettings) -> list[str]:
     cache = path_of(model.cache_dir, "model.cache_dir")
     precision = [f"model.dtype={model.dtype.name}", f"model.quantization={model.quantization.name}"]
     compiles = f"device.compile={str(settings.device.compile).lower()}"
-    return [f"model={names[model.name]}", *precision, compiles, override("model.cache_dir", cache)]
+    adapter = [] if model.adapter is None else [override("model.adapter", path_of(model.adapter, "model.adapter"))]
+    return [f"model={names[model.name]}", *precision, *adapter, compiles, override("model.cache_dir", cache)]
