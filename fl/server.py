@@ -22,6 +22,7 @@ from fl.compression.server import ServerLink
 from fl.plots import draw_run
 from fl.report import RoundFigures, counts_of, history, summary
 from fl.rounds import RoundReport
+from fl.run.page import by_site, header, line, write_run_page
 from fl.run.sites import SiteRecord, SiteRecords
 from fl.run.state import RoundRecord, SavedRun, drop_old_states, saved_run, write_state
 from fl.settings import FederatedSettings
@@ -82,6 +83,7 @@ def serve(
         log.info("continuing %s after round %d of %d", project.resume, saved.last.round, project.rounds)
     for report in reports:
         sites.add(counts_of(report.clients))
+    first_here = len(reports) + 1
     place.so_far = lambda: so_far(reports, written, sites.counts)
     log.info("the mean is weighted by each client's number of %s", project.weighting.words)
     # One reply per client and round, and one to the evaluation after the last round.
@@ -101,7 +103,9 @@ def serve(
                 reports.append(kept)
                 new = sites.add(counts_of(report.clients))
                 tracker.log(report.round, **row(kept), **({"sites": new} if new else {}))
-                log.info("round %d of %d: %s", report.round, project.rounds, describe_loss(report))
+                if len(reports) == first_here:
+                    log.info("table of rounds: %s", header())
+                log.info("round %d of %d: %s", report.round, project.rounds, line(kept))
 
             run = averaging.run(
                 grid,
@@ -114,8 +118,13 @@ def serve(
                 stopped=stopped,
             )
         sites.add(counts_of(run.clients))
-        figures = run_result(settings, place, history(reports, run), index, written, sites.counts)
+        states = history(reports, run)
+        figures = run_result(settings, place, states, index, written, sites.counts)
         figures |= {"wall_seconds": time.perf_counter() - begin}
+        title = f"Federation of {project.num_clients} sites, {project.rounds} rounds, {settings.model.name}"
+        records = averaging.sites.records
+        page = picture(lambda: write_run_page(place.folder, title, figures, reports, states, records))
+        figures |= {"report": page[0] if page else None}
         tracker.result(figures)
     return figures
 
@@ -162,14 +171,6 @@ class SiteLog:
             log.info(line, most, trained, "project.data.max_held_out")
 
 
-def describe_loss(report: RoundReport) -> str:
-    """The held-out loss before a round, and the number of clients that measured it."""
-    measured = sum(row.evaluate_weight > 0 for row in report.clients)
-    if not measured:
-        return "no client that was asked holds anything out"
-    return f"held-out loss was {report.evaluate['eval_loss']:.4f} over {measured} clients"
-
-
 def row(report: RoundReport) -> dict[str, Any]:
     """One round's figures for metrics.jsonl; held-out figures are of the adapter from before the round."""
     return {
@@ -184,6 +185,7 @@ def row(report: RoundReport) -> dict[str, Any]:
         "replies": len(report.clients),
         "refused": len(report.refused),
         "late": report.late,
+        "by_site": by_site(report.clients),
         "unused": report.unused,
         **({"left_out": report.left_out} if report.left_out else {}),
     }
