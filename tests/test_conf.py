@@ -19,6 +19,8 @@ from lab.doctor import DoctorSettings
 from lab.models.conversion import random_config
 from lab.settings import LabSettings, ModelSource
 from matrix.settings import MatrixSettings
+from serve.chat.settings import ChatSettings
+from serve.settings import ServeSettings
 from simulations.bench_settings import BenchSettings
 from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings
@@ -31,7 +33,7 @@ from split.training.settings import SplitTrainSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 17, "matrix": 5, "model": 6, "tracking": 3}
+FOUND = {"": 19, "matrix": 5, "model": 6, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -48,6 +50,8 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "split_train_bench": SplitTrainBenchSettings,
     "demo": DemoSettings,
     "decode": DecodeSettings,
+    "serve": ServeSettings,
+    "chat": ChatSettings,
     "bench": BenchSettings,
     "matrix": MatrixSettings,
 }
