@@ -51,10 +51,10 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "split_train_bench": SplitTrainBenchSettings,
     "demo": DemoSettings,
     "decode": DecodeSettings,
-    "bench": BenchSettings,
-    "matrix": MatrixSettings,
     "serve": ServeSettings,
     "chat": ChatSettings,
+    "bench": BenchSettings,
+    "matrix": MatrixSettings,
 }
 """The settings of each file of a command."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +23,8 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.chat import __main__ as chat
+from tests.in_process import exit_code
 from tests.serve.chat_server import base_url, chat_server
 from tests.serve.foreign import Foreign, Relay, foreign_server
 from tests.speculative.processes import Role
@@ -109,7 +114,7 @@ def test_a_server_that_speaks_the_bare_protocol(foreign: Foreign, tmp_path: Path
     foreign.pieces = ["a\u2028b\x85c", "\x1b[31mred"]
     words = ("project.temperature=0.5", "prompt=hello")
     text, last, _ = piped(tmp_path, f"{foreign.url}/v1/", "again\n", *words, OPENAI_API_KEY="theirs")
-    assert text == "a\u2028b\x85c\x1b[31mred\n" * 2 + "" or text == "\n".join(["a\u2028b\x85c\x1b[31mred"] * 2)
+    assert text == "\n".join(["a\u2028b\x85c\x1b[31mred"] * 2), "in a pipe a text is exactly what it is"
     assert (last["model"], last["answers"]) == ("theirs", 2)
     assert foreign.keys == ["Bearer theirs"] * 2
     assert foreign.asked[0] == {
@@ -119,21 +124,46 @@ def test_a_server_that_speaks_the_bare_protocol(foreign: Foreign, tmp_path: Path
     assert [one["role"] for one in foreign.asked[1]["messages"]] == ["user", "assistant", "user"]
 
 
-def test_what_cannot_be_is_refused_in_one_line(foreign: Foreign, server: Role, tmp_path: Path) -> None:
-    for words, own, code, reason in (
-        (["project.base_url=ftp://x"], {}, 2, "project.base_url must begin with http:// or https://"),
-        (["project.base_url=http://10.0.0.1/v1"], {"OPENAI_API_KEY": "x"}, 2, "network.trusted_link must be true"),
-        (["project.base_url=http://127.0.0.1:1/v1"], {}, 1, "no server answers at http://127.0.0.1:1/v1"),
-        (["project.model_id=other"], {}, 2, "project.model_id must be one of theirs, got 'other'"),
-    ):
-        _, _, errors = piped(tmp_path, f"{foreign.url}/v1", "hi\n", *words, code=code, **own)
-        assert reason in errors
-        assert len(errors.splitlines()) == 1
-    _, last, errors = piped(tmp_path, f"{foreign.url}/v1", "/wrong\n", code=2)
-    assert "must be a command (/help), got '/wrong'" in errors
-    _, last, errors = piped(tmp_path, base_url(server), "x" * 5000 + "\n", code=1)
-    assert "must leave room for a token in the context of 1024 tokens" in errors
-    assert last["status"] == "failed"
+REFUSED = [
+    ("hi", ["project.base_url=ftp://x"], 2, "project.base_url must begin with http:// or https://, got 'ftp://x'"),
+    ("hi", ["project.base_url=http://10.0.0.1/v1"], 2, "network.trusted_link must be true to send a key without TLS"),
+    ("hi", ["project.base_url=http://127.0.0.1:1/v1"], 1, "no server answers at http://127.0.0.1:1/v1"),
+    ("hi", ["project.model_id=other"], 2, "project.model_id must be one of theirs, got 'other'"),
+    ("/wrong", [], 2, "a line that begins with / must be a command (/help), got '/wrong'"),
+    ("/save /", [], 2, "/save must name a file that can be written, got '/'"),
+]
+
+
+@pytest.mark.parametrize(("line", "words", "code", "reason"), REFUSED, ids=lambda value: str(value)[:30])
+def test_what_cannot_be_is_refused_in_one_line(
+    foreign: Foreign,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    words: list[str],
+    code: int,
+    reason: str,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{line}\n"))
+    own = [f"hydra.run.dir={tmp_path}/run", *OPTIONS]
+    base = [] if any("base_url" in word for word in words) else [f"project.base_url={foreign.url}/v1"]
+    assert exit_code(chat.main, *own, *base, *words) == code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert reason in said
+    assert foreign.asked == []
+
+
+def test_a_request_that_the_server_refuses_ends_a_pipe(
+    server: Role, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 5000 + "\n"))
+    own = [f"hydra.run.dir={tmp_path}/run", *OPTIONS, f"project.base_url={base_url(server)}"]
+    assert exit_code(chat.main, *own) == 1
+    said = capsys.readouterr()
+    assert "must leave room for a token in the context of 1024 tokens" in said.err
+    assert json.loads(said.out.splitlines()[-1])["status"] == "failed"
 
 
 @dataclass
@@ -166,13 +196,18 @@ class Terminal:
         return self.process.wait(SECONDS)
 
 
+def take_terminal() -> None:
+    """Make standard input the terminal that this process is controlled by: Ctrl+C there is its signal."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 @contextmanager
 def terminal(folder: Path, url: str, **own: str) -> Iterator[Terminal]:
     screen, theirs = pty.openpty()
+    ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     process = subprocess.Popen(
-        command(folder, url), stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**own), start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-    )  # fmt: skip
+        command(folder, url), **ends, env=environment(**own), start_new_session=True, preexec_fn=take_terminal
+    )
     os.close(theirs)
     watchdog = threading.Timer(2 * SECONDS, process.kill)
     watchdog.start()
@@ -195,47 +230,47 @@ def wait_for(holds: Any) -> None:
 def test_ctrl_c_stops_the_answer_and_a_second_one_at_the_prompt_the_chat(server: Role, tmp_path: Path) -> None:
     relay = Relay(server.port)
     try:
-        with terminal(tmp_path, f"http://127.0.0.1:{relay.port}/v1") as chat:
-            chat.until("> ")
+        with terminal(tmp_path, f"http://127.0.0.1:{relay.port}/v1") as seen:
+            seen.until("> ")
             relay.hold(6)
-            chat.type("one\n")
+            seen.type("one\n")
             wait_for(lambda: relay.is_holding)
-            chat.type("\x03")
-            chat.until("(stopped)")
+            seen.type("\x03")
+            seen.until("(stopped)")
             relay.release()
-            chat.until("> ", 2)
-            chat.type("/new\ntwo\n")
-            chat.until("> ", 4)
-            chat.type("\x03")
-            assert chat.end() == 0
-            last = json.loads(chat.seen.splitlines()[-1])
+            seen.until("> ", 2)
+            seen.type("/new\ntwo\n")
+            seen.until("> ", 4)
+            seen.type("\x03")
+            assert seen.end() == 0
+            last = json.loads(seen.seen.splitlines()[-1])
     finally:
         relay.close()
     assert (last["ended_by"], last["answers"], last["stopped"]) == ("interrupted", 1, 1)
-    assert "\x1b[33m" in chat.seen, "the model's own tokens have their colour"
+    assert "\x1b[33m" in seen.seen, "the model's own tokens have their colour"
 
 
-@pytest.mark.parametrize("own", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
-def test_a_terminal_is_kept_from_control_characters(foreign: Foreign, tmp_path: Path, own: dict[str, str]) -> None:
+def test_a_terminal_is_kept_from_control_characters_and_from_colours_that_are_off(
+    foreign: Foreign, tmp_path: Path
+) -> None:
     foreign.pieces = ["\x1b]0;title\x07", "\x9b31m", "fine"]
-    with terminal(tmp_path, f"{foreign.url}/v1", **own) as chat:
-        chat.until("> ")
-        chat.type("hi\n")
-        chat.until("fine")
-        chat.until("> ", 2)
-        chat.type("/quit\n")
-        assert chat.end() == 0
-    assert "?]0;title??31mfine" in chat.seen
-    assert "\x1b[3" not in chat.seen
+    with terminal(tmp_path, f"{foreign.url}/v1", NO_COLOR="1") as seen:
+        seen.until("> ")
+        seen.type("hi\n")
+        seen.until("fine")
+        seen.until("> ", 2)
+        seen.type("/quit\n")
+        assert seen.end() == 0
+    assert "?]0;title??31mfine" in seen.seen
+    assert "\x1b[3" not in seen.seen
 
 
 def test_ctrl_c_in_a_pipe_ends_the_command(server: Role, tmp_path: Path) -> None:
     relay = Relay(server.port)
     relay.hold(6)
-    process = subprocess.Popen(
-        command(tmp_path, f"http://127.0.0.1:{relay.port}/v1"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment(),
-    )  # fmt: skip
+    words = command(tmp_path, f"http://127.0.0.1:{relay.port}/v1")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(words, **pipes, text=True, env=environment())
     try:
         assert process.stdin is not None
         process.stdin.write("one\n")
