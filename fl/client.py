@@ -15,6 +15,7 @@ from fl.adapters import Adapter, load_into, read_from
 from fl.partition import client_documents, partition
 from fl.settings import FederatedProjectSettings, FederatedSettings, Weighting
 from lab.device import open_device, read_memory
+from lab.files import path_of
 from lab.learning.data import Document, Source, open_source
 from lab.learning.examples import Example, ExampleReader, MalformedData, Split, batches, split_examples
 from lab.learning.records import MalformedRecord
@@ -97,17 +98,33 @@ class LoRAClient:
 # A worker process serves many clients and rounds: it keeps one base model, and the examples of every site it served.
 _bases: dict[str, Base] = {}
 _splits: dict[str, Split] = {}
+_splits_of = ""
+"""The settings that the examples were read with: those of another run are not kept."""
 
 
 def open_client(settings: FederatedSettings, site: Site) -> LoRAClient:
     """Client of `site`; the base model is loaded once per process. UserError for absent data or model."""
-    base = open_base(settings)
-    key = digest([settings.model, settings.project, settings.seed, {"index": site.index, "path": site.data_path}])
+    global _splits_of
+    base, run = open_base(settings), digest([settings.model, settings.project, settings.seed])
+    if run != _splits_of:
+        _splits.clear()
+        _splits_of = run
+    key = digest({"index": site.index, "path": site.data_path, "files": stamps(site.data_path)})
     if key not in _splits:
         _splits[key] = split = read_split(settings, site, base.tokenizer)
         for line in (split.counts.line(), *split.counts.warnings(settings.project.data.sequence_length)):
             log.info("site %d: %s", site.index, line)  # the server reports it to the user
     return LoRAClient(settings.project, settings.seed, site, base, _splits[key])
+
+
+def stamps(data_path: str | None) -> list[tuple[str, int, int, int]]:
+    """Name, size and times of a site's own files: examples that are kept are read again when a file has changed."""
+    if data_path is None:
+        return []
+    root = path_of(data_path, "data-path")
+    files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root] * root.exists()
+    found = [(str(file), file.stat()) for file in files]
+    return [(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in found]
 
 
 def open_base(settings: FederatedSettings) -> Base:

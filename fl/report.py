@@ -33,6 +33,8 @@ class RoundFigures:
     """Clients whose reply was folded in; `uplink_bytes` are theirs."""
     round_seconds: float = 0.0
     aggregate_seconds: float = 0.0
+    late: int = 0
+    """Replies to earlier rounds, which were dropped."""
     refused: list[str] = field(default_factory=list)
 
 
@@ -58,10 +60,11 @@ def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures
                 train_seconds={row.site: row.train["train_seconds"] for row in report.clients},
                 uplink_bytes=report.uplink_bytes,
                 downlink_bytes=report.downlink_bytes,
-                messages=len(report.clients) + len(report.refused),
+                messages=len(report.clients) + len(report.refused) + report.unused,
                 replies=len(report.clients),
                 round_seconds=report.round_seconds,
                 aggregate_seconds=report.aggregate_seconds,
+                late=report.late,
                 refused=[f"node {refusal.node_id}: {refusal.reason}" for refusal in report.refused],
             )
         )
@@ -87,6 +90,7 @@ def summary(
         "train_loss_by_round": [state.train_loss for state in rounds],
         "train_seconds": sum(sum(state.train_seconds.values()) for state in rounds),
         "aggregate_seconds": sum(state.aggregate_seconds for state in rounds),
+        "late_replies": sum(state.late for state in rounds),
         "refused": [line for state in rounds for line in state.refused],
         "peak_rss_bytes": peak_rss_bytes(),
         "adapter_path": adapter_path,

@@ -5,7 +5,7 @@ A reply is checked and folded in when it arrives, then discarded.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from flwr.app import Message, RecordDict
@@ -84,6 +84,14 @@ class RoundReport:
     """Time from the first message sent to the new adapter."""
     aggregate_seconds: float
     """Part of `round_seconds`: checking and folding replies, and taking the mean."""
+    server_rss_bytes: int = 0
+    """Resident size of the server's process after the round."""
+    late: int = 0
+    """Replies to earlier rounds that came during this one, and were dropped."""
+    unused: int = 0
+    """Clients asked beyond the share of the round, whose replies it did not wait for."""
+    left_out: list[str] = field(default_factory=list)
+    """Sites that were not asked because they had failed too often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +106,23 @@ class RunReport:
 
 
 class RoundFailed(Fault):
-    """No client gave a good reply, which ends the run. `adapter` is the last good one; `refused` has the reasons."""
+    """Too few clients gave a good reply, which ends the run. `adapter` is the last good one, `refused` the reasons."""
 
-    def __init__(self, phase: str, server_round: int, adapter: dict[str, torch.Tensor], refused: list[Refusal]) -> None:
+    def __init__(
+        self,
+        phase: str,
+        server_round: int,
+        adapter: dict[str, torch.Tensor],
+        refused: list[Refusal],
+        good: int = 0,
+        quorum: int = 1,
+    ) -> None:
         self.server_round = server_round
         self.adapter = adapter
         self.refused = refused
         reasons = "; ".join(f"node {refusal.node_id} {refusal.reason}" for refusal in refused)
-        super().__init__(f"{phase} round {server_round} ended without one good reply: {reasons or 'no node was asked'}")
+        self.ended = f"with {good} good replies of the {quorum} that it needs" if good else "without one good reply"
+        super().__init__(f"{phase} round {server_round} ended {self.ended}: {reasons or 'no node was asked'}")
 
 
 class RunStopped(RuntimeError):

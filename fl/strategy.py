@@ -5,9 +5,11 @@ at the end of each round, since it is what the server sends.
 """
 
 import logging
+import math
 import random
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -32,6 +34,8 @@ from fl.messages import (
     to_index_record,
 )
 from fl.rounds import ERRORS, NodesMissing, RoundFailed, RoundFold, RoundReport, RunReport, RunStopped, describe_error
+from fl.run.sites import SiteRecords
+from fl.run.state import Stateful
 
 EXPIRY_GRACE_SECONDS = 5.0
 """Flower's SuperLink reports a message that has expired; if that report does not arrive either, we stop waiting."""
@@ -63,9 +67,26 @@ class WeightedFedAvg(Strategy):
     """Longest wait for `num_clients` nodes."""
     poll_seconds: float
     """Pause between two looks for replies."""
+    quorum: int = 1
+    """Good replies without which a round fails."""
+    oversample: int = 0
+    """Sites asked in a round beyond its share; the round ends with the first good replies of as many as its share."""
+    deadline_seconds: float = math.inf
+    """From here on a round waits only until it has its quorum; a site that has not replied has failed the round."""
+    sites: SiteRecords = field(default_factory=lambda: SiteRecords(sys.maxsize, 0))
+    """What became of each site so far, and who is left out."""
+    components: Mapping[str, Stateful] = field(default_factory=dict)
+    """Parts with state between rounds, such as a server optimizer, by the name under which the state is saved."""
     _partitions: dict[int, int] = field(default_factory=dict, init=False)
     _asked: list[Message] = field(default_factory=list, init=False)
     _first_asked: list[int] = field(default_factory=list, init=False)
+    _first_partitions: list[int] = field(default_factory=list, init=False)
+    _needed_nodes: int = field(default=1, init=False)
+    _unanswered: dict[str, tuple[int, float]] = field(default_factory=dict, init=False)
+    """Messages of earlier rounds whose replies nobody waits for: their node, and when they expire."""
+    _share: int = field(default=1, init=False)
+    """Good replies that the round waits for."""
+    _late: int = field(default=0, init=False)
     _on_reply: Callable[[str], None] = field(default=lambda line: None, init=False)
     _stopped: Callable[[], bool] = field(default=lambda: False, init=False)
 
@@ -82,27 +103,42 @@ class WeightedFedAvg(Strategy):
         *,
         num_rounds: int,
         on_round: Callable[[RoundReport], None],
+        finished_rounds: int = 0,
+        first_asked: Sequence[int] = (),
         on_reply: Callable[[str], None] = lambda line: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> RunReport:
         """Run all rounds, then evaluate the last adapter at the nodes of round 1, which evaluated the first one.
+
+        A run that continues is given the number of its `finished_rounds`, the adapter of the last one, and the
+        partitions that were asked in round 1 (`first_partitions`).
 
         `on_round` is called after every round, to record it; `on_reply` with one line for every client asked, as soon
         as it has replied or failed, to show progress. `stopped` is called between two polls for replies or nodes.
 
         Raises NodesMissing, RoundFailed when a round (or the last evaluation) has no good reply, and RunStopped.
         """
-        packed, self._first_asked = PackedAdapter.pack(initial, self.index), []
+        self._unanswered, self._late = {}, 0
+        packed, self._first_asked, self._first_partitions = PackedAdapter.pack(initial, self.index), [], [*first_asked]
         self._on_reply, self._stopped = on_reply, stopped
         self.summary()
-        for server_round in range(1, num_rounds + 1):
+        self._needed_nodes = self.num_clients
+        for server_round in range(finished_rounds + 1, num_rounds + 1):
             packed, report = self._train_round(grid, server_round, packed)
-            self._first_asked = self._first_asked or [message.metadata.dst_node_id for message in self._asked]
+            if server_round == 1:
+                self._first_asked = [message.metadata.dst_node_id for message in self._asked]
+                known = [self._partitions[node] for node in self._first_asked if node in self._partitions]
+                self._first_partitions = sorted(known)
             on_round(report)
         fold = self._evaluate_round(grid, num_rounds, packed)
         return RunReport(
             adapter=packed.unpack(), evaluate=fold.evaluate_means(), clients=fold.rows, refused=fold.refused
         )
+
+    @property
+    def first_partitions(self) -> list[int]:
+        """The partitions that were asked in round 1; empty where all were (`fraction` 1), whatever their partitions."""
+        return self._first_partitions
 
     @override
     def configure_train(
@@ -131,23 +167,29 @@ class WeightedFedAvg(Strategy):
     @override
     def summary(self) -> None:
         log.info(
-            "weighted FedAvg: %d tensors, %d bytes as %s; %d clients, %.0f %% of them a round; %.0f s for a message",
+            "weighted FedAvg: %d tensors, %d bytes as %s; %d clients, %.0f %% of them a round; %.0f s for a message; "
+            "quorum %d, deadline %g s, %d clients more than needed are asked",
             len(self.index.names),
             self.index.tensor_bytes,
             self.index.dtype.name,
             self.num_clients,
             100 * self.fraction,
             self.message_ttl_seconds,
+            self.quorum,
+            self.deadline_seconds,
+            self.oversample,
         )
 
     def _train_round(self, grid: Grid, server_round: int, packed: PackedAdapter) -> tuple[PackedAdapter, RoundReport]:
         started = time.perf_counter()
         messages = list(self.configure_train(server_round, to_array_record(packed), ConfigRecord(), grid))
         downlink_bytes = sum(map(message_bytes, messages))
-        fold = RoundFold(self.index, trains=True)
-        self._exchange(grid, messages, fold)
-        if not fold.rows:
-            raise RoundFailed("train", server_round, packed.unpack(), fold.refused)
+        fold, late = RoundFold(self.index, trains=True), self._late
+        self._exchange(grid, messages, fold, self.quorum, min(self._share, len(messages)))
+        left_out = self.sites.left_out(server_round)
+        self._note(server_round, fold)
+        if len(fold.rows) < self.quorum:
+            raise RoundFailed("train", server_round, packed.unpack(), fold.refused, len(fold.rows), self.quorum)
         packed = fold.packed()
         return packed, RoundReport(
             round=server_round,
@@ -160,16 +202,37 @@ class WeightedFedAvg(Strategy):
             uplink_bytes=sum(row.uplink_bytes for row in fold.rows),
             round_seconds=time.perf_counter() - started,
             aggregate_seconds=fold.seconds,
+            late=self._late - late,
+            unused=len(messages) - len(fold.rows) - len(fold.refused),
+            left_out=left_out,
         )
 
+    def _note(self, server_round: int, fold: RoundFold) -> None:
+        for row in fold.rows:
+            self.sites.succeeded(row.node_id, row.partition_id)
+        for refusal in fold.refused:
+            self.sites.failed(refusal.node_id, server_round)
+
     def _evaluate_round(self, grid: Grid, server_round: int, packed: PackedAdapter) -> RoundFold:
-        there = set(grid.get_node_ids())
-        nodes = [node_id for node_id in self._first_asked if node_id in there] or self._draw(grid, server_round)
+        nodes = self._asked_first(grid) or self._draw(grid, server_round)
         arrays, fold = to_array_record(packed), RoundFold(self.index, trains=False)
-        self._exchange(grid, self._messages(MessageType.EVALUATE, server_round, arrays, ConfigRecord(), nodes), fold)
+        messages = self._messages(MessageType.EVALUATE, server_round, arrays, ConfigRecord(), nodes)
+        self._exchange(grid, messages, fold, 1, len(messages))
         if not fold.rows:
             raise RoundFailed("evaluate", server_round, packed.unpack(), fold.refused)
         return fold
+
+    def _asked_first(self, grid: Grid) -> list[int]:
+        """The nodes of round 1 that are still there. Node ids differ from run to run: a run that continues knows the
+        partitions."""
+        if self._first_asked:
+            there = set(grid.get_node_ids())
+            return [node_id for node_id in self._first_asked if node_id in there]
+        nodes = self._registered(grid, self._needed_nodes)
+        if not self._first_partitions:
+            return nodes
+        known = self._by_partition(grid, nodes)
+        return [node_id for node_id in known if self._partitions[node_id] in self._first_partitions]
 
     def _messages(
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int]
@@ -184,14 +247,38 @@ class WeightedFedAvg(Strategy):
 
     def _draw(self, grid: Grid, server_round: int) -> list[int]:
         """The nodes of a round. A part of them is drawn over partitions: node ids differ from run to run."""
-        nodes = self._registered(grid, self.num_clients if server_round == 1 else 1)
-        if self.fraction < 1:
+        nodes = self._registered(grid, self.num_clients if server_round == 1 else self._needed_nodes)
+        self._needed_nodes = self.quorum  # sites may leave once a run has begun, or has begun again
+        if self.fraction < 1 or self.sites.needs_partitions:
             nodes = self._by_partition(grid, nodes)
-            count = max(1, round(self.fraction * len(nodes)))
+        self._share = max(1, round(self.fraction * len(nodes)))
+        nodes = self.sites.present(self._idle(grid, nodes), server_round, min(self.quorum, len(nodes)))
+        count = min(len(nodes), self._share + self.oversample)
+        if count < len(nodes):
             nodes = random.Random(f"{self.seed}/{server_round}").sample(nodes, count)
         if len(nodes) > MAX_REPLIES:
             raise ValueError(f"a round must ask at most {MAX_REPLIES} nodes, got {len(nodes)}")
         return nodes
+
+    def _idle(self, grid: Grid, nodes: list[int]) -> list[int]:
+        """The nodes that do not work on an earlier round any more, as soon as they suffice for the quorum."""
+        while True:
+            self._drop_late(grid)
+            busy = {node for node, _ in self._unanswered.values()}
+            idle = [node for node in nodes if node not in busy]
+            if len(idle) >= min(self.quorum, len(nodes)):
+                return idle
+            self._pause()
+
+    def _drop_late(self, grid: Grid) -> None:
+        """Drop and count replies to earlier rounds, and forget messages that have expired."""
+        for message_id, (node_id, expires) in [*self._unanswered.items()]:
+            for _ in grid.pull_messages([message_id]):
+                del self._unanswered[message_id]
+                self._late += 1
+                self.sites.was_late(node_id)
+            if time.monotonic() > expires:
+                self._unanswered.pop(message_id, None)
 
     def _registered(self, grid: Grid, needed: int) -> list[int]:
         """All registered nodes, once there are enough of them."""
@@ -222,6 +309,7 @@ class WeightedFedAvg(Strategy):
                 if partition is None:
                     raise ValueError(f"{METRICS}.{PARTITION} is missing")
                 self._partitions[node_id] = partition
+                self.sites.of(node_id, partition)
             except ValueError as error:
                 log.warning("node %d did not name its partition and is left out: %s", node_id, error)
         known = [node_id for node_id in nodes if node_id in self._partitions]
@@ -229,17 +317,29 @@ class WeightedFedAvg(Strategy):
             raise NodesMissing(f"none of {len(nodes)} registered clients named its partition")
         return sorted(known, key=lambda node_id: (self._partitions[node_id], node_id))
 
-    def _exchange(self, grid: Grid, messages: list[Message], fold: RoundFold) -> None:
-        for node_id, reply in self._replies(grid, messages):
+    def _exchange(self, grid: Grid, messages: list[Message], fold: RoundFold, quorum: int, share: int) -> None:
+        """Fold in replies until `share` of them are good, or the deadline has passed and `quorum` are."""
+
+        def is_over(waited_seconds: float) -> bool:
+            good = len(fold.rows)
+            return good >= share or (waited_seconds >= self.deadline_seconds and good >= quorum)
+
+        for node_id, reply in self._replies(grid, messages, is_over):
             if reply is None:
-                fold.refuse(node_id, ERRORS[3])
+                if len(fold.rows) >= share:
+                    continue  # asked in addition, and not needed
+                fold.refuse(node_id, ERRORS[3] if self.deadline_seconds == math.inf else "missed the round's deadline")
             else:
                 fold.add(node_id, reply, 0 if reply.has_error() else message_bytes(reply))
             del reply  # before the next one is pulled
             self._on_reply(fold.last_line)
 
-    def _replies(self, grid: Grid, messages: list[Message]) -> Iterator[tuple[int, Message | None]]:
+    def _replies(
+        self, grid: Grid, messages: list[Message], is_over: Callable[[float], bool] = lambda seconds: False
+    ) -> Iterator[tuple[int, Message | None]]:
         """(node, reply) as they arrive, None for a node that could not be asked or sent nothing in time.
+
+        `is_over`, given the seconds waited, ends the waiting early. A later reply is dropped in a later round.
 
         One message per pull: pulling many would hold every reply that has arrived. One message per push: if one of many
         fails, the results of pushing differ between kinds of grid.
@@ -251,16 +351,22 @@ class WeightedFedAvg(Strategy):
                 pending[message_id] = message.metadata.dst_node_id
             else:
                 yield message.metadata.dst_node_id, None
-        deadline = time.monotonic() + self.message_ttl_seconds + EXPIRY_GRACE_SECONDS
-        while pending and time.monotonic() < deadline:
+        begin = time.monotonic()
+        expires = begin + self.message_ttl_seconds + EXPIRY_GRACE_SECONDS
+        while pending and (now := time.monotonic()) < expires and not is_over(now - begin):
+            self._drop_late(grid)
             for message_id in [*pending]:
+                if is_over(0.0):
+                    break
                 for reply in grid.pull_messages([message_id]) if message_id in pending else ():
                     self._check_stopped()  # when we are stopped, clients are killed and reply with errors
                     if (node_id := pending.pop(reply.metadata.reply_to_message_id, None)) is not None:
                         yield node_id, reply
                     del reply
-            if pending:
+            if pending and not is_over(0.0):
                 self._pause()
+        if time.monotonic() < expires:
+            self._unanswered |= {message_id: (node_id, expires) for message_id, node_id in pending.items()}
         yield from ((node_id, None) for node_id in pending.values())
 
     def _pause(self) -> None:
@@ -277,9 +383,10 @@ class WeightedFedAvg(Strategy):
         for reply in replies:
             fold.add(self._asked_node(reply), reply, 0)
             del reply
-        if not fold.rows:
+        needed = self.quorum if phase == "train" else 1
+        if len(fold.rows) < needed:
             sent = from_records(self._asked[0].content).unpack() if self._asked else {}
-            raise RoundFailed(phase, server_round, sent, fold.refused)
+            raise RoundFailed(phase, server_round, sent, fold.refused, len(fold.rows), needed)
         return fold
 
     def _asked_node(self, reply: Message) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +12,15 @@ from dataclasses import dataclass, replace
 from serve.choice import Choice, Piece
 from serve.faults import RequestFault
 from serve.journal import Journal
+from serve.models.tokens import ModelTexts
+from serve.models.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
 from serve.text_request import Limits, TextRequest
-from serve.tokens import ModelTexts
-from serve.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
 from speculative.request import GenerationRequest
 from speculative.settings import Mode
 
 log = logging.getLogger(__name__)
+
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Generation:
         self._cached = [0] * request.count
         self.writer, self._client = writer, client
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        # A stream that goes on under its name gets nothing that was on its way to the connection before.
+        self._keys = [(name, next(_NUMBERS), number) for number in range(request.count)]
         self._prompt_of = [prompt for prompt in request.prompts for _ in range(request.choices)]
         most = [request.new_tokens(len(prompt), writer.context, limits) for prompt in self._prompt_of]
         self._most = most
@@ -88,6 +93,7 @@ class Generation:
 
     def retell(self, events: Sequence[tuple[int, NewTokens]]) -> list[Told]:
         """Continue the choices by what a journal holds of them, before `run`."""
+        self.guesses += sum(new.guesses for _, new in events)
         return [Told(number, self.choices[number].add(new)) for number, new in events]
 
     async def run(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[Told | InLine | None]:
@@ -126,7 +132,7 @@ class Generation:
                     pieces = choice.add(event)
                     if choice.finish is not None:
                         open_choices.discard(number)
-                        self.writer.leave((self.name, number))
+                        self.writer.leave(self._keys[number])
                     yield Told(number, pieces)
                 elif choice.finish is None:
                     raise RequestFault(400 if event.is_refused else 503, event.fault or "the text ended early")
@@ -140,7 +146,7 @@ class Generation:
         self.is_left = True
         self._events.put_nowait((-1, Ended()))  # wakes `run`
         for number in range(len(self.choices)):
-            self.writer.leave((self.name, number))
+            self.writer.leave(self._keys[number])
         if self.journal is not None:
             self.journal.touch()
             self.journal.close()
@@ -152,14 +158,17 @@ class Generation:
         def receive(event: Event) -> None:
             self._events.put_nowait((number, event))
 
-        self.writer.begin((self.name, number), own, self._client, receive)
+        self.writer.begin(self._keys[number], own, self._client, receive)
 
     def _request(self, number: int) -> GenerationRequest:
         prompt = self._prompt_of[number]
         try:
             sampling = self.request.sampling_of(number % self.request.choices, len(prompt))
+            if sampling.logit_rules is not None:
+                self.writer.check_schema(sampling.logit_rules.schema)
         except ValueError as error:
-            raise RequestFault(400, str(error)) from None
+            param = "response_format" if "schema" in str(error) else None
+            raise RequestFault(400, str(error), param=param) from None
         return GenerationRequest(
             prompt_ids=prompt,
             sampling=sampling,

@@ -9,8 +9,8 @@ from typing import Any
 
 from serve.choice import Piece, TokenReport
 from serve.generation import Generation
+from serve.models.tokens import ModelTexts
 from serve.text_request import TextRequest
-from serve.tokens import ModelTexts
 
 LEAST_LOGPROB = -9999.0
 """In place of minus infinity, which JSON lacks, as OpenAI does."""
@@ -95,6 +95,8 @@ class Replies:
                 body["message"] = {"role": "assistant", "content": text}
             else:
                 body["text"] = self.echoed(number) + text
+            if self._request.has_token_ids:
+                body["token_ids"] = choice.ids
             if self._request.logprobs is not None:
                 reports = [*prompt_reports[number], *(one for piece in pieces for one in piece.tokens)]
                 body["logprobs"] = self._logprobs(number, reports)

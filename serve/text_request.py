@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lab.engine.sampling import Sampling
@@ -19,6 +20,7 @@ MOST_TOP = 20
 MOST_PROMPTS = 256
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 WHOLE = 2**63
+ANY_OBJECT = '{"type":"object"}'
 
 
 class Texts(Protocol):
@@ -69,10 +71,10 @@ class TextRequest:
     has_usage_always: bool
     """Whether each chunk of a stream has the usage so far."""
     is_speculative: bool
+    has_token_ids: bool
+    """Whether a whole document has the ids of its new tokens."""
     user: str
     """Whose request this is, where clients share a key; empty: unknown."""
-    schema: str = field(default="")
-    """JSON schema of the text; empty: none."""
 
     @property
     def scores_prompt(self) -> bool:
@@ -199,6 +201,7 @@ def _request(
         has_usage=options is not None and options.flag("include_usage", False),
         has_usage_always=options is not None and options.flag("continuous_usage_stats", False),
         is_speculative=fields.flag("speculative", True),
+        has_token_ids=fields.flag("return_token_ids", False),
         user=fields.text("user", "") or "",
     )
 
@@ -216,9 +219,29 @@ def _rules(fields: Fields, vocabulary_size: int) -> dict[str, Any]:
         "presence_penalty": fields.number("presence_penalty", -2, 2, 0),
         "frequency_penalty": fields.number("frequency_penalty", -2, 2, 0),
         "logit_bias": _biases(fields, vocabulary_size),
+        "schema": _schema(fields),
     }
-    off = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": ()}
+    off = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": (), "schema": ""}
     return {name: value for name, value in found.items() if value != off[name]}
+
+
+def _schema(fields: Fields) -> str:
+    """The JSON schema that the text must follow; empty: none."""
+    form = fields.block("response_format")
+    if form is None:
+        return ""
+    kind = form.raw("type")
+    if kind == "text":
+        return ""
+    if kind == "json_object":
+        return ANY_OBJECT
+    if kind != "json_schema":
+        raise wrong("response_format.type", 'must be "text", "json_object" or "json_schema"', kind)
+    inner = form.block("json_schema")
+    schema = None if inner is None else inner.raw("schema")
+    if not isinstance(schema, dict):
+        raise wrong("response_format.json_schema.schema", "must be a JSON schema", schema)
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
 
 
 def _biases(fields: Fields, vocabulary_size: int) -> tuple[tuple[int, float], ...]:

@@ -8,6 +8,7 @@
                                       <-     VERDICT(epoch, position, accepted, prefix) ids
                                       <-     SCORES(position, ...) numbers              only if OPEN asked for them
                                       <-     WAITING(place)              the request waits in line for room
+                                      <-     CACHED(tokens)              of the prompt, that need not be computed again
                                       <-     CLOSE(reason, text)         the request is finished, or refused
     CLOSE(left)                       ->                                 the drafter needs no more
 
@@ -63,7 +64,7 @@ from lab.wire.frames import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTa
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
-PROTOCOL = range(5, 6)
+PROTOCOL = range(6, 7)
 TOKENIZER = "tokenizer"
 """Name of the fingerprint that both roles send in the handshake."""
 MAX_PROMPT_TOKENS = 2**18
@@ -81,7 +82,7 @@ EndIds = Annotated[list[Uint32], msgspec.Meta(max_length=MAX_END_IDS)]
 
 MessageType = IntEnum(
     "MessageType",
-    "open draft verdict scores close welcome ask_vocabulary vocabulary resume waiting",
+    "open draft verdict scores close welcome ask_vocabulary vocabulary resume waiting cached",
     start=FIRST_APPLICATION_TYPE,
 )
 """Types of the frames."""
@@ -173,8 +174,6 @@ class VerdictFrame(Head):
     accepted: Uint32
     prefix: Uint64 | None
     """`prefix_hash` of the text including these tokens; None in mode sync."""
-    cached_tokens: Uint32
-    """Tokens of the prompt that the verifier held already."""
 
 
 class ScoresFrame(Head):
@@ -198,6 +197,12 @@ class WaitingFrame(Head):
 
     place: Uint32
     """Place in line; 1: next."""
+
+
+class CachedFrame(Head):
+    """The verifier held the first tokens of the prompt. Comes before the VERDICT from which on it is true; none: 0."""
+
+    tokens: Uint32
 
 
 class CloseFrame(Head):
@@ -236,6 +241,7 @@ TABLE = MessageTable(
         MessageType.verdict: MessageKind(head=VerdictFrame, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
         MessageType.scores: MessageKind(head=ScoresFrame, max_bytes=32 + MAX_SCORES_BYTES, has_body=True),
         MessageType.waiting: MessageKind(head=WaitingFrame, max_bytes=16),
+        MessageType.cached: MessageKind(head=CachedFrame, max_bytes=16),
         MessageType.close: MessageKind(head=CloseFrame, max_bytes=4 * 1024 + 64),
         MessageType.welcome: MessageKind(head=WelcomeFrame, max_bytes=8192),
         MessageType.ask_vocabulary: MessageKind(head=AskVocabularyFrame, max_bytes=16),

@@ -171,7 +171,8 @@ class TargetSettings(CacheSettings):
     """Drafter: how long to try to reach a lost verifier again. Verifier: how long a request is kept after its
     connection was lost; nothing is computed for it meanwhile. 0: a lost connection ends its requests."""
     lookup: bool
-    """Verifier: use its own prompt lookup when no draft token has arrived (mode async)."""
+    """Verifier: use its own prompt lookup, and tokens that a schema forces, when no draft token has arrived (mode
+    async)."""
     engine: EngineKind
     """Verifier: the engine of the target."""
     synthetic: SyntheticSettings
@@ -233,6 +234,8 @@ class SpeculativeProjectSettings(TextSettings, TargetSettings):
         require_at_least(1, self, "max_connections")
         require_at_least(0, self, "cross_entropy_threshold")
         require_above(0, self, "idle_seconds")
+        keeps_schema = self.rule is Rule.exact or self.schema is None
+        require(keeps_schema, "rule must be exact with project.schema", self.rule.name)
         is_held = self.engine is not EngineKind.speculative
         require(is_held, "engine must be local, split or synthetic for a verifier", self.engine.name)
 
@@ -244,9 +247,14 @@ class TargetRoleSettings(LabSettings):
     project: TargetSettings
 
     draws_seed = True
+    compiles_layers = True
+    takes_adapter = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        engine, compiles = self.project.engine, self.device.compile
+        has_layers = engine is EngineKind.local or compiles is not True
+        require(has_layers, f"device.compile must be false or auto for project.engine={engine.name}", compiles)
         are_exact = self.project.exact_shapes and self.device.compile is True
         require(not are_exact, "device.compile must be false or auto with project.exact_shapes", self.device.compile)
 

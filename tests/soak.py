@@ -36,9 +36,13 @@ from split.chain.local_shards import LocalShards
 from split.inference.open import INFERENCE, fingerprints, join_shards
 from split.settings import SplitSettings
 from tests import architectures
+from tests.fl.run.simulated_kills import kill_simulations
 from tests.folder_fuzz import fuzz_folders
 from tests.lab.models import adapters
+from tests.logit_rules import compare_logit_rules, shards_differ
 from tests.role_kills import kill_roles
+from tests.serve import kills as chain_kills
+from tests.serve.adapters import make_adapter
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
     Compared,
@@ -61,17 +65,18 @@ from tests.sweep_pairs import compare_pairs
 from tests.test_conf import COMMANDS
 from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
-from tests.words import compare_words, shards_differ
 
 HOSTILE_FRAMES = 200_000
 CHANGED_FOLDERS = 1500
 CHANGED_SETTINGS = 5000
 REACHING_SETTINGS = 130
 COMPARED_TOKENS = 50_000
-WORDS_TOKENS = 10_000
+LOGIT_RULES_TOKENS = 10_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
+SERVER_KILLS = 10
+CHAIN_KINDS = ("first", "last", "verifier")
 DRAFTING_KILLS = 100
 RESUME_SECONDS = 1.0 + 4 * DELAY_SECONDS
 """A round trip at its longest, and a second; the prefill of such texts is not seen beside that."""
@@ -79,6 +84,7 @@ DEAD_SECONDS = 5.0
 UNICODE_TEXTS = 2000
 ROLE_KILLS = 100
 LEARNER_KILLS = 10
+FEDERATION_KILLS = 30
 DETECTION_SECONDS = 2.0
 START_SECONDS = 120.0
 ATTACKING_FRAMES = 100_000
@@ -112,10 +118,10 @@ def async_identity() -> dict[str, Any]:
     return {"ok": not compared.flips, **_figures(compared)}
 
 
-def words_identity() -> dict[str, Any]:
+def logit_rules_identity() -> dict[str, Any]:
     """Speculated text with penalties, biases, banned words and min_p, each and all, sync and async, against the target
     alone, and two shards against the whole model: no token differs."""
-    compared = compare_words(WORDS_TOKENS)
+    compared = compare_logit_rules(LOGIT_RULES_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         by_shards = shards_differ(Path(folder))
     return {"ok": not compared.flips and not by_shards, **_figures(compared), "differing_by_shards": by_shards}
@@ -168,6 +174,17 @@ def shards_attacked() -> dict[str, Any]:
     growth = max(b - a for a, b in zip(before, after, strict=True))
     ok = came.same_tokens and lived and growth < ATTACKED_CACHE_BYTES + LARGEST_GROWTH_BYTES
     return {"ok": ok, **asdict(came), "shards_lived": lived, "rss_growth_bytes": growth}
+
+
+def chain_killed() -> dict[str, Any]:
+    """An adapter behind two shards, a verifier, a link of 50 ms and an HTTP server: SIGKILL of any of them at random
+    tokens, 50 behind the server and 10 of the server itself. Every text is that of the whole model with the adapter."""
+    kinds = [*CHAIN_KINDS * (KILLS // len(CHAIN_KINDS) + 1)][:KILLS] + ["server"] * SERVER_KILLS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with chain_kills.chain(folder, make_adapter(folder / "adapter", 0), rtt_seconds=0.05) as behind:
+            came = chain_kills.kill_at_random(behind, kinds, seed=1)
+    return {"ok": came.differing == 0 and came.returns >= SERVER_KILLS, **asdict(came)}
 
 
 def shards_misused() -> dict[str, Any]:
@@ -232,6 +249,14 @@ def verifier_left() -> dict[str, Any]:
     left two passes ago."""
     came = leave_at_random(LEAVERS, LEAVERS_AT_ONCE, seed=1)
     return {"ok": not came.late_rows and came.stayed_text, **asdict(came)}
+
+
+def federation_killed() -> dict[str, Any]:
+    """SIGKILL of a simulation's server process at 30 random points, resumed each time: the adapter of every round is
+    that of the uninterrupted run, byte for byte, and no finished round is lost."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = kill_simulations(FEDERATION_KILLS, seed=1, folder=Path(folder))
+    return {"ok": came["same_adapters"] and not came["lost"] and came["kills"] == FEDERATION_KILLS, **came}
 
 
 def learners_killed() -> dict[str, Any]:
@@ -313,9 +338,9 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     for run in (
         *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
-        *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
+        *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left, chain_killed),
         *(unicode_texts, roles_killed, settings_changed),
-        *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells),
+        *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells, federation_killed),
     )
 }
 

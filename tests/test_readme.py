@@ -54,6 +54,7 @@ COMPOSED = (
     "python -m speculative.",
     "python -m split.",
     "python -m fl.bench",
+    "python -m fl.run",
     "python -m lab.decode",
     "python -m lab.bench_engine",
     "python -m simulations.bench",

@@ -23,6 +23,7 @@ from torch import Tensor
 from lab.engine.history import History
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling, choose, nll, widened
+from lab.text.grammars import Grammars
 
 Want = Literal["last", "all"]
 """`all`: a step for every id given; `last`: only for the last one, so that a long prompt costs the head once."""
@@ -79,7 +80,7 @@ class Session:
         self.most_tokens = most_tokens
         """The most tokens that it will ever hold; room for them is reserved."""
         self.sampling = sampling
-        self.history = History(sampling.logit_rules) if sampling.logit_rules else None
+        self.history = History(sampling.logit_rules, engine.grammars) if sampling.logit_rules else None
         """The text, for the logit rules of its sampling; None without any. Kept by engines that have the logits."""
         self.prompt_tokens: int | None = None
         """Tokens of its prompt: `pieces_of` cuts by it. None: unknown."""
@@ -171,7 +172,9 @@ class Engine(Protocol):
     """The most tokens that can be reserved for a session: the context, or fewer if the cache cannot hold one such
     text."""
     has_logits: bool = True
-    """Whether it can apply min_p, penalties and word lists, which change logits."""
+    """Whether it can apply min_p, penalties, word lists and schemas, which change logits."""
+    grammars: Grammars | None = None
+    """Compiles schemas for its model's tokenizer, the one thing that an engine knows of it; None: it takes none."""
 
     @property
     def row_invariant(self) -> bool:
@@ -333,15 +336,25 @@ def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, mo
 
 
 def check_logit_rules(engine: Engine, sampling: Sampling) -> None:
-    """ValueError for penalties, biases, bad words and top tokens if the engine has no logits."""
+    """ValueError for logit rules and top tokens if the engine has no logits, and for rules that it cannot apply: it
+    lacks one of their ids, or cannot compile their schema."""
     if not engine.has_logits and (sampling.logit_rules is not None or sampling.min_p):
         raise ValueError(
-            "min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits"
+            "min_p, penalties, logit_bias, bad_words and schema must be off for a synthetic engine: it has no logits"
         )
     if not engine.has_logits and sampling.top_tokens:
         raise ValueError(f"top_tokens must be 0 for a synthetic engine, which has no logits, got {sampling.top_tokens}")
     if sampling.logit_rules is not None:
         sampling.logit_rules.check_ids(engine.vocabulary_size)
+        check_schema(engine.grammars, sampling.logit_rules.schema)
+
+
+def check_schema(grammars: Grammars | None, schema: str) -> None:
+    """ValueError for a schema that cannot be compiled, or without `grammars`; an empty one is none."""
+    if schema and grammars is None:
+        raise ValueError("schema must be off for an engine that was opened without its model's tokenizer")
+    if schema and grammars is not None:
+        grammars.check(schema)
 
 
 def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:

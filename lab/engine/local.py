@@ -45,6 +45,7 @@ from lab.engine.wide_products import pack_products
 from lab.models.quantized import stored_bytes
 from lab.models.shape import ModelShape
 from lab.settings import UserError
+from lab.text.grammars import Grammars
 
 _UNREAD_FAULT = TargetStep([], [], [], [], "the hidden states hold NaN or infinity")
 _BLOCK_ROWS = 8
@@ -105,6 +106,7 @@ class LocalEngine(Engine):
             `sessions` sessions over the whole context, whatever was asked, so that a token's bits do not depend on how
             it was asked for. Probed here.
         compiler: Compiles its layers, or None. Exact shapes do without.
+        grammars: Compiles schemas; None: texts with a schema are refused.
 
     Raises:
         UserError: `device.compile=true`, and it cannot be.
@@ -125,7 +127,9 @@ class LocalEngine(Engine):
         prefill_chunk: int,
         exact_rows: int | None,
         compiler: Compiler | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        self.grammars = grammars
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         longest = longest_text(self._model.config) or context
         if not 1 <= context <= longest:
@@ -183,6 +187,11 @@ class LocalEngine(Engine):
     def row_invariant(self) -> bool:
         """So with compiled layers, as tried when they were opened, and with exact shapes."""
         return bool(self._exact_rows) or (self._compiled is not None and self._compiled.row_invariant)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
 
     @property
     def weights_bytes(self) -> int:
@@ -364,6 +373,7 @@ def open_local_engine(
     sessions: int,
     exact_rows: int | None = None,
     compiler: Compiler | None = None,
+    grammars: Grammars | None = None,
 ) -> LocalEngine:
     """Open `model` for `sessions` texts with the other sizes of `cache`. UserError where they are too small, or exact
     shapes do not hold."""
@@ -377,6 +387,7 @@ def open_local_engine(
             prefill_chunk=cache.prefill_chunk,
             exact_rows=exact_rows,
             compiler=compiler,
+            grammars=grammars,
         )
     except UserError:
         raise

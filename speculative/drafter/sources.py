@@ -24,8 +24,9 @@ from lab.models.layers import load_layers, load_proved, with_adapter
 from lab.models.packed import IntLinear
 from lab.models.sources import load_tokenizer_only
 from lab.settings import ModelSettings, UserError
+from lab.text.grammars import GrammarFailed, Grammars
 from speculative.drafter.draft_model import draft_model
-from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts
+from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts, with_schema
 from speculative.settings import SYNTHETIC_CONTEXT, DraftSource, TargetRoleSettings, TargetSettings
 from speculative.vocabulary import first_difference, token_texts
 
@@ -64,8 +65,9 @@ class EngineDrafts(Drafts):
         while len(drafted) < count and len(self._text) <= self._engine.longest and not self._session.fault:
             try:
                 token = self._next_id()
-            except NotFinite as fault:
+            except (NotFinite, GrammarFailed) as fault:
                 log.warning("the drafter makes no more drafts for this request: %s", fault)
+                self._session.fault = self._session.fault or str(fault)
                 break
             if token >= self._vocabulary_size:
                 break
@@ -113,6 +115,7 @@ def open_drafts(
     sampling: Sampling,
     target_texts: list[str],
     vocabulary_size: int,
+    grammars: Grammars | None = None,
 ) -> Drafts:
     """Open the draft source that `settings` select.
 
@@ -122,6 +125,7 @@ def open_drafts(
         sampling: The request's own: draft tokens are sampled with the target's noise.
         target_texts: Text of each id of the target's tokenizer.
         vocabulary_size: Number of ids that the target takes.
+        grammars: Compiles the schema of a request for the target's tokenizer and end tokens; None: no schema.
 
     Raises:
         UserError: a draft model with another vocabulary, layers that the target does not have, ...
@@ -131,7 +135,8 @@ def open_drafts(
 
     def of_model(model: torch.nn.Module, its: ModelSettings) -> EngineDrafts:
         compiler = Compiler.of(its, settings.device, lasts=False)
-        return EngineDrafts(open_local_engine(model, project, sessions=1, compiler=compiler), sampling, shared)
+        engine = open_local_engine(model, project, sessions=1, compiler=compiler, grammars=grammars)
+        return EngineDrafts(engine, sampling, shared)
 
     makers: dict[DraftSource, Callable[[], Drafts]] = {
         DraftSource.none: NoDrafts,
@@ -140,7 +145,7 @@ def open_drafts(
         DraftSource.recorded: lambda: RecordedDrafts(
             _recorded_ids(str(project.draft.file)), project.synthetic.agreement, settings.seed, shared
         ),
-        # It has no logits for penalties and biases to change, which only costs acceptance.
+        # It has no logits for penalties, biases and schemas to change, which only costs acceptance.
         DraftSource.synthetic: lambda: EngineDrafts(
             _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, logit_rules=None), shared
         ),
@@ -148,7 +153,8 @@ def open_drafts(
         DraftSource.layers: lambda: of_model(_first_layers(settings, device), settings.model),
         DraftSource.noisy: lambda: of_model(_noisy_target(settings, device), settings.model),
     }
-    return makers[project.draft.source]()
+    made = makers[project.draft.source]()
+    return made if project.draft.source is DraftSource.none else with_schema(made, sampling.logit_rules, grammars)
 
 
 def _recorded_ids(file: str) -> list[int]:

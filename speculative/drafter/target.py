@@ -26,6 +26,7 @@ from speculative.messages import (
     OWNER_BYTES,
     TABLE,
     TOKENIZER,
+    CachedFrame,
     CloseFrame,
     DraftFrame,
     MessageType,
@@ -98,6 +99,7 @@ class RemoteTarget(Target):
         self._report = report
         self._expects_scores = report
         """Whether SCORES follow each VERDICT of the current request."""
+        self._cached_tokens = 0
         self.connection = with_retries(connect, connect_seconds, (Unreachable, PeerFull))
         """Replaced by a new connection when it is lost."""
         self._session = 0
@@ -222,6 +224,7 @@ class RemoteTarget(Target):
             "logprobs": request.logprobs,
         }
         self._expects_scores = self._report or request.logprobs
+        self._cached_tokens = 0
         if again:
             head = ResumeFrame(**fields, new_tokens=len(request.new_ids), target=ticket.target)
             self._send(MessageType.resume, head, request.ids)
@@ -265,6 +268,9 @@ class RemoteTarget(Target):
         if isinstance(frame.head, WaitingFrame):
             return self._wait_in_line(frame.head.place)
         self._leave_line()
+        if isinstance(frame.head, CachedFrame):
+            self._cached_tokens = frame.head.tokens
+            frame = self._next_frame()
         if isinstance(frame.head, CloseFrame):
             head = frame.head
             self.ended = Ending(self._session, head.reason, head.text, head.step_seconds, head.row_seconds)
@@ -274,7 +280,7 @@ class RemoteTarget(Target):
             raise self.connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was expected")
         ids = self.connection.ids(frame)
         bare = Verdict(self._session, head.epoch, head.position, head.accepted, ids, head.prefix, [], [])
-        verdict = replace(bare, cached_tokens=head.cached_tokens)
+        verdict = replace(bare, cached_tokens=self._cached_tokens)
         return self._with_scores(verdict) if self._expects_scores else verdict
 
     def _wait_in_line(self, place: int) -> Waiting:

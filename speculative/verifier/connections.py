@@ -20,6 +20,7 @@ from speculative.messages import (
     TABLE,
     TOKENIZER,
     AskVocabularyFrame,
+    CachedFrame,
     CloseFrame,
     DraftFrame,
     MessageType,
@@ -65,6 +66,8 @@ class _DrafterConnection:
         """Requests by session; without those that have ended."""
         self._keys: dict[int, Hashable] = {}
         """By session, as long as the drafter may still send frames for it."""
+        self._cached: dict[int, int] = {}
+        """Tokens of the last CACHED, by session."""
         self._has_vocabulary = False
         self._begun = 0
         """Number of requests."""
@@ -116,6 +119,7 @@ class _DrafterConnection:
             self._offer(frame, head)
         elif isinstance(head, CloseFrame):
             self._open.pop(frame.session, None)
+            self._cached.pop(frame.session, None)
             self._thread.close(self._keys.pop(frame.session, None))
         elif isinstance(head, AskVocabularyFrame) and not self._has_vocabulary:
             self._has_vocabulary = True
@@ -189,6 +193,7 @@ class _DrafterConnection:
             elif isinstance(outcome, Waiting):
                 send(MessageType.waiting, session, WaitingFrame(place=outcome.place))
             elif self._open.pop(session, None) is not None:
+                self._cached.pop(session, None)
                 head = CloseFrame(
                     reason=outcome.reason,
                     text=outcome.text[:1024],
@@ -200,12 +205,11 @@ class _DrafterConnection:
             log.debug("%s", error)
 
     def _send_verdict(self, session: int, verdict: Verdict) -> None:
+        if verdict.cached_tokens != self._cached.get(session, 0):
+            self._cached[session] = verdict.cached_tokens
+            self._connection.send(MessageType.cached, session, CachedFrame(tokens=verdict.cached_tokens))
         head = VerdictFrame(
-            epoch=verdict.epoch,
-            position=verdict.position,
-            accepted=verdict.accepted,
-            prefix=verdict.prefix,
-            cached_tokens=verdict.cached_tokens,
+            epoch=verdict.epoch, position=verdict.position, accepted=verdict.accepted, prefix=verdict.prefix
         )
         self._connection.send(MessageType.verdict, session, head, pack_tokens(verdict.ids))
         asked = self._open[session]

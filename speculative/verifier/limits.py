@@ -58,6 +58,11 @@ def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
         check_logit_rules(engine, request.sampling)
     except ValueError as error:
         return str(error)
+    rules = request.sampling.logit_rules
+    if request.threshold is not None and rules is not None and rules.schema:
+        return (
+            "rule must be exact with a schema: rule cross_entropy accepts draft tokens that the schema does not allow"
+        )
     if request.logprobs and not engine.has_logits:
         return "logprobs must be off for a synthetic engine, which has no logits"
     if request.max_new_tokens < 1:

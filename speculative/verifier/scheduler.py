@@ -26,6 +26,7 @@ from lab.engine.kv import CacheFull
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.faults import Fault
+from speculative.drafts import NgramDrafts, with_schema
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
 from speculative.request import Ending, GenerationRequest, Outcome, PromptScores, Verdict, Waiting
@@ -76,6 +77,7 @@ class Scheduler:
         self._limits = limits
         self._closed = closed
         self._clock = clock
+        self._began_at = clock()
         self._sequences: dict[Hashable, VerifiedSequence] = {}
         """All sequences that have a connection or are kept, by key."""
         self._named: dict[int, VerifiedSequence] = {}
@@ -123,7 +125,7 @@ class Scheduler:
             request,
             window=limits.window,
             pacing=Pacing(self.costs, request.draft_length or None, limits.longest_check),
-            lookup=Lookup(*limits.lookup, self.costs) if limits.lookup and request.threshold is None else None,
+            lookup=self._lookup(request),
             client=client,
             name=name,
             owner=owner,
@@ -132,7 +134,9 @@ class Scheduler:
         if name is not None:
             self._named[name] = sequence
         outcomes = self._queue(sequence)
-        if len(self._line) > limits.most_waiting and sequence in self._line and not request.new_ids:  # else: half done
+        # After a restart it knows none of the texts that it had begun. Later it knows each that can still be resumed.
+        is_half_done = bool(request.new_ids) and sequence.heard_at - self._began_at < limits.keep_seconds
+        if len(self._line) > limits.most_waiting and sequence in self._line and not is_half_done:
             self._line.remove(sequence)
             self._forget(sequence)
             refusal = (
@@ -478,6 +482,12 @@ class Scheduler:
         del self._sequences[sequence.key]
         if sequence.name is not None:
             del self._named[sequence.name]
+
+    def _lookup(self, request: GenerationRequest) -> Lookup | None:
+        if self._limits.lookup is None or request.threshold is not None:
+            return None
+        drafts = with_schema(NgramDrafts(*self._limits.lookup), request.sampling.logit_rules, self.engine.grammars)
+        return Lookup(drafts, self.costs)
 
     def _refusal_by_client(
         self, request: GenerationRequest, client: Hashable, besides: VerifiedSequence | None = None

@@ -14,6 +14,7 @@ from lab.models.fingerprints import weights_fingerprints
 from lab.models.layers import load_proved, with_adapter
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import ModelSettings, UserError
+from lab.text.generation import grammars_of
 from speculative.messages import MAX_END_IDS
 from speculative.settings import SYNTHETIC_CONTEXT, TargetRoleSettings, TargetSettings
 from speculative.vocabulary import token_texts
@@ -61,6 +62,7 @@ def local_target(settings: TargetRoleSettings, base: PreTrainedModel) -> OpenTar
         sessions=project.sessions,
         exact_rows=project.max_draft_length + 1 if project.exact_shapes else None,
         compiler=Compiler.of(model, settings.device, lasts=True),
+        grammars=grammars_of(model),
     )
     if project.exact_shapes:
         fingerprints["shapes"] = "exact"

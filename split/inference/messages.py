@@ -51,7 +51,7 @@ from split.chain.messages import (
 )
 from split.transport.base import HOP_BYTES, REPORTED_PASSES
 
-PROTOCOL = range(5, 6)
+PROTOCOL = range(6, 7)
 
 MAX_PIECES = 512
 """Most pieces of a pass; the head has room for the reason of each that stopped."""
@@ -130,7 +130,8 @@ class Pass(Head):
     """Requests that stopped at earlier shards: zeros take the place of their hidden states, and they are not
     computed."""
     for_logit_rules: bool = False
-    """Whether a request has penalties, biases or bad words (`LogitRules`): then the last shard needs its ids."""
+    """Whether a request has penalties, biases, bad words or a schema (`LogitRules`): then the last shard needs its
+    ids."""
 
     @property
     def rows(self) -> int:

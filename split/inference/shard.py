@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from typing_extensions import override
 
-from lab.engine.base import MOST_ROWS, LogitRows, TargetStep, Want, check_ids, read_steps
+from lab.engine.base import MOST_ROWS, LogitRows, TargetStep, Want, check_ids, check_schema, read_steps
 from lab.engine.compiled import CompiledModel, Compiler
 from lab.engine.context import longest_text
 from lab.engine.first_fault import first_faults
@@ -33,6 +33,7 @@ from lab.models.shape import ModelShape
 from lab.models.slices import run_slice
 from lab.models.sources import load_config
 from lab.settings import ModelSettings, UserError
+from lab.text.grammars import Grammars
 from split.inference.messages import Piece
 
 Result = TypeVar("Result")
@@ -123,6 +124,7 @@ class Shard:
         limits: How much it gives.
         clock: Clock of idle times, in seconds.
         compiler: Compiles its layers, or None.
+        grammars: Compiles schemas, at the last shard; None there: requests with a schema are refused.
     """
 
     def __init__(
@@ -132,7 +134,9 @@ class Shard:
         limits: ShardLimits,
         clock: Callable[[], float] = time.monotonic,
         compiler: Compiler | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        self._grammars = grammars
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         config, shape = model.config, ModelShape.of(model.config)
         longest = longest_text(config) or limits.context
@@ -174,7 +178,7 @@ class Shard:
 
     def check_open(self, key: Hashable, sampling: Sampling, tokens: int) -> None:
         """ValueError for a request that no room will ever be enough for: `key` is open, `tokens` never fit, or the
-        sampling's logit rules name ids that the model lacks."""
+        sampling's logit rules name ids that the model lacks, or a schema that the last shard cannot compile."""
         if key in self._requests:
             raise ValueError("request must be new, got one that is open")
         self._check_size(sampling, tokens)
@@ -184,6 +188,8 @@ class Shard:
             raise ValueError(f"tokens must be at most the {self.longest} that fit here, prompt included, got {tokens}")
         if sampling.logit_rules is not None:
             sampling.logit_rules.check_ids(self.vocabulary_size)
+            if self.gives_steps:
+                check_schema(self._grammars, sampling.logit_rules.schema)
 
     def open(self, key: Hashable, sampling: Sampling, tokens: int) -> None:
         """Keep room for a request of at most `tokens` tokens.
@@ -233,7 +239,8 @@ class Shard:
             renewed.history.hold(0, ids)
 
     def _request(self, slot: int, tokens: int, sampling: Sampling) -> _Request:
-        history = History(sampling.logit_rules) if sampling.logit_rules and self.gives_steps else None
+        rules = sampling.logit_rules if self.gives_steps else None
+        history = History(rules, self._grammars) if rules else None
         return _Request(slot, tokens, sampling, self._clock(), history)
 
     def _with_room(self, reserve: Callable[[], Result]) -> Result:
@@ -460,7 +467,7 @@ class LastShard(Shard):
             if request.history is not None:
                 if not given.ids:
                     raise ValueError(
-                        "a pass of a request with penalties, biases or bad words must bring its ids, got none"
+                        "a pass of a request with penalties, biases, bad words or a schema must bring its ids, got none"
                     )
                 request.history.hold(piece.position, ids)
         return ids_of_pieces
@@ -498,6 +505,7 @@ def load_shard(
     layers: range,
     limits: ShardLimits,
     compiler: Compiler | None = None,
+    grammars: Grammars | None = None,
 ) -> Shard:
     """The shard of these layers, with its part of `model.adapter`; only its own tensors are read.
 
@@ -506,7 +514,7 @@ def load_shard(
     """
     first, last = layers.start == 0, layers.stop == ModelShape.of(load_config(settings)).layers
     model = with_adapter(load_layers(settings, device, layers, embedding=first, head=last), settings)
-    return shard_class(first, last)(model, layers, limits, compiler=compiler)
+    return shard_class(first, last)(model, layers, limits, compiler=compiler, grammars=grammars)
 
 
 def shard_class(first: bool, last: bool) -> type[Shard]:

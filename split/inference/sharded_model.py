@@ -37,6 +37,7 @@ from lab.engine.base import (
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
+from lab.text.grammars import Grammars
 from lab.wire.frames import Head
 from lab.wire.tokens import pack_tokens
 from split.chain.messages import Fault, FaultCode
@@ -61,6 +62,8 @@ Result = TypeVar("Result")
 
 KEPT_SECONDS = 5.0
 """A place in line is kept this long for a client that asks again."""
+REGAIN_SECONDS = 0.5
+"""Seconds between two attempts to get a lost request's room again, while a shard's line is full."""
 
 
 class ShardFault(faults.Fault):
@@ -184,6 +187,7 @@ class ShardedModel(Engine):
         line_seconds: How long `open` may wait in line for room at the shards. It never does while this engine has
             another request: two engines that each hold the other one's room would wait forever. A second call for the
             same request within `KEPT_SECONDS` keeps its place.
+        grammars: Compiles schemas, so that a wrong one is found before the shards are asked; None: schemas are refused.
     """
 
     def __init__(
@@ -195,7 +199,9 @@ class ShardedModel(Engine):
         prefill_chunk: int,
         recovery_seconds: float,
         line_seconds: float = 0.0,
+        grammars: Grammars | None = None,
     ) -> None:
+        self.grammars = grammars
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         self.vocabulary_size, self.context, self.longest = vocabulary_size, context, context
@@ -481,17 +487,8 @@ class ShardedModel(Engine):
         session = journal.session
         if session.fault:
             return
-        self._close(session.key)
-        pending = self._ask(_PendingOpen(session.key, session.sampling, session.most_tokens, time.monotonic()))
-        try:
-            self._await_room(pending, max(0.0, deadline - time.monotonic()))
-        finally:
-            self._pending.pop(session.key, None)
-        if pending.fault is not None and pending.fault.code is FaultCode.link:
-            raise _fault_of(pending.fault)
-        if pending.fault is not None or pending.place:
-            why = pending.fault.text if pending.fault is not None else f"place {pending.place} in line"
-            session.fault = f"the shards had lost it, and have no room for it now ({why})"
+        if refusal := self._room_again(session, deadline):
+            session.fault = f"the shards had lost it, and have no room for it now ({refusal})"
             self._close(session.key)
         elif session.position:
             try:
@@ -500,6 +497,26 @@ class ShardedModel(Engine):
                 session.fault = session.fault or extend.fault
             except _RequestLost as lost:  # again, to another client's
                 session.fault = str(lost)
+
+    def _room_again(self, session: Session, deadline: float) -> str:
+        """Ask the shards for the room of a request again; empty if they have it, else why they have none."""
+        while True:
+            self._close(session.key)
+            pending = self._ask(_PendingOpen(session.key, session.sampling, session.most_tokens, time.monotonic()))
+            try:
+                self._await_room(pending, max(0.0, deadline - time.monotonic()))
+            finally:
+                self._pending.pop(session.key, None)
+            if pending.fault is None:
+                return f"place {pending.place} in line" if pending.place else ""
+            if pending.fault.code is FaultCode.link:
+                raise _fault_of(pending.fault)
+            left = deadline - time.monotonic()
+            if pending.fault.code is not FaultCode.full or left <= 0:
+                return pending.fault.text
+            # A line is full. Earlier shards must not keep room meanwhile: two clients might wait for each other.
+            self._close(session.key)
+            time.sleep(min(REGAIN_SECONDS, left))
 
 
 def _fault_of(fault: Fault) -> Exception:

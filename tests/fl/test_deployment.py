@@ -144,7 +144,8 @@ class Deployment:
     """What `certificates server` printed."""
     superlink: Program
     nodes: dict[str, Program] = field(default_factory=dict)
-    good_run: str = ""
+    watched: Program | None = None
+    """`python -m fl.run` with the settings of the simulation."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -172,6 +173,21 @@ class Deployment:
         document = json.loads(answer.stdout)
         assert document["success"], document
         return str(document["run-id"])
+
+    def watch(self, folder: Path, *overrides: str) -> Program:
+        """`python -m fl.run` in the checkout, with `folder` as its run folder."""
+        words = ["python", "-m", "fl.run", *OVERRIDES, *overrides, f"hydra.run.dir={folder}"]
+        there = self.environment | {"PYTHONPATH": str(self.checkout)}
+        return Program.start(words, self.folder / f"{folder.name}.log", self.checkout, there)
+
+    def workers(self) -> list[psutil.Process]:
+        """The warm workers of all sites."""
+        folder = str(self.server.flower_home / "warm")
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if folder in (process.info["cmdline"] or []) and "fl.warm" in process.info["cmdline"] and running(process)
+        ]
 
     def finished(self, run_id: str) -> tuple[str, str, str]:
         """Waits for the end of a run: its log, its status and the status's details."""
@@ -247,10 +263,10 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Iter
             registered = here.flwr(*command[1:])
             assert registered.returncode == 0, registered.stdout + registered.stderr
             here.nodes[site] = here.node(site)
-        here.good_run = here.run(f"project.num_clients={len(SITES)}")
+        here.watched = here.watch(folder / "watched", f"project.num_clients={len(SITES)}")
         yield here
     finally:
-        for program in (*here.nodes.values(), superlink):
+        for program in (*here.nodes.values(), superlink, *([here.watched] if here.watched else [])):
             program.kill()
 
 
@@ -279,16 +295,27 @@ def test_strangers_are_refused(deployment: Deployment, tmp_path: Path) -> None:
 @pytest.mark.real
 @pytest.mark.timeout(600)
 def test_deployed_is_simulated(deployment: Deployment, simulated: Path) -> None:
-    """Same settings and seed, every site taking part: the same bytes in every round."""
-    log, status, details = deployment.finished(deployment.good_run)
-    assert (status, details) == ("finished:completed", "N/A"), log
-    expected, got = adapters(simulated), deployment.adapters(deployment.good_run)
+    """Same settings and seed, every site taking part: the same bytes in every round, although the server is killed
+    after the first one. What watches the run submits it again, and says so with its last line and exit code."""
+    watched, folder = deployment.watched, deployment.folder / "watched"
+    assert watched is not None
+    first = folder / "attempt-1/adapters/round-0001"
+    wait_for("round 1", first.exists, watched, deployment.superlink)
+    (server,) = [member for member in deployment.superlink.family() if "flwr-serverapp" in "".join(member.cmdline())]
+    server.kill()
+    assert watched.wait() == 0, watched.text
+    expected, got = adapters(simulated), adapters(folder)
     assert list(got) == ["round-0000", "round-0001", "round-0002"]
     assert len(set(got.values())) == 3, "training changes the adapter in every round"
     assert got == expected
-    last = json.loads(next(line for line in reversed(log.splitlines()) if line.startswith("{")))
-    assert (last["status"], last["rounds_completed"], last["num_clients"]) == ("ok", 2, 2)
+    last = json.loads(watched.text.splitlines()[-1])
+    assert last == json.loads((folder / "result.json").read_text())
+    assert (last["status"], last["rounds_completed"], last["num_clients"], last["attempts"]) == ("ok", 2, 2, 2)
+    assert re.fullmatch(r"the server's process of run \d+ is gone", last["failures"][0])
     assert Path(last["adapter_path"], "adapter_model.safetensors").read_bytes() == got["round-0002"]
+    assert not list(folder.glob("attempt-*/")), "all is where the user asked for it"
+    assert "round 1 of 2" in watched.text, "the log was streamed"
+    assert len(deployment.workers()) == len(SITES), "each site has kept its model and data"
     theirs = json.loads((simulated / "result.json").read_text())
     assert last["eval_loss_by_round"] == theirs["eval_loss_by_round"]
 
@@ -308,13 +335,15 @@ def test_a_failed_run_keeps_its_rounds_and_nobody_leaves_a_process_behind(deploy
     assert status == "finished:failed", log
     assert "train round 2 ended without one good reply" in details
     assert [line for line in log.splitlines() if "the run failed: train round 2 ended without" in line]
-    kept, whole = deployment.adapters(run_id), deployment.adapters(deployment.good_run)
+    kept, whole = deployment.adapters(run_id), adapters(deployment.folder / "watched")
     assert list(kept) == ["round-0000", "round-0001"]
     assert kept["round-0000"] == whole["round-0000"], "same seed, same start"
     assert kept["round-0001"] != whole["round-0001"], "one site is not two"
 
     assert len(deployment.superlink.family()) >= 2
     assert deployment.superlink.end(signal.SIGINT) == []
+    wait_for("end of the workers", lambda: not deployment.workers())
+    assert list((deployment.server.flower_home / "warm").iterdir()) == [], "their keys are gone"
 
 
 def clients(node: Program) -> list[psutil.Process]:

@@ -39,17 +39,17 @@ def test_bytes_of_a_text_at_length_8_and_acceptance_080() -> None:
 
 
 def test_ids_only() -> None:
-    """Of a round nothing travels but a few numbers and raw ids."""
+    """Of a round nothing travels but three small numbers, one small number, and raw ids."""
     draft = encode(TABLE, MessageType.draft, 1, DraftFrame(epoch=70000, position=70000), pack_tokens([1] * 8))
     verdict = encode(
         TABLE,
         MessageType.verdict,
         1,
-        VerdictFrame(epoch=70000, position=70000, accepted=8, prefix=2**64 - 1, cached_tokens=2000),
+        VerdictFrame(epoch=70000, position=70000, accepted=8, prefix=2**64 - 1),
         pack_tokens([1]),
     )
     assert len(draft) == 16 + (1 + 5 + 5) + 32
-    assert len(verdict) == 16 + (1 + 5 + 5 + 1 + 9 + 3) + 4
+    assert len(verdict) == 16 + (1 + 5 + 5 + 1 + 9) + 4
 
 
 @pytest.mark.parametrize(

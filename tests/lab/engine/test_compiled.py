@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled layers of all tests: those of other workers are here, too."""
     return tmp_path_factory.getbasetemp().parent / "compiled"
+
+
+@pytest.fixture(autouse=True)
+def _awkward_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch's inductor puts paths into command lines without quotes. Nothing is left in these folders."""
+    temporary, of_torch = (tmp_path_factory.mktemp(f'José\'s "{name}" folder') for name in ("temporary", "torch"))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(of_torch))
+    yield
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(of_torch)
+    assert [*temporary.iterdir(), *of_torch.iterdir()] == []
 
 
 def _model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
@@ -403,7 +416,9 @@ def test_code_that_others_can_change_is_not_loaded(folder: Path, tmp_path: Path)
     for places in ([own], list(own.glob("*.pt2"))):
         for place in places:
             place.chmod(place.stat().st_mode | 0o020)
-        with pytest.raises(UserError, match=r"other users can change '.*', which holds machine code"):
+        with pytest.raises(
+            UserError, match=r"other users can change '.*', which holds machine code: .* \(chmod go-w\)"
+        ):
             _engine(model, own)
         for place in places:
             place.chmod(place.stat().st_mode & ~0o022)
@@ -457,25 +472,36 @@ def test_a_package_that_does_not_load_is_not_used(
     model = _model("llama")
     _engine(model, folder)
 
-    def fail(package: str) -> None:
+    def fail(package: str, *options: object) -> None:
         raise RuntimeError("failed to map\na segment")
 
-    monkeypatch.setattr("torch._inductor.aoti_load_package", fail)
+    monkeypatch.setattr("torch._C._aoti.AOTIModelPackageLoader", fail)
     assert not _open(model, folder, "auto")
     assert (
         "layers are not compiled: a compiled layer does not load: RuntimeError: failed to map a segment" in caplog.text
     )
 
 
-def test_nothing_is_compiled_where_others_can_change_what_the_compiler_keeps(
+def test_a_compiler_that_can_work_nowhere_is_not_called(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert not _open(_model("llama"), tmp_path / "it's own", "auto")
+    line = "layers are not compiled: TMPDIR or model.cache_dir must be a path without spaces and quotes, got "
+    assert line in caplog.text
+    assert [file.suffix for file in (tmp_path / "it's own").iterdir()] == [".lock"]
+
+
+def test_a_compiler_that_fails_is_quoted_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Of its pages, which begin with its whole command line, the first complaint."""
     caplog.set_level("INFO")
-    (tmp_path / "inductor").mkdir()
-    (tmp_path / "inductor").chmod(0o777)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    (tmp_path / "g++").write_text("#!/bin/sh\necho 'cc1plus: error: no space left' >&2\nexit 1\n")
+    (tmp_path / "g++").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert not _open(_model("llama"), tmp_path / "own", "auto")
-    assert "inductor', which holds machine code" in caplog.text
+    assert "layers are not compiled: a layer did not compile: " in caplog.text
+    assert "cc1plus: error: no space left\n" in caplog.text
+    assert "Command" not in caplog.text
 
 
 def test_a_full_disk_keeps_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from speculative.drafter.target import join
 from speculative.drafts import NgramDrafts
 from speculative.messages import (
     AskVocabularyFrame,
+    CachedFrame,
     CloseFrame,
     DraftFrame,
     MessageType,
@@ -189,7 +190,7 @@ def _another(**changes: Any) -> Callable[[Ground], None]:
     return shake
 
 
-VERDICT = VerdictFrame(epoch=0, position=0, accepted=0, prefix=0, cached_tokens=0)
+VERDICT = VerdictFrame(epoch=0, position=0, accepted=0, prefix=0)
 WELCOME = WelcomeFrame(
     model="", dtype="", vocabulary_size=1, context=1, max_draft_length=1, window=1, end_ids=[], target={}
 )
@@ -256,6 +257,7 @@ KINDS: dict[str, Callable[[Ground], None]] = {
     ),
     "sent WELCOME": _of_a_verifier(WELCOME, MessageType.welcome),
     "sent WAITING": _of_a_verifier(WaitingFrame(place=1), MessageType.waiting),
+    "sent CACHED": _of_a_verifier(CachedFrame(tokens=1), MessageType.cached),
     "asked for the vocabulary twice": _asks_twice,
 }
 

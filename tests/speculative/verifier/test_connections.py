@@ -48,6 +48,7 @@ def _words(**changes: Any) -> LogitRulesHead:
         "frequency_penalty": 0.0,
         "logit_bias": [],
         "bad_words": [],
+        "schema": "",
     }
     return LogitRulesHead(**values | changes)
 
@@ -125,15 +126,19 @@ def _opened_then(*ids: int) -> Send:
             "bad_words must be at most 1024 of 4096 tokens together, got 2 of 8192",
         ),
         (
+            lambda frames: frames.send(
+                MessageType.open, 1, _open(logit_rules=_words(schema="ü" * 8193)), pack_tokens([1])
+            ),
+            "schema must be at most 16384 bytes of JSON, got 16386",
+        ),
+        (
             lambda frames: frames.send(MessageType.open, 1, _open(temperature=-1.0), pack_tokens([1])),
             "temperature must",
         ),
         (lambda frames: frames.send(MessageType.open, 1, _open(), b"abc"), "sent 3 bytes of token ids"),
         (lambda frames: frames.send(MessageType.open, 1, _open(), pack_tokens([-1])), "sent token id -1"),
         (
-            lambda frames: frames.send(
-                MessageType.verdict, 1, VerdictFrame(epoch=0, position=0, accepted=0, prefix=0, cached_tokens=0)
-            ),
+            lambda frames: frames.send(MessageType.verdict, 1, VerdictFrame(epoch=0, position=0, accepted=0, prefix=0)),
             "sent VERDICT, which a verifier does not accept",
         ),
         (

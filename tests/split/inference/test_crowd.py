@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cache
@@ -323,6 +324,40 @@ def test_room_that_nobody_takes_up_goes_to_who_waits(settings: ModelSettings, mo
         assert idle.extend([(text, [1])], "last")[0].next_ids == other.step.next_ids  # rebuilt
         idle.shutdown()
         waits.shutdown()
+
+
+@pytest.mark.parametrize("recovery_seconds", [60.0, 0.0])
+def test_a_lost_text_waits_until_a_full_line_has_a_place(
+    settings: ModelSettings, monkeypatch: pytest.MonkeyPatch, recovery_seconds: float
+) -> None:
+    """A new text is told at once that the line is full; one that has begun asks again as long as it may."""
+    monkeypatch.setattr("split.inference.server.CHECK_SECONDS", 1000.0)
+    monkeypatch.setattr("split.inference.sharded_model.REGAIN_SECONDS", 0.02)
+    clock = [0.0]
+    with two(settings, sessions=1, most_waiting=1) as both, ThreadPoolExecutor(1) as pool:
+        for process in both:
+            process._shard._clock = lambda: clock[0]
+        loser, taker, waiter = (engine_of(both) for _ in range(3))
+        loser._recovery_seconds = recovery_seconds
+        text = loser.open([1, 2], GREEDY)
+        clock[0] += 2 * LIMITS.idle_seconds
+        taken = taker.open([1], GREEDY)  # in the room of the first, which is idle
+        with pytest.raises(CacheFull, match="place 1 in line"):
+            waiter.open([1], GREEDY)
+        extended = pool.submit(loser.extend, [(text, [3])], "last")
+        counts = both[0].server.stage.counts
+        if recovery_seconds:
+            eventually(lambda: counts.refused > 2)
+        else:
+            with pytest.raises(NotFinite, match=r"no room for it now .*1 requests already wait in line"):
+                extended.result(20)
+        taken.close()
+        eventually(lambda: _admitted(waiter))
+        waiter.open([1], GREEDY).close()
+        if recovery_seconds:
+            assert extended.result(20)[0].next_ids == text_of(inprocess(settings, (0, 4)), [1, 2, 3], 1)
+        for engine in (loser, taker, waiter):
+            engine.shutdown()
 
 
 # Who left is not served

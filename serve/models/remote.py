@@ -12,11 +12,14 @@ from dataclasses import replace
 import torch
 from typing_extensions import override
 
+from lab.device import read_memory
+from lab.engine.base import check_schema
 from lab.faults import Fault
 from lab.models.fingerprints import changes
 from lab.settings import UserError
+from lab.text.generation import grammars_of
+from serve.models.writer import Counts, Ended, Event, NewTokens, Place, Receive, Writer
 from serve.settings import ServeSettings
-from serve.writer import Counts, Ended, Event, NewTokens, Receive, Writer
 from speculative.drafter.loop import RequestRefused, Round, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.target import RemoteTarget, Ticket, join_verifier
@@ -40,19 +43,24 @@ class RemoteWriter(Writer):
         WireError: no verifier there.
     """
 
+    scores_prompts = False
+
     def __init__(self, settings: ServeSettings, token_texts: list[str], call_soon: Callable[..., object]) -> None:
         verifier = settings.project.verifier
         network = replace(settings.network, host=verifier.host, port=verifier.port, tls_certificate=None)
         self._settings = replace(settings, network=network)
         self._texts, self._call_soon = token_texts, call_soon
         self._idle: list[RemoteTarget] = [join_verifier(self._settings, token_texts, report=False)]
-        self.welcome = self._idle[0].welcome
+        self._last = self._idle[0]
+        """The connection that was taken last, for its round-trip time."""
+        self.welcome = self._last.welcome
         self.vocabulary_size, self.context = self.welcome.vocabulary_size, self.welcome.context
         self.end_ids: Sequence[int] = self.welcome.end_ids
         self.fingerprints = dict(self.welcome.target)
         self.finished: Future[None] = Future()
         self._left: dict[Hashable, threading.Event] = {}
         """Texts that run, each with the event that stops it."""
+        self._grammars = grammars_of(settings.model)
         self._lock = threading.Lock()
         self._counts = Counts()
         self._places = threading.BoundedSemaphore(settings.project.sessions)
@@ -78,6 +86,10 @@ class RemoteWriter(Writer):
         threading.Thread(target=self._write, args=(request, left, tell), name="drafter", daemon=True).start()
 
     @override
+    def check_schema(self, schema: str) -> None:
+        check_schema(self._grammars, schema)
+
+    @override
     def leave(self, key: Hashable) -> None:
         left = self._left.pop(key, None)
         if left is not None:
@@ -87,6 +99,14 @@ class RemoteWriter(Writer):
     def counts(self) -> Counts:
         with self._lock:
             return replace(self._counts, running=len(self._left))
+
+    @override
+    def places(self) -> Sequence[Place]:
+        network, memory = self._settings.network, read_memory(torch.device("cpu"))
+        return [
+            Place(role="drafter", name="this server", device="cpu", rss_bytes=memory.rss_bytes),
+            Place(role="verifier", name=f"{network.host}:{network.port}", hop_seconds=self._last.rtt_seconds),
+        ]
 
     @override
     def close(self) -> None:
@@ -129,7 +149,7 @@ class RemoteWriter(Writer):
                     if left.is_set():
                         break
                     self._count(done)
-                    tell(NewTokens(done.tokens, done.accepted, done.nll, done.top))
+                    tell(NewTokens(done.tokens, done.accepted, done.nll, done.top, done.cached_tokens))
         except BaseException:
             target.close()  # whatever it holds is not for another text
             raise
@@ -142,8 +162,9 @@ class RemoteWriter(Writer):
         """A connection without a text."""
         with self._lock:
             target = self._idle.pop() if self._idle else None
+            self._last = target or self._last
         if target is None:  # one whose connection has ended meanwhile connects again by itself
-            target = join_verifier(self._settings, self._texts, report=False)
+            target = self._last = join_verifier(self._settings, self._texts, report=False)
         if target.welcome.target != self.fingerprints:
             target.close()
             changed = changes(self.fingerprints, target.welcome.target)
@@ -154,10 +175,11 @@ class RemoteWriter(Writer):
         if request.mode is Mode.target_only:
             return NoDrafts()
         cpu = torch.device("cpu")  # n-grams need no device
-        return open_drafts(self._settings, cpu, request.sampling, self._texts, self.vocabulary_size)
+        return open_drafts(self._settings, cpu, request.sampling, self._texts, self.vocabulary_size, self._grammars)
 
     def _count(self, done: Round) -> None:
         with self._lock:
             self._counts.passes += 1
+            self._counts.new_tokens += len(done.tokens)
             self._counts.drafts_checked += done.checked
             self._counts.drafts_accepted += done.right

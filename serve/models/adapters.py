@@ -26,10 +26,10 @@ from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from serve.faults import RequestFault
-from serve.models import Models, ServedModel
-from serve.scheduled import ScheduledWriter
+from serve.models.scheduled import ScheduledWriter
+from serve.models.served import Models, ServedModel
+from serve.models.tokens import ModelTexts
 from serve.settings import ServeSettings
-from serve.tokens import ModelTexts
 from speculative.verifier.target import local_target
 
 log = logging.getLogger(__name__)
@@ -100,11 +100,27 @@ def find_adapters(root: Path) -> list[Found]:
     return sorted(found, key=lambda one: one.id)
 
 
+def _changed_at(folder: Path) -> int:
+    """Time of the last change of a file in it, in nanoseconds."""
+    try:
+        return max(path.stat().st_mtime_ns for path in [folder, *folder.iterdir()])
+    except OSError:
+        return 0
+
+
 def _folders(root: Path) -> list[Path]:
     try:
         return [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     except OSError:
         return []
+
+
+def root_of(settings: ServeSettings) -> Path:
+    """The folder of all adapters. UserError if it is none."""
+    root = path_of(str(settings.project.adapters), "project.adapters")
+    if not root.is_dir():
+        raise UserError(f"project.adapters must be a folder, got {str(root)!r}")
+    return root
 
 
 class Adapters:
@@ -130,14 +146,13 @@ class Adapters:
     ) -> None:
         self._settings, self._base, self._models = settings, base, models
         self._turns, self._call_soon, self._is_used = turns, call_soon, is_used
-        self.root = path_of(str(settings.project.adapters), "project.adapters")
-        if not self.root.is_dir():
-            raise UserError(f"project.adapters must be a folder, got {str(self.root)!r}")
+        self.root = root_of(settings)
         self._tokenizer = load_tokenizer_only(settings.model)
         self._unloaded: set[str] = set()
         """Ids that a client has unloaded: the folder is not looked at for them."""
-        self._bad: set[Path] = set()
-        """Folders that were found not to be adapters of this base."""
+        self._bad: dict[Path, int] = {}
+        """Folders that were found not to be adapters of this base, each as it was at its last change: it may have been
+        half written."""
         self._changes = asyncio.Lock()
 
     def open(self, found: Found) -> ServedModel:
@@ -160,13 +175,15 @@ class Adapters:
                 offered = self._models.by_id.get(found.id)
                 is_known = offered is not None and (offered.folder == found.folder or found.id != LATEST)
                 is_base = offered is not None and offered.parent is None
-                if is_base or is_known or found.id in self._unloaded or found.folder in self._bad:
+                changed = _changed_at(found.folder)
+                is_bad = self._bad.get(found.folder) == changed
+                if is_base or is_known or is_bad or found.id in self._unloaded:
                     continue
                 try:
                     self._replace(await asyncio.to_thread(self.open, found))
                     log.info("model %s is now %s", found.id, found.folder)
                 except (UserError, Fault, OSError) as error:
-                    self._bad.add(found.folder)
+                    self._bad[found.folder] = changed
                     log.warning("%s", error)
 
     async def follow(self, seconds: float) -> None:

@@ -53,12 +53,24 @@ class ModelTexts(Texts):
     @override
     def ids_of_messages(self, messages: list[dict[str, Any]]) -> list[int]:
         if not self._tokenizer.chat_template:
-            rule = "messages must be sent to a model with a chat template; this one has none: use /v1/completions"
-            raise RequestFault(400, rule, param="messages")
+            return self._without_template(messages)
         try:
             found = chat_ids(self._tokenizer, messages, "messages")
         except UserError as error:
             raise RequestFault(400, str(error), param="messages") from None
+        self._check_rows(found, "messages")
+        return found
+
+    def _without_template(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Messages as `lab.text.chat` shows them to a model without a template when it learns: a line break after each,
+        the end-of-text token after an answer."""
+        begin = self._encoder.encode_data("", add_special_tokens=True)
+        end = self._tokenizer.eos_token_id
+        found = list(begin)
+        for message in messages:
+            is_answer = message["role"] == "assistant" and end is not None
+            shown = message["content"] + ("" if is_answer else "\n")
+            found += [*self._encoder.encode_data(shown, add_special_tokens=False), *([end] if is_answer else [])]
         self._check_rows(found, "messages")
         return found
 
