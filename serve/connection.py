@@ -76,7 +76,7 @@ class _Connection(H11Protocol):
             self._refuse(RequestFault(408, rule))
 
     def _refuse(self, fault: RequestFault) -> None:
-        """Answer, unless an answer has begun, and close."""
+        """Answer, unless an answer has begun, and close; a request that runs learns that its client is gone."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = as_json(fault.body).encode()
             headers = [
@@ -91,4 +91,7 @@ class _Connection(H11Protocol):
             ]
             for event in events:
                 self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()

@@ -41,8 +41,10 @@ from tests.folder_fuzz import fuzz_folders
 from tests.lab.models import adapters
 from tests.logit_rules import compare_logit_rules, shards_differ
 from tests.role_kills import kill_roles
+from tests.serve import http_fuzz
 from tests.serve import kills as chain_kills
 from tests.serve.adapters import make_adapter
+from tests.serve.chat_server import chat_server
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
     Compared,
@@ -67,6 +69,7 @@ from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
 
 HOSTILE_FRAMES = 200_000
+HTTP_REQUESTS = 20_000
 CHANGED_FOLDERS = 1500
 CHANGED_SETTINGS = 5000
 REACHING_SETTINGS = 130
@@ -104,6 +107,15 @@ def hostile_frames() -> dict[str, Any]:
     with server_process(handshake_seconds=3) as target:
         report = fuzz(target, frames=HOSTILE_FRAMES, seed=1)
     return {"ok": report.is_harmless(), **asdict(report)}
+
+
+def http_fuzzed() -> dict[str, Any]:
+    """Random and mutated bodies for every endpoint, and bytes that are no HTTP: no 5xx but 503, no traceback, at most
+    10 MiB more memory, and the same text afterwards."""
+    with tempfile.TemporaryDirectory() as folder, chat_server(Path(folder), *http_fuzz.WORDS) as server:
+        found = http_fuzz.Fuzzer(server).fuzz(HTTP_REQUESTS, 1)
+    statuses = {str(status): count for status, count in sorted(found.statuses.items())}
+    return {"ok": found.is_harmless, **asdict(found), "statuses": statuses}
 
 
 def speculative_identity() -> dict[str, Any]:
@@ -336,7 +348,7 @@ def sweeps_over_kept_cells() -> dict[str, Any]:
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
-        *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
+        *(hostile_frames, http_fuzzed, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
         *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left, chain_killed),
         *(unicode_texts, roles_killed, settings_changed),
