@@ -173,7 +173,7 @@ def _send_to_main_thread(number: int) -> None:
         assert main is not None
         signal.pthread_kill(main, number)
     else:
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
 
 
 _current: Signals | None = None
