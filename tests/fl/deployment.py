@@ -53,9 +53,9 @@ class Program:
         """What it has printed so far."""
         return self.output.read_text(encoding="utf-8", errors="replace")
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = DEADLINE_SECONDS) -> int:
         """Its exit code."""
-        return self.process.wait(DEADLINE_SECONDS)
+        return self.process.wait(seconds)
 
     def family(self) -> list[psutil.Process]:
         """The process and all that it started, as far as they run."""

@@ -17,6 +17,7 @@ from fl.run.folders import latest_rounds, round_folders
 from tests.fl.deployment import Deployment, adapters, copy_checkout, deployed, wait_for
 from tests.fl.two_sites import SITES
 
+RUN_SECONDS = 3000.0
 BOTH = f"project.num_clients={len(SITES)}"
 
 
@@ -26,7 +27,7 @@ def warm_over_cold(folder: Path, rounds: int, *words: str) -> dict[str, Any]:
         seconds, found = {}, {}
         for name, warm in (("cold", "false"), ("warm", "true")):
             run = here.watch(folder / name, BOTH, f"project.rounds={rounds}", f"project.warm={warm}", *words)
-            assert run.wait() == 0, run.text
+            assert run.wait(RUN_SECONDS) == 0, run.text
             rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
             # The first round starts the worker.
             seconds[name] = [row["round_seconds"] for row in rows if row.get("step", 0) > 1]
@@ -54,7 +55,7 @@ def kill_sites(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, An
                 here.nodes[site].kill()
                 here.nodes[site] = _again(here, site)
             killed[kind] += 1
-        code = run.wait()
+        code = run.wait(RUN_SECONDS)
         result = json.loads((folder / "run" / "result.json").read_text())
         for node in here.nodes.values():
             node.end(signal.SIGTERM)
@@ -88,7 +89,7 @@ def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, 
     moments, killed = random.Random(seed), []
     with deployed(folder, copy_checkout(folder / "checkout")) as here:
         whole = here.watch(folder / "whole", BOTH, f"project.rounds={rounds}")
-        assert whole.wait() == 0, whole.text
+        assert whole.wait(RUN_SECONDS) == 0, whole.text
         run = here.watch(folder / "run", BOTH, f"project.rounds={rounds}", f"project.attempts={kills + 1}")
         while len(killed) < kills and run.process.poll() is None:
             servers = [p for p in here.superlink.family() if "flwr-serverapp" in "".join(_words(p))]
@@ -101,7 +102,7 @@ def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, 
                 best = latest_rounds(folder / "run")
                 killed.append(max(round_folders(best / "adapters")) if best else -1)
                 psutil.wait_procs(servers, timeout=60)
-        code = run.wait()
+        code = run.wait(RUN_SECONDS)
         same = adapters(folder / "run") == adapters(folder / "whole")
     return {"kills": len(killed), "rounds_at_kill": killed, "exit_code": code, "same_adapters": same}
 
