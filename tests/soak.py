@@ -36,7 +36,9 @@ from split.chain.local_shards import LocalShards
 from split.inference.open import INFERENCE, fingerprints, join_shards
 from split.settings import SplitSettings
 from tests import architectures
+from tests.fl.run import vanishing
 from tests.fl.run.simulated_kills import kill_simulations
+from tests.fl.warm import figures
 from tests.folder_fuzz import fuzz_folders
 from tests.lab.models import adapters
 from tests.logit_rules import compare_logit_rules, shards_differ
@@ -88,6 +90,9 @@ UNICODE_TEXTS = 2000
 ROLE_KILLS = 100
 LEARNER_KILLS = 10
 FEDERATION_KILLS = 30
+DEPLOYMENT_KILLS = 5
+SITE_KILLS = 20
+STRAGGLED_ROUNDS = 20
 DETECTION_SECONDS = 2.0
 START_SECONDS = 120.0
 ATTACKING_FRAMES = 100_000
@@ -271,6 +276,45 @@ def federation_killed() -> dict[str, Any]:
     return {"ok": came["same_adapters"] and not came["lost"] and came["kills"] == FEDERATION_KILLS, **came}
 
 
+def stragglers() -> dict[str, Any]:
+    """Rounds per hour of a federation with a site that takes 10 times as long: with a deadline, or with one site more
+    than needed, at least 3 times those of waiting for all."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = vanishing.stragglers(Path(folder), STRAGGLED_ROUNDS)
+    return {"ok": min(came["deadline_gain"], came["oversampling_gain"]) >= 3, **came}
+
+
+def sites_killed() -> dict[str, Any]:
+    """30 % of 10 sites killed (SIGKILL) in each of 10 rounds: it finishes, with a perplexity within 1 % of that of the
+    same sites without kills."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = vanishing.killed_sites(Path(folder), 10, 10)
+    return {"ok": came["rounds_completed"] == 10 and abs(came["perplexity_ratio"] - 1) <= 0.01, **came}
+
+
+def warm_sites() -> dict[str, Any]:
+    """A round of two deployed sites with SmolLM2, warm over cold: at most 0.35 of the time, the same bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = figures.warm_over_cold(Path(folder), 5, "model=smollm2_135m", "model.quantization=nf4")
+    return {"ok": came["same_adapters"] and came["warm_over_cold"] <= 0.35, **came}
+
+
+def warm_sites_killed() -> dict[str, Any]:
+    """SIGKILL of a site's worker, SuperNode, or both, at 20 random points: a round loses that site at most, and nothing
+    is left running."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = figures.kill_sites(Path(folder), SITE_KILLS, 60, seed=1)
+    ok = came["exit_code"] == 0 and came["most_lost_in_a_round"] <= 1 and not came["left_running"]
+    return {"ok": ok and sum(came["kills"].values()) == SITE_KILLS, **came}
+
+
+def deployment_killed() -> dict[str, Any]:
+    """SIGKILL of a deployed run's server process at 5 random points: `python -m fl.run` ends with the same bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = figures.kill_servers(Path(folder), DEPLOYMENT_KILLS, 6, seed=1)
+    return {"ok": came["same_adapters"] and came["exit_code"] == 0 and came["kills"] == DEPLOYMENT_KILLS, **came}
+
+
 def learners_killed() -> dict[str, Any]:
     """A training over two shard processes, of which one is killed (SIGKILL) at 10 random steps: no loss differs from
     the whole model's, which nobody kills."""
@@ -352,7 +396,8 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
         *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left, chain_killed),
         *(unicode_texts, roles_killed, settings_changed),
-        *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells, federation_killed),
+        *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells),
+        *(federation_killed, deployment_killed, stragglers, sites_killed, warm_sites, warm_sites_killed),
     )
 }
 

@@ -22,6 +22,10 @@ class FederatedBenchProjectSettings:
     """Models of conf/model whose messages are measured."""
     scale: list[str]
     """Overrides of the simulation whose time and server memory are measured."""
+    many_sites: list[str]
+    """Overrides of the simulation with many sites, whose memory is measured from round to round."""
+    lines_of_many_sites: int
+    """Lines of the file that its sites share."""
     compare: list[str]
     """Overrides of the federation that is compared with its central baseline."""
     compare_seeds: list[int]
@@ -34,7 +38,7 @@ class FederatedBenchProjectSettings:
             "adapter_bytes must be a positive multiple of 4",
             self.adapter_bytes,
         )
-        require_at_least(1, self, "turns")
+        require_at_least(1, self, "turns", "lines_of_many_sites")
         require_at_least(2, self, "few_replies")
         require(
             self.many_replies > self.few_replies,
