@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 QUESTION = "Name three colours."
@@ -69,8 +70,8 @@ def langchain_openai(base: str, model: str) -> None:
 
 def llm(base: str, model: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        with open(f"{folder}/extra-openai-models.yaml", "w", encoding="utf-8") as file:
-            json.dump([{"model_id": "lab", "model_name": model, "api_base": base, "api_key_name": "lab"}], file)
+        known = [{"model_id": "lab", "model_name": model, "api_base": base, "api_key_name": "lab"}]
+        Path(folder, "extra-openai-models.yaml").write_text(json.dumps(known), encoding="utf-8")  # JSON is YAML
         own = os.environ | {"LLM_USER_PATH": folder}
         asked = [sys.executable, "-m", "llm", "-m", "lab", "--key", KEY, "-o", "temperature", "0"]
         asked += ["-o", "max_tokens", str(MOST), QUESTION]
