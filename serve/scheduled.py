@@ -59,7 +59,7 @@ class ScheduledWriter(Writer):
         self._ended = DraftCounts()
         self._prompt_tokens = self._cached_tokens = 0
         self._scheduler = _InTurn(
-            self.engine, end_ids=target.end_ids, limits=_limits(project), closed=self._count, clock=time.monotonic
+            self.engine, end_ids=target.end_ids, limits=limits_of(project), closed=self._count, clock=time.monotonic
         )
         self._scheduler.turn = turn
         self._scheduler.prove()
@@ -128,7 +128,7 @@ def _ended(outcome: Ending) -> Ended:
     return Ended(outcome.text or outcome.reason.name, is_refused=outcome.reason is Reason.refused)
 
 
-def _limits(project: ServeProjectSettings) -> SchedulerLimits:
+def limits_of(project: ServeProjectSettings) -> SchedulerLimits:
     """The server counts its own requests, so nothing here refuses one for another's sake."""
     all_texts = (project.sessions + project.max_waiting) * project.max_choices
     return SchedulerLimits(
