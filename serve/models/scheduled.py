@@ -76,7 +76,7 @@ class ScheduledWriter(Writer):
         self._places = _places(self.engine, 0.0)
         self._next_look = 0.0
         self._scheduler = _InTurn(
-            self.engine, end_ids=target.end_ids, limits=_limits(project), closed=self._count, clock=time.monotonic
+            self.engine, end_ids=target.end_ids, limits=limits_of(project), closed=self._count, clock=time.monotonic
         )
         self._scheduler.turn = turn
         self._scheduler.prove()
@@ -215,7 +215,7 @@ def _shards(engine: ShardedModel) -> Sequence[Place]:
     ]
 
 
-def _limits(project: ServeProjectSettings) -> SchedulerLimits:
+def limits_of(project: ServeProjectSettings) -> SchedulerLimits:
     """The server counts its own requests, so nothing here refuses one for another's sake."""
     all_texts = (project.sessions + project.max_waiting) * project.max_choices
     return SchedulerLimits(

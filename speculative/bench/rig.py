@@ -23,7 +23,7 @@ from lab.engine.kinds import EngineKind
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
-from lab.settings import Quantization, UserError
+from lab.settings import LabSettings, Quantization, UserError
 from lab.text.generation import sampling_of
 from lab.text.grammars import Grammars
 from lab.text.prompts import prompt_ids
@@ -273,7 +273,7 @@ def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence
         yield port
 
 
-def model_overrides(settings: SpeculativeSettings) -> list[str]:
+def model_overrides(settings: LabSettings) -> list[str]:
     """Overrides that give another process our model."""
     model = settings.model
     files = (Path(conf.__file__).parent / "model").glob("*.yaml")
