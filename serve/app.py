@@ -19,6 +19,8 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from typing_extensions import override
 
 from serve.choice import Piece, TokenReport
 from serve.faults import RequestFault, wrong
@@ -54,6 +56,11 @@ class State:
     is_ending: bool = False
     running: dict[str, Generation] = field(default_factory=dict)
     """Requests by id."""
+
+    def forget(self, generation: Generation) -> None:
+        """Count a request no more among those that run."""
+        if self.running.get(generation.name) is generation:
+            del self.running[generation.name]
 
     def uses(self, model: ServedModel) -> bool:
         """Whether a request that runs needs this model."""
@@ -254,6 +261,8 @@ async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
     asked = _read(model, fields, state.limits, is_chat=is_chat)
     if asked.scores_prompt and not model.writer.scores_prompts:
         raise wrong("echo", "must be false with logprobs where a verifier holds the model", True)
+    if asked.scores_prompt and asked.is_stream:
+        raise wrong("stream", "must be false for the log probabilities of a prompt (echo with logprobs)", True)
     state.check_room(asked.count)
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(16)}"
     generation = Generation(name, asked, model.writer, model.texts, state.limits, _client(request, asked.user))
@@ -277,7 +286,7 @@ async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
         except OSError as error:
             log.warning("project.journal cannot be written (%s): this stream cannot be continued", error)
     told = _told(state, model, generation, replies, [0] * asked.count, [])
-    return StreamingResponse(told, media_type="text/event-stream", headers=STREAM_HEADERS)
+    return _Stream(state, generation, told)
 
 
 def _read(model: ServedModel, fields: Fields, limits: Limits, *, is_chat: bool) -> TextRequest:
@@ -364,8 +373,7 @@ async def _timed(
                     is_first, last = False, now
                 yield one
     finally:
-        if state.running.get(generation.name) is generation:
-            del state.running[generation.name]
+        state.forget(generation)
         reasons = [choice.finish or "left" for choice in generation.choices]
         seconds = time.monotonic() - began
         state.metrics.ended(model.id, reasons, generation.prompt_tokens, generation.new_tokens, seconds)
@@ -399,9 +407,10 @@ async def _told(
                 at[one.choice] = piece.position
                 found.append(event(replies.piece(one.choice, piece), position()))
         choice = generation.choices[one.choice]
-        if choice.finish is not None and one.choice not in closed:
+        end = choice.position + 2  # after the last piece, which is at most one position behind the last token
+        if choice.finish is not None and one.choice not in closed and after[one.choice] < end:
             closed.add(one.choice)
-            at[one.choice] = max(at[one.choice], choice.position + 1)
+            at[one.choice] = end
             found.append(event(replies.closing(one.choice), position()))
         return found
 
@@ -434,10 +443,22 @@ async def _told(
     except RequestFault as fault:
         yield event(fault.body)
         yield event("[DONE]")
-    finally:
-        generation.leave()
-        if state.running.get(generation.name) is generation:
-            del state.running[generation.name]
+
+
+class _Stream(StreamingResponse):
+    """A stream of a generation, which ends with it, even if its first event was never read."""
+
+    def __init__(self, state: State, generation: Generation, told: AsyncIterator[bytes]) -> None:
+        super().__init__(told, media_type="text/event-stream", headers=STREAM_HEADERS)
+        self._state, self._generation = state, generation
+
+    @override
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.leave()
+            self._state.forget(self._generation)
 
 
 async def _continue(state: State, request: Request, name: str) -> Response:
@@ -473,7 +494,7 @@ async def _continue(state: State, request: Request, name: str) -> Response:
     told = _told(
         state, model, generation, _replies(model, generation, head["created"], fields, head["model"]), after, before
     )
-    return StreamingResponse(told, media_type="text/event-stream", headers=STREAM_HEADERS)
+    return _Stream(state, generation, told)
 
 
 def _positions(request: Request, count: int) -> list[int]:

@@ -136,6 +136,8 @@ class Generation:
                     yield Told(number, pieces)
                 elif choice.finish is None:
                     raise RequestFault(400 if event.is_refused else 503, event.fault or "the text ended early")
+            if open_choices and not self.is_taken_over:  # never a text that looks whole
+                raise RequestFault(503, "the server is ending, and this text is not finished", retry_after=1)
         finally:
             self.leave()
 

@@ -19,6 +19,7 @@ from lab.doctor import DoctorSettings
 from lab.models.conversion import random_config
 from lab.settings import LabSettings, ModelSource
 from matrix.settings import MatrixSettings
+from serve.bench.settings import ServeBenchSettings
 from serve.chat.settings import ChatSettings
 from serve.settings import ServeSettings
 from simulations.bench_settings import BenchSettings
@@ -33,7 +34,7 @@ from split.training.settings import SplitTrainSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 20, "matrix": 5, "model": 6, "tracking": 3}
+FOUND = {"": 21, "matrix": 5, "model": 6, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "demo": DemoSettings,
     "decode": DecodeSettings,
     "serve": ServeSettings,
+    "serve_bench": ServeBenchSettings,
     "chat": ChatSettings,
     "bench": BenchSettings,
     "matrix": MatrixSettings,
