@@ -2,8 +2,9 @@
 
 svd         the best part of a sum of products (`fl.aggregation.rules`), from the replies of many sites to the next
             adapter of one module, on one thread; compared with the decomposition of the dense sum, in the same run.
-
-`load_average` says how quiet the machine was.
+            Seconds are those of the processor: what else the machine does counts little.
+uplink      one reply with the update of a model's adapter as Flower serialises it, in every format, compared with the
+            reply that holds the adapter in float32; from conf/model alone.
 """
 
 import time
@@ -13,12 +14,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
 
 from fl.adapters import Adapter, AdapterIndex, PackedAdapter
 from fl.aggregation.parts import A, B, factors_of
 from fl.aggregation.rules import Aggregator, make_aggregator
+from fl.bench.__main__ import adapter_of
 from fl.bench.settings import FederatedMeanBenchSettings, MeanBenchProjectSettings
-from fl.settings import Aggregation, WireDtype
+from fl.compression.codec import Coder
+from fl.compression.messages import to_update_records
+from fl.messages import message_bytes, to_records
+from fl.settings import Aggregation, Codec, FederatedSettings, WireDtype
 from lab.bench import Row, Sample, judged, pinned, run_parts
 from lab.command import entry
 
@@ -32,7 +39,7 @@ def run(settings: FederatedMeanBenchSettings, place: entry.Run) -> dict[str, Any
     project = settings.project
     return run_parts(
         "fed_mean",
-        {"svd": svd},
+        {"svd": svd, "uplink": uplink},
         project.parts,
         one_thread(project),
         settings=settings,
@@ -74,6 +81,38 @@ def svd(project: MeanBenchProjectSettings) -> Row:
     return judged("svd", row, "factored_seconds below 0.5, speed at least 20, tail_error at most 1e-4", holds)
 
 
+LARGEST_SHARE = {Codec.bf16: 0.51, Codec.int8: 0.26, Codec.int4: 0.14, Codec.topk_int8: 0.08}
+"""Largest size of a reply, against float32, that the formats were made for."""
+
+
+def uplink(project: MeanBenchProjectSettings) -> list[Row]:
+    """Bytes of one reply in every format."""
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 0  # Flower makes no message outside a run
+    settings = entry.compose_settings("fed_learn", f"model={project.uplink_model}", FederatedSettings)
+    adapter = adapter_of(settings.model, settings.project.lora.rank)
+    index = AdapterIndex.of(adapter, WireDtype.float32)
+    packed = PackedAdapter.pack(adapter, index)
+    whole = message_bytes(Message(to_records(packed), 1, "train"))
+    return [
+        reply_bytes(Coder(codec, settings.project.compression.topk_fraction), packed, whole) for codec in LARGEST_SHARE
+    ]
+
+
+def reply_bytes(coder: Coder, packed: PackedAdapter, whole: int) -> Row:
+    """Bytes of the reply in one format; random values, which no later layer could compress further."""
+    payload = coder.encode(packed.to_float32())
+    sent = message_bytes(Message(to_update_records(payload, packed.index), 1, "train"))
+    most = LARGEST_SHARE[coder.codec]
+    row: Row = {
+        "name": coder.codec.name,
+        "adapter_bytes": packed.index.tensor_bytes,
+        "message_bytes": sent,
+        "float32_message_bytes": whole,
+        "share": sent / whole,
+    }
+    return judged(f"uplink {coder.codec.name}", row, f"share at most {most}", sent <= most * whole)
+
+
 def new_adapter(width: int, rank: int, seed: int) -> dict[str, torch.Tensor]:
     """A new adapter of one square module."""
     A_RI = torch.randn(rank, width, generator=torch.Generator().manual_seed(seed)) / width**0.5
@@ -110,10 +149,10 @@ def next_adapter(sent: Adapter, replies: list[dict[str, torch.Tensor]]) -> Packe
 
 
 def seconds_of(work: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds that `work` takes, and its result."""
-    begin = time.perf_counter()
+    """Seconds of the processor that `work` takes, and its result."""
+    begin = time.process_time()
     result = work()
-    return time.perf_counter() - begin, result
+    return time.process_time() - begin, result
 
 
 main = entry.command("fed_mean_bench", FederatedMeanBenchSettings, run)

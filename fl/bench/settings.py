@@ -71,6 +71,8 @@ class MeanBenchProjectSettings:
     sites: int
     turns: int
     """Decompositions that are timed, after one that is not; the dense one is timed once."""
+    uplink_model: str
+    """Model of conf/model whose replies are measured."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "rank", "sites", "turns")

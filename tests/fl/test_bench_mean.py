@@ -6,13 +6,14 @@ import torch
 
 from fl.bench import mean
 from fl.bench.settings import FederatedMeanBenchSettings, MeanBenchProjectSettings
+from fl.settings import Codec
 from lab.command.entry import Run, compose_settings
 from lab.settings import UserError, to_plain
 
 
 def settings_of(*overrides: str) -> FederatedMeanBenchSettings:
-    toy = ["project.width=48", "project.rank=3", "project.sites=4", "project.turns=2", "tracking=none"]
-    return compose_settings("fed_mean_bench", [*toy, *overrides], FederatedMeanBenchSettings)
+    toy = ["project.width=48", "project.rank=3", "project.sites=4", "project.turns=2", "project.uplink_model=random"]
+    return compose_settings("fed_mean_bench", [*toy, "tracking=none", *overrides], FederatedMeanBenchSettings)
 
 
 @pytest.fixture
@@ -36,7 +37,15 @@ def test_a_toy_run_writes_its_report(tmp_path: Path) -> None:
     done = mean.run(settings, Run(tmp_path / "run"))
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["rows"] == to_plain(done["rows"])
-    assert [row["row"] for row in report["rows"]] == settings.project.parts
+    assert [row["row"] for row in report["rows"]] == ["svd", *["uplink"] * 4]
+    assert all(row["holds"] for row in report["rows"][1:])
+
+
+def test_a_format_that_takes_more_is_caught(project: MeanBenchProjectSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mean, "LARGEST_SHARE", {Codec.int8: 0.25})
+    [row] = mean.uplink(project)
+    assert not row["holds"]
+    assert 0.25 < row["share"] < 0.26
 
 
 def test_sizes_without_a_tail_are_refused() -> None:
