@@ -38,7 +38,7 @@ MESSAGES: Schema = {
         "properties": {"role": {"enum": list(ROLES)}, "content": {"anyOf": [TEXT, PARTS, {"type": "null"}]}},
     },
 }
-SAMPLING: Mapping[str, Schema] = {
+SAMPLING: dict[str, Schema] = {
     "model": TEXT,
     "max_tokens": whole(0),
     "temperature": number(0, 2),
