@@ -22,6 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
+from serve import bodies
 from serve.choice import Piece, TokenReport
 from serve.faults import RequestFault, wrong
 from serve.fields import Fields
@@ -140,8 +141,8 @@ def make_app(state: State) -> FastAPI:
         """One model."""
         return JSONResponse(state.models.get(request.path_params["name"]).about(state.models.created))
 
-    @app.post("/tokenize", openapi_extra=_body("prompt"))
-    @app.post("/v1/tokenize", openapi_extra=_body("prompt"), include_in_schema=False)
+    @app.post("/tokenize", openapi_extra=bodies.body(bodies.TOKENIZE))
+    @app.post("/v1/tokenize", include_in_schema=False)
     async def tokenize(request: Request) -> Response:
         """The ids of a text or of messages."""
         fields = await _fields(request, state)
@@ -156,8 +157,8 @@ def make_app(state: State) -> FastAPI:
         named = {"token_strs": model.texts.names(ids)} if fields.flag("return_token_strs", False) else {}
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": model.writer.context, **named})
 
-    @app.post("/detokenize", openapi_extra=_body("tokens"))
-    @app.post("/v1/detokenize", openapi_extra=_body("tokens"), include_in_schema=False)
+    @app.post("/detokenize", openapi_extra=bodies.body(bodies.DETOKENIZE, "tokens"))
+    @app.post("/v1/detokenize", include_in_schema=False)
     async def detokenize(request: Request) -> Response:
         """The text of ids."""
         fields = await _fields(request, state)
@@ -173,12 +174,12 @@ def make_app(state: State) -> FastAPI:
         """The tokenizer of the first model."""
         return JSONResponse(state.models.get(None).texts.info())
 
-    @app.post("/v1/chat/completions", openapi_extra=_body("messages"))
+    @app.post("/v1/chat/completions", openapi_extra=bodies.body(bodies.CHAT, "messages"))
     async def chat(request: Request) -> Response:
         """Continue a chat."""
         return await _answer(state, request, is_chat=True)
 
-    @app.post("/v1/completions", openapi_extra=_body("prompt"))
+    @app.post("/v1/completions", openapi_extra=bodies.body(bodies.COMPLETION, "prompt"))
     async def completions(request: Request) -> Response:
         """Continue a text."""
         return await _answer(state, request, is_chat=False)
@@ -198,7 +199,7 @@ def _add_loading(app: FastAPI, state: State) -> None:
     adapters = state.adapters
     assert adapters is not None, "there is a folder of adapters"
 
-    @app.post("/v1/load_lora_adapter", openapi_extra=_body("lora_name"))
+    @app.post("/v1/load_lora_adapter", openapi_extra=bodies.body(bodies.LOAD, "lora_name", "lora_path"))
     async def load(request: Request) -> Response:
         """Offer an adapter."""
         fields = await _fields(request, state)
@@ -208,7 +209,7 @@ def _add_loading(app: FastAPI, state: State) -> None:
         model = await adapters.load(name, path)
         return JSONResponse(model.about(state.models.created))
 
-    @app.post("/v1/unload_lora_adapter", openapi_extra=_body("lora_name"))
+    @app.post("/v1/unload_lora_adapter", openapi_extra=bodies.body(bodies.UNLOAD, "lora_name"))
     async def unload(request: Request) -> Response:
         """Offer an adapter no more."""
         name = (await _fields(request, state)).text("lora_name") or ""
@@ -228,12 +229,6 @@ def _policy(page: str) -> str:
         f"default-src 'none'; style-src {own('style')}; script-src {own('script')}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-
-
-def _body(required: str) -> dict[str, Any]:
-    """The schema of a body, for those who read the routes' description."""
-    schema = {"type": "object", "required": [required], "properties": {required: {}}}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 async def _fields(request: Request, state: State) -> Fields:
