@@ -15,10 +15,14 @@ import torch
 from flwr.serverapp import Grid
 
 from fl.adapters import Adapter, AdapterIndex
+from fl.aggregation.optimizer import ServerOptimizer
+from fl.aggregation.rules import Aggregator, make_aggregator
 from fl.checkpoint import AdapterFolders, BaseModel, load_adapter
+from fl.compression.server import ServerLink
 from fl.plots import draw_run
 from fl.report import RoundFigures, counts_of, history, summary
 from fl.rounds import RoundReport
+from fl.run.page import by_site, header, line, write_run_page
 from fl.run.sites import SiteRecord, SiteRecords
 from fl.run.state import RoundRecord, SavedRun, drop_old_states, saved_run, write_state
 from fl.settings import FederatedSettings
@@ -29,6 +33,7 @@ from lab.device import open_device, read_memory
 from lab.environment import commit
 from lab.files import path_of, require_writable
 from lab.learning.counts import Counts
+from lab.learning.training import derive_seed
 from lab.models.base_model import base_name, base_origin
 from lab.models.lora import fresh_adapter, lora_config
 from lab.models.sources import load_config, model_identity
@@ -78,6 +83,7 @@ def serve(
         log.info("continuing %s after round %d of %d", project.resume, saved.last.round, project.rounds)
     for report in reports:
         sites.add(counts_of(report.clients))
+    first_here = len(reports) + 1
     place.so_far = lambda: so_far(reports, written, sites.counts)
     log.info("the mean is weighted by each client's number of %s", project.weighting.words)
     # One reply per client and round, and one to the evaluation after the last round.
@@ -97,7 +103,9 @@ def serve(
                 reports.append(kept)
                 new = sites.add(counts_of(report.clients))
                 tracker.log(report.round, **row(kept), **({"sites": new} if new else {}))
-                log.info("round %d of %d: %s", report.round, project.rounds, describe_loss(report))
+                if len(reports) == first_here:
+                    log.info("table of rounds: %s", header())
+                log.info("round %d of %d: %s", report.round, project.rounds, line(kept))
 
             run = averaging.run(
                 grid,
@@ -110,8 +118,13 @@ def serve(
                 stopped=stopped,
             )
         sites.add(counts_of(run.clients))
-        figures = run_result(settings, place, history(reports, run), index, written, sites.counts)
+        states = history(reports, run)
+        figures = run_result(settings, place, states, index, written, sites.counts)
         figures |= {"wall_seconds": time.perf_counter() - begin}
+        title = f"Federation of {project.num_clients} sites, {project.rounds} rounds, {settings.model.name}"
+        records = averaging.sites.records
+        page = picture(lambda: write_run_page(place.folder, title, figures, reports, states, records))
+        figures |= {"report": page[0] if page else None}
         tracker.result(figures)
     return figures
 
@@ -158,14 +171,6 @@ class SiteLog:
             log.info(line, most, trained, "project.data.max_held_out")
 
 
-def describe_loss(report: RoundReport) -> str:
-    """The held-out loss before a round, and the number of clients that measured it."""
-    measured = sum(row.evaluate_weight > 0 for row in report.clients)
-    if not measured:
-        return "no client that was asked holds anything out"
-    return f"held-out loss was {report.evaluate['eval_loss']:.4f} over {measured} clients"
-
-
 def row(report: RoundReport) -> dict[str, Any]:
     """One round's figures for metrics.jsonl; held-out figures are of the adapter from before the round."""
     return {
@@ -175,10 +180,12 @@ def row(report: RoundReport) -> dict[str, Any]:
         "downlink_bytes": report.downlink_bytes,
         "round_seconds": report.round_seconds,
         "aggregate_seconds": report.aggregate_seconds,
+        **report.ledger,
         "server_rss_bytes": report.server_rss_bytes,
         "replies": len(report.clients),
         "refused": len(report.refused),
         "late": report.late,
+        "by_site": by_site(report.clients),
         "unused": report.unused,
         **({"left_out": report.left_out} if report.left_out else {}),
     }
@@ -216,6 +223,8 @@ def strategy(
 ) -> WeightedFedAvg:
     """The strategy of the run, for our own loop or Flower's `start()`; `known_sites` are those of a continued run."""
     project = settings.project
+    rule, link = aggregator(settings, index), ServerLink(project.compression) if project.remembers else None
+    components = {"aggregation": rule} if rule.has_state else {}
     return WeightedFedAvg(
         index,
         num_clients=project.num_clients,
@@ -228,6 +237,30 @@ def strategy(
         oversample=project.oversample,
         deadline_seconds=math.inf if project.round_deadline_seconds is None else project.round_deadline_seconds,
         sites=SiteRecords(project.max_failures, project.pause_rounds, known_sites),
+        aggregator=rule,
+        link=link,
+        components={**components, "compression": link} if link else components,
+    )
+
+
+def aggregator(settings: FederatedSettings, index: AdapterIndex) -> Aggregator:
+    """The run's rule from replies to the next adapter."""
+    project = settings.project
+
+    def fresh(server_round: int) -> dict[str, torch.Tensor]:
+        seed = derive_seed(settings.seed, "adapter", server_round) if server_round else settings.seed
+        return fresh_adapter(settings.model, project.lora, seed)
+
+    return make_aggregator(
+        project.aggregation,
+        index,
+        rank=project.lora.rank,
+        scale=project.lora.scale,
+        site_ranks=project.site_ranks,
+        residual_rank=project.residual_rank,
+        fresh=fresh,
+        optimizer=ServerOptimizer.of(project.server_optimizer),
+        share=project.share,
     )
 
 
@@ -254,7 +287,8 @@ def adapter_of_run(settings: FederatedSettings, folder: Path, key: str) -> dict[
     """The adapter in a folder that `key` names. UserError if it is not of this run's kind."""
     with user_errors(f"{key} must be an adapter of this run's kind, got {str(folder)!r}: "):
         lora = lora_config(settings.model.lora_targets, settings.project.lora)
-        return load_adapter(folder, base_model(settings), lora, load_config(settings.model), key)
+        more_rows = settings.project.aggregation.takes_ranks and key == "project.resume"
+        return load_adapter(folder, base_model(settings), lora, load_config(settings.model), key, more_rows=more_rows)
 
 
 def adapter_folders(settings: FederatedSettings, place: Run) -> AdapterFolders:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Mapping, Sequence
@@ -17,18 +20,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
-from serve.adapters import Adapters
 from serve.choice import Piece, TokenReport
 from serve.faults import RequestFault, wrong
 from serve.fields import Fields
 from serve.generation import Generation, Told
 from serve.journal import Journals
 from serve.metrics import Metrics
-from serve.models import Models, ServedModel
+from serve.models.adapters import Adapters
+from serve.models.served import Models, ServedModel
+from serve.models.writer import Counts, InLine, PromptTokens
 from serve.replies import Replies, as_json, comment, event
 from serve.settings import ServeProjectSettings
 from serve.text_request import Limits, TextRequest, messages_of, read_chat, read_completion
-from serve.writer import Counts, InLine, PromptTokens
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,7 @@ def make_app(state: State) -> FastAPI:
     """The app with all its routes."""
     app = FastAPI(title="distributed-llm-lab", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": _policy(page), "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
     @app.exception_handler(RequestFault)
     async def refuse(request: Request, fault: RequestFault) -> Response:
@@ -100,7 +104,7 @@ def make_app(state: State) -> FastAPI:
     @app.get("/", response_class=HTMLResponse)
     async def root() -> Response:
         """The chat page."""
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
+        return HTMLResponse(page, headers=headers)
 
     @app.get("/health")
     async def health() -> Response:
@@ -205,9 +209,18 @@ def _add_loading(app: FastAPI, state: State) -> None:
         return JSONResponse({"status": "ok"})
 
 
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-)
+def _policy(page: str) -> str:
+    """The Content-Security-Policy of a page: its own style and script, known by their digests, and this server."""
+
+    def own(tag: str) -> str:
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; style-src {own('style')}; script-src {own('script')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 def _body(required: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from serve.choice import Choice, Piece
 from serve.faults import RequestFault
 from serve.journal import Journal
+from serve.models.tokens import ModelTexts
+from serve.models.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
 from serve.text_request import Limits, TextRequest
-from serve.tokens import ModelTexts
-from serve.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
 from speculative.request import GenerationRequest
 from speculative.settings import Mode
 
@@ -93,6 +93,7 @@ class Generation:
 
     def retell(self, events: Sequence[tuple[int, NewTokens]]) -> list[Told]:
         """Continue the choices by what a journal holds of them, before `run`."""
+        self.guesses += sum(new.guesses for _, new in events)
         return [Told(number, self.choices[number].add(new)) for number, new in events]
 
     async def run(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[Told | InLine | None]:

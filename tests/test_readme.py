@@ -53,6 +53,7 @@ MATRIX = "python run_matrix.py"
 COMPOSED = (
     "python -m speculative.",
     "python -m split.",
+    "python -m serve",
     "python -m fl.bench",
     "python -m fl.run",
     "python -m lab.decode",

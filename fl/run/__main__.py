@@ -102,7 +102,12 @@ class _Attempt:
             words.append(override("project.resume", left))
         elif (asked := self._settings.project.resume) is not None:
             words.append(override("project.resume", Path(asked).expanduser().absolute()))
-        values = {"config-name": "fed_learn", "overrides": shlex.join(words), "folder": str(self.folder)}
+        values: dict[str, str | bool] = {
+            "config-name": "fed_learn",
+            "overrides": shlex.join(words),
+            "folder": str(self.folder),
+        }
+        values["warm"] = self._settings.project.warm
         path = self._root / f"{self.folder.name}.toml"
         write_whole(path, "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
         return path

@@ -35,6 +35,7 @@ FREE = (
     *("model.source", "model.path", "model.repo", "model.revision", "model.package", "model.wheel"),
     *("project.resume", "project.resume_changes", "project.warm_start"),
     *("project.workers", "project.worker_retries", "project.poll_seconds", "project.node_timeout_seconds"),
+    *("project.warm", "project.warm_limit_bytes"),
     *("project.attempts", "project.retry_seconds", "project.superlink", "project.command_timeout_seconds"),
 )
 """Settings, or whole groups, that change no adapter. (Base models are compared by the digest of their tensors.)"""

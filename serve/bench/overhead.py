@@ -13,7 +13,7 @@ from lab.text.data_text import DataEncoder
 from lab.text.generation import decoder
 from serve.bench.rig import MODEL_CORE, Rig
 from serve.bench.settings import ServeBenchSettings
-from serve.scheduled import limits_of
+from serve.models.scheduled import limits_of
 from serve.settings import ServeSettings
 from speculative.request import Ending, GenerationRequest, Verdict
 from speculative.settings import Mode

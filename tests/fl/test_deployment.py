@@ -180,6 +180,15 @@ class Deployment:
         there = self.environment | {"PYTHONPATH": str(self.checkout)}
         return Program.start(words, self.folder / f"{folder.name}.log", self.checkout, there)
 
+    def workers(self) -> list[psutil.Process]:
+        """The warm workers of all sites."""
+        folder = str(self.server.flower_home / "warm")
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if folder in (process.info["cmdline"] or []) and "fl.warm" in process.info["cmdline"] and running(process)
+        ]
+
     def finished(self, run_id: str) -> tuple[str, str, str]:
         """Waits for the end of a run: its log, its status and the status's details."""
         log = self.flwr("log", run_id, "lab", "--stream").stdout
@@ -306,6 +315,7 @@ def test_deployed_is_simulated(deployment: Deployment, simulated: Path) -> None:
     assert Path(last["adapter_path"], "adapter_model.safetensors").read_bytes() == got["round-0002"]
     assert not list(folder.glob("attempt-*/")), "all is where the user asked for it"
     assert "round 1 of 2" in watched.text, "the log was streamed"
+    assert len(deployment.workers()) == len(SITES), "each site has kept its model and data"
     theirs = json.loads((simulated / "result.json").read_text())
     assert last["eval_loss_by_round"] == theirs["eval_loss_by_round"]
 
@@ -332,6 +342,8 @@ def test_a_failed_run_keeps_its_rounds_and_nobody_leaves_a_process_behind(deploy
 
     assert len(deployment.superlink.family()) >= 2
     assert deployment.superlink.end(signal.SIGINT) == []
+    wait_for("end of the workers", lambda: not deployment.workers())
+    assert list((deployment.server.flower_home / "warm").iterdir()) == [], "their keys are gone"
 
 
 def clients(node: Program) -> list[psutil.Process]:

@@ -13,28 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from lab.command.entry import compose_settings
-from lab.models.adapter import write_adapter
-from lab.models.lora import fresh_adapter, lora_config
 from lab.models.peft_folder import IDENTITY_KEY
-from lab.models.sources import model_identity
-from lab.settings import LoraSettings
-from serve.adapters import LATEST, Turns, find_adapters
-from serve.settings import ServeSettings
+from serve.models.adapters import LATEST, Turns, find_adapters
+from tests.serve.adapters import make_adapter
 from tests.serve.servers import Client, said, serving
 
 ASKED = {"prompt": "abcabcabc", "max_tokens": 32, "seed": 4}
-
-
-def make_adapter(folder: Path, seed: int) -> Path:
-    """An adapter on the random base that changes its texts."""
-    model = compose_settings("serve", "model=random model.dtype=float64", ServeSettings).model
-    lora = LoraSettings(rank=4, alpha=64, dropout=0)
-    tensors = fresh_adapter(model, lora, seed)
-    changed = {name: tensor + 0.1 * (seed + 1) if "lora_B" in name else tensor for name, tensor in tensors.items()}
-    folder.mkdir(parents=True)
-    write_adapter(folder, lora_config(model.lora_targets, lora), changed, model.name, model_identity(model))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,10 @@ from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from serve.faults import RequestFault
-from serve.models import Models, ServedModel
-from serve.scheduled import ScheduledWriter
+from serve.models.scheduled import ScheduledWriter
+from serve.models.served import Models, ServedModel
+from serve.models.tokens import ModelTexts
 from serve.settings import ServeSettings
-from serve.tokens import ModelTexts
 from speculative.verifier.target import local_target
 
 log = logging.getLogger(__name__)
