@@ -31,6 +31,8 @@ from lab.files import cannot_use, path_of
 from lab.settings import UserError
 
 FOLDER = Path("~/.config/distributed-llm-lab/certificates")
+CONNECTION_HOME = FOLDER.expanduser() / "flwr"
+"""The FLWR_HOME that `server` makes when it is not told another folder."""
 CHECKOUT = Path(__file__).resolve().parent.parent
 CONNECTION = "lab"
 """The server's name in Flower's config.toml."""

@@ -1,11 +1,13 @@
 """The report of a run: its history round by round, and the figures of its last line."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fl.aggregation import MetricMean
+from fl.aggregation.exact import MetricMean
 from fl.rounds import ClientRow, RoundReport, RunReport
 from lab.device import peak_rss_bytes
 from lab.learning.counts import Counts
@@ -33,6 +35,8 @@ class RoundFigures:
     """Clients whose reply was folded in; `uplink_bytes` are theirs."""
     round_seconds: float = 0.0
     aggregate_seconds: float = 0.0
+    late: int = 0
+    """Replies to earlier rounds, which were dropped."""
     refused: list[str] = field(default_factory=list)
 
 
@@ -58,10 +62,11 @@ def history(reports: Sequence[RoundReport], run: RunReport) -> list[RoundFigures
                 train_seconds={row.site: row.train["train_seconds"] for row in report.clients},
                 uplink_bytes=report.uplink_bytes,
                 downlink_bytes=report.downlink_bytes,
-                messages=len(report.clients) + len(report.refused),
+                messages=len(report.clients) + len(report.refused) + report.unused,
                 replies=len(report.clients),
                 round_seconds=report.round_seconds,
                 aggregate_seconds=report.aggregate_seconds,
+                late=report.late,
                 refused=[f"node {refusal.node_id}: {refusal.reason}" for refusal in report.refused],
             )
         )
@@ -83,15 +88,43 @@ def summary(
         "eval_loss_before": states[0].eval_loss,
         "eval_loss_after": states[-1].eval_loss,
         "eval_sites": states[-1].eval_sites,
+        "sites_before": site_losses(states[0]),
+        "sites_after": site_losses(states[-1]),
         "eval_loss_by_round": [state.eval_loss for state in rounds],
         "train_loss_by_round": [state.train_loss for state in rounds],
         "train_seconds": sum(sum(state.train_seconds.values()) for state in rounds),
         "aggregate_seconds": sum(state.aggregate_seconds for state in rounds),
+        "late_replies": sum(state.late for state in rounds),
         "refused": [line for state in rounds for line in state.refused],
         "peak_rss_bytes": peak_rss_bytes(),
         "adapter_path": adapter_path,
         "plots": plots,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteLosses:
+    """Held-out losses of one state, site by site, each site counting as one whatever its size."""
+
+    by_site: dict[str, float]
+    median: float | None
+    worst_tenth: float | None
+    """The best loss among the worst tenth of the sites (nearest rank): the 10th percentile, counted from the worst."""
+    worst: float | None
+    worst_site: str | None
+
+
+def site_losses(state: RoundFigures) -> SiteLosses:
+    """The losses of the sites in the state's mean; None where there are none."""
+    found = {site: state.client_losses[site] for site in state.eval_sites}
+    falling = sorted(found, key=lambda site: (-found[site], site))
+    return SiteLosses(
+        by_site={str(site): loss for site, loss in found.items()},
+        median=statistics.median(found.values()) if found else None,
+        worst_tenth=found[falling[math.ceil(len(found) / 10) - 1]] if found else None,
+        worst=found[falling[0]] if found else None,
+        worst_site=str(falling[0]) if found else None,
+    )
 
 
 def mean_loss(rows: Sequence[ClientRow], sites: set[int]) -> float | None:

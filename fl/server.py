@@ -4,6 +4,7 @@ Knows nothing about where the clients are; a Grid reaches them.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +14,17 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from fl.adapters import AdapterIndex
+from fl.adapters import Adapter, AdapterIndex
+from fl.aggregation.optimizer import ServerOptimizer
+from fl.aggregation.rules import Aggregator, make_aggregator
 from fl.checkpoint import AdapterFolders, BaseModel, load_adapter
+from fl.compression.server import ServerLink
 from fl.plots import draw_run
 from fl.report import RoundFigures, counts_of, history, summary
 from fl.rounds import RoundReport
+from fl.run.page import by_site, header, line, write_run_page
+from fl.run.sites import SiteRecord, SiteRecords
+from fl.run.state import RoundRecord, SavedRun, drop_old_states, saved_run, write_state
 from fl.settings import FederatedSettings
 from fl.sizes import base_bytes
 from fl.strategy import WeightedFedAvg
@@ -26,10 +33,11 @@ from lab.device import open_device, read_memory
 from lab.environment import commit
 from lab.files import path_of, require_writable
 from lab.learning.counts import Counts
+from lab.learning.training import derive_seed
 from lab.models.base_model import base_name, base_origin
 from lab.models.lora import fresh_adapter, lora_config
 from lab.models.sources import load_config, model_identity
-from lab.settings import UserError, user_errors
+from lab.settings import UserError, to_plain, user_errors
 from lab.tracking import Tracker, picture, progress
 
 log = logging.getLogger(__name__)
@@ -50,40 +58,73 @@ def serve(
     begin = time.perf_counter()
     require_writable(place.folder, "hydra.run.dir")
     project, device = settings.project, open_device(settings.device)
-    initial = first_adapter(settings)
+    initial, saved = starting_point(settings)
     index = AdapterIndex.of(initial, project.wire_dtype)
-    folders = adapter_folders(settings, place)
-    written = [folders.write(0, initial, {})]
-    reports: list[RoundReport] = []
-    sites = SiteLog(settings)
-    place.so_far = lambda: so_far(reports, written[-1], sites.counts)
+    known = saved.last.sites if saved else ()
+    averaging, folders = strategy(settings, index, known), adapter_folders(settings, place)
+    written, reports, sites = folders.root, saved.reports if saved else [], SiteLog(settings)
+
+    def commit_round(number: int, adapter: Adapter, report: RoundReport | None, card: Mapping[str, float]) -> Path:
+        record = RoundRecord(
+            round=number,
+            settings=to_plain(settings),
+            base_digest=folders.base.digest,
+            report=report,
+            first_asked=averaging.first_partitions,
+            sites=averaging.sites.records,
+        )
+        return folders.write(number, adapter, card, lambda folder: write_state(folder, record, averaging.components))
+
+    if saved is None:
+        written = commit_round(0, initial, None, {})
+    else:
+        saved.load_components(averaging.components)
+        written = folders.adopt(saved.root)
+        log.info("continuing %s after round %d of %d", project.resume, saved.last.round, project.rounds)
+    for report in reports:
+        sites.add(counts_of(report.clients))
+    first_here = len(reports) + 1
+    place.so_far = lambda: so_far(reports, written, sites.counts)
     log.info("the mean is weighted by each client's number of %s", project.weighting.words)
     # One reply per client and round, and one to the evaluation after the last round.
-    replies = (project.rounds + 1) * max(1, round(project.fraction * project.num_clients))
+    replies = (project.rounds + 1 - len(reports)) * max(1, round(project.fraction * project.num_clients))
     with Tracker(settings, "fed_learn", place.folder) as tracker:
+        for report in reports:
+            tracker.log(report.round, **row(report))
         with progress("client reply", replies, settings.tracking.progress) as advance:
 
             def on_round(report: RoundReport) -> None:
+                nonlocal written
+                kept = replace(report, adapter={}, server_rss_bytes=read_memory(device).rss_bytes)
                 card = {"train_loss": report.train["train_loss"]}
                 card |= {f"{name}_before_round": report.evaluate[name] for name in ("eval_loss",) if report.evaluate}
-                written.append(folders.write(report.round, report.adapter, card))
-                reports.append(replace(report, adapter={}))  # the history keeps figures, not tensors
+                written = commit_round(report.round, report.adapter, kept, card)
+                drop_old_states(folders.root)
+                reports.append(kept)
                 new = sites.add(counts_of(report.clients))
-                figures = row(report) | {"server_rss_bytes": read_memory(device).rss_bytes}
-                tracker.log(report.round, **figures, **({"sites": new} if new else {}))
-                log.info("round %d of %d: %s", report.round, project.rounds, describe_loss(report))
+                tracker.log(report.round, **row(kept), **({"sites": new} if new else {}))
+                if len(reports) == first_here:
+                    log.info("table of rounds: %s", header())
+                log.info("round %d of %d: %s", report.round, project.rounds, line(kept))
 
-            run = strategy(settings, index).run(
+            run = averaging.run(
                 grid,
                 initial,
                 num_rounds=project.rounds,
+                finished_rounds=len(reports),
+                first_asked=saved.last.first_asked if saved else (),
                 on_round=on_round,
                 on_reply=advance,
                 stopped=stopped,
             )
         sites.add(counts_of(run.clients))
-        figures = run_result(settings, place, history(reports, run), index, written[-1], sites.counts)
+        states = history(reports, run)
+        figures = run_result(settings, place, states, index, written, sites.counts)
         figures |= {"wall_seconds": time.perf_counter() - begin}
+        title = f"Federation of {project.num_clients} sites, {project.rounds} rounds, {settings.model.name}"
+        records = averaging.sites.records
+        page = picture(lambda: write_run_page(place.folder, title, figures, reports, states, records))
+        figures |= {"report": page[0] if page else None}
         tracker.result(figures)
     return figures
 
@@ -130,14 +171,6 @@ class SiteLog:
             log.info(line, most, trained, "project.data.max_held_out")
 
 
-def describe_loss(report: RoundReport) -> str:
-    """The held-out loss before a round, and the number of clients that measured it."""
-    measured = sum(row.evaluate_weight > 0 for row in report.clients)
-    if not measured:
-        return "no client that was asked holds anything out"
-    return f"held-out loss was {report.evaluate['eval_loss']:.4f} over {measured} clients"
-
-
 def row(report: RoundReport) -> dict[str, Any]:
     """One round's figures for metrics.jsonl; held-out figures are of the adapter from before the round."""
     return {
@@ -147,8 +180,14 @@ def row(report: RoundReport) -> dict[str, Any]:
         "downlink_bytes": report.downlink_bytes,
         "round_seconds": report.round_seconds,
         "aggregate_seconds": report.aggregate_seconds,
+        **report.ledger,
+        "server_rss_bytes": report.server_rss_bytes,
         "replies": len(report.clients),
         "refused": len(report.refused),
+        "late": report.late,
+        "by_site": by_site(report.clients),
+        "unused": report.unused,
+        **({"left_out": report.left_out} if report.left_out else {}),
     }
 
 
@@ -179,9 +218,13 @@ def run_result(
     }
 
 
-def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg:
-    """The strategy of the run, for our own loop or Flower's `start()`."""
+def strategy(
+    settings: FederatedSettings, index: AdapterIndex, known_sites: Sequence[SiteRecord] = ()
+) -> WeightedFedAvg:
+    """The strategy of the run, for our own loop or Flower's `start()`; `known_sites` are those of a continued run."""
     project = settings.project
+    rule, link = aggregator(settings, index), ServerLink(project.compression) if project.remembers else None
+    components = {"aggregation": rule} if rule.has_state else {}
     return WeightedFedAvg(
         index,
         num_clients=project.num_clients,
@@ -190,17 +233,62 @@ def strategy(settings: FederatedSettings, index: AdapterIndex) -> WeightedFedAvg
         message_ttl_seconds=project.reply_timeout_seconds,
         register_timeout_seconds=project.node_timeout_seconds,
         poll_seconds=project.poll_seconds,
+        quorum=project.quorum,
+        oversample=project.oversample,
+        deadline_seconds=math.inf if project.round_deadline_seconds is None else project.round_deadline_seconds,
+        sites=SiteRecords(project.max_failures, project.pause_rounds, known_sites),
+        aggregator=rule,
+        link=link,
+        components={**components, "compression": link} if link else components,
     )
+
+
+def aggregator(settings: FederatedSettings, index: AdapterIndex) -> Aggregator:
+    """The run's rule from replies to the next adapter."""
+    project = settings.project
+
+    def fresh(server_round: int) -> dict[str, torch.Tensor]:
+        seed = derive_seed(settings.seed, "adapter", server_round) if server_round else settings.seed
+        return fresh_adapter(settings.model, project.lora, seed)
+
+    return make_aggregator(
+        project.aggregation,
+        index,
+        rank=project.lora.rank,
+        scale=project.lora.scale,
+        site_ranks=project.site_ranks,
+        residual_rank=project.residual_rank,
+        fresh=fresh,
+        optimizer=ServerOptimizer.of(project.server_optimizer),
+        share=project.share,
+    )
+
+
+def starting_point(settings: FederatedSettings) -> tuple[Adapter, SavedRun | None]:
+    """The adapter that the next round begins with, and the run that is continued, if one is.
+
+    UserError for `project.resume` and `project.warm_start` that do not fit the settings.
+    """
+    saved = saved_run(settings, model_identity(settings.model))
+    if saved is None:
+        return first_adapter(settings), None
+    return adapter_of_run(settings, saved.folder, "project.resume"), saved
 
 
 def first_adapter(settings: FederatedSettings) -> dict[str, torch.Tensor]:
     """A new adapter, or that of `project.warm_start`."""
     if settings.project.warm_start is not None:
         folder = path_of(settings.project.warm_start, "project.warm_start")
-        with user_errors(f"project.warm_start must be an adapter of this run's kind, got {str(folder)!r}: "):
-            lora = lora_config(settings.model.lora_targets, settings.project.lora)
-            return load_adapter(folder, base_model(settings), lora, load_config(settings.model))
+        return adapter_of_run(settings, folder, "project.warm_start")
     return fresh_adapter(settings.model, settings.project.lora, settings.seed)
+
+
+def adapter_of_run(settings: FederatedSettings, folder: Path, key: str) -> dict[str, torch.Tensor]:
+    """The adapter in a folder that `key` names. UserError if it is not of this run's kind."""
+    with user_errors(f"{key} must be an adapter of this run's kind, got {str(folder)!r}: "):
+        lora = lora_config(settings.model.lora_targets, settings.project.lora)
+        more_rows = settings.project.aggregation.takes_ranks and key == "project.resume"
+        return load_adapter(folder, base_model(settings), lora, load_config(settings.model), key, more_rows=more_rows)
 
 
 def adapter_folders(settings: FederatedSettings, place: Run) -> AdapterFolders:

@@ -12,9 +12,10 @@ from flwr.serverapp import Grid, ServerApp
 from fl.checkpoint import latest_adapter
 from fl.client_app import log_beside_flower, settings_from_run
 from fl.rounds import NodesMissing, RoundFailed
+from fl.run.folders import say_process
 from fl.server import serve
 from lab.command.entry import Run, finish
-from lab.faults import Fault, Lost
+from lab.faults import EndedBy, Fault, Lost
 from lab.settings import UserError
 
 log = logging.getLogger(__name__)
@@ -44,15 +45,18 @@ def deployed(grid: Grid, context: Context) -> None:
     try:
         settings = settings_from_run(context)
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{context.run_id}"
-        place = Run(Path("results/fed_learn").absolute() / name)
+        place = Run(Path(str(context.run_config.get("folder") or f"results/fed_learn/{name}")).absolute())
+        say_process(place.folder)
         # Flower sends the code itself, not the checkout: the hash of that code says what ran.
         code = {"fab_hash": grid.run.fab_hash}
         try:
             figures = serve(grid, settings, place)
-        except (RoundFailed, NodesMissing) as error:
-            end = unfinished(error, place.folder)
-            about = {"status": "failed", "error": str(end), "ended_by": end.ended_by}
-            finish(place.so_far() | about | code, settings, place)
+        except (UserError, Fault) as error:
+            end = unfinished(error, place.folder) if isinstance(error, RoundFailed | NodesMissing) else error
+            ended_by = end.ended_by if isinstance(end, Fault) else EndedBy.refused
+            about = {"status": "failed", "error": str(end), "ended_by": ended_by}
+            if not (place.folder / "result.json").exists():  # of another run, which refuses this one
+                finish(place.so_far() | about | code, settings, place)
             raise
         finish(figures | code, settings, place)
     except (UserError, Fault) as error:
@@ -62,13 +66,13 @@ def deployed(grid: Grid, context: Context) -> None:
 
 def unfinished(error: RoundFailed | NodesMissing, folder: Path) -> Fault:
     """The message of a run that ended early: each reason once, and the folder of the last adapter."""
-    left = f"the last good adapter is {latest_adapter(folder / 'adapters')}"
+    left = f"the last good adapter is {latest_adapter(folder / 'adapters')}; continue with project.resume={folder}"
     if isinstance(error, NodesMissing):
         return Lost(f"{error}; {left}")
     reasons = Counter(refusal.reason for refusal in error.refused).most_common()
     counted = [f"{count} of {len(error.refused)} clients {reason}" for reason, count in reasons[:MAX_REASONS]]
     more = [f"{len(reasons) - MAX_REASONS} more reasons"] if len(reasons) > MAX_REASONS else []
-    return Fault(f"round {error.server_round} had no good reply: {'; '.join(counted + more)}; {left}")
+    return Fault(f"round {error.server_round} ended {error.ended}: {'; '.join(counted + more)}; {left}")
 
 
 app = make_server_app(deployed)

@@ -21,7 +21,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield unfinished
         share_like_parent(unfinished)
-        for file in unfinished.iterdir():
+        for file in unfinished.rglob("*"):
             sync(file)
         sync(unfinished)
         shutil.rmtree(target, ignore_errors=True)

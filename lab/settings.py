@@ -312,6 +312,11 @@ class LoraSettings:
         require_above(0, self, "alpha")
         require(0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
 
+    @property
+    def scale(self) -> float:
+        """Factor of the product B A."""
+        return self.alpha / self.rank
+
 
 @dataclass(kw_only=True)
 class OptimizationSettings:

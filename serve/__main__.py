@@ -13,7 +13,7 @@ from lab.network import address_for_peers, listener_tls
 from serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from serve.models import Models
+    from serve.models.served import Models
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Mapping, Sequence
@@ -16,19 +19,22 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from typing_extensions import override
 
-from serve.adapters import Adapters
+from serve import bodies
 from serve.choice import Piece, TokenReport
 from serve.faults import RequestFault, wrong
 from serve.fields import Fields
 from serve.generation import Generation, Told
 from serve.journal import Journals
 from serve.metrics import Metrics
-from serve.models import Models, ServedModel
+from serve.models.adapters import Adapters
+from serve.models.served import Models, ServedModel
+from serve.models.writer import Counts, InLine, PromptTokens
 from serve.replies import Replies, as_json, comment, event
 from serve.settings import ServeProjectSettings
 from serve.text_request import Limits, TextRequest, messages_of, read_chat, read_completion
-from serve.writer import Counts, InLine, PromptTokens
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +57,11 @@ class State:
     is_ending: bool = False
     running: dict[str, Generation] = field(default_factory=dict)
     """Requests by id."""
+
+    def forget(self, generation: Generation) -> None:
+        """Count a request no more among those that run."""
+        if self.running.get(generation.name) is generation:
+            del self.running[generation.name]
 
     def uses(self, model: ServedModel) -> bool:
         """Whether a request that runs needs this model."""
@@ -79,6 +90,7 @@ def make_app(state: State) -> FastAPI:
     """The app with all its routes."""
     app = FastAPI(title="distributed-llm-lab", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": _policy(page), "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
     @app.exception_handler(RequestFault)
     async def refuse(request: Request, fault: RequestFault) -> Response:
@@ -100,7 +112,7 @@ def make_app(state: State) -> FastAPI:
     @app.get("/", response_class=HTMLResponse)
     async def root() -> Response:
         """The chat page."""
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
+        return HTMLResponse(page, headers=headers)
 
     @app.get("/health")
     async def health() -> Response:
@@ -129,8 +141,8 @@ def make_app(state: State) -> FastAPI:
         """One model."""
         return JSONResponse(state.models.get(request.path_params["name"]).about(state.models.created))
 
-    @app.post("/tokenize", openapi_extra=_body("prompt"))
-    @app.post("/v1/tokenize", openapi_extra=_body("prompt"), include_in_schema=False)
+    @app.post("/tokenize", openapi_extra=bodies.body(bodies.TOKENIZE))
+    @app.post("/v1/tokenize", include_in_schema=False)
     async def tokenize(request: Request) -> Response:
         """The ids of a text or of messages."""
         fields = await _fields(request, state)
@@ -145,8 +157,8 @@ def make_app(state: State) -> FastAPI:
         named = {"token_strs": model.texts.names(ids)} if fields.flag("return_token_strs", False) else {}
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": model.writer.context, **named})
 
-    @app.post("/detokenize", openapi_extra=_body("tokens"))
-    @app.post("/v1/detokenize", openapi_extra=_body("tokens"), include_in_schema=False)
+    @app.post("/detokenize", openapi_extra=bodies.body(bodies.DETOKENIZE, "tokens"))
+    @app.post("/v1/detokenize", include_in_schema=False)
     async def detokenize(request: Request) -> Response:
         """The text of ids."""
         fields = await _fields(request, state)
@@ -162,12 +174,12 @@ def make_app(state: State) -> FastAPI:
         """The tokenizer of the first model."""
         return JSONResponse(state.models.get(None).texts.info())
 
-    @app.post("/v1/chat/completions", openapi_extra=_body("messages"))
+    @app.post("/v1/chat/completions", openapi_extra=bodies.body(bodies.CHAT, "messages"))
     async def chat(request: Request) -> Response:
         """Continue a chat."""
         return await _answer(state, request, is_chat=True)
 
-    @app.post("/v1/completions", openapi_extra=_body("prompt"))
+    @app.post("/v1/completions", openapi_extra=bodies.body(bodies.COMPLETION, "prompt"))
     async def completions(request: Request) -> Response:
         """Continue a text."""
         return await _answer(state, request, is_chat=False)
@@ -187,7 +199,7 @@ def _add_loading(app: FastAPI, state: State) -> None:
     adapters = state.adapters
     assert adapters is not None, "there is a folder of adapters"
 
-    @app.post("/v1/load_lora_adapter", openapi_extra=_body("lora_name"))
+    @app.post("/v1/load_lora_adapter", openapi_extra=bodies.body(bodies.LOAD, "lora_name", "lora_path"))
     async def load(request: Request) -> Response:
         """Offer an adapter."""
         fields = await _fields(request, state)
@@ -197,7 +209,7 @@ def _add_loading(app: FastAPI, state: State) -> None:
         model = await adapters.load(name, path)
         return JSONResponse(model.about(state.models.created))
 
-    @app.post("/v1/unload_lora_adapter", openapi_extra=_body("lora_name"))
+    @app.post("/v1/unload_lora_adapter", openapi_extra=bodies.body(bodies.UNLOAD, "lora_name"))
     async def unload(request: Request) -> Response:
         """Offer an adapter no more."""
         name = (await _fields(request, state)).text("lora_name") or ""
@@ -205,15 +217,18 @@ def _add_loading(app: FastAPI, state: State) -> None:
         return JSONResponse({"status": "ok"})
 
 
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-)
+def _policy(page: str) -> str:
+    """The Content-Security-Policy of a page: its own style and script, known by their digests, and this server."""
 
+    def own(tag: str) -> str:
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
 
-def _body(required: str) -> dict[str, Any]:
-    """The schema of a body, for those who read the routes' description."""
-    schema = {"type": "object", "required": [required], "properties": {required: {}}}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return (
+        f"default-src 'none'; style-src {own('style')}; script-src {own('script')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 async def _fields(request: Request, state: State) -> Fields:
@@ -241,6 +256,8 @@ async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
     asked = _read(model, fields, state.limits, is_chat=is_chat)
     if asked.scores_prompt and not model.writer.scores_prompts:
         raise wrong("echo", "must be false with logprobs where a verifier holds the model", True)
+    if asked.scores_prompt and asked.is_stream:
+        raise wrong("stream", "must be false for the log probabilities of a prompt (echo with logprobs)", True)
     state.check_room(asked.count)
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(16)}"
     generation = Generation(name, asked, model.writer, model.texts, state.limits, _client(request, asked.user))
@@ -264,7 +281,7 @@ async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
         except OSError as error:
             log.warning("project.journal cannot be written (%s): this stream cannot be continued", error)
     told = _told(state, model, generation, replies, [0] * asked.count, [])
-    return StreamingResponse(told, media_type="text/event-stream", headers=STREAM_HEADERS)
+    return _Stream(state, generation, told)
 
 
 def _read(model: ServedModel, fields: Fields, limits: Limits, *, is_chat: bool) -> TextRequest:
@@ -351,8 +368,7 @@ async def _timed(
                     is_first, last = False, now
                 yield one
     finally:
-        if state.running.get(generation.name) is generation:
-            del state.running[generation.name]
+        state.forget(generation)
         reasons = [choice.finish or "left" for choice in generation.choices]
         seconds = time.monotonic() - began
         state.metrics.ended(model.id, reasons, generation.prompt_tokens, generation.new_tokens, seconds)
@@ -386,9 +402,10 @@ async def _told(
                 at[one.choice] = piece.position
                 found.append(event(replies.piece(one.choice, piece), position()))
         choice = generation.choices[one.choice]
-        if choice.finish is not None and one.choice not in closed:
+        end = choice.position + 2  # after the last piece, which is at most one position behind the last token
+        if choice.finish is not None and one.choice not in closed and after[one.choice] < end:
             closed.add(one.choice)
-            at[one.choice] = max(at[one.choice], choice.position + 1)
+            at[one.choice] = end
             found.append(event(replies.closing(one.choice), position()))
         return found
 
@@ -421,10 +438,22 @@ async def _told(
     except RequestFault as fault:
         yield event(fault.body)
         yield event("[DONE]")
-    finally:
-        generation.leave()
-        if state.running.get(generation.name) is generation:
-            del state.running[generation.name]
+
+
+class _Stream(StreamingResponse):
+    """A stream of a generation, which ends with it, even if its first event was never read."""
+
+    def __init__(self, state: State, generation: Generation, told: AsyncIterator[bytes]) -> None:
+        super().__init__(told, media_type="text/event-stream", headers=STREAM_HEADERS)
+        self._state, self._generation = state, generation
+
+    @override
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.leave()
+            self._state.forget(self._generation)
 
 
 async def _continue(state: State, request: Request, name: str) -> Response:
@@ -460,7 +489,7 @@ async def _continue(state: State, request: Request, name: str) -> Response:
     told = _told(
         state, model, generation, _replies(model, generation, head["created"], fields, head["model"]), after, before
     )
-    return StreamingResponse(told, media_type="text/event-stream", headers=STREAM_HEADERS)
+    return _Stream(state, generation, told)
 
 
 def _positions(request: Request, count: int) -> list[int]:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lab.text.running_text import RunningText
-from serve.tokens import ModelTexts
-from serve.writer import NewTokens, Top
+from serve.models.tokens import ModelTexts
+from serve.models.writer import NewTokens, Top
 
 
 @dataclass(frozen=True)

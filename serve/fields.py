@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from serve.faults import RequestFault, wrong
 
-T = TypeVar("T")
+MOST_LEVELS = 128
+"""Deepest nesting of a body."""
 
 
 class Fields:
@@ -28,6 +29,8 @@ class Fields:
             raise RequestFault(400, f"the body must be a JSON object in UTF-8, got {reason}") from None
         if not isinstance(document, dict):
             raise RequestFault(400, f"the body must be a JSON object in UTF-8, got {type(document).__name__}")
+        if is_deeper(document, MOST_LEVELS):  # what writes it again, or shows a part of it, would exceed the stack
+            raise RequestFault(400, f"the body must be nested at most {MOST_LEVELS} levels deep")
         return cls(document)
 
     def has(self, name: str) -> bool:
@@ -113,6 +116,21 @@ def is_text(value: str) -> bool:
         value.encode()
     except UnicodeEncodeError:
         return False
+    return True
+
+
+def is_deeper(document: Any, levels: int) -> bool:
+    """Whether lists and objects are nested deeper than so many levels."""
+    inside = [document]
+    for _ in range(levels):
+        inside = [
+            part
+            for one in inside
+            for part in (one.values() if isinstance(one, dict) else one)
+            if isinstance(part, dict | list)
+        ]
+        if not inside:
+            return False
     return True
 
 

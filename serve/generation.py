@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from serve.choice import Choice, Piece
 from serve.faults import RequestFault
 from serve.journal import Journal
+from serve.models.tokens import ModelTexts
+from serve.models.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
 from serve.text_request import Limits, TextRequest
-from serve.tokens import ModelTexts
-from serve.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
 from speculative.request import GenerationRequest
 from speculative.settings import Mode
 
@@ -93,6 +93,7 @@ class Generation:
 
     def retell(self, events: Sequence[tuple[int, NewTokens]]) -> list[Told]:
         """Continue the choices by what a journal holds of them, before `run`."""
+        self.guesses += sum(new.guesses for _, new in events)
         return [Told(number, self.choices[number].add(new)) for number, new in events]
 
     async def run(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[Told | InLine | None]:
@@ -135,6 +136,8 @@ class Generation:
                     yield Told(number, pieces)
                 elif choice.finish is None:
                     raise RequestFault(400 if event.is_refused else 503, event.fault or "the text ended early")
+            if open_choices and not self.is_taken_over:  # never a text that looks whole
+                raise RequestFault(503, "the server is ending, and this text is not finished", retry_after=1)
         finally:
             self.leave()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from serve.faults import RequestFault
-from serve.writer import NewTokens
+from serve.models.writer import NewTokens
 
 _NAME = re.compile(r"[A-Za-z]+-[0-9a-f]{32}\Z")
 VERSION = 1

@@ -9,8 +9,8 @@ from typing import Any
 
 from serve.choice import Piece, TokenReport
 from serve.generation import Generation
+from serve.models.tokens import ModelTexts
 from serve.text_request import TextRequest
-from serve.tokens import ModelTexts
 
 LEAST_LOGPROB = -9999.0
 """In place of minus infinity, which JSON lacks, as OpenAI does."""

@@ -18,13 +18,14 @@ import uvicorn
 from lab.files import path_of
 from lab.network import cannot_listen, shared_key
 from lab.settings import UserError
-from serve.adapters import Adapters, Turns
 from serve.app import State, all_counts, make_app
+from serve.connection import connection_class
 from serve.gate import Gate
 from serve.journal import Journals
 from serve.metrics import Metrics
-from serve.models import Models
-from serve.opening import open_first
+from serve.models.adapters import Adapters, Turns, root_of
+from serve.models.opening import open_first
+from serve.models.served import Models
 from serve.settings import ServeProjectSettings, ServeSettings
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ async def serve(
     project, network = settings.project, settings.network
     loop = asyncio.get_running_loop()
     journals = _journals(settings)
+    if project.adapters is not None:
+        root_of(settings)
     with _listen(settings) as listener:  # before the model is loaded: the port may be taken
         turns = Turns()
         broken: asyncio.Future[None] = loop.create_future()
@@ -115,6 +118,7 @@ async def serve(
 def _uvicorn(app: Gate, project: ServeProjectSettings, tls: ssl.SSLContext | None) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
+        http=connection_class(project.request_seconds),
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -160,7 +164,12 @@ def _state(settings: ServeSettings, models: Models, journals: Journals | None) -
         found = {}
         for name, model in models.by_id.items():
             counts = model.writer.counts()
-            found[name] = {**asdict(counts), "fingerprint": model.fingerprint, "context": model.writer.context}
+            found[name] = {
+                **asdict(counts),
+                "fingerprint": model.fingerprint,
+                "context": model.writer.context,
+                "places": [asdict(place) for place in model.writer.places()],
+            }
         return {
             "engine": settings.project.engine.name,
             "uptime_seconds": time.monotonic() - began,

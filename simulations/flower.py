@@ -22,7 +22,7 @@ from fl.client import read_all
 from fl.client_app import make_client_app
 from fl.partition import client_documents
 from fl.rounds import NodesMissing, RoundFailed
-from fl.server import first_adapter, serve
+from fl.server import serve, starting_point
 from fl.server_app import make_server_app, unfinished
 from fl.settings import FederatedSettings
 from lab.command import entry
@@ -86,7 +86,7 @@ def check(settings: FederatedSettings) -> None:
         read_all(settings, load_tokenizer_only(settings.model))
     device = open_device(settings.device)
     quantization_config(settings.model, device, check_dtype(device, settings.model.dtype))
-    first_adapter(settings)
+    starting_point(settings)
 
 
 def backend(settings: FederatedSettings) -> dict[str, Any]:

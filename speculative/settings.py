@@ -171,7 +171,8 @@ class TargetSettings(CacheSettings):
     """Drafter: how long to try to reach a lost verifier again. Verifier: how long a request is kept after its
     connection was lost; nothing is computed for it meanwhile. 0: a lost connection ends its requests."""
     lookup: bool
-    """Verifier: use its own prompt lookup when no draft token has arrived (mode async)."""
+    """Verifier: use its own prompt lookup, and tokens that a schema forces, when no draft token has arrived (mode
+    async)."""
     engine: EngineKind
     """Verifier: the engine of the target."""
     synthetic: SyntheticSettings

@@ -36,10 +36,17 @@ from split.chain.local_shards import LocalShards
 from split.inference.open import INFERENCE, fingerprints, join_shards
 from split.settings import SplitSettings
 from tests import architectures
+from tests.fl.run import vanishing
+from tests.fl.run.simulated_kills import kill_simulations
+from tests.fl.warm import figures
 from tests.folder_fuzz import fuzz_folders
 from tests.lab.models import adapters
 from tests.logit_rules import compare_logit_rules, shards_differ
 from tests.role_kills import kill_roles
+from tests.serve import http_fuzz
+from tests.serve import kills as chain_kills
+from tests.serve.adapters import make_adapter
+from tests.serve.chat_server import chat_server
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
     Compared,
@@ -64,6 +71,7 @@ from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
 
 HOSTILE_FRAMES = 200_000
+HTTP_REQUESTS = 20_000
 CHANGED_FOLDERS = 1500
 CHANGED_SETTINGS = 5000
 REACHING_SETTINGS = 130
@@ -72,6 +80,8 @@ LOGIT_RULES_TOKENS = 10_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
+SERVER_KILLS = 10
+CHAIN_KINDS = ("first", "last", "verifier")
 DRAFTING_KILLS = 100
 RESUME_SECONDS = 1.0 + 4 * DELAY_SECONDS
 """A round trip at its longest, and a second; the prefill of such texts is not seen beside that."""
@@ -79,6 +89,10 @@ DEAD_SECONDS = 5.0
 UNICODE_TEXTS = 2000
 ROLE_KILLS = 100
 LEARNER_KILLS = 10
+FEDERATION_KILLS = 30
+DEPLOYMENT_KILLS = 5
+SITE_KILLS = 20
+STRAGGLED_ROUNDS = 20
 DETECTION_SECONDS = 2.0
 START_SECONDS = 120.0
 ATTACKING_FRAMES = 100_000
@@ -98,6 +112,15 @@ def hostile_frames() -> dict[str, Any]:
     with server_process(handshake_seconds=3) as target:
         report = fuzz(target, frames=HOSTILE_FRAMES, seed=1)
     return {"ok": report.is_harmless(), **asdict(report)}
+
+
+def http_fuzzed() -> dict[str, Any]:
+    """Random and mutated bodies for every endpoint, and bytes that are no HTTP: no 5xx but 503, no traceback, at most
+    10 MiB more memory, and the same text afterwards."""
+    with tempfile.TemporaryDirectory() as folder, chat_server(Path(folder), *http_fuzz.WORDS) as server:
+        found = http_fuzz.Fuzzer(server).fuzz(HTTP_REQUESTS, 1)
+    statuses = {str(status): count for status, count in sorted(found.statuses.items())}
+    return {"ok": found.is_harmless, **asdict(found), "statuses": statuses}
 
 
 def speculative_identity() -> dict[str, Any]:
@@ -170,6 +193,17 @@ def shards_attacked() -> dict[str, Any]:
     return {"ok": ok, **asdict(came), "shards_lived": lived, "rss_growth_bytes": growth}
 
 
+def chain_killed() -> dict[str, Any]:
+    """An adapter behind two shards, a verifier, a link of 50 ms and an HTTP server: SIGKILL of any of them at random
+    tokens, 50 behind the server and 10 of the server itself. Every text is that of the whole model with the adapter."""
+    kinds = [*CHAIN_KINDS * (KILLS // len(CHAIN_KINDS) + 1)][:KILLS] + ["server"] * SERVER_KILLS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with chain_kills.chain(folder, make_adapter(folder / "adapter", 0), rtt_seconds=0.05) as behind:
+            came = chain_kills.kill_at_random(behind, kinds, seed=1)
+    return {"ok": came.differing == 0 and came.returns >= SERVER_KILLS, **asdict(came)}
+
+
 def shards_misused() -> dict[str, Any]:
     """200 requests of every wrong kind at two shard processes beside 4 good texts: these are the same to the token."""
     return crowd_processes.misused(WRONG_REQUESTS)
@@ -232,6 +266,53 @@ def verifier_left() -> dict[str, Any]:
     left two passes ago."""
     came = leave_at_random(LEAVERS, LEAVERS_AT_ONCE, seed=1)
     return {"ok": not came.late_rows and came.stayed_text, **asdict(came)}
+
+
+def federation_killed() -> dict[str, Any]:
+    """SIGKILL of a simulation's server process at 30 random points, resumed each time: the adapter of every round is
+    that of the uninterrupted run, byte for byte, and no finished round is lost."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = kill_simulations(FEDERATION_KILLS, seed=1, folder=Path(folder))
+    return {"ok": came["same_adapters"] and not came["lost"] and came["kills"] == FEDERATION_KILLS, **came}
+
+
+def stragglers() -> dict[str, Any]:
+    """Rounds per hour of a federation with a site that takes 10 times as long: with a deadline, or with one site more
+    than needed, at least 3 times those of waiting for all."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = vanishing.stragglers(Path(folder), STRAGGLED_ROUNDS)
+    return {"ok": min(came["deadline_gain"], came["oversampling_gain"]) >= 3, **came}
+
+
+def sites_killed() -> dict[str, Any]:
+    """30 % of 10 sites killed (SIGKILL) in each of 10 rounds: it finishes, with a perplexity within 1 % of that of the
+    same sites without kills."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = vanishing.killed_sites(Path(folder), 10, 10)
+    return {"ok": came["rounds_completed"] == 10 and abs(came["perplexity_ratio"] - 1) <= 0.01, **came}
+
+
+def warm_sites() -> dict[str, Any]:
+    """A round of two deployed sites with SmolLM2, warm over cold: at most 0.35 of the time, the same bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = figures.warm_over_cold(Path(folder), 5, "model=smollm2_135m", "model.quantization=nf4")
+    return {"ok": came["same_adapters"] and came["warm_over_cold"] <= 0.35, **came}
+
+
+def warm_sites_killed() -> dict[str, Any]:
+    """SIGKILL of a site's worker, SuperNode, or both, at 20 random points: a round loses that site at most, and nothing
+    is left running."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = figures.kill_sites(Path(folder), SITE_KILLS, 60, seed=1)
+    ok = came["exit_code"] == 0 and came["most_lost_in_a_round"] <= 1 and not came["left_running"]
+    return {"ok": ok and sum(came["kills"].values()) == SITE_KILLS, **came}
+
+
+def deployment_killed() -> dict[str, Any]:
+    """SIGKILL of a deployed run's server process at 5 random points: `python -m fl.run` ends with the same bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        came = figures.kill_servers(Path(folder), DEPLOYMENT_KILLS, 6, seed=1)
+    return {"ok": came["same_adapters"] and came["exit_code"] == 0 and came["kills"] == DEPLOYMENT_KILLS, **came}
 
 
 def learners_killed() -> dict[str, Any]:
@@ -311,11 +392,12 @@ def sweeps_over_kept_cells() -> dict[str, Any]:
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
-        *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
+        *(hostile_frames, http_fuzzed, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
-        *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left),
+        *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left, chain_killed),
         *(unicode_texts, roles_killed, settings_changed),
         *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells),
+        *(federation_killed, deployment_killed, stragglers, sites_killed, warm_sites, warm_sites_killed),
     )
 }
 

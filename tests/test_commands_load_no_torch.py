@@ -8,7 +8,7 @@ import sys
 import pytest
 
 COMMANDS = (
-    *("split.train", "split.learn", "split.infer", "split.serve", "split.merge", "split.plan"),
+    *("serve.chat.__main__", "split.train", "split.learn", "split.infer", "split.serve", "split.merge", "split.plan"),
     *("speculative.drafter.__main__", "speculative.verifier.__main__"),
 )
 

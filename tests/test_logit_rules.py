@@ -59,6 +59,6 @@ def test_a_synthetic_engine_refuses_rules_by_name() -> None:
         vocabulary_size=300, context=64, sessions=1, step_seconds=0, row_seconds=0, agreement=1.0, sleep=lambda s: None
     )
     for name in RULES:
-        with pytest.raises(ValueError, match="min_p, penalties, logit_bias and bad_words must be off for a synthetic"):
+        with pytest.raises(ValueError, match="logit_bias, bad_words and schema must be off for a synthetic"):
             engine.open([1], samplings(name)[1])
     engine.open([1], Sampling.greedy()).close()

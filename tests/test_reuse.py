@@ -274,6 +274,8 @@ def test_a_client_that_reopens_nonsense_is_told_so(tmp_path: Path, monkeypatch: 
         patch.setattr("split.inference.sharded_model.check_reopen", lambda *_: None)
         with pytest.raises(ShardFault, match="tokens must be at most"):
             engine.reopen(text, second[:SHARED], PLAIN, 10**6)
+        with pytest.raises(SessionLost, match=f"a request is reopened at {SHARED + 5}, but {SHARED} tokens are held"):
+            engine.reopen(text, second[: SHARED + 5], PLAIN, MOST)
         with pytest.raises(ShardFault, match=f"tokens must be at least the {SHARED} that are held, got 5"):
             engine.reopen(text, second[:SHARED], PLAIN, 5)
     engine._transport.send(0, Message(77, SetAside(tokens=2**31 - 1)))  # of nobody

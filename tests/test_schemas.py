@@ -62,6 +62,11 @@ def test_penalties_biases_and_bad_words_change_the_text_and_not_what_it_is() -> 
     assert all(one != other for one, other in zip(plain, changed, strict=True))
 
 
+def test_bad_words_yield_where_they_ban_all_that_the_schema_allows() -> None:
+    everything = samplings(bad_words=tuple((token,) for token in range(END + 1)))[0]
+    assert texts(subject(), everything) == written(0)
+
+
 def test_speculated_text_is_the_targets_own() -> None:
     compared = compare_schemas(64, whole=False)
     assert {source for source, *_ in compared.cells} == set(SOURCES)

@@ -6,6 +6,8 @@ memory      tracemalloc's peak of `aggregate_train` over replies that are genera
 message     one train message as Flower serialises it, compared with its tensors' bytes, from conf/model alone.
 scale       a simulation with many clients on Ray, as a separate process: wall time, and the server's resident memory
             after every round.
+many_sites  a simulation of 1,000 sites of which 1 % train in a round: the slope of the server's resident memory over
+            the second half of the rounds (least squares), and bytes, seconds and memory of a site and round.
 comparison  a federation over identically distributed parts compared with its central baseline, a process for each:
             held-out perplexities, and the one before training, which shows how much training gained.
 
@@ -27,20 +29,23 @@ from flwr.app import Message, MetricRecord
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl.adapters import AdapterIndex, PackedAdapter
-from fl.aggregation import ExactMean
+from fl.aggregation.exact import ExactMean
 from fl.bench.settings import FederatedBenchProjectSettings, FederatedBenchSettings
 from fl.messages import METRICS, WEIGHT, message_bytes, to_records
 from fl.settings import FederatedSettings, WireDtype
 from fl.sizes import base_bytes, linear_shapes
 from fl.strategy import WeightedFedAvg
-from lab.bench import Row, Sample, interleaved, judged, missed, ratio, write_report
+from lab.bench import Row, Sample, interleaved, judged, load_average, missed, ratio, write_report
 from lab.command import entry
+from lab.command.overrides import override
 from lab.command.processes import run_to_end
 from lab.environment import commit
 from lab.files import require_writable
 from lab.settings import ModelSettings
 
 log = logging.getLogger(__name__)
+
+SITE_FIGURES = ("uplink_bytes", "train_seconds", "peak_rss_bytes")
 
 
 def run(settings: FederatedBenchSettings, place: entry.Run) -> dict[str, Any]:
@@ -57,6 +62,8 @@ def run(settings: FederatedBenchSettings, place: entry.Run) -> dict[str, Any]:
     rows.extend(map(message, project.size_models))
     if project.scale:
         rows.append(scale(project, place.folder / "scale"))
+    if project.many_sites:
+        rows.append(many_sites(project, place.folder / "many_sites"))
     if project.compare_seeds:
         rows.append(comparison(project, place.folder / "comparison"))
     write_report(path, "fl", rows)
@@ -187,6 +194,38 @@ def scale(project: FederatedBenchProjectSettings, folder: Path) -> Row:
     }
     holds = figures["wall_seconds"] <= 300 and growth <= 0.05 and not figures["refused"]
     return judged(row["part"], row, "wall_seconds at most 300, server_growth at most 0.05, nobody refused", holds)
+
+
+def many_sites(project: FederatedBenchProjectSettings, folder: Path) -> Row:
+    """Growth of the server's memory from round to round with many sites, and the figures of a site and round."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    data = folder.with_suffix(".jsonl")
+    with data.open("w", encoding="utf-8") as file:
+        for number in range(project.lines_of_many_sites):
+            example = {"prompt": f"What is {number} times {number}?", "response": f"It is {number * number}."}
+            file.write(json.dumps(example) + "\n")
+    overrides = [*project.many_sites, "project.data.source=jsonl", override("project.data.path", data)]
+    figures = simulate(overrides, folder, project.run_timeout_seconds)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rounds = [row for row in rows if "server_rss_bytes" in row]
+    late = rounds[len(rounds) // 2 :]
+    slope = float(np.polyfit([row["step"] for row in late], [row["server_rss_bytes"] for row in late], 1)[0])
+    sites = [site for row in rounds for site in row["by_site"].values()]
+    row: Row = {
+        "part": "many_sites",
+        "overrides": project.many_sites,
+        "num_clients": figures["num_clients"],
+        "rounds_completed": figures["rounds_completed"],
+        "sites_asked": len(sites),
+        "refused": len(figures["refused"]),
+        "wall_seconds": figures["wall_seconds"],
+        "server_rss_bytes": [each["server_rss_bytes"] for each in rounds],
+        "bytes_a_round": slope,
+        **{f"{name}_of_a_site": Sample.of([site[name] for site in sites]) for name in SITE_FIGURES},
+        "load_average": load_average(),
+    }
+    holds = slope < 0.5e6 and not figures["refused"]
+    return judged(row["part"], row, "bytes_a_round below 500,000, nobody refused", holds)
 
 
 def comparison(project: FederatedBenchProjectSettings, folder: Path) -> Row:

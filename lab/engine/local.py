@@ -189,6 +189,11 @@ class LocalEngine(Engine):
         return bool(self._exact_rows) or (self._compiled is not None and self._compiled.row_invariant)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
+    @property
     def weights_bytes(self) -> int:
         """Size of its tensors."""
         return stored_bytes(self._model)

@@ -23,8 +23,9 @@ from lab.engine.kinds import EngineKind
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
-from lab.settings import Quantization, UserError
+from lab.settings import LabSettings, Quantization, UserError
 from lab.text.generation import sampling_of
+from lab.text.grammars import Grammars
 from lab.text.prompts import prompt_ids
 from lab.wire.frames import encode
 from lab.wire.tokens import pack_tokens
@@ -202,7 +203,8 @@ class Rig(ExitStack):
         size = target.welcome.vocabulary_size
 
         def make() -> Drafts:
-            return open_drafts(settings, open_device(settings.device), sampling, self.texts, size)
+            grammars = Grammars(lambda: (self.tokenizer, target.welcome.end_ids))
+            return open_drafts(settings, open_device(settings.device), sampling, self.texts, size, grammars)
 
         if case.source not in (DraftSource.layers, DraftSource.model):
             return make()
@@ -271,7 +273,7 @@ def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence
         yield port
 
 
-def model_overrides(settings: SpeculativeSettings) -> list[str]:
+def model_overrides(settings: LabSettings) -> list[str]:
     """Overrides that give another process our model."""
     model = settings.model
     files = (Path(conf.__file__).parent / "model").glob("*.yaml")

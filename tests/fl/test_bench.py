@@ -126,6 +126,26 @@ def test_a_server_that_grows_is_caught(tmp_path: Path, monkeypatch: pytest.Monke
     assert not after(50, 1000, 1060)
 
 
+def test_a_server_that_grows_with_every_round_of_many_sites_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = {"num_clients": 9, "rounds_completed": 4, "refused": [], "wall_seconds": 1.0}
+    site = {"uplink_bytes": 7, "train_seconds": 0.5, "peak_rss_bytes": 10**8}
+    folder = tmp_path / "many"
+    folder.mkdir()
+
+    def slope(*memory: int) -> tuple[float, bool]:
+        rows = [{"step": n, "server_rss_bytes": value, "by_site": {"3": site}} for n, value in enumerate(memory)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"result": True}]))
+        monkeypatch.setattr(bench, "simulate", lambda *arguments: done)
+        row = bench.many_sites(project("project.lines_of_many_sites=3"), folder)
+        assert row["uplink_bytes_of_a_site"].median == 7
+        return row["bytes_a_round"], row["holds"]
+
+    assert slope(0, 10**8, 10**8, 10**8 + 400_000) == (pytest.approx(400_000), True)
+    assert slope(0, 10**8, 10**8, 10**8 + 600_000) == (pytest.approx(600_000), False)
+
+
 @pytest.mark.real
 def test_a_toy_run_of_all_parts_writes_its_report(
     tmp_path: Path, simulated: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,7 +154,8 @@ def test_a_toy_run_of_all_parts_writes_its_report(
     here = f"[{','.join(json.dumps(word) for word in two_sites.words(simulated / 'shared.jsonl'))}]"
     overrides = [
         f"project.adapter_bytes={MIB}", "project.many_replies=20", "project.turns=2", "project.size_models=[random]",
-        f"project.scale={here}", f"project.compare={here}", f"project.compare_seeds=[{two_sites.SEED}]",
+        f"project.scale={here}", f"project.many_sites={here}", f"project.compare={here}",
+        f"project.compare_seeds=[{two_sites.SEED}]",
         f"project.report={tmp_path / 'report.json'}", "project.run_timeout_seconds=270",
     ]  # fmt: skip
     settings = compose_settings("fed_bench", " ".join(map(shlex.quote, overrides)), FederatedBenchSettings)
@@ -153,9 +174,17 @@ def test_a_toy_run_of_all_parts_writes_its_report(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["benchmark"] == "fl"
     assert report["rows"] == to_plain(done["rows"])
-    assert [row["part"] for row in report["rows"]] == ["folding", "memory", "message", "scale", "comparison"]
+    assert [row["part"] for row in report["rows"]] == [
+        "folding",
+        "memory",
+        "message",
+        "scale",
+        "many_sites",
+        "comparison",
+    ]
     assert done["missed"] == sum(not row["holds"] for row in report["rows"])
-    simulation, comparison = report["rows"][3:]
+    simulation, many, comparison = report["rows"][3:]
+    assert many["sites_asked"] == 4
     assert (simulation["num_clients"], simulation["rounds_completed"], simulation["refused"]) == (2, 2, 0)
     assert len(simulation["server_rss_bytes"]) == 2
     [seed] = comparison["seeds"]

@@ -9,18 +9,10 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import re
-import shlex
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,219 +31,22 @@ from lab.command.entry import compose_settings
 from lab.models.conversion import byte_tokenizer
 from lab.settings import UserError
 from tests.federated import InProcessGrid
-from tests.fl.two_sites import OVERRIDES, ROOT, SITES, write_data
-
-PROGRAMS = Path(sys.executable).parent
-DEADLINE_SECONDS = 240.0  # for what takes seconds on an idle machine
-
-
-@dataclass
-class Program:
-    """One process in a group of its own, its output in a file."""
-
-    process: subprocess.Popen[bytes]
-    output: Path
-
-    @classmethod
-    def start(cls, command: list[str], output: Path, cwd: Path, environment: dict[str, str]) -> Program:
-        """Starts one of the programs installed beside this Python."""
-        with output.open("wb") as stream:
-            process = subprocess.Popen(
-                [str(PROGRAMS / command[0]), *command[1:]],
-                cwd=cwd,
-                env=environment,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        return cls(process, output)
-
-    @property
-    def text(self) -> str:
-        """What it has printed so far."""
-        return self.output.read_text(encoding="utf-8", errors="replace")
-
-    def wait(self) -> int:
-        """Its exit code."""
-        return self.process.wait(DEADLINE_SECONDS)
-
-    def family(self) -> list[psutil.Process]:
-        """The process and all that it started, as far as they run."""
-        try:
-            head = psutil.Process(self.process.pid)
-            return [member for member in [head, *head.children(recursive=True)] if running(member)]
-        except psutil.NoSuchProcess:
-            return []
-
-    def end(self, number: int) -> list[psutil.Process]:
-        """Sends a signal to the process alone, waits for it, and returns what is left of its family."""
-        family = self.family()
-        os.kill(self.process.pid, number)
-        self.wait()
-        deadline = time.monotonic() + 30
-        while (left := [member for member in family if running(member)]) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return left
-
-    def kill(self) -> None:
-        """Ends whatever is left of the group."""
-        for member in self.family():
-            member.kill()
-        self.process.wait(10)
-
-
-def running(process: psutil.Process) -> bool:
-    """Whether it is there and no zombie."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_for(what: str, there: Callable[[], Any], *programs: Program) -> Any:
-    """The first true value of `there`; fails when a program has ended or the time is over."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not (found := there()):
-        for program in programs:
-            assert program.process.poll() is None, f"waiting for {what}, but {program.text}"
-        assert time.monotonic() < deadline, f"no {what} after {DEADLINE_SECONDS:.0f} s"
-        time.sleep(0.05)
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def listening(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-@dataclass
-class Deployment:
-    """A SuperLink that knows two sites' keys, their SuperNodes, and a run."""
-
-    folder: Path
-    checkout: Path
-    port: int
-    server: certificates.ServerFiles
-    steps: str
-    """What `certificates server` printed."""
-    superlink: Program
-    nodes: dict[str, Program] = field(default_factory=dict)
-    good_run: str = ""
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Everything that Flower keeps goes below the test's folder, and nothing leaves this machine."""
-        return environment(self.server)
-
-    def flwr(self, *arguments: str, server: certificates.ServerFiles | None = None) -> subprocess.CompletedProcess[str]:
-        """One call of Flower's command line, in a checkout."""
-        return subprocess.run(
-            [PROGRAMS / "flwr", *arguments],
-            cwd=self.checkout,
-            env=environment(server or self.server),
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
-
-    def run(self, *overrides: str) -> str:
-        """Submits the printed run with other settings, which come after its own, and returns its id."""
-        command = line_of("flwr run", self.steps)
-        command[command.index("--stream")] = "--format=json"
-        answer = self.flwr(*command[1:-1], command[-1][:-1] + " " + shlex.join([*OVERRIDES, *overrides]) + "'")
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-        document = json.loads(answer.stdout)
-        assert document["success"], document
-        return str(document["run-id"])
-
-    def finished(self, run_id: str) -> tuple[str, str, str]:
-        """Waits for the end of a run: its log, its status and the status's details."""
-        log = self.flwr("log", run_id, "lab", "--stream").stdout
-        answer = self.flwr("list", "lab", "--run-id", run_id, "--format", "json")
-        (run,) = json.loads(answer.stdout)["runs"]
-        return log, run["status"], run["status-details"]
-
-    def adapters(self, run_id: str) -> dict[str, bytes]:
-        """The adapters that a run has written so far, by round."""
-        return adapters(next(iter(self.folder.glob(f"results/fed_learn/*_{run_id}")), self.folder / "absent"))
-
-    def node(self, site: str, *arguments: str, authority: Path | None = None, key: bool = True) -> Program:
-        """A SuperNode of a site, by the command that `certificates site` prints."""
-        files = certificates.SiteFiles(self.folder / site, self.folder / f"{site}.pub")
-        command = line_of("flower-supernode", certificates.site_steps(files))
-        command = [
-            {"HOST:PORT": f"127.0.0.1:{self.port}", "ca.crt": str(authority or self.server.authority)}.get(word, word)
-            for word in command
-        ]
-        if not key:
-            place = command.index("--auth-supernode-private-key")
-            del command[place : place + 2]
-        command = [word.replace("/path/to/this/site.jsonl", str(self.folder / f"{site}.jsonl")) for word in command]
-        command = [word.replace("partition-id=0", f"partition-id={(*SITES, site).index(site)}") for word in command]
-        command += ["--port", str(free_port()), *arguments]
-        return Program.start(command, self.folder / f"{site}-{time.monotonic_ns()}.log", self.folder, self.environment)
-
-
-def environment(server: certificates.ServerFiles) -> dict[str, str]:
-    """As in a shell where `.venv` is active: Flower's programs start each other by name."""
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
-    path = os.pathsep.join([str(PROGRAMS), os.environ.get("PATH", "")])
-    return {**os.environ, **quiet, "PATH": path, "FLWR_HOME": str(server.flower_home)}
-
-
-def line_of(program: str, steps: str) -> list[str]:
-    """The words of the one printed command that starts `program`."""
-    (line,) = [line for line in steps.splitlines() if line.strip().startswith(program)]
-    return shlex.split(line)
-
-
-def adapters(run_folder: Path) -> dict[str, bytes]:
-    files = sorted(run_folder.glob("adapters/round-*/adapter_model.safetensors"))
-    return {file.parent.name: file.read_bytes() for file in files}
+from tests.fl.deployment import Deployment, Program, adapters, copy_checkout, wait_for
+from tests.fl.deployment import deployed as deployed_sites
+from tests.fl.two_sites import ROOT, SITES
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy without its environment, in which Flower looks at each of 50,000 files (7 s) before it drops them all."""
-    folder = tmp_path_factory.mktemp("app") / "checkout"
-    return shutil.copytree(
-        ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "*cache__", ".*_cache", "results")
-    )
+    return copy_checkout(tmp_path_factory.mktemp("app") / "checkout")
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Iterator[Deployment]:
-    folder, port = tmp_path_factory.mktemp("deployment"), free_port()
-    write_data(folder)
-    server = certificates.make_server(folder, ["localhost"], port)
-    steps = certificates.server_steps(server, "localhost", port)
-    command = line_of("flower-superlink", steps)
-    command[command.index("0.0.0.0")] = "127.0.0.1"  # a test is nobody's server
-    superlink = Program.start(command, folder / "superlink.log", folder, environment(server))
-    here = Deployment(folder, checkout, port, server, steps, superlink)
-    try:
-        wait_for("SuperLink", lambda: listening(port), superlink)
-        for site in SITES:
-            files = certificates.make_site(folder, site)
-            command = line_of("flwr supernode register", here.steps)
-            command[command.index("NAME.pub")] = str(files.public_key)
-            registered = here.flwr(*command[1:])
-            assert registered.returncode == 0, registered.stdout + registered.stderr
-            here.nodes[site] = here.node(site)
-        here.good_run = here.run(f"project.num_clients={len(SITES)}")
+    folder = tmp_path_factory.mktemp("deployment")
+    with deployed_sites(folder, checkout) as here:
+        here.watch(folder / "watched", f"project.num_clients={len(SITES)}")
         yield here
-    finally:
-        for program in (*here.nodes.values(), superlink):
-            program.kill()
 
 
 @pytest.mark.real
@@ -279,16 +74,26 @@ def test_strangers_are_refused(deployment: Deployment, tmp_path: Path) -> None:
 @pytest.mark.real
 @pytest.mark.timeout(600)
 def test_deployed_is_simulated(deployment: Deployment, simulated: Path) -> None:
-    """Same settings and seed, every site taking part: the same bytes in every round."""
-    log, status, details = deployment.finished(deployment.good_run)
-    assert (status, details) == ("finished:completed", "N/A"), log
-    expected, got = adapters(simulated), deployment.adapters(deployment.good_run)
+    """Same settings and seed, every site taking part: the same bytes in every round, although the server is killed
+    after the first one. What watches the run submits it again, and says so with its last line and exit code."""
+    [watched], folder = deployment.watching, deployment.folder / "watched"
+    first = folder / "attempt-1/adapters/round-0001"
+    wait_for("round 1", first.exists, watched, deployment.superlink)
+    (server,) = [member for member in deployment.superlink.family() if "flwr-serverapp" in "".join(member.cmdline())]
+    server.kill()
+    assert watched.wait() == 0, watched.text
+    expected, got = adapters(simulated), adapters(folder)
     assert list(got) == ["round-0000", "round-0001", "round-0002"]
     assert len(set(got.values())) == 3, "training changes the adapter in every round"
     assert got == expected
-    last = json.loads(next(line for line in reversed(log.splitlines()) if line.startswith("{")))
-    assert (last["status"], last["rounds_completed"], last["num_clients"]) == ("ok", 2, 2)
+    last = json.loads(watched.text.splitlines()[-1])
+    assert last == json.loads((folder / "result.json").read_text())
+    assert (last["status"], last["rounds_completed"], last["num_clients"], last["attempts"]) == ("ok", 2, 2, 2)
+    assert re.fullmatch(r"the server's process of run \d+ is gone", last["failures"][0])
     assert Path(last["adapter_path"], "adapter_model.safetensors").read_bytes() == got["round-0002"]
+    assert not list(folder.glob("attempt-*/")), "all is where the user asked for it"
+    assert "round 1 of 2" in watched.text, "the log was streamed"
+    assert len(deployment.workers()) == len(SITES), "each site has kept its model and data"
     theirs = json.loads((simulated / "result.json").read_text())
     assert last["eval_loss_by_round"] == theirs["eval_loss_by_round"]
 
@@ -308,13 +113,15 @@ def test_a_failed_run_keeps_its_rounds_and_nobody_leaves_a_process_behind(deploy
     assert status == "finished:failed", log
     assert "train round 2 ended without one good reply" in details
     assert [line for line in log.splitlines() if "the run failed: train round 2 ended without" in line]
-    kept, whole = deployment.adapters(run_id), deployment.adapters(deployment.good_run)
+    kept, whole = deployment.adapters(run_id), adapters(deployment.folder / "watched")
     assert list(kept) == ["round-0000", "round-0001"]
     assert kept["round-0000"] == whole["round-0000"], "same seed, same start"
     assert kept["round-0001"] != whole["round-0001"], "one site is not two"
 
     assert len(deployment.superlink.family()) >= 2
     assert deployment.superlink.end(signal.SIGINT) == []
+    wait_for("end of the workers", lambda: not deployment.workers())
+    assert list((deployment.server.flower_home / "warm").iterdir()) == [], "their keys are gone"
 
 
 def clients(node: Program) -> list[psutil.Process]:

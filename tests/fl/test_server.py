@@ -12,6 +12,7 @@ from fl.checkpoint import latest_adapter
 from fl.client import Site, open_client, read_all
 from fl.client_app import make_client_app
 from fl.rounds import RoundFailed
+from fl.run.page import header
 from fl.server import first_adapter, serve
 from fl.settings import FederatedSettings
 from lab.command.entry import Run
@@ -39,6 +40,24 @@ def test_every_round_leaves_an_adapter_and_a_row_and_the_result_says_what_they_s
     ]
     assert all(row["server_rss_bytes"] > 2**27 and row["replies"] == 3 for row in rows[:2])
     assert figures["eval_loss_after"] < figures["eval_loss_before"]
+    assert [sorted(row["by_site"]) for row in rows[:2]] == [["0", "1", "2"]] * 2
+    for row in rows[:2]:
+        assert sum(site["uplink_bytes"] for site in row["by_site"].values()) == row["uplink_bytes"]
+        assert all(site["train_seconds"] > 0 and site["peak_rss_bytes"] > 2**27 for site in row["by_site"].values())
+    page = Path(figures["report"]).read_text()
+    assert page.count("<img") == len(figures["plots"]) == 1
+    for row in rows[:2]:
+        assert f"{row['eval_loss_before']:.4f}" in page
+    assert "<script" not in page
+
+
+def test_the_table_of_rounds_grows_with_every_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fl.server")
+    federate(small_settings(write_dialogues(tmp_path / "d.jsonl", 30), 3), tmp_path / "run")
+    table = [record.message for record in caplog.records if record.message.startswith(("table of", "round "))]
+    assert table[0] == f"table of rounds: {header()}"
+    assert [line.split(":")[0] for line in table[1:]] == ["round 1 of 2", "round 2 of 2"]
+    assert all("3 of 3" in line for line in table[1:])
 
 
 def test_the_run_goes_on_without_a_client_that_cannot_read_its_data(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,28 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from lab.command.entry import compose_settings
-from lab.models.adapter import write_adapter
-from lab.models.lora import fresh_adapter, lora_config
 from lab.models.peft_folder import IDENTITY_KEY
-from lab.models.sources import model_identity
-from lab.settings import LoraSettings
-from serve.adapters import LATEST, Turns, find_adapters
-from serve.settings import ServeSettings
+from serve.models.adapters import LATEST, Turns, find_adapters
+from tests.serve.adapters import make_adapter
 from tests.serve.servers import Client, said, serving
 
 ASKED = {"prompt": "abcabcabc", "max_tokens": 32, "seed": 4}
-
-
-def make_adapter(folder: Path, seed: int) -> Path:
-    """An adapter on the random base that changes its texts."""
-    model = compose_settings("serve", "model=random model.dtype=float64", ServeSettings).model
-    lora = LoraSettings(rank=4, alpha=64, dropout=0)
-    tensors = fresh_adapter(model, lora, seed)
-    changed = {name: tensor + 0.1 * (seed + 1) if "lora_B" in name else tensor for name, tensor in tensors.items()}
-    folder.mkdir(parents=True)
-    write_adapter(folder, lora_config(model.lora_targets, lora), changed, model.name, model_identity(model))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -123,16 +108,19 @@ def test_the_newest_round_is_the_highest(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_turns_are_given_in_order() -> None:
-    turns, order = Turns(), []
-    with ThreadPoolExecutor(4) as pool:
+def test_turns_are_given_in_the_order_in_which_they_were_asked_for() -> None:
+    turns, order = Turns(), list[int]()
 
-        def work(name: int) -> None:
-            for _ in range(20):
-                with turns.turn():
-                    order.append(name)
-                    time.sleep(0.001)
+    def work(name: int) -> None:
+        with turns.turn():
+            order.append(name)
 
-        list(pool.map(work, range(4)))
-    late = order[8:72]
-    assert all(len(set(late[at : at + 4])) == 4 for at in range(0, 64, 4)), "somebody had two turns while others waited"
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(6)]
+    with turns.turn():
+        for place, thread in enumerate(threads):
+            thread.start()
+            while repr(turns._numbers) != f"count({place + 2})":  # it has asked
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(10)
+    assert order == list(range(6))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.serve.servers import Client, serving, shards
-from tests.speculative.processes import role
+from tests.speculative.processes import role, wait_until
 
 FLOAT64 = ("model=random", "model.dtype=float64", "tracking=none", "network.port=0", "project.context=512")
 PROMPT = "To be, or not to be, that is the question. To be, or not to be, "
@@ -94,3 +94,25 @@ def test_a_prompt_is_scored_as_it_is_generated(servers: dict[str, Client]) -> No
     refused = servers["speculative"].post("/v1/completions", prompt="abc", max_tokens=1, echo=True, logprobs=1)
     assert refused.status_code == 400, "a verifier scores no prompts"
     assert refused.json()["error"]["param"] == "echo"
+
+
+def test_the_page_is_told_what_runs_where(servers: dict[str, Client]) -> None:
+    def places(name: str) -> list[dict[str, Any]]:
+        (model,) = servers[name].get("/status").json()["models"].values()
+        assert model["new_tokens"] > 0
+        found: list[dict[str, Any]] = model["places"]
+        return found
+
+    for name in ("local", "split", "speculative"):
+        servers[name].text(prompt=PROMPT, max_tokens=8)
+    wait_until(lambda: all(one["compute_seconds"] for name in ("local", "split") for one in places(name)), "a look")
+    wait_until(lambda: places("speculative")[1]["hop_seconds"], "a heartbeat of the verifier")
+    told = {name: [(one["role"], one["layers"]) for one in places(name)] for name in servers}
+    assert told["local"] == [("model", [0, 4])]
+    assert told["split"] == [("shard", [0, 2]), ("shard", [2, 4])]
+    assert told["speculative"] == [("drafter", None), ("verifier", None)]
+    for one in places("split"):
+        assert one["hop_seconds"] > 0
+        assert one["weights_bytes"] > 0
+        assert one["cache_bytes"] > 0
+        assert one["rss_bytes"] > one["weights_bytes"]

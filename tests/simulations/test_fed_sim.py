@@ -316,7 +316,7 @@ def test_when_every_client_fails_one_line_says_why_and_the_last_adapter_is_there
     done = run_here("bad", on_jsonl(folder / "bad.jsonl", 2, "project.workers=1"))
     assert done.code == 1
     line = done.err.splitlines()[-1]
-    assert line.startswith("round 1 had no good reply: 2 of 2 clients raised an error")
+    assert line.startswith("round 1 ended without one good reply: 2 of 2 clients raised an error")
     last = json.loads(done.out)
     assert (last["status"], last["error"], last["rounds_completed"]) == ("failed", line, 0)
     assert "got 2 of 2 malformed" in line

@@ -48,6 +48,7 @@ def _words(**changes: Any) -> LogitRulesHead:
         "frequency_penalty": 0.0,
         "logit_bias": [],
         "bad_words": [],
+        "schema": "",
     }
     return LogitRulesHead(**values | changes)
 
@@ -123,6 +124,12 @@ def _opened_then(*ids: int) -> Send:
                 MessageType.open, 1, _open(logit_rules=_words(bad_words=[[1] * 4096] * 2)), pack_tokens([1])
             ),
             "bad_words must be at most 1024 of 4096 tokens together, got 2 of 8192",
+        ),
+        (
+            lambda frames: frames.send(
+                MessageType.open, 1, _open(logit_rules=_words(schema="ü" * 8193)), pack_tokens([1])
+            ),
+            "schema must be at most 16384 bytes of JSON, got 16386",
         ),
         (
             lambda frames: frames.send(MessageType.open, 1, _open(temperature=-1.0), pack_tokens([1])),

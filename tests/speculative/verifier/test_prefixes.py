@@ -104,8 +104,11 @@ class Core:
         self._take(self.scheduler.tick())
 
     def run(self, *keys: object) -> None:
+        ticks = 0
         while any(self.texts[key].ended is None for key in keys):
             self.tick()
+            ticks += 1
+            assert ticks < 1000, "a text waits for ever"
 
     def say(self, key: object, prompt: Sequence[int], count: int = 6, **changes: Any) -> Text:
         """One request from its beginning to its end."""

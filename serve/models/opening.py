@@ -12,13 +12,13 @@ from lab.engine.kinds import EngineKind
 from lab.models.layers import load_proved
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
-from serve.adapters import Turns, sharing
-from serve.models import ServedModel
-from serve.remote import RemoteWriter
-from serve.scheduled import ScheduledWriter
+from serve.models.adapters import Turns, sharing
+from serve.models.remote import RemoteWriter
+from serve.models.scheduled import ScheduledWriter
+from serve.models.served import ServedModel
+from serve.models.tokens import ModelTexts
+from serve.models.writer import Writer
 from serve.settings import ServeSettings
-from serve.tokens import ModelTexts
-from serve.writer import Writer
 from speculative.verifier.scheduler import EngineFailed
 from speculative.verifier.target import OpenTarget, local_target, open_target
 from speculative.vocabulary import token_texts

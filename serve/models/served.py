@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from serve.faults import RequestFault
-from serve.tokens import ModelTexts
-from serve.writer import Writer
+from serve.models.tokens import ModelTexts
+from serve.models.writer import Writer
 
 
 @dataclass(frozen=True)

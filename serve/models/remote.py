@@ -12,13 +12,14 @@ from dataclasses import replace
 import torch
 from typing_extensions import override
 
+from lab.device import read_memory
 from lab.engine.base import check_schema
 from lab.faults import Fault
 from lab.models.fingerprints import changes
 from lab.settings import UserError
 from lab.text.generation import grammars_of
+from serve.models.writer import Counts, Ended, Event, NewTokens, Place, Receive, Writer
 from serve.settings import ServeSettings
-from serve.writer import Counts, Ended, Event, NewTokens, Receive, Writer
 from speculative.drafter.loop import RequestRefused, Round, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.target import RemoteTarget, Ticket, join_verifier
@@ -50,7 +51,9 @@ class RemoteWriter(Writer):
         self._settings = replace(settings, network=network)
         self._texts, self._call_soon = token_texts, call_soon
         self._idle: list[RemoteTarget] = [join_verifier(self._settings, token_texts, report=False)]
-        self.welcome = self._idle[0].welcome
+        self._last = self._idle[0]
+        """The connection that was taken last, for its round-trip time."""
+        self.welcome = self._last.welcome
         self.vocabulary_size, self.context = self.welcome.vocabulary_size, self.welcome.context
         self.end_ids: Sequence[int] = self.welcome.end_ids
         self.fingerprints = dict(self.welcome.target)
@@ -98,6 +101,14 @@ class RemoteWriter(Writer):
             return replace(self._counts, running=len(self._left))
 
     @override
+    def places(self) -> Sequence[Place]:
+        network, memory = self._settings.network, read_memory(torch.device("cpu"))
+        return [
+            Place(role="drafter", name="this server", device="cpu", rss_bytes=memory.rss_bytes),
+            Place(role="verifier", name=f"{network.host}:{network.port}", hop_seconds=self._last.rtt_seconds),
+        ]
+
+    @override
     def close(self) -> None:
         for left in list(self._left.values()):
             left.set()
@@ -138,7 +149,7 @@ class RemoteWriter(Writer):
                     if left.is_set():
                         break
                     self._count(done)
-                    tell(NewTokens(done.tokens, done.accepted, done.nll, done.top))
+                    tell(NewTokens(done.tokens, done.accepted, done.nll, done.top, done.cached_tokens))
         except BaseException:
             target.close()  # whatever it holds is not for another text
             raise
@@ -151,8 +162,9 @@ class RemoteWriter(Writer):
         """A connection without a text."""
         with self._lock:
             target = self._idle.pop() if self._idle else None
+            self._last = target or self._last
         if target is None:  # one whose connection has ended meanwhile connects again by itself
-            target = join_verifier(self._settings, self._texts, report=False)
+            target = self._last = join_verifier(self._settings, self._texts, report=False)
         if target.welcome.target != self.fingerprints:
             target.close()
             changed = changes(self.fingerprints, target.welcome.target)
@@ -168,5 +180,6 @@ class RemoteWriter(Writer):
     def _count(self, done: Round) -> None:
         with self._lock:
             self._counts.passes += 1
+            self._counts.new_tokens += len(done.tokens)
             self._counts.drafts_checked += done.checked
             self._counts.drafts_accepted += done.right

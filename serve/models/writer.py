@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from speculative.request import GenerationRequest
 
@@ -70,8 +70,30 @@ class Counts:
     prefix_asked: int = 0
     """Prompt tokens that the prefix cache was asked for."""
     prefix_found: int = 0
-    places: list[dict[str, Any]] = field(default_factory=list)
-    """Machines with their layers, memory and times."""
+    new_tokens: int = 0
+    """Tokens that continued texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One process that works on texts, for the page. None: not known, or nothing of the kind."""
+
+    role: str
+    """model (a whole one, in the server), shard, drafter or verifier."""
+    name: str
+    """Name or address."""
+    device: str | None = None
+    layers: tuple[int, int] | None = None
+    """First layer, and the one after the last."""
+    weights_bytes: int | None = None
+    cache_bytes: int | None = None
+    """Size of its keys and values."""
+    rss_bytes: int | None = None
+    device_memory_used_bytes: int | None = None
+    compute_seconds: float | None = None
+    """Median of its own part of the last passes."""
+    hop_seconds: float | None = None
+    """Median time from the place before it to this one; from and to it, for a verifier."""
 
 
 class Writer(Protocol):
@@ -99,6 +121,9 @@ class Writer(Protocol):
 
     def counts(self) -> Counts:
         """Its counts now."""
+
+    def places(self) -> Sequence[Place]:
+        """The processes that work on its texts, as last seen. Asking is what has them looked at again."""
 
     def start(self) -> None:
         """Begin to work."""

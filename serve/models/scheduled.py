@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from typing_extensions import override
 
+from lab.device import read_memory
 from lab.engine.base import Engine, check_schema
+from lab.engine.local import LocalEngine
+from serve.models.writer import Counts, Ended, InLine, NewTokens, Place, PromptTokens, Receive, Writer
 from serve.settings import ServeProjectSettings
-from serve.writer import Counts, Ended, InLine, NewTokens, PromptTokens, Receive, Writer
 from speculative.messages import Reason
 from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
 from speculative.verifier.forward_thread import ForwardThread
@@ -18,7 +23,17 @@ from speculative.verifier.limits import SchedulerLimits
 from speculative.verifier.scheduler import Scheduler
 from speculative.verifier.sequence import DraftCounts, VerifiedSequence
 from speculative.verifier.target import OpenTarget
+from split.inference.sharded_model import ShardedModel
+from split.inference.times import take_apart
+from split.transport.base import ShardLost
 
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Least time between two looks at the engine's places."""
+LOOK_REST = 50
+"""After a look, the engine is left alone for so many times its duration: shards are asked over the network, and passes
+wait meanwhile."""
 LONG_AGO = 1e9
 """Seconds: no limit."""
 
@@ -57,9 +72,11 @@ class ScheduledWriter(Writer):
         self.vocabulary_size, self.context = self.engine.vocabulary_size, self.engine.longest
         self.end_ids, self.fingerprints = target.end_ids, target.fingerprints
         self._ended = DraftCounts()
-        self._prompt_tokens = self._cached_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
+        self._places = _places(self.engine, 0.0)
+        self._next_look = 0.0
         self._scheduler = _InTurn(
-            self.engine, end_ids=target.end_ids, limits=_limits(project), closed=self._count, clock=time.monotonic
+            self.engine, end_ids=target.end_ids, limits=limits_of(project), closed=self._count, clock=time.monotonic
         )
         self._scheduler.turn = turn
         self._scheduler.prove()
@@ -81,6 +98,7 @@ class ScheduledWriter(Writer):
                 if outcome.ids:
                     # All but the last were draft tokens of the pass that chose them.
                     new = outcome.ids
+                    self._new_tokens += len(new)
                     receive(NewTokens(new, len(new) - 1, outcome.nll, outcome.top, outcome.cached_tokens))
             else:
                 receive(_ended(outcome))
@@ -108,11 +126,31 @@ class ScheduledWriter(Writer):
             drafts_accepted=sum(one.lookups_accepted for one in figures),
             prefix_asked=self._prompt_tokens,
             prefix_found=self._cached_tokens,
+            new_tokens=self._new_tokens,
         )
+
+    @override
+    def places(self) -> Sequence[Place]:
+        if time.monotonic() >= self._next_look:
+            self._next_look = math.inf  # until this look is over
+            self._thread.submit(None, self._look)
+        return self._places
 
     @override
     def close(self) -> None:
         self._thread.__exit__(None, None, None)
+
+    def _look(self, scheduler: Scheduler) -> list[Outcome]:
+        """Read the engine's figures, in the thread that owns it."""
+        began = time.monotonic()
+        try:
+            self._places = _places(self.engine, scheduler.costs.step_seconds)
+        except ShardLost as lost:  # the next pass brings it back, or says that it cannot
+            log.debug("the places are not known now: %s", lost)
+        finally:
+            now = time.monotonic()
+            self._next_look = now + max(LOOK_SECONDS, LOOK_REST * (now - began))
+        return []
 
     def _count(self, sequence: VerifiedSequence, ended: Ending) -> None:
         self._ended.passes += sequence.figures.passes
@@ -128,7 +166,56 @@ def _ended(outcome: Ending) -> Ended:
     return Ended(outcome.text or outcome.reason.name, is_refused=outcome.reason is Reason.refused)
 
 
-def _limits(project: ServeProjectSettings) -> SchedulerLimits:
+def _places(engine: Engine, step_seconds: float) -> Sequence[Place]:
+    """Where an engine computes; `step_seconds` is the time of a pass over one row, 0 where it is not known.
+
+    Raises ShardLost.
+    """
+    if isinstance(engine, ShardedModel):
+        return _shards(engine)
+    if not isinstance(engine, LocalEngine):  # a synthetic one holds nothing
+        return []
+    numbers, memory = engine.cache.layer_numbers, read_memory(engine.device)
+    return [
+        Place(
+            role="model",
+            name="this server",
+            device=str(engine.device),
+            layers=(min(numbers), max(numbers) + 1),
+            weights_bytes=engine.weights_bytes,
+            cache_bytes=engine.cache.allocated_bytes,
+            rss_bytes=memory.rss_bytes,
+            device_memory_used_bytes=memory.device_used_bytes,
+            compute_seconds=step_seconds or None,
+        )
+    ]
+
+
+def _shards(engine: ShardedModel) -> Sequence[Place]:
+    reports = engine.reports()
+    apart = take_apart(list(engine.passes), reports)
+
+    def median(number: int, part: str) -> float | None:
+        return statistics.median(getattr(one.hops[number], part) for one in apart) if apart else None
+
+    return [
+        Place(
+            role="shard",
+            name=report.figures.name,
+            device=report.figures.device,
+            layers=(report.layers.start, report.layers.stop),
+            weights_bytes=report.figures.weights_bytes,
+            cache_bytes=report.figures.kv_bytes,
+            rss_bytes=report.figures.rss_bytes,
+            device_memory_used_bytes=report.figures.device_memory_used_bytes,
+            compute_seconds=median(number, "compute"),
+            hop_seconds=median(number, "wire"),
+        )
+        for number, report in enumerate(reports)
+    ]
+
+
+def limits_of(project: ServeProjectSettings) -> SchedulerLimits:
     """The server counts its own requests, so nothing here refuses one for another's sake."""
     all_texts = (project.sessions + project.max_waiting) * project.max_choices
     return SchedulerLimits(

@@ -26,10 +26,10 @@ from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError
 from serve.faults import RequestFault
-from serve.models import Models, ServedModel
-from serve.scheduled import ScheduledWriter
+from serve.models.scheduled import ScheduledWriter
+from serve.models.served import Models, ServedModel
+from serve.models.tokens import ModelTexts
 from serve.settings import ServeSettings
-from serve.tokens import ModelTexts
 from speculative.verifier.target import local_target
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,14 @@ def _folders(root: Path) -> list[Path]:
         return []
 
 
+def root_of(settings: ServeSettings) -> Path:
+    """The folder of all adapters. UserError if it is none."""
+    root = path_of(str(settings.project.adapters), "project.adapters")
+    if not root.is_dir():
+        raise UserError(f"project.adapters must be a folder, got {str(root)!r}")
+    return root
+
+
 class Adapters:
     """The adapters of a server.
 
@@ -138,9 +146,7 @@ class Adapters:
     ) -> None:
         self._settings, self._base, self._models = settings, base, models
         self._turns, self._call_soon, self._is_used = turns, call_soon, is_used
-        self.root = path_of(str(settings.project.adapters), "project.adapters")
-        if not self.root.is_dir():
-            raise UserError(f"project.adapters must be a folder, got {str(self.root)!r}")
+        self.root = root_of(settings)
         self._tokenizer = load_tokenizer_only(settings.model)
         self._unloaded: set[str] = set()
         """Ids that a client has unloaded: the folder is not looked at for them."""

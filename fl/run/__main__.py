@@ -1,0 +1,184 @@
+"""A federation over real sites, watched to its end: `python -m fl.run project.num_clients=2 project.rounds=3 ...`
+
+The same command line as the simulation's. Submits the run with `flwr run`, shows its log, and submits it again, from
+its last finished round, when it fails (`project.attempts`). The exit code is 0 only when the run was completed. All
+results are in this command's run folder, as those of a simulation are.
+
+The SuperLink must run on this machine: it writes the results.
+"""
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fl.certificates import CONNECTION_HOME
+from fl.run.commands import CHECKOUT, FlowerCommands, RunState, Unreachable
+from fl.run.folders import ATTEMPT, PROCESS, attempts_of, latest_rounds, process_is_gone
+from fl.settings import Baseline, FederatedSettings
+from lab.command import entry
+from lab.command.overrides import override
+from lab.command.processes import own_overrides
+from lab.faults import EndedBy, Fault, Lost
+from lab.files import require_writable, write_whole
+from lab.settings import UserError
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+
+def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
+    """Run the federation and return the figures of its last line.
+
+    Raises UserError for what the server refuses, and Fault when every attempt has failed.
+    """
+    project = settings.project
+    if project.baseline is not Baseline.none:
+        raise UserError(f"project.baseline must be none for a federation over sites, got {project.baseline.name!r}")
+    if not (CHECKOUT / "pyproject.toml").exists():
+        raise UserError(f"python -m fl.run must run from a checkout, which `flwr run` sends, got {str(CHECKOUT)!r}")
+    if any(word.startswith("--config-dir") for word in own_overrides()):
+        raise UserError("settings must be key=value for a federation over sites, which have no --config-dir")
+    require_writable(place.folder, "hydra.run.dir")
+    if "FLWR_HOME" not in os.environ and CONNECTION_HOME.exists():
+        os.environ["FLWR_HOME"] = str(CONNECTION_HOME)
+    commands = FlowerCommands(project.superlink, project.command_timeout_seconds)
+    reasons: list[str] = []
+    place.so_far = lambda: {"attempts": len(reasons), "failures": reasons}
+    try:
+        while True:
+            attempt = _Attempt(settings, place.folder, len(reasons) + 1, commands)
+            try:
+                figures = attempt.run()
+            except Fault as fault:
+                reasons.append(str(fault))
+                log.warning("attempt %d of %d failed: %s", len(reasons), project.attempts, fault)
+            else:
+                return _moved(figures, attempt.folder, place.folder) | {
+                    "attempts": len(reasons) + 1,
+                    "failures": reasons,
+                }
+            if len(reasons) == project.attempts:
+                raise Fault(f"the run failed {len(reasons)} times, the last time because {reasons[-1]}")
+            time.sleep(project.retry_seconds)
+    finally:
+        keep_the_last(place.folder)
+
+
+class _Attempt:
+    """One submission of the run, in a folder of its own below the command's."""
+
+    def __init__(self, settings: FederatedSettings, root: Path, number: int, commands: FlowerCommands) -> None:
+        self._settings, self._root, self._commands = settings, root, commands
+        self.folder = root / ATTEMPT.format(number)
+        self._patience = settings.project.node_timeout_seconds
+
+    def run(self) -> dict[str, Any]:
+        """The result of the run. UserError if the server refuses it, Fault if it fails."""
+        run_id = self._patiently(lambda: self._commands.submit(self._run_config()))
+        log.info("run %s is submitted; its results go to %s", run_id, self._root)
+        follower = self._commands.follow(run_id)
+        try:
+            state = self._end_of(run_id)
+        except Fault:
+            raise
+        except BaseException:  # we are stopped: so is the run
+            self._commands.stop(run_id)
+            raise
+        finally:
+            _end(follower, self._settings.project.poll_seconds)
+        return self._result(run_id, state)
+
+    def _run_config(self) -> Path:
+        words = own_overrides(but=("project.resume=", "hydra."))
+        if (left := latest_rounds(self._root)) is not None:
+            words.append(override("project.resume", left))
+        elif (asked := self._settings.project.resume) is not None:
+            words.append(override("project.resume", Path(asked).expanduser().absolute()))
+        values: dict[str, str | bool] = {
+            "config-name": "fed_learn",
+            "overrides": shlex.join(words),
+            "folder": str(self.folder),
+        }
+        values["warm"] = self._settings.project.warm
+        path = self._root / f"{self.folder.name}.toml"
+        write_whole(path, "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+        return path
+
+    def _end_of(self, run_id: str) -> RunState:
+        pause, gone = max(1.0, self._settings.project.poll_seconds), False
+        while not (state := self._patiently(lambda: self._commands.state(run_id))).is_finished:
+            if gone and process_is_gone(self.folder):  # twice: it ends a moment before the SuperLink knows
+                self._commands.stop(run_id)
+                raise Lost(f"the server's process of run {run_id} is gone")
+            gone = process_is_gone(self.folder)
+            time.sleep(pause)
+        return state
+
+    def _result(self, run_id: str, state: RunState) -> dict[str, Any]:
+        try:
+            result: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            result = {}
+        if state.status == "finished:completed":
+            if result.get("status") == "ok":
+                return result
+            rule = f"project.superlink must be a SuperLink on this machine, got {self._commands.connection!r}"
+            raise UserError(f"{rule}: run {run_id} was completed, but its results are not in {self.folder}")
+        if result.get("ended_by") == EndedBy.refused.name:
+            raise UserError(str(result["error"]))
+        said = result.get("error") or state.details
+        raise Fault(f"run {run_id} is {state.status}: {said}")
+
+    def _patiently(self, ask: Callable[[], Answer]) -> Answer:
+        """The answer of the SuperLink, asked again while it is away for a moment. Lost after `node_timeout_seconds`."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                return ask()
+            except Unreachable as error:
+                if time.monotonic() > deadline:
+                    limit = f"project.node_timeout_seconds={self._patience:g}"
+                    raise Lost(f"{error}; gave up ({limit})") from None
+                log.info("%s", error)
+                time.sleep(1.0)
+
+
+def keep_the_last(root: Path) -> None:
+    """Move what the attempt with the most rounds has written up into the run folder; the others have less of it."""
+    if (best := latest_rounds(root)) is None:
+        return
+    for path in best.iterdir() if best != root.absolute() else ():
+        if path.name not in ("result.json", PROCESS):
+            path.rename(root / path.name)
+    for folder in attempts_of(root):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _moved(figures: dict[str, Any], attempt: Path, root: Path) -> dict[str, Any]:
+    """The figures of a result, with its paths where `keep_the_last` puts them."""
+    text = json.dumps(figures).replace(json.dumps(str(attempt))[1:-1], json.dumps(str(root))[1:-1])
+    moved: dict[str, Any] = json.loads(text)
+    about = ("run_folder", "settings_digest", "commit", "versions", "machine")  # our own last line has them
+    return {key: value for key, value in moved.items() if key not in about}
+
+
+def _end(follower: "subprocess.Popen[bytes]", seconds: float) -> None:
+    try:
+        follower.wait(max(2.0, seconds))  # the last lines are still on their way
+    except subprocess.TimeoutExpired:
+        follower.kill()
+        follower.wait()
+
+
+main = entry.command("fed_learn", FederatedSettings, run)
+
+if __name__ == "__main__":
+    main()

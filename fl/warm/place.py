@@ -1,0 +1,138 @@
+"""The files by which client processes find the worker of their SuperNode: its address, and the key to it.
+
+Only the user of the SuperNode may read them. Loads no torch.
+"""
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from flwr.supercore.utils import get_flwr_home
+
+from lab.files import write_whole
+from lab.settings import UserError
+
+FOLDER = "warm"
+"""Below FLWR_HOME, where Flower keeps the code of the runs."""
+SUPERNODE = "flower-supernode"
+CODE = Path(__file__).resolve().parents[2]
+"""The code of this run: Flower installs every version of it into a folder of its own."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A running worker."""
+
+    pid: int
+    created: float
+    port: int
+    code: str
+
+    @property
+    def process(self) -> psutil.Process | None:
+        """Its process, None if it has ended."""
+        return _process(self.pid, self.created)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of the worker of one SuperNode."""
+
+    pid: int
+    """Number of the SuperNode's process."""
+    created: float
+    """When that was started: the number alone may come again."""
+    folder: Path
+
+    @classmethod
+    def of_this_process(cls) -> "Place | None":
+        """The place of the SuperNode that started this process; None if none did."""
+        for process in psutil.Process().parents():
+            try:
+                if any(Path(word).name == SUPERNODE for word in process.cmdline()[:3]):
+                    return cls(process.pid, process.create_time(), get_flwr_home().absolute() / FOLDER)
+            except psutil.Error:
+                continue
+        return None
+
+    @property
+    def name(self) -> str:
+        """Name of the files."""
+        return f"{self.pid}-{int(1000 * self.created)}"
+
+    @property
+    def key_file(self) -> Path:
+        """File with the key that both sides show."""
+        return self.folder / f"{self.name}.key"
+
+    @property
+    def address_file(self) -> Path:
+        """File with the worker's process and port."""
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def lock_file(self) -> Path:
+        """Locked by the client process that starts a worker."""
+        return self.folder / f"{self.name}.lock"
+
+    def make(self) -> None:
+        """Make folder and key, if they are not there. UserError if others can read them."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_private(self.folder)
+        try:
+            handle = os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+
+    def key(self) -> bytes:
+        """The key. UserError if others can read or have made its file."""
+        require_private(self.folder)
+        require_private(self.key_file)
+        return self.key_file.read_bytes().strip()
+
+    def worker(self) -> Worker | None:
+        """The worker that announced itself last, if it still runs."""
+        try:
+            worker = Worker(**json.loads(self.address_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        return worker if worker.process is not None else None
+
+    def announce(self, port: int) -> None:
+        """Say that this process is the worker."""
+        ours = psutil.Process()
+        about = {"pid": ours.pid, "created": ours.create_time(), "port": port, "code": str(CODE)}
+        write_whole(self.address_file, json.dumps(about))
+
+    def is_over(self) -> bool:
+        """Whether the SuperNode has ended."""
+        return _process(self.pid, self.created) is None
+
+    def remove(self) -> None:
+        """Remove all files, once the SuperNode has ended."""
+        for file in (self.address_file, self.key_file, self.lock_file):
+            file.unlink(missing_ok=True)
+
+
+def require_private(path: Path) -> None:
+    """UserError if a file or folder is another user's, or can be read by others."""
+    if os.name != "posix":
+        return
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        rule = "the key of the warm worker must be readable by its owner alone"
+        raise UserError(f"{rule}, got {str(path)!r} of user {status.st_uid} with mode {status.st_mode & 0o777:o}")
+
+
+def _process(pid: int, created: float) -> psutil.Process | None:
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - created) < 1e-3 and process.status() != psutil.STATUS_ZOMBIE
+        return process if same else None
+    except psutil.Error:
+        return None

@@ -1,0 +1,183 @@
+"""What watches a deployed run, over a Flower that answers as told: attempts, refusals, interruptions, folders.
+
+The real Flower, with a server that is killed, is in tests/fl/test_deployment.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fl.run import __main__ as watching
+from fl.run.commands import FlowerCommands, RunState, Unreachable
+from fl.run.folders import attempts_of, latest_rounds, process_is_gone, say_process
+from fl.settings import FederatedSettings
+from lab.command.entry import Run, compose_settings
+from lab.faults import Fault
+from lab.settings import UserError
+
+FAILED = RunState("finished:failed", "RuntimeError: round 2")
+COMPLETED = RunState("finished:completed", "N/A")
+WORDS = ("model=random", "model.dtype=float32", "project.retry_seconds=0", "project.node_timeout_seconds=1")
+
+
+class ScriptedFlower:
+    """A SuperLink of this process: `play` is called with the folder of each submitted run, and says how it ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, play: Callable[[Path, str], RunState]) -> None:
+        self.submitted: list[str] = []
+        self.stopped: list[str] = []
+        self._play = play
+        monkeypatch.setattr(FlowerCommands, "submit", lambda _, config: self.submit(config))
+        monkeypatch.setattr(FlowerCommands, "state", lambda _, run_id: self.state(run_id))
+        monkeypatch.setattr(FlowerCommands, "stop", lambda _, run_id: self.stopped.append(run_id))
+        monkeypatch.setattr(FlowerCommands, "follow", lambda _, run_id: subprocess.Popen([sys.executable, "-c", ""]))
+        monkeypatch.setattr(watching, "own_overrides", lambda but=(): [*WORDS])
+
+    def submit(self, config: Path) -> str:
+        self.submitted.append(config.read_text())
+        return str(len(self.submitted))
+
+    def state(self, run_id: str) -> RunState:
+        text = self.submitted[int(run_id) - 1]
+        folder = json.loads(next(line for line in text.splitlines() if line.startswith("folder")).partition(" = ")[2])
+        return self._play(Path(folder), text)
+
+
+def write_rounds(folder: Path, count: int, **result: object) -> None:
+    for number in range(count):
+        (folder / f"adapters/round-{number:04d}").mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
+    if result:
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def watch(folder: Path, *words: str) -> dict[str, object]:
+    settings = compose_settings("fed_learn", " ".join([*WORDS, *words]), FederatedSettings)
+    return watching.run(settings, Run(folder))
+
+
+def test_a_run_that_fails_goes_on_from_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(folder: Path, config: str) -> RunState:
+        if folder.name == "attempt-3":
+            write_rounds(folder, 4, status="ok", adapter_path=str(folder / "adapters/round-0003"))
+            return COMPLETED
+        if folder.name == "attempt-1":
+            write_rounds(folder, 2, status="failed", error="round 2 had no good reply", ended_by="failed")
+        return FAILED  # the second does not even begin
+
+    flower = ScriptedFlower(monkeypatch, play)
+    figures = watch(tmp_path, "project.attempts=3")
+    first, second, third = flower.submitted
+    assert "project.resume" not in first
+    assert f'project.resume=\\"{tmp_path}/attempt-1\\"' in second or f"project.resume={tmp_path}/attempt-1" in second
+    assert "attempt-1" in third
+    assert figures["attempts"] == 3
+    assert figures["failures"] == [
+        "run 1 is finished:failed: round 2 had no good reply", "run 2 is finished:failed: RuntimeError: round 2",
+    ]  # fmt: skip
+    assert figures["adapter_path"] == str(tmp_path / "adapters/round-0003")
+    assert Path(str(figures["adapter_path"])).is_dir()
+    assert attempts_of(tmp_path) == []
+
+
+def test_a_run_that_fails_too_often_is_a_fault_with_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(folder: Path, config: str) -> RunState:
+        write_rounds(folder, 2)
+        return FAILED
+
+    flower = ScriptedFlower(monkeypatch, play)
+    with pytest.raises(Fault, match="the run failed 2 times, the last time because run 2 is finished:failed"):
+        watch(tmp_path, "project.attempts=2")
+    assert len(flower.submitted) == 2
+    assert (tmp_path / "adapters/round-0001").is_dir()
+
+
+def test_what_the_server_refuses_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(folder: Path, config: str) -> RunState:
+        write_rounds(folder, 0, status="failed", error="project.quorum must be at most 2, got 3", ended_by="refused")
+        return FAILED
+
+    flower = ScriptedFlower(monkeypatch, play)
+    with pytest.raises(UserError, match=r"project\.quorum must be at most 2, got 3"):
+        watch(tmp_path)
+    assert len(flower.submitted) == 1
+
+
+def test_completed_without_results_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ScriptedFlower(monkeypatch, lambda folder, config: COMPLETED)
+    with pytest.raises(
+        UserError, match=r"project\.superlink must be a SuperLink on this machine, got 'lab': run 1 was"
+    ):
+        watch(tmp_path)
+
+
+def test_who_is_interrupted_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(folder: Path, config: str) -> RunState:
+        write_rounds(folder, 1)
+        raise KeyboardInterrupt
+
+    flower = ScriptedFlower(monkeypatch, play)
+    with pytest.raises(KeyboardInterrupt):
+        watch(tmp_path)
+    assert flower.stopped == ["1"]
+    assert (tmp_path / "adapters/round-0000").is_dir()
+
+
+def test_a_superlink_that_does_not_answer_is_waited_for_and_then_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: Iterator[Exception | None] = iter([Unreachable("away"), None])
+
+    def play(folder: Path, config: str) -> RunState:
+        if (error := next(states, None)) is not None:
+            raise error
+        write_rounds(folder, 1, status="ok")
+        return COMPLETED
+
+    ScriptedFlower(monkeypatch, play)
+    assert watch(tmp_path / "one")["attempts"] == 1
+
+    def gone(folder: Path, config: str) -> RunState:
+        raise Unreachable("away")
+
+    ScriptedFlower(monkeypatch, gone)
+    with pytest.raises(Fault, match="because away; gave up"):
+        watch(tmp_path / "two", "project.attempts=1", "project.node_timeout_seconds=0.1")
+
+
+def test_a_server_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    assert not process_is_gone(tmp_path), "it has not begun"
+    say_process(tmp_path)
+    assert not process_is_gone(tmp_path)
+    said = json.loads((tmp_path / "process.json").read_text())
+    (tmp_path / "process.json").write_text(json.dumps(said | {"created": 1.0}))
+    assert process_is_gone(tmp_path), "another process has its number"
+
+
+def test_the_latest_of_those_with_the_most_rounds_counts(tmp_path: Path) -> None:
+    assert latest_rounds(tmp_path) is None
+    for name, count in (("attempt-2", 3), ("attempt-10", 3), ("attempt-11", 1)):
+        write_rounds(tmp_path / name, count)
+    assert latest_rounds(tmp_path) == tmp_path / "attempt-10"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["project.baseline=central"], "project.baseline must be none for a federation over sites, got 'central'"),
+        (["project.attempts=0"], "project.attempts must be at least 1, got 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], line: str
+) -> None:
+    flower = ScriptedFlower(monkeypatch, lambda folder, config: COMPLETED)
+    with pytest.raises(UserError, match=line):
+        watch(tmp_path, *words)
+    assert flower.submitted == []

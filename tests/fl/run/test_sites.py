@@ -1,0 +1,176 @@
+"""Rounds whose sites fail, vanish or are slow: what a round waits for, and whom the next ones ask."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import pytest
+from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fl.messages import METRICS, PARTITION
+from fl.rounds import RoundFailed
+from fl.run.sites import SiteRecord, SiteRecords
+from fl.settings import FederatedSettings
+from lab.command.entry import compose_settings
+from lab.settings import UserError
+from tests.fl.test_strategy import NODES, FakeGrid, bytes_of, run, strategy_for, train
+
+NODE = {partition: node for node, partition in NODES.items()}
+
+
+@pytest.fixture(autouse=True)
+def _inside_a_run() -> None:
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+
+def answer(message: Message, partition: int) -> RecordDict:
+    if message.metadata.message_type == "query":
+        return RecordDict({METRICS: MetricRecord({PARTITION: partition})})
+    return train(message, partition)
+
+
+class SlowGrid(FakeGrid):
+    """Replies of the `slow` partitions can be pulled only after they were looked for `looks` times, and when a round
+    that is `rounds` later has begun."""
+
+    def __init__(self, slow: set[int], *, looks: int = 0, rounds: int = 0) -> None:
+        super().__init__(NODES, answer)
+        self.slow, self.looks, self.rounds = slow, looks, rounds
+        self.looked: dict[str, int] = {}
+
+    def is_ready(self, message: Message) -> bool:
+        """Whether a reply has come."""
+        number = message.metadata.message_id
+        self.looked[number] = self.looked.get(number, 0) + 1
+        newest = max(int(sent.metadata.group_id) for sent in self.sent)
+        later = newest - int(message.metadata.group_id)
+        is_slow = (
+            self.partitions[message.metadata.dst_node_id] in self.slow and message.metadata.message_type == "train"
+        )
+        return not is_slow or (self.looked[number] > self.looks and later >= self.rounds)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        for message_id in message_ids:
+            message = self.waiting.get(message_id)
+            if message is None or not self.is_ready(message):
+                continue
+            del self.waiting[message_id]
+            answer = self.answer(message, self.partitions[message.metadata.dst_node_id])
+            assert answer is not None
+            yield answer
+
+
+def asked(grid: FakeGrid, server_round: int, kind: str = "train") -> list[int]:
+    """The partitions that were asked in a round."""
+    found = [m for m in grid.sent if m.metadata.message_type == kind and m.metadata.group_id == str(server_round)]
+    return sorted(NODES[message.metadata.dst_node_id] for message in found)
+
+
+def test_a_round_ends_at_its_deadline_with_its_quorum_and_late_replies_are_dropped() -> None:
+    grid = SlowGrid({4}, rounds=3)
+    _, reports, _ = run(grid, strategy_for(quorum=4, deadline_seconds=0.01), num_rounds=8)
+    assert [row.partition_id for row in reports[0].clients] == [0, 1, 2, 3, 5]
+    assert [refusal.reason for refusal in reports[0].refused] == ["missed the round's deadline"]
+    assert [number for number in range(1, 9) if 4 in asked(grid, number)] == [1, 5], "between, it works on round 1"
+    assert [report.late for report in reports] == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert all(4 not in [row.partition_id for row in report.clients] for report in reports), "no late reply counts"
+
+
+def test_the_mean_is_that_of_the_replies_in_time() -> None:
+    """The same bytes as a federation in which the slow site does not exist."""
+    slow, _, _ = run(SlowGrid({4}, rounds=9), strategy_for(quorum=4, deadline_seconds=0.01), num_rounds=2)
+    others = {node: partition for node, partition in NODES.items() if partition != 4}
+    absent, _, _ = run(FakeGrid(others, train), strategy_for(num_clients=5), num_rounds=2)
+    assert bytes_of(slow) == bytes_of(absent)
+    everyone, _, _ = run(FakeGrid(NODES, train), strategy_for(), num_rounds=2)
+    assert bytes_of(slow) != bytes_of(everyone), "a negative control"
+
+
+def test_without_its_quorum_a_round_waits_beyond_the_deadline_and_then_fails() -> None:
+    grid = SlowGrid({4}, looks=30)
+    _, reports, _ = run(grid, strategy_for(quorum=6, deadline_seconds=0.001), num_rounds=1)
+    assert len(reports[0].clients) == 6
+
+    def fails(message: Message, partition: int) -> RecordDict | Error:
+        return Error(0, "gone") if partition in (1, 2) else train(message, partition)
+
+    with pytest.raises(
+        RoundFailed, match="train round 1 ended with 4 good replies of the 5 that it needs: node"
+    ) as why:
+        run(FakeGrid(NODES, fails), strategy_for(quorum=5))
+    assert len(why.value.refused) == 2
+
+
+def test_more_are_asked_than_are_needed_and_the_first_count() -> None:
+    grid = SlowGrid({0, 3}, rounds=9)
+    _, reports, _ = run(grid, strategy_for(fraction=0.5, oversample=2))
+    for report, most in zip(reports, (5, 4), strict=True):
+        assert len(asked(grid, report.round)) == most, "of 6; the second round cannot ask the slow"
+        assert len(report.clients) == 3
+        assert report.unused == most - 3
+        assert report.refused == [], "who was not needed has not failed"
+        assert not {row.partition_id for row in report.clients} & {0, 3}
+
+
+def test_a_site_that_fails_three_rounds_in_a_row_is_left_out_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(message: Message, partition: int) -> RecordDict | Error:
+        return Error(8, "killed") if partition == 2 else train(message, partition)
+
+    grid = FakeGrid(NODES, fails)
+    _, reports, _ = run(grid, strategy_for(sites=SiteRecords(3, 2)), num_rounds=9)
+    assert [number for number in range(1, 10) if 2 in asked(grid, number)] == [1, 2, 3, 6, 7, 8]
+    said = [record.message for record in caplog.records if "in a row" in record.message]
+    assert len(said) == 2
+    assert re.fullmatch(r"node \d+ failed 3 rounds in a row and is left out of the next 2", said[0])
+    assert [len(report.left_out) for report in reports] == [0, 0, 0, 1, 1, 0, 0, 0, 1]
+
+
+def test_a_good_reply_ends_the_row() -> None:
+    fails_in = {1, 2, 4, 5}
+
+    def fails(message: Message, partition: int) -> RecordDict | Error:
+        bad = partition == 2 and int(message.metadata.group_id) in fails_in
+        return Error(8, "killed") if bad else train(message, partition)
+
+    grid = FakeGrid(NODES, fails)
+    run(grid, strategy_for(sites=SiteRecords(3, 2)), num_rounds=6)
+    assert all(2 in asked(grid, number) for number in range(1, 7))
+
+
+def test_those_left_out_come_back_when_the_quorum_needs_them() -> None:
+    records = SiteRecords(1, 5)
+    for node, failed_in in ((1, 2), (2, 1), (3, 3)):
+        records.failed(node, failed_in)
+    assert records.present([1, 2, 3, 4], 4, 1) == [4]
+    assert records.present([1, 2, 3, 4], 4, 2) == [2, 4], "the longest left out first"
+    assert records.present([1, 2, 3, 4], 7, 1) == [2, 4], "its time is over"
+
+
+def test_a_run_that_continues_knows_its_sites_by_partition() -> None:
+    before = SiteRecords(1, 3)
+    before.of(11, 4)
+    before.failed(11, 2)
+    records = SiteRecords(1, 3, before.records)
+    assert records.needs_partitions
+    assert records.present([77], 3, 0) == [77], "nobody knows who that is"
+    records.of(77, 4)
+    assert records.present([77], 3, 0) == []
+    assert not records.needs_partitions
+    assert records.records == [SiteRecord(node_id=77, partition=4, failures=1, left_out_until=5)]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("project.quorum=5", "project.quorum must be in [1, 4], the clients of a round, got 5"),
+        ("project.fraction=0.5 project.quorum=3", "project.quorum must be in [1, 2], the clients of a round, got 3"),
+        ("project.oversample=1", "project.oversample must be in [0, 0], the other clients, got 1"),
+        ("project.round_deadline_seconds=0", "project.round_deadline_seconds must be null or in (0, reply_timeout"),
+        ("project.max_failures=0", "project.max_failures must be at least 1, got 0"),
+    ],
+)
+def test_a_round_that_cannot_be_is_refused_in_a_line(words: str, line: str) -> None:
+    with pytest.raises(UserError, match=re.escape(line)):
+        compose_settings("fed_learn", words, FederatedSettings)
