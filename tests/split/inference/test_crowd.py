@@ -345,22 +345,23 @@ def test_who_leaves_the_line_frees_its_places_however_it_leaves(settings: ModelS
         holder = engine_of([one, other])
         for way in WAYS:
             text = holder.open([5, 7], GREEDY)
-            waiters = [engine_of([one, other]) for _ in range(5)]
-            for engine in waiters:
+            waiters = [engine_of([one, other]) for _ in range(4)]
+            stays = engine_of([one, other], line_seconds=60.0)
+            for place, engine in enumerate(waiters):
+                if place == 2:
+                    said = pool.submit(text_of, stays, [9, 8], 6)
+                    eventually(lambda: len(other.server._line) == 3)
                 with pytest.raises(CacheFull, match="in line"):
                     engine.open([1], GREEDY)
                 assert list(engine._pending) == [1]
-            last = engine_of([one, other], line_seconds=60.0)
-            expected = pool.submit(text_of, last, [9, 8], 6)
-            eventually(lambda: len(other.server._line) == 6)
             for engine in waiters:
                 leave(engine._transport, way, generator)  # type: ignore[arg-type]  # a TcpChain
             eventually(lambda: len(other.server._line) == 1 and len(made[0]._requests) == 2)
             assert text.step is not None
             assert holder.extend([(text, text.step.next_ids)], "last")[0].next_ids == own([5, 7], 2)[1:]
             text.close()
-            assert expected.result(20) == own([9, 8], 6)
-            for engine in (last, *waiters):
+            assert said.result(20) == own([9, 8], 6)
+            for engine in (stays, *waiters):
                 engine.shutdown()
         holder.shutdown()
         for process in (one, other):
