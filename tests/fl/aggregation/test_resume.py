@@ -16,7 +16,7 @@ CASES = {
         (
             "project.server_optimizer.name=nesterov",
             "project.compression.uplink=int4",
-            "project.compression.downlink=topk_int8",
+            "project.compression.downlink=int8",
         ),
     ),
     "personal": (Aggregation.average, ("project.share=A", "project.server_optimizer.name=fedavgm")),
