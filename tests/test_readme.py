@@ -39,7 +39,6 @@ PROVED_ELSEWHERE = {
     "flwr supernode register": "tests/fl/test_deployment.py",
     "flwr run": "tests/fl/test_deployment.py",
     "flwr list": "tests/fl/test_deployment.py",
-    "flwr log": "tests/fl/test_deployment.py",
     "python -m fl.certificates": "tests/fl/test_certificates.py",
     "python -m simulations.results": "tests/simulations/test_results.py",
     "python -m tests.architectures": "tests/lab/models/test_proof.py",
