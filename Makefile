@@ -1,6 +1,6 @@
 # Every target makes what it needs first: no shell to activate, no step to remember.
 .DEFAULT_GOAL := help
-.PHONY: help setup format lint test soak demo bench certificates clean
+.PHONY: help setup format lint test soak clients demo bench certificates clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -40,6 +40,9 @@ test: setup ## all tests, the real model and real Flower processes included
 
 soak: setup ## the long fault and fuzz runs
 	$(BIN)/python -m tests.soak
+
+clients: setup ## stock clients and openai-python's own tests against a server, each in its own environment
+	$(BIN)/python -m simulations.bench 'project.only=[clients]'
 
 demo: setup ## every pillar once, on this machine, with a real model
 	$(BIN)/python simulations/demo.py

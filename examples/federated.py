@@ -3,7 +3,7 @@
 import sys
 
 from fl.adapters import AdapterIndex, PackedAdapter
-from fl.aggregation import ExactMean
+from fl.aggregation.exact import ExactMean
 from fl.client import Site, open_client
 from fl.server import first_adapter
 from fl.settings import FederatedSettings, WireDtype

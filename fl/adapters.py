@@ -5,8 +5,9 @@ adapter's name), in the canonical order: sorted by name. Knows nothing about mes
 """
 
 import bz2
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -15,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec import Meta
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from fl.settings import WireDtype
+from lab.models.adapter import PREFIX, quiet_peft
 
+FROZEN = "frozen"
+"""Name of a model's second adapter."""
 MAX_TENSORS = 1 << 16
 MAX_INDEX_BYTES = 8 << 20
 """Largest index, decompressed: SmolLM2's 420 tensors take 30 kB, the 37,000 of a mixture of experts 3 MB."""
@@ -155,11 +159,79 @@ def load_into(model: nn.Module, state: Adapter) -> None:
 def lora_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's own LoRA parameters (no copies) under PEFT's names, sorted by name."""
     adapter_name = model.active_adapter
-    assert isinstance(adapter_name, str), "one adapter is active in a federated model"
-    # Parameters only: a whole state dict would serialise every 4-bit layer's quantisation state for nothing.
-    lora = {name: value for name, value in model.named_parameters() if "lora_" in name}
+    assert isinstance(adapter_name, str), "one adapter is trained in a federated model"
+    lora = _all_lora(model)
     if other := [name for name, value in model.named_parameters() if value.requires_grad and name not in lora]:
         raise ValueError(f"adapter must consist of LoRA tensors only, but {other[0]} is trained too")
+    return _named(model, lora, adapter_name)
+
+
+def hold_frozen(model: PeftModel, state: Adapter, scale: float) -> None:
+    """Give a PEFT model a second adapter, which adds scale * B A and is never trained, in place of the one it had.
+
+    Ranks may differ between modules. An empty `state` leaves the model with its first adapter alone.
+    """
+    trained = model.active_adapter
+    if FROZEN in model.peft_config:
+        model.delete_adapter(FROZEN)
+        model.base_model.set_adapter(trained)
+    if not state:
+        return
+    ranks = {
+        name.removeprefix(PREFIX).partition(".lora_A.")[0]: x.shape[0]
+        for name, x in state.items()
+        if ".lora_A." in name
+    }
+    with quiet_peft(), torch.random.fork_rng(devices=[]):
+        model.add_adapter(FROZEN, with_ranks(model.peft_config[trained], ranks, scale))
+    model.base_model.set_adapter([trained, FROZEN])  # the model's own method takes one name
+    with torch.no_grad():
+        for name, parameter in _named(model, _all_lora(model), FROZEN).items():
+            parameter.copy_(state[name])
+    _freeze(model, [FROZEN])
+
+
+def resize(model: PeftModel, rank: int, alpha: float) -> None:
+    """Give a PEFT model's one adapter another rank and alpha, for the caller to fill, unless it has them."""
+    name = model.active_adapter
+    config = model.peft_config[name]
+    if (config.r, config.lora_alpha) == (rank, alpha):
+        return
+    frozen = [other for other in model.peft_config if other != name]
+    config = copy.deepcopy(config)
+    config.r, config.lora_alpha = rank, alpha
+    model.delete_adapter(name)
+    with quiet_peft(), torch.random.fork_rng(devices=[]):
+        model.add_adapter(name, config)
+    model.set_adapter(name)
+    model.base_model.set_adapter([name, *frozen])
+    _freeze(model, frozen)
+
+
+def with_ranks(lora: LoraConfig, ranks: Mapping[str, int], scale: float) -> LoraConfig:
+    """A config like `lora`, without dropout, for modules (by full name) of these ranks, all with the same scale."""
+    config = copy.deepcopy(lora)
+    config.lora_dropout = 0.0
+    config.target_modules = sorted(ranks)
+    config.r = max(ranks.values())
+    config.lora_alpha = scale * config.r
+    config.rank_pattern = {module: rank for module, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {module: scale * rank for module, rank in config.rank_pattern.items()}
+    return config
+
+
+def _freeze(model: PeftModel, adapters: Sequence[str]) -> None:
+    for adapter in adapters:
+        for parameter in _named(model, _all_lora(model), adapter).values():
+            parameter.requires_grad_(False)
+
+
+def _all_lora(model: nn.Module) -> dict[str, torch.Tensor]:
+    # Parameters only: a whole state dict would serialise every 4-bit layer's quantisation state for nothing.
+    return {name: value for name, value in model.named_parameters() if "lora_" in name}
+
+
+def _named(model: nn.Module, lora: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
     named = get_peft_model_state_dict(model, state_dict=lora, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: named[name] for name in sorted(named)}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fl.adapters import AdapterIndex, load_into, read_from
-from fl.aggregation import MetricMean
+from fl.aggregation.exact import MetricMean
 from fl.checkpoint import latest_adapter
 from fl.client import Base, open_base, read_all, weight_of
 from fl.report import RoundFigures

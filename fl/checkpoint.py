@@ -18,10 +18,11 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedConfig
 
-from fl.adapters import Adapter
+from fl.adapters import Adapter, with_ranks
+from fl.aggregation.parts import ranks_of
 from fl.run.folders import round_folders
 from lab.files import whole_folder
-from lab.models.adapter import Fit, fit_adapter, fit_config, read_adapter, write_adapter
+from lab.models.adapter import PREFIX, Fit, fit_adapter, fit_config, read_adapter, write_adapter
 from lab.models.base_model import loading_code
 from lab.models.peft_folder import recorded_identity
 
@@ -101,8 +102,15 @@ class AdapterFolders:
 
     def _fill(self, folder: Path, server_round: int, adapter: Adapter, metrics: Mapping[str, float]) -> None:
         about = {"name": self.base.name, "round": server_round, "commit": self.commit}
-        write_adapter(folder, self.lora, adapter, self.base.name, self.base.digest, **about)
+        write_adapter(folder, self._config(adapter), adapter, self.base.name, self.base.digest, **about)
         (folder / CARD_FILE).write_text(self._card(server_round, metrics), encoding="utf-8")
+
+    def _config(self, adapter: Adapter) -> LoraConfig:
+        """PEFT's config of an adapter: it has further rows where an aggregation kept them."""
+        ranks = ranks_of({name.removeprefix(PREFIX): tuple(tensor.shape) for name, tensor in adapter.items()})
+        if set(ranks.values()) == {self.lora.r}:
+            return self.lora
+        return with_ranks(self.lora, ranks, self.lora.lora_alpha / self.lora.r)
 
     def _card(self, server_round: int, metrics: Mapping[str, float]) -> str:
         figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())
@@ -145,11 +153,17 @@ def _link(source: str, target: str) -> None:
 
 
 def load_adapter(
-    folder: Path, base: BaseModel, lora: LoraConfig, whole: PreTrainedConfig, key: str = "project.warm_start"
+    folder: Path,
+    base: BaseModel,
+    lora: LoraConfig,
+    whole: PreTrainedConfig,
+    key: str = "project.warm_start",
+    *,
+    more_rows: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a PEFT folder, to start from on `base` (a model of config `whole`) with `lora`.
 
-    `key` is the setting that names the folder.
+    `key` is the setting that names the folder; `more_rows` allows ranks above those of `lora`.
 
     Clients make their adapter from the run's settings and never see the folder, so it must fit those settings.
 
@@ -161,6 +175,10 @@ def load_adapter(
     adapter = read_adapter(folder, key)
     _check_base(adapter.place, adapter.config(), base)
     theirs, ours = fit_adapter(adapter, whole), fit_config(lora, whole)
+    if more_rows and all(rank <= _ranks(theirs).get(name, 0) for name, rank in _ranks(ours).items()):
+        # The run's own modules in the folder's ranks; nothing but the ranks may differ.
+        ranks = ranks_of({name.removeprefix(PREFIX): shape for name, shape in theirs.shapes.items()})
+        ours = fit_config(with_ranks(lora, ranks, lora.lora_alpha / lora.r), whole)
     for what, found, wanted in (
         ("a LoRA of rank", _ranks(theirs), _ranks(ours)),
         ("a scale", theirs.scales, ours.scales),

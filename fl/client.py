@@ -4,14 +4,16 @@ Knows nothing about Flower or the other sites. It returns tensors and scalars on
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from fl.adapters import Adapter, load_into, read_from
+from fl.adapters import Adapter, hold_frozen, load_into, lora_parameters, read_from, resize
+from fl.aggregation.parts import cut, of_halves, scaled, trained_halves
 from fl.partition import client_documents, partition
 from fl.settings import FederatedProjectSettings, FederatedSettings, Weighting
 from lab.device import open_device, read_memory
@@ -22,7 +24,7 @@ from lab.learning.records import MalformedRecord
 from lab.learning.training import Proximal, TrainFigures, derive_seed, evaluate, train_steps
 from lab.models.lora import add_lora
 from lab.models.sources import load_model
-from lab.settings import DataSource, UserError, digest
+from lab.settings import DataSource, LoraSettings, UserError, digest, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,9 @@ class Base:
 class LoRAClient:
     """One site with its model: `load` an adapter, then `evaluate` or `train` it.
 
-    Keeps no state between rounds, so a new process gives the same reply.
+    It trains the first rows of the adapter, as many as its own rank; it holds the rest frozen. Adapters travel in the
+    scale of the run (`project.lora`), whatever the site's own is. Keeps no state between rounds, so a new process gives
+    the same reply.
     """
 
     project: FederatedProjectSettings
@@ -61,30 +65,43 @@ class LoRAClient:
 
     def load(self, adapter: Adapter) -> None:
         """Put `adapter` on the base model. ValueError when it does not fit."""
-        load_into(self.base.model, adapter)
+        trained, rest = cut(adapter, self.lora.rank)
+        hold_frozen(self.base.model, rest, self.project.lora.scale)
+        resize(self.base.model, self.lora.rank, self.lora.alpha)
+        load_into(self.base.model, scaled(trained, self.project.lora.scale / self.lora.scale))
 
     def evaluate(self) -> float:
         """Loss of the loaded adapter on the site's held-out part, which is not empty."""
         return evaluate(self.base.model, self.split.held_out, self.project.optimization.batch_size)
 
     def train(self, server_round: int) -> tuple[dict[str, torch.Tensor], TrainFigures]:
-        """The loaded adapter after `local_steps` steps on the site's training part. Rounds count from 1.
+        """What the round trains of the loaded adapter, after `local_steps` steps on the site's training part. Rounds
+        count from 1.
 
         Raises Diverged.
         """
         project, place = self.project, (server_round, self.site.index)
         order = derive_seed(self.seed, "order", *place)
-        figures = train_steps(
-            self.base.model,
-            batches(self.split.train, project.optimization.batch_size, order),
-            project.optimization,
-            first_step=(server_round - 1) * project.local_steps,
-            total_steps=project.rounds * project.local_steps,
-            steps=project.local_steps,
-            seed=derive_seed(self.seed, "dropout", *place),
-            proximal=Proximal.around(self.base.model, project.proximal_mu) if project.proximal_mu else None,
-        )
-        return read_from(self.base.model), figures
+        halves = trained_halves(project.aggregation, server_round)
+        with training_only(self.base.model, halves):
+            figures = train_steps(
+                self.base.model,
+                batches(self.split.train, project.optimization.batch_size, order),
+                project.optimization,
+                first_step=(server_round - 1) * project.local_steps,
+                total_steps=project.rounds * project.local_steps,
+                steps=project.local_steps,
+                seed=derive_seed(self.seed, "dropout", *place),
+                proximal=Proximal.around(self.base.model, project.proximal_mu) if project.proximal_mu else None,
+            )
+        trained = of_halves(read_from(self.base.model), halves)
+        return scaled(trained, self.lora.scale / project.lora.scale), figures
+
+    @property
+    def lora(self) -> LoraSettings:
+        """The adapter that this site trains."""
+        with user_errors():
+            return self.project.lora_of(self.site.index)
 
     def weight(self, part: Sequence[Example]) -> int:
         """Weight of the training or held-out part in the mean over all sites."""
@@ -125,6 +142,19 @@ def stamps(data_path: str | None) -> list[tuple[str, int, int, int]]:
     files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root] * root.exists()
     found = [(str(file), file.stat()) for file in files]
     return [(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in found]
+
+
+@contextmanager
+def training_only(model: PeftModel, halves: tuple[str, ...]) -> Iterator[None]:
+    """Within the block, the other factors of the model's adapter are frozen."""
+    parameters = lora_parameters(model)
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(any(half in name for half in halves))
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
 
 
 def open_base(settings: FederatedSettings) -> Base:

@@ -16,13 +16,18 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl.adapters import PackedAdapter
 from fl.client import LoRAClient, Site, open_client
-from fl.messages import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT, from_records, to_records
-from fl.settings import FederatedSettings
+from fl.compression.site import SiteLink
+from fl.messages import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
+from fl.settings import FederatedSettings, Share
 from lab.command.entry import compose_settings, log_to_stderr
+from lab.files import whole_folder
 from lab.learning.examples import MalformedData
 from lab.learning.training import Diverged
+from lab.models.adapter import write_adapter
+from lab.models.base_model import base_name
+from lab.models.lora import lora_config
+from lab.models.sources import model_identity
 from lab.settings import UserError
 
 log = logging.getLogger(__name__)
@@ -43,7 +48,11 @@ def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> Clie
 
     @client_app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return guarded(message, lambda: answer_evaluate(message, open_client(settings_of(context), site_of(context))))
+        def answer() -> Message:
+            settings = settings_of(context)
+            return answer_evaluate(message, open_client(settings, site_of(context)), settings)
+
+        return guarded(message, answer)
 
     @client_app.query()
     def query(message: Message, context: Context) -> Message:
@@ -75,11 +84,12 @@ def guarded(message: Message, answer: Callable[[], Message]) -> Message:
 
 def answer_train(message: Message, client: LoRAClient) -> Message:
     """Evaluate the received adapter, train it, and reply with both."""
-    received = from_records(message.content)
-    client.load(received.unpack())
+    link = link_of(message, client)
+    client.load(link.received)
     about = site_records(client)
-    adapter, figures = client.train(int(str(message.content.config_records[CONFIG][SERVER_ROUND])))
-    content = to_records(PackedAdapter.pack(adapter, received.index))
+    server_round = int(str(message.content.config_records[CONFIG][SERVER_ROUND]))
+    adapter, figures = client.train(server_round)
+    content = link.reply(adapter, server_round)
     content[METRICS] = MetricRecord(
         {
             PARTITION: client.site.index,
@@ -95,11 +105,22 @@ def answer_train(message: Message, client: LoRAClient) -> Message:
     return Message(content, reply_to=message)
 
 
-def answer_evaluate(message: Message, client: LoRAClient) -> Message:
-    """Evaluate the received adapter."""
-    client.load(from_records(message.content).unpack())
+def answer_evaluate(message: Message, client: LoRAClient, settings: FederatedSettings) -> Message:
+    """Evaluate the received adapter. A site that keeps a part to itself leaves the whole in a folder of its own."""
+    link = link_of(message, client)
+    client.load(link.received)
+    if client.project.share is not Share.both:
+        with whole_folder(link.folder / f"site-{client.site.index}-adapter") as folder:
+            lora = lora_config(settings.model.lora_targets, client.lora)
+            name, identity = base_name(settings.model), model_identity(settings.model)
+            write_adapter(folder, lora, link.received, name, identity, site=client.site.index)
     metrics = MetricRecord({PARTITION: client.site.index})
     return Message(RecordDict({METRICS: metrics, **site_records(client)}), reply_to=message)
+
+
+def link_of(message: Message, client: LoRAClient) -> SiteLink:
+    """The adapter of a message, and the way back."""
+    return SiteLink(client.project, client.site.index, message.content)
 
 
 def answer_query(message: Message, site: Site) -> Message:

@@ -11,6 +11,7 @@ what the caller of Flower's `start()` adds). A client replies
 """
 
 import re
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -59,17 +60,28 @@ def from_records(content: RecordDict, expected: AdapterIndex | None = None) -> P
     ValueError when a record is missing, when the index does not decode or is not the expected one, or when the array's
     type, size or serialisation do not match the index.
     """
+    index = index_of(content)
+    if expected and (difference := expected.difference(index)) is not None:
+        raise ValueError(difference)
+    return PackedAdapter(index, read_array(content, index.dtype.numpy, index.size))
+
+
+def index_of(content: RecordDict) -> AdapterIndex:
+    """The index of a message. ValueError when it is missing or does not decode."""
     # Not content.array_records: that view refers to itself, and keeps the whole reply until the garbage collector runs.
-    record, arrays = content.get(INDEX), content.get(ARRAYS)
+    record = content.get(INDEX)
     data = record.get(INDEX) if isinstance(record, ConfigRecord) else None
     if not isinstance(data, bytes):
         raise ValueError(f"{INDEX} must be a ConfigRecord with bytes under {INDEX!r}, got {_names(content)}")
-    index = AdapterIndex.decode(data)
-    if expected and (difference := expected.difference(index)) is not None:
-        raise ValueError(difference)
+    return AdapterIndex.decode(data)
+
+
+def read_array(content: RecordDict, dtype: np.dtype[Any], size: int) -> FlatArray:
+    """The one array of a message, read-only and not copied. ValueError unless it is flat, of this type and size."""
+    arrays = content.get(ARRAYS)
     if not isinstance(arrays, ArrayRecord) or list(arrays) != [ADAPTER]:
         raise ValueError(f"{ARRAYS} must be an ArrayRecord with the one array {ADAPTER!r}, got {_names(content)}")
-    return PackedAdapter(index, _read_npy(arrays[ADAPTER], index))
+    return _read_npy(arrays[ADAPTER], dtype, size)
 
 
 def metrics_of(content: RecordDict, name: str) -> dict[str, object]:
@@ -94,19 +106,19 @@ def message_bytes(message: InflatableObject) -> int:
     return len(message.deflate()) + sum(map(message_bytes, (message.children or {}).values()))
 
 
-def _read_npy(array: Array, index: AdapterIndex) -> FlatArray:
+def _read_npy(array: Array, dtype: np.dtype[Any], size: int) -> FlatArray:
     """Flower's Array (one .npy file) as numpy: no copy and, unlike numpy's own reader, no evaluation of its header."""
     where = f"{ARRAYS}.{ADAPTER}"
     header = NPY_HEADER.match(array.data)
     if array.stype != "numpy.ndarray" or header is None:
         raise ValueError(f"{where} must be a flat numpy array, got {array.dtype} {array.shape} {array.stype}")
-    expected = (index.dtype.numpy.str, str(index.size))
+    expected = (dtype.str, str(size))
     found = (header[1].decode("latin-1"), header[2].decode("latin-1"))
     if found != expected:
         raise ValueError(f"{where} must be {' x '.join(expected)}, got {' x '.join(found)}")
-    if (data_bytes := len(array.data) - header.end()) != index.tensor_bytes:
-        raise ValueError(f"{where} must hold {index.tensor_bytes} bytes, got {data_bytes}")
-    packed: FlatArray = np.frombuffer(array.data, index.dtype.numpy, offset=header.end())
+    if (data_bytes := len(array.data) - header.end()) != size * dtype.itemsize:
+        raise ValueError(f"{where} must hold {size * dtype.itemsize} bytes, got {data_bytes}")
+    packed: FlatArray = np.frombuffer(array.data, dtype, offset=header.end())
     return packed
 
 

@@ -1,11 +1,13 @@
 """The report of a run: its history round by round, and the figures of its last line."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fl.aggregation import MetricMean
+from fl.aggregation.exact import MetricMean
 from fl.rounds import ClientRow, RoundReport, RunReport
 from lab.device import peak_rss_bytes
 from lab.learning.counts import Counts
@@ -86,6 +88,8 @@ def summary(
         "eval_loss_before": states[0].eval_loss,
         "eval_loss_after": states[-1].eval_loss,
         "eval_sites": states[-1].eval_sites,
+        "sites_before": site_losses(states[0]),
+        "sites_after": site_losses(states[-1]),
         "eval_loss_by_round": [state.eval_loss for state in rounds],
         "train_loss_by_round": [state.train_loss for state in rounds],
         "train_seconds": sum(sum(state.train_seconds.values()) for state in rounds),
@@ -96,6 +100,31 @@ def summary(
         "adapter_path": adapter_path,
         "plots": plots,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteLosses:
+    """Held-out losses of one state, site by site, each site counting as one whatever its size."""
+
+    by_site: dict[str, float]
+    median: float | None
+    worst_tenth: float | None
+    """The best loss among the worst tenth of the sites (nearest rank): the 10th percentile, counted from the worst."""
+    worst: float | None
+    worst_site: str | None
+
+
+def site_losses(state: RoundFigures) -> SiteLosses:
+    """The losses of the sites in the state's mean; None where there are none."""
+    found = {site: state.client_losses[site] for site in state.eval_sites}
+    falling = sorted(found, key=lambda site: (-found[site], site))
+    return SiteLosses(
+        by_site={str(site): loss for site, loss in found.items()},
+        median=statistics.median(found.values()) if found else None,
+        worst_tenth=found[falling[math.ceil(len(found) / 10) - 1]] if found else None,
+        worst=found[falling[0]] if found else None,
+        worst_site=str(falling[0]) if found else None,
+    )
 
 
 def mean_loss(rows: Sequence[ClientRow], sites: set[int]) -> float | None:

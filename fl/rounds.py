@@ -5,13 +5,15 @@ A reply is checked and folded in when it arrives, then discarded.
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from flwr.app import Message, RecordDict
 
 from fl.adapters import AdapterIndex, PackedAdapter
-from fl.aggregation import ExactMean, MetricMean, check_weight
+from fl.aggregation.exact import MetricMean, check_weight
+from fl.aggregation.rules import RoundSum
 from fl.messages import DATA, EVALUATE, METRICS, PARTITION, WEIGHT, from_records, metrics_of, partition_of
 from lab.faults import Fault, Lost
 from lab.learning.counts import Counts
@@ -84,6 +86,8 @@ class RoundReport:
     """Time from the first message sent to the new adapter."""
     aggregate_seconds: float
     """Part of `round_seconds`: checking and folding replies, and taking the mean."""
+    ledger: dict[str, float] = field(default_factory=dict)
+    """Norms of what the aggregation kept and lost; empty where it cannot lose anything."""
     server_rss_bytes: int = 0
     """Resident size of the server's process after the round."""
     late: int = 0
@@ -136,12 +140,17 @@ class NodesMissing(Lost):
 class RoundFold:
     """The replies of one round, folded into exact sums one by one: the same replies in any order give the same result.
 
-    trains: whether the replies carry adapters, or held-out figures only.
+    adapters: the sum that adapters are folded into; None where replies carry held-out figures only.
+    decode: the adapter of a reply's content that must have an index.
     """
 
-    def __init__(self, index: AdapterIndex, *, trains: bool) -> None:
-        self._index = index
-        self._mean = ExactMean(index.size) if trains else None
+    def __init__(
+        self,
+        adapters: RoundSum | None,
+        decode: Callable[[RecordDict, AdapterIndex], PackedAdapter] = from_records,
+    ) -> None:
+        self._adapters = adapters
+        self._decode = decode
         self._train = MetricMean()
         self._evaluate = MetricMean()
         self._rows: list[ClientRow] = []
@@ -174,12 +183,16 @@ class RoundFold:
         return sorted(self._rows, key=lambda row: (row.partition_id is None, row.partition_id, row.node_id))
 
     def packed(self) -> PackedAdapter:
-        """The mean adapter, packed for the wire."""
-        assert self._mean is not None, "an evaluation has no adapter"
+        """The next adapter, packed for the wire."""
+        assert self._adapters is not None, "an evaluation has no adapter"
         started = time.perf_counter()
-        packed = PackedAdapter.from_float32(self._mean.mean(), self._index)
+        packed = self._adapters.result()
         self.seconds += time.perf_counter() - started
         return packed
+
+    def ledger(self) -> dict[str, float]:
+        """Norms of what the aggregation kept and lost, once `packed` has been called."""
+        return self._adapters.ledger() if self._adapters else {}
 
     def train_means(self) -> dict[str, float]:
         """Weighted means of the training figures."""
@@ -195,15 +208,16 @@ class RoundFold:
         row = ClientRow(
             node_id=node_id,
             partition_id=partition_of(train.pop(PARTITION, None)),
-            train_weight=_take_weight(METRICS, train) if self._mean else 0,
+            train_weight=_take_weight(METRICS, train) if self._adapters else 0,
             evaluate_weight=_take_weight(EVALUATE, evaluate) if evaluate else 0,
             train=_finite(METRICS, train),
             evaluate=_finite(EVALUATE, evaluate),
             uplink_bytes=uplink_bytes,
             counts=_counts(metrics_of(content, DATA)),
         )
-        if self._mean:
-            self._mean.fold(from_records(content, self._index).to_float32(), row.train_weight)
+        if self._adapters:
+            reply = self._decode(content, self._adapters.expected(row.partition_id))
+            self._adapters.fold(reply, row.partition_id, row.train_weight)
             self._train.fold(row.train, row.train_weight)
         if row.evaluate_weight:
             self._evaluate.fold(row.evaluate, row.evaluate_weight)

@@ -15,7 +15,10 @@ import torch
 from flwr.serverapp import Grid
 
 from fl.adapters import Adapter, AdapterIndex
+from fl.aggregation.optimizer import ServerOptimizer
+from fl.aggregation.rules import Aggregator, make_aggregator
 from fl.checkpoint import AdapterFolders, BaseModel, load_adapter
+from fl.compression.server import ServerLink
 from fl.plots import draw_run
 from fl.report import RoundFigures, counts_of, history, summary
 from fl.rounds import RoundReport
@@ -30,6 +33,7 @@ from lab.device import open_device, read_memory
 from lab.environment import commit
 from lab.files import path_of, require_writable
 from lab.learning.counts import Counts
+from lab.learning.training import derive_seed
 from lab.models.base_model import base_name, base_origin
 from lab.models.lora import fresh_adapter, lora_config
 from lab.models.sources import load_config, model_identity
@@ -176,6 +180,7 @@ def row(report: RoundReport) -> dict[str, Any]:
         "downlink_bytes": report.downlink_bytes,
         "round_seconds": report.round_seconds,
         "aggregate_seconds": report.aggregate_seconds,
+        **report.ledger,
         "server_rss_bytes": report.server_rss_bytes,
         "replies": len(report.clients),
         "refused": len(report.refused),
@@ -218,6 +223,8 @@ def strategy(
 ) -> WeightedFedAvg:
     """The strategy of the run, for our own loop or Flower's `start()`; `known_sites` are those of a continued run."""
     project = settings.project
+    rule, link = aggregator(settings, index), ServerLink(project.compression) if project.remembers else None
+    components = {"aggregation": rule} if rule.has_state else {}
     return WeightedFedAvg(
         index,
         num_clients=project.num_clients,
@@ -230,6 +237,30 @@ def strategy(
         oversample=project.oversample,
         deadline_seconds=math.inf if project.round_deadline_seconds is None else project.round_deadline_seconds,
         sites=SiteRecords(project.max_failures, project.pause_rounds, known_sites),
+        aggregator=rule,
+        link=link,
+        components={**components, "compression": link} if link else components,
+    )
+
+
+def aggregator(settings: FederatedSettings, index: AdapterIndex) -> Aggregator:
+    """The run's rule from replies to the next adapter."""
+    project = settings.project
+
+    def fresh(server_round: int) -> dict[str, torch.Tensor]:
+        seed = derive_seed(settings.seed, "adapter", server_round) if server_round else settings.seed
+        return fresh_adapter(settings.model, project.lora, seed)
+
+    return make_aggregator(
+        project.aggregation,
+        index,
+        rank=project.lora.rank,
+        scale=project.lora.scale,
+        site_ranks=project.site_ranks,
+        residual_rank=project.residual_rank,
+        fresh=fresh,
+        optimizer=ServerOptimizer.of(project.server_optimizer),
+        share=project.share,
     )
 
 
@@ -256,7 +287,8 @@ def adapter_of_run(settings: FederatedSettings, folder: Path, key: str) -> dict[
     """The adapter in a folder that `key` names. UserError if it is not of this run's kind."""
     with user_errors(f"{key} must be an adapter of this run's kind, got {str(folder)!r}: "):
         lora = lora_config(settings.model.lora_targets, settings.project.lora)
-        return load_adapter(folder, base_model(settings), lora, load_config(settings.model), key)
+        more_rows = settings.project.aggregation.takes_ranks and key == "project.resume"
+        return load_adapter(folder, base_model(settings), lora, load_config(settings.model), key, more_rows=more_rows)
 
 
 def adapter_folders(settings: FederatedSettings, place: Run) -> AdapterFolders:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,92 @@ class Weighting(Enum):
         return self.value.replace("_", " ")
 
 
+class Aggregation(Enum):
+    """How the adapters of a round's replies become the next one (`fl.aggregation.rules`)."""
+
+    average = "average"
+    ffa = "ffa"
+    rolora = "rolora"
+    stack = "stack"
+    svd = "svd"
+
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether sites may have different ranks."""
+        return self in (Aggregation.stack, Aggregation.svd)
+
+
+class ServerOptimizerName(Enum):
+    """The server's step from the adapter that sites received towards their mean (`fl.aggregation.optimizer`)."""
+
+    none = "none"
+    """The mean itself."""
+    fedavgm = "fedavgm"
+    fedadam = "fedadam"
+    nesterov = "nesterov"
+
+
+@dataclass(kw_only=True)
+class ServerOptimizerSettings:
+    """The server's optimizer."""
+
+    name: ServerOptimizerName
+    learning_rate: float
+    momentum: float
+    """Momentum of fedavgm and nesterov; beta1 of fedadam."""
+    beta2: float
+    """Of fedadam."""
+    epsilon: float
+    """Of fedadam: the larger, the less it adapts."""
+
+    def __post_init__(self) -> None:
+        require_above(0, self, "learning_rate", "epsilon")
+        for name in ("momentum", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
+        if self.name is ServerOptimizerName.nesterov:
+            require(self.momentum > 0, "momentum must be greater than 0 for name=nesterov", self.momentum)
+        if self.name is ServerOptimizerName.fedadam:  # whose step changes every value by about as much
+            require(self.learning_rate <= 0.1, "learning_rate must be at most 0.1 for name=fedadam", self.learning_rate)
+
+
+class Share(Enum):
+    """Factors of the adapter that sites share; `A`: each keeps a B of its own (FedSA-LoRA, arXiv 2410.01463)."""
+
+    both = "both"
+    A = "A"
+
+
+class Codec(Enum):
+    """Format of an update on the wire (`fl.compression.codec`)."""
+
+    none = "none"
+    """The adapter itself, in `wire_dtype`."""
+    bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
+    topk_int8 = "topk_int8"
+
+
+@dataclass(kw_only=True)
+class CompressionSettings:
+    """Updates of the adapter on the wire, against what the receiver has."""
+
+    uplink: Codec
+    """Of replies to the server."""
+    downlink: Codec
+    """Of messages to a site that has the adapter of the round before; others get it whole."""
+    topk_fraction: float
+    """Share of the values that topk_int8 sends."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.topk_fraction <= 1, "topk_fraction must be in (0, 1]", self.topk_fraction)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is compressed."""
+        return (self.uplink, self.downlink) != (Codec.none, Codec.none)
+
+
 class Baseline(Enum):
     """`central`: the same number of steps on the union of the clients' data in one place, for comparison."""
 
@@ -99,7 +185,21 @@ class FederatedProjectSettings:
     """Rounds for which it is left out."""
     partition_by: PartitionBy
     weighting: Weighting
+    aggregation: Aggregation
+    residual_rank: int
+    """Most rows of a module that stack and svd keep, in a second and frozen adapter, beyond `lora.rank`."""
+    site_ranks: list[int]
+    """Rank of each site's adapter, by its number; []: `lora.rank` at all sites."""
+    site_alphas: list[float]
+    """Alpha of each site's adapter, by its number; []: `lora.alpha` at all sites."""
+    server_optimizer: ServerOptimizerSettings
     wire_dtype: WireDtype
+    compression: CompressionSettings
+    share: Share
+    site_folder: str
+    """Folder on each site's machine for its memory between rounds, which compression and `share=A` need."""
+    site_keep_days: float
+    """Days after which a site removes the memory of another run."""
     proximal_mu: float
     """FedProx (arXiv 1812.06127): mu / 2 * |w - w_global|^2 added to the loss; 0: plain FedAvg."""
     baseline: Baseline
@@ -148,9 +248,29 @@ class FederatedProjectSettings:
             "warm_limit_bytes",
         )
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
-        share = max(1, round(self.fraction * self.num_clients))
-        require(1 <= self.quorum <= share, f"quorum must be in [1, {share}], the clients of a round", self.quorum)
-        most = self.num_clients - share
+        self._check_sites()
+        require_at_least(0, self, "site_keep_days")
+        if self.share is Share.A:
+            rule = "aggregation must be average for share=A, which trains A and B and shares A"
+            require(self.aggregation is Aggregation.average, rule, self.aggregation.name)
+        if self.compression.is_on:
+            rule = "aggregation must be average, ffa or rolora, whose factors keep their basis, for compression"
+            require(not self.aggregation.takes_ranks, rule, self.aggregation.name)
+            rule = "wire_dtype must be float32 for compression, which has formats of its own"
+            require(self.wire_dtype is WireDtype.float32, rule, self.wire_dtype.name)
+        if self.server_optimizer.name is not ServerOptimizerName.none:
+            rule = "aggregation must be average, ffa or rolora, whose factors keep their basis, for"
+            rule += f" server_optimizer.name={self.server_optimizer.name.name}"
+            require(not self.aggregation.takes_ranks, rule, self.aggregation.name)
+        if self.aggregation is Aggregation.stack:
+            needed = self.stacked_rank
+            rule = f"residual_rank must be at least {needed} for aggregation=stack, which loses nothing, over"
+            rule += f" {self.rounds} rounds of {self.asked} sites (aggregation=svd keeps the best part in any rank)"
+            require(self.residual_rank >= needed, rule, self.residual_rank)
+        require(
+            1 <= self.quorum <= self.asked, f"quorum must be in [1, {self.asked}], the clients of a round", self.quorum
+        )
+        most = self.num_clients - self.asked
         require(0 <= self.oversample <= most, f"oversample must be in [0, {most}], the other clients", self.oversample)
         deadline, rule = (
             self.round_deadline_seconds,
@@ -159,6 +279,47 @@ class FederatedProjectSettings:
         require(deadline is None or 0 < deadline <= self.reply_timeout_seconds, rule, deadline)
         if self.baseline is Baseline.central:
             require(self.resume is None, "resume must be null for baseline=central", self.resume)
+
+    def _check_sites(self) -> None:
+        require_at_least(0, self, "residual_rank")
+        for name in ("site_ranks", "site_alphas"):
+            values = getattr(self, name)
+            rule = f"{name} must have one value for each of num_clients={self.num_clients} sites, or none"
+            require(len(values) in (0, self.num_clients), rule, values)
+            require(all(value > 0 for value in values), f"{name} must be greater than 0", values)
+        most = self.lora.rank
+        require(
+            all(rank <= most for rank in self.site_ranks),
+            f"site_ranks must be at most lora.rank={most}",
+            self.site_ranks,
+        )
+        if any(rank != most for rank in self.site_ranks):
+            rule = f"aggregation must be stack or svd for sites of ranks {self.site_ranks}, with lora.rank={most}"
+            require(self.aggregation.takes_ranks, rule, self.aggregation.name)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether sites have a memory between rounds."""
+        return self.compression.is_on or self.share is not Share.both
+
+    @property
+    def asked(self) -> int:
+        """Sites that are asked in one round."""
+        return max(1, round(self.fraction * self.num_clients))
+
+    @property
+    def stacked_rank(self) -> int:
+        """Most rows that a run's stack can have: those of all replies of all rounds."""
+        return self.rounds * sum(sorted(self.site_ranks, reverse=True)[: self.asked] or [self.asked * self.lora.rank])
+
+    def lora_of(self, site: int) -> LoraSettings:
+        """The adapter that a site trains. ValueError for a number without a place in `site_ranks` or `site_alphas`."""
+        lora = self.lora
+        for name, field in (("site_ranks", "rank"), ("site_alphas", "alpha")):
+            if values := getattr(self, name):
+                require(site < len(values), f"partition-id must be in [0, {len(values)}) for project.{name}", site)
+                lora = replace(lora, **{field: values[site]})
+        return lora
 
 
 @register("fed_learn")

@@ -18,7 +18,9 @@ from flwr.serverapp.strategy import Strategy
 from typing_extensions import override
 
 from fl.adapters import Adapter, AdapterIndex, PackedAdapter
-from fl.aggregation import MAX_REPLIES
+from fl.aggregation.exact import MAX_REPLIES
+from fl.aggregation.rules import Aggregator
+from fl.compression.server import ServerLink
 from fl.messages import (
     ARRAYS,
     CONFIG,
@@ -46,15 +48,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class WeightedFedAvg(Strategy):
-    """The exact mean of the clients' LoRA tensors, with the weights they report (FedAvg, arXiv:1602.05629).
+    """The clients' LoRA tensors, combined with the weights they report: their exact mean (FedAvg, arXiv:1602.05629), or
+    what another `aggregator` makes of them.
 
     `run` is its own round loop. The `configure_*` and `aggregate_*` methods use the same fold, so that Flower's
     `start()` and its wrappers work too and give the same bytes. (The wrappers for differential privacy want a float32
-    wire: they compute on the array they find in the message.)
+    wire and the exact mean: they compute on the array they find in the message.)
     """
 
     index: AdapterIndex
-    """Tensors of every adapter of the run, and their type on the wire."""
+    """Tensors of the run's first adapter, and their type on the wire."""
     _: KW_ONLY
     num_clients: int
     """Nodes that must be registered before round 1; later rounds use those that are still there."""
@@ -67,6 +70,10 @@ class WeightedFedAvg(Strategy):
     """Longest wait for `num_clients` nodes."""
     poll_seconds: float
     """Pause between two looks for replies."""
+    aggregator: Aggregator | None = None
+    """The rule from replies to the next adapter; None: the exact mean."""
+    link: ServerLink | None = None
+    """Compression between the server and the sites; None: adapters travel as they are."""
     quorum: int = 1
     """Good replies without which a round fails."""
     oversample: int = 0
@@ -79,6 +86,8 @@ class WeightedFedAvg(Strategy):
     """Parts with state between rounds, such as a server optimizer, by the name under which the state is saved."""
     _partitions: dict[int, int] = field(default_factory=dict, init=False)
     _asked: list[Message] = field(default_factory=list, init=False)
+    _asked_whole: RecordDict | None = field(default=None, init=False)
+    """The content of the last messages, uncompressed."""
     _first_asked: list[int] = field(default_factory=list, init=False)
     _first_partitions: list[int] = field(default_factory=list, init=False)
     _needed_nodes: int = field(default=1, init=False)
@@ -95,6 +104,7 @@ class WeightedFedAvg(Strategy):
             raise ValueError(f"num_clients must be in [1, {MAX_REPLIES}], got {self.num_clients}")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
+        self._aggregator = self.aggregator or Aggregator(self.index)
 
     def run(
         self,
@@ -119,7 +129,7 @@ class WeightedFedAvg(Strategy):
         Raises NodesMissing, RoundFailed when a round (or the last evaluation) has no good reply, and RunStopped.
         """
         self._unanswered, self._late = {}, 0
-        packed, self._first_asked, self._first_partitions = PackedAdapter.pack(initial, self.index), [], [*first_asked]
+        packed, self._first_asked, self._first_partitions = self._aggregator.start(initial), [], [*first_asked]
         self._on_reply, self._stopped = on_reply, stopped
         self.summary()
         self._needed_nodes = self.num_clients
@@ -150,8 +160,9 @@ class WeightedFedAvg(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        fold = self._fold_all("train", server_round, replies)
-        return to_array_record(fold.packed()), MetricRecord(dict(fold.train_means()))
+        sent = from_records(self._asked_whole) if self._asked_whole else None
+        fold = self._fold_all("train", server_round, replies, self._fold_of(server_round, sent), sent)
+        return to_array_record(self._next(server_round, sent, fold)), MetricRecord(dict(fold.train_means()))
 
     @override
     def configure_evaluate(
@@ -161,7 +172,8 @@ class WeightedFedAvg(Strategy):
 
     @override
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        fold = self._fold_all("evaluate", server_round, replies)
+        sent = from_records(self._asked_whole) if self._asked_whole else None
+        fold = self._fold_all("evaluate", server_round, replies, RoundFold(None), sent)
         return MetricRecord(dict(fold.evaluate_means()))
 
     @override
@@ -169,8 +181,8 @@ class WeightedFedAvg(Strategy):
         log.info(
             "weighted FedAvg: %d tensors, %d bytes as %s; %d clients, %.0f %% of them a round; %.0f s for a message; "
             "quorum %d, deadline %g s, %d clients more than needed are asked",
-            len(self.index.names),
-            self.index.tensor_bytes,
+            len(self._aggregator.index.names),
+            self._aggregator.index.tensor_bytes,
             self.index.dtype.name,
             self.num_clients,
             100 * self.fraction,
@@ -184,13 +196,13 @@ class WeightedFedAvg(Strategy):
         started = time.perf_counter()
         messages = list(self.configure_train(server_round, to_array_record(packed), ConfigRecord(), grid))
         downlink_bytes = sum(map(message_bytes, messages))
-        fold, late = RoundFold(self.index, trains=True), self._late
+        fold, late = self._fold_of(server_round, packed), self._late
         self._exchange(grid, messages, fold, self.quorum, min(self._share, len(messages)))
         left_out = self.sites.left_out(server_round)
         self._note(server_round, fold)
         if len(fold.rows) < self.quorum:
             raise RoundFailed("train", server_round, packed.unpack(), fold.refused, len(fold.rows), self.quorum)
-        packed = fold.packed()
+        packed = self._next(server_round, packed, fold)
         return packed, RoundReport(
             round=server_round,
             adapter=packed.unpack(),
@@ -202,6 +214,7 @@ class WeightedFedAvg(Strategy):
             uplink_bytes=sum(row.uplink_bytes for row in fold.rows),
             round_seconds=time.perf_counter() - started,
             aggregate_seconds=fold.seconds,
+            ledger=fold.ledger(),
             late=self._late - late,
             unused=len(messages) - len(fold.rows) - len(fold.refused),
             left_out=left_out,
@@ -215,7 +228,7 @@ class WeightedFedAvg(Strategy):
 
     def _evaluate_round(self, grid: Grid, server_round: int, packed: PackedAdapter) -> RoundFold:
         nodes = self._asked_first(grid) or self._draw(grid, server_round)
-        arrays, fold = to_array_record(packed), RoundFold(self.index, trains=False)
+        arrays, fold = to_array_record(packed), RoundFold(None)
         messages = self._messages(MessageType.EVALUATE, server_round, arrays, ConfigRecord(), nodes)
         self._exchange(grid, messages, fold, 1, len(messages))
         if not fold.rows:
@@ -237,9 +250,15 @@ class WeightedFedAvg(Strategy):
     def _messages(
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int]
     ) -> list[Message]:
-        config = ConfigRecord({**config, SERVER_ROUND: server_round})
-        content = RecordDict({ARRAYS: arrays, INDEX: to_index_record(self.index), CONFIG: config})
-        self._asked = [self._message(content, node_id, kind, server_round) for node_id in nodes]
+        index, about = self._aggregator.index, {**config, SERVER_ROUND: server_round}
+        whole = RecordDict({ARRAYS: arrays, INDEX: to_index_record(index), CONFIG: ConfigRecord(about)})
+        self._asked, self._asked_whole = [], whole
+        for node_id in nodes:
+            content = whole
+            if self.link:
+                content, compression = self.link.content(node_id, arrays, index)
+                content[CONFIG] = ConfigRecord({**about, **compression})
+            self._asked.append(self._message(content, node_id, kind, server_round))
         return self._asked
 
     def _message(self, content: RecordDict, node_id: int, kind: str, server_round: int) -> Message:
@@ -377,16 +396,37 @@ class WeightedFedAvg(Strategy):
         if self._stopped():
             raise RunStopped("stopped")
 
-    def _fold_all(self, phase: str, server_round: int, replies: Iterable[Message]) -> RoundFold:
+    def _fold_of(self, server_round: int, sent: PackedAdapter | None) -> RoundFold:
+        """An empty fold of the adapters that sites make of `sent`."""
+        adapters, link = self._aggregator.begin(server_round, sent), self.link
+        if link is None:
+            return RoundFold(adapters)
+        assert sent is not None, "an update is against what was sent"
+        return RoundFold(adapters, lambda content, expected: link.decode(content, expected, sent))
+
+    def _next(self, server_round: int, sent: PackedAdapter | None, fold: RoundFold) -> PackedAdapter:
+        """The next adapter, as it will be sent."""
+        packed = fold.packed()
+        if self.link is None or sent is None:
+            return packed
+        return self.link.advance(server_round, sent, packed, [(row.node_id, row.partition_id) for row in fold.rows])
+
+    def _fold_all(
+        self,
+        phase: str,
+        server_round: int,
+        replies: Iterable[Message],
+        fold: RoundFold,
+        sent: PackedAdapter | None,
+    ) -> RoundFold:
         """All replies, folded in one by one; RoundFailed when none is good."""
-        fold = RoundFold(self.index, trains=phase == "train")
         for reply in replies:
             fold.add(self._asked_node(reply), reply, 0)
             del reply
         needed = self.quorum if phase == "train" else 1
         if len(fold.rows) < needed:
-            sent = from_records(self._asked[0].content).unpack() if self._asked else {}
-            raise RoundFailed(phase, server_round, sent, fold.refused, len(fold.rows), needed)
+            state = sent.unpack() if sent else {}
+            raise RoundFailed(phase, server_round, state, fold.refused, len(fold.rows), needed)
         return fold
 
     def _asked_node(self, reply: Message) -> int:

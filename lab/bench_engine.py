@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from lab.bench import Row, Sample, interleaved, judged, ratio, run_parts
 from lab.command import entry
-from lab.command.processes import listening, run_to_end
+from lab.command.overrides import override
+from lab.command.processes import listening, own_overrides, run_to_end
 from lab.settings import (
     Dtype,
     LabSettings,
@@ -40,6 +41,7 @@ from lab.settings import (
     register,
     require,
     require_at_least,
+    user_errors,
 )
 
 if TYPE_CHECKING:
@@ -97,6 +99,11 @@ class EngineBenchSettings(LabSettings):
 
     project: EngineBenchProjectSettings
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = self.model.quantization
+        require(kind is Quantization.none, "model.quantization must be none here: each part has its own", kind.name)
+
 
 class EngineRig(ExitStack):
     """Engines of one model, opened when a part asks for them."""
@@ -116,16 +123,24 @@ class EngineRig(ExitStack):
         device = open_device(self.settings.device)
         model = replace(self.settings.model, quantization=quantization, dtype=dtype or self.settings.model.dtype)
         compiler = Compiler.of(model, replace(self.settings.device, compile=compiles), lasts=True)
-        return LocalEngine(
-            load_proved(model, device).model,
-            sessions=sessions,
-            context=self.project.context,
-            bucket=64,
-            kv_limit_bytes=2**33,
-            prefill_chunk=self.project.prefill_chunk,
-            exact_rows=None,
-            compiler=compiler,
-        )
+        with user_errors("project."):
+            return LocalEngine(
+                load_proved(model, device).model,
+                sessions=sessions,
+                context=self.project.context,
+                bucket=64,
+                kv_limit_bytes=2**33,
+                prefill_chunk=self.project.prefill_chunk,
+                exact_rows=None,
+                compiler=compiler,
+            )
+
+    @property
+    def model_overrides(self) -> list[str]:
+        """Overrides that give another process our model, but for its precision."""
+        theirs = ("model.dtype=", "model.quantization=")
+        own = own_overrides()
+        return [word for word in own if word.startswith(("--config-dir", "model")) and not word.startswith(theirs)]
 
     @property
     def has_bfloat16(self) -> bool:
@@ -395,9 +410,10 @@ def memory(rig: EngineRig) -> Row:
         "model.quantization=int4",
         f"device.threads={rig.settings.device.threads}",
     ]
-    overrides += ["project.context=64", f"model.cache_dir={rig.settings.model.cache_dir}"]
+    overrides += ["project.context=64"]
+    tiny = ["model=random", override("model.cache_dir", rig.settings.model.cache_dir)]
     peaks = {}
-    for name, own in {"large": [], "tiny": ["model=random"]}.items():
+    for name, own in {"large": rig.model_overrides, "tiny": tiny}.items():
         for _ in range(2):  # the first one packs and compiles
             _, figures = run_to_end("lab.decode", [*own, *overrides], rig.folder / name, rig.project.start_seconds)
             peaks[name] = figures["peak_rss_bytes"]
@@ -415,8 +431,8 @@ def start(rig: EngineRig) -> Row:
         "model.quantization=int4",
         "model.dtype=bfloat16",
         "device.threads=1",
+        *rig.model_overrides,
     ]
-    overrides += [f"model.cache_dir={rig.settings.model.cache_dir}"]
 
     def seconds(compiles: bool) -> float:
         began = time.perf_counter()

@@ -45,6 +45,9 @@ class DecodeSettings(LabSettings):
 
     project: DecodeProjectSettings
 
+    compiles_layers = True
+    takes_adapter = True
+
 
 def run(settings: DecodeSettings, place: entry.Run) -> dict[str, Any]:
     """Time full windows; return the figures of the last line."""

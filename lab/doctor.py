@@ -71,6 +71,9 @@ class DoctorSettings(LabSettings):
 
     project: DoctorProjectSettings
 
+    compiles_layers = True
+    takes_adapter = True
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("lab", "fl", "speculative", "split", "matrix", "simulations")
+PACKAGES = ("lab", "fl", "speculative", "split", "matrix", "serve", "simulations")
 """Ours, with code in them; what else lists them (pyproject.toml, conf/matrix.yaml) is held to this by a test."""
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "flwr", "ray", "hydra-core", "wandb")
 

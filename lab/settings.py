@@ -312,6 +312,11 @@ class LoraSettings:
         require_above(0, self, "alpha")
         require(0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
 
+    @property
+    def scale(self) -> float:
+        """Factor of the product B A."""
+        return self.alpha / self.rank
+
 
 @dataclass(kw_only=True)
 class OptimizationSettings:
@@ -356,8 +361,15 @@ class LabSettings:
 
     draws_seed = False  # without a type: no field
     """Whether seed=-1 draws one: where one process alone uses it, which says what it has drawn."""
+    compiles_layers = False
+    """Whether device.compile=true has an effect; else it is refused. So is an adapter unless `takes_adapter`."""
+    takes_adapter = False
 
     def __post_init__(self) -> None:
+        can_compile = self.compiles_layers or self.device.compile is not True
+        require(can_compile, "device.compile must be false or auto for this command, which compiles no layers", True)
+        takes_adapter = self.takes_adapter or self.model.adapter is None
+        require(takes_adapter, "model.adapter must be null for this command, which loads none", self.model.adapter)
         if self.draws_seed:
             require(-1 <= self.seed < 2**31, "seed must be in [0, 2**31), or -1 to draw one", self.seed)
         else:

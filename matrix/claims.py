@@ -29,7 +29,7 @@ class Claims:
         self._folder = results / ".sweeps"
         self._list = self._folder / f"{uuid.uuid4().hex}.json"
         self._alive = FileLock(self._list.with_suffix(".lock"))
-        self._all_claims = FileLock(self._folder / "door")
+        self._all_claims = FileLock(self._folder / "all_claims")
         self._about: dict[str, Any] = {"pid": os.getpid(), "host": platform.node(), "folder": str(sweep)}
         self._about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self._taken: set[str] = set()

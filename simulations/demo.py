@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.command import entry
+from lab.command.overrides import override
 from lab.command.processes import listening, run_to_end
 from lab.faults import Fault
 from simulations.demo_page import PartResult, write_demo_page
@@ -21,7 +22,7 @@ from simulations.demo_settings import DemoSettings
 log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-"""Time limit for the verifier to listen."""
+"""Time limit for a role to listen."""
 
 Figures = Mapping[str, Any]
 
@@ -50,11 +51,14 @@ def show(part: "Part", settings: DemoSettings, folder: Path) -> PartResult:
     begin = time.perf_counter()
     overrides = [f"prompt={settings.prompt}"] * part.generates + getattr(settings.project, part.overrides_key)
     with ExitStack() as stack:
-        if part.overrides_key == "drafter":
-            own = ["network.port=0", *settings.project.verifier]
-            role = listening("speculative.verifier", own, folder / "verifier", START_SECONDS)
-            overrides.append(f"network.port={stack.enter_context(role)}")
-            folder /= "drafter"
+        if part.role is not None:
+            name, module = part.role
+            own = ["network.port=0", *getattr(settings.project, name)]
+            if part.serves_adapter:
+                own.append(override("project.adapters", folder.parent / federated.__name__))
+            role = listening(module, own, folder / name, START_SECONDS)
+            overrides.append(part.address.format(port=stack.enter_context(role)))
+            folder /= part.overrides_key
         command = f"python -m {part.module} {' '.join(overrides)}"
         try:
             text, figures = run_to_end(part.module, overrides, folder, settings.project.part_timeout_seconds)
@@ -81,6 +85,12 @@ class Part:
     """Turns its figures into one sentence; its docstring is the title of the part."""
     generates: bool = False
     """Whether it takes the prompt."""
+    role: tuple[str, str] | None = None
+    """A role that listens meanwhile: the key in `project` of its overrides, and its module."""
+    address: str = "network.port={port}"
+    """Override with which the part finds the role."""
+    serves_adapter: bool = False
+    """Whether the role serves the adapter of the federated part."""
 
     @property
     def title(self) -> str:
@@ -131,12 +141,34 @@ def matrix(figures: Figures) -> str:
     )
 
 
+def serve(figures: Figures) -> str:
+    """An HTTP server offers the federation's newest adapter, and a chat client asks it one question."""
+    return f"model {figures['model']} answered at {figures['base_url']} with {figures['new_tokens']} tokens"
+
+
 PARTS = (
     Part("federated", "simulations.fed_sim", "federated", federated),
-    Part("speculative", "speculative.drafter", "drafter", speculative, generates=True),
+    Part(
+        "speculative",
+        "speculative.drafter",
+        "drafter",
+        speculative,
+        generates=True,
+        role=("verifier", "speculative.verifier"),
+    ),
     Part("split", "split.infer", "split", split, generates=True),
     Part("split_training", "split.train", "split_training", split_training),
     Part("matrix", "matrix", "matrix", matrix),
+    Part(
+        "serve",
+        "serve.chat",
+        "chat",
+        serve,
+        generates=True,
+        role=("server", "serve"),
+        address="project.base_url=http://127.0.0.1:{port}/v1",
+        serves_adapter=True,
+    ),
 )
 
 

@@ -21,6 +21,10 @@ class DemoProjectSettings:
     """For split.train."""
     matrix: list[str]
     """For run_matrix.py."""
+    server: list[str]
+    """For serve."""
+    chat: list[str]
+    """For serve.chat."""
     part_timeout_seconds: float
     """Time limit of one part."""
 

@@ -5,6 +5,7 @@ as text, too, until `correct(position, ids)` reports a rejection. Going back cos
 Knows nothing about networks or verifiers.
 """
 
+import contextlib
 import random
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,10 +13,15 @@ from typing import Protocol
 from typing_extensions import override
 
 from lab.engine.sampling import mix64
+from lab.text.grammars import GrammarFailed, Grammars, GrammarText
+from lab.text.logit_rules import LogitRules
 
 
 class Drafts(Protocol):
     """A source of draft tokens for one text."""
+
+    forced: int = 0
+    """Number of tokens at the beginning of the last proposal that a schema forces."""
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
         """Start a new text."""
@@ -141,3 +147,64 @@ class RecordedDrafts(Drafts):
         if self._generator.random() < self._agreement:
             return token
         return (token + self._generator.randrange(1, self._vocabulary_size)) % self._vocabulary_size
+
+
+class SchemaDrafts(Drafts):
+    """The tokens that a schema forces; where it leaves a choice, those of another source that it allows.
+
+    Forced tokens cost no pass of a draft model, and are right wherever the target writes the same bytes with the same
+    tokens. A text that its grammar cannot follow any further has no more draft tokens: the target reports the reason.
+    """
+
+    def __init__(self, grammar: GrammarText, prompt_tokens: int, others: Drafts) -> None:
+        """`grammar` is an empty text; it begins after `prompt_tokens`, as in the request's logit rules."""
+        self._grammar, self._prompt_tokens, self._others = grammar, prompt_tokens, others
+        self._length = 0
+
+    @override
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        self._others.begin(prompt_ids)
+        self._continue(0, prompt_ids)
+
+    @override
+    def propose(self, count: int) -> list[int]:
+        drafted: list[int] = []
+        self.forced = 0
+        with contextlib.suppress(GrammarFailed):
+            while len(drafted) < count and not self._grammar.is_over:
+                new = self._grammar.forced()[: count - len(drafted)]
+                if new:
+                    self._others.correct(self._length, new)
+                    self.forced += len(new) if self.forced == len(drafted) else 0
+                else:
+                    new = self._others.propose(1)
+                    if not new:
+                        break
+                    if not self._grammar.allows(new[0]):
+                        self._others.correct(self._length, [])
+                        break
+                drafted += new
+                self._continue(self._length, new)
+        return drafted
+
+    @override
+    def correct(self, position: int, ids: Sequence[int]) -> None:
+        self._others.correct(position, ids)
+        self._continue(position, ids)
+
+    @override
+    def close(self) -> None:
+        self._others.close()
+
+    def _continue(self, position: int, ids: Sequence[int]) -> None:
+        self._length = position + len(ids)
+        with contextlib.suppress(GrammarFailed):
+            self._grammar.go_back(max(0, position - self._prompt_tokens))
+            self._grammar.go_on(ids[max(0, self._prompt_tokens - position) :])
+
+
+def with_schema(drafts: Drafts, rules: LogitRules | None, grammars: Grammars | None) -> Drafts:
+    """The source, after the tokens that the schema of these rules forces, if they have one."""
+    if rules is None or not rules.schema or grammars is None:
+        return drafts
+    return SchemaDrafts(grammars.begin(rules.schema), rules.prompt_tokens, drafts)

@@ -6,8 +6,9 @@
     RESUME(the same, new tokens) ids  ->                                 the same request again, on another connection
     DRAFT(epoch, position) ids        ->                                 draft tokens from `position` on
                                       <-     VERDICT(epoch, position, accepted, prefix) ids
-                                      <-     SCORES(position, draft_tokens) numbers     only if OPEN asked for them
+                                      <-     SCORES(position, ...) numbers              only if OPEN asked for them
                                       <-     WAITING(place)              the request waits in line for room
+                                      <-     CACHED(tokens)              of the prompt, that need not be computed again
                                       <-     CLOSE(reason, text)         the request is finished, or refused
     CLOSE(left)                       ->                                 the drafter needs no more
 
@@ -53,6 +54,7 @@ from typing import Annotated
 
 import msgspec
 
+from lab.engine.sampling import MOST_TOP_TOKENS
 from lab.engine.sampling_head import SAMPLING_BYTES, SamplingHead
 from lab.network import make_endpoint
 from lab.settings import NetworkSettings
@@ -62,7 +64,7 @@ from lab.wire.frames import FIRST_APPLICATION_TYPE, Head, MessageKind, MessageTa
 from lab.wire.tokens import TOKEN_BYTES
 from speculative.settings import MAX_DRAFT_LENGTH, Mode
 
-PROTOCOL = range(4, 5)
+PROTOCOL = range(6, 7)
 TOKENIZER = "tokenizer"
 """Name of the fingerprint that both roles send in the handshake."""
 MAX_PROMPT_TOKENS = 2**18
@@ -80,7 +82,7 @@ EndIds = Annotated[list[Uint32], msgspec.Meta(max_length=MAX_END_IDS)]
 
 MessageType = IntEnum(
     "MessageType",
-    "open draft verdict scores close welcome ask_vocabulary vocabulary resume waiting",
+    "open draft verdict scores close welcome ask_vocabulary vocabulary resume waiting cached",
     start=FIRST_APPLICATION_TYPE,
 )
 """Types of the frames."""
@@ -101,6 +103,12 @@ class Reason(Enum):
     """It cannot be served: too long, no room, another tokenizer; CLOSE gives the reason."""
     failed = "failed"
     """The two sides hold different texts, or the target failed."""
+
+
+TOP_BYTES = 12
+"""Bytes of one of the best tokens in SCORES: its id, and its cross-entropy."""
+MAX_SCORES_BYTES = 4 * (2 * MAX_DRAFT_LENGTH + 1) + (MAX_DRAFT_LENGTH + 1) * (8 + MOST_TOP_TOKENS * TOP_BYTES)
+"""Most bytes of the numbers of one VERDICT."""
 
 
 class WelcomeFrame(Head):
@@ -136,7 +144,9 @@ class OpenFrame(SamplingHead):
     threshold: float | None
     """None: rule exact. Else rule cross_entropy (lossy): most nats of cross-entropy of an accepted draft token."""
     report: bool
-    """Whether SCORES are requested."""
+    """Whether SCORES are requested, with cross-entropies of draft tokens and margins."""
+    logprobs: bool
+    """Whether SCORES are requested, with cross-entropies of the new tokens and of `top_tokens` alternatives."""
 
 
 class ResumeFrame(OpenFrame):
@@ -167,12 +177,19 @@ class VerdictFrame(Head):
 
 
 class ScoresFrame(Head):
-    """float32 numbers in the body, little-endian: the cross-entropy (nats) of each draft token of the pass, up to the
-    first rejected one, then the margin of each new token (`Choice.margins`)."""
+    """Numbers in the body, little-endian, for the VERDICT before it (`speculative.scores`). float32: the cross-entropy
+    (nats) of each draft token of the pass, up to the first rejected one, then the margin of each new token
+    (`Choice.margins`). If OPEN asked for logprobs, float64: the cross-entropy of each new token, then at each new token
+    the best ones (`Choice.top`), an int32 id and a number each. The answer to a RESUME has none of these."""
 
     position: Uint32
     draft_tokens: Uint32
-    """Number of cross-entropies."""
+    """Number of cross-entropies of draft tokens."""
+    margins: Uint32
+    logprobs: Uint32
+    """Number of cross-entropies of new tokens."""
+    top_tokens: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_TOKENS)]
+    """Number of best tokens at each of these."""
 
 
 class WaitingFrame(Head):
@@ -180,6 +197,12 @@ class WaitingFrame(Head):
 
     place: Uint32
     """Place in line; 1: next."""
+
+
+class CachedFrame(Head):
+    """The verifier held the first tokens of the prompt. Comes before the VERDICT from which on it is true; none: 0."""
+
+    tokens: Uint32
 
 
 class CloseFrame(Head):
@@ -216,8 +239,9 @@ TABLE = MessageTable(
         ),
         # A pass gives few ids; the answer to a RESUME holds all later tokens.
         MessageType.verdict: MessageKind(head=VerdictFrame, max_bytes=64 + _ids(MAX_PROMPT_TOKENS), has_body=True),
-        MessageType.scores: MessageKind(head=ScoresFrame, max_bytes=32 + 4 * (2 * MAX_DRAFT_LENGTH + 1), has_body=True),
+        MessageType.scores: MessageKind(head=ScoresFrame, max_bytes=32 + MAX_SCORES_BYTES, has_body=True),
         MessageType.waiting: MessageKind(head=WaitingFrame, max_bytes=16),
+        MessageType.cached: MessageKind(head=CachedFrame, max_bytes=16),
         MessageType.close: MessageKind(head=CloseFrame, max_bytes=4 * 1024 + 64),
         MessageType.welcome: MessageKind(head=WelcomeFrame, max_bytes=8192),
         MessageType.ask_vocabulary: MessageKind(head=AskVocabularyFrame, max_bytes=16),

@@ -1,7 +1,7 @@
 """A request to a target, and its outcomes: verdicts, places in line, the end."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lab.engine.sampling import Sampling
 from speculative.messages import Reason
@@ -23,11 +23,26 @@ class GenerationRequest:
     """Most draft tokens of a pass; 0: as many as pay off."""
     new_ids: Sequence[int] = ()
     """New tokens that are already known: the request began at an earlier connection."""
+    logprobs: bool = False
+    """Whether verdicts give the cross-entropy of each new token, and its `sampling.top_tokens` alternatives."""
+    scores_prompt: bool = False
+    """Whether the first verdict has `PromptScores`. The prompt is then computed in one pass, and no kept one is
+    used. Does not travel: only for a scheduler in the same process."""
 
     @property
     def ids(self) -> list[int]:
         """The prompt and the new tokens that are known."""
         return [*self.prompt_ids, *self.new_ids]
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """A prompt under the target."""
+
+    nll: list[float]
+    """Cross-entropy in nats of each token of the prompt but the first, as in `Verdict.nll`."""
+    top: list[list[tuple[int, float]]]
+    """Alternatives to each of these tokens, as in `Verdict.top`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,16 @@ class Verdict:
     """Cross-entropy under the target, in nats, of each draft token of the pass, up to the first rejected one."""
     margins: list[float]
     """`Choice.margins` of each new token; empty in the answer to a RESUME."""
+    nll: list[float] = field(default_factory=list)
+    """Cross-entropy in nats of each new token, accepted ones included, under the plain softmax of the target's logits.
+    Empty unless `GenerationRequest.logprobs` asks for it, and in the answer to a RESUME: those are not kept."""
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    """`Choice.top` at each new token; empty where `nll` is, and if the sampling asks for none."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not computed again, because an earlier request began with them; the same in every
+    verdict."""
+    prompt: PromptScores | None = None
+    """In the first verdict, if the request asks for it."""
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,45 @@ class SplitTargetSettings:
 
 
 @dataclass(kw_only=True)
-class SpeculativeProjectSettings(TextSettings, CacheSettings):
+class TargetSettings(CacheSettings):
+    """The target of a verifier, or of the HTTP server: its engine, and what it gives to a request."""
+
+    draft: DraftSettings
+    resume_seconds: float
+    """Drafter: how long to try to reach a lost verifier again. Verifier: how long a request is kept after its
+    connection was lost; nothing is computed for it meanwhile. 0: a lost connection ends its requests."""
+    lookup: bool
+    """Verifier: use its own prompt lookup, and tokens that a schema forces, when no draft token has arrived (mode
+    async)."""
+    engine: EngineKind
+    """Verifier: the engine of the target."""
+    synthetic: SyntheticSettings
+    split: SplitTargetSettings
+    """Verifier."""
+    max_waiting: int
+    """Verifier: requests that may wait in line for room; further ones are refused at once."""
+    max_draft_length: int
+    """Verifier: most draft tokens of a request checked in one pass."""
+    prefix_tokens: int
+    """Verifier: most tokens of prompts kept after their requests have ended, so that the next turn of a chat does not
+    compute its history again; they give way to any request that needs room. 0: none is kept."""
+    exact_shapes: bool
+    """Verifier: every pass has the same shape, so that every dtype gives the text that the target alone gives in this
+    mode; refuses to start on a device that cannot guarantee this."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(0, self, "max_waiting", "resume_seconds", "prefix_tokens")
+        longest = self.max_draft_length
+        require(1 <= longest <= MAX_DRAFT_LENGTH, f"max_draft_length must be in [1, {MAX_DRAFT_LENGTH}]", longest)
+        if self.engine is EngineKind.split:
+            require(bool(self.split.shards), "split.shards must name at least one shard for engine=split", [])
+        is_held = self.engine is EngineKind.local or not self.exact_shapes
+        require(is_held, f"exact_shapes must be false for engine={self.engine.name}", self.exact_shapes)
+
+
+@dataclass(kw_only=True)
+class SpeculativeProjectSettings(TextSettings, TargetSettings):
     """Settings of both roles; each value says whose it is if only one role uses it.
 
     Settings of a text are the drafter's; the verifier reads `max_new_tokens` for requests of the first protocol.
@@ -179,61 +217,56 @@ class SpeculativeProjectSettings(TextSettings, CacheSettings):
     """Drafter: ask for the cross-entropy of each draft token and each token's margin (12 to 60 bytes per round)."""
     check: bool
     """Drafter: afterwards let the target decode the text alone and count the tokens that differ (flips)."""
-    draft: DraftSettings
-    resume_seconds: float
-    """Drafter: how long to try to reach a lost verifier again. Verifier: how long a request is kept after its
-    connection was lost; nothing is computed for it meanwhile. 0: a lost connection ends its requests."""
     resume: str | None
     """Drafter: the text.json in the run folder of an earlier drafter, whose request continues if all other settings are
     the same. null: a new request."""
-    lookup: bool
-    """Verifier: use its own prompt lookup when no draft token has arrived (mode async)."""
     client: ClientSettings
     """Verifier."""
     idle_seconds: float
     """Verifier: time limit of a connection without a request, and of a request of mode sync without a DRAFT."""
-    engine: EngineKind
-    """Verifier: the engine of the target."""
-    synthetic: SyntheticSettings
-    split: SplitTargetSettings
-    """Verifier."""
-    max_waiting: int
-    """Verifier: requests that may wait in line for room; further ones are refused at once."""
     max_connections: int
     """Verifier: concurrent connections."""
-    max_draft_length: int
-    """Verifier: most draft tokens of a request checked in one pass."""
-    exact_shapes: bool
-    """Verifier: every pass has the same shape, so that every dtype gives the text that the target alone gives in this
-    mode; refuses to start on a device that cannot guarantee this."""
     bench: BenchSettings
 
     def __post_init__(self) -> None:
         TextSettings.__post_init__(self)
-        CacheSettings.__post_init__(self)
+        TargetSettings.__post_init__(self)
         require_at_least(1, self, "max_connections")
-        require_at_least(0, self, "cross_entropy_threshold", "max_waiting", "resume_seconds")
+        require_at_least(0, self, "cross_entropy_threshold")
         require_above(0, self, "idle_seconds")
-        longest = self.max_draft_length
-        require(1 <= longest <= MAX_DRAFT_LENGTH, f"max_draft_length must be in [1, {MAX_DRAFT_LENGTH}]", longest)
-        if self.engine is EngineKind.split:
-            require(bool(self.split.shards), "split.shards must name at least one shard for engine=split", [])
-        is_held = self.engine is EngineKind.local or not self.exact_shapes
-        require(is_held, f"exact_shapes must be false for engine={self.engine.name}", self.exact_shapes)
+        keeps_schema = self.rule is Rule.exact or self.schema is None
+        require(keeps_schema, "rule must be exact with project.schema", self.rule.name)
+        is_held = self.engine is not EngineKind.speculative
+        require(is_held, "engine must be local, split or synthetic for a verifier", self.engine.name)
+
+
+@dataclass(kw_only=True)
+class TargetRoleSettings(LabSettings):
+    """All settings of a command that holds a target, or joins a verifier."""
+
+    project: TargetSettings
+
+    draws_seed = True
+    compiles_layers = True
+    takes_adapter = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        engine, compiles = self.project.engine, self.device.compile
+        has_layers = engine is EngineKind.local or compiles is not True
+        require(has_layers, f"device.compile must be false or auto for project.engine={engine.name}", compiles)
+        are_exact = self.project.exact_shapes and self.device.compile is True
+        require(not are_exact, "device.compile must be false or auto with project.exact_shapes", self.device.compile)
 
 
 @register("spec_decoding")
 @dataclass(kw_only=True)
-class SpeculativeSettings(LabSettings):
+class SpeculativeSettings(TargetRoleSettings):
     """All settings of the verifier and the drafter."""
 
     project: SpeculativeProjectSettings
 
-    draws_seed = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        are_exact = self.project.exact_shapes and self.device.compile is True
-        require(not are_exact, "device.compile must be false or auto with project.exact_shapes", self.device.compile)
         rule = "seed must be the one that the text was begun with for project.resume"
         require(self.seed >= 0 or self.project.resume is None, rule, self.seed)

@@ -28,6 +28,8 @@ class MergeSettings(LabSettings):
 
     project: MergeProjectSettings
 
+    takes_adapter = True
+
 
 def run(settings: MergeSettings, place: entry.Run) -> dict[str, Any]:
     """Merge; return the figures of the last line."""

@@ -115,3 +115,10 @@ class SplitSettings(LabSettings):
     project: SplitProjectSettings
 
     draws_seed = True
+    compiles_layers = True
+    takes_adapter = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_elsewhere = bool(self.project.shards) and self.device.compile is True
+        require(not is_elsewhere, "device.compile must be false or auto where project.shards has its own", True)

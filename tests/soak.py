@@ -41,7 +41,12 @@ from tests.fl.run.simulated_kills import kill_simulations
 from tests.fl.warm import figures
 from tests.folder_fuzz import fuzz_folders
 from tests.lab.models import adapters
+from tests.logit_rules import compare_logit_rules, shards_differ
 from tests.role_kills import kill_roles
+from tests.serve import http_fuzz
+from tests.serve import kills as chain_kills
+from tests.serve.adapters import make_adapter
+from tests.serve.chat_server import chat_server
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
     Compared,
@@ -64,17 +69,19 @@ from tests.sweep_pairs import compare_pairs
 from tests.test_conf import COMMANDS
 from tests.unicode_texts import round_trip
 from tests.wire_fuzz import fuzz, server_process
-from tests.words import compare_words, shards_differ
 
 HOSTILE_FRAMES = 200_000
+HTTP_REQUESTS = 20_000
 CHANGED_FOLDERS = 1500
 CHANGED_SETTINGS = 5000
 REACHING_SETTINGS = 130
 COMPARED_TOKENS = 50_000
-WORDS_TOKENS = 10_000
+LOGIT_RULES_TOKENS = 10_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
 KILLS = 50
+SERVER_KILLS = 10
+CHAIN_KINDS = ("first", "last", "verifier")
 DRAFTING_KILLS = 100
 RESUME_SECONDS = 1.0 + 4 * DELAY_SECONDS
 """A round trip at its longest, and a second; the prefill of such texts is not seen beside that."""
@@ -107,6 +114,15 @@ def hostile_frames() -> dict[str, Any]:
     return {"ok": report.is_harmless(), **asdict(report)}
 
 
+def http_fuzzed() -> dict[str, Any]:
+    """Random and mutated bodies for every endpoint, and bytes that are no HTTP: no 5xx but 503, no traceback, at most
+    10 MiB more memory, and the same text afterwards."""
+    with tempfile.TemporaryDirectory() as folder, chat_server(Path(folder), *http_fuzz.WORDS) as server:
+        found = http_fuzz.Fuzzer(server).fuzz(HTTP_REQUESTS, 1)
+    statuses = {str(status): count for status, count in sorted(found.statuses.items())}
+    return {"ok": found.is_harmless, **asdict(found), "statuses": statuses}
+
+
 def speculative_identity() -> dict[str, Any]:
     """Tokens of speculative text that differ from the target's own, float64, all sources and lengths: none may."""
     compared = compare_random(COMPARED_TOKENS, Mode.sync)
@@ -119,10 +135,10 @@ def async_identity() -> dict[str, Any]:
     return {"ok": not compared.flips, **_figures(compared)}
 
 
-def words_identity() -> dict[str, Any]:
+def logit_rules_identity() -> dict[str, Any]:
     """Speculated text with penalties, biases, banned words and min_p, each and all, sync and async, against the target
     alone, and two shards against the whole model: no token differs."""
-    compared = compare_words(WORDS_TOKENS)
+    compared = compare_logit_rules(LOGIT_RULES_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         by_shards = shards_differ(Path(folder))
     return {"ok": not compared.flips and not by_shards, **_figures(compared), "differing_by_shards": by_shards}
@@ -175,6 +191,17 @@ def shards_attacked() -> dict[str, Any]:
     growth = max(b - a for a, b in zip(before, after, strict=True))
     ok = came.same_tokens and lived and growth < ATTACKED_CACHE_BYTES + LARGEST_GROWTH_BYTES
     return {"ok": ok, **asdict(came), "shards_lived": lived, "rss_growth_bytes": growth}
+
+
+def chain_killed() -> dict[str, Any]:
+    """An adapter behind two shards, a verifier, a link of 50 ms and an HTTP server: SIGKILL of any of them at random
+    tokens, 50 behind the server and 10 of the server itself. Every text is that of the whole model with the adapter."""
+    kinds = [*CHAIN_KINDS * (KILLS // len(CHAIN_KINDS) + 1)][:KILLS] + ["server"] * SERVER_KILLS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with chain_kills.chain(folder, make_adapter(folder / "adapter", 0), rtt_seconds=0.05) as behind:
+            came = chain_kills.kill_at_random(behind, kinds, seed=1)
+    return {"ok": came.differing == 0 and came.returns >= SERVER_KILLS, **asdict(came)}
 
 
 def shards_misused() -> dict[str, Any]:
@@ -365,9 +392,9 @@ def sweeps_over_kept_cells() -> dict[str, Any]:
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
-        *(hostile_frames, speculative_identity, async_identity, smollm2_identity, drafting_killed),
+        *(hostile_frames, http_fuzzed, speculative_identity, async_identity, smollm2_identity, drafting_killed),
         *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
-        *(families_speculated, words_identity, shards_misused, shards_crowded, shards_left),
+        *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left, chain_killed),
         *(unicode_texts, roles_killed, settings_changed),
         *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells),
         *(federation_killed, deployment_killed, stragglers, sites_killed, warm_sites, warm_sites_killed),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import conf
-from fl.bench.settings import FederatedBenchSettings
+from fl.bench.settings import FederatedBenchSettings, FederatedMeanBenchSettings
 from fl.settings import FederatedSettings
 from lab.bench_engine import EngineBenchSettings
 from lab.command.entry import compose_settings
@@ -19,6 +19,9 @@ from lab.doctor import DoctorSettings
 from lab.models.conversion import random_config
 from lab.settings import LabSettings, ModelSource
 from matrix.settings import MatrixSettings
+from serve.bench.settings import ServeBenchSettings
+from serve.chat.settings import ChatSettings
+from serve.settings import ServeSettings
 from simulations.bench_settings import BenchSettings
 from simulations.demo_settings import DemoSettings
 from simulations.link_settings import LinkRunSettings
@@ -31,7 +34,7 @@ from split.training.settings import SplitTrainSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 17, "matrix": 5, "model": 6, "tracking": 3}
+FOUND = {"": 21, "matrix": 5, "model": 6, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -39,6 +42,7 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "spec_decoding": SpeculativeSettings,
     "link": LinkRunSettings,
     "fed_bench": FederatedBenchSettings,
+    "fed_mean_bench": FederatedMeanBenchSettings,
     "split_inf": SplitSettings,
     "split_plan": PlanSettings,
     "split_bench": SplitBenchSettings,
@@ -48,6 +52,9 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "split_train_bench": SplitTrainBenchSettings,
     "demo": DemoSettings,
     "decode": DecodeSettings,
+    "serve": ServeSettings,
+    "serve_bench": ServeBenchSettings,
+    "chat": ChatSettings,
     "bench": BenchSettings,
     "matrix": MatrixSettings,
 }

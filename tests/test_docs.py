@@ -25,6 +25,7 @@ CONFIGS = {
     "docs/split-inference.md": "split_inf",
     "docs/split-training.md": "split_train",
     "docs/matrix.md": "matrix",
+    "docs/serve.md": "serve",
     "docs/configuration.md": "decode",  # sets none of the shared values itself
 }
 ARCHITECTURE = ROOT / "docs/architecture.md"

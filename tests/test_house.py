@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "speculative": {"lab"},
     "split": {"lab"},
     "matrix": {"lab"},
-    "simulations": {"lab", "fl", "speculative", "split", "matrix"},
+    "serve": {"lab", "fl", "speculative", "split"},
+    "simulations": {"lab", "fl", "speculative", "split", "matrix", "serve"},
 }
 """The packages of ours that each may import, besides itself and conf."""
 WIRE_MAY_IMPORT = {"lab.wire", "lab.faults"}

@@ -39,6 +39,7 @@ PROVED_ELSEWHERE = {
     "flwr supernode register": "tests/fl/test_deployment.py",
     "flwr run": "tests/fl/test_deployment.py",
     "flwr list": "tests/fl/test_deployment.py",
+    'echo "Why is the sky blue?"': "tests/serve/test_chat.py",
     "python -m fl.certificates": "tests/fl/test_certificates.py",
     "python -m simulations.results": "tests/simulations/test_results.py",
     "python -m tests.architectures": "tests/lab/models/test_proof.py",
@@ -52,6 +53,7 @@ MATRIX = "python run_matrix.py"
 COMPOSED = (
     "python -m speculative.",
     "python -m split.",
+    "python -m serve",
     "python -m fl.bench",
     "python -m fl.run",
     "python -m lab.decode",

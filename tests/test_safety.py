@@ -1,4 +1,4 @@
-"""What is shipped unpickles nothing: no pickle, torch.load, eval of ours; the one door is torch's own RPC."""
+"""What is shipped unpickles nothing: no pickle, torch.load, eval of ours; the one exception is torch's own RPC."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = (*environment.PACKAGES, "conf")
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 CALLS = {"torch.load", "torch.save", "eval", "exec", "numpy.load", "np.load", "yaml.load", "pandas.read_pickle"}
 RPC = "torch.distributed."
-"""torch's RPC is pickle; SECURITY.md says what it is for. Only the split pillar opens that door."""
+"""torch's RPC is pickle; SECURITY.md says what it is for. Only the split pillar uses it."""
 
 
 def findings(source: str) -> list[str]:

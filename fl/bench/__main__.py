@@ -29,7 +29,7 @@ from flwr.app import Message, MetricRecord
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl.adapters import AdapterIndex, PackedAdapter
-from fl.aggregation import ExactMean
+from fl.aggregation.exact import ExactMean
 from fl.bench.settings import FederatedBenchProjectSettings, FederatedBenchSettings
 from fl.messages import METRICS, WEIGHT, message_bytes, to_records
 from fl.settings import FederatedSettings, WireDtype

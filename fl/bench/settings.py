@@ -54,3 +54,35 @@ class FederatedBenchSettings(LabSettings):
     """All settings of `python -m fl.bench`."""
 
     project: FederatedBenchProjectSettings
+
+
+@dataclass(kw_only=True)
+class MeanBenchProjectSettings:
+    """Sizes of the benchmarks of the right mean."""
+
+    parts: list[str]
+    """Parts to run."""
+    report: str
+    """File of the report."""
+    width: int
+    """Inputs and outputs of the module whose sum is decomposed."""
+    rank: int
+    """Rank of every site's adapter."""
+    sites: int
+    turns: int
+    """Decompositions that are timed, after one that is not; the dense one is timed once."""
+    uplink_model: str
+    """Model of conf/model whose replies are measured."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "rank", "sites", "turns")
+        most = self.sites * self.rank
+        require(self.width > self.rank < most, f"rank must be less than width={self.width} and {most}", self.rank)
+
+
+@register("fed_mean_bench")
+@dataclass(kw_only=True)
+class FederatedMeanBenchSettings(LabSettings):
+    """All settings of `python -m fl.bench.mean`."""
+
+    project: MeanBenchProjectSettings

@@ -5,6 +5,7 @@ In the main thread a signal raises an exception (`Stopped`), or calls a function
 that takes too long to end after a signal; its last line then holds the figures so far.
 """
 
+import _thread
 import asyncio
 import errno
 import os
@@ -31,6 +32,8 @@ SAME_SECONDS = 0.5
 """Signals within this time of the first count as the same one: `timeout`, or a signal to a group, may arrive twice."""
 UNWIND_SECONDS = 7.0
 """Seconds between a signal and the forced end; containers kill after ten."""
+AGAIN_SECONDS = 0.05
+"""After this time a signal whose exception was lost in a finalizer is sent again."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})
 
 
@@ -101,7 +104,11 @@ class Signals:
         """The signal that was received."""
         self.tell: Callable[[], object] | None = None
         """Called instead of raising."""
+        self.grace_seconds = 0.0
+        """Seconds that a role may take, besides `UNWIND_SECONDS`, to finish what it does for others."""
         self._heard_at = 0.0
+        self._is_lost = False
+        """Whether a finalizer has lost its exception."""
         self._before: dict[int, Any] = {}
         self._heard, self._over = threading.Event(), threading.Event()
 
@@ -113,6 +120,7 @@ class Signals:
                 # Ignored by the process that started us (nohup, a shell's background job): stays ignored.
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._hear)
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._note_lost
             # Started now, since a thread cannot be started safely in a signal handler.
             threading.Thread(target=self._watch, name="signals", daemon=True).start()
         _current = self
@@ -123,25 +131,49 @@ class Signals:
         _current = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if sys.unraisablehook == self._note_lost:
+            sys.unraisablehook = self._hook_before
         self._over.set()
         self._heard.set()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
+        if self.number is not None and not self._is_lost:
             if time.monotonic() - self._heard_at > SAME_SECONDS:
                 os._exit(128 + number)
             return
-        self.number, self._heard_at = number, time.monotonic()
+        if self.number is None:
+            self.number, self._heard_at = number, time.monotonic()
+        self._is_lost = False
         self._heard.set()
         if self.tell is None:
-            raise Stopped(number)
+            raise Stopped(self.number)
         self.tell()
+
+    def _note_lost(self, unraisable: Any) -> None:
+        """Python cannot raise out of a finalizer or a callback of its collector: it calls this hook, and goes on."""
+        if isinstance(unraisable.exc_value, Stopped):
+            self._is_lost = True
+        else:
+            self._hook_before(unraisable)
 
     def _watch(self) -> None:
         self._heard.wait()
-        if not self._over.wait(UNWIND_SECONDS):
+        began = time.monotonic()
+        while not self._over.wait(AGAIN_SECONDS):
             assert self.number is not None
-            self._forced(self.number)
+            if time.monotonic() - began > UNWIND_SECONDS + self.grace_seconds:
+                self._forced(self.number)
+            elif self._is_lost:
+                _send_to_main_thread(self.number)
+
+
+def _send_to_main_thread(number: int) -> None:
+    if hasattr(signal, "pthread_kill"):  # interrupts what it waits for
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, number)
+    else:
+        _thread.interrupt_main(signal.Signals(number))
 
 
 _current: Signals | None = None
@@ -150,6 +182,12 @@ _current: Signals | None = None
 def is_ending() -> bool:
     """Whether a signal that ends this process has been received."""
     return _current is not None and _current.number is not None
+
+
+def allow_grace(seconds: float) -> None:
+    """Let the run take so many seconds more to end after a signal."""
+    if _current is not None:
+        _current.grace_seconds = seconds
 
 
 @contextmanager

@@ -99,6 +99,8 @@ def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]
     if not line:
         raise NotReady("it ended before it was ready", ended=True)
     ready: dict[str, Any] = json.loads(line)
+    if "ended_by" in ready:  # its last line already: a fault, or a signal, before it was ready
+        raise NotReady("it ended before it was ready", ended=True)
     return ready
 
 

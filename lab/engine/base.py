@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Literal, Protocol, Self, TypeVar
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from lab.engine.history import History
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling, choose, nll, widened
+from lab.text.grammars import Grammars
 
 Want = Literal["last", "all"]
 """`all`: a step for every id given; `last`: only for the last one, so that a long prompt costs the head once."""
@@ -48,6 +49,9 @@ class TargetStep:
     fault: str = ""
     """Part of the model and position of the first NaN or infinity, for people. With a fault the lists are
     meaningless."""
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    """[t] are the best tokens after ids[t], as many as the sampling asks for, with their cross-entropies
+    (`Choice.top`). Empty if it asks for none, and with a fault."""
 
     def then(self, later: TargetStep) -> TargetStep:
         """This step and a later one, which continues it, as one step."""
@@ -57,6 +61,7 @@ class TargetStep:
             self.margin + later.margin,
             self.nll + later.nll,
             self.fault or later.fault,
+            self.top + later.top,
         )
 
 
@@ -75,7 +80,7 @@ class Session:
         self.most_tokens = most_tokens
         """The most tokens that it will ever hold; room for them is reserved."""
         self.sampling = sampling
-        self.history = History(sampling.logit_rules) if sampling.logit_rules else None
+        self.history = History(sampling.logit_rules, engine.grammars) if sampling.logit_rules else None
         """The text, for the logit rules of its sampling; None without any. Kept by engines that have the logits."""
         self.prompt_tokens: int | None = None
         """Tokens of its prompt: `pieces_of` cuts by it. None: unknown."""
@@ -119,6 +124,15 @@ class Session:
             raise
         return self
 
+    def continued(self, ids: Sequence[int], sampling: Sampling, most_tokens: int) -> Session:
+        """For engines: a session in the place of this one, which counts as closed, with its first tokens, `ids`."""
+        session = Session(self._engine, self.key, sampling, most_tokens)
+        session._position = len(ids)
+        if session.history is not None:
+            session.history.hold(0, ids)
+        self.closed = True
+        return session
+
     def close(self) -> None:
         """Free its slot in the engine. A second call does nothing."""
         if not self.closed:
@@ -143,6 +157,10 @@ class Session:
 Request = tuple[Session, Sequence[int]]
 
 
+class SessionLost(RuntimeError):
+    """An engine no longer holds the tokens of a session that was set aside: it can only be closed."""
+
+
 class Engine(Protocol):
     """A target model, wherever it runs."""
 
@@ -154,7 +172,9 @@ class Engine(Protocol):
     """The most tokens that can be reserved for a session: the context, or fewer if the cache cannot hold one such
     text."""
     has_logits: bool = True
-    """Whether it can apply min_p, penalties and word lists, which change logits."""
+    """Whether it can apply min_p, penalties, word lists and schemas, which change logits."""
+    grammars: Grammars | None = None
+    """Compiles schemas for its model's tokenizer, the one thing that an engine knows of it; None: it takes none."""
 
     @property
     def row_invariant(self) -> bool:
@@ -195,6 +215,34 @@ class Engine(Protocol):
         """Forget a session; its slot is free again."""
         ...
 
+    def set_aside(self, session: Session) -> None:
+        """Keep a session only in case it is reopened, with no more room than its tokens take. Where an engine serves
+        others as well, they may have its room.
+
+        Raises:
+            ValueError: it is closed or met NaN or infinity, or holds no token.
+        """
+        ...
+
+    def reopen(self, session: Session, ids: Sequence[int], sampling: Sampling, most_tokens: int) -> Session:
+        """Begin another text with the first tokens of a session, which counts as closed from then on.
+
+        The new session has the position behind `ids`, which are not computed again; everything else is that of a new
+        one, and its `prompt_tokens` are to be set.
+
+        Args:
+            session: An open one; it may have been set aside.
+            ids: Its first tokens, which the new text begins with; at least one.
+            sampling: As in `open`.
+            most_tokens: As in `open`.
+
+        Raises:
+            ValueError: as `open` and `extend`, or the session holds fewer tokens.
+            CacheFull: other reservations leave too little room. The session is as it was.
+            SessionLost: the tokens are not held any more. The session can only be closed.
+        """
+        ...
+
     def shutdown(self) -> None:
         """Release all memory and connections."""
         ...
@@ -229,15 +277,35 @@ def pieces_of(position: int, count: int, prompt_tokens: int | None, chunk: int) 
         at = stop
 
 
+def check_sound(session: Session) -> None:
+    """ValueError for a session that is closed, or that can only be closed."""
+    if session.closed:
+        raise ValueError(f"session must be open, got one closed at position {session.position}")
+    if session.fault:
+        raise ValueError(f"session must be sound, got one that met NaN or infinity: {session.fault}")
+
+
+def check_set_aside(session: Session) -> None:
+    """Raise the ValueErrors that every engine's `set_aside` has in common."""
+    check_sound(session)
+    if not session.position:
+        raise ValueError("session must hold a token to be set aside, got none")
+
+
+def check_reopen(engine: Engine, session: Session, ids: Sequence[int], sampling: Sampling, most_tokens: int) -> None:
+    """Raise the ValueErrors that every engine's `reopen` has in common."""
+    check_sound(session)
+    check_open(engine, ids, sampling, most_tokens)
+    if not 1 <= len(ids) <= session.position:
+        raise ValueError(f"ids must be 1 to {session.position} of those that the session holds, got {len(ids)}")
+
+
 def check_requests(engine: Engine, requests: Sequence[Request]) -> None:
     """Raise the ValueErrors that every engine's `extend` has in common."""
     if len({id(session) for session, _ in requests}) < len(requests):
         raise ValueError(f"sessions must be different from each other, got one twice in {len(requests)} requests")
     for session, ids in requests:
-        if session.closed:
-            raise ValueError(f"session must be open, got one closed at position {session.position}")
-        if session.fault:
-            raise ValueError(f"session must be sound, got one that met NaN or infinity: {session.fault}")
+        check_sound(session)
         if not ids:
             raise ValueError(f"ids must not be empty, got none at position {session.position}")
         if session.position + len(ids) > session.most_tokens:
@@ -268,13 +336,25 @@ def check_open(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, mo
 
 
 def check_logit_rules(engine: Engine, sampling: Sampling) -> None:
-    """ValueError for penalties, biases and bad words if the engine has no logits to which they apply."""
+    """ValueError for logit rules and top tokens if the engine has no logits, and for rules that it cannot apply: it
+    lacks one of their ids, or cannot compile their schema."""
     if not engine.has_logits and (sampling.logit_rules is not None or sampling.min_p):
         raise ValueError(
-            "min_p, penalties, logit_bias and bad_words must be off for a synthetic engine: it has no logits"
+            "min_p, penalties, logit_bias, bad_words and schema must be off for a synthetic engine: it has no logits"
         )
+    if not engine.has_logits and sampling.top_tokens:
+        raise ValueError(f"top_tokens must be 0 for a synthetic engine, which has no logits, got {sampling.top_tokens}")
     if sampling.logit_rules is not None:
         sampling.logit_rules.check_ids(engine.vocabulary_size)
+        check_schema(engine.grammars, sampling.logit_rules.schema)
+
+
+def check_schema(grammars: Grammars | None, schema: str) -> None:
+    """ValueError for a schema that cannot be compiled, or without `grammars`; an empty one is none."""
+    if schema and grammars is None:
+        raise ValueError("schema must be off for an engine that was opened without its model's tokenizer")
+    if schema and grammars is not None:
+        grammars.check(schema)
 
 
 def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:
@@ -323,7 +403,8 @@ def read_steps(blocks: Sequence[LogitRows], want: Want) -> list[TargetStep]:
         rows = slice(row, row := row + block.logits_KV.shape[0])
         known = [_nll_before(block), *choice.follower_nll[rows][:-1]] if want == "all" else []
         fault = _fault(choice.finite[rows], positions[rows])
-        steps.append(TargetStep(choice.ids[rows], choice.nll[rows], choice.margins[rows], known, fault))
+        top = choice.top[rows] if block.sampling.top_tokens and not fault else []
+        steps.append(TargetStep(choice.ids[rows], choice.nll[rows], choice.margins[rows], known, fault, top))
     return steps
 
 

@@ -20,10 +20,13 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import stat
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -53,8 +56,16 @@ DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 """Decoders whose layers are compiled: an embedding, the layers and a norm, nothing else."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 COMPILERS = ("g++", "clang++", "c++")
-INDUCTOR: dict[str, Any] = {"compile_threads": 1, "realize_opcount_threshold": 8, "realize_reads_threshold": 3}
-"""Queries are stored once they are rotated; otherwise inductor rotates them anew for every column of the cache."""
+INDUCTOR: dict[str, Any] = {
+    "compile_threads": 1,
+    # Queries are stored once they are rotated; otherwise inductor rotates them anew for every column of the cache.
+    "realize_opcount_threshold": 8,
+    "realize_reads_threshold": 3,
+    # Headers that are compiled before pay off from the third layer on, and most models have one kind.
+    "aot_inductor.precompile_headers": False,
+}
+WORK_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+"""Variables of the environment that say where inductor works."""
 PROBED_ROWS = (*range(2, 16), 17, 20, 24, 25, 28, 30, 31, 40, 64, 96, 150, 192)
 """Rows of the products that are compared with single rows."""
 WIDTHS = (192, 31, 14)
@@ -284,17 +295,19 @@ def _is_whole(package: Path) -> bool:
 
 
 def _load(package: Path) -> Code:
-    import torch._inductor
-
+    # torch's function for this first compiles and runs a probe of the processor, below /tmp; `_digest` names it.
+    make_loader = cast(Any, torch._C)._aoti.AOTIModelPackageLoader
     try:
-        loader = cast(Any, torch._inductor.aoti_load_package(str(package))).loader
+        loader = make_loader(str(package), "model", False, 1, -1)  # one runner, for several threads, of any device
     except Exception as error:  # whatever zip, file system and linker say
         raise NotCompiled(f"a compiled layer does not load: {_in_short(error)}") from None
     return cast(Code, loader.boxed_run)
 
 
 def _in_short(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """An error on one line; of a compiler's pages its first complaint."""
+    said = next((line for line in str(error).splitlines() if "error: " in line), str(error))
+    return " ".join(f"{type(error).__name__}: {said}".split())[:200]
 
 
 def _check_own(place: Path) -> None:
@@ -302,7 +315,8 @@ def _check_own(place: Path) -> None:
     if hasattr(os, "getuid"):
         found = place.stat()
         if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise NotCompiled(f"other users can change {str(place)!r}, which holds machine code")
+            remedy = "it must be yours and only you may write to it (chmod go-w), or set model.cache_dir"
+            raise NotCompiled(f"other users can change {str(place)!r}, which holds machine code: {remedy}")
 
 
 def _digest(plan: LayerPlan) -> str:
@@ -326,7 +340,6 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
     import torch._inductor
     import torch._inductor.config as inductor
     import torch.fx.experimental._config as shapes
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch.export import Dim, export
 
     log.info("compiling a layer once (about 20 s)")
@@ -339,9 +352,13 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
     sizes: Any = (*[{0: rows}] * 5, {0: Dim("columns", min=2, max=2**24)}, cache, cache, [None] * len(tensors))
     made = io.BytesIO()  # not its file: torch's own writer aborts the process where a disk is full
     try:
-        _check_own(Path(cast(Any, cache_dir)()))  # below /tmp, under a name that anybody knows
         # Rows and slots may be one, for which torch would compile code of its own.
-        with torch.no_grad(), cast(Any, shapes).patch(backed_size_oblivious=True), inductor.patch(INDUCTOR):
+        with (
+            _work_folder(package.parent),
+            torch.no_grad(),
+            cast(Any, shapes).patch(backed_size_oblivious=True),
+            inductor.patch(INDUCTOR),
+        ):
             exported = export(CompiledLayer(plan), arguments, dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(exported, package_path=made)
     except NotCompiled:
@@ -350,6 +367,38 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
         raise NotCompiled(f"a layer did not compile: {_in_short(error)}") from None
     _keep(made.getvalue(), package)
     log.info("compiled a layer in %.0f s", time.monotonic() - began)
+
+
+@contextmanager
+def _work_folder(own: Path) -> Iterator[None]:
+    """Let torch's inductor work in a new folder for the time of the block, below `own` if it must not be elsewhere.
+
+    Its default is below /tmp, under a name that anybody knows, and other users might change code in it. It also puts
+    paths unquoted into the compiler's command line. NotCompiled where there is no path that this does no harm to.
+    """
+    installed = Path(torch.__file__).parent
+    if not _is_plain(installed):
+        raise NotCompiled(f"torch must be installed in a path without spaces and quotes, got {str(installed)!r}")
+    parents = [Path(tempfile.gettempdir()), own]
+    parent = next(filter(_is_plain, parents), None)
+    if parent is None:
+        names = " and ".join(repr(str(parent)) for parent in parents)
+        raise NotCompiled(f"TMPDIR or model.cache_dir must be a path without spaces and quotes, got {names}")
+    with tempfile.TemporaryDirectory(prefix="compile-", dir=parent) as folder:
+        before = {name: os.environ.get(name) for name in WORK_FOLDERS}
+        os.environ.update(dict.fromkeys(WORK_FOLDERS, folder))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def _is_plain(path: Path) -> bool:
+    return not re.search(r"[\s'\"\\]", str(path))
 
 
 def _keep(data: bytes, package: Path) -> None:

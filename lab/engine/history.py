@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lab.text.grammars import Grammars
 from lab.text.logit_rules import LogitRules
 
 
@@ -19,7 +20,8 @@ class History:
     tokens of the text have counts, so a row costs little more than one copy of its logits.
     """
 
-    def __init__(self, rules: LogitRules) -> None:
+    def __init__(self, rules: LogitRules, grammars: Grammars | None = None) -> None:
+        """`grammars` compiles the schema of the rules, if they have one."""
         self._rules = rules
         self._ids: list[int] = []
         self._counts = _Counts(rules.prompt_tokens)
@@ -30,6 +32,10 @@ class History:
         for word in rules.bad_words:
             if len(word) > 1:
                 self._endings.setdefault(word[-2], []).append(word)
+        self._grammar = None
+        if rules.schema:
+            assert grammars is not None, "engines without grammars refuse schemas: check_logit_rules"
+            self._grammar = grammars.begin(rules.schema)
         self._singles_B: Tensor | None = None
         self._biased_B: Tensor | None = None
         self._biases_B: Tensor | None = None
@@ -37,6 +43,8 @@ class History:
     def hold(self, position: int, ids: Sequence[int]) -> None:
         """Replace the text from `position` on by `ids`."""
         self._counts.go_back(position, self._ids)
+        if self._grammar is not None:
+            self._grammar.go_back(max(0, position - self._rules.prompt_tokens))
         self._ids[position:] = ids
 
     def changed(self, logits_KV: Tensor, end: int) -> Tensor:
@@ -47,7 +55,12 @@ class History:
             end: Position that the last row predicts.
         """
         scores_KV = logits_KV.clone()
+        forbidden_KV = self._forbidden(logits_KV, end)
         self._ban(scores_KV, logits_KV, end)
+        if forbidden_KV is not None and self._rules.bad_words:
+            # Bad words yield to the schema: a text under a schema has to follow it, and it has to go on.
+            stuck_K1 = (scores_KV.isneginf() | forbidden_KV).all(-1, keepdim=True)
+            scores_KV = torch.where(stuck_K1, logits_KV, scores_KV)
         if self._bias:
             if self._biased_B is None or self._biases_B is None:
                 self._biased_B = torch.tensor(list(self._bias), device=scores_KV.device)
@@ -55,7 +68,25 @@ class History:
             scores_KV[:, self._biased_B] += self._biases_B.to(scores_KV.dtype)
         if self._rules.has_penalties:
             self._penalise(scores_KV, end)
+        if forbidden_KV is not None:  # last: no bias and no penalty can allow what the schema does not
+            scores_KV.masked_fill_(forbidden_KV, -math.inf)
         return scores_KV
+
+    def _forbidden(self, logits_KV: Tensor, end: int) -> Tensor | None:
+        """Whether each token would leave the schema, at the positions after each of the last K of `end` tokens."""
+        if self._grammar is None:
+            return None
+        grammar, rows_KV = self._grammar, torch.zeros(logits_KV.shape, dtype=torch.bool)
+        for row, place in enumerate(range(end - len(logits_KV) + 1, end + 1)):
+            generated = place - self._rules.prompt_tokens
+            if generated < 0:  # in the prompt
+                continue
+            grammar.go_back(generated)
+            grammar.go_on(self._ids[self._rules.prompt_tokens + grammar.length : place])
+            allowed_X = torch.frombuffer(grammar.allowed(), dtype=torch.uint8)[: logits_KV.shape[-1]]
+            rows_KV[row] = True
+            rows_KV[row, : len(allowed_X)] = allowed_X == 0
+        return rows_KV.to(logits_KV.device)
 
     def _ban(self, scores_KV: Tensor, logits_KV: Tensor, end: int) -> None:
         rows, vocabulary_size = scores_KV.shape

@@ -17,6 +17,8 @@ class EngineKind(Enum):
 
     local = "local"
     split = "split"
+    speculative = "speculative"
+    """A verifier's, on another machine: only the HTTP server takes it."""
     synthetic = "synthetic"
 
 

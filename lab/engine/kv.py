@@ -243,6 +243,27 @@ class SlotCache(Cache):
         if 0 not in self._promised:
             raise CacheFull(f"all {len(self._promised)} slots of the KV cache are taken")
         slot = self._promised.index(0)
+        self._promise(slot, most)
+        return slot
+
+    def reserve(self, slot: int, most: int) -> None:
+        """Change the reservation of a slot that is taken; what it holds beyond `most` positions is wiped.
+
+        Raises:
+            ValueError: `most` is below 1.
+            CacheFull: there is no room for so many positions; the slot is as it was.
+        """
+        if most < 1:
+            raise ValueError(f"a slot must be promised at least 1 position, got {most}")
+        assert self._promised[slot], f"slot {slot} is not acquired"
+        if most > self._promised[slot]:
+            self._promise(slot, most)
+            return
+        self._wipe(slot, most)
+        self._promised[slot], self.lengths[slot] = most, min(self.lengths[slot], most)
+
+    def _promise(self, slot: int, most: int) -> None:
+        """Reserve more positions than a slot has. Raises `CacheFull`."""
         slots = max(self._slots_in_use, slot + 1)
         fits = self._fit(slots)
         longest = max(most, *self._promised)
@@ -254,14 +275,17 @@ class SlotCache(Cache):
                 f"positions is left, got {most}"
             )
         self._promised[slot] = most
-        return slot
 
     def release(self, slot: int) -> None:
         """Give a slot back, wiped: the next text in it can neither see nor inherit the old one (a masked
         column still multiplies its value by zero, and zero times infinity is not zero)."""
+        self._wipe(slot, 0)
+        self._promised[slot], self.lengths[slot] = 0, 0
+
+    def _wipe(self, slot: int, start: int) -> None:
         for stored in self._stored():
-            stored[slot : slot + 1, :, : self._written[slot]].zero_()
-        self._promised[slot], self.lengths[slot], self._written[slot] = 0, 0, 0
+            stored[slot : slot + 1, :, start : self._written[slot]].zero_()
+        self._written[slot] = min(self._written[slot], start)
 
     @property
     def _slots_in_use(self) -> int:

@@ -28,7 +28,9 @@ from lab.engine.base import (
     Want,
     check_finite,
     check_open,
+    check_reopen,
     check_requests,
+    check_set_aside,
     pieces_of,
     read_steps,
     together,
@@ -43,6 +45,7 @@ from lab.engine.wide_products import pack_products
 from lab.models.quantized import stored_bytes
 from lab.models.shape import ModelShape
 from lab.settings import UserError
+from lab.text.grammars import Grammars
 
 _UNREAD_FAULT = TargetStep([], [], [], [], "the hidden states hold NaN or infinity")
 _BLOCK_ROWS = 8
@@ -103,6 +106,7 @@ class LocalEngine(Engine):
             `sessions` sessions over the whole context, whatever was asked, so that a token's bits do not depend on how
             it was asked for. Probed here.
         compiler: Compiles its layers, or None. Exact shapes do without.
+        grammars: Compiles schemas; None: texts with a schema are refused.
 
     Raises:
         UserError: `device.compile=true`, and it cannot be.
@@ -123,7 +127,9 @@ class LocalEngine(Engine):
         prefill_chunk: int,
         exact_rows: int | None,
         compiler: Compiler | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        self.grammars = grammars
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         longest = longest_text(self._model.config) or context
         if not 1 <= context <= longest:
@@ -183,6 +189,11 @@ class LocalEngine(Engine):
         return bool(self._exact_rows) or (self._compiled is not None and self._compiled.row_invariant)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
+    @property
     def weights_bytes(self) -> int:
         """Size of its tensors."""
         return stored_bytes(self._model)
@@ -196,6 +207,18 @@ class LocalEngine(Engine):
     def close(self, session: Session) -> None:
         self.cache.release(session.key)
         session.closed = True
+
+    @override
+    def set_aside(self, session: Session) -> None:
+        check_set_aside(session)
+        self.cache.reserve(session.key, session.position)
+        session.most_tokens = session.position
+
+    @override
+    def reopen(self, session: Session, ids: Sequence[int], sampling: Sampling, most_tokens: int) -> Session:
+        check_reopen(self, session, ids, sampling, most_tokens)
+        self.cache.reserve(session.key, most_tokens)
+        return session.continued(ids, sampling, most_tokens)
 
     @override
     def shutdown(self) -> None:
@@ -350,6 +373,7 @@ def open_local_engine(
     sessions: int,
     exact_rows: int | None = None,
     compiler: Compiler | None = None,
+    grammars: Grammars | None = None,
 ) -> LocalEngine:
     """Open `model` for `sessions` texts with the other sizes of `cache`. UserError where they are too small, or exact
     shapes do not hold."""
@@ -363,6 +387,7 @@ def open_local_engine(
             prefill_chunk=cache.prefill_chunk,
             exact_rows=exact_rows,
             compiler=compiler,
+            grammars=grammars,
         )
     except UserError:
         raise

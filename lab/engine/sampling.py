@@ -25,6 +25,8 @@ from lab.text.logit_rules import LogitRules, check_ranges
 
 _LANE = 0xFFFFFFFF  # 32-bit arithmetic in int64 lanes: MPS has no uint64, and torch has few uint32 operations
 _WORD = 0xFFFFFFFFFFFFFFFF
+MOST_TOP_TOKENS = 20
+"""Most of `Sampling.top_tokens`."""
 _FIRST_SORTED = 256
 """Number of best tokens that are sorted first for top-k and top-p; 16 times as many while they are too few."""
 
@@ -47,10 +49,14 @@ class Sampling:
     transformers after top-k and top-p, at the same temperature); 0 switches it off."""
     logit_rules: LogitRules | None = None
     """Changes to the logits before all other settings, by the text before them; None: no changes."""
+    top_tokens: int = 0
+    """How many of the most probable tokens are reported with each token drawn (`Choice.top`). Changes no token."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+        if not 0 <= self.top_tokens <= MOST_TOP_TOKENS:
+            raise ValueError(f"top_tokens must be in [0, {MOST_TOP_TOKENS}], got {self.top_tokens}")
         check_ranges(self)
 
     @classmethod
@@ -75,6 +81,9 @@ class Choice:
     """Cross-entropy of the follower, the token that is in the text at that position; NaN without one."""
     finite: list[bool]
     """Whether all logits were finite; if not, the other results of the row are meaningless."""
+    top: list[list[tuple[int, float]]]
+    """The `Sampling.top_tokens` most probable tokens of the plain softmax with their cross-entropies, best first, and
+    of equal ones the lowest id first. A token's number is, to the bit, the one that `nll` and `follower_nll` have."""
 
 
 def choose(
@@ -116,7 +125,11 @@ def choose(
     follower_R = torch.tensor(followers, dtype=torch.int64, device=logits_RV.device)
     follower_nll_R = (log_total_R - _pick(logits_RV, follower_R.clamp(min=0))).masked_fill(follower_R < 0, math.nan)
     nll_R = log_total_R - _pick(logits_RV, ids_R)
-    return Choice(ids_R.tolist(), nll_R.tolist(), margins_R.tolist(), follower_nll_R.tolist(), finite_R.tolist())
+    top = [
+        _top(logits_RV[row], log_total_R[row], one.top_tokens) if one.top_tokens else []
+        for row, one in enumerate(samplings)
+    ]
+    return Choice(ids_R.tolist(), nll_R.tolist(), margins_R.tolist(), follower_nll_R.tolist(), finite_R.tolist(), top)
 
 
 def nll(logits_RV: Tensor, ids: Sequence[int]) -> list[float]:
@@ -171,6 +184,18 @@ def _mix32(lanes: Tensor) -> Tensor:
     lanes = ((lanes ^ (lanes >> 16)) * 0x7FEB352D) & _LANE
     lanes = ((lanes ^ (lanes >> 15)) * (0x846CA68B - 2**32)) & _LANE
     return lanes ^ (lanes >> 16)
+
+
+def _top(logits_V: Tensor, log_total: Tensor, count: int) -> list[tuple[int, float]]:
+    """The `count` best tokens of a row with their cross-entropies.
+
+    Which of several equal tokens `topk` takes is not said; so it finds the last logit that counts, and no more.
+    """
+    least = logits_V.topk(min(count, len(logits_V))).values[-1]
+    ids_M = (logits_V >= least).nonzero()[:, 0]  # in the order of ids
+    best_M = logits_V[ids_M].sort(descending=True, stable=True).indices[:count]
+    ids_K = ids_M[best_M]
+    return list(zip(ids_K.tolist(), (log_total - logits_V[ids_K]).tolist(), strict=True))
 
 
 def _pick(logits_RV: Tensor, ids_R: Tensor) -> Tensor:

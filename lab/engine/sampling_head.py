@@ -5,14 +5,14 @@ from typing import Annotated, Any
 import msgspec
 
 from lab.engine.sampling import Sampling
-from lab.text.logit_rules import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES, LogitRules
+from lab.text.logit_rules import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES, MAX_SCHEMA_BYTES, LogitRules
 from lab.wire.fields import Uint31, Uint32, Uint63
 from lab.wire.frames import Head
 
 Bias = tuple[Uint31, float]
 BadWord = Annotated[list[Uint31], msgspec.Meta(min_length=1, max_length=MAX_BAD_WORD_TOKENS)]
 
-SAMPLING_BYTES = 96 + 16 * MAX_BIASES + 5 * MAX_BAD_WORD_TOKENS + 3 * MAX_BAD_WORDS
+SAMPLING_BYTES = 101 + 16 * MAX_BIASES + 5 * MAX_BAD_WORD_TOKENS + 3 * MAX_BAD_WORDS + MAX_SCHEMA_BYTES
 """Most bytes of these fields: a frame that announces more is refused before anything is allocated for it."""
 
 
@@ -25,6 +25,7 @@ class LogitRulesHead(Head):
     frequency_penalty: float
     logit_bias: Annotated[list[Bias], msgspec.Meta(max_length=MAX_BIASES)]
     bad_words: Annotated[list[BadWord], msgspec.Meta(max_length=MAX_BAD_WORDS)]
+    schema: Annotated[str, msgspec.Meta(max_length=MAX_SCHEMA_BYTES)]
 
 
 class SamplingHead(Head):
@@ -36,6 +37,7 @@ class SamplingHead(Head):
     top_p: float
     min_p: float
     logit_rules: LogitRulesHead | None
+    top_tokens: Uint32
 
     @property
     def sampling(self) -> Sampling:

@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 
 from typing_extensions import override
 
-from lab.engine.base import Engine, Request, Session, TargetStep, Want, check_open, check_requests
+from lab.engine.base import (
+    Engine,
+    Request,
+    Session,
+    TargetStep,
+    Want,
+    check_open,
+    check_reopen,
+    check_requests,
+    check_set_aside,
+)
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling, mix64
 
@@ -62,7 +72,7 @@ class SyntheticEngine(Engine):
             raise CacheFull(f"all {self._sessions} sessions of the synthetic engine are taken")
         self._opened += 1
         session = Session(self, self._opened, sampling, most)
-        self._hashes[session.key] = [mix64(sampling.seed)]
+        self._hashes[session.key] = _hashes(sampling, [])
         return session.with_prompt(prompt_ids)
 
     @override
@@ -82,6 +92,16 @@ class SyntheticEngine(Engine):
         session.closed = True
 
     @override
+    def set_aside(self, session: Session) -> None:
+        check_set_aside(session)
+
+    @override
+    def reopen(self, session: Session, ids: Sequence[int], sampling: Sampling, most_tokens: int) -> Session:
+        check_reopen(self, session, ids, sampling, most_tokens)
+        self._hashes[session.key] = _hashes(sampling, ids)
+        return session.continued(ids, sampling, most_tokens)
+
+    @override
     def shutdown(self) -> None:
         """Forget all sessions."""
         self._hashes.clear()
@@ -90,8 +110,7 @@ class SyntheticEngine(Engine):
         hashes = self._hashes[session.key]
         del hashes[session.position + 1 :]
         before = self._next_id(hashes[-1])
-        for token in ids:
-            hashes.append(mix64(hashes[-1] ^ token))
+        _extend(hashes, ids)
         next_ids = [self._next_id(prefix) for prefix in hashes[-len(ids) if want == "all" else -1 :]]
         surprise = math.log(self.vocabulary_size)
         said = [before, *next_ids[:-1]] if want == "all" else []
@@ -104,3 +123,15 @@ class SyntheticEngine(Engine):
         if mix64(prefix + 2) < self._agreement * 2**64:
             return target
         return (target + 1 + mix64(prefix + 3) % (self.vocabulary_size - 1)) % self.vocabulary_size
+
+
+def _hashes(sampling: Sampling, ids: Sequence[int]) -> list[int]:
+    """[n] is the hash of the first n ids, and of the seed."""
+    hashes = [mix64(sampling.seed)]
+    _extend(hashes, ids)
+    return hashes
+
+
+def _extend(hashes: list[int], ids: Sequence[int]) -> None:
+    for token in ids:
+        hashes.append(mix64(hashes[-1] ^ token))

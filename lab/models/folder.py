@@ -53,7 +53,7 @@ class ModelFolder:
         if (self.path / SINGLE).is_file():
             return dict.fromkeys(self._stored_in(SINGLE), SINGLE)
         if not self.has_weights:
-            raise self._refused("be a folder with config.json and safetensors")
+            raise self._damaged("be a folder with config.json and safetensors")
         named = self._json(INDEX).get("weight_map")
         if not isinstance(named, dict) or not named or not all(_is_file_name(file) for file in named.values()):
             raise self._refused("have an index that names a file of the folder for each tensor", INDEX)
@@ -76,7 +76,7 @@ class ModelFolder:
     def check(self, files: Collection[str] | None = None) -> None:
         """UserError unless config.json exists and these weight files (None: all) are whole and match the index."""
         if not (self.path / CONFIG).is_file():
-            raise self._refused("be a folder with config.json and safetensors")
+            raise self._damaged("be a folder with config.json and safetensors")
         if (self.path / "adapter_config.json").exists():
             raise self._refused("be a base model alone (an adapter goes to model.adapter)", "adapter_config.json")
         for file in self.weight_files if files is None else files:
@@ -225,7 +225,7 @@ class ModelFolder:
         try:
             found = json.loads((self.path / name).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            raise self._refused(f"have a {name} that is JSON", str(self.path / name), error) from None
+            raise self._damaged(f"have a {name} that is JSON", str(self.path / name), error) from None
         if not isinstance(found, dict):
             raise self._refused(f"have a {name} that is a JSON object", str(self.path / name))
         return found
@@ -251,11 +251,11 @@ class ModelFolder:
     def _open(self, file: str) -> Iterator[Any]:
         place = self.path / file
         if not place.is_file():
-            raise self._refused("have all files that its index names", str(place))
+            raise self._damaged("have all files that its index names", str(place))
         try:
             opened = safe_open(place, framework="pt")
         except Exception:  # SafetensorError, which has no public name, or what the system says
-            raise self._refused("hold whole safetensors files", str(place)) from None
+            raise self._damaged("hold whole safetensors files", str(place)) from None
         with opened as tensors:
             yield tensors
 
@@ -272,6 +272,11 @@ class ModelFolder:
             raise self._refused(rule, what, error) from None
         finally:
             transformers_logging.set_verbosity(verbosity)
+
+    def _damaged(self, rule: str, got: str | None = None, error: Exception | None = None) -> UserError:
+        refused = self._refused(rule, got, error)
+        remedy = f": remove the folder {str(self.path)!r}, and it is made again" * (self.setting == "model.cache_dir")
+        return UserError(f"{refused}{remedy}")
 
     def _refused(self, rule: str, got: str | None = None, error: Exception | None = None) -> UserError:
         got = str(self.path) if got is None else got

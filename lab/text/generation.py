@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.engine.sampling import Sampling
-from lab.settings import UserError, user_errors
+from lab.settings import ModelSettings, UserError, user_errors
+from lab.text.grammars import Grammars
 from lab.text.logit_rules import LogitRules
 from lab.text.settings import FILL, TextSettings
 
@@ -24,6 +27,7 @@ def sampling_of(settings: TextSettings, seed: int, tokenizer: PreTrainedTokenize
             frequency_penalty=settings.frequency_penalty,
             logit_bias=tuple(settings.biases),
             bad_words=tuple(word for text in settings.bad_words for word in bad_word_ids(tokenizer, text)),
+            schema=schema_text(settings.schema) if settings.schema is not None else "",
         )
     return Sampling(
         seed=seed,
@@ -33,6 +37,29 @@ def sampling_of(settings: TextSettings, seed: int, tokenizer: PreTrainedTokenize
         min_p=settings.min_p,
         logit_rules=None if rules.is_off else rules,
     )
+
+
+def schema_text(given: str) -> str:
+    """A JSON schema, given inline or as a file, without whitespace between its parts. UserError for anything else."""
+    is_inline = given.lstrip().startswith("{")
+    try:
+        text = given if is_inline else Path(given).expanduser().read_bytes().decode("utf-8-sig")
+        return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
+    except (OSError, ValueError, RuntimeError, RecursionError) as error:  # RuntimeError: ~ without a home
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        got = "JSON" if is_inline else repr(given)
+        raise UserError(f"project.schema must be a JSON schema or a JSON file in UTF-8, got {got} ({reason})") from None
+
+
+def grammars_of(model: ModelSettings) -> Grammars:
+    """Grammars for a model's tokenizer and its end tokens."""
+
+    def load() -> tuple[PreTrainedTokenizerBase, Sequence[int]]:
+        from lab.models.sources import end_ids_of, load_tokenizer_only
+
+        return load_tokenizer_only(model), end_ids_of(model)
+
+    return Grammars(load)
 
 
 def bad_word_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, ...]]:

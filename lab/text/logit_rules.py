@@ -1,8 +1,9 @@
-"""Rules that change logits before a token is drawn: penalties for tokens of the text, biases, and banned sequences.
+"""Rules that change logits before a token is drawn: penalties for tokens of the text, biases, banned sequences, and a
+JSON schema.
 
 They are a function of the text before the token and of nothing else: a drafter and a target with the same text change
 logits alike, so speculation does not change the text. Applied in the order of vLLM (docs.vllm.ai,
-v1/sample/sampler.py): banned tokens, bias, repetition, frequency, presence.
+v1/sample/sampler.py): banned tokens, bias, repetition, frequency, presence; the schema has the last word.
 
 Knows nothing about logits: `lab.engine.history` changes them.
 """
@@ -16,6 +17,8 @@ MAX_BIASES = 1024
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 4096
 """Most tokens of all bad words together."""
+MAX_SCHEMA_BYTES = 2**14
+"""Most bytes of a schema in UTF-8: it has to fit into the head of a frame (64 KiB), beside all other rules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,9 @@ class LogitRules:
     """Token ids, and what is added to their logits (OpenAI, `logit_bias`)."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that never occur: the token that would complete one is banned, also where the prompt begins it
-    (transformers, `bad_words_ids`). Where every token of the vocabulary is banned, none is: a text has to go on."""
+    (transformers, `bad_words_ids`). Where every token that may come is banned, none is: a text has to go on."""
+    schema: str = ""
+    """A JSON schema that the tokens after the prompt follow (`lab.text.grammars`); empty: none."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -52,6 +57,9 @@ class LogitRules:
                 f"bad_words must be at most {MAX_BAD_WORDS} of {MAX_BAD_WORD_TOKENS} tokens together, "
                 f"got {len(self.bad_words)} of {tokens}"
             )
+        schema_bytes = len(self.schema.encode(errors="surrogatepass"))
+        if schema_bytes > MAX_SCHEMA_BYTES:
+            raise ValueError(f"schema must be at most {MAX_SCHEMA_BYTES} bytes of JSON, got {schema_bytes}")
 
     @property
     def is_off(self) -> bool:

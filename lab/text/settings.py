@@ -42,6 +42,8 @@ class TextSettings:
     bad_words: list[str]
     """Texts that must not occur, as their tokens with and without a space before them: the token that would complete
     one is banned."""
+    schema: str | None
+    """A JSON schema that the text follows: a JSON file, or the schema itself, which begins with a brace. null: none."""
     chat: bool
     """Put the prompt through the model's chat template when it has one."""
     system: str | None

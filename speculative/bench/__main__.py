@@ -30,6 +30,8 @@ Engine real: `model` as the target, `project.draft` as the draft source.
                 the best of its own ways to draft by n-grams; prompts included
     crowd       several concurrent prompt-lookup drafters on one verifier, all their tokens together, relative to the
                 same texts one after the other, prompts included: all with the same text, and with all texts in turn
+    second_turn time to the first token of the second turn of a chat, whose history the verifier has kept
+                (`project.prefix_tokens`), relative to the same prompt without a first turn
 
 Bytes are all that crossed the connection during generation, in both directions, headers and heartbeats included.
 """
@@ -41,7 +43,7 @@ from typing import Any
 from lab.bench import Row, run_parts
 from lab.command import entry
 from lab.environment import commit
-from speculative.bench import clients, loops, plots
+from speculative.bench import chats, clients, loops, plots
 from speculative.bench.rig import Rig, for_engine
 from speculative.bench.settings import BenchEngine
 from speculative.settings import SpeculativeSettings
@@ -61,6 +63,7 @@ PARTS: dict[BenchEngine, dict[str, Callable[[Rig], list[Row]]]] = {
         "texts": loops.texts,
         "crowd": clients.crowd,
         "llama_cpp": loops.llama_cpp,
+        "second_turn": chats.second_turn,
     },
 }
 
@@ -80,7 +83,7 @@ def run(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         report=place.folder / f"speculative-{bench.engine.name}-{commit() or 'unknown'}.json",
         rule=f"project.bench.parts must be of {{}} for engine={bench.engine.name}",
     )
-    return figures | {"pictures": draw(place.folder, figures["rows"])}
+    return figures | {"seed": settings.seed, "pictures": draw(place.folder, figures["rows"])}
 
 
 def draw(folder: Path, rows: list[Row]) -> list[Path]:

@@ -23,8 +23,9 @@ from lab.engine.kinds import EngineKind
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
-from lab.settings import UserError
+from lab.settings import LabSettings, Quantization, UserError
 from lab.text.generation import sampling_of
+from lab.text.grammars import Grammars
 from lab.text.prompts import prompt_ids
 from lab.wire.frames import encode
 from lab.wire.tokens import pack_tokens
@@ -173,7 +174,7 @@ class Rig(ExitStack):
         draft = replace(project.draft, source=case.source, length=str(case.draft_length), layers=case.layers)
         return replace(
             self.settings,
-            seed=case.seed,
+            seed=(self.settings.seed + case.seed) % 2**31,
             project=replace(
                 project,
                 mode=case.mode,
@@ -202,7 +203,8 @@ class Rig(ExitStack):
         size = target.welcome.vocabulary_size
 
         def make() -> Drafts:
-            return open_drafts(settings, open_device(settings.device), sampling, self.texts, size)
+            grammars = Grammars(lambda: (self.tokenizer, target.welcome.end_ids))
+            return open_drafts(settings, open_device(settings.device), sampling, self.texts, size, grammars)
 
         if case.source not in (DraftSource.layers, DraftSource.model):
             return make()
@@ -231,6 +233,14 @@ def for_engine(settings: SpeculativeSettings) -> SpeculativeSettings:
     and the verifier's own prompt lookup, which would hide the drafter's draft tokens, is off."""
     if settings.project.bench.engine is BenchEngine.real:
         return settings
+    own = settings.model
+    for key, value, is_used in (
+        ("model.adapter must be null", own.adapter, own.adapter is not None),
+        ("model.quantization must be none", own.quantization.name, own.quantization is not Quantization.none),
+        ("device.compile must be false or auto", True, settings.device.compile is True),
+    ):
+        if is_used:
+            raise UserError(f"{key} for project.bench.engine=synthetic, which has no model, got {value!r}")
     model = compose_settings("spec_decoding", "model=random", SpeculativeSettings).model
     project = replace(settings.project, engine=EngineKind.synthetic, lookup=False)
     return replace(settings, model=replace(model, cache_dir=settings.model.cache_dir), project=project)
@@ -263,7 +273,7 @@ def verifier_process(settings: SpeculativeSettings, folder: Path, more: Sequence
         yield port
 
 
-def model_overrides(settings: SpeculativeSettings) -> list[str]:
+def model_overrides(settings: LabSettings) -> list[str]:
     """Overrides that give another process our model."""
     model = settings.model
     files = (Path(conf.__file__).parent / "model").glob("*.yaml")
@@ -275,4 +285,5 @@ def model_overrides(settings: SpeculativeSettings) -> list[str]:
     cache = path_of(model.cache_dir, "model.cache_dir")
     precision = [f"model.dtype={model.dtype.name}", f"model.quantization={model.quantization.name}"]
     compiles = f"device.compile={str(settings.device.compile).lower()}"
-    return [f"model={names[model.name]}", *precision, compiles, override("model.cache_dir", cache)]
+    adapter = [] if model.adapter is None else [override("model.adapter", path_of(model.adapter, "model.adapter"))]
+    return [f"model={names[model.name]}", *precision, *adapter, compiles, override("model.cache_dir", cache)]

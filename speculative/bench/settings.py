@@ -68,6 +68,8 @@ class BenchSettings:
     """Length of each answer to them, unless the target ends it sooner."""
     layers: list[int]
     """Numbers of the target's first layers that draft (part sources)."""
+    history_tokens: int
+    """Tokens of the first turn's prompt (part second_turn)."""
 
     @property
     def chosen_texts(self) -> list[BenchText]:
@@ -85,5 +87,5 @@ class BenchSettings:
         unknown = sorted(set(self.text_names) - {text.name for text in self.texts})
         require(not unknown, "text_names must be names of texts", unknown)
         require_at_least(1, self, "new_tokens", "alone_tokens", "repeats", "text_repeats", "frame_rounds")
-        require_at_least(1, self, "neighbour_tokens", "crowd_tokens")
+        require_at_least(1, self, "neighbour_tokens", "crowd_tokens", "history_tokens")
         require_at_least(2, self, "crowd")

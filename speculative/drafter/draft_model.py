@@ -18,12 +18,12 @@ from lab.command.explain import describe
 from lab.device import best_dtype
 from lab.models.architecture import as_described, own_name
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
-from speculative.settings import SpeculativeSettings
+from speculative.settings import TargetRoleSettings
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def draft_model(settings: SpeculativeSettings, device: torch.device) -> ModelSettings:
+def draft_model(settings: TargetRoleSettings, device: torch.device) -> ModelSettings:
     """The model that `project.draft.model` names, in `project.draft.dtype` and `.quantization` or those of its YAML.
 
     Raises:

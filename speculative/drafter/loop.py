@@ -6,7 +6,7 @@ Knows nothing about sockets, models or tokenizers: draft tokens come from a `Dra
 import contextlib
 import time
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lab.faults import Fault
@@ -90,6 +90,12 @@ class Round:
     """Cross-entropy of each draft token of the pass, in nats; empty unless requested."""
     margins: list[float]
     """`Choice.margins` of each new token; empty unless requested."""
+    nll: list[float] = field(default_factory=list)
+    """Cross-entropy of each new token; empty unless requested, and behind a resumed connection (`Verdict.nll`)."""
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    """The best tokens at each new token; empty where `nll` is."""
+    cached_tokens: int = 0
+    """`Verdict.cached_tokens`."""
     place: int
     """Number of consecutive right draft tokens before the first one: its position in the run."""
     made: int
@@ -195,6 +201,9 @@ class DraftedSequence:
             ids=verdict.ids,
             draft_nll=verdict.draft_nll,
             margins=verdict.margins,
+            nll=verdict.nll,
+            top=verdict.top,
+            cached_tokens=verdict.cached_tokens,
             place=self._place,
             made=self._made,
             sent=self._newly_sent,

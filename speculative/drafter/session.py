@@ -13,11 +13,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lab.command import entry
 from lab.command.terminal import TextStream
 from lab.device import open_device
+from lab.engine.base import check_schema
 from lab.engine.sampling import Sampling
 from lab.files import path_of
 from lab.models.sources import load_tokenizer_only
 from lab.settings import UserError, user_errors
 from lab.text.generation import check_rows, decoder, most_new_tokens, sampling_of
+from lab.text.grammars import Grammars
 from lab.text.prompts import input_ids
 from lab.text.running_text import final_text
 from lab.tracking import Tracker
@@ -29,7 +31,7 @@ from speculative.drafter.target import RemoteTarget, Ticket, join
 from speculative.drafts import Drafts, NoDrafts
 from speculative.messages import MAX_PROMPT_TOKENS, WelcomeFrame
 from speculative.request import GenerationRequest
-from speculative.settings import Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.settings import DraftSource, Mode, Rule, SpeculativeProjectSettings, SpeculativeSettings
 from speculative.theory import Speeds, predicted_async_tokens_per_second, sync_tokens_per_second
 from speculative.vocabulary import token_texts
 
@@ -49,6 +51,7 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
         RequestFailed, WireError: the request could not continue; `place.so_far` has the figures so far.
     """
     project = settings.project
+    warn_of_unused(settings)
     device = open_device(settings.device)
     tokenizer = load_tokenizer_only(settings.model)
     texts = token_texts(tokenizer)
@@ -56,10 +59,12 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     sampling = sampling_of(project, settings.seed, tokenizer, len(ids))
     with Tracker(settings, "drafter", place.folder) as tracker, join(settings, texts) as target:
         request = make_request(settings, ids, sampling, most_new_tokens(project, len(ids), target.welcome.context))
-        _check_request(request, texts, target.welcome)
+        grammars = Grammars(lambda: (tokenizer, target.welcome.end_ids))
+        _check_request(request, texts, target.welcome, grammars)
         drafts: Drafts = NoDrafts()
         if request.mode is not Mode.target_only:
-            drafts = open_drafts(settings, device, request.sampling, texts, target.welcome.vocabulary_size)
+            size = target.welcome.vocabulary_size
+            drafts = open_drafts(settings, device, request.sampling, texts, size, grammars)
         tally = Tally()
         place.so_far = lambda: _figures(settings, target, tokenizer, tally)
         try:
@@ -79,11 +84,32 @@ def draft(settings: SpeculativeSettings, place: entry.Run) -> dict[str, Any]:
     return result
 
 
-def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame) -> None:
-    """UserError for a prompt that is too long, and for ids that the target does not have."""
+def warn_of_unused(settings: SpeculativeSettings) -> None:
+    """Say once which settings of a draft source were asked for and belong to another one: a sweep over sources has
+    those of all."""
+    source, draft = settings.project.draft.source, settings.project.draft
+    is_alone = settings.project.mode is Mode.target_only
+    of_model = is_alone or source is not DraftSource.model
+    has_layers = not is_alone and source in (DraftSource.model, DraftSource.layers, DraftSource.noisy)
+    asked = {
+        "project.draft.model": of_model and draft.model,
+        "project.draft.dtype": of_model and draft.dtype,
+        "project.draft.quantization": of_model and draft.quantization,
+        "project.draft.file": (is_alone or source is not DraftSource.recorded) and draft.file,
+        "device.compile": not has_layers and settings.device.compile is True,
+    }
+    if unused := [key for key, value in asked.items() if value]:
+        whose = "project.mode=target_only" if is_alone else f"project.draft.source={source.name}"
+        log.warning("not used with %s: %s", whose, ", ".join(unused))
+
+
+def _check_request(request: GenerationRequest, texts: Sequence[str], welcome: WelcomeFrame, grammars: Grammars) -> None:
+    """UserError for a prompt that is too long, for ids that the target does not have, and for a schema that cannot be
+    compiled."""
     if request.sampling.logit_rules is not None:
         with user_errors("project."):
             request.sampling.logit_rules.check_ids(welcome.vocabulary_size)
+            check_schema(grammars, request.sampling.logit_rules.schema)
     if len(request.prompt_ids) > MAX_PROMPT_TOKENS:
         raise UserError(f"prompt must be at most {MAX_PROMPT_TOKENS} tokens, got {len(request.prompt_ids)}")
     check_rows(request.prompt_ids, welcome.vocabulary_size, "target", texts.__getitem__)

@@ -24,9 +24,10 @@ from lab.models.layers import load_layers, load_proved, with_adapter
 from lab.models.packed import IntLinear
 from lab.models.sources import load_tokenizer_only
 from lab.settings import ModelSettings, UserError
+from lab.text.grammars import GrammarFailed, Grammars
 from speculative.drafter.draft_model import draft_model
-from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts
-from speculative.settings import SYNTHETIC_CONTEXT, DraftSource, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts, with_schema
+from speculative.settings import SYNTHETIC_CONTEXT, DraftSource, TargetRoleSettings, TargetSettings
 from speculative.vocabulary import first_difference, token_texts
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class EngineDrafts(Drafts):
         """`vocabulary_size` is the target's: an id beyond it, from longer padding, is not a draft token."""
         self._engine = engine
         self._vocabulary_size = vocabulary_size
+        sampling = replace(sampling, top_tokens=0)  # the target's are reported
         if sampling.logit_rules is not None:
             sampling = replace(sampling, logit_rules=sampling.logit_rules.within(engine.vocabulary_size))
         self._session = engine.open([], sampling, engine.longest)
@@ -63,8 +65,9 @@ class EngineDrafts(Drafts):
         while len(drafted) < count and len(self._text) <= self._engine.longest and not self._session.fault:
             try:
                 token = self._next_id()
-            except NotFinite as fault:
+            except (NotFinite, GrammarFailed) as fault:
                 log.warning("the drafter makes no more drafts for this request: %s", fault)
+                self._session.fault = self._session.fault or str(fault)
                 break
             if token >= self._vocabulary_size:
                 break
@@ -107,11 +110,12 @@ def add_noise_to_head(model: PreTrainedModel, noise: float, seed: int) -> None:
 
 
 def open_drafts(
-    settings: SpeculativeSettings,
+    settings: TargetRoleSettings,
     device: torch.device,
     sampling: Sampling,
     target_texts: list[str],
     vocabulary_size: int,
+    grammars: Grammars | None = None,
 ) -> Drafts:
     """Open the draft source that `settings` select.
 
@@ -121,6 +125,7 @@ def open_drafts(
         sampling: The request's own: draft tokens are sampled with the target's noise.
         target_texts: Text of each id of the target's tokenizer.
         vocabulary_size: Number of ids that the target takes.
+        grammars: Compiles the schema of a request for the target's tokenizer and end tokens; None: no schema.
 
     Raises:
         UserError: a draft model with another vocabulary, layers that the target does not have, ...
@@ -130,7 +135,8 @@ def open_drafts(
 
     def of_model(model: torch.nn.Module, its: ModelSettings) -> EngineDrafts:
         compiler = Compiler.of(its, settings.device, lasts=False)
-        return EngineDrafts(open_local_engine(model, project, sessions=1, compiler=compiler), sampling, shared)
+        engine = open_local_engine(model, project, sessions=1, compiler=compiler, grammars=grammars)
+        return EngineDrafts(engine, sampling, shared)
 
     makers: dict[DraftSource, Callable[[], Drafts]] = {
         DraftSource.none: NoDrafts,
@@ -139,7 +145,7 @@ def open_drafts(
         DraftSource.recorded: lambda: RecordedDrafts(
             _recorded_ids(str(project.draft.file)), project.synthetic.agreement, settings.seed, shared
         ),
-        # It has no logits for penalties and biases to change, which only costs acceptance.
+        # It has no logits for penalties, biases and schemas to change, which only costs acceptance.
         DraftSource.synthetic: lambda: EngineDrafts(
             _synthetic_drafter(project, vocabulary_size), replace(sampling, min_p=0.0, logit_rules=None), shared
         ),
@@ -147,7 +153,8 @@ def open_drafts(
         DraftSource.layers: lambda: of_model(_first_layers(settings, device), settings.model),
         DraftSource.noisy: lambda: of_model(_noisy_target(settings, device), settings.model),
     }
-    return makers[project.draft.source]()
+    made = makers[project.draft.source]()
+    return made if project.draft.source is DraftSource.none else with_schema(made, sampling.logit_rules, grammars)
 
 
 def _recorded_ids(file: str) -> list[int]:
@@ -157,7 +164,7 @@ def _recorded_ids(file: str) -> list[int]:
         raise UserError(f"project.draft.file must be a run's result.json with token_ids, got {file!r}") from None
 
 
-def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
+def _synthetic_drafter(project: TargetSettings, vocabulary_size: int) -> SyntheticEngine:
     synthetic = project.synthetic
     return SyntheticEngine(
         vocabulary_size=vocabulary_size,
@@ -170,7 +177,7 @@ def _synthetic_drafter(project: SpeculativeProjectSettings, vocabulary_size: int
 
 
 def _draft_model(
-    settings: SpeculativeSettings, device: torch.device, target_texts: list[str]
+    settings: TargetRoleSettings, device: torch.device, target_texts: list[str]
 ) -> tuple[PreTrainedModel, ModelSettings]:
     model = draft_model(settings, device)
     whose = f"project.draft.model {settings.project.draft.model}"
@@ -186,7 +193,7 @@ def _draft_model(
         raise UserError(f"{whose}: {error}") from None
 
 
-def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTrainedModel:
+def _first_layers(settings: TargetRoleSettings, device: torch.device) -> PreTrainedModel:
     try:
         model = load_layers(settings.model, device, range(settings.project.draft.layers), embedding=True, head=True)
     except UserError as error:
@@ -194,7 +201,7 @@ def _first_layers(settings: SpeculativeSettings, device: torch.device) -> PreTra
     return with_adapter(model, settings.model)
 
 
-def _noisy_target(settings: SpeculativeSettings, device: torch.device) -> torch.nn.Module:
+def _noisy_target(settings: TargetRoleSettings, device: torch.device) -> torch.nn.Module:
     loaded = load_proved(settings.model, device)
     add_noise_to_head(loaded.model, settings.project.draft.noise, settings.seed)
     return with_adapter(loaded.model, settings.model)

@@ -4,9 +4,9 @@ import contextlib
 import logging
 import os
 import secrets
-import struct
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -26,6 +26,7 @@ from speculative.messages import (
     OWNER_BYTES,
     TABLE,
     TOKENIZER,
+    CachedFrame,
     CloseFrame,
     DraftFrame,
     MessageType,
@@ -39,7 +40,8 @@ from speculative.messages import (
     make_side,
 )
 from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
-from speculative.settings import DraftSettings, SpeculativeSettings
+from speculative.scores import with_scores
+from speculative.settings import DraftSettings, SpeculativeSettings, TargetRoleSettings
 from speculative.vocabulary import fingerprint, first_difference
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,9 @@ class RemoteTarget(Target):
         self._resume_seconds = resume_seconds
         self._window = window
         self._report = report
+        self._expects_scores = report
+        """Whether SCORES follow each VERDICT of the current request."""
+        self._cached_tokens = 0
         self.connection = with_retries(connect, connect_seconds, (Unreachable, PeerFull))
         """Replaced by a new connection when it is lost."""
         self._session = 0
@@ -216,7 +221,10 @@ class RemoteTarget(Target):
             "draft_length": request.draft_length,
             "threshold": request.threshold,
             "report": self._report,
+            "logprobs": request.logprobs,
         }
+        self._expects_scores = self._report or request.logprobs
+        self._cached_tokens = 0
         if again:
             head = ResumeFrame(**fields, new_tokens=len(request.new_ids), target=ticket.target)
             self._send(MessageType.resume, head, request.ids)
@@ -260,6 +268,9 @@ class RemoteTarget(Target):
         if isinstance(frame.head, WaitingFrame):
             return self._wait_in_line(frame.head.place)
         self._leave_line()
+        if isinstance(frame.head, CachedFrame):
+            self._cached_tokens = frame.head.tokens
+            frame = self._next_frame()
         if isinstance(frame.head, CloseFrame):
             head = frame.head
             self.ended = Ending(self._session, head.reason, head.text, head.step_seconds, head.row_seconds)
@@ -267,9 +278,10 @@ class RemoteTarget(Target):
         head = frame.head
         if not isinstance(head, VerdictFrame):
             raise self.connection.bad(f"sent {TABLE.name(frame.type)} where VERDICT was expected")
-        nll, margins = self._scores() if self._report else ([], [])
         ids = self.connection.ids(frame)
-        return Verdict(self._session, head.epoch, head.position, head.accepted, ids, head.prefix, nll, margins)
+        bare = Verdict(self._session, head.epoch, head.position, head.accepted, ids, head.prefix, [], [])
+        verdict = replace(bare, cached_tokens=self._cached_tokens)
+        return self._with_scores(verdict) if self._expects_scores else verdict
 
     def _wait_in_line(self, place: int) -> Waiting:
         if self._waits_since is None:
@@ -291,24 +303,28 @@ class RemoteTarget(Target):
             if frame.session == self._session:
                 return frame
 
-    def _scores(self) -> tuple[list[float], list[float]]:
+    def _with_scores(self, verdict: Verdict) -> Verdict:
         frame = self._next_frame()
-        if (
-            not isinstance(frame.head, ScoresFrame)
-            or len(frame.body) % 4
-            or frame.head.draft_tokens > len(frame.body) // 4
-        ):
+        if not isinstance(frame.head, ScoresFrame):
             raise self.connection.bad("sent no SCORES where they were expected")
-        numbers = list(struct.unpack(f"<{len(frame.body) // 4}f", frame.body))
-        return numbers[: frame.head.draft_tokens], numbers[frame.head.draft_tokens :]
+        try:
+            return with_scores(verdict, frame.head, frame.body)
+        except ValueError as error:
+            raise self.connection.bad(f"sent SCORES whose {error}") from None
 
 
 def join(settings: SpeculativeSettings, token_texts: Sequence[str]) -> RemoteTarget:
+    """Connect a drafter to the verifier at `network.host` and `network.port`: `join_verifier`."""
+    return join_verifier(settings, token_texts, report=settings.project.report or settings.project.check)
+
+
+def join_verifier(settings: TargetRoleSettings, token_texts: Sequence[str], *, report: bool) -> RemoteTarget:
     """Connect to the verifier at `network.host` and `network.port`.
 
     Args:
         settings: The drafter's.
         token_texts: Text of each id of its tokenizer.
+        report: Whether to ask for cross-entropies and margins.
 
     Raises:
         WireError: nothing listens there, another key, ...
@@ -327,7 +343,7 @@ def join(settings: SpeculativeSettings, token_texts: Sequence[str]) -> RemoteTar
         connect_seconds=network.connect_timeout_seconds,
         resume_seconds=settings.project.resume_seconds,
         window=settings.project.draft.window,
-        report=settings.project.report or settings.project.check,
+        report=report,
     )
     try:
         if target.connection.fingerprints.get(TOKENIZER) != ours:

@@ -5,7 +5,6 @@ A connection that sends too many frames is not cut off: it is read more slowly, 
 
 import asyncio
 import logging
-import struct
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -21,19 +20,20 @@ from speculative.messages import (
     TABLE,
     TOKENIZER,
     AskVocabularyFrame,
+    CachedFrame,
     CloseFrame,
     DraftFrame,
     MessageType,
     OpenFrame,
     Reason,
     ResumeFrame,
-    ScoresFrame,
     VerdictFrame,
     VocabularyFrame,
     WaitingFrame,
     WelcomeFrame,
 )
 from speculative.request import Ending, GenerationRequest, Outcome, Verdict, Waiting
+from speculative.scores import pack_scores
 from speculative.verifier.forward_thread import ForwardThread
 from speculative.verifier.scheduler import Scheduler
 
@@ -66,6 +66,8 @@ class _DrafterConnection:
         """Requests by session; without those that have ended."""
         self._keys: dict[int, Hashable] = {}
         """By session, as long as the drafter may still send frames for it."""
+        self._cached: dict[int, int] = {}
+        """Tokens of the last CACHED, by session."""
         self._has_vocabulary = False
         self._begun = 0
         """Number of requests."""
@@ -117,6 +119,7 @@ class _DrafterConnection:
             self._offer(frame, head)
         elif isinstance(head, CloseFrame):
             self._open.pop(frame.session, None)
+            self._cached.pop(frame.session, None)
             self._thread.close(self._keys.pop(frame.session, None))
         elif isinstance(head, AskVocabularyFrame) and not self._has_vocabulary:
             self._has_vocabulary = True
@@ -166,6 +169,7 @@ class _DrafterConnection:
             mode=head.mode,
             threshold=head.threshold,
             draft_length=head.draft_length,
+            logprobs=head.logprobs,
         )
 
     def _offer(self, frame: Frame, head: DraftFrame) -> None:
@@ -189,6 +193,7 @@ class _DrafterConnection:
             elif isinstance(outcome, Waiting):
                 send(MessageType.waiting, session, WaitingFrame(place=outcome.place))
             elif self._open.pop(session, None) is not None:
+                self._cached.pop(session, None)
                 head = CloseFrame(
                     reason=outcome.reason,
                     text=outcome.text[:1024],
@@ -200,14 +205,16 @@ class _DrafterConnection:
             log.debug("%s", error)
 
     def _send_verdict(self, session: int, verdict: Verdict) -> None:
+        if verdict.cached_tokens != self._cached.get(session, 0):
+            self._cached[session] = verdict.cached_tokens
+            self._connection.send(MessageType.cached, session, CachedFrame(tokens=verdict.cached_tokens))
         head = VerdictFrame(
             epoch=verdict.epoch, position=verdict.position, accepted=verdict.accepted, prefix=verdict.prefix
         )
         self._connection.send(MessageType.verdict, session, head, pack_tokens(verdict.ids))
-        if self._open[session].report:
-            numbers = [*verdict.draft_nll, *verdict.margins]
-            scores = ScoresFrame(position=verdict.position, draft_tokens=len(verdict.draft_nll))
-            self._connection.send(MessageType.scores, session, scores, struct.pack(f"<{len(numbers)}f", *numbers))
+        asked = self._open[session]
+        if asked.report or asked.logprobs:
+            self._connection.send(MessageType.scores, session, *pack_scores(verdict, report=asked.report))
 
 
 class _Pace:

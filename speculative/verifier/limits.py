@@ -29,6 +29,8 @@ class SchedulerLimits:
     """Bytes of keys and values of one token; 0 if the engine does not report them."""
     keep_seconds: float
     """Time for which a sequence is kept after its connection has ended."""
+    prefix_tokens: int
+    """Most tokens of prompts kept after their sequences have ended, for later prompts that begin alike; 0: none."""
     idle_seconds: float
     """Time limit of a sequence of mode sync without a DRAFT."""
 
@@ -56,6 +58,13 @@ def refusal_by_engine(request: GenerationRequest, engine: Engine) -> str | None:
         check_logit_rules(engine, request.sampling)
     except ValueError as error:
         return str(error)
+    rules = request.sampling.logit_rules
+    if request.threshold is not None and rules is not None and rules.schema:
+        return (
+            "rule must be exact with a schema: rule cross_entropy accepts draft tokens that the schema does not allow"
+        )
+    if request.logprobs and not engine.has_logits:
+        return "logprobs must be off for a synthetic engine, which has no logits"
     if request.max_new_tokens < 1:
         return f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
     if len(request.new_ids) >= request.max_new_tokens:

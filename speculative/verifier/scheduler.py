@@ -2,7 +2,8 @@
 
 Sequences that have room in the engine are *running*; others wait in line for it. Room is reserved: a running sequence
 has room for its prompt and all of its new tokens, and no other can take it away. A sequence whose connection ended
-*rests*: it is kept for a while in case it is resumed, but not computed, and its room may go to the next in line.
+*rests*: it is kept for a while in case it is resumed, but not computed, and its room may go to the next in line. So may
+that of prompts that are kept after the end of their sequences (`speculative.verifier.prefixes`), which go first.
 
 If a pass over several sequences fails, it is repeated with each of them alone, and ends those that fail again. If the
 engine also fails on a sequence of the scheduler's own (`prove`), the engine itself is at fault.
@@ -25,11 +26,13 @@ from lab.engine.kv import CacheFull
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling
 from lab.faults import Fault
+from speculative.drafts import NgramDrafts, with_schema
 from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
-from speculative.request import Ending, GenerationRequest, Outcome, Waiting
+from speculative.request import Ending, GenerationRequest, Outcome, PromptScores, Verdict, Waiting
 from speculative.verifier.limits import SchedulerLimits, refusal_by_engine
 from speculative.verifier.lookup import Lookup
+from speculative.verifier.prefixes import KeptPrefixes
 from speculative.verifier.sequence import VerifiedSequence
 
 log = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ class Scheduler:
         self._limits = limits
         self._closed = closed
         self._clock = clock
+        self._began_at = clock()
         self._sequences: dict[Hashable, VerifiedSequence] = {}
         """All sequences that have a connection or are kept, by key."""
         self._named: dict[int, VerifiedSequence] = {}
@@ -81,6 +85,7 @@ class Scheduler:
         self._running: list[VerifiedSequence] = []
         self._resting: list[VerifiedSequence] = []
         """In the order in which their connections ended."""
+        self._prefixes = KeptPrefixes(engine, limits.prefill_chunk, limits.prefix_tokens)
         self._line: list[VerifiedSequence] = []
         """In the order of arrival."""
         self._next_places_at = -math.inf
@@ -120,7 +125,7 @@ class Scheduler:
             request,
             window=limits.window,
             pacing=Pacing(self.costs, request.draft_length or None, limits.longest_check),
-            lookup=Lookup(*limits.lookup, self.costs) if limits.lookup and request.threshold is None else None,
+            lookup=self._lookup(request),
             client=client,
             name=name,
             owner=owner,
@@ -129,7 +134,9 @@ class Scheduler:
         if name is not None:
             self._named[name] = sequence
         outcomes = self._queue(sequence)
-        if len(self._line) > limits.most_waiting and sequence in self._line and not request.new_ids:  # else: half done
+        # After a restart it knows none of the texts that it had begun. Later it knows each that can still be resumed.
+        is_half_done = bool(request.new_ids) and sequence.heard_at - self._began_at < limits.keep_seconds
+        if len(self._line) > limits.most_waiting and sequence in self._line and not is_half_done:
             self._line.remove(sequence)
             self._forget(sequence)
             refusal = (
@@ -228,7 +235,11 @@ class Scheduler:
             (one, one.next_draft(limits.longest_check)) for one in self._running if one.key not in fed and one.is_ready
         ]
         outcomes += self._check(ready) if ready else []
+        scored = [one for one, _ in prompts if one.request.scores_prompt and not one.session.position]
+        prompts = [(one, piece) for one, piece in prompts if one not in scored]
         outcomes += self._feed(prompts) if prompts else []
+        for sequence in scored:
+            outcomes += self._score(sequence)
         if self._is_in_doubt:
             self._is_in_doubt = False
             self.prove()
@@ -283,6 +294,17 @@ class Scheduler:
             if isinstance(step, Exception) or step.fault or not sequence.unseen:
                 outcomes += self._judge(sequence, [], step)
         return outcomes
+
+    def _score(self, sequence: VerifiedSequence) -> list[Outcome]:
+        """Run a whole prompt through one pass, all of whose rows are read."""
+        ids = sequence.unseen
+        [step] = self._extend([(sequence, ids)], want_all=True)
+        verdict, *others = self._judge(sequence, [], step)
+        if isinstance(step, Exception) or not isinstance(verdict, Verdict):
+            return [verdict, *others]
+        count = len(sequence.request.prompt_ids) - 1
+        # A step has the alternatives to the token after each of its own.
+        return [replace(verdict, prompt=PromptScores(step.nll[1 : count + 1], step.top[:count])), *others]
 
     def _extend(self, asked: Asked, *, want_all: bool) -> list[TargetStep | Exception]:
         """Run all sequences in one pass; if that fails, each alone, so that only a sequence that fails again gets an
@@ -361,6 +383,8 @@ class Scheduler:
             try:
                 self._enter(sequence)
             except CacheFull:
+                if self._prefixes.drop_oldest():
+                    continue
                 if not self._resting:
                     break
                 self._stop(self._resting[0])
@@ -371,8 +395,11 @@ class Scheduler:
 
     def _enter(self, sequence: VerifiedSequence) -> None:
         """Give a sequence all the room that it may ever need. Raises `CacheFull` if there is too little."""
-        session = self.engine.open([], sequence.request.sampling, sequence.longest)
-        session.prompt_tokens = len(sequence.request.prompt_ids)
+        request = sequence.request
+        asked = request.sampling, sequence.longest
+        kept = None if request.scores_prompt else self._prefixes.open(request.prompt_ids, *asked)
+        session = kept or self.engine.open([], *asked)
+        session.prompt_tokens = len(request.prompt_ids)
         sequence.enter(session)
         self._leave_line(sequence)
         self._running.append(sequence)
@@ -443,6 +470,8 @@ class Scheduler:
         """End a sequence. Unless `forget`, a named one is kept: its last VERDICT may have been lost."""
         sequence.ended = ended
         self._touch(sequence)
+        if ended.reason is not Reason.failed and (session := sequence.hand_over()) is not None:
+            self._prefixes.keep(session, sequence.request.prompt_ids)
         self._stop(sequence)
         if forget or sequence.name is None:
             self._forget(sequence)
@@ -453,6 +482,12 @@ class Scheduler:
         del self._sequences[sequence.key]
         if sequence.name is not None:
             del self._named[sequence.name]
+
+    def _lookup(self, request: GenerationRequest) -> Lookup | None:
+        if self._limits.lookup is None or request.threshold is not None:
+            return None
+        drafts = with_schema(NgramDrafts(*self._limits.lookup), request.sampling.logit_rules, self.engine.grammars)
+        return Lookup(drafts, self.costs)
 
     def _refusal_by_client(
         self, request: GenerationRequest, client: Hashable, besides: VerifiedSequence | None = None
@@ -476,5 +511,6 @@ def _one_line(error: Exception) -> str:
 
 
 def _is_same(left: GenerationRequest, right: GenerationRequest) -> bool:
-    settings = all(getattr(left, name) == getattr(right, name) for name in ("sampling", "max_new_tokens", "threshold"))
+    names = ("sampling", "max_new_tokens", "threshold", "logprobs")
+    settings = all(getattr(left, name) == getattr(right, name) for name in names)
     return settings and list(left.prompt_ids) == list(right.prompt_ids)

@@ -11,7 +11,7 @@ defined in `speculative.messages`. Knows nothing about tokenizers, networks or t
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lab.engine.base import Session, TargetStep
@@ -51,6 +51,8 @@ class SequenceFigures(DraftCounts):
 
     drafts_stale: int = 0
     """DRAFT frames of an epoch that had ended."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were taken from a kept session when it last got room."""
     waited_seconds: float = 0.0
     """Time spent waiting in line for room in the engine."""
     draft_nll: list[float] = field(default_factory=list)
@@ -135,8 +137,15 @@ class VerifiedSequence:
         return self._session
 
     def enter(self, session: Session) -> None:
-        """Take an empty session of the engine, which it owns from now on."""
+        """Take a session of the engine, which it owns from now on: an empty one, or one with the first tokens of its
+        prompt."""
         self._session = session
+        self.figures.cached_tokens = session.position
+
+    def hand_over(self) -> Session | None:
+        """Its session, if there is one, which it owns no longer."""
+        session, self._session = self._session, None
+        return session
 
     def release(self) -> None:
         """Close the session, if there is one, and with it what the engine holds."""
@@ -252,17 +261,22 @@ class VerifiedSequence:
         nll = step.nll[-len(draft_ids) :] if draft_ids else []
         accepted = accepted_length(draft_ids, chosen, nll, self.request.threshold)
         new = until_end([*draft_ids[:accepted], chosen[accepted]], end_ids)
+        # An accepted token need not be the target's choice (rule cross_entropy): its own number is that of its row.
+        own_nll = [*nll[:accepted], step.next_nll[-rows:][accepted]]
         self.session.position = min(self.session.position, self.position + accepted)
         if self._checks_lookup:
             self.figures.lookups_accepted += min(accepted, len(new))
             nll = []
-        return self._extend(new, nll[: len(new)], margins[: len(new)], now)
+        verdict = self._extend(new, nll[: len(new)], margins[: len(new)], now)
+        if not self.request.logprobs:
+            return verdict
+        return replace(verdict, nll=own_nll[: len(new)], top=step.top[-rows:][: len(new)])
 
     def verdict_since(self, position: int) -> Verdict:
         """All tokens from `position` on, for a drafter that resumes there; both sides begin at epoch 0."""
         self.epoch, self._waiting, self._expected, self._has_draft = 0, [], position, False
         self.figures.resumes += 1
-        return Verdict(self.key, 0, position, 0, self.ids[position:], self._prefix_to_send, [], [])
+        return self._verdict(position, 0, self.ids[position:], [], [])
 
     def end(self, end_ids: frozenset[int]) -> Ending | None:
         """The end of the sequence, if it has been reached."""
@@ -291,7 +305,13 @@ class VerifiedSequence:
         figures.draft_nll += draft_nll
         known = [] if figures.least_margin is None else [figures.least_margin]
         figures.least_margin = min([*known, *margins])
-        return Verdict(self.key, self.epoch, position, right, new[right:], self._prefix_to_send, draft_nll, margins)
+        return self._verdict(position, right, new[right:], draft_nll, margins)
+
+    def _verdict(
+        self, position: int, accepted: int, ids: list[int], draft_nll: list[float], margins: list[float]
+    ) -> Verdict:
+        prefix, cached = self._prefix_to_send, self.figures.cached_tokens
+        return Verdict(self.key, self.epoch, position, accepted, ids, prefix, draft_nll, margins, cached_tokens=cached)
 
     @property
     def _prefix_to_send(self) -> int | None:

@@ -167,6 +167,7 @@ def _limits(target: OpenTarget, project: SpeculativeProjectSettings) -> Schedule
         client_cache_bytes=client.cache_bytes,
         bytes_per_token=target.bytes_per_token,
         keep_seconds=project.resume_seconds,
+        prefix_tokens=project.prefix_tokens,
         idle_seconds=project.idle_seconds,
     )
 

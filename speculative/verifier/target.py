@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 
 import torch
+from transformers.modeling_utils import PreTrainedModel
 
 from lab.engine.base import Engine
 from lab.engine.compiled import Compiler
@@ -13,8 +14,9 @@ from lab.models.fingerprints import weights_fingerprints
 from lab.models.layers import load_proved, with_adapter
 from lab.models.sources import end_ids_of, load_tokenizer_only
 from lab.settings import ModelSettings, UserError
+from lab.text.generation import grammars_of
 from speculative.messages import MAX_END_IDS
-from speculative.settings import SYNTHETIC_CONTEXT, SpeculativeProjectSettings, SpeculativeSettings
+from speculative.settings import SYNTHETIC_CONTEXT, TargetRoleSettings, TargetSettings
 from speculative.vocabulary import token_texts
 
 
@@ -33,30 +35,40 @@ class OpenTarget:
     """Weights, precision and all else that a text depends on, by name: it is resumed only if these are the same."""
 
 
-def open_target(settings: SpeculativeSettings, device: torch.device) -> OpenTarget:
+def open_target(settings: TargetRoleSettings, device: torch.device) -> OpenTarget:
     """Open the engine that `settings` select. UserError for settings that it cannot serve."""
     project, model = settings.project, settings.model
     if project.engine is EngineKind.synthetic:
         size = _synthetic_vocabulary(settings)
         known = {"model": "synthetic", "vocabulary": str(size)}
         return OpenTarget(_synthetic_target(project, size), [], "synthetic", "none", 0, known)
-    ends = _ends(model)
-    fingerprints = weights_fingerprints(model)
     if project.engine is EngineKind.split:
-        fingerprints["boundary"] = project.split.boundary
-        return OpenTarget(_split_target(settings), ends, model.name, model.dtype.name, 0, fingerprints)
-    loaded = load_proved(model, device)
-    rows = project.max_draft_length + 1 if project.exact_shapes else None
-    model_behind_adapter = with_adapter(loaded.model, model)
-    compiler = Compiler.of(model, settings.device, lasts=True)
+        fingerprints = weights_fingerprints(model) | {"boundary": project.split.boundary}
+        return OpenTarget(_split_target(settings), _ends(model), model.name, model.dtype.name, 0, fingerprints)
+    return local_target(settings, load_proved(model, device).model)
+
+
+def local_target(settings: TargetRoleSettings, base: PreTrainedModel) -> OpenTarget:
+    """The engine of a whole model, loaded as its settings say, with the adapter that they name put on here.
+
+    Raises:
+        UserError: settings that it cannot serve, an adapter of another model.
+    """
+    project, model = settings.project, settings.model
+    fingerprints = weights_fingerprints(model)
     engine = open_local_engine(
-        model_behind_adapter, project, sessions=project.sessions, exact_rows=rows, compiler=compiler
+        with_adapter(base, model),
+        project,
+        sessions=project.sessions,
+        exact_rows=project.max_draft_length + 1 if project.exact_shapes else None,
+        compiler=Compiler.of(model, settings.device, lasts=True),
+        grammars=grammars_of(model),
     )
     if project.exact_shapes:
         fingerprints["shapes"] = "exact"
     if engine.is_compiled:
         fingerprints["layers"] = "compiled"
-    return OpenTarget(engine, ends, model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)
+    return OpenTarget(engine, _ends(model), model.name, model.dtype.name, engine.cache.bytes_per_position, fingerprints)
 
 
 def _ends(model: ModelSettings) -> list[int]:
@@ -70,7 +82,7 @@ def _ends(model: ModelSettings) -> list[int]:
     return ends
 
 
-def _synthetic_vocabulary(settings: SpeculativeSettings) -> int:
+def _synthetic_vocabulary(settings: TargetRoleSettings) -> int:
     """Number of ids of a synthetic target: at least those of the tokenizer. UserError for fewer."""
     known = len(token_texts(load_tokenizer_only(settings.model)))
     asked = settings.project.synthetic.vocabulary_size
@@ -82,7 +94,7 @@ def _synthetic_vocabulary(settings: SpeculativeSettings) -> int:
     return asked or known
 
 
-def _split_target(settings: SpeculativeSettings) -> Engine:
+def _split_target(settings: TargetRoleSettings) -> Engine:
     project = settings.project
     return open_split_engine(
         settings.model,
@@ -93,7 +105,7 @@ def _split_target(settings: SpeculativeSettings) -> Engine:
     )
 
 
-def _synthetic_target(project: SpeculativeProjectSettings, vocabulary_size: int) -> SyntheticEngine:
+def _synthetic_target(project: TargetSettings, vocabulary_size: int) -> SyntheticEngine:
     synthetic = project.synthetic
     return SyntheticEngine(
         vocabulary_size=vocabulary_size,

@@ -98,6 +98,8 @@ class SplitBenchSettings(LabSettings):
 
     project: SplitBenchProjectSettings
 
+    compiles_layers = True
+
 
 @register("split_train_bench")
 @dataclass(kw_only=True)

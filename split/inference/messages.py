@@ -5,6 +5,9 @@
                          <---------------------------   OPENED
     PASS(pieces) ids     ->    PASS hidden states ->    computes, samples            chunks follow without waiting
                          <---------------------------   STEPS tokens, or FAULT
+    SETASIDE             ->    SETASIDE           ->    gives its room to any request that needs it
+    REOPEN(position) ids ->    REOPEN             ->    another request, from its first tokens on
+                         <---------------------------   OPENED, or FAULT: the tokens are not held, or there is no room
     CLOSE                ->    CLOSE              ->    frees the slot
 
 A PASS gets exactly one answer, in order: if it is invalid, a FAULT takes its place, and later shards pass that on. So
@@ -15,7 +18,7 @@ only at earlier ones: no two requests can wait for each other.
 A fault of one request in a PASS (ids outside the embedding, positions that are not held, NaN, an exception of the
 model) stops only that request: the PASS continues with its number in `stopped`, and so do the STEPS.
 
-The frame's session number is the request's for OPEN and CLOSE, the pass's for PASS, and the same in the answer;
+The frame's session number is the pass's for PASS and the request's for all others, and the same in the answer;
 messages of a client that await an answer have distinct numbers. A PASS gives the position of each of its pieces, so a
 rewind needs no message.
 
@@ -48,7 +51,7 @@ from split.chain.messages import (
 )
 from split.transport.base import HOP_BYTES, REPORTED_PASSES
 
-PROTOCOL = range(4, 5)
+PROTOCOL = range(6, 7)
 
 MAX_PIECES = 512
 """Most pieces of a pass; the head has room for the reason of each that stopped."""
@@ -72,6 +75,23 @@ class Opened(Answer):
 
 class Close(Head):
     """A request has ended, or waits no longer."""
+
+
+class SetAside(Head):
+    """A request has ended and may be reopened: until then its slot belongs to any request that needs room."""
+
+    tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    """The tokens that it holds, the first ones: room for more is not kept."""
+
+
+class Reopen(SamplingHead):
+    """A new request under the number of one that ended, with its first tokens; it does not wait in line. The body holds
+    their ids (4 bytes each) if its sampling has logit rules: the last shard counts them."""
+
+    tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    """As in OPEN."""
+    position: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    """Number of these tokens."""
 
 
 class Piece(Head):
@@ -110,7 +130,8 @@ class Pass(Head):
     """Requests that stopped at earlier shards: zeros take the place of their hidden states, and they are not
     computed."""
     for_logit_rules: bool = False
-    """Whether a request has penalties, biases or bad words (`LogitRules`): then the last shard needs its ids."""
+    """Whether a request has penalties, biases, bad words or a schema (`LogitRules`): then the last shard needs its
+    ids."""
 
     @property
     def rows(self) -> int:
@@ -149,37 +170,54 @@ def table(body_bytes: int) -> MessageTable:
     """The frames of both roles; bodies up to `body_bytes`."""
     heads: dict[type[Head], int] = {
         Open: 64 + SAMPLING_BYTES, Close: 8, Pass: _PASS_HEAD_BYTES, Steps: _PASS_HEAD_BYTES, Fault: 4096 + 64,
-        Attach: 8192, Welcome: 64, Join: 32, Ask: 8, Report: 1024, Opened: 8,
+        Attach: 8192, Welcome: 64, Join: 32, Ask: 8, Report: 1024, Opened: 8, SetAside: 8, Reopen: 72 + SAMPLING_BYTES,
     }  # fmt: skip
-    return frame_table(heads, {Pass: body_bytes, Steps: body_bytes, Report: REPORTED_PASSES * HOP_BYTES})
+    bodies: dict[type[Head], int] = dict.fromkeys((Pass, Steps, Reopen), body_bytes)
+    return frame_table(heads, bodies | {Report: REPORTED_PASSES * HOP_BYTES})
 
 
 # Steps as bytes
 
 _STEP = struct.Struct("<idd")
+_TOP = struct.Struct("<id")
 
 
 def pack_steps(steps: Sequence[TargetStep]) -> bytes:
-    """The body of STEPS: of each step its K next ids with their cross-entropies and margins, then its known `nll`."""
+    """The body of STEPS: of each step its K next ids with their cross-entropies and margins, then its known `nll`, then
+    the top tokens of its K rows with their cross-entropies."""
     body = bytearray()
     for step in steps:
         for row in zip(step.next_ids, step.next_nll, step.margin, strict=True):
             body += _STEP.pack(*row)
         body += struct.pack(f"<{len(step.nll)}d", *step.nll)
+        for top in step.top:
+            for one in top:
+                body += _TOP.pack(*one)
     return bytes(body)
 
 
-def unpack_steps(head: Pass, body: bytes | memoryview) -> list[TargetStep]:
-    """The steps of the pieces that `head` reads. Raises ValueError unless the body has just these."""
-    counts = [piece.count if head.read_all else 1 for piece in head.pieces if head.read_all or piece.is_last]
-    expected = sum(counts) * (_STEP.size + (8 if head.read_all else 0))
+def unpack_steps(head: Pass, body: bytes | memoryview, tops: Sequence[int]) -> list[TargetStep]:
+    """The steps of the pieces that `head` reads, with `tops[i]` top tokens in each row of piece i.
+
+    Raises ValueError unless the body has just these.
+    """
+    sizes = [
+        (piece.count if head.read_all else 1, top)
+        for piece, top in zip(head.pieces, tops, strict=True)
+        if head.read_all or piece.is_last
+    ]
+    nll_size = 8 if head.read_all else 0
+    expected = sum(rows * (_STEP.size + nll_size + top * _TOP.size) for rows, top in sizes)
     if len(body) != expected:
-        raise ValueError(f"steps of {sum(counts)} rows must be {expected} bytes, got {len(body)}")
-    steps, offset = [], 0
-    for count in counts:
-        end = offset + count * _STEP.size
-        rows = list(_STEP.iter_unpack(body[offset:end]))
-        offset = end + (8 * count if head.read_all else 0)
-        nll = list(struct.unpack(f"<{count}d", body[end:offset])) if head.read_all else []
-        steps.append(TargetStep([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], nll))
+        raise ValueError(f"steps of {sum(rows for rows, _ in sizes)} rows must be {expected} bytes, got {len(body)}")
+    steps, rest = [], memoryview(body)
+    for rows, top in sizes:
+        own, rest = rest[: rows * _STEP.size], rest[rows * _STEP.size :]
+        next_ids, next_nll, margins = (list(column) for column in zip(*_STEP.iter_unpack(own), strict=True))
+        known, rest = rest[: rows * nll_size], rest[rows * nll_size :]
+        best, rest = rest[: rows * top * _TOP.size], rest[rows * top * _TOP.size :]
+        flat = list(_TOP.iter_unpack(best))
+        by_row = [flat[first : first + top] for first in range(0, len(flat), top)] if top else []
+        nll = list(struct.unpack(f"<{len(known) // 8}d", known))
+        steps.append(TargetStep(next_ids, next_nll, margins, nll, top=by_row))
     return steps

@@ -17,6 +17,7 @@ from lab.models.fingerprints import weights_fingerprints
 from lab.models.shape import ModelShape
 from lab.models.sources import load_config
 from lab.settings import ModelSettings, NetworkSettings, UserError
+from lab.text.generation import grammars_of
 from split.chain.boundary import Boundary
 from split.chain.open import Chain, ChainKind, LocalPlaces
 from split.chain.server import Place
@@ -57,6 +58,7 @@ def sharded_model(settings: SplitSettings, device: torch.device, folder: Path) -
             prefill_chunk=project.prefill_chunk,
             recovery_seconds=project.recovery_seconds,
             line_seconds=project.line_seconds,
+            grammars=grammars_of(settings.model),
         )
 
 
@@ -101,6 +103,7 @@ def join_shards(
         prefill_chunk=prefill_chunk,
         recovery_seconds=recovery_seconds,
         line_seconds=line_seconds,
+        grammars=grammars_of(model),
     )
 
 
@@ -131,7 +134,7 @@ def load_stage(settings: SplitSettings, device: torch.device, layers: range) -> 
         idle_seconds=project.idle_seconds,
     )
     compiler = Compiler.of(settings.model, settings.device, lasts=True)
-    shard = load_shard(settings.model, device, layers, limits, compiler)
+    shard = load_shard(settings.model, device, layers, limits, compiler, grammars_of(settings.model))
     needed = shard.cache.bytes_per_position * -(-limits.context // limits.bucket) * limits.bucket
     if needed > limits.kv_limit_bytes:
         raise UserError(

@@ -16,7 +16,7 @@ from lab.wire.faults import WireError
 from lab.wire.frames import Head, encode_start
 from split.chain.messages import Fault, FaultCode, send
 from split.chain.server import ChainServer, Client, Outgoing, Place
-from split.inference.messages import Close, Open, Opened, Pass
+from split.inference.messages import Close, Open, Opened, Pass, Reopen, SetAside
 from split.inference.stage import InferenceStage
 from split.transport.base import Message, To
 
@@ -62,7 +62,7 @@ class ShardServer(ChainServer):
 
     @override
     def takes(self, head: Head, origin: To) -> bool:
-        return origin is not To.next and isinstance(head, (Open, Close, Pass, Fault))
+        return origin is not To.next and isinstance(head, (Open, Close, Pass, SetAside, Reopen, Fault))
 
     @override
     def do(self, client: Client, message: Message, arrived: float) -> None:
@@ -77,6 +77,7 @@ class ShardServer(ChainServer):
                 self.hand_out(client, self._fitting(result))
         if isinstance(head, Close):
             self._line = [one for one in self._line if (one.client, one.message.number) != (client, message.number)]
+        if isinstance(head, (Close, SetAside)):
             self._admit()
 
     @override

@@ -7,10 +7,11 @@ logits kept of each piece.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from typing_extensions import override
 
-from lab.engine.base import MOST_ROWS, LogitRows, TargetStep, Want, check_ids, read_steps
+from lab.engine.base import MOST_ROWS, LogitRows, TargetStep, Want, check_ids, check_schema, read_steps
 from lab.engine.compiled import CompiledModel, Compiler
 from lab.engine.context import longest_text
 from lab.engine.first_fault import first_faults
@@ -32,7 +33,10 @@ from lab.models.shape import ModelShape
 from lab.models.slices import run_slice
 from lab.models.sources import load_config
 from lab.settings import ModelSettings, UserError
+from lab.text.grammars import Grammars
 from split.inference.messages import Piece
+
+Result = TypeVar("Result")
 
 UNUSED_SECONDS = 10.0
 """A request that has not begun after this time makes room for one that waits: its client may have given up."""
@@ -120,6 +124,7 @@ class Shard:
         limits: How much it gives.
         clock: Clock of idle times, in seconds.
         compiler: Compiles its layers, or None.
+        grammars: Compiles schemas, at the last shard; None there: requests with a schema are refused.
     """
 
     def __init__(
@@ -129,7 +134,9 @@ class Shard:
         limits: ShardLimits,
         clock: Callable[[], float] = time.monotonic,
         compiler: Compiler | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        self._grammars = grammars
         self._model = cast(Any, model.eval())  # the forward of a model is not typed
         config, shape = model.config, ModelShape.of(model.config)
         longest = longest_text(config) or limits.context
@@ -171,13 +178,18 @@ class Shard:
 
     def check_open(self, key: Hashable, sampling: Sampling, tokens: int) -> None:
         """ValueError for a request that no room will ever be enough for: `key` is open, `tokens` never fit, or the
-        sampling's logit rules name ids that the model lacks."""
+        sampling's logit rules name ids that the model lacks, or a schema that the last shard cannot compile."""
         if key in self._requests:
             raise ValueError("request must be new, got one that is open")
+        self._check_size(sampling, tokens)
+
+    def _check_size(self, sampling: Sampling, tokens: int) -> None:
         if tokens > self.longest:
             raise ValueError(f"tokens must be at most the {self.longest} that fit here, prompt included, got {tokens}")
         if sampling.logit_rules is not None:
             sampling.logit_rules.check_ids(self.vocabulary_size)
+            if self.gives_steps:
+                check_schema(self._grammars, sampling.logit_rules.schema)
 
     def open(self, key: Hashable, sampling: Sampling, tokens: int) -> None:
         """Keep room for a request of at most `tokens` tokens.
@@ -187,15 +199,58 @@ class Shard:
             CacheFull: there is no room now, and no request that holds some is idle.
         """
         self.check_open(key, sampling, tokens)
+        slot = self._with_room(lambda: self.cache.acquire(tokens))
+        self._requests[key] = self._request(slot, tokens, sampling)
+
+    def set_aside(self, key: Hashable, tokens: int) -> None:
+        """Keep only the first `tokens` tokens of a request, and it only until another one needs its room."""
+        request = self._requests.get(key)
+        if request is not None:
+            request.tokens = min(tokens, request.tokens)
+            self.cache.reserve(request.slot, request.tokens)
+            request.used_at = -math.inf
+
+    def reopen(self, key: Hashable, sampling: Sampling, tokens: int, position: int, ids: Sequence[int]) -> None:
+        """Keep room for a request of at most `tokens` tokens, the first `position` of which `key` holds.
+
+        Args:
+            ids: These tokens, if the sampling has logit rules.
+
+        Raises:
+            RequestLost: they are not held.
+            ValueError: as `check_open`.
+            CacheFull: as `open`; the request is as it was.
+        """
+        request = self._requests.get(key)
+        held = self.cache.lengths[request.slot] if request else 0
+        if request is None or held < position:
+            raise RequestLost(f"a request is reopened at {position}, but {held} tokens are held")
+        self._check_size(sampling, tokens)
+        if position > tokens:
+            raise ValueError(f"tokens must be at least the {position} that are held, got {tokens}")
+        check_ids(ids, self.vocabulary_size)
+        idle_since, request.used_at = request.used_at, math.inf  # not to make room for itself
+        try:
+            self._with_room(lambda: self.cache.reserve(request.slot, tokens))
+        finally:
+            request.used_at = idle_since
+        self._requests[key] = renewed = self._request(request.slot, tokens, sampling)
+        if renewed.history is not None:
+            renewed.history.hold(0, ids)
+
+    def _request(self, slot: int, tokens: int, sampling: Sampling) -> _Request:
+        rules = sampling.logit_rules if self.gives_steps else None
+        history = History(rules, self._grammars) if rules else None
+        return _Request(slot, tokens, sampling, self._clock(), history)
+
+    def _with_room(self, reserve: Callable[[], Result]) -> Result:
+        """The result of `reserve`, called again after each idle request that was closed. Raises `CacheFull`."""
         while True:
             try:
-                slot = self.cache.acquire(tokens)
-                break
+                return reserve()
             except CacheFull:
                 if not self._evict_idle():
                     raise
-        history = History(sampling.logit_rules) if sampling.logit_rules and self.gives_steps else None
-        self._requests[key] = _Request(slot, tokens, sampling, self._clock(), history)
 
     @property
     def longest(self) -> int:
@@ -412,7 +467,7 @@ class LastShard(Shard):
             if request.history is not None:
                 if not given.ids:
                     raise ValueError(
-                        "a pass of a request with penalties, biases or bad words must bring its ids, got none"
+                        "a pass of a request with penalties, biases, bad words or a schema must bring its ids, got none"
                     )
                 request.history.hold(piece.position, ids)
         return ids_of_pieces
@@ -450,6 +505,7 @@ def load_shard(
     layers: range,
     limits: ShardLimits,
     compiler: Compiler | None = None,
+    grammars: Grammars | None = None,
 ) -> Shard:
     """The shard of these layers, with its part of `model.adapter`; only its own tensors are read.
 
@@ -458,7 +514,7 @@ def load_shard(
     """
     first, last = layers.start == 0, layers.stop == ModelShape.of(load_config(settings)).layers
     model = with_adapter(load_layers(settings, device, layers, embedding=first, head=last), settings)
-    return shard_class(first, last)(model, layers, limits, compiler=compiler)
+    return shard_class(first, last)(model, layers, limits, compiler=compiler, grammars=grammars)
 
 
 def shard_class(first: bool, last: bool) -> type[Shard]:

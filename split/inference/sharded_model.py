@@ -23,20 +23,37 @@ from lab.engine.base import (
     Engine,
     Request,
     Session,
+    SessionLost,
     TargetStep,
     Want,
     check_finite,
     check_open,
+    check_reopen,
     check_requests,
+    check_set_aside,
     pieces_of,
     together,
 )
 from lab.engine.kv import CacheFull
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
+from lab.text.grammars import Grammars
+from lab.wire.frames import Head
 from lab.wire.tokens import pack_tokens
 from split.chain.messages import Fault, FaultCode
-from split.inference.messages import MAX_PIECES, Close, Open, Opened, Pass, Piece, Report, Steps, unpack_steps
+from split.inference.messages import (
+    MAX_PIECES,
+    Close,
+    Open,
+    Opened,
+    Pass,
+    Piece,
+    Reopen,
+    Report,
+    SetAside,
+    Steps,
+    unpack_steps,
+)
 from split.transport.base import REPORTED_PASSES, ChainLost, Message, ShardLost, ShardReport, Transport
 
 log = logging.getLogger(__name__)
@@ -45,6 +62,8 @@ Result = TypeVar("Result")
 
 KEPT_SECONDS = 5.0
 """A place in line is kept this long for a client that asks again."""
+REGAIN_SECONDS = 0.5
+"""Seconds between two attempts to get a lost request's room again, while a shard's line is full."""
 
 
 class ShardFault(faults.Fault):
@@ -79,6 +98,8 @@ class _Journal:
 
     session: Session
     ids: list[int] = field(default_factory=list)
+    is_set_aside: bool = False
+    """Whether its shards may forget it; then it is not rebuilt."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +187,7 @@ class ShardedModel(Engine):
         line_seconds: How long `open` may wait in line for room at the shards. It never does while this engine has
             another request: two engines that each hold the other one's room would wait forever. A second call for the
             same request within `KEPT_SECONDS` keeps its place.
+        grammars: Compiles schemas, so that a wrong one is found before the shards are asked; None: schemas are refused.
     """
 
     def __init__(
@@ -177,7 +199,9 @@ class ShardedModel(Engine):
         prefill_chunk: int,
         recovery_seconds: float,
         line_seconds: float = 0.0,
+        grammars: Grammars | None = None,
     ) -> None:
+        self.grammars = grammars
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         self.vocabulary_size, self.context, self.longest = vocabulary_size, context, context
@@ -231,6 +255,22 @@ class ShardedModel(Engine):
         session.closed = True
         self._close(session.key)
 
+    @override
+    def set_aside(self, session: Session) -> None:
+        check_set_aside(session)
+        session.most_tokens = session.position
+        self._journals[session.key].is_set_aside = True
+        self._tell(session.key, SetAside(tokens=session.position), "set aside")
+
+    @override
+    def reopen(self, session: Session, ids: Sequence[int], sampling: Sampling, most_tokens: int) -> Session:
+        # After `CacheFull`, shards before the one that refused keep more room for the session than it had.
+        check_reopen(self, session, ids, sampling, most_tokens)
+        self._with_recovery(lambda: self._reopen(session.key, ids, sampling, most_tokens))
+        continued = session.continued(ids, sampling, most_tokens)
+        self._journals[session.key] = _Journal(continued, list(ids))
+        return continued
+
     def shutdown(self) -> None:
         """Leave the shards; the engine cannot be used afterwards."""
         self._transport.shutdown()
@@ -247,7 +287,8 @@ class ShardedModel(Engine):
         self._drop_stale_opens()
         same = (one for one in self._pending.values() if (one.sampling, one.tokens) == (sampling, tokens))
         pending = next(same, None) or self._ask(_PendingOpen(self._number(), sampling, tokens, 0.0))
-        self._await_room(pending, 0.0 if self._journals else self._line_seconds)
+        is_alone = all(journal.is_set_aside for journal in self._journals.values())
+        self._await_room(pending, self._line_seconds if is_alone else 0.0)
         pending.at = time.monotonic()
         if pending.fault is not None:
             del self._pending[pending.number]
@@ -260,9 +301,26 @@ class ShardedModel(Engine):
 
     def _ask(self, pending: _PendingOpen) -> _PendingOpen:
         head = Open(tokens=pending.tokens, **sampling_fields(pending.sampling))
+        return self._send_open(pending, Message(pending.number, head))
+
+    def _send_open(self, pending: _PendingOpen, message: Message) -> _PendingOpen:
         self._pending[pending.number] = pending
-        self._transport.send(0, Message(pending.number, head))
+        self._transport.send(0, message)
         return pending
+
+    def _reopen(self, number: int, ids: Sequence[int], sampling: Sampling, tokens: int) -> None:
+        """Give the request the new settings at every shard."""
+        head = Reopen(tokens=tokens, position=len(ids), **sampling_fields(sampling))
+        message = Message(number, head, pack_tokens(ids) if sampling.logit_rules else b"")
+        pending = self._send_open(_PendingOpen(number, sampling, tokens, time.monotonic()), message)
+        try:
+            self._await_room(pending, 0.0)
+        finally:
+            self._pending.pop(number, None)
+        if pending.fault is not None and pending.fault.code is FaultCode.lost:
+            raise SessionLost(pending.fault.text)
+        if pending.fault is not None:
+            raise _fault_of(pending.fault)
 
     def _await_room(self, pending: _PendingOpen, seconds: float) -> None:
         """Wait until there is room or a fault, or `seconds` are over; in any case until the first answer."""
@@ -295,10 +353,13 @@ class ShardedModel(Engine):
                 self._close(pending.number)
 
     def _close(self, number: int) -> None:
+        self._tell(number, Close(), "closed")
+
+    def _tell(self, number: int, head: Head, what: str) -> None:
         try:
-            self._transport.send(0, Message(number, Close()))
+            self._transport.send(0, Message(number, head))
         except ShardLost as lost:
-            log.info("request %d was closed without its shards: %s", number, lost)
+            log.info("request %d was %s without its shards: %s", number, what, lost)
 
     def _number(self) -> int:
         """A new number for a request or pass."""
@@ -350,11 +411,19 @@ class ShardedModel(Engine):
         self._transport.send(0, Message(number, head, pack_tokens([id_ for part in parts for id_ in part.ids])))
         return _InFlight(number, head, parts, submitted)
 
-    @staticmethod
-    def _read(sent: _InFlight, answer: Message) -> None:
+    def _tops(self, sent: _InFlight, answer: Steps) -> list[int]:
+        """How many top tokens the answer has in each row of each piece: none of a request that stopped."""
+        stopped = {one.session for one in answer.stopped}
+        asked = {piece.session: self._journals[piece.session].session.sampling.top_tokens for piece in sent.head.pieces}
+        return [
+            0 if piece.session in stopped else min(asked[piece.session], self.vocabulary_size)
+            for piece in sent.head.pieces
+        ]
+
+    def _read(self, sent: _InFlight, answer: Message) -> None:
         if not isinstance(answer.head, Steps):
             raise ShardFault(f"pass {sent.number} was answered by {type(answer.head).__name__.upper()}")
-        steps = iter(unpack_steps(sent.head, answer.body))
+        steps = iter(unpack_steps(sent.head, answer.body, self._tops(sent, answer.head)))
         for part, piece in zip(sent.parts, sent.head.pieces, strict=True):
             if sent.head.read_all or piece.is_last:
                 part.extend.step = part.extend.step.then(next(steps))
@@ -406,10 +475,11 @@ class ShardedModel(Engine):
         self._pending.clear()
         self._transport.restore(deadline)
         connected = time.monotonic()
-        for journal in self._journals.values():
+        held = [journal for journal in self._journals.values() if not journal.is_set_aside]
+        for journal in held:
             self._rebuild(journal, deadline)
         self.recoveries.append(Recovery(began, connected, time.monotonic()))
-        log.info("the shards hold all %d requests again", len(self._journals))
+        log.info("the shards hold all %d requests again", len(held))
 
     def _rebuild(self, journal: _Journal, deadline: float) -> None:
         """Prefill the ids of a request. If the shards have no room for it until `deadline` (monotonic seconds), it
@@ -417,17 +487,8 @@ class ShardedModel(Engine):
         session = journal.session
         if session.fault:
             return
-        self._close(session.key)
-        pending = self._ask(_PendingOpen(session.key, session.sampling, session.most_tokens, time.monotonic()))
-        try:
-            self._await_room(pending, max(0.0, deadline - time.monotonic()))
-        finally:
-            self._pending.pop(session.key, None)
-        if pending.fault is not None and pending.fault.code is FaultCode.link:
-            raise _fault_of(pending.fault)
-        if pending.fault is not None or pending.place:
-            why = pending.fault.text if pending.fault is not None else f"place {pending.place} in line"
-            session.fault = f"the shards had lost it, and have no room for it now ({why})"
+        if refusal := self._room_again(session, deadline):
+            session.fault = f"the shards had lost it, and have no room for it now ({refusal})"
             self._close(session.key)
         elif session.position:
             try:
@@ -436,6 +497,26 @@ class ShardedModel(Engine):
                 session.fault = session.fault or extend.fault
             except _RequestLost as lost:  # again, to another client's
                 session.fault = str(lost)
+
+    def _room_again(self, session: Session, deadline: float) -> str:
+        """Ask the shards for the room of a request again; empty if they have it, else why they have none."""
+        while True:
+            self._close(session.key)
+            pending = self._ask(_PendingOpen(session.key, session.sampling, session.most_tokens, time.monotonic()))
+            try:
+                self._await_room(pending, max(0.0, deadline - time.monotonic()))
+            finally:
+                self._pending.pop(session.key, None)
+            if pending.fault is None:
+                return f"place {pending.place} in line" if pending.place else ""
+            if pending.fault.code is FaultCode.link:
+                raise _fault_of(pending.fault)
+            left = deadline - time.monotonic()
+            if pending.fault.code is not FaultCode.full or left <= 0:
+                return pending.fault.text
+            # A line is full. Earlier shards must not keep room meanwhile: two clients might wait for each other.
+            self._close(session.key)
+            time.sleep(min(REGAIN_SECONDS, left))
 
 
 def _fault_of(fault: Fault) -> Exception:

@@ -23,7 +23,20 @@ from lab.wire.tokens import TOKEN_BYTES, pack_tokens
 from split.chain.boundary import Boundary
 from split.chain.messages import Fault, FaultCode, process_figures
 from split.inference.coding import decode, encode, stored
-from split.inference.messages import STOPPED_BYTES, Close, Open, Opened, Pass, Piece, Report, Steps, Stopped, pack_steps
+from split.inference.messages import (
+    STOPPED_BYTES,
+    Close,
+    Open,
+    Opened,
+    Pass,
+    Piece,
+    Reopen,
+    Report,
+    SetAside,
+    Steps,
+    Stopped,
+    pack_steps,
+)
 from split.inference.shard import PassInput, PassOutput, RequestLost, Shard
 from split.transport.base import Message, Sent, Stage, To
 
@@ -144,6 +157,11 @@ class InferenceStage(Stage):
         head = message.head
         if isinstance(head, Pass):
             return self._forward(client, message.number, head, memoryview(message.body))
+        if isinstance(head, Reopen):
+            return self._reopen(client, message, head)
+        if isinstance(head, SetAside):
+            self.shard.set_aside((client, message.number), head.tokens)
+            return None if self.shard.gives_steps else message
         if isinstance(head, Open):
             self.shard.open((client, message.number), head.sampling, head.tokens)
             self._requests.setdefault(client, set()).add(message.number)
@@ -154,6 +172,15 @@ class InferenceStage(Stage):
             self._requests.get(client, set()).discard(message.number)
             return None if self.shard.gives_steps else message
         return message
+
+    def _reopen(self, client: Hashable, message: Message, head: Reopen) -> Message:
+        ids_bytes = TOKEN_BYTES * head.position if head.logit_rules else 0
+        if len(message.body) != ids_bytes:
+            raise ValueError(f"a request that is reopened must bring {ids_bytes} bytes of ids, got {len(message.body)}")
+        ids = list(memoryview(message.body).cast("i")) if ids_bytes else []
+        self.shard.reopen((client, message.number), head.sampling, head.tokens, head.position, ids)
+        self.counts.texts += 1
+        return Message(message.number, Opened(place=0)) if self.shard.gives_steps else message
 
     def _forward(self, client: Hashable, number: int, head: Pass, body: memoryview) -> Message:
         began = time.monotonic()

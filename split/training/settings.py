@@ -112,6 +112,8 @@ class SplitTrainSettings(LabSettings):
 
     project: SplitTrainProjectSettings
 
+    takes_adapter = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_differentiable()

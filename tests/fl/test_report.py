@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from fl.report import RoundFigures, history, summary
+from fl.report import RoundFigures, history, site_losses, summary
 from fl.rounds import ClientRow, Refusal, RoundReport, RunReport
 
 
@@ -88,3 +88,20 @@ def test_a_site_that_holds_nothing_out_has_no_loss() -> None:
     [state] = history([], run)
     assert (state.eval_loss, state.client_losses, state.eval_sites) == (None, {}, [])
     assert summary([state], 1, Path("/a"), [])["eval_loss_after"] is None
+
+
+def test_the_worst_sites_are_told_from_the_mean() -> None:
+    losses = {site: 1.0 + site / 10 for site in range(25)} | {30: 9.0}
+    state = RoundFigures(round=1, eval_loss=1.0, client_losses=losses, eval_sites=sorted(losses)[:-1])
+    found = site_losses(state)
+    assert found.by_site == {str(site): losses[site] for site in range(25)}, "site 30 is not in the mean"
+    assert (found.median, found.worst, found.worst_site) == (losses[12], losses[24], "24")
+    assert found.worst_tenth == losses[22], "of 25 sites, three are the worst tenth"
+    assert sum(loss > found.worst_tenth for loss in found.by_site.values()) <= len(found.by_site) / 10
+    few = site_losses(RoundFigures(round=1, eval_loss=2.0, client_losses={4: 2.0, 5: 2.0}, eval_sites=[4, 5]))
+    assert (few.worst_tenth, few.worst, few.worst_site) == (2.0, 2.0, "4")
+    none = site_losses(RoundFigures(round=1, eval_loss=None, client_losses={}, eval_sites=[]))
+    assert (none.by_site, none.median, none.worst_tenth, none.worst, none.worst_site) == ({}, None, None, None, None)
+    figures = summary(history(REPORTS, finished([1.0, 2.0])), 99, Path("/a"), [])
+    assert figures["sites_before"].by_site == {"0": 5.0, "1": 4.0}
+    assert (figures["sites_after"].worst, figures["sites_after"].worst_site) == (2.0, "1")

@@ -10,6 +10,7 @@ import torch
 from lab import bench_engine
 from lab.bench_engine import PARTS, EngineBenchSettings, EngineRig, run
 from lab.command.entry import Run, compose_settings
+from lab.settings import UserError
 
 SMALL = (
     "model=random device.threads=1 project.context=400 project.prompt_tokens=8 project.new_tokens=6 project.repeats=1 "
@@ -42,3 +43,9 @@ def test_without_its_wheel_llama_cpp_is_left_out(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(bench_engine, "LlamaCpp", absent)
     settings = compose_settings("engine_bench", "", EngineBenchSettings)
     assert EngineRig(settings, tmp_path).llama_cpp(1) is None
+
+
+def test_a_context_that_is_too_long_is_the_users_mistake(tmp_path: Path) -> None:
+    settings = compose_settings("engine_bench", f"model=random model.cache_dir={tmp_path}", EngineBenchSettings)
+    with pytest.raises(UserError, match=r"^project\.context must be in \[1, 1024\], got 4352$"):
+        EngineRig(settings, tmp_path).plain(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,20 +11,9 @@ import pytest
 from matplotlib import pyplot as plt
 
 from lab.page import Section, write_page
+from tests.browser import browser
 
-NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTH = 1200
-
-
-def browser() -> str:
-    """A headless Chromium; without one the tests fail in CI, and say elsewhere why they are skipped."""
-    found = os.environ.get("LAB_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        reason = f"no Chromium here: apt-get install chromium-headless-shell, or LAB_BROWSER=... (looked for {NAMES})"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 def console(page: Path, profile: Path) -> list[str]:

@@ -84,6 +84,10 @@ BAD = {
     "model.quantization=int4": "model.quantization must be none or nf4 to learn on, got 'int4'",
     "device.compile=maybe": "device.compile must be true, false or auto, got 'maybe'",
     "device.compile=0": "device.compile must be true, false or auto, got 0",
+    "device.compile=true": (
+        "device.compile must be false or auto for this command, which compiles no layers, got True"
+    ),
+    "model.adapter=folder": "model.adapter must be null for this command, which loads none, got 'folder'",
     "device.name=gpu": "device.name must be one of auto, cuda, mps, cpu, got 'gpu'",
     "project.partition_by=unit": "project.partition_by must be one of package, iid, got 'unit'",
     "project.data.source=csv": "project.data.source must be one of python_stdlib, jsonl, text, hub, got 'csv'",

@@ -158,7 +158,7 @@ def test_what_one_sweep_has_taken_no_other_gets(tmp_path: Path) -> None:
         assert list(one.take(["c"])) == ["c"]
         one.give_back("b")
         assert two.take(["b", "c"]) == {}
-    assert [file.name for file in (tmp_path / ".sweeps").iterdir()] == ["door"]
+    assert [file.name for file in (tmp_path / ".sweeps").iterdir()] == ["all_claims"]
 
 
 def test_an_old_run_folder_goes_when_its_cell_is_taken_and_the_new_one_is_another(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_two_sweeps_at_once_run_no_cell_twice_and_outlive_each_other(tmp_path: P
     assert (last["cells"], last["ok"], last["failed"]) == (2, 2, 0)
     assert f"process {sweeps[0].pid} on" in logs[1].read_text()
     assert starts(tmp_path) == ["gate 1 0", "gate 2 0", "gate 2 0"], "the one that the kill cut off, and no other"
-    assert [file.name for file in (kept / ".sweeps").iterdir()] == ["door"]
+    assert [file.name for file in (kept / ".sweeps").iterdir()] == ["all_claims"]
 
 
 def starts(folder: Path) -> list[str]:

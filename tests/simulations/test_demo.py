@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import logging
 import shlex
 import subprocess
+import sys
 from dataclasses import fields
 from html import unescape
 from importlib.util import find_spec
@@ -23,6 +25,8 @@ from lab.faults import Fault
 from lab.settings import UserError
 from matrix.grid import make_cells, sort_overrides
 from matrix.settings import MatrixSettings
+from serve.chat.settings import ChatSettings
+from serve.settings import ServeSettings
 from simulations import demo
 from simulations.demo_settings import DemoSettings
 from speculative.settings import SpeculativeSettings
@@ -63,6 +67,7 @@ def _commands_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
         return text, json.loads(last)
 
     monkeypatch.setattr(demo, "run_to_end", run_to_end)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # as a command has it that the demonstration starts
 
 
 @pytest.mark.real
@@ -82,6 +87,8 @@ def test_every_part_gives_its_figures(tmp_path: Path, caplog: pytest.LogCaptureF
             "project.data.sequence_length=64", "project.data.source=jsonl", f"project.data.path={data}",
         ],
         matrix=["model=random", "project.context=32", "project.sessions=choice(1)", f"matrix.results={tmp_path}/cells"],
+        server=[*RANDOM, f"project.journal={tmp_path}/streams"],
+        chat=["project.model_id=latest", "project.max_tokens=8"],
     )  # fmt: skip
     with caplog.at_level(logging.INFO, logger="simulations.demo"):
         figures = demo.run(settings, Run(tmp_path / "demo"))
@@ -97,12 +104,13 @@ def test_every_part_gives_its_figures(tmp_path: Path, caplog: pytest.LogCaptureF
     assert len(figures["split"]["token_ids"]) == 8
     assert len(figures["split_training"]["loss_by_step"]) == 2
     assert (figures["matrix"]["ok"], figures["matrix"]["skipped"]) == (1, 0)
+    assert (figures["serve"]["model"], figures["serve"]["answers"]) == ("latest", 1)
     said = [record.getMessage() for record in caplog.records if record.name == "simulations.demo"]
     begun, done = said[::2], said[1::2]
     for number, (name, first, last) in enumerate(zip(names, begun, done, strict=True), start=1):
-        assert first.startswith(f"{number} of 5, {name}: ")
+        assert first.startswith(f"{number} of 6, {name}: ")
         assert last.startswith(f"{name} took ")
-    assert begun[0].endswith("(0 s so far; then speculative, split, split training, matrix)")
+    assert begun[0].endswith("(0 s so far; then speculative, split, split training, matrix, serve)")
     assert begun[-1].endswith(" s so far; then the page)")
 
 
@@ -115,9 +123,11 @@ def test_what_make_demo_tells_its_parts_are_words_that_they_know() -> None:
         ("spec_decoding", project.drafter, SpeculativeSettings),
         ("split_inf", project.split, SplitSettings),
         ("split_train", project.split_training, SplitTrainSettings),
+        ("serve", project.server, ServeSettings),
+        ("chat", project.chat, ChatSettings),
     ]
     for config, words, settings_type in told:
-        assert compose_settings(config, shlex.join(words), settings_type).seed == 0
+        assert compose_settings(config, shlex.join(words), settings_type).seed >= 0
     words = sort_overrides(project.matrix)
     assert len(make_cells(compose_settings("matrix", shlex.join(words.sweep), MatrixSettings).matrix, words)) == 4
     assert len(told) == len(fields(project)) - 2, "all but the matrix and the time limit"

@@ -23,9 +23,11 @@ import torch
 
 from lab.command.entry import compose_settings
 from lab.device import open_device
+from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.shape import ModelShape
 from lab.models.sources import load_model, load_tokenizer_only
+from lab.text.generation import grammars_of
 from lab.text.prompts import prompt_ids
 from speculative.drafter.check import Flip
 from speculative.drafter.loop import DraftedSequence
@@ -91,6 +93,7 @@ class Subject:
         self.settings = compose_settings("spec_decoding", " ".join(words), SpeculativeSettings)
         self.prompts = prompts
         self._texts = token_texts(load_tokenizer_only(self.settings.model))
+        self.grammars = grammars_of(self.settings.model)
         self._device = open_device(self.settings.device)
         self.model = load_model(self.settings.model, self._device).model
         self._own: dict[tuple[int, int, Sampling], list[int]] = {}
@@ -100,13 +103,17 @@ class Subject:
         project = self.settings.project
         draft = replace(project.draft, source=DraftSource[source])
         settings = replace(self.settings, project=replace(project, draft=draft))
-        return open_drafts(settings, self._device, sampling, self._texts, len(self._texts))
+        return open_drafts(settings, self._device, sampling, self._texts, len(self._texts), self.grammars)
+
+    def engine(self, sessions: int = 1) -> LocalEngine:
+        """The target."""
+        return local_engine(self.model, sessions, grammars=self.grammars)
 
     def own_text(self, number: int, sampling: Sampling, count: int) -> list[int]:
         """What the target says to prompt `number` without any verifier."""
         key = (number, count, sampling)
         if key not in self._own:
-            self._own[key] = decoded_alone(local_engine(self.model, 1), self.prompts[number], sampling, count)
+            self._own[key] = decoded_alone(self.engine(), self.prompts[number], sampling, count)
         return self._own[key]
 
 
@@ -155,7 +162,7 @@ def compare(
     sources = [subject.drafts(source, sampling) for _ in lengths]  # not in the threads below: loading is for one
     delays = DELAYS if mode is Mode["async"] else (0.0,)
     limits = replace(LIMITS, lookup=(3, 1)) if lengths[0] % 2 else LIMITS
-    with bench(local_engine(subject.model, sessions=len(lengths)), limits=limits) as verifiers:
+    with bench(subject.engine(len(lengths)), limits=limits) as verifiers:
 
         def draft(index: int) -> tuple[list[int], int]:
             asked = request(subject.prompts[first + index], new_tokens, sampling, mode, length=lengths[index])
@@ -172,8 +179,7 @@ def compare(
         compared.tokens += new_tokens
         compared.accepted += accepted
         if text != subject.own_text(number, sampling, new_tokens):
-            alone = local_engine(subject.model, 1)
-            compared.flips += flips_alone(alone, subject.prompts[number], sampling, text)
+            compared.flips += flips_alone(subject.engine(), subject.prompts[number], sampling, text)
     return compared
 
 

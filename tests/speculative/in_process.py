@@ -14,6 +14,7 @@ import torch
 from lab.engine.base import Engine
 from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
+from lab.text.grammars import Grammars
 from speculative.drafter.check import Flip
 from speculative.drafter.loop import Round, speculate
 from speculative.drafts import Drafts
@@ -34,6 +35,7 @@ LIMITS = SchedulerLimits(
     client_cache_bytes=2**40,
     bytes_per_token=0,
     keep_seconds=60.0,
+    prefix_tokens=1000,
     idle_seconds=60.0,
 )
 
@@ -196,6 +198,7 @@ def local_engine(
     context: int = 240,
     exact_rows: int | None = None,
     limit_bytes: int = 2**28,
+    grammars: Grammars | None = None,
 ) -> LocalEngine:
     return LocalEngine(
         model,
@@ -205,6 +208,7 @@ def local_engine(
         kv_limit_bytes=limit_bytes,
         prefill_chunk=64,
         exact_rows=exact_rows,
+        grammars=grammars,
     )
 
 

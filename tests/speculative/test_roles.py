@@ -26,6 +26,7 @@ from lab.faults import EndedBy, Fault
 from lab.models.conversion import BYTE_EOS
 from lab.models.sources import LoadedModel, load_model
 from lab.settings import UserError
+from lab.text.grammars import Grammars
 from lab.text.logit_rules import LogitRules
 from lab.wire.faults import PeerGone, PeerMismatch, TlsRefused
 from speculative.acceptance import until_end
@@ -38,6 +39,7 @@ from speculative.request import Outcome, Verdict
 from speculative.settings import Mode, SpeculativeSettings
 from speculative.verifier import __main__ as verifier_role
 from speculative.vocabulary import token_texts
+from tests.schemas import PERSON, is_valid
 from tests.speculative.in_process import decoded_alone, local_engine, request
 from tests.speculative.processes import END_SECONDS, RANDOM, Role, drafted, drafter_process, verifier, wait_until
 
@@ -69,7 +71,8 @@ def _own_text(prompt: str, sampling: Sampling, count: int) -> list[int]:
     """The target's text by a loop of our own, without any verifier."""
     loaded = _target()
     ids = list(loaded.tokenizer(prompt)["input_ids"])
-    return until_end(decoded_alone(local_engine(loaded.model, sessions=1), ids, sampling, count), frozenset({BYTE_EOS}))
+    engine = local_engine(loaded.model, sessions=1, grammars=Grammars(lambda: (loaded.tokenizer, (BYTE_EOS,))))
+    return until_end(decoded_alone(engine, ids, sampling, count), frozenset({BYTE_EOS}))
 
 
 EVERY_DRAFT = ("project.mode=sync", "project.draft.length=4")
@@ -117,7 +120,7 @@ def _with_words(prompt: str) -> Sampling:
     return Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98, min_p=0.02, logit_rules=words)
 
 
-def test_words_and_a_stop_string_over_the_wire(random_verifier: Role, tmp_path: Path) -> None:
+def test_logit_rules_and_a_stop_string_over_the_wire(random_verifier: Role, tmp_path: Path) -> None:
     words = (*RANDOM, *SAMPLED, *WORDS, *EVERY_DRAFT, "project.draft.source=layers", "project.draft.layers=3")
     expected = _own_text(PROMPT, _with_words(PROMPT), 40)
     result = drafted(random_verifier.port, (*words, "project.max_new_tokens=40"), tmp_path / "whole")
@@ -142,6 +145,22 @@ def test_words_and_a_stop_string_over_the_wire(random_verifier: Role, tmp_path: 
     assert stopped["flips"] == []
 
 
+@pytest.mark.parametrize("source", ["ngram", "model"])
+def test_json_under_a_schema_over_the_wire(random_verifier: Role, tmp_path: Path, source: str) -> None:
+    """Forced tokens are draft tokens of the drafter, and of the verifier's own."""
+    words = ("project.draft.model=random", f"project.draft.source={source}", "project.max_new_tokens=130")
+    sampled = replace(SAMPLING, logit_rules=LogitRules(prompt_tokens=len(PROMPT), schema=json.dumps(PERSON)))
+    result = drafted(
+        random_verifier.port, (*RANDOM, *SAMPLED, *words, f"project.schema={json.dumps(PERSON)}"), tmp_path
+    )
+    expected = _own_text(PROMPT, sampled, 130)
+    assert result["token_ids"] == expected
+    assert expected[-1] == BYTE_EOS
+    assert is_valid(result["text"], PERSON)
+    with pytest.raises(UserError, match=r"^project\.schema must be one that llguidance can compile, got: Invalid type"):
+        drafted(random_verifier.port, (*RANDOM, 'project.schema={"type": "zzz"}'), tmp_path)
+
+
 def test_a_drawn_seed_is_said_and_draws_the_same_again(random_verifier: Role, tmp_path: Path) -> None:
     words = (*RANDOM, "project.temperature=1.0", "project.max_new_tokens=20")
     drawn = drafted(random_verifier.port, (*words, "seed=-1"), tmp_path / "drawn")
@@ -161,7 +180,7 @@ def test_a_text_may_fill_the_context(random_verifier: Role, tmp_path: Path) -> N
         drafted(random_verifier.port, words, tmp_path, "x" * 1024)
 
 
-def test_words_with_ids_that_the_target_does_not_have_are_refused(random_verifier: Role, tmp_path: Path) -> None:
+def test_logit_rules_with_ids_that_the_target_does_not_have_are_refused(random_verifier: Role, tmp_path: Path) -> None:
     words = (*RANDOM, "project.logit_bias={259:1}")
     with pytest.raises(UserError, match=r"^project.logit_bias and bad_words must name ids in \[0, 259\), got 259$"):
         drafted(random_verifier.port, words, tmp_path)
@@ -501,6 +520,7 @@ _COUNT = "max_new_tokens must be in [1, 2**32), or -1 to fill the context, got "
         ("stop=3", "stop must be a text or a list of texts, got 3"),
         ("stop=[\"''\"]", "stop must hold texts of 1 to 1024 characters, got ''"),
         ("bad_words=[\"' '\"]", "bad_words must hold texts with something in them, got ' '"),
+        ("rule=cross_entropy project.schema=a.json", "rule must be exact with project.schema, got 'cross_entropy'"),
         ("messages=a.json project.system=b", "system must be null where messages holds the system's, too, got 'b'"),
     ],
 )

@@ -356,6 +356,35 @@ def test_a_signal_that_comes_twice_is_one_and_a_later_one_ends_at_once(tmp_path:
         assert (process.returncode, '"a": 1' in output) == (130, kept)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_not_lost_in_a_finalizer(tmp_path: Path, number: signal.Signals) -> None:
+    """Python drops what a finalizer raises; the run would go on until it is ended by force, after seven seconds."""
+    lost = """
+class Slow:
+    def __del__(self):
+        print("working", flush=True)
+        time.sleep(100)
+
+def work(settings, place):
+    place.so_far = lambda: {"a": 1}
+    slow = Slow()
+    del slow
+    time.sleep(100)
+    """
+    process = start(tmp_path, "seed=2", text=FAULTY.replace("def work(", f"{lost.strip()}\n\ndef unused("))
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+        process.wait(DEADLINE)
+    assert json.loads(output)["a"] == 1
+    assert (process.returncode, errors.splitlines()[-1]) == (128 + number, json.loads(output)["ended_by"])
+    assert "Exception ignored" not in errors
+
+
 def test_ctrl_c_after_the_last_line_is_no_traceback(tmp_path: Path) -> None:
     """Libraries take their time to exit."""
     slow = "import atexit, time\natexit.register(time.sleep, 60)\n" + FAULTY.replace("time.sleep(100)", "return {}")

@@ -52,6 +52,15 @@ def test_a_role_that_does_not_start_has_its_last_words(tmp_path: Path) -> None:
         assert last_line(tmp_path / SIGNS) == "error: seed must be in [0, 2**31), got -1"
 
 
+def test_a_last_line_is_not_taken_for_the_line_of_a_role_that_listens(tmp_path: Path) -> None:
+    """As of a role that meets a full disk, or a signal, before it listens."""
+    with (
+        pytest.raises(NotReady, match=r"^split\.plan: it ended before it was ready \(.*says why\)$"),
+        listening("split.plan", [], tmp_path, 60),
+    ):
+        pytest.fail("must not listen")
+
+
 def test_names_with_every_sign_reach_all_processes_of_a_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from lab.models.structure import find_structure
 from lab.settings import UserError
 from split.inference.messages import Piece
 from split.inference.shard import FirstShard, LastShard, OnlyShard, PassInput, ShardLimits
+from tests import reuse
 from tests.random_models import random_model
 
 SIZES = {
@@ -55,6 +58,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled layers of all tests: those of other workers are here, too."""
     return tmp_path_factory.getbasetemp().parent / "compiled"
+
+
+@pytest.fixture(autouse=True)
+def _awkward_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch's inductor puts paths into command lines without quotes. Nothing is left in these folders."""
+    temporary, of_torch = (tmp_path_factory.mktemp(f'José\'s "{name}" folder') for name in ("temporary", "torch"))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(of_torch))
+    yield
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(of_torch)
+    assert [*temporary.iterdir(), *of_torch.iterdir()] == []
 
 
 def _model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
@@ -138,8 +152,11 @@ def test_it_computes_what_transformers_computes(family: str, folder: Path) -> No
         assert max(wrong) < 1e-3
 
 
+TOLD = replace(Sampling.greedy(), top_tokens=3)
+
+
 def _greedy(engine: LocalEngine, prompt: Sequence[int], count: int) -> list[TargetStep]:
-    with engine.open(prompt, Sampling.greedy()) as text:
+    with engine.open(prompt, TOLD) as text:
         assert text.step is not None
         steps = [text.step]
         while len(steps) < count:
@@ -159,7 +176,7 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
             pytest.skip(f"products in {weights} depend on their number of rows on this processor")
     prompts = [_ids(count, count) for count in (3, 40, 30, 9)]
     alone = [_greedy(engine, prompt, 60) for prompt in prompts]
-    sessions = [engine.open(prompt, Sampling.greedy()) for prompt in prompts]
+    sessions = [engine.open(prompt, TOLD) for prompt in prompts]
     draw, place = random.Random(0), [0] * len(prompts)
     while min(place) < 40:
         requests: list[tuple[Session, list[int]]] = []
@@ -176,6 +193,8 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
             for at in range(right):
                 if place[number] + at + 1 < 60:
                     assert step.next_nll[at] == known[at + 1].next_nll[-1]
+                    assert step.top[at] == known[at + 1].top[-1]
+                    assert len(step.top[at]) == 3
                     assert step.next_ids[at] == known[at + 1].next_ids[-1]
             session.position -= len(guesses) - right
             place[number] += right
@@ -184,6 +203,23 @@ def test_a_row_gets_the_same_bits_in_every_company(weights: int | torch.dtype, f
                 place[number] = 42
     for session in sessions:
         session.close()
+
+
+@pytest.mark.parametrize("among_others", [False, True])
+def test_a_text_that_goes_on_from_another_ones_session_has_the_same_bits(
+    among_others: bool, folder: Path, tmp_path: Path
+) -> None:
+    """In int4, where rows stand alone: whatever shares the passes of either."""
+    engines = [_engine(_packed(_model("qwen3"), tmp_path / "m", 4), folder) for _ in range(2)]
+    assert engines[0].row_invariant
+    for engine in engines:
+        engine._chunk = reuse.CHUNK
+    rules = reuse.sampled(reuse.SECOND_TOKENS)
+    for before, sampling in ((rules, reuse.PLAIN), (reuse.PLAIN, rules)):
+        found = reuse.again(engines[0], before, sampling, among_others=among_others)
+        assert found == reuse.anew(engines[1], sampling, among_others=not among_others)
+    wrong, right = reuse.again(engines[0], rules, rules, beyond=1), reuse.anew(engines[1], rules)
+    assert not all(one.equal(other) for one, other in zip(wrong.held, right.held, strict=True))
 
 
 def test_a_code_that_looks_at_its_neighbours_is_not_invariant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +416,9 @@ def test_code_that_others_can_change_is_not_loaded(folder: Path, tmp_path: Path)
     for places in ([own], list(own.glob("*.pt2"))):
         for place in places:
             place.chmod(place.stat().st_mode | 0o020)
-        with pytest.raises(UserError, match=r"other users can change '.*', which holds machine code"):
+        with pytest.raises(
+            UserError, match=r"other users can change '.*', which holds machine code: .* \(chmod go-w\)"
+        ):
             _engine(model, own)
         for place in places:
             place.chmod(place.stat().st_mode & ~0o022)
@@ -434,25 +472,36 @@ def test_a_package_that_does_not_load_is_not_used(
     model = _model("llama")
     _engine(model, folder)
 
-    def fail(package: str) -> None:
+    def fail(package: str, *options: object) -> None:
         raise RuntimeError("failed to map\na segment")
 
-    monkeypatch.setattr("torch._inductor.aoti_load_package", fail)
+    monkeypatch.setattr("torch._C._aoti.AOTIModelPackageLoader", fail)
     assert not _open(model, folder, "auto")
     assert (
         "layers are not compiled: a compiled layer does not load: RuntimeError: failed to map a segment" in caplog.text
     )
 
 
-def test_nothing_is_compiled_where_others_can_change_what_the_compiler_keeps(
+def test_a_compiler_that_can_work_nowhere_is_not_called(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert not _open(_model("llama"), tmp_path / "it's own", "auto")
+    line = "layers are not compiled: TMPDIR or model.cache_dir must be a path without spaces and quotes, got "
+    assert line in caplog.text
+    assert [file.suffix for file in (tmp_path / "it's own").iterdir()] == [".lock"]
+
+
+def test_a_compiler_that_fails_is_quoted_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Of its pages, which begin with its whole command line, the first complaint."""
     caplog.set_level("INFO")
-    (tmp_path / "inductor").mkdir()
-    (tmp_path / "inductor").chmod(0o777)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    (tmp_path / "g++").write_text("#!/bin/sh\necho 'cc1plus: error: no space left' >&2\nexit 1\n")
+    (tmp_path / "g++").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert not _open(_model("llama"), tmp_path / "own", "auto")
-    assert "inductor', which holds machine code" in caplog.text
+    assert "layers are not compiled: a layer did not compile: " in caplog.text
+    assert "cc1plus: error: no space left\n" in caplog.text
+    assert "Command" not in caplog.text
 
 
 def test_a_full_disk_keeps_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

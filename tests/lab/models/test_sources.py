@@ -283,6 +283,19 @@ def test_killed_and_competing_conversions(tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize("damaged", ["model.safetensors", "config.json", "absent"])
+def test_a_damaged_folder_of_the_cache_is_to_be_removed(tiny: ModelSettings, tmp_path: Path, damaged: str) -> None:
+    settings = replace(tiny, cache_dir=str(tmp_path))
+    folder = models.prepare_checkpoint(settings).folder
+    (folder / damaged).write_text("{")
+    if damaged == "absent":
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf": remove the folder '{folder}', and it is made again$"):
+        models.prepare_checkpoint(settings)
+    shutil.rmtree(folder)
+    assert models.prepare_checkpoint(settings).folder == folder
+
+
 def test_waiting_for_another_process_is_said(
     tiny: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

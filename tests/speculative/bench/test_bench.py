@@ -18,7 +18,7 @@ from lab.wire.frames import encode
 from lab.wire.tokens import pack_tokens
 from speculative.bench import __main__ as bench
 from speculative.bench import loops
-from speculative.bench.rig import Reading, Rig, model_overrides, text_bytes
+from speculative.bench.rig import Case, Reading, Rig, for_engine, model_overrides, text_bytes
 from speculative.drafter.loop import Round, speculate
 from speculative.drafter.sources import EngineDrafts
 from speculative.drafter.tally import Tally
@@ -50,6 +50,7 @@ TOY = (
     "project.bench.crowd_tokens=8",
     "project.bench.text_tokens=8",
     "project.bench.layers=[1]",
+    "project.bench.history_tokens=300",
     "project.synthetic.step_seconds=0.008",
     "project.synthetic.row_seconds=0.0001",
     "project.synthetic.draft_step_seconds=0.001",
@@ -121,12 +122,15 @@ def test_a_real_pair_beside_transformers(tmp_path: Path) -> None:
         "{name: prose, prompt: three, repeats: false}]'",
     )
     parts = [row["part"] for row in rows]
-    assert sorted(set(parts)) == ["crowd", "sources", "texts"]
+    assert sorted(set(parts)) == ["crowd", "second_turn", "sources", "texts"]
     texts = [row for row in rows if row["part"] == "texts"]
     assert [row["mode"] for row in texts] == ["assisted", "target_only", "sync", "async"] * 2
     crowds = [(row["text"], row["drafters"]) for row in rows if row["part"] == "crowd"]
     assert crowds == [(text, drafters) for text in ("edit", "prose", "all") for drafters in (1, 2)]
-    assert all(row["tokens_per_second"]["median"] > 0 for row in rows)
+    assert all(row["tokens_per_second"]["median"] > 0 for row in rows if row["part"] != "second_turn")
+    [chat] = [row for row in rows if row["part"] == "second_turn"]
+    assert (chat["history_tokens"], chat["prompt_tokens"], chat["cached_tokens"]) == (300, 328, 256)
+    assert chat["over_cold"]["median"] > 0
 
 
 class _Peer:
@@ -170,12 +174,25 @@ def test_the_verifier_has_the_model_that_was_asked_for(tmp_path: Path) -> None:
     asked = compose_settings("spec_decoding", words, SpeculativeSettings)
     got = compose_settings("spec_decoding", model_overrides(asked), SpeculativeSettings)
     assert (got.model, got.device.compile) == (asked.model, True)
+    adapted = compose_settings("spec_decoding", f"model=random model.adapter={tmp_path}/it", SpeculativeSettings)
+    got = compose_settings("spec_decoding", model_overrides(adapted), SpeculativeSettings)
+    assert got.model.adapter == adapted.model.adapter
+
+
+@pytest.mark.parametrize("word", ["model.adapter=folder", "model.quantization=int8", "device.compile=true"])
+def test_an_engine_without_a_model_refuses_what_only_a_model_has(word: str) -> None:
+    with pytest.raises(UserError, match=rf"^{word.partition('=')[0]} must be .* for project.bench.engine=synthetic"):
+        for_engine(_settings(word))
+
+
+def test_the_seed_is_that_of_the_texts(tmp_path: Path) -> None:
+    rig = Rig(_settings("model=random", "seed=7"), tmp_path)
+    assert rig.settings_of(Case(mode=Mode.sync, rtt_seconds=0.0, new_tokens=1, seed=2)).seed == 9
 
 
 def test_parts_belong_to_engines(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"project\.bench\.parts must be of sources, texts, crowd, llama_cpp for engine=real"
-    ):
+    parts = "sources, texts, crowd, llama_cpp, second_turn"
+    with pytest.raises(UserError, match=rf"project\.bench\.parts must be of {parts} for engine=real"):
         _rows(tmp_path, "project.bench.engine=real", "project.bench.parts=[loops]")
 
 
@@ -238,11 +255,13 @@ def test_these_bytes_are_the_ones_that_cross_the_socket(random_verifier: Role) -
         top_p=1.0,
         min_p=0.0,
         logit_rules=None,
+        top_tokens=0,
         max_new_tokens=40,
         mode=Mode.sync,
         draft_length=8,
         threshold=None,
         report=False,
+        logprobs=False,
     )
     expected = len(encode(TABLE, MessageType.open, 1, opened, pack_tokens(asked.prompt_ids)))
     for reason in (Reason.length, Reason.left):  # the verifier's word and ours cross on the way

@@ -15,6 +15,7 @@ from lab.engine.sampling import Sampling, mix64
 from lab.engine.synthetic import SyntheticEngine
 from lab.models.sources import load_tokenizer_only
 from lab.settings import Dtype
+from speculative.drafter.session import warn_of_unused
 from speculative.drafter.sources import EngineDrafts, add_noise_to_head, open_drafts
 from speculative.drafts import Drafts, NgramDrafts, NoDrafts, RandomDrafts, RecordedDrafts
 from speculative.settings import SpeculativeSettings
@@ -210,3 +211,17 @@ def test_a_draft_model_has_the_dtype_that_was_asked_for(
     texts = token_texts(load_tokenizer_only(settings.model))
     open_drafts(settings, torch.device("cpu"), Sampling.greedy(), texts, len(texts))
     assert seen == [loaded]
+
+
+def test_what_belongs_to_another_source_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    words = "model=random project.draft.model=random project.draft.quantization=int4 device.compile=true"
+    for source, unused in (
+        ("project.draft.source=ngram", "project.draft.model, project.draft.quantization, device.compile"),
+        ("project.draft.source=layers", "project.draft.model, project.draft.quantization"),
+        ("project.draft.source=model", ""),
+        ("project.draft.source=model project.mode=target_only", "project.draft.model, project.draft.quantization, dev"),
+    ):
+        caplog.clear()
+        warn_of_unused(compose_settings("spec_decoding", f"{words} {source}", SpeculativeSettings))
+        assert len(caplog.messages) == bool(unused)
+        assert unused in caplog.text

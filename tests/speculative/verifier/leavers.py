@@ -187,11 +187,13 @@ def _open(number: int, draws: random.Random) -> OpenFrame:
         top_p=1.0,
         min_p=0.0,
         logit_rules=None,
+        top_tokens=0,
         max_new_tokens=NEW_TOKENS,
         mode=draws.choice([Mode["async"], Mode.target_only]),
         draft_length=0,
         threshold=None,
         report=False,
+        logprobs=False,
     )
 
 

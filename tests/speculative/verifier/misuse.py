@@ -33,6 +33,7 @@ from speculative.drafter.target import join
 from speculative.drafts import NgramDrafts
 from speculative.messages import (
     AskVocabularyFrame,
+    CachedFrame,
     CloseFrame,
     DraftFrame,
     MessageType,
@@ -84,10 +85,10 @@ class Ground:
     def open(self, **changes: Any) -> OpenFrame:
         """A request that is right but for the changes."""
         values: dict[str, Any] = {
-            "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_rules": None,
+            "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_rules": None, "top_tokens": 0,
             "max_new_tokens": 20, "threshold": None,
             "name": self.draws.getrandbits(64), "owner": bytes(16), "mode": Mode.target_only, "draft_length": 5,
-            "report": False,
+            "report": False, "logprobs": False,
         }  # fmt: skip
         return OpenFrame(**values | changes)
 
@@ -251,9 +252,12 @@ KINDS: dict[str, Callable[[Ground], None]] = {
         (MessageType.open, 1, ground.open(max_new_tokens=1), pack_tokens([1])),
     ),
     "sent VERDICT": _of_a_verifier(VERDICT, MessageType.verdict),
-    "sent SCORES": _of_a_verifier(ScoresFrame(position=0, draft_tokens=0), MessageType.scores),
+    "sent SCORES": _of_a_verifier(
+        ScoresFrame(position=0, draft_tokens=0, margins=0, logprobs=0, top_tokens=0), MessageType.scores
+    ),
     "sent WELCOME": _of_a_verifier(WELCOME, MessageType.welcome),
     "sent WAITING": _of_a_verifier(WaitingFrame(place=1), MessageType.waiting),
+    "sent CACHED": _of_a_verifier(CachedFrame(tokens=1), MessageType.cached),
     "asked for the vocabulary twice": _asks_twice,
 }
 

@@ -48,6 +48,7 @@ def _words(**changes: Any) -> LogitRulesHead:
         "frequency_penalty": 0.0,
         "logit_bias": [],
         "bad_words": [],
+        "schema": "",
     }
     return LogitRulesHead(**values | changes)
 
@@ -60,6 +61,7 @@ def _open(**changes: Any) -> OpenFrame:
         "top_p": 1.0,
         "min_p": 0.0,
         "logit_rules": None,
+        "top_tokens": 0,
         "max_new_tokens": 20,
         "name": next(NAMES),
         "owner": bytes(16),
@@ -67,6 +69,7 @@ def _open(**changes: Any) -> OpenFrame:
         "draft_length": 5,
         "threshold": None,
         "report": False,
+        "logprobs": False,
     }
     return OpenFrame(**values | changes)
 
@@ -121,6 +124,12 @@ def _opened_then(*ids: int) -> Send:
                 MessageType.open, 1, _open(logit_rules=_words(bad_words=[[1] * 4096] * 2)), pack_tokens([1])
             ),
             "bad_words must be at most 1024 of 4096 tokens together, got 2 of 8192",
+        ),
+        (
+            lambda frames: frames.send(
+                MessageType.open, 1, _open(logit_rules=_words(schema="ü" * 8193)), pack_tokens([1])
+            ),
+            "schema must be at most 16384 bytes of JSON, got 16386",
         ),
         (
             lambda frames: frames.send(MessageType.open, 1, _open(temperature=-1.0), pack_tokens([1])),

@@ -496,6 +496,17 @@ def test_a_text_that_is_half_done_waits_however_long_the_line_is() -> None:
     assert texts[3] == TEXT[1:3]
 
 
+def test_an_invented_token_buys_no_place_in_line() -> None:
+    """A verifier that runs for longer than it keeps texts knows all that can be resumed."""
+    core = Core(sessions=1, most_waiting=1, keep_seconds=5.0)
+    core.open(1, 3)
+    core.scheduler.open(2, asked(3), client="b")
+    core.clock.now += 5.0
+    [ended] = core.scheduler.resume(3, replace(asked(3), new_ids=[7]), client="c", name=3, owner=OWNER)
+    assert isinstance(ended, Ending)
+    assert "1 requests already wait in line" in ended.text
+
+
 def test_who_leaves_the_line_makes_room_in_it() -> None:
     core = Core(sessions=1, most_waiting=2)
     core.open(1, 3)

@@ -18,7 +18,9 @@ from speculative.settings import Mode
 from speculative.verifier import forward_thread
 from tests.speculative.serving_here import client_endpoint, connected, serving_here
 
-SAMPLING: dict[str, Any] = {"seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_rules": None}
+SAMPLING: dict[str, Any] = {
+    "seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_rules": None, "top_tokens": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -55,7 +57,7 @@ def test_a_text_in_a_pass_that_takes_longer_than_an_end_is_counted(monkeypatch: 
             client = connected(here.port, client_endpoint(here.settings))
             head = OpenFrame(
                 **SAMPLING, name=1, owner=bytes(16), max_new_tokens=5, mode=Mode.target_only, draft_length=0,
-                threshold=None, report=False,
+                threshold=None, report=False, logprobs=False,
             )  # fmt: skip
             client.send(MessageType.open, 1, head, pack_tokens([1, 2]))
             assert stuck[0].begun.wait(20)

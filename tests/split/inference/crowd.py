@@ -109,7 +109,7 @@ class Wrongdoer:
 
     def _next_of_good(self) -> list[int]:
         run = Pass(read_all=False, pieces=[_piece(1, 0, 3)])
-        return unpack_steps(run, self._ask(self._number(), run, pack_tokens([1, 2, 3])).body)[0].next_ids
+        return unpack_steps(run, self._ask(self._number(), run, pack_tokens([1, 2, 3])).body, [0])[0].next_ids
 
     def _beside_good(self, ids: list[int], code: FaultCode, *, position: int = 0, tokens: int = 8) -> bool:
         wrong = self._number()
@@ -120,7 +120,7 @@ class Wrongdoer:
         self._chain.send(0, Message(wrong, Close()))
         assert isinstance(answer.head, Steps)
         stopped = [(one.session, one.code) for one in answer.head.stopped]
-        return stopped == [(wrong, code)] and unpack_steps(run, answer.body)[1].next_ids == self._first
+        return stopped == [(wrong, code)] and unpack_steps(run, answer.body, [0, 0])[1].next_ids == self._first
 
     def _is_fault(self, answer: Message, code: FaultCode = FaultCode.refused) -> bool:
         return isinstance(answer.head, Fault) and answer.head.code is code and self._next_of_good() == self._first
@@ -172,7 +172,16 @@ def _piece(session: int, position: int, count: int) -> Piece:
 
 
 def _open(tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Open:
-    return Open(tokens=tokens, seed=1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=0.0, logit_rules=None)
+    return Open(
+        tokens=tokens,
+        seed=1,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=0.0,
+        logit_rules=None,
+        top_tokens=0,
+    )
 
 
 def misuse(

@@ -7,13 +7,14 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from lab.command.entry import compose_settings
 from lab.engine.sampling import Sampling
+from lab.text.logit_rules import LogitRules
 from split.chain.address import Address
 from split.inference.open import join_shards, load_stage
 from split.inference.sharded_model import ShardedModel
@@ -25,6 +26,17 @@ TOKENS_PER_KILL = 12
 TEXT_TOKENS = 150
 """Of one text; then another begins."""
 SAMPLED = Sampling(seed=21, temperature=0.8, top_k=40, top_p=0.95)
+RULED = replace(
+    SAMPLED,
+    logit_rules=LogitRules(
+        prompt_tokens=3,
+        repetition_penalty=1.3,
+        frequency_penalty=0.2,
+        logit_bias=((70, 0.5),),
+        bad_words=((101,), (97, 98)),
+    ),
+)
+"""Of every second text: what is rebuilt must know the text so far to go on."""
 WORDS = ("model=random", "tracking=none", "device.threads=1", "project.context=256")
 
 
@@ -121,7 +133,8 @@ def _texts(engine: ShardedModel, count: int, points: Any = frozenset(), kill: An
     ids: list[int] = []
     losses = 0
     while len(ids) < count:
-        with engine.open([len(ids) % 256, 7, 9], SAMPLED) as text:
+        sampling = RULED if len(ids) // TEXT_TOKENS % 2 == 0 else SAMPLED
+        with engine.open([len(ids) % 256, 7, 9], sampling) as text:
             for _ in range(min(TEXT_TOKENS, count - len(ids))):
                 assert text.step is not None
                 ids.append(text.step.next_ids[-1])

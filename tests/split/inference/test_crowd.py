@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cache
@@ -34,7 +36,17 @@ from split.inference.stage import InferenceStage
 from split.settings import SplitSettings
 from split.transport.base import Message, ShardLost, To
 from tests.split.chains import CONTEXT, LIMITS, SAMPLED, VOCABULARY, inprocess, saved_model, shards, some_ids
-from tests.split.inference.crowd import GREEDY, Expected, Wrongdoer, crowd, leave_at_random, misuse, text_of
+from tests.split.inference.crowd import (
+    GREEDY,
+    WAYS,
+    Expected,
+    Wrongdoer,
+    crowd,
+    leave,
+    leave_at_random,
+    misuse,
+    text_of,
+)
 from tests.split.processes import Process, chain, endpoint
 
 CUTS = (0, 2, 4)
@@ -323,6 +335,70 @@ def test_room_that_nobody_takes_up_goes_to_who_waits(settings: ModelSettings, mo
         assert idle.extend([(text, [1])], "last")[0].next_ids == other.step.next_ids  # rebuilt
         idle.shutdown()
         waits.shutdown()
+
+
+def test_who_leaves_the_line_frees_its_places_however_it_leaves(settings: ModelSettings) -> None:
+    """Each waits at the second shard and holds room at the first; all their requests have the same number."""
+    made = [shards(settings, CUTS, replace(LIMITS, sessions=sessions))[place] for place, sessions in ((0, 8), (1, 1))]
+    own, generator = model(settings), random.Random(3)
+    with Process(made[0]) as one, Process(made[1]) as other, ThreadPoolExecutor(1) as pool:
+        holder = engine_of([one, other])
+        for way in WAYS:
+            text = holder.open([5, 7], GREEDY)
+            waiters = [engine_of([one, other]) for _ in range(5)]
+            for engine in waiters:
+                with pytest.raises(CacheFull, match="in line"):
+                    engine.open([1], GREEDY)
+                assert list(engine._pending) == [1]
+            last = engine_of([one, other], line_seconds=60.0)
+            expected = pool.submit(text_of, last, [9, 8], 6)
+            eventually(lambda: len(other.server._line) == 6)
+            for engine in waiters:
+                leave(engine._transport, way, generator)  # type: ignore[arg-type]  # a TcpChain
+            eventually(lambda: len(other.server._line) == 1 and len(made[0]._requests) == 2)
+            assert text.step is not None
+            assert holder.extend([(text, text.step.next_ids)], "last")[0].next_ids == own([5, 7], 2)[1:]
+            text.close()
+            assert expected.result(20) == own([9, 8], 6)
+            for engine in (last, *waiters):
+                engine.shutdown()
+        holder.shutdown()
+        for process in (one, other):
+            eventually(lambda process=process: is_empty(process))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("recovery_seconds", [60.0, 0.0])
+def test_a_lost_text_waits_until_a_full_line_has_a_place(
+    settings: ModelSettings, monkeypatch: pytest.MonkeyPatch, recovery_seconds: float
+) -> None:
+    """A new text is told at once that the line is full; one that has begun asks again as long as it may."""
+    monkeypatch.setattr("split.inference.server.CHECK_SECONDS", 1000.0)
+    monkeypatch.setattr("split.inference.sharded_model.REGAIN_SECONDS", 0.02)
+    clock = [0.0]
+    with two(settings, sessions=1, most_waiting=1) as both, ThreadPoolExecutor(1) as pool:
+        for process in both:
+            process._shard._clock = lambda: clock[0]
+        loser, taker, waiter = (engine_of(both) for _ in range(3))
+        loser._recovery_seconds = recovery_seconds
+        text = loser.open([1, 2], GREEDY)
+        clock[0] += 2 * LIMITS.idle_seconds
+        taken = taker.open([1], GREEDY)  # in the room of the first, which is idle
+        with pytest.raises(CacheFull, match="place 1 in line"):
+            waiter.open([1], GREEDY)
+        extended = pool.submit(loser.extend, [(text, [3])], "last")
+        counts = both[0].server.stage.counts
+        if recovery_seconds:
+            eventually(lambda: counts.refused > 2)
+        else:
+            with pytest.raises(NotFinite, match=r"no room for it now .*1 requests already wait in line"):
+                extended.result(20)
+        taken.close()
+        eventually(lambda: _admitted(waiter))
+        waiter.open([1], GREEDY).close()
+        if recovery_seconds:
+            assert extended.result(20)[0].next_ids == text_of(inprocess(settings, (0, 4)), [1, 2, 3], 1)
+        for engine in (loser, taker, waiter):
+            engine.shutdown()
 
 
 # Who left is not served

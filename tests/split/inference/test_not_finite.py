@@ -55,7 +55,8 @@ def _poisoned(settings: ModelSettings, boundary: Boundary, layer: int, value: fl
 def _extended(engine: Any, token: int) -> tuple[list[TargetStep], str]:
     """Two texts in one extend: the second one has `token` among its ids, in the third of four chunks."""
     ids = [token if place == 17 else id_ for place, id_ in enumerate(some_ids(25, 2))]
-    with engine.open(some_ids(5, 1), SAMPLED) as neighbour, engine.open(some_ids(3, 3), SAMPLED) as text:
+    told = replace(SAMPLED, top_tokens=3)
+    with engine.open(some_ids(5, 1), told) as neighbour, engine.open(some_ids(3, 3), told) as text:
         try:
             return engine.extend([(neighbour, some_ids(25, 4)), (text, ids)], "all"), ""
         except NotFinite as found:

@@ -14,17 +14,20 @@ import torch
 
 from lab.engine.sampling import Sampling
 from lab.engine.sampling_head import sampling_fields
+from lab.models.conversion import BYTE_EOS, byte_tokenizer
+from lab.text.grammars import Grammars
 from lab.text.logit_rules import LogitRules
 from lab.wire.tokens import pack_tokens
 from split.chain.boundary import Boundary
 from split.chain.messages import Fault, FaultCode
 from split.inference.coding import decode, encode
 from split.inference.messages import Open, Pass, Piece, Steps, pack_steps, unpack_steps
+from split.inference.shard import load_shard
 from split.inference.stage import InferenceStage
 from split.transport.base import Message
-from tests.split.chains import CONTEXT, VOCABULARY, saved_model, shards, some_ids
+from tests.split.chains import CONTEXT, LIMITS, VOCABULARY, saved_model, shards, some_ids
 
-OPEN = Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logit_rules=None)
+OPEN = Open(tokens=100, seed=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logit_rules=None, top_tokens=0)
 
 
 def _pass(*pieces: tuple[int, int, int], read_all: bool = False) -> Pass:
@@ -118,7 +121,7 @@ def _greedy(stages: list[InferenceStage], client: Hashable) -> list[int]:
             message = _taken(stage, message, client)
         assert message is not None
         position += len(ids)
-        ids = unpack_steps(run, message.body)[0].next_ids
+        ids = unpack_steps(run, message.body, [0])[0].next_ids
         said += ids
     return said
 
@@ -128,9 +131,14 @@ def test_steps_travel_as_they_are() -> None:
 
     run = _pass((1, 0, 2), (2, 4, 1), read_all=True)
     steps = [TargetStep([5, 6], [0.5, 1.5], [2.0, float("inf")], [0.25, 0.75]), TargetStep([7], [0.1], [0.2], [0.3])]
-    assert unpack_steps(run, pack_steps(steps)) == steps
+    assert unpack_steps(run, pack_steps(steps), [0, 0]) == steps
     with pytest.raises(ValueError, match="must be"):
-        unpack_steps(run, pack_steps(steps)[:-1])
+        unpack_steps(run, pack_steps(steps)[:-1], [0, 0])
+    steps[0] = replace(steps[0], top=[[(9, 0.1), (5, 0.5)], [(6, 1.5), (8, 1.5)]])
+    assert unpack_steps(run, pack_steps(steps), [2, 0]) == steps
+    for tops in ([0, 0], [1, 0], [2, 1], [20, 20]):
+        with pytest.raises(ValueError, match="steps of 3 rows must be"):
+            unpack_steps(run, pack_steps(steps), tops)
 
 
 @pytest.mark.parametrize("boundary", Boundary)
@@ -171,3 +179,22 @@ def test_a_pass_that_does_not_tell_the_last_shard_the_text_is_refused(tmp_path: 
     unknown = LogitRules(prompt_tokens=2, logit_bias=((VOCABULARY, 1.0),))
     opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), logit_rules=unknown)))
     assert _code(_taken(last, Message(8, opened))) is FaultCode.refused
+
+
+def test_a_schema_that_the_last_shard_cannot_follow_is_refused_there(tmp_path: Path) -> None:
+    settings = saved_model("llama", tmp_path)
+    grammars = Grammars(lambda: (byte_tokenizer(), (BYTE_EOS,)))
+    first, last, without = (
+        InferenceStage(load_shard(settings, torch.device("cpu"), layers, LIMITS, None, given), Boundary.float32)
+        for layers, given in ((range(2), None), (range(2, 4), grammars), (range(2, 4), None))
+    )
+    codes = []
+    for number, schema in enumerate(("{}", '{"type": "zzz"}')):
+        rules = LogitRules(prompt_tokens=2, schema=schema)
+        opened = Open(tokens=CONTEXT, **sampling_fields(replace(Sampling.greedy(), logit_rules=rules)))
+        handed_on = _taken(first, Message(number, opened))
+        assert handed_on is not None
+        assert handed_on.head == opened
+        answers = [_taken(stage, handed_on) for stage in (last, without)]
+        codes.append([answer and isinstance(answer.head, Fault) and answer.head.code for answer in answers])
+    assert codes == [[False, FaultCode.refused], [FaultCode.refused, FaultCode.refused]]

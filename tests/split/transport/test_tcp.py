@@ -23,11 +23,11 @@ from split.inference.coding import encode
 from split.inference.sharded_model import ShardedModel
 from split.inference.times import take_apart
 from split.transport.base import ChainMismatch, ShardLost
+from tests.logit_rules import samplings
 from tests.shared import one_way
 from tests.split.chains import SAMPLED, as_engine, inprocess, local, saved_model, shards, some_ids
 from tests.split.inference.test_sharded_model import conversation
 from tests.split.processes import Process, chain, endpoint
-from tests.words import samplings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""Words on every engine: speculated text is what the target says alone, and shards say what the whole model says."""
+"""Logit rules and `min_p`: speculated text is the target's own, and shards say what the whole model says."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from lab.engine.history import History
 from lab.engine.sampling import Sampling
 from lab.engine.synthetic import SyntheticEngine
-from tests.words import WORDS, compare_words, samplings, shards_differ, without_effect
+from tests.logit_rules import RULES, compare_logit_rules, samplings, shards_differ, without_effect
 
 
-def test_speculated_text_is_the_targets_own_with_every_word() -> None:
-    compared = compare_words(350, whole=False)
+def test_speculated_text_is_the_targets_own_with_every_rule() -> None:
+    compared = compare_logit_rules(350, whole=False)
     assert compared.tokens >= 350
     assert compared.accepted > 20
     assert compared.differing == 0
 
 
-def test_every_word_matters_to_these_texts() -> None:
+def test_every_rule_matters_to_these_texts() -> None:
     assert without_effect(24) == []
 
 
@@ -35,7 +35,7 @@ def test_rows_that_do_not_count_the_guesses_before_them_are_found_out(monkeypatc
         return torch.cat([right(self, row_V[None], first) for row_V in logits_KV])
 
     monkeypatch.setattr(History, "changed", wrong)
-    assert compare_words(100, names=["all"], whole=False).differing > 0
+    assert compare_logit_rules(100, names=["all"], whole=False).differing > 0
 
 
 def test_two_shards_say_what_the_whole_model_says(tmp_path: Path) -> None:
@@ -54,11 +54,11 @@ def test_a_shard_that_does_not_know_the_text_is_found_out(tmp_path: Path, monkey
     assert shards_differ(tmp_path, names=["all"], steps=12) > 0
 
 
-def test_a_synthetic_engine_refuses_words_by_name() -> None:
+def test_a_synthetic_engine_refuses_rules_by_name() -> None:
     engine = SyntheticEngine(
         vocabulary_size=300, context=64, sessions=1, step_seconds=0, row_seconds=0, agreement=1.0, sleep=lambda s: None
     )
-    for name in WORDS:
-        with pytest.raises(ValueError, match="min_p, penalties, logit_bias and bad_words must be off for a synthetic"):
+    for name in RULES:
+        with pytest.raises(ValueError, match="logit_bias, bad_words and schema must be off for a synthetic"):
             engine.open([1], samplings(name)[1])
     engine.open([1], Sampling.greedy()).close()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl import aggregation
-from fl.aggregation import MAX_REPLIES, MAX_WEIGHT, ExactMean, Float32, MetricMean, TooManyReplies
+import fl.aggregation.exact as module
+from fl.aggregation.exact import MAX_REPLIES, MAX_WEIGHT, ExactMean, Float32, MetricMean, TooManyReplies
 
 Reply = tuple[Float32, int]
 MIB = 1 << 20
@@ -133,16 +133,16 @@ def test_blocks_tiles_and_tails_hold_the_same_numbers(monkeypatch: pytest.Monkey
         values[::97] = np.float32(3e-42)
         values[4_000:4_200] *= np.float32(1e-25)
     whole = mean_of(replies)
-    monkeypatch.setattr(aggregation, "BLOCK", 3_072)
+    monkeypatch.setattr(module, "BLOCK", 3_072)
     assert mean_of(replies).tobytes() == whole.tobytes()
     assert whole.tolist() == [float(rounded(e)) for e in exact_column_means(replies)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_refused_wherever_it_stands_and_changes_nothing(bad: float) -> None:
-    size = aggregation.BLOCK + 100
+    size = module.BLOCK + 100
     good = np.linspace(-1, 1, size, dtype=np.float32)
-    for position in (0, aggregation.BLOCK - 1, size - 1):
+    for position in (0, module.BLOCK - 1, size - 1):
         mean = ExactMean(size)
         mean.fold(good, 3)
         before = mean.mean().tobytes()

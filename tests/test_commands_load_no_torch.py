@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-DOORS = (
-    *("split.train", "split.learn", "split.infer", "split.serve", "split.merge", "split.plan"),
+COMMANDS = (
+    *("serve.chat.__main__", "split.train", "split.learn", "split.infer", "split.serve", "split.merge", "split.plan"),
     *("speculative.drafter.__main__", "speculative.verifier.__main__"),
 )
 
 
-@pytest.mark.parametrize("module", [*DOORS, "lab.wire.tensors"])
+@pytest.mark.parametrize("module", [*COMMANDS, "lab.wire.tensors"])
 def test_importing_a_command_loads_no_torch(module: str) -> None:
     """`lab.wire.tensors`, which does load it, is the negative control."""
     code = f"import sys, {module}; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert ended.stdout.strip() == str(module not in DOORS)
+    assert ended.stdout.strip() == str(module not in COMMANDS)

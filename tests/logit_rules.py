@@ -1,9 +1,9 @@
-"""The proof that words (penalties, biases, banned words, min_p) leave speculated text the target's own, at any size:
-a small one is a test, the whole is `soak`.
+"""The proof that logit rules (penalties, biases, banned words) and `min_p` leave speculated text the target's own:
+a small size is a test, the whole is `soak`.
 
-    python -m tests.words 10000
+    python -m tests.logit_rules 10000
 
-Each word alone and all together, greedy and sampled, every source of guesses that needs no second checkpoint, modes
+Each of them alone and all together, greedy and sampled, every source of guesses that needs no second checkpoint, modes
 sync and async, one text and two in a pass, in float64; and the same texts by two shards.
 """
 
@@ -44,7 +44,7 @@ ASKED: dict[str, dict[str, Any]] = {
     },
 }
 """In the measure of the logits of random models, which lie within about one of each other."""
-WORDS: dict[str, dict[str, Any]] = {
+RULES: dict[str, dict[str, Any]] = {
     **ASKED,
     "min_p": {},
     "all": {name: value for asked in ASKED.values() for name, value in asked.items()},
@@ -52,12 +52,12 @@ WORDS: dict[str, dict[str, Any]] = {
 
 
 def samplings(name: str) -> tuple[Sampling, Sampling]:
-    """A word greedy and sampled."""
-    asked = WORDS[name]
-    words = LogitRules(prompt_tokens=PROMPT_TOKENS, **asked) if asked else None
+    """A rule greedy and sampled."""
+    asked = RULES[name]
+    rules = LogitRules(prompt_tokens=PROMPT_TOKENS, **asked) if asked else None
     min_p = 0.9 if name in ("min_p", "all") else 0.0
-    sampled = Sampling(seed=5, temperature=0.8, top_k=40, top_p=0.95, min_p=min_p, logit_rules=words)
-    return replace(Sampling.greedy(), min_p=min_p, logit_rules=words), sampled
+    sampled = Sampling(seed=5, temperature=0.8, top_k=40, top_p=0.95, min_p=min_p, logit_rules=rules)
+    return replace(Sampling.greedy(), min_p=min_p, logit_rules=rules), sampled
 
 
 def subject() -> Subject:
@@ -72,8 +72,8 @@ def subject() -> Subject:
     return Subject(words, prompts)
 
 
-def compare_words(at_least_tokens: int, *, names: Sequence[str] = tuple(WORDS), whole: bool = True) -> Compared:
-    """Speculated texts against the target alone; not whole: each word with one source, mode and number of texts."""
+def compare_logit_rules(at_least_tokens: int, *, names: Sequence[str] = tuple(RULES), whole: bool = True) -> Compared:
+    """Speculated texts against the target alone; not whole: each rule with one source, mode and number of texts."""
     torch.set_num_threads(1)
     asked, total = subject(), Compared()
     cells = list(_cells(names, whole=whole))
@@ -93,10 +93,10 @@ def _cells(names: Sequence[str], *, whole: bool) -> Iterator[tuple[Sampling, str
 
 
 def without_effect(new_tokens: int) -> list[str]:
-    """The words that do not matter to the texts that are compared."""
+    """The rules that do not matter to the texts that are compared."""
     asked = subject()
     plain = [asked.own_text(0, replace(one, min_p=0.0, logit_rules=None), new_tokens) for one in samplings("all")]
-    return [name for name in WORDS if [asked.own_text(0, one, new_tokens) for one in samplings(name)] == plain]
+    return [name for name in RULES if [asked.own_text(0, one, new_tokens) for one in samplings(name)] == plain]
 
 
 def walk(engine: Engine, sampling: Sampling, seed: int, steps: int) -> list[list[int]]:
@@ -119,8 +119,8 @@ def walk(engine: Engine, sampling: Sampling, seed: int, steps: int) -> list[list
     return said
 
 
-def shards_differ(folder: Path, names: Sequence[str] = tuple(WORDS), steps: int = 25) -> int:
-    """Tokens that two shards say otherwise than the whole model, over all words."""
+def shards_differ(folder: Path, names: Sequence[str] = tuple(RULES), steps: int = 25) -> int:
+    """Tokens that two shards say otherwise than the whole model, over all rules."""
     settings = saved_model("llama", folder, torch.float64)
     whole, split = local(settings), inprocess(settings, (0, 2, 4))
     differing = 0
@@ -133,5 +133,5 @@ def shards_differ(folder: Path, names: Sequence[str] = tuple(WORDS), steps: int 
 
 
 if __name__ == "__main__":
-    done = compare_words(int(sys.argv[1]))
+    done = compare_logit_rules(int(sys.argv[1]))
     print(f"{done.tokens} tokens, {done.differing} differ, {done.accepted} guesses accepted, {len(done.cells)} cells")

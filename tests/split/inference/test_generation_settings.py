@@ -1,4 +1,4 @@
-"""What is asked of a text of `split.infer`: words, stop strings, a drawn seed, messages, a filled context."""
+"""What is asked of a text of `split.infer`: logit rules, stop strings, a drawn seed, messages, a filled context."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _said(words: str, folder: Path, prompt: str = PROMPT) -> dict[str, Any]:
     return infer.run(_settings(words, prompt), Run(folder))
 
 
-def test_words_and_stop_strings_are_those_of_the_whole_model(tmp_path: Path) -> None:
+def test_logit_rules_and_stop_strings_are_those_of_the_whole_model(tmp_path: Path) -> None:
     loaded = load_model(_settings(ASKED).model, torch.device("cpu"))
     words = LogitRules(
         prompt_tokens=len(PROMPT), repetition_penalty=1.2, presence_penalty=0.4, bad_words=((32, 101), (101,))

@@ -1,0 +1,193 @@
+"""All choices of one request on their way: begun at a writer, journaled, stopped when the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncGenerator, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from serve.choice import Choice, Piece
+from serve.faults import RequestFault
+from serve.journal import Journal
+from serve.models.tokens import ModelTexts
+from serve.models.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
+from serve.text_request import Limits, TextRequest
+from speculative.request import GenerationRequest
+from speculative.settings import Mode
+
+log = logging.getLogger(__name__)
+
+_NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Told:
+    """Pieces of one choice that can be sent now."""
+
+    choice: int
+    pieces: Sequence[Piece]
+
+
+class Generation:
+    """The texts of one request.
+
+    Args:
+        name: Its id for clients.
+        request: What is asked for.
+        writer: The model.
+        texts: Its tokenizer.
+        limits: Of the server.
+        client: Whose request it is: clients with fewer running texts come first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        request: TextRequest,
+        writer: Writer,
+        texts: ModelTexts,
+        limits: Limits,
+        client: Hashable,
+    ) -> None:
+        self.name, self.request = name, request
+        self.journal: Journal | None = None
+        self.is_left = False
+        self.is_taken_over = False
+        """Whether another connection continues the stream."""
+        self.prompt_scores: list[PromptTokens | None] = [None] * request.count
+        """Of each choice, its prompt under the model, where that is asked for."""
+        self.guesses = 0
+        """Draft tokens in the texts."""
+        self._cached = [0] * request.count
+        self.writer, self._client = writer, client
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        # A stream that goes on under its name gets nothing that was on its way to the connection before.
+        self._keys = [(name, next(_NUMBERS), number) for number in range(request.count)]
+        self._prompt_of = [prompt for prompt in request.prompts for _ in range(request.choices)]
+        most = [request.new_tokens(len(prompt), writer.context, limits) for prompt in self._prompt_of]
+        self._most = most
+        self.choices = [Choice(texts, request.stops, own, has_reports=request.logprobs is not None) for own in most]
+        self._requests = [self._request(number) for number in range(len(self.choices))]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(len, self.request.prompts))
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that were not computed again."""
+        return sum(self._cached)
+
+    @property
+    def new_tokens(self) -> int:
+        """New tokens of all choices so far."""
+        return sum(choice.position for choice in self.choices)
+
+    def prompt_of(self, number: int) -> Sequence[int]:
+        """The prompt of a choice."""
+        return self._prompt_of[number]
+
+    def retell(self, events: Sequence[tuple[int, NewTokens]]) -> list[Told]:
+        """Continue the choices by what a journal holds of them, before `run`."""
+        self.guesses += sum(new.guesses for _, new in events)
+        return [Told(number, self.choices[number].add(new)) for number, new in events]
+
+    async def run(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[Told | InLine | None]:
+        """Generate all choices to their ends. Yields what can be sent, places in line, and None when nothing came for
+        `keep_alive_seconds`. Leaving the iterator early stops everything.
+
+        Raises:
+            RequestFault: a choice could not be continued.
+        """
+        open_choices = {
+            number
+            for number, choice in enumerate(self.choices)
+            if choice.finish is None or (self.request.scores_prompt and not choice.ids)
+        }
+        try:
+            for number in sorted(open_choices):
+                self._begin(number)
+            while open_choices and not self.is_left:
+                try:
+                    number, event = await asyncio.wait_for(self._events.get(), keep_alive_seconds)
+                except TimeoutError:
+                    yield None
+                    continue
+                if number not in open_choices:
+                    continue
+                if isinstance(event, InLine):
+                    yield event
+                    continue
+                choice = self.choices[number]
+                if isinstance(event, PromptTokens):
+                    self.prompt_scores[number] = event
+                elif isinstance(event, NewTokens):
+                    self._note(number, event)
+                    self._cached[number] = event.cached_tokens
+                    self.guesses += event.guesses
+                    pieces = choice.add(event)
+                    if choice.finish is not None:
+                        open_choices.discard(number)
+                        self.writer.leave(self._keys[number])
+                    yield Told(number, pieces)
+                elif choice.finish is None:
+                    raise RequestFault(400 if event.is_refused else 503, event.fault or "the text ended early")
+            if open_choices and not self.is_taken_over:  # never a text that looks whole
+                raise RequestFault(503, "the server is ending, and this text is not finished", retry_after=1)
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Stop all choices that run. A second call does nothing."""
+        if self.is_left:
+            return
+        self.is_left = True
+        self._events.put_nowait((-1, Ended()))  # wakes `run`
+        for number in range(len(self.choices)):
+            self.writer.leave(self._keys[number])
+        if self.journal is not None:
+            self.journal.touch()
+            self.journal.close()
+
+    def _begin(self, number: int) -> None:
+        request = self._requests[number]
+        own = replace(request, new_ids=tuple(self.choices[number].ids))
+
+        def receive(event: Event) -> None:
+            self._events.put_nowait((number, event))
+
+        self.writer.begin(self._keys[number], own, self._client, receive)
+
+    def _request(self, number: int) -> GenerationRequest:
+        prompt = self._prompt_of[number]
+        try:
+            sampling = self.request.sampling_of(number % self.request.choices, len(prompt))
+            if sampling.logit_rules is not None:
+                self.writer.check_schema(sampling.logit_rules.schema)
+        except ValueError as error:
+            param = "response_format" if "schema" in str(error) else None
+            raise RequestFault(400, str(error), param=param) from None
+        return GenerationRequest(
+            prompt_ids=prompt,
+            sampling=sampling,
+            max_new_tokens=max(1, self._most[number]),  # 0 with a prompt to score: its one token is dropped
+            mode=Mode["async"] if self.request.is_speculative else Mode.target_only,
+            threshold=None,
+            logprobs=self.request.logprobs is not None,
+            scores_prompt=self.request.scores_prompt,
+        )
+
+    def _note(self, number: int, new: NewTokens) -> None:
+        if self.journal is None:
+            return
+        try:
+            self.journal.add(number, new)
+        except OSError as error:
+            log.warning("a stream's journal could not be written (%s): the stream cannot be continued", error)
+            with contextlib.suppress(OSError):
+                self.journal.close()
+            self.journal = None

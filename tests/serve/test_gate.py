@@ -1,0 +1,174 @@
+"""Who may come in, and how a server ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lab.command.entry import compose_settings
+from lab.settings import UserError
+from serve.settings import ServeSettings
+from tests.serve.servers import SMALL, Client, said, serving
+from tests.speculative.processes import role
+
+KEY = "0123456789abcdef0123456789abcdef"
+PAGE = "http://pages.example:3000"
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    folder = tmp_path_factory.mktemp("keyed")
+    (folder / "key").write_text(KEY)
+    (folder / "key").chmod(0o600)
+    words = [f"network.key_file={folder}/key", f"project.cors_origins=[{PAGE}]", "project.sessions=2"]
+    with serving(folder / "journal", *words, "project.max_waiting=2", "project.metrics_prefix='vllm:'") as client:
+        yield client
+
+
+def test_without_the_key_nothing_is_told(keyed: Client) -> None:
+    for path in ("/v1/models", "/metrics", "/status", "/openapi.json", "/v1/streams/x", "/nowhere"):
+        assert keyed.get(path).status_code == 401, path
+        assert keyed.get(path, headers={"Authorization": f"Bearer {KEY[:-1]}x"}).status_code == 401
+        assert keyed.get(path, headers={"Authorization": f"Bearer {KEY}"}).status_code != 401
+    refused = keyed.post("/v1/completions", prompt="a")
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert keyed.get("/health").status_code == 200
+    assert keyed.get("/").status_code == 200, "the page, which asks for the key"
+
+
+def test_pages_of_other_sites(keyed: Client) -> None:
+    named = {"Authorization": f"Bearer {KEY}"}
+    allowed = keyed.get("/v1/models", headers=named | {"Origin": PAGE})
+    assert allowed.headers["access-control-allow-origin"] == PAGE
+    other = keyed.get("/v1/models", headers=named | {"Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+    with httpx.Client(base_url=keyed.base) as http:
+        asked = http.options("/v1/completions", headers={"Origin": PAGE, "Access-Control-Request-Method": "POST"})
+        assert asked.status_code == 204
+        body = {"prompt": "a", "max_tokens": 1}
+        evil = http.post("/v1/completions", json=body, headers=named | {"Origin": "http://evil.example"})
+        assert evil.status_code == 403
+
+
+def test_every_request_has_a_number(keyed: Client) -> None:
+    assert keyed.get("/health", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert len({keyed.get("/health").headers["x-request-id"] for _ in range(3)}) == 3
+
+
+def test_a_full_queue_says_when_to_try_again_and_metrics_have_the_names_of_boards(keyed: Client) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"prompt": "abc", "max_tokens": 200, "temperature": 1.5, "logit_bias": {"256": -100, "257": -100}}
+
+    def ask(seed: int) -> httpx.Response:
+        return httpx.post(f"{keyed.base}/v1/completions", json=body | {"seed": seed}, headers=headers, timeout=60)
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, range(12)))
+    codes = [one.status_code for one in found]
+    assert set(codes) == {200, 429}, "two places and two in line, for twelve"
+    refused = next(one for one in found if one.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    text = keyed.get("/metrics", headers=headers).text
+    for name in ("num_requests_running", "generation_tokens_total", "time_to_first_token_seconds_bucket",
+                 "spec_decode_num_accepted_tokens_total", "prefix_cache_hits_total"):  # fmt: skip
+        assert f"vllm:{name}" in text
+
+
+def test_a_name_that_is_not_this_machine_s_is_not_served_without_a_key(tmp_path: Path) -> None:
+    with serving(tmp_path) as client:
+        rebound = client.get("/v1/models", headers={"Host": "evil.example"})
+        assert rebound.status_code == 403
+        assert client.get("/v1/models", headers={"Host": f"localhost:{client.role.port}"}).status_code == 200
+        form = httpx.post(f"{client.base}/v1/completions", data={"prompt": "a"})
+        assert form.status_code == 415, "what a page may send without asking"
+        # A client that goes away frees its place.
+        with client.streaming(prompt="abc", max_tokens=450, logit_bias={"256": -100, "257": -100}) as events:
+            begun = list(islice(events, 2))
+        deadline = time.monotonic() + 20
+        while client.get("/status").json()["models"]["random-1M"]["running"]:
+            assert time.monotonic() < deadline
+        # SIGTERM: what runs is finished, what is new is refused.
+        text = client.text(prompt="abc", max_tokens=250, seed=1)
+        whole: list[str] = []
+        with client.streaming(prompt="abc", max_tokens=250, seed=1) as events:
+            begun = list(islice(events, 1))
+            thread = threading.Thread(target=lambda: whole.append(said([*begun, *events])))
+            client.role.process.send_signal(signal.SIGTERM)
+            thread.start()
+            thread.join(30)
+        assert whole == [text]
+        assert client.role.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("project.engine=split", "project.split.shards must name at least one shard"),
+        ("project.engine=split project.split.shards=[127.0.0.1:9] project.adapters=/tmp", "project.adapters must be"),
+        ("project.engine=speculative project.draft.source=layers", "project.draft.source must be ngram or none"),
+        ("project.load_adapters=true", "project.load_adapters must be false"),
+        ("project.temperature=3", "project.temperature must be in [0, 2]"),
+        ("project.max_new_tokens=0", "project.max_new_tokens must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_served(words: str, line: str) -> None:
+    with pytest.raises(UserError, match=re.escape(line)):
+        compose_settings("serve", words, ServeSettings)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("network.host=0.0.0.0", "network.key_file must be set"),
+        ("project.adapters=/nowhere", "project.adapters must be a folder"),
+        ("project.journal=/proc/journal", "project.journal must be a folder that can be written"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(words: str, line: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "serve", *SMALL, f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run([*command, words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert line in done.stderr
+
+
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = [sys.executable, "-m", "serve", "model=random", f"hydra.run.dir={tmp_path}", f"network.port={port}"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"network.port must be free on 127.0.0.1, got {port}" in done.stderr
+
+
+def test_no_verifier_is_one_line(tmp_path: Path) -> None:
+    words = [*SMALL, f"hydra.run.dir={tmp_path}", "project.engine=speculative"]
+    words += ["project.verifier.port=9", "network.connect_timeout_seconds=0.5"]
+    done = subprocess.run([sys.executable, "-m", "serve", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert "127.0.0.1:9" in done.stderr
+
+
+def test_roles_know_their_server(tmp_path: Path) -> None:
+    with role("serve", "model=random", "tracking=none", "network.port=0", f"project.journal={tmp_path}") as server:
+        assert server.ready["base_url"] == f"http://127.0.0.1:{server.port}/v1"
+        code, last = server.interrupt()
+        assert "curl http://127.0.0.1" in server.stderr()
+    assert code == 0
+    assert last["ended_by"] == "interrupted"
