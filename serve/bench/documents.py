@@ -65,6 +65,7 @@ def _documents(rig: Rig) -> Iterator[Document]:
     """Each form in turn. No prompt is kept, so that the first of two requests for one document has no disadvantage."""
     project, words = rig.project, rig.words(rig.settings)
     verifier = [*words, "project.prefix_tokens=0"]
+    # The server ends with the rig, after its verifier: it has no request then.
     with (
         rig.on_core(MODEL_CORE, "speculative.verifier", verifier, rig.new_folder("verifier")) as port,
         link_process(port, project.rtt_seconds, rig.new_folder("link"), project.start_seconds) as link,

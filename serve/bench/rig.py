@@ -32,6 +32,8 @@ class Rig(ExitStack):
         super().__init__()
         self.settings, self.project, self.folder = settings, settings.project, folder
         self._started = 0
+        self._servers: dict[tuple[str, ...], int] = {}
+        """Ports of servers, by their overrides."""
 
     def __enter__(self) -> Self:
         self.enter_context(pinned(CLIENT_CORE))
@@ -81,13 +83,14 @@ class Rig(ExitStack):
 
     @contextmanager
     def server(self, words: Sequence[str], *, core: int = MODEL_CORE, connections: int = 1) -> Iterator[Client]:
-        """A server of its own on a core; yields a client with so many connections."""
-        folder = self.new_folder("server")
-        own = [*words, f"project.model_id={MODEL_ID}", override("project.journal", folder / "journal")]
-        with (
-            self.on_core(core, "serve", own, folder) as port,
-            Client(f"http://127.0.0.1:{port}", MODEL_ID, self.project.request_seconds, connections) as client,
-        ):
+        """A server on a core, for all parts that need the same one; yields a client with so many connections."""
+        own = (*words, f"project.model_id={MODEL_ID}")
+        if own not in self._servers:
+            folder = self.new_folder("server")
+            journal = override("project.journal", folder / "journal")
+            self._servers[own] = self.enter_context(self.on_core(core, "serve", [*own, journal], folder))
+        address = f"http://127.0.0.1:{self._servers[own]}"
+        with Client(address, MODEL_ID, self.project.request_seconds, connections) as client:
             yield client
 
     @contextmanager
