@@ -71,7 +71,7 @@ def _row(streams: int, found: Loads, about: Mapping[str, object], *, has_most: b
     row["tokens_per_second"] = {name: Sample.of(own) for name, own in speeds.items()}
     row["first_token_p95_seconds"] = {name: Sample.of(own) for name, own in firsts.items()}
     targets, holds = [], True
-    for name in found.keys() - {OURS, PLAIN}:
+    for name in (peer for peer in found if peer not in (OURS, PLAIN)):
         turns = len(found[name])
         over, first = ratio(speeds[OURS][:turns], speeds[name]), ratio(firsts[OURS][:turns], firsts[name])
         row |= {f"over_{name}": over, f"first_token_over_{name}": first}

@@ -46,11 +46,11 @@ class Rig(ExitStack):
 
     @cached_property
     def _prose(self) -> list[int]:
-        """Ids of Python's own help topics."""
+        """Ids of Python's own help topics, without their layout: many pieces of it are blank."""
         from pydoc_data.topics import topics
 
         tokenizer: Any = self.tokenizer
-        text = "\n\n".join(topics[name] for name in sorted(topics))
+        text = " ".join(" ".join(topics[name] for name in sorted(topics)).split())
         return cast(list[int], tokenizer(text[:400_000], verbose=False).input_ids)
 
     def prose(self, tokens: int, number: int) -> str:
