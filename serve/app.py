@@ -13,8 +13,9 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -38,6 +39,8 @@ from serve.text_request import Limits, TextRequest, messages_of, read_chat, read
 
 log = logging.getLogger(__name__)
 
+Done = TypeVar("Done")
+
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 RETRY_SECONDS = 1
 """What a client is told to wait when all places are taken."""
@@ -55,6 +58,8 @@ class State:
     """What runs where, for the page."""
     adapters: Adapters | None = None
     is_ending: bool = False
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a request is read in a thread."""
     running: dict[str, Generation] = field(default_factory=dict)
     """Requests by id."""
 
@@ -109,11 +114,13 @@ def make_app(state: State) -> FastAPI:
         log.error("a request ends by a fault of ours", exc_info=error)
         return JSONResponse(RequestFault(500, "the server failed on this request: its log says why").body, 500)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse)
     async def root() -> Response:
         """The chat page."""
         return HTMLResponse(page, headers=headers)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """Whether the server takes requests."""
@@ -147,13 +154,16 @@ def make_app(state: State) -> FastAPI:
         """The ids of a text or of messages."""
         fields = await _fields(request, state)
         model = state.models.get(fields.text("model"))
-        if fields.has("messages"):
-            ids = model.texts.ids_of_messages(messages_of(fields))
-        else:
+
+        def read() -> list[int]:
+            if fields.has("messages"):
+                return model.texts.ids_of_messages(messages_of(fields))
             text = fields.text("prompt")
             if text is None:
                 raise wrong("prompt", "must be a text", None)
-            ids = model.texts.tokenize(text, add_special_tokens=fields.flag("add_special_tokens", True))
+            return model.texts.tokenize(text, add_special_tokens=fields.flag("add_special_tokens", True))
+
+        ids = await _in_thread(state, read)
         named = {"token_strs": model.texts.names(ids)} if fields.flag("return_token_strs", False) else {}
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": model.writer.context, **named})
 
@@ -196,8 +206,10 @@ def make_app(state: State) -> FastAPI:
 
 def _add_loading(app: FastAPI, state: State) -> None:
     """Routes that load and unload adapters, as vLLM has them."""
-    adapters = state.adapters
-    assert adapters is not None, "there is a folder of adapters"
+
+    def adapters() -> Adapters:
+        assert state.adapters is not None, "the gate is closed until there is a model"
+        return state.adapters
 
     @app.post("/v1/load_lora_adapter", openapi_extra=bodies.body(bodies.LOAD, "lora_name", "lora_path"))
     async def load(request: Request) -> Response:
@@ -206,14 +218,14 @@ def _add_loading(app: FastAPI, state: State) -> None:
         name, path = fields.text("lora_name"), fields.text("lora_path")
         if not name or not path:
             raise wrong("lora_path" if name else "lora_name", "must be a text", path if name else name)
-        model = await adapters.load(name, path)
+        model = await adapters().load(name, path)
         return JSONResponse(model.about(state.models.created))
 
     @app.post("/v1/unload_lora_adapter", openapi_extra=bodies.body(bodies.UNLOAD, "lora_name"))
     async def unload(request: Request) -> Response:
         """Offer an adapter no more."""
         name = (await _fields(request, state)).text("lora_name") or ""
-        await adapters.unload(name)
+        await adapters().unload(name)
         return JSONResponse({"status": "ok"})
 
 
@@ -237,15 +249,16 @@ async def _fields(request: Request, state: State) -> Fields:
     if kind != "application/json" and not kind.endswith("+json"):
         # A page of another site can send any other type without asking.
         raise RequestFault(415, f"Content-Type must be application/json, got {kind[:100]!r}")
-    most, body = state.project.max_body_bytes, b""
+    most, pieces, size = state.project.max_body_bytes, [], 0
     try:
         async for piece in request.stream():
-            body += piece
-            if len(body) > most:
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
                 raise RequestFault(413, f"the body must be at most {most} bytes (project.max_body_bytes)")
     except ClientDisconnect:
         raise RequestFault(400, "the body ended early") from None
-    return Fields.parse(body)
+    return Fields.parse(b"".join(pieces))
 
 
 async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
@@ -253,52 +266,70 @@ async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
     if state.is_ending:
         raise RequestFault(503, "the server is ending", retry_after=RETRY_SECONDS)
     model = state.models.get(fields.text("model"))
-    asked = _read(model, fields, state.limits, is_chat=is_chat)
-    if asked.scores_prompt and not model.writer.scores_prompts:
-        raise wrong("echo", "must be false with logprobs where a verifier holds the model", True)
-    if asked.scores_prompt and asked.is_stream:
-        raise wrong("stream", "must be false for the log probabilities of a prompt (echo with logprobs)", True)
+    asked = await _in_thread(state, lambda: _read(model, fields, state.limits, is_chat=is_chat))
+    most = [asked.new_tokens(len(prompt), model.writer.context, state.limits) for prompt in asked.prompts]
     state.check_room(asked.count)
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(16)}"
-    generation = Generation(name, asked, model.writer, model.texts, state.limits, _client(request, asked.user))
-    created = int(time.time())
-    replies = _replies(model, generation, created, fields)
-    state.running[name] = generation
+    about = About(created=int(time.time()), model=model.id)
+    generation = _generation(state, name, model, asked, most, request)
     if not asked.is_stream:
-        return await _whole(state, request, model, generation, replies)
+        return await _whole(state, request, model, generation, about)
     if state.journals is not None:
         head = {
-            "id": name,
-            "is_chat": is_chat,
-            "created": created,
-            "model": model.id,
+            **msgspec.to_builtins(about),
             "fingerprint": model.fingerprint,
             "adapter": state.adapters.name_of(model) if state.adapters else None,
-            "body": {**fields.document, "seed": asked.sampling.seed},
+            "request": msgspec.to_builtins(asked),
+            "most": most,
         }
         try:
             generation.journal = state.journals.new(name, head)
         except OSError as error:
             log.warning("project.journal cannot be written (%s): this stream cannot be continued", error)
-    told = _told(state, model, generation, replies, [0] * asked.count, [])
-    return _Stream(state, generation, told)
+    return _Stream(state, generation, _told(state, model, generation, about, None, []))
+
+
+@dataclass(frozen=True)
+class About:
+    """What every document of a request says of it."""
+
+    created: int
+    """Seconds of the epoch."""
+    model: str
+    """The model's id for clients."""
+
+
+async def _in_thread(state: State, work: Callable[[], Done]) -> Done:
+    """Do what takes a while beside the event loop, one at a time: tokenising, compiling a schema."""
+    async with state.reading:
+        return await asyncio.to_thread(work)
 
 
 def _read(model: ServedModel, fields: Fields, limits: Limits, *, is_chat: bool) -> TextRequest:
-    return (read_chat if is_chat else read_completion)(fields, model.texts, limits)
+    asked = (read_chat if is_chat else read_completion)(fields, model.texts, limits)
+    if asked.scores_prompt and not model.writer.scores_prompts:
+        raise wrong("echo", "must be false with logprobs where a verifier holds the model", True)
+    if asked.scores_prompt and asked.is_stream:
+        raise wrong("stream", "must be false for the log probabilities of a prompt (echo with logprobs)", True)
+    try:
+        model.writer.check_schema(asked.rules.get("schema", ""))
+    except ValueError as error:
+        raise RequestFault(400, str(error), param="response_format") from None
+    return asked
 
 
-def _replies(
-    model: ServedModel, generation: Generation, created: int, fields: Fields, name: str | None = None
-) -> Replies:
-    return Replies(
-        generation,
-        model.texts,
-        created=created,
-        model=name or model.id,
-        fingerprint=model.fingerprint,
-        shows_guesses=fields.flag("show_guesses", False),
-    )
+def _generation(
+    state: State, name: str, model: ServedModel, asked: TextRequest, most: Sequence[int], request: Request
+) -> Generation:
+    """A generation that counts among those that run."""
+    each = [count for count in most for _ in range(asked.choices)]
+    generation = Generation(name, asked, model.writer, model.texts, each, _client(request, asked.user))
+    state.running[name] = generation
+    return generation
+
+
+def _replies(model: ServedModel, generation: Generation, about: About) -> Replies:
+    return Replies(generation, model.texts, created=about.created, model=about.model, fingerprint=model.fingerprint)
 
 
 def _client(request: Request, user: str) -> Hashable:
@@ -307,9 +338,7 @@ def _client(request: Request, user: str) -> Hashable:
     return address, request.headers.get("authorization", ""), user
 
 
-async def _whole(
-    state: State, request: Request, model: ServedModel, generation: Generation, replies: Replies
-) -> Response:
+async def _whole(state: State, request: Request, model: ServedModel, generation: Generation, about: About) -> Response:
     """The document of all choices; a client that goes away meanwhile stops them."""
     told: list[list[Piece]] = [[] for _ in generation.choices]
 
@@ -331,7 +360,8 @@ async def _whole(
         with contextlib.suppress(asyncio.CancelledError, RequestFault):
             await work
     scores = [_prompt_reports(generation, number) for number in range(len(generation.choices))]
-    return Response(as_json(replies.whole(scores, told)), media_type="application/json")
+    document = _replies(model, generation, about).whole(scores, told)
+    return Response(as_json(document), media_type="application/json")
 
 
 def _prompt_reports(generation: Generation, number: int) -> Sequence[TokenReport | None]:
@@ -378,19 +408,20 @@ async def _told(
     state: State,
     model: ServedModel,
     generation: Generation,
-    replies: Replies,
-    after: list[int],
+    about: About,
+    after: list[int] | None,
     before: Sequence[Told],
 ) -> AsyncIterator[bytes]:
     """The events of a stream.
 
     Args:
-        after: Positions up to which the client has the choices.
+        after: Positions up to which the client has the choices; None: it has nothing.
         before: What a journal told.
     """
-    request = generation.request
-    at = list(after)
-    closed = set[int]()
+    request, replies = generation.request, _replies(model, generation, about)
+    choices = range(len(generation.choices))
+    at = list(after or [0] * len(choices))
+    said = list(at)
 
     def position() -> str:
         return "-".join(map(str, at))
@@ -398,23 +429,30 @@ async def _told(
     def told(one: Told) -> list[bytes]:
         found = []
         for piece in one.pieces:
-            if piece.position > after[one.choice]:
-                at[one.choice] = piece.position
-                found.append(event(replies.piece(one.choice, piece), position()))
-        choice = generation.choices[one.choice]
-        end = choice.position + 2  # after the last piece, which is at most one position behind the last token
-        if choice.finish is not None and one.choice not in closed and after[one.choice] < end:
-            closed.add(one.choice)
+            at[one.choice] = max(at[one.choice], piece.position)
+            counts = zip(at, generation.choices, strict=True)
+            chunk = replies.piece(one.choice, piece, sum(min(count, own.position) for count, own in counts))
+            if piece.position > said[one.choice]:
+                found.append(event(chunk, position()))
+        # The last piece is at most one position behind the last token.
+        end = generation.choices[one.choice].position + 2
+        if one.is_end and said[one.choice] < end:
             at[one.choice] = end
             found.append(event(replies.closing(one.choice), position()))
         return found
 
     try:
-        for number in range(len(generation.choices)) if not any(after) else ():
+        for number in choices if after is None else ():
+            # Only the last of them can be the last event that a client has.
+            own = position() if number == choices[-1] else ""
             if request.is_chat:
-                yield event(replies.opening(number), position())
+                yield event(replies.opening(number), own)
             elif request.echo:
-                yield event(replies.piece(number, Piece(0, replies.echoed(number))), position())
+                yield event(replies.piece(number, Piece(0, replies.echoed(number))), own)
+        for number in choices:
+            if generation.most[number] == 0:
+                for line in told(Told(number, (), is_end=True)):
+                    yield line
         for one in before:
             for line in told(one):
                 yield line
@@ -428,10 +466,7 @@ async def _told(
                     for line in told(happened):
                         yield line
         if generation.is_taken_over:
-            return
-        for number in range(len(generation.choices)):  # no new token at all was asked for
-            for line in told(Told(number, ())):
-                yield line
+            raise RequestFault(409, "another connection continues this stream", code="stream_taken")
         if request.has_usage:
             yield event(replies.last(), position())
         yield event("[DONE]")
@@ -462,41 +497,39 @@ async def _continue(state: State, request: Request, name: str) -> Response:
         raise RequestFault(404, "project.keep_seconds must not be 0 for streams that can be continued")
     if state.is_ending:
         raise RequestFault(503, "the server is ending", retry_after=RETRY_SECONDS)
+    head = state.journals.head(name)
+    asked, most = msgspec.convert(head["request"], TextRequest), head["most"]
+    after = _positions(request, asked.count)
+    model = state.models.with_fingerprint(head["fingerprint"])
+    if model is None and state.adapters is not None:
+        model = await state.adapters.of_fingerprint(head["fingerprint"], head["adapter"])
+    if model is None:
+        rule = f"the stream began at {head['fingerprint']}, which this server has not"
+        raise RequestFault(409, f"{rule}: its text would have two unequal halves", code="other_model")
+    # From here on nothing waits: no other connection can come between.
     old = state.running.get(name)
     if old is not None:  # its connection broke, and this server has not noticed
         old.is_taken_over = True
         old.leave()
-        state.running.pop(name, None)
-    head, events, journal = state.journals.read(name)
+        state.forget(old)
+    state.check_room(asked.count)
+    events, journal = state.journals.read(name)
     try:
-        model = state.models.with_fingerprint(head["fingerprint"])
-        if model is None and state.adapters is not None:
-            model = await state.adapters.of_fingerprint(head["fingerprint"], head["adapter"])
-        if model is None:
-            rule = f"the stream began at {head['fingerprint']}, which this server has not"
-            raise RequestFault(409, f"{rule}: its text would have two unequal halves", code="other_model")
-        fields = Fields(head["body"])
-        asked = _read(model, fields, state.limits, is_chat=head["is_chat"])
-        after = _positions(request, asked.count)
-        state.check_room(asked.count)
-        generation = Generation(name, asked, model.writer, model.texts, state.limits, _client(request, asked.user))
+        generation = _generation(state, name, model, asked, most, request)
+        generation.journal = journal
+        before = generation.retell(events)
     except BaseException:
         journal.close()
         raise
-    generation.journal = journal
-    before = generation.retell(events)
-    state.running[name] = generation
-    told = _told(
-        state, model, generation, _replies(model, generation, head["created"], fields, head["model"]), after, before
-    )
-    return _Stream(state, generation, told)
+    about = About(created=head["created"], model=head["model"])
+    return _Stream(state, generation, _told(state, model, generation, about, after, before))
 
 
-def _positions(request: Request, count: int) -> list[int]:
-    """The positions in Last-Event-ID; without it, the beginning."""
-    given = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
+def _positions(request: Request, count: int) -> list[int] | None:
+    """The positions in Last-Event-ID; None without it: from the beginning."""
+    given = request.headers.get("last-event-id")
     if not given:
-        return [0] * count
+        return None
     found = given.split("-")
     if len(found) != count or not all(one.isascii() and one.isdecimal() and len(one) < 10 for one in found):
         raise wrong("Last-Event-ID", f"must be {count} numbers joined by -, as the stream's events have them", given)

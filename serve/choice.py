@@ -55,6 +55,8 @@ class Choice:
         self._said = 0
         """Number of tokens whose reports were given."""
         self.ids: list[int] = []
+        self.guesses = 0
+        """Draft tokens among them."""
         self.finish: str | None = "length" if most == 0 else None
         """`stop` or `length` once the text is complete."""
 
@@ -75,6 +77,7 @@ class Choice:
             if self.finish is not None:
                 break
             self.ids.append(token)
+            self.guesses += place < new.guesses
             if token in self._ends:
                 self.finish = "stop"
                 break

@@ -98,7 +98,7 @@ class Fields:
     def texts(self, name: str, most: int, longest: int) -> list[str]:
         """A text or a list of texts, none of them empty."""
         value = self.document.get(name)
-        given = [value] if isinstance(value, str) else value or []
+        given = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(given, list) or len(given) > most:
             raise wrong(self._name(name), f"must be a text or a list of at most {most} texts", value)
         for one in given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health")
 """Served without a key: a page that asks for the key, and whether the server is ready."""
+RETRY_SECONDS = 1
+_NUMBER = re.compile(rb"[!-~]{1,128}\Z")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -29,10 +32,14 @@ class Gate:
             another site cannot reach a server on loopback by a name of its own (DNS rebinding).
         host: The interface that the server listens on.
         origins: Web pages that may call it.
+        most: Most requests at a time.
     """
 
-    def __init__(self, app: App, *, key: bytes, host: str, origins: Sequence[str]) -> None:
+    def __init__(self, app: App, *, key: bytes, host: str, origins: Sequence[str], most: int) -> None:
         self._app, self._key, self._origins = app, key, frozenset(origins)
+        self._most, self._count = most, 0
+        self.is_loading = True
+        """Whether there is no model yet."""
         self._names = {*LOOPBACK_NAMES, host.strip("[]").lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,9 +48,11 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        own_number = headers.get(b"x-request-id", b"")[:128] or secrets.token_hex(8).encode()
+        given = headers.get(b"x-request-id", b"")
+        own_number = given if _NUMBER.match(given) else secrets.token_hex(8).encode()
         origin = headers.get(b"origin", b"").decode("latin-1")
-        added = [(b"x-request-id", own_number), *self._for_page(origin)]
+        asked = headers.get(b"access-control-request-headers", b"")
+        added = [(b"x-request-id", own_number), *self._for_page(origin, asked)]
 
         async def send_more(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -59,7 +68,11 @@ class Gate:
             document = as_json(fault.body).encode()
             await _answer(send_more, fault.status, [(b"content-type", b"application/json"), *named], document)
             return
-        await self._app(scope, receive, send_more)
+        self._count += 1
+        try:
+            await self._app(scope, receive, send_more)
+        finally:
+            self._count -= 1
 
     def _refusal(self, path: str, method: str, headers: dict[bytes, bytes], origin: str) -> RequestFault | None:
         if not self._key:
@@ -75,16 +88,21 @@ class Gate:
         is_ours = not origin or origin.endswith(own) or origin in self._origins
         if method == "POST" and not is_ours:  # a page of another site needs no answer to do harm
             return RequestFault(403, f"Origin must be in project.cors_origins, got {origin[:100]!r}")
+        if self.is_loading and path != "/":
+            return RequestFault(503, "Loading model", retry_after=RETRY_SECONDS)
+        if self._count >= self._most:
+            rule = f"requests must be at most {self._most} at a time (project.max_connections)"
+            return RequestFault(503, f"{rule}: try again later", retry_after=RETRY_SECONDS)
         return None
 
-    def _for_page(self, origin: str) -> list[tuple[bytes, bytes]]:
+    def _for_page(self, origin: str, asked: bytes) -> list[tuple[bytes, bytes]]:
         if origin not in self._origins:
             return []
         return [
             (b"access-control-allow-origin", origin.encode("latin-1")),
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-            (b"access-control-allow-headers", b"authorization, content-type, last-event-id, x-request-id"),
-            (b"access-control-expose-headers", b"x-request-id"),
+            (b"access-control-allow-headers", asked or b"*"),  # clients send headers of their own, such as X-Stainless
+            (b"access-control-expose-headers", b"retry-after, x-request-id"),
             (b"vary", b"origin"),
         ]
 

@@ -14,7 +14,7 @@ from serve.faults import RequestFault
 from serve.journal import Journal
 from serve.models.tokens import ModelTexts
 from serve.models.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
-from serve.text_request import Limits, TextRequest
+from serve.text_request import TextRequest
 from speculative.request import GenerationRequest
 from speculative.settings import Mode
 
@@ -29,6 +29,8 @@ class Told:
 
     choice: int
     pieces: Sequence[Piece]
+    is_end: bool = False
+    """Whether the choice is complete with these pieces."""
 
 
 class Generation:
@@ -39,7 +41,7 @@ class Generation:
         request: What is asked for.
         writer: The model.
         texts: Its tokenizer.
-        limits: Of the server.
+        most: Most new tokens of each choice.
         client: Whose request it is: clients with fewer running texts come first.
     """
 
@@ -49,7 +51,7 @@ class Generation:
         request: TextRequest,
         writer: Writer,
         texts: ModelTexts,
-        limits: Limits,
+        most: Sequence[int],
         client: Hashable,
     ) -> None:
         self.name, self.request = name, request
@@ -59,16 +61,13 @@ class Generation:
         """Whether another connection continues the stream."""
         self.prompt_scores: list[PromptTokens | None] = [None] * request.count
         """Of each choice, its prompt under the model, where that is asked for."""
-        self.guesses = 0
-        """Draft tokens in the texts."""
         self._cached = [0] * request.count
         self.writer, self._client = writer, client
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         # A stream that goes on under its name gets nothing that was on its way to the connection before.
         self._keys = [(name, next(_NUMBERS), number) for number in range(request.count)]
         self._prompt_of = [prompt for prompt in request.prompts for _ in range(request.choices)]
-        most = [request.new_tokens(len(prompt), writer.context, limits) for prompt in self._prompt_of]
-        self._most = most
+        self.most = list(most)
         self.choices = [Choice(texts, request.stops, own, has_reports=request.logprobs is not None) for own in most]
         self._requests = [self._request(number) for number in range(len(self.choices))]
 
@@ -79,8 +78,14 @@ class Generation:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompts that were not computed again."""
-        return sum(self._cached)
+        """Tokens of the prompts that no choice had to compute again."""
+        each = self.request.choices
+        return sum(min(self._cached[first : first + each]) for first in range(0, len(self._cached), each))
+
+    @property
+    def guesses(self) -> int:
+        """Draft tokens in the texts."""
+        return sum(choice.guesses for choice in self.choices)
 
     @property
     def new_tokens(self) -> int:
@@ -93,8 +98,13 @@ class Generation:
 
     def retell(self, events: Sequence[tuple[int, NewTokens]]) -> list[Told]:
         """Continue the choices by what a journal holds of them, before `run`."""
-        self.guesses += sum(new.guesses for _, new in events)
-        return [Told(number, self.choices[number].add(new)) for number, new in events]
+        return [self._told(number, new) for number, new in events]
+
+    def _told(self, number: int, new: NewTokens) -> Told:
+        choice = self.choices[number]
+        was_open = choice.finish is None
+        pieces = choice.add(new)
+        return Told(number, pieces, was_open and choice.finish is not None)
 
     async def run(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[Told | InLine | None]:
         """Generate all choices to their ends. Yields what can be sent, places in line, and None when nothing came for
@@ -128,13 +138,14 @@ class Generation:
                 elif isinstance(event, NewTokens):
                     self._note(number, event)
                     self._cached[number] = event.cached_tokens
-                    self.guesses += event.guesses
-                    pieces = choice.add(event)
+                    told = self._told(number, event)
                     if choice.finish is not None:
                         open_choices.discard(number)
                         self.writer.leave(self._keys[number])
-                    yield Told(number, pieces)
-                elif choice.finish is None:
+                    yield told
+                else:
+                    if event.is_full:
+                        raise RequestFault(429, event.fault, code="queue_full", retry_after=1)
                     raise RequestFault(400 if event.is_refused else 503, event.fault or "the text ended early")
             if open_choices and not self.is_taken_over:  # never a text that looks whole
                 raise RequestFault(503, "the server is ending, and this text is not finished", retry_after=1)
@@ -166,15 +177,12 @@ class Generation:
         prompt = self._prompt_of[number]
         try:
             sampling = self.request.sampling_of(number % self.request.choices, len(prompt))
-            if sampling.logit_rules is not None:
-                self.writer.check_schema(sampling.logit_rules.schema)
         except ValueError as error:
-            param = "response_format" if "schema" in str(error) else None
-            raise RequestFault(400, str(error), param=param) from None
+            raise RequestFault(400, str(error)) from None
         return GenerationRequest(
             prompt_ids=prompt,
             sampling=sampling,
-            max_new_tokens=max(1, self._most[number]),  # 0 with a prompt to score: its one token is dropped
+            max_new_tokens=max(1, self.most[number]),  # 0 with a prompt to score: its one token is dropped
             mode=Mode["async"] if self.request.is_speculative else Mode.target_only,
             threshold=None,
             logprobs=self.request.logprobs is not None,
@@ -187,7 +195,7 @@ class Generation:
         try:
             self.journal.add(number, new)
         except OSError as error:
-            log.warning("a stream's journal could not be written (%s): the stream cannot be continued", error)
+            log.warning("a stream's journal could not be written (%s): what is missing in it is computed again", error)
             with contextlib.suppress(OSError):
                 self.journal.close()
             self.journal = None

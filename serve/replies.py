@@ -25,7 +25,6 @@ class Replies:
         created: Seconds of the epoch.
         model: Its id for clients.
         fingerprint: `system_fingerprint`.
-        shows_guesses: Whether pieces say that they were draft tokens; a field that no other server has.
     """
 
     def __init__(
@@ -36,9 +35,8 @@ class Replies:
         created: int,
         model: str,
         fingerprint: str,
-        shows_guesses: bool,
     ) -> None:
-        self._generation, self._texts, self._shows_guesses = generation, texts, shows_guesses
+        self._generation, self._texts = generation, texts
         self._request: TextRequest = generation.request
         kind = "chat.completion" if self._request.is_chat else "text_completion"
         is_chunk = self._request.is_stream and self._request.is_chat
@@ -58,14 +56,15 @@ class Replies:
         """The first chunk of a chat's choice."""
         return self._chunk(choice, {"delta": {"role": "assistant", "content": ""}})
 
-    def piece(self, choice: int, piece: Piece) -> dict[str, Any]:
-        """A chunk with characters."""
+    def piece(self, choice: int, piece: Piece, new_tokens: int | None = None) -> dict[str, Any]:
+        """A chunk with characters; `new_tokens` are those of all choices then, None: now. Called for every piece, in
+        order, whether or not it is sent: the places of log probabilities are counted."""
         body: dict[str, Any] = {"delta": {"content": piece.text}} if self._request.is_chat else {"text": piece.text}
         if self._request.logprobs is not None:
             body["logprobs"] = self._logprobs(choice, piece.tokens)
-        if self._shows_guesses:
+        if self._request.shows_guesses:
             body["is_guess"] = piece.is_guess
-        return self._chunk(choice, body)
+        return self._chunk(choice, body, new_tokens=new_tokens)
 
     def closing(self, choice: int) -> dict[str, Any]:
         """The chunk with the reason of the end."""
@@ -107,9 +106,10 @@ class Replies:
         """The text of a prompt that is to be echoed."""
         return self._texts.detokenize(self._generation.prompt_of(choice)) if self._request.echo else ""
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self, new_tokens: int | None = None) -> dict[str, Any]:
         """Tokens so far."""
-        prompt, new = self._generation.prompt_tokens, self._generation.new_tokens
+        prompt = self._generation.prompt_tokens
+        new = self._generation.new_tokens if new_tokens is None else new_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
@@ -118,10 +118,12 @@ class Replies:
             "completion_tokens_details": {"accepted_prediction_tokens": self._generation.guesses},
         }
 
-    def _chunk(self, choice: int, body: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, choice: int, body: dict[str, Any], finish: str | None = None, new_tokens: int | None = None
+    ) -> dict[str, Any]:
         usage: dict[str, Any] = {}
         if self._request.has_usage_always:
-            usage = {"usage": self.usage()}
+            usage = {"usage": self.usage(new_tokens)}
         elif self._request.has_usage:
             usage = {"usage": None}
         logprobs = {} if self._request.is_chat and "logprobs" not in body else {"logprobs": body.pop("logprobs", None)}
@@ -160,7 +162,8 @@ class Replies:
                 found["top_logprobs"].append(None)
                 continue
             found["token_logprobs"].append(_logprob(one.nll))
-            found["top_logprobs"].append({self._texts.piece(id_)[0]: _logprob(nll) for id_, nll in reversed(one.top)})
+            top = one.top if any(id_ == one.id for id_, _ in one.top) else [*one.top, (one.id, one.nll)]
+            found["top_logprobs"].append({self._texts.piece(id_)[0]: _logprob(nll) for id_, nll in reversed(top)})
         return found
 
 

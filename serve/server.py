@@ -80,25 +80,31 @@ async def serve(
             loop.call_soon_threadsafe(lambda: None if broken.done() else broken.set_exception(error))
 
         models = Models(int(time.time()), broke=broke)
-        opened = await asyncio.to_thread(open_first, settings, loop.call_soon_threadsafe, turns)
-        models.add(opened.model)
         state = _state(settings, models, journals)
-        if opened.base is not None:
-            state.adapters = Adapters(settings, opened.base, models, turns, loop.call_soon_threadsafe, state.uses)
-            await state.adapters.look()
-        served.models, served.about = list(models.by_id), lambda: _totals(models)
-        app = Gate(make_app(state), key=shared_key(network), host=network.host, origins=project.cors_origins)
-        server = _uvicorn(app, project, tls)
+        gate = Gate(
+            make_app(state),
+            key=shared_key(network),
+            host=network.host,
+            origins=project.cors_origins,
+            most=project.max_connections,
+        )
+        server = _uvicorn(gate, project, tls)
         tasks = [asyncio.create_task(server.serve(sockets=[listener]))]
-        if state.adapters is not None:
-            tasks.append(asyncio.create_task(state.adapters.follow(project.follow_seconds)))
         try:
+            opened = await asyncio.to_thread(open_first, settings, loop.call_soon_threadsafe, turns)
+            models.add(opened.model)
+            if opened.base is not None:
+                state.adapters = Adapters(settings, opened.base, models, turns, loop.call_soon_threadsafe, state.uses)
+                await state.adapters.look()
+                tasks.append(asyncio.create_task(state.adapters.follow(project.follow_seconds)))
+            served.models, served.about = list(models.by_id), lambda: _totals(models)
+            gate.is_loading = False
             while not server.started and not tasks[0].done():
                 await asyncio.sleep(LOOK_SECONDS / 10)
             announce(network.host, int(listener.getsockname()[1]), models)
-            await asyncio.wait([*tasks, broken], return_when=asyncio.FIRST_COMPLETED)
-            if broken.done():
-                broken.result()
+            done, _ = await asyncio.wait([*tasks, broken], return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                one.result()
         except asyncio.CancelledError:
             await _finish(state)
             raise
@@ -123,7 +129,6 @@ def _uvicorn(app: Gate, project: ServeProjectSettings, tls: ssl.SSLContext | Non
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=project.max_connections,
         timeout_graceful_shutdown=1,
         ws="none",
     )
@@ -151,7 +156,7 @@ def _journals(settings: ServeSettings) -> Journals | None:
     project = settings.project
     folder = path_of(project.journal, "project.journal")
     try:
-        return Journals.of(folder, project.keep_seconds)
+        return Journals.of(folder, project.keep_seconds, project.journal_bytes)
     except OSError as error:
         rule = "project.journal must be a folder that can be written"
         raise UserError(f"{rule}, got {str(folder)!r} ({error.strerror})") from None

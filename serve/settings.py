@@ -41,6 +41,8 @@ class ServeProjectSettings(TargetSettings):
     """After SIGTERM or Ctrl+C, requests that run may go on for so long; new ones are refused at once."""
     journal: str
     """Folder of the streams' journals, from which a broken stream is continued, also after the server was killed."""
+    journal_bytes: int
+    """Most bytes of all journals; older ones go first."""
     keep_seconds: float
     """How long a stream can be continued after it last had a client; 0: not at all, and no journal is kept."""
     cors_origins: list[str]
@@ -52,6 +54,8 @@ class ServeProjectSettings(TargetSettings):
     `fl` is followed to its newest round. null: none (engine=local)."""
     follow_seconds: float
     """How often that folder is looked at."""
+    max_adapters: int
+    """Most adapters at a time, those that were replaced and still have texts among them."""
     load_adapters: bool
     """Whether /v1/load_lora_adapter and /v1/unload_lora_adapter are served, for folders below `adapters`."""
 
@@ -60,8 +64,8 @@ class ServeProjectSettings(TargetSettings):
         counts = f"max_new_tokens must be at least 1, or {FILL} to fill the context"
         require(self.max_new_tokens >= 1 or self.max_new_tokens == FILL, counts, self.max_new_tokens)
         require(0 <= self.temperature <= 2, "temperature must be in [0, 2]", self.temperature)
-        require_at_least(1, self, "max_choices", "max_connections")
-        require_at_least(1024, self, "max_body_bytes")
+        require_at_least(1, self, "max_choices", "max_connections", "max_adapters")
+        require_at_least(1024, self, "max_body_bytes", "journal_bytes")
         require_above(0, self, "request_seconds", "keep_alive_seconds", "follow_seconds")
         require_at_least(0, self, "grace_seconds", "keep_seconds")
         if self.engine is EngineKind.speculative:

@@ -73,6 +73,8 @@ class TextRequest:
     is_speculative: bool
     has_token_ids: bool
     """Whether a whole document has the ids of its new tokens."""
+    shows_guesses: bool
+    """Whether pieces of a stream say that they were draft tokens: a field that no other server has."""
     user: str
     """Whose request this is, where clients share a key; empty: unknown."""
 
@@ -90,7 +92,8 @@ class TextRequest:
         """The sampling of one choice."""
         own, rules = self.sampling, None
         if self.rules:
-            rules = LogitRules(prompt_tokens=prompt_tokens, **self.rules)
+            biases = tuple((token, bias) for token, bias in self.rules.get("logit_bias", ()))
+            rules = LogitRules(prompt_tokens=prompt_tokens, **{**self.rules, "logit_bias": biases})
         return Sampling(
             seed=(own.seed + choice) % WHOLE,
             temperature=own.temperature,
@@ -105,7 +108,7 @@ class TextRequest:
         """Most new tokens of a choice. RequestFault for a prompt that leaves no room."""
         room = context - prompt_tokens
         name = "messages" if self.is_chat else "prompt"
-        if room < 0 or (room == 0 and self.max_new_tokens != 0):
+        if room < 0 or (room == 0 and (self.max_new_tokens != 0 or self.scores_prompt)):
             raise RequestFault(
                 400,
                 f"{name} must leave room for a token in the context of {context} tokens, got {prompt_tokens} tokens",
@@ -145,11 +148,13 @@ def read_completion(fields: Fields, texts: Texts, limits: Limits) -> TextRequest
     """The request for a completion. RequestFault for a field that breaks its rule."""
     if fields.has("suffix"):
         raise wrong("suffix", "must be null: no model here fills in the middle", fields.raw("suffix"))
+    given = _given_prompts(fields)
+    _check_count(fields, len(given), limits)  # before anything is tokenised
     return _request(
         fields,
         limits,
         is_chat=False,
-        prompts=_prompts(fields, texts),
+        prompts=[_prompt(one, texts) for one in given],
         max_new_tokens=fields.whole("max_tokens", 0, math.inf, 16),
         logprobs=fields.whole("logprobs", 0, MOST_TOP),
         echo=fields.flag("echo", False),
@@ -172,10 +177,7 @@ def _request(
     options = fields.block("stream_options")
     if options is not None and not is_stream:
         raise wrong("stream_options", "must be absent unless stream is true", fields.raw("stream_options"))
-    choices = fields.whole("n", 1, limits.choices, 1) or 1
-    if len(prompts) * choices > limits.choices:
-        rule = f"must ask for at most {limits.choices} choices (n times the number of prompts)"
-        raise wrong("n", rule, len(prompts) * choices)
+    choices = _check_count(fields, len(prompts), limits)
     best_of = fields.whole("best_of", 0, math.inf)
     if best_of is not None and best_of > choices:
         raise wrong("best_of", f"must be at most n, which is {choices}", best_of)
@@ -202,8 +204,18 @@ def _request(
         has_usage_always=options is not None and options.flag("continuous_usage_stats", False),
         is_speculative=fields.flag("speculative", True),
         has_token_ids=fields.flag("return_token_ids", False),
+        shows_guesses=fields.flag("show_guesses", False),
         user=fields.text("user", "") or "",
     )
+
+
+def _check_count(fields: Fields, prompts: int, limits: Limits) -> int:
+    """Choices of each prompt. RequestFault for too many in all."""
+    choices = fields.whole("n", 1, limits.choices, 1) or 1
+    if prompts * choices > limits.choices:
+        rule = f"must ask for at most {limits.choices} choices (n times the number of prompts)"
+        raise wrong("n", rule, prompts * choices)
+    return choices
 
 
 def _seed(fields: Fields) -> int:
@@ -290,14 +302,15 @@ def _part(name: str, part: Any) -> str:
     return str(part[kind])
 
 
-def _prompts(fields: Fields, texts: Texts) -> list[list[int]]:
+def _given_prompts(fields: Fields) -> list[Any]:
+    """The prompts of a completion as they were sent."""
     given = fields.raw("prompt")
-    if isinstance(given, str) or (isinstance(given, list) and given and all(type(one) is int for one in given)):
-        given = [given]
-    if not isinstance(given, list) or not 1 <= len(given) <= MOST_PROMPTS:
+    is_one = isinstance(given, str) or (isinstance(given, list) and given and all(type(one) is int for one in given))
+    found = [given] if is_one else given
+    if not isinstance(found, list) or not 1 <= len(found) <= MOST_PROMPTS:
         rule = f"must be a text, a list of token ids, or a list of 1 to {MOST_PROMPTS} of them"
-        raise wrong("prompt", rule, fields.raw("prompt"))
-    return [_prompt(one, texts) for one in given]
+        raise wrong("prompt", rule, given)
+    return found
 
 
 def _prompt(given: Any, texts: Texts) -> list[int]:

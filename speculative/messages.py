@@ -101,6 +101,8 @@ class Reason(Enum):
     """No DRAFT came in time (mode sync)."""
     refused = "refused"
     """It cannot be served: too long, no room, another tokenizer; CLOSE gives the reason."""
+    full = "full"
+    """There is no room now, and the line is full: it may be asked for again."""
     failed = "failed"
     """The two sides hold different texts, or the target failed."""
 

@@ -59,9 +59,12 @@ def prompt_ids(
     return DataEncoder(tokenizer).encode_data(prompt, add_special_tokens=True)
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str) -> list[int]:
-    """The ids of messages as the chat template shows them, up to the point where the model continues."""
-    encoder = DataEncoder(tokenizer)
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str, encoder: DataEncoder | None = None
+) -> list[int]:
+    """The ids of messages as the chat template shows them, up to the point where the model continues. A server has an
+    `encoder` of its tokenizer already."""
+    encoder = encoder or DataEncoder(tokenizer)
     text = _rendered(tokenizer, messages, whose)
     data: list[Span] = []
     if any(may_hold_control(said, encoder) for said in texts_of(messages)):

@@ -39,6 +39,7 @@ LATEST = "latest"
 """Model id of a federation's newest round."""
 ROUNDS = "adapters"
 """Folder of the rounds in a federation's results."""
+_NAME = re.compile(r"[\w.:-]{1,100}\Z", re.ASCII)
 _ROUND = re.compile(r"round-(\d+)\Z")
 
 
@@ -180,11 +181,12 @@ class Adapters:
                 if is_base or is_known or is_bad or found.id in self._unloaded:
                     continue
                 try:
+                    self._check_room(found.id)
                     self._replace(await asyncio.to_thread(self.open, found))
                     log.info("model %s is now %s", found.id, found.folder)
-                except (UserError, Fault, OSError) as error:
+                except Exception as error:  # of torch, of safetensors: one folder must not end the server
                     self._bad[found.folder] = changed
-                    log.warning("%s", error)
+                    log.warning("adapter %s is not served: %s", found.folder, " ".join(str(error).split()))
 
     async def follow(self, seconds: float) -> None:
         """Look at the folder for ever, and end adapters that were replaced and have no text any more."""
@@ -210,9 +212,13 @@ class Adapters:
             rule = "lora_path must be a PEFT folder below the server's folder of adapters"
             raise RequestFault(400, f"{rule}, got {path[:200]!r}", param="lora_path")
         async with self._changes:
+            if not _NAME.match(name) or name == LATEST:
+                rule = f"lora_name must be 1 to 100 letters, digits and ._:-, and not {LATEST}"
+                raise RequestFault(400, f"{rule}, got {name[:100]!r}", param="lora_name")
             if name in self._models.by_id:
                 raise RequestFault(400, f"lora_name must be a new one, got {name[:200]!r}", param="lora_name")
             try:
+                self._check_room(name)
                 model = await asyncio.to_thread(self.open, Found(name, folder))
             except (UserError, Fault) as error:
                 raise RequestFault(400, str(error), param="lora_path") from None
@@ -250,6 +256,13 @@ class Adapters:
     def name_of(self, model: ServedModel) -> str | None:
         """The folder of a model relative to that of all adapters, for journals."""
         return None if model.folder is None else str(model.folder.resolve().relative_to(self.root.resolve()))
+
+    def _check_room(self, name: str) -> None:
+        """UserError if there are as many adapters as may be."""
+        most = self._settings.project.max_adapters
+        count = sum(1 for model in self._models.all() if model.parent is not None)
+        if count - (name in self._models.by_id) >= most:
+            raise UserError(f"adapters must be at most {most} at a time (project.max_adapters), got another one")
 
     def _replace(self, model: ServedModel) -> None:
         self._models.retire(model.id)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from typing_extensions import override
@@ -18,9 +19,9 @@ from lab.faults import Fault
 from lab.models.fingerprints import changes
 from lab.settings import UserError
 from lab.text.generation import grammars_of
-from serve.models.writer import Counts, Ended, Event, NewTokens, Place, Receive, Writer
+from serve.models.writer import Counts, Ended, Event, InLine, NewTokens, Place, Receive, Writer
 from serve.settings import ServeSettings
-from speculative.drafter.loop import RequestRefused, Round, speculate
+from speculative.drafter.loop import RequestCrowded, RequestRefused, Round, speculate
 from speculative.drafter.sources import open_drafts
 from speculative.drafter.target import RemoteTarget, Ticket, join_verifier
 from speculative.drafts import Drafts, NoDrafts
@@ -28,6 +29,18 @@ from speculative.request import GenerationRequest
 from speculative.settings import Mode
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Text:
+    """A text that waits or runs."""
+
+    key: Hashable
+    request: GenerationRequest
+    client: Hashable
+    receive: Receive
+    left: threading.Event = field(default_factory=threading.Event)
+    """Set when nobody wants it any more."""
 
 
 class RemoteWriter(Writer):
@@ -58,12 +71,14 @@ class RemoteWriter(Writer):
         self.end_ids: Sequence[int] = self.welcome.end_ids
         self.fingerprints = dict(self.welcome.target)
         self.finished: Future[None] = Future()
-        self._left: dict[Hashable, threading.Event] = {}
-        """Texts that run, each with the event that stops it."""
+        self._running: dict[Hashable, _Text] = {}
+        """Texts that have a place, until their threads have ended."""
+        self._line: list[_Text] = []
+        """Those that wait for one, in the order of arrival."""
         self._grammars = grammars_of(settings.model)
         self._lock = threading.Lock()
         self._counts = Counts()
-        self._places = threading.BoundedSemaphore(settings.project.sessions)
+        self._sessions = settings.project.sessions
 
     @override
     def start(self) -> None:
@@ -71,19 +86,32 @@ class RemoteWriter(Writer):
 
     @override
     def begin(self, key: Hashable, request: GenerationRequest, client: Hashable, receive: Receive) -> None:
-        left = self._left[key] = threading.Event()
+        text = _Text(key, request, client, receive)
+        self._line.append(text)
+        self._admit()
+        if text in self._line:
+            receive(InLine(1 + self._line.index(text)))
 
-        def tell(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop has ended
-                self._call_soon(deliver, event)
+    def _admit(self) -> None:
+        """Give free places: first to the clients with the fewest running texts."""
+        while self._line and len(self._running) < self._sessions:
+            ahead = Counter(text.client for text in self._running.values())
+            text = min(self._line, key=lambda one: ahead[one.client])
+            self._line.remove(text)
+            self._running[text.key] = text
+            threading.Thread(target=self._write, args=(text,), name="drafter", daemon=True).start()
 
-        def deliver(event: Event) -> None:
-            if not left.is_set():
-                receive(event)
-            if isinstance(event, Ended):
-                self._left.pop(key, None)
+    def _tell(self, text: _Text, event: Event) -> None:
+        """Called in the thread of a text."""
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            self._call_soon(self._deliver, text, event)
 
-        threading.Thread(target=self._write, args=(request, left, tell), name="drafter", daemon=True).start()
+    def _deliver(self, text: _Text, event: Event) -> None:
+        if isinstance(event, Ended):
+            del self._running[text.key]
+            self._admit()
+        if not text.left.is_set():
+            text.receive(event)
 
     @override
     def check_schema(self, schema: str) -> None:
@@ -91,14 +119,14 @@ class RemoteWriter(Writer):
 
     @override
     def leave(self, key: Hashable) -> None:
-        left = self._left.pop(key, None)
-        if left is not None:
-            left.set()
+        self._line = [text for text in self._line if text.key != key]
+        if key in self._running:
+            self._running[key].left.set()
 
     @override
     def counts(self) -> Counts:
         with self._lock:
-            return replace(self._counts, running=len(self._left))
+            return replace(self._counts, running=len(self._running), waiting=len(self._line))
 
     @override
     def places(self) -> Sequence[Place]:
@@ -110,8 +138,8 @@ class RemoteWriter(Writer):
 
     @override
     def close(self) -> None:
-        for left in list(self._left.values()):
-            left.set()
+        for text in list(self._running.values()):
+            text.left.set()
         with self._lock:
             idle, self._idle = self._idle, []
         for target in idle:
@@ -119,37 +147,40 @@ class RemoteWriter(Writer):
         if not self.finished.done():
             self.finished.set_result(None)
 
-    def _write(self, request: GenerationRequest, left: threading.Event, tell: Callable[[Event], None]) -> None:
+    def _write(self, text: _Text) -> None:
         """Continue one text, in a thread of its own."""
+        end = Ended()
         try:
-            with self._places:
-                self._speculate(request, left, tell)
+            self._speculate(text)
+        except RequestCrowded as crowded:
+            end = Ended(str(crowded), is_full=True)
         except RequestRefused as refusal:
-            tell(Ended(str(refusal), is_refused=True))
+            end = Ended(str(refusal), is_refused=True)
         except (Fault, UserError) as fault:
             log.warning("%s", fault)
-            tell(Ended(str(fault)))
+            end = Ended(str(fault))
         except Exception as error:  # one text must not end the others
             log.exception("a text ends by a fault of ours")
-            tell(Ended(f"{type(error).__name__}: {error}"))
-        else:
-            tell(Ended())
+            end = Ended(f"{type(error).__name__}: {error}")
+        finally:
+            self._tell(text, end)
 
-    def _speculate(self, request: GenerationRequest, left: threading.Event, tell: Callable[[Event], None]) -> None:
-        if left.is_set():
+    def _speculate(self, text: _Text) -> None:
+        if text.left.is_set():
             return
+        request, drafts = text.request, self._drafts(text.request)
         target = self._target()
-        drafts = self._drafts(request)
         if request.new_ids:
             target.set_next_ticket(Ticket.new(target.welcome.target), again=True)
         try:
-            rounds = speculate(target, drafts, request, self.end_ids)
+            rounds, cached = speculate(target, drafts, request, self.end_ids), 0
             with contextlib.closing(rounds):
                 for done in rounds:
-                    if left.is_set():
+                    if text.left.is_set():
                         break
+                    cached = done.cached_tokens
                     self._count(done)
-                    tell(NewTokens(done.tokens, done.accepted, done.nll, done.top, done.cached_tokens))
+                    self._tell(text, NewTokens(done.tokens, done.accepted, done.nll, done.top, cached))
         except BaseException:
             target.close()  # whatever it holds is not for another text
             raise
@@ -157,6 +188,8 @@ class RemoteWriter(Writer):
             drafts.close()
         with self._lock:
             self._idle.append(target)
+            self._counts.prefix_asked += len(request.prompt_ids)
+            self._counts.prefix_found += cached
 
     def _target(self) -> RemoteTarget:
         """A connection without a text."""

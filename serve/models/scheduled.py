@@ -163,7 +163,8 @@ class ScheduledWriter(Writer):
 def _ended(outcome: Ending) -> Ended:
     if outcome.reason in (Reason.end_token, Reason.length):
         return Ended()
-    return Ended(outcome.text or outcome.reason.name, is_refused=outcome.reason is Reason.refused)
+    reason = outcome.reason
+    return Ended(outcome.text or reason.name, is_refused=reason is Reason.refused, is_full=reason is Reason.full)
 
 
 def _places(engine: Engine, step_seconds: float) -> Sequence[Place]:

@@ -41,10 +41,11 @@ class ModelTexts(Texts):
         self._encoder = DataEncoder(tokenizer)
         self.piece = lru_cache(KEPT_PIECES)(self._piece)
         """Text and bytes of one token inside a text."""
+        self._encoder.encode_data("a", add_special_tokens=True)  # what is made once is made here, in one thread
 
     @override
     def ids_of_prompt(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
-        found = self._encoder.encode_data(prompt, add_special_tokens=add_special_tokens)
+        found = self._encoded(prompt, "prompt", add_special_tokens=add_special_tokens)
         if not found:
             raise RequestFault(400, f"prompt must hold at least one token, got {prompt!r}", param="prompt")
         self._check_rows(found, "prompt")
@@ -55,7 +56,7 @@ class ModelTexts(Texts):
         if not self._tokenizer.chat_template:
             return self._without_template(messages)
         try:
-            found = chat_ids(self._tokenizer, messages, "messages")
+            found = chat_ids(self._tokenizer, messages, "messages", self._encoder)
         except UserError as error:
             raise RequestFault(400, str(error), param="messages") from None
         self._check_rows(found, "messages")
@@ -64,19 +65,19 @@ class ModelTexts(Texts):
     def _without_template(self, messages: list[dict[str, Any]]) -> list[int]:
         """Messages as `lab.text.chat` shows them to a model without a template when it learns: a line break after each,
         the end-of-text token after an answer."""
-        begin = self._encoder.encode_data("", add_special_tokens=True)
+        begin = self._encoded("", "messages", add_special_tokens=True)
         end = self._tokenizer.eos_token_id
         found = list(begin)
         for message in messages:
             is_answer = message["role"] == "assistant" and end is not None
             shown = message["content"] + ("" if is_answer else "\n")
-            found += [*self._encoder.encode_data(shown, add_special_tokens=False), *([end] if is_answer else [])]
+            found += [*self._encoded(shown, "messages", add_special_tokens=False), *([end] if is_answer else [])]
         self._check_rows(found, "messages")
         return found
 
     def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The ids of a text, in which control tokens are plain text; none for an empty one."""
-        return self._encoder.encode_data(text, add_special_tokens=add_special_tokens)
+        return self._encoded(text, "prompt", add_special_tokens=add_special_tokens)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens included."""
@@ -99,6 +100,12 @@ class ModelTexts(Texts):
     def names(self, ids: Sequence[int]) -> list[str]:
         """Names of ids in the vocabulary."""
         return [str(name) for name in self._tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def _encoded(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return self._encoder.encode_data(text, add_special_tokens=add_special_tokens)
+        except UserError as error:
+            raise RequestFault(400, str(error), param=param) from None
 
     @cached_property
     def _before(self) -> list[int]:

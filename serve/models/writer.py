@@ -52,6 +52,8 @@ class Ended:
     """Why it could not be continued; empty: it is complete."""
     is_refused: bool = False
     """Whether the request is to blame."""
+    is_full: bool = False
+    """Whether there was no room for it, and there may be later."""
 
 
 Event = NewTokens | PromptTokens | InLine | Ended

@@ -27,6 +27,10 @@ class RequestRefused(Fault):
     exit_code = 2
 
 
+class RequestCrowded(RequestRefused):
+    """There is no room now; the same request may be served later."""
+
+
 class RequestFailed(Fault):
     """The target could not continue the request; the message says why."""
 
@@ -349,4 +353,6 @@ class _AsyncLoop:
 def _fault(ended: Ending) -> Exception:
     if ended.reason is Reason.refused:
         return RequestRefused(ended.text)
+    if ended.reason is Reason.full:
+        return RequestCrowded(ended.text)
     return RequestFailed(f"the request was closed by the verifier ({ended.reason.name}): {ended.text}")

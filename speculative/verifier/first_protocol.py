@@ -76,6 +76,6 @@ class FirstProtocol:
             gone.cancel()
             self.thread.close(key)
         ended = done.result()
-        if ended.reason in (Reason.refused, Reason.failed):
+        if ended.reason in (Reason.refused, Reason.full, Reason.failed):
             raise BadFrame(peer, f"sent a prompt that cannot be continued: {ended.text}")
         return ids

@@ -122,7 +122,7 @@ class ForwardThread:
         for outcome in outcomes:
             receive = self._receivers.get(outcome.key)
             if isinstance(outcome, Ending):
-                self.refused += outcome.reason is Reason.refused
+                self.refused += outcome.reason in (Reason.refused, Reason.full)
                 self._receivers.pop(outcome.key, None)
             try:
                 if receive is not None:

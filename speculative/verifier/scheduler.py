@@ -143,7 +143,7 @@ class Scheduler:
                 f"the verifier has no room now, and {limits.most_waiting} requests already wait in line "
                 "(its project.max_waiting)"
             )
-            return [*outcomes, Ending(key, Reason.refused, refusal)]
+            return [*outcomes, Ending(key, Reason.full, refusal)]
         return [*outcomes, *self._report_places(sequence)]
 
     def resume(
@@ -229,17 +229,15 @@ class Scheduler:
         """
         outcomes = self._expire()
         limits = self._limits
-        prompts = [(one, piece) for one in self._running if (piece := one.prompt_piece(limits.prefill_chunk))]
+        # One in each tick: all rows of its prompt are read in one pass, which takes a while.
+        scored = next((one for one in self._running if one.request.scores_prompt and not one.session.position), None)
+        unscored = [one for one in self._running if not one.request.scores_prompt or one.session.position]
+        prompts = [(one, piece) for one in unscored if (piece := one.prompt_piece(limits.prefill_chunk))]
         fed = {one.key for one, _ in prompts}
-        ready = [
-            (one, one.next_draft(limits.longest_check)) for one in self._running if one.key not in fed and one.is_ready
-        ]
+        ready = [(one, one.next_draft(limits.longest_check)) for one in unscored if one.key not in fed and one.is_ready]
         outcomes += self._check(ready) if ready else []
-        scored = [one for one, _ in prompts if one.request.scores_prompt and not one.session.position]
-        prompts = [(one, piece) for one, piece in prompts if one not in scored]
         outcomes += self._feed(prompts) if prompts else []
-        for sequence in scored:
-            outcomes += self._score(sequence)
+        outcomes += self._score(scored) if scored is not None else []
         if self._is_in_doubt:
             self._is_in_doubt = False
             self.prove()
@@ -257,7 +255,9 @@ class Scheduler:
         now = self._clock()
         waits = [math.inf]
         for sequence in self._running:
-            waits.append(0.0 if sequence.prompt_piece(self._limits.prefill_chunk) else sequence.patience(now))
+            is_scored = sequence.request.scores_prompt and not sequence.session.position
+            has_prompt = is_scored or sequence.prompt_piece(self._limits.prefill_chunk)
+            waits.append(0.0 if has_prompt else sequence.patience(now))
         waits += [self._deadline(sequence) - now for sequence in self._sequences.values()]
         waits += [self._next_places_at - now] if self._line else []
         return max(0.0, min(waits))

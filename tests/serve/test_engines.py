@@ -91,6 +91,13 @@ def test_a_prompt_is_scored_as_it_is_generated(servers: dict[str, Client]) -> No
         assert scored["token_logprobs"][3:] == pytest.approx(made["logprobs"]["token_logprobs"], abs=1e-4)
         best = [top and max(top.values()) for top in scored["top_logprobs"][3:]]
         assert scored["token_logprobs"][3:] == best, "greedy tokens are the best ones, as the same floats"
+    for count in (0, 1):  # a prompt of one token
+        one = servers["local"].complete(prompt=[[70]], max_tokens=count, echo=True, logprobs=1)["choices"][0]
+        assert one["logprobs"]["tokens"] == list(one["text"]), one
+        assert len(one["logprobs"]["tokens"]) == 1 + count
+    full = servers["local"].post("/v1/completions", prompt=[[70] * 512], max_tokens=0, echo=True, logprobs=1)
+    assert full.status_code == 400, "it never ended"
+    assert "512" in full.json()["error"]["message"]
     refused = servers["speculative"].post("/v1/completions", prompt="abc", max_tokens=1, echo=True, logprobs=1)
     assert refused.status_code == 400, "a verifier scores no prompts"
     assert refused.json()["error"]["param"] == "echo"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import signal
 import socket
@@ -9,16 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from lab.command.entry import compose_settings
 from lab.settings import UserError
+from serve.gate import Gate, Receive, Scope, Send
 from serve.settings import ServeSettings
 from tests.serve.servers import SMALL, Client, said, serving
 from tests.speculative.processes import role
@@ -58,6 +62,9 @@ def test_pages_of_other_sites(keyed: Client) -> None:
     with httpx.Client(base_url=keyed.base) as http:
         asked = http.options("/v1/completions", headers={"Origin": PAGE, "Access-Control-Request-Method": "POST"})
         assert asked.status_code == 204
+        wanted = {"Origin": PAGE, "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+        allowed = http.options("/v1/completions", headers=wanted)
+        assert allowed.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
         body = {"prompt": "a", "max_tokens": 1}
         evil = http.post("/v1/completions", json=body, headers=named | {"Origin": "http://evil.example"})
         assert evil.status_code == 403
@@ -66,6 +73,10 @@ def test_pages_of_other_sites(keyed: Client) -> None:
 def test_every_request_has_a_number(keyed: Client) -> None:
     assert keyed.get("/health", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
     assert len({keyed.get("/health").headers["x-request-id"] for _ in range(3)}) == 3
+    for bad in ("a" * 127 + " b", "a b", "a" * 200):  # not echoed: some could not be sent
+        assert keyed.get("/health", headers={"X-Request-Id": bad}).headers["x-request-id"] != bad
+    with httpx.Client(base_url=keyed.base) as http:
+        assert http.head("/health").status_code == http.head("/").status_code == 200
 
 
 def test_a_full_queue_says_when_to_try_again_and_metrics_have_the_names_of_boards(keyed: Client) -> None:
@@ -172,3 +183,44 @@ def test_roles_know_their_server(tmp_path: Path) -> None:
         assert "curl http://127.0.0.1" in server.stderr()
     assert code == 0
     assert last["ended_by"] == "interrupted"
+
+
+def test_a_gate_is_closed_while_the_model_loads_and_when_it_is_crowded() -> None:
+    held, served = asyncio.Event(), list[str]()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        served.append(scope["path"])
+        await held.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def run() -> list[tuple[int, bytes]]:
+        gate = Gate(app, key=b"", host="127.0.0.1", origins=[], most=2)
+
+        async def ask() -> tuple[int, bytes]:
+            sent: list[MutableMapping[str, Any]] = []
+
+            async def send(message: MutableMapping[str, Any]) -> None:
+                sent.append(message)
+
+            headers = [(b"host", b"localhost:1")]
+            await gate({"type": "http", "path": "/health", "method": "GET", "headers": headers}, receive, send)
+            return int(sent[0]["status"]), bytes(sent[1]["body"])
+
+        async def receive() -> MutableMapping[str, Any]:
+            raise AssertionError
+
+        loading = await ask()
+        gate.is_loading = False
+        asking = [asyncio.create_task(ask()) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        held.set()
+        return [loading, *await asyncio.gather(*asking)]
+
+    (loading, body), *others = asyncio.run(run())
+    assert loading == 503
+    assert json.loads(body)["error"] == {
+        "message": "Loading model", "type": "unavailable_error", "param": None, "code": 503
+    }  # fmt: skip
+    assert [status for status, _ in others] == [200, 200, 503]
+    assert served == ["/health", "/health"]

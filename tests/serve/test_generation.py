@@ -14,11 +14,9 @@ from serve.faults import RequestFault
 from serve.generation import Generation, Told
 from serve.models.tokens import ModelTexts
 from serve.models.writer import Counts, Ended, Event, InLine, NewTokens, Receive, Writer
-from serve.text_request import Limits, TextRequest
+from serve.text_request import TextRequest
 from speculative.request import GenerationRequest
 from tests.serve.texts import byte_texts
-
-LIMITS = Limits(max_new_tokens=-1, temperature=1.0, choices=4)
 
 
 class Scripted(Writer):
@@ -66,7 +64,7 @@ def asked(**changes: object) -> TextRequest:
     fields: dict[str, object] = {
         "is_chat": False, "prompts": [[65]], "choices": 1, "max_new_tokens": 8, "sampling": Sampling.greedy(),
         "rules": {}, "stops": [], "logprobs": None, "echo": False, "is_stream": True, "has_usage": False,
-        "has_usage_always": False, "is_speculative": True, "has_token_ids": False, "user": "",
+        "has_usage_always": False, "is_speculative": True, "has_token_ids": False, "shows_guesses": False, "user": "",
     }  # fmt: skip
     return TextRequest(**(fields | changes))  # type: ignore[arg-type]
 
@@ -74,7 +72,7 @@ def asked(**changes: object) -> TextRequest:
 def generated(texts: ModelTexts, script: Callable[[Scripted, Generation], None], **changes: object) -> list[str]:
     """The pieces that come while a script speaks for the model."""
     writer, found = Scripted(), list[str]()
-    generation = Generation("cmpl-1", asked(**changes), writer, texts, LIMITS, "client")
+    generation = Generation("cmpl-1", asked(**changes), writer, texts, [8], "client")
 
     async def run() -> None:
         asyncio.get_running_loop().call_later(0.01, script, writer, generation)
@@ -115,6 +113,9 @@ def test_a_stream_that_goes_on_elsewhere_ends_here_without_a_fault(texts: ModelT
 def test_a_fault_of_the_model_is_the_request_s(texts: ModelTexts) -> None:
     with pytest.raises(RequestFault, match="a shard is lost"):
         generated(texts, lambda writer, _: writer.say(Ended("a shard is lost")))
+    with pytest.raises(RequestFault, match="the line is full") as crowded:
+        generated(texts, lambda writer, _: writer.say(Ended("the line is full", is_full=True)))
+    assert crowded.value.status == 429
     with pytest.raises(RequestFault, match="ended early"):
         generated(texts, lambda writer, _: writer.say(Ended()))
     generated(texts, lambda writer, _: (writer.say(InLine(2)), writer.say(NewTokens([256], 0))))  # type: ignore[func-returns-value]
@@ -135,3 +136,9 @@ def test_pieces_do_not_depend_on_how_many_tokens_arrive_together(texts: ModelTex
         ]
     assert "".join(piece.text for piece in expected) == "Größe: 3 €, ok"
     assert [one.id for piece in expected for one in piece.tokens] == ids[: ids.index(ord("-"))]
+
+
+def test_draft_tokens_that_a_stop_string_drops_are_not_counted(texts: ModelTexts) -> None:
+    choice = Choice(texts, ["cd"], 99, has_reports=False)
+    choice.add(NewTokens(list(b"abcdefgh"), 7))
+    assert (choice.text, choice.guesses, choice.position) == ("ab", 4, 4)
