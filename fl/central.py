@@ -67,7 +67,7 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
                 advance(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
         index = AdapterIndex.of(initial, project.wire_dtype)
         result = run_result(settings, place, states, index, written, sites.counts)
-        result |= {"wall_seconds": time.perf_counter() - begin}
+        result |= {"wall_seconds": time.perf_counter() - begin, "report": None}
         tracker.result(result)
     return result
 

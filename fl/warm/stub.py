@@ -92,9 +92,9 @@ def ask(place: Place, message: Message, context: Context) -> Message:
                 wire.send(Type.ask, 0, asked, *body)
                 frame = wire.poll(max(1.0, limit - time.time()))
         except (WireError, OSError) as error:
-            log.warning("the warm worker is gone (%s); it is started again", error)
-            if not left:
+            if place.is_over() or not left:  # nobody waits for the answer where the SuperNode has ended
                 raise
+            log.warning("the warm worker is gone (%s); it is started again", error)
             continue
         if frame is None:
             raise UserError("the warm worker must answer within the message's time to live, got nothing")

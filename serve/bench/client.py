@@ -40,7 +40,7 @@ class Client(AbstractContextManager["Client"]):
 
     def __init__(self, address: str, model: str, timeout_seconds: float, connections: int = 1) -> None:
         self.address, self.model = address, model
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)  # some servers close idle ones
         self._http = httpx.Client(base_url=address, timeout=timeout_seconds, limits=limits)
 
     def __exit__(self, *exception: object) -> None:

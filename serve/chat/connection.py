@@ -126,20 +126,27 @@ class Connection:
             broken = _reason(error)
         while not stream.is_complete:
             stream.breaks += 1
-            yield from self._go_on(stream, broken)
+            yield from self._go_on(stream, asked, broken)
 
-    def _go_on(self, stream: Stream, broken: str) -> Iterator[Piece]:
-        """The pieces of one further connection, once there is one."""
+    def _connect(self, stream: Stream, asked: dict[str, Any]) -> contextlib.AbstractContextManager[httpx.Response]:
+        """The rest of a stream of which something has arrived; else the same request again, which has its seed."""
         if not stream.position:
+            return self._http.stream("POST", f"{self._url}/chat/completions", json=asked)
+        headers = {"Last-Event-ID": stream.position}
+        return self._http.stream("GET", f"{self._url}/streams/{stream.name}", headers=headers)
+
+    def _go_on(self, stream: Stream, asked: dict[str, Any], broken: str) -> Iterator[Piece]:
+        """The pieces of one further connection, once there is one."""
+        if not stream.position and not self.is_ours:
             raise Lost(f"the connection to {self._url} broke, and the answer cannot be continued there: {broken}")
         deadline, wait = time.monotonic() + self._project.reconnect_seconds, FIRST_WAIT_SECONDS
-        url, headers = f"{self._url}/streams/{stream.name}", {"Last-Event-ID": stream.position}
+        before = stream.position
         while True:
-            with contextlib.suppress(httpx.TransportError), self._http.stream("GET", url, headers=headers) as reply:
+            with contextlib.suppress(httpx.TransportError), self._connect(stream, asked) as reply:
                 if reply.status_code not in PASSING:
                     yield from self._pieces(reply, stream)
                     return
-            if headers["Last-Event-ID"] != stream.position:
+            if stream.position != before:
                 return  # it went on, and broke again
             if time.monotonic() + wait > deadline:
                 seconds = self._project.reconnect_seconds

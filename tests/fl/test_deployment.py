@@ -186,7 +186,7 @@ def test_a_file_of_its_own_is_not_passed_over(tmp_path: Path) -> None:
 def test_the_app_bundle_is_small_and_whole(checkout: Path) -> None:
     assert (checkout / "tests").is_dir(), "there is more than travels"
     bundle = build_fab_from_disk(checkout)
-    assert len(bundle) < 1_000_000
+    assert len(bundle) < 1_500_000  # Flower takes ten times as much
     names = set(zipfile.ZipFile(io.BytesIO(bundle)).namelist())
     sources = {
         file.relative_to(ROOT).as_posix() for package in ("fl", "lab") for file in ROOT.glob(f"{package}/**/*.py")

@@ -110,8 +110,8 @@ def test_the_page_is_told_what_runs_where(servers: dict[str, Client]) -> None:
         found: list[dict[str, Any]] = model["places"]
         return found
 
-    for name in ("local", "split", "speculative"):
-        servers[name].text(prompt=PROMPT, max_tokens=8)
+    for server in servers.values():
+        server.text(prompt=PROMPT, max_tokens=8)
     wait_until(lambda: all(one["compute_seconds"] for name in ("local", "split") for one in places(name)), "a look")
     wait_until(lambda: places("speculative")[1]["hop_seconds"], "a heartbeat of the verifier")
     told = {name: [(one["role"], one["layers"]) for one in places(name)] for name in servers}

@@ -320,7 +320,9 @@ def test_when_every_client_fails_one_line_says_why_and_the_last_adapter_is_there
     last = json.loads(done.out)
     assert (last["status"], last["error"], last["rounds_completed"]) == ("failed", line, 0)
     assert "got 2 of 2 malformed" in line
-    assert line.endswith(f"the last good adapter is {folder / 'bad' / 'adapters' / 'round-0000'}")
+    place = folder / "bad"
+    kept = f"the last good adapter is {place / 'adapters' / 'round-0000'}"
+    assert line.endswith(f"{kept}; continue with project.resume={place}")
     assert "Traceback" not in done.err
 
 

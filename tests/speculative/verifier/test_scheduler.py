@@ -466,7 +466,7 @@ def test_the_line_has_an_end_and_tells_places() -> None:
     assert core.scheduler.open(4, asked(3), client="d") == [
         Ending(
             4,
-            Reason.refused,
+            Reason.full,
             "the verifier has no room now, and 2 requests already wait in line (its project.max_waiting)",
         )
     ]
