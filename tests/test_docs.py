@@ -126,6 +126,8 @@ def at_a_glance() -> list[tuple[str, str]]:
     ratio = measured("federated", "comparison")["perplexity_ratio"]
     spread = f"{{}} ({number(ratio['low'])} – {number(ratio['high'])})"
     identity, proved = soak_rows(REPORTS)["async_identity"], measured("architectures", "architectures")
+    chain, documents = soak_rows(REPORTS)["chain_killed"], measured("serve", "schema")
+    loads = [measured("serve", "load", streams=streams) for streams in (1, 4, 16)]
     far, near = 0.1, 0.0
     message = measured("federated", "message", model="SmolLM2-135M-Instruct")
     away = measured("speculative", "loops", mode="async", rtt_seconds=0.05)
@@ -154,6 +156,10 @@ def at_a_glance() -> list[tuple[str, str]]:
         ("split-speculation", shown(measured("split", "speculation"), "drafted_over_alone")),
         ("split_training-throughput", shown(measured("split_training", "throughput"), "split_over_unsplit")),
         ("split_training-adapter", shown(measured("split_training", "adapter"), "largest_difference", "{}")),
+        ("soak-chain_killed", f"{chain['differing']} of {chain['texts']}"),
+        ("serve-load", ", ".join(_over_one(load["over_llama_cpp"]) for load in loads)),
+        ("serve-schema", f"{documents['valid']} of {documents['documents']}, {number(documents['over_plain'])} x"),
+        ("serve-second_turn", shown(measured("serve", "second_turn"), "over_cold")),
         ("architectures-architectures", f"{proved['proved']} of {proved['tried']}"),
     ]
 
