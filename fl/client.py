@@ -23,7 +23,7 @@ from lab.learning.examples import Example, ExampleReader, MalformedData, Split, 
 from lab.learning.records import MalformedRecord
 from lab.learning.training import Proximal, TrainFigures, derive_seed, evaluate, train_steps
 from lab.models.lora import add_lora
-from lab.models.sources import load_model
+from lab.models.sources import load_model, model_identity
 from lab.settings import DataSource, LoraSettings, UserError, digest, user_errors
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ def open_client(settings: FederatedSettings, site: Site) -> LoRAClient:
     if run != _splits_of:
         _splits.clear()
         _splits_of = run
-    key = digest({"index": site.index, "path": site.data_path, "files": stamps(site.data_path)})
+    files = stamps(site.data_path or settings.project.data.path)
+    key = digest({"index": site.index, "path": site.data_path, "files": files})
     if key not in _splits:
         _splits[key] = split = read_split(settings, site, base.tokenizer)
         for line in (split.counts.line(), *split.counts.warnings(settings.project.data.sequence_length)):
@@ -160,9 +161,10 @@ def training_only(model: PeftModel, halves: tuple[str, ...]) -> Iterator[None]:
 def open_base(settings: FederatedSettings) -> Base:
     """The base model with an adapter on it, kept in memory for the next call with the same settings."""
     device = open_device(settings.device)  # also sets this process's threads
-    key = digest([settings.model, settings.project.lora, settings.device])
+    key = digest([settings.model, model_identity(settings.model), settings.project.lora, settings.device])
     if key not in _bases:
         _bases.clear()
+        _splits.clear()  # tokens of another model's tokenizer
         loaded = load_model(settings.model, device)
         _bases[key] = Base(
             add_lora(loaded.model, settings.model.lora_targets, settings.project.lora), loaded.tokenizer, device

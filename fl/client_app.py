@@ -111,7 +111,7 @@ def answer_evaluate(message: Message, client: LoRAClient, settings: FederatedSet
     client.load(link.received)
     if client.project.share is not Share.both:
         with whole_folder(link.folder / f"site-{client.site.index}-adapter") as folder:
-            lora = lora_config(settings.model.lora_targets, client.lora)
+            lora = lora_config(settings.model.lora_targets, client.project.lora)  # the scale in which B travels
             name, identity = base_name(settings.model), model_identity(settings.model)
             write_adapter(folder, lora, link.received, name, identity, site=client.site.index)
     metrics = MetricRecord({PARTITION: client.site.index})

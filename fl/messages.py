@@ -28,6 +28,8 @@ CONFIG = "config"
 SERVER_ROUND = "server-round"
 METRICS = "metrics"
 PARTITION = "partition-id"
+MOST_PARTITIONS = 2**20
+"""A list by partition travels in every message."""
 EVALUATE = "evaluate"
 WEIGHT = "weight"
 DATA = "data"
@@ -94,6 +96,8 @@ def partition_of(value: object) -> int | None:
     """`value` of PARTITION, if it is a partition's number or None; ValueError otherwise."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise ValueError(f"{METRICS}.{PARTITION} must be a whole number from 0 on, got {value!r}")
+    if value is not None and value >= MOST_PARTITIONS:
+        raise ValueError(f"{METRICS}.{PARTITION} must be below {MOST_PARTITIONS}, got {value}")
     return value
 
 

@@ -270,7 +270,7 @@ class WeightedFedAvg(Strategy):
         self._needed_nodes = self.quorum  # sites may leave once a run has begun, or has begun again
         if self.fraction < 1 or self.sites.needs_partitions:
             nodes = self._by_partition(grid, nodes)
-        self._share = max(1, round(self.fraction * len(nodes)))
+        self._share = max(1, min(self.quorum, len(nodes)), round(self.fraction * len(nodes)))
         nodes = self.sites.present(self._idle(grid, nodes), server_round, min(self.quorum, len(nodes)))
         count = min(len(nodes), self._share + self.oversample)
         if count < len(nodes):

@@ -163,6 +163,7 @@ class ProductAggregator(Aggregator):
     @override
     def begin(self, server_round: int, sent: PackedAdapter | None) -> RoundSum:
         assert sent is not None, "a sum of products needs the rows that sites did not train"
+        self._goes_on = True
         return ProductSum(self, server_round, sent)
 
     @property
@@ -172,11 +173,12 @@ class ProductAggregator(Aggregator):
 
     @override
     def state(self) -> dict[str, Tensor]:
-        return {"lost_norm": torch.tensor(self._lost, dtype=torch.float64)}
+        goes_on = torch.tensor(self._goes_on)  # not before round 1: a run that goes on from there begins like any
+        return {"lost_norm": torch.tensor(self._lost, dtype=torch.float64), "goes_on": goes_on}
 
     @override
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._lost, self._goes_on = float(state["lost_norm"]), True
+        self._lost, self._goes_on = float(state["lost_norm"]), bool(state["goes_on"])
 
     def rank_of(self, site: int | None) -> int:
         """The rank that a site trains."""

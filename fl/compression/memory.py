@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -83,6 +84,11 @@ class SiteMemory:
 
     def _forget_old_runs(self) -> None:
         for folder in self._root.iterdir():
-            age = time.time() - folder.stat().st_mtime
-            if folder != self._file.parent and age > self._keep_seconds:
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder == self._file.parent or folder.is_symlink():
+                continue
+            with suppress(OSError):  # no folder; or another worker removes it at the same moment
+                # Only what runs leave: the setting may name a folder that holds other things.
+                held = [inside.name for inside in folder.iterdir()]
+                is_ours = bool(held) and all(name.startswith(("site-", ".site-")) for name in held)
+                if is_ours and time.time() - folder.stat().st_mtime > self._keep_seconds:
+                    shutil.rmtree(folder, ignore_errors=True)

@@ -35,11 +35,18 @@ class SiteLink:
 
     @property
     def received(self) -> dict[str, torch.Tensor]:
-        """The adapter to evaluate and to train: what was sent, with what the site keeps to itself."""
+        """The adapter to evaluate and to train: what was sent, with what the site keeps to itself.
+
+        UserError when the site has lost that.
+        """
         state = self.sent.unpack()
         if self.project.share is Share.both:
             return state
-        kept = self._memory().vector(PERSONAL, folded_round(self.content, self.site))
+        folded = folded_round(self.content, self.site)
+        kept = self._memory().vector(PERSONAL, folded)
+        if kept is None and folded:  # never silently another B than the one that was trained
+            rule = f"project.site_folder must hold the B of site {self.site} after round {folded}"
+            raise UserError(f"{rule}, got {str(self.folder)!r} without it")
         return state if kept is None else state | self._own(_state(kept, self.sent.index))
 
     def reply(self, trained: Adapter, server_round: int) -> RecordDict:

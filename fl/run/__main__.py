@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,14 +88,17 @@ class _Attempt:
         follower = self._commands.follow(run_id)
         try:
             state = self._end_of(run_id)
-        except Fault:
-            raise
-        except BaseException:  # we are stopped: so is the run
-            self._commands.stop(run_id)
+        except BaseException:  # we are stopped, or give the run up: it must not go on beside a later attempt
+            self._stop(run_id)
             raise
         finally:
             _end(follower, self._settings.project.poll_seconds)
         return self._result(run_id, state)
+
+    def _stop(self, run_id: str) -> None:
+        """Stop the run, if it is there and runs: what ended it is what the caller must hear."""
+        with suppress(UserError, Fault):
+            self._commands.stop(run_id)
 
     def _run_config(self) -> Path:
         words = own_overrides(but=("project.resume=", "hydra."))
@@ -116,7 +120,7 @@ class _Attempt:
         pause, gone = max(1.0, self._settings.project.poll_seconds), False
         while not (state := self._patiently(lambda: self._commands.state(run_id))).is_finished:
             if gone and process_is_gone(self.folder):  # twice: it ends a moment before the SuperLink knows
-                self._commands.stop(run_id)
+                self._stop(run_id)
                 raise Lost(f"the server's process of run {run_id} is gone")
             gone = process_is_gone(self.folder)
             time.sleep(pause)

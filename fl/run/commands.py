@@ -89,7 +89,8 @@ class FlowerCommands:
         if done.returncode == 0 and answer.get("success"):
             return answer
         reason = " ".join(str(answer.get("error-message") or said[-300:]).split())
-        if any(word in reason for word in LOST_WORDS):
+        is_unknown = "connection" in reason and "not found" in reason  # a name, not a network
+        if not is_unknown and any(word in reason for word in LOST_WORDS):
             raise Unreachable(f"the SuperLink of connection {self.connection!r} does not answer: {reason}")
         if "not found" in reason and arguments[0] == "list":
             raise Fault(f"the SuperLink does not know the run: {reason}")

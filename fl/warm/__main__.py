@@ -22,6 +22,7 @@ from fl.client_app import app, log_beside_flower, settings_from_run
 from fl.warm.frames import Answer, Ask, Type, endpoint, packed, unpacked
 from fl.warm.place import Place
 from lab.command.entry import for_owner_alone
+from lab.settings import UserError
 from lab.wire.faults import Peer, PeerGone, WireError
 from lab.wire.frame_socket import FrameSocket
 
@@ -83,7 +84,10 @@ def is_too_large(asked: Ask) -> bool:
     """Whether this process has grown beyond what the run allows it."""
     import psutil
 
-    limit = settings_from_run(context_of(asked)).project.warm_limit_bytes
+    try:
+        limit = settings_from_run(context_of(asked)).project.warm_limit_bytes
+    except UserError:  # the reply has said so
+        return False
     size: int = psutil.Process().memory_info().rss
     if size > limit:
         log.info("the warm worker ends: it has %d bytes, project.warm_limit_bytes is %d", size, limit)

@@ -6,6 +6,7 @@ Only the user of the SuperNode may read them. Loads no torch.
 import json
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lab.files import write_whole
 from lab.settings import UserError
 
 FOLDER = "warm"
+KEY_BYTES = 32
 """Below FLWR_HOME, where Flower keeps the code of the runs."""
 SUPERNODE = "flower-supernode"
 CODE = Path(__file__).resolve().parents[2]
@@ -82,18 +84,25 @@ class Place:
         """Make folder and key, if they are not there. UserError if others can read them."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_private(self.folder)
-        try:
-            handle = os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
+        if self.key_file.exists():
             return
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
+        # Whole from the first moment: two client processes may come at once, and one may be killed.
+        unfinished = self.folder / f".{self.name}.{os.getpid()}"
+        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_hex(KEY_BYTES) + "\n")
+        with suppress(FileExistsError):
+            os.link(unfinished, self.key_file)
+        unfinished.unlink()
 
     def key(self) -> bytes:
-        """The key. UserError if others can read or have made its file."""
+        """The key. UserError if others can read or have made its file, and for one that is not whole."""
         require_private(self.folder)
         require_private(self.key_file)
-        return self.key_file.read_bytes().strip()
+        key = self.key_file.read_bytes().strip()
+        if len(key) != 2 * KEY_BYTES:
+            rule = f"the key of the warm worker must have {2 * KEY_BYTES} letters"
+            raise UserError(f"{rule}, got {len(key)} in {str(self.key_file)!r}: remove the file")
+        return key
 
     def worker(self) -> Worker | None:
         """The worker that announced itself last, if it still runs."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fl.run import state
 from fl.settings import Aggregation, FederatedSettings
 from tests.fl.aggregation.test_federation import MIXED, federate, settings_of
 
@@ -41,3 +42,23 @@ def test_resumed_is_uninterrupted(case: str, tmp_path: Path) -> None:
     if "project.share=A" in overrides:
         own = sorted((tmp_path / "sites").rglob("site-*-adapter"))
         assert len(own) == 3, "the same run at its sites, not a second one"
+
+
+def test_resumed_before_the_first_round_from_an_adapter_that_has_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sites of lower ranks get its best rows then, as in a run that was not interrupted."""
+    rule, overrides = CASES["svd"]
+    own = f"project.site_folder={tmp_path / 'sites'}"
+    federate(settings_of(tmp_path, Aggregation.average, own, "project.rounds=1"), tmp_path / "first")
+    start = f"project.warm_start={tmp_path / 'first/adapters/round-0001'}"
+
+    def settings(*more: str) -> FederatedSettings:
+        return settings_of(tmp_path, rule, *overrides, own, start, "project.rounds=2", *more)
+
+    monkeypatch.setattr(state, "KEPT_STATES", 9)
+    whole, _ = federate(settings(), tmp_path / "whole")
+    left = tmp_path / "left"
+    shutil.copytree(tmp_path / "whole/adapters/round-0000", left / "adapters/round-0000")
+    again, _ = federate(settings(f"project.resume={left}"), tmp_path / "again")
+    assert again == whole

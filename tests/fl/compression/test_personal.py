@@ -1,5 +1,6 @@
 """Sites that share A and keep B: what travels, what stays, what they go on with."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,36 @@ def test_a_lost_round_is_lost_at_the_site_too(tmp_path: Path) -> None:
         serve(kind(settings, lost=lost), settings, Run(tmp_path / name / "run"))
         kept.append(own_adapters(tmp_path / name))
     assert kept[0] == kept[1] != kept[2]
+
+
+def test_a_personal_adapter_acts_as_it_was_evaluated_whatever_its_site_s_alpha(tmp_path: Path) -> None:
+    """PEFT applies `lora_alpha / r` of the folder to the B in it."""
+    settings = personal(tmp_path, "project.site_alphas=[32,8,16]")
+    figures = serve(Watched(settings), settings, Run(tmp_path / "run"))
+    for folder in sorted((tmp_path / "sites").rglob("site-*-adapter")):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        lora = settings.project.lora
+        assert (config["lora_alpha"], config["r"]) == (lora.alpha, lora.rank)
+        client = open_client(settings, Site(int(folder.name.split("-")[1])))
+        client.load(load_file(folder / "adapter_model.safetensors"))
+        assert client.evaluate() == figures["sites_after"].by_site[str(client.site.index)]
+
+
+def test_a_site_that_has_lost_its_b_says_so_and_trains_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Forgetful(FaultyGrid):
+        def answer(self, message: Message, partition: int) -> Message:
+            if (message.metadata.group_id, message.metadata.message_type, partition) == ("3", "train", 1):
+                for file in (tmp_path / "sites").rglob("site-1.safetensors"):
+                    file.unlink()
+            return super().answer(message, partition)
+
+    settings = personal(tmp_path)
+    serve(Forgetful(settings), settings, Run(tmp_path / "run"))
+    [line] = [line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"step": 3' in line]
+    assert json.loads(line)["replies"] == 2
+    assert "must hold the B of site 1 after round 2" in caplog.text
 
 
 @pytest.mark.parametrize("rule", ["ffa", "rolora", "svd"])
