@@ -466,7 +466,9 @@ async def _told(
                     for line in told(happened):
                         yield line
         if generation.is_taken_over:
-            raise RequestFault(409, "another connection continues this stream", code="stream_taken")
+            taken = RequestFault(409, "another connection continues this stream", code="stream_taken")
+            yield event(taken.body)  # and no [DONE]: the text goes on
+            return
         if request.has_usage:
             yield event(replies.last(), position())
         yield event("[DONE]")

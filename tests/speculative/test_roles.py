@@ -340,7 +340,9 @@ def test_ctrl_c_on_a_verifier(tmp_path: Path) -> None:
         assert (last["ended_by"], last["error"]) == ("lost", errors.splitlines()[-1])
         assert last["new_tokens"] > 0
         assert "Traceback" not in errors
-        assert f"verifier 127.0.0.1:{running.port} closed the connection" in errors.splitlines()[-1]
+        # Reset, if a DRAFT was on its way.
+        ended = rf"verifier 127\.0\.0\.1:{running.port} (closed|broke) the connection"
+        assert re.search(ended, errors.splitlines()[-1])
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.1", running.port), timeout=5)
 
