@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from serve import bodies
 from serve.choice import Piece, TokenReport
-from serve.faults import RequestFault, wrong
+from serve.faults import RETRY_SECONDS, RequestFault, wrong
 from serve.fields import Fields
 from serve.generation import Generation, Told
 from serve.journal import Journals
@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 Done = TypeVar("Done")
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-RETRY_SECONDS = 1
-"""What a client is told to wait when all places are taken."""
 
 
 @dataclass
@@ -79,6 +77,11 @@ class State:
         return Limits(
             max_new_tokens=project.max_new_tokens, temperature=project.temperature, choices=project.max_choices
         )
+
+    def check_open(self) -> None:
+        """RequestFault (503) if the server is ending."""
+        if self.is_ending:
+            raise RequestFault(503, "the server is ending", retry_after=RETRY_SECONDS)
 
     def check_room(self, choices: int) -> None:
         """RequestFault (429) if all places are taken."""
@@ -124,8 +127,7 @@ def make_app(state: State) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         """Whether the server takes requests."""
-        if state.is_ending:
-            raise RequestFault(503, "the server is ending", retry_after=RETRY_SECONDS)
+        state.check_open()
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
@@ -263,8 +265,7 @@ async def _fields(request: Request, state: State) -> Fields:
 
 async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
     fields = await _fields(request, state)
-    if state.is_ending:
-        raise RequestFault(503, "the server is ending", retry_after=RETRY_SECONDS)
+    state.check_open()
     model = state.models.get(fields.text("model"))
     asked = await _in_thread(state, lambda: _read(model, fields, state.limits, is_chat=is_chat))
     most = [asked.new_tokens(len(prompt), model.writer.context, state.limits) for prompt in asked.prompts]
@@ -497,8 +498,7 @@ async def _continue(state: State, request: Request, name: str) -> Response:
     """Tell a stream again from a position on, and generate what is left of it."""
     if state.journals is None:
         raise RequestFault(404, "project.keep_seconds must not be 0 for streams that can be continued")
-    if state.is_ending:
-        raise RequestFault(503, "the server is ending", retry_after=RETRY_SECONDS)
+    state.check_open()
     head = state.journals.head(name)
     asked, most = msgspec.convert(head["request"], TextRequest), head["most"]
     after = _positions(request, asked.count)

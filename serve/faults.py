@@ -2,6 +2,8 @@
 
 from typing import Any
 
+RETRY_SECONDS = 1
+"""What a client is told to wait where the same request may be served later."""
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from serve.faults import RequestFault
+from serve.faults import RETRY_SECONDS, RequestFault
 from serve.replies import as_json
 
 Scope = MutableMapping[str, Any]
@@ -18,7 +18,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health")
 """Served without a key: a page that asks for the key, and whether the server is ready."""
-RETRY_SECONDS = 1
 _NUMBER = re.compile(rb"[!-~]{1,128}\Z")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from serve.choice import Choice, Piece
-from serve.faults import RequestFault
+from serve.faults import RETRY_SECONDS, RequestFault
 from serve.journal import Journal
 from serve.models.tokens import ModelTexts
 from serve.models.writer import Ended, Event, InLine, NewTokens, PromptTokens, Writer
@@ -145,10 +145,12 @@ class Generation:
                     yield told
                 else:
                     if event.is_full:
-                        raise RequestFault(429, event.fault, code="queue_full", retry_after=1)
+                        raise RequestFault(429, event.fault, code="queue_full", retry_after=RETRY_SECONDS)
                     raise RequestFault(400 if event.is_refused else 503, event.fault or "the text ended early")
             if open_choices and not self.is_taken_over:  # never a text that looks whole
-                raise RequestFault(503, "the server is ending, and this text is not finished", retry_after=1)
+                raise RequestFault(
+                    503, "the server is ending, and this text is not finished", retry_after=RETRY_SECONDS
+                )
         finally:
             self.leave()
 

@@ -38,7 +38,6 @@ LOOK_SECONDS = 0.05
 class Served:
     """Figures of the server's last line."""
 
-    requests: int = 0
     models: list[str] = field(default_factory=list)
     about: Callable[[], dict[str, Any]] = dict
 
