@@ -201,7 +201,8 @@ def test_the_last_line_of_a_drafter(random_verifier: Role, tmp_path: Path) -> No
     sampling = Sampling(seed=7, temperature=1.0, top_k=60, top_p=0.98)
     assert result["token_ids"] == _own_text('Say "a, b" [c]', sampling, 64)
     assert result["bytes_sent"] > 0 < result["bytes_received"]
-    assert 0 < result["rtt_seconds"] < 1
+    # A verdict passes the verifier's event loop by, a PONG does not: on a busy machine the text can end before it.
+    assert result["rtt_seconds"] is None or 0 < result["rtt_seconds"] < 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     kept = next(row for row in rows if row.get("result"))
     assert {key: result[key] for key in NEEDED - {"status"}}.items() <= kept.items()
