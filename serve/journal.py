@@ -34,8 +34,7 @@ class Journal:
             raise RequestFault(409, "another server continues this stream", code="stream_taken")
 
     def add(self, choice: int, new: NewTokens) -> None:
-        """Append the tokens of one event. Raises OSError; nothing may be appended after that, since a part of a line may
-        be written."""
+        """Append the tokens of one event. Raises OSError, and a part of its line may be there then: add no more."""
         line: list[Any] = [choice, list(new.ids), new.guesses]
         if new.nll:
             line += [list(new.nll), [list(map(list, top)) for top in new.top]]

@@ -37,7 +37,7 @@ from tests.speculative.processes import RANDOM, Role, drafted, drafter_process, 
 
 KINDS = ("verifier", "drafter", "reset", "half_open", "stall")
 PENALTIES = {"repetition_penalty": 1.15, "presence_penalty": 0.2, "frequency_penalty": 0.1}
-BIASES = {token: 0.3 for token in range(0, 200, 3)}
+BIASES = dict.fromkeys(range(0, 200, 3), 0.3)
 """In the measure of the logits of random models. Both are functions of the whole text: who takes one up again must
 know all of it."""
 SAMPLED = (
