@@ -48,6 +48,9 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     if any(word.startswith("--config-dir") for word in own_overrides()):
         raise UserError("settings must be key=value for a federation over sites, which have no --config-dir")
     require_writable(place.folder, "hydra.run.dir")
+    if (there := latest_rounds(place.folder)) is not None or attempts_of(place.folder):
+        remedy = f"project.resume={there} goes on with it" if there else "remove its attempts"
+        raise UserError(f"hydra.run.dir must be a folder without another run, got {str(place.folder)!r}: {remedy}")
     if "FLWR_HOME" not in os.environ and CONNECTION_HOME.exists():
         os.environ["FLWR_HOME"] = str(CONNECTION_HOME)
     commands = FlowerCommands(project.superlink, project.command_timeout_seconds)

@@ -168,6 +168,22 @@ def test_the_latest_of_those_with_the_most_rounds_counts(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("there", "remedy"),
+    [(".", "project.resume={0} goes on with it"), ("attempt-1", "project.resume={0}/attempt-1 goes on with it")],
+)
+def test_a_folder_with_another_run_is_refused_unharmed(
+    there: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rounds(tmp_path / there, 2)
+    flower = ScriptedFlower(monkeypatch, lambda folder, config: COMPLETED)
+    with pytest.raises(UserError, match="hydra.run.dir must be a folder without another run") as refusal:
+        watch(tmp_path)
+    assert remedy.format(tmp_path) in str(refusal.value)
+    assert flower.submitted == []
+    assert (tmp_path / there / "adapters/round-0001").is_dir()
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
         (["project.baseline=central"], "project.baseline must be none for a federation over sites, got 'central'"),
