@@ -116,7 +116,7 @@ class _Attempt:
         }
         values["warm"] = self._settings.project.warm
         path = self._root / f"{self.folder.name}.toml"
-        write_whole(path, "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+        write_whole(path, "".join(f"{key} = {_as_toml(value)}\n" for key, value in values.items()))
         return path
 
     def _end_of(self, run_id: str) -> RunState:
@@ -159,14 +159,22 @@ class _Attempt:
 
 
 def keep_the_last(root: Path) -> None:
-    """Move what the attempt with the most rounds has written up into the run folder; the others have less of it."""
+    """Move what the attempt with the most rounds has written up into the run folder; the others have less of it, and so
+    has what an earlier command left there, whose rounds the attempt has taken over."""
     if (best := latest_rounds(root)) is None:
         return
     for path in best.iterdir() if best != root.absolute() else ():
         if path.name not in ("result.json", PROCESS):
-            path.rename(root / path.name)
+            if path.is_dir():
+                shutil.rmtree(root / path.name, ignore_errors=True)  # a folder takes the place of empty ones only
+            path.replace(root / path.name)
     for folder in attempts_of(root):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_toml(value: str | bool) -> str:
+    """A text or a flag in TOML, which is as in JSON, but that TOML knows no halves of surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _moved(figures: dict[str, Any], attempt: Path, root: Path) -> dict[str, Any]:

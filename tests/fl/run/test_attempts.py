@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,8 +46,7 @@ class ScriptedFlower:
 
     def state(self, run_id: str) -> RunState:
         text = self.submitted[int(run_id) - 1]
-        folder = json.loads(next(line for line in text.splitlines() if line.startswith("folder")).partition(" = ")[2])
-        return self._play(Path(folder), text)
+        return self._play(Path(tomllib.loads(text)["folder"]), text)
 
 
 def write_rounds(folder: Path, count: int, **result: object) -> None:
@@ -127,6 +127,25 @@ def test_who_is_interrupted_stops_the_run(tmp_path: Path, monkeypatch: pytest.Mo
         watch(tmp_path)
     assert flower.stopped == ["1"]
     assert (tmp_path / "adapters/round-0000").is_dir()
+
+
+def test_the_same_command_again_goes_on_in_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / 'José 😀, [x]="1" \\'
+
+    def play(attempt: Path, config: str) -> RunState:
+        count = 4 if "project.resume=" in config else 2
+        write_rounds(attempt, count, status="ok", adapter_path=str(attempt / f"adapters/round-{count - 1:04d}"))
+        (attempt / "metrics.jsonl").write_text(f"{count}\n")
+        return COMPLETED
+
+    flower = ScriptedFlower(monkeypatch, play)
+    for count in (2, 4):
+        last = watch(folder)["adapter_path"]
+        assert last == str(folder / f"adapters/round-{count - 1:04d}")
+        assert sorted(path.name for path in (folder / "adapters").iterdir())[-1] == f"round-{count - 1:04d}"
+        assert (folder / "metrics.jsonl").read_text() == f"{count}\n"
+        assert attempts_of(folder) == []
+    assert [tomllib.loads(text)["folder"] for text in flower.submitted] == [str(folder / "attempt-1")] * 2
 
 
 def test_a_superlink_that_does_not_answer_is_waited_for_and_then_lost(
