@@ -159,15 +159,12 @@ class _Attempt:
 
 
 def keep_the_last(root: Path) -> None:
-    """Move what the attempt with the most rounds has written up into the run folder; the others have less of it, and so
-    has what an earlier command left there, whose rounds the attempt has taken over."""
+    """Move what the attempt with the most rounds has written up into the run folder; the others have less of it."""
     if (best := latest_rounds(root)) is None:
         return
     for path in best.iterdir() if best != root.absolute() else ():
         if path.name not in ("result.json", PROCESS):
-            if path.is_dir():
-                shutil.rmtree(root / path.name, ignore_errors=True)  # a folder takes the place of empty ones only
-            path.replace(root / path.name)
+            path.rename(root / path.name)
     for folder in attempts_of(root):
         shutil.rmtree(folder, ignore_errors=True)
 
