@@ -188,7 +188,7 @@ def test_a_folder_with_another_run_is_refused_unharmed(
 ) -> None:
     write_rounds(tmp_path / there, 2)
     flower = ScriptedFlower(monkeypatch, lambda folder, config: COMPLETED)
-    with pytest.raises(UserError, match="hydra.run.dir must be a folder without another run") as refusal:
+    with pytest.raises(UserError, match=r"hydra\.run\.dir must be a folder without another run") as refusal:
         watch(tmp_path)
     assert remedy.format(tmp_path) in str(refusal.value)
     assert flower.submitted == []
