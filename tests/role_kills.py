@@ -142,7 +142,8 @@ def kill_roles(count: int, seed: int, names: Sequence[str] = tuple(ROLES)) -> Ki
 def _places(stack: ExitStack, names: Sequence[str]) -> dict[str, str]:
     """What the roles of these names need from others: a verifier, an HTTP server, a checkpoint."""
     root = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-    places = {"cache": str(root / "cache"), "checkpoints": str(root / "checkpoints")}
+    places = {"cache": str(root / "cache"), "checkpoints": str(root / "checkpoints"), "flower": str(root)}
+    (root / "config.toml").write_text('[superlink.lab]\naddress = "127.0.0.1:9"\ninsecure = true\n')  # no answer
     if "drafter" in names:
         places["port"] = str(stack.enter_context(verifier("model=random", *SYNTHETIC)).port)
     if "chat" in names:
@@ -177,7 +178,7 @@ def kill_one(
             process = subprocess.Popen(
                 [sys.executable, *role.command, *words, f"hydra.run.dir={folder}/run"],
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT), MARK: mark},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "FLWR_HOME": places["flower"], MARK: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -254,11 +255,11 @@ def wrong_of(role: RoleKind, code: int, number: signal.Signals, out: Path, err: 
     try:
         last: dict[str, Any] = json.loads(line)
     except ValueError:
-        yield f"no last line, code {code}: {line[:100]!r}; {errors[-3000:]!r}"
+        yield f"no last line, code {code}: {line[:100]!r}; {errors[-300:]!r}"
         return
     word = "interrupted" if number == signal.SIGINT else "terminated"
     good = last.get("status") == "ok"
-    if good and code == -number:  # all was said, and only the interpreter was still about
+    if code == -number and last.get("ended_by") != word:  # all was said, and only the interpreter was still about
         return
     if last.get("ended_by") != word and not (good and not role.serves):
         yield f"ended_by {last.get('ended_by')!r}, not {word!r}"

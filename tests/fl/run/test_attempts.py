@@ -6,8 +6,11 @@ The real Flower, with a server that is killed, is in tests/fl/test_deployment.py
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +24,7 @@ from fl.settings import FederatedSettings
 from lab.command.entry import Run, compose_settings
 from lab.faults import Fault
 from lab.settings import UserError
+from tests.fl.two_sites import ROOT
 
 FAILED = RunState("finished:failed", "RuntimeError: round 2")
 COMPLETED = RunState("finished:completed", "N/A")
@@ -209,3 +213,45 @@ def test_what_makes_no_sense_is_refused_before_anything_is_submitted(
     with pytest.raises(UserError, match=line):
         watch(tmp_path, *words)
     assert flower.submitted == []
+
+
+FLWR = """
+import json, sys, time
+with open({log!r}, "a") as file:
+    print(*sys.argv[1:3], file=file, flush=True)
+if sys.argv[1] == "run":
+    time.sleep(1)  # the SuperLink has the run, and nobody knows its id
+print(json.dumps({{"success": True, "run-id": "7"}}))
+"""
+SUBMITS = """
+import sys
+from fl.run import __main__ as command, commands
+commands.program = lambda: {flwr!r}
+command.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_run_is_submitted_stops_it(tmp_path: Path, number: signal.Signals) -> None:
+    log, flwr = tmp_path / "log", tmp_path / "flwr"
+    flwr.write_text(f"#!{sys.executable}\n" + FLWR.format(log=str(log)))
+    flwr.chmod(0o700)
+    words = ["model=random", "tracking=none", f"hydra.run.dir={tmp_path}/run"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUBMITS.format(flwr=str(flwr)), *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, number)  # as a terminal does
+        out, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, errors
+    assert json.loads(out)["attempts"] == 0
+    assert log.read_text() == "run .\nstop 7\n"
