@@ -344,8 +344,8 @@ def _replies(model: ServedModel, generation: Generation, about: About) -> Replie
 
 
 def _client(request: Request) -> str:
-    """Whose request it is: the address. All clients have the same key, and without one the header is the client's choice,
-    so it tells nobody apart."""
+    """Whose request it is: the address. The key tells no clients apart: all have the same one, and where the server has
+    none, a client may send any."""
     return request.client.host if request.client else ""
 
 

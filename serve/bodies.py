@@ -36,7 +36,12 @@ MESSAGES: Schema = {
     "items": {
         "type": "object",
         "required": ["role"],
-        "properties": {"role": {"enum": list(ROLES)}, "content": {"anyOf": [TEXT, PARTS, {"type": "null"}]}, "tool_calls": NONE, "function_call": {"type": "null"}},
+        "properties": {
+            "role": {"enum": list(ROLES)},
+            "content": {"anyOf": [TEXT, PARTS, {"type": "null"}]},
+            "tool_calls": NONE,
+            "function_call": {"type": "null"},
+        },
     },
 }
 SAMPLING: dict[str, Schema] = {

@@ -70,7 +70,8 @@ class ServeProjectSettings(TargetSettings):
         require_at_least(0, self, "grace_seconds", "keep_seconds")
         if self.engine is EngineKind.speculative:
             kept = (DraftSource.ngram, DraftSource.none)
-            rule = "draft.source must be ngram or none for engine=speculative (python -m speculative.drafter has the others)"
+            others = "python -m speculative.drafter has the others"
+            rule = f"draft.source must be ngram or none for engine=speculative ({others})"
             require(self.draft.source in kept, rule, self.draft.source.name)
             require(
                 not self.exact_shapes, "exact_shapes must be false for engine=speculative: it is the verifier's", True

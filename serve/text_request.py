@@ -287,7 +287,9 @@ def _message(place: int, given: Any) -> dict[str, Any]:
         raise wrong("messages", f"must hold roles of {', '.join(ROLES)}; {name}.role is another", role)
     for part in ("tool_calls", "function_call"):
         if given.get(part):
-            raise wrong("messages", f"must hold no tool calls: this server shows none; {name}.{part} has some", given[part])
+            raise wrong(
+                "messages", f"must hold no tool calls: this server shows none; {name}.{part} has some", given[part]
+            )
     content = given.get("content")
     if content is None and role == "assistant":
         content = ""

@@ -113,7 +113,7 @@ class Scheduler:
         name: int | None = None,
         owner: bytes = b"",
     ) -> list[Outcome]:
-        """Begin a sequence, or refuse it. `VerifiedSequence` says what `key`, `client`, `user`, `name` and `owner` are."""
+        """Begin a sequence, or refuse it. `VerifiedSequence` says what `key`, `client` and the other names are."""
         refusal = "request must have a new number, got one that is open" if key in self._sequences else None
         refusal = refusal or refusal_by_engine(request, self.engine) or self._refusal_by_client(request, client)
         if refusal is None and name in self._named:

@@ -77,7 +77,9 @@ def test_a_prompt_is_scored_where_the_model_is_or_refused(servers: dict[str, Cli
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "echo"
     assert "verifier" in refused.json()["error"]["message"]
-    scores = [servers[name].complete(**asked)["choices"][0]["logprobs"]["token_logprobs"] for name in ("local", "split")]
+    scores = [
+        servers[name].complete(**asked)["choices"][0]["logprobs"]["token_logprobs"] for name in ("local", "split")
+    ]
     assert scores[0][1:] == pytest.approx(scores[1][1:], abs=1e-6)  # hidden states travel as float32
 
 
