@@ -20,6 +20,7 @@ PLACES = 3
 """Texts that may run or wait at the second server."""
 KEY = "a long key for tests only"
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 LONG = CONTEXT - 100
 """Most tokens of texts that are left early."""
 
@@ -234,6 +235,8 @@ def test_the_stream_helper_of_the_client_gathers_the_same_text(client: OpenAI) -
         ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"functions": [], "function_call": {"name": "look"}}, "function_call"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL]}, *HELLO]}, "messages"),
     ],
 )
 def test_a_wrong_value_is_a_bad_request_that_names_its_field(client: OpenAI, asked: Any, param: str) -> None:
@@ -249,10 +252,12 @@ def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
     assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
 
 
-def test_tools_are_ignored_unless_one_is_demanded(client: OpenAI) -> None:
+def test_tools_are_ignored_unless_one_is_demanded(server: Role, client: OpenAI) -> None:
     """The server makes no tool calls."""
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
-    assert text_of(chat(client, tools=tools, tool_choice="auto")) == text_of(chat(client))
+    for choice in ("auto", "none"):
+        assert text_of(chat(client, tools=tools, tool_choice=choice)) == text_of(chat(client))
+    assert server.stderr().count("no model here is shown any") == 1, "said once"
     with pytest.raises(openai.BadRequestError):
         chat(client, tools=tools, tool_choice={"type": "function", "function": {"name": "look"}})
 
