@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -120,9 +120,10 @@ def openai_tests() -> Iterator[Row]:
             with chat_server(Path(folder), f"project.model_id={model}", MOST_NEW) as server:
                 for name in names:
                     ours += tested(python, sources, name, str(server.ready["base_url"]))
-        with transformers_serve(Path(folder) / "model") as base:
-            for name in chain(*MODULES.values()):
-                theirs += tested(python, sources, name, base)
+        for model, names in MODULES.items():
+            with transformers_serve(Path(folder) / "model", model) as base:
+                for name in names:
+                    theirs += tested(python, sources, name, base)
     yield {
         "part": "openai_tests",
         "client": "openai",
@@ -327,13 +328,24 @@ def serving(*words: str) -> Iterator[Role]:
 
 
 @contextmanager
-def transformers_serve(model: Path) -> Iterator[str]:
-    """`transformers serve` over a model's folder; yields where its API begins."""
+def transformers_serve(folder: Path, model: str) -> Iterator[str]:
+    """`transformers serve` over a model's folder; yields where its API begins.
+
+    It serves requests for one name only, that of its folder: so it gets the folder under the name that is asked for. It
+    lists the models of a cache, and fails where there is no folder for one.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", model]
+    (folder.parent / model).symlink_to(folder, target_is_directory=True)
+    command = [Path(sys.executable).with_name("transformers").absolute(), "serve", model]
     options = ["--host", "127.0.0.1", "--port", port, "--device", "cpu", "--dtype", "float32"]
-    process = subprocess.Popen(list(map(str, [*command, *options])), stdout=sys.stderr, stderr=sys.stderr)
+    own = os.environ | {
+        "HF_HUB_CACHE": str(folder.parent),
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = subprocess.Popen(
+        list(map(str, [*command, *options])), cwd=folder.parent, stdout=sys.stderr, stderr=sys.stderr, env=own
+    )
 
     def is_ready() -> bool:
         assert process.poll() is None, "transformers serve ended"
