@@ -148,9 +148,9 @@ def make_app(state: State) -> FastAPI:
         return JSONResponse(state.models.listed())
 
     @app.get("/v1/models/{name:path}")
-    async def model(request: Request) -> Response:
+    async def model(name: str) -> Response:
         """One model."""
-        return JSONResponse(state.models.get(request.path_params["name"]).about(state.models.created))
+        return JSONResponse(state.models.get(name).about(state.models.created))
 
     @app.post("/tokenize", openapi_extra=bodies.body(bodies.TOKENIZE))
     @app.post("/v1/tokenize", include_in_schema=False)
@@ -199,9 +199,9 @@ def make_app(state: State) -> FastAPI:
         return await _answer(state, request, is_chat=False)
 
     @app.get("/v1/streams/{name}")
-    async def stream(request: Request) -> Response:
+    async def stream(request: Request, name: str) -> Response:
         """Continue a stream whose connection broke, from the position in Last-Event-ID."""
-        return await _continue(state, request, str(request.path_params["name"]))
+        return await _continue(state, request, name)
 
     if state.project.load_adapters:
         _add_loading(app, state)

@@ -1,6 +1,6 @@
 """`make clients`: what people own, against a real server. Each of them in a virtual environment of its own.
 
-    python -m tests.clients [stock npm openai_tests lm_eval]
+    python -m tests.clients [stock npm openai_tests schemathesis lm_eval]
 
 Prints one line of JSON with the rows, as benchmarks do. Exit code 1 when a row does not hold.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -29,6 +30,8 @@ from typing import Any, TypedDict
 from lab.command.entry import compose_settings
 from lab.models.sources import fetch
 from serve.settings import ServeSettings
+from tests.serve import http_fuzz
+from tests.serve.chat_server import chat_server
 from tests.speculative.processes import Role, role, wait_until
 
 HERE = Path(__file__).resolve().parent
@@ -42,7 +45,10 @@ MODULES = {
 }
 """Tests of openai-python by the model that they ask for."""
 SECONDS = 1800
-SERVER = ("tracking=none", "network.port=0", "project.context=1024", "project.max_new_tokens=24")
+MOST_NEW = "project.max_new_tokens=24"
+SERVER = ("tracking=none", "network.port=0", "project.context=1024", MOST_NEW)
+EXAMPLES = 100
+"""Most requests of schemathesis for each path, besides those at the edges of each rule."""
 FLOATS = ("float32", "float64")
 MOST_ROUNDING = 2.0
 """Most rounding error of the server's scores over that of the model in process: both are largest ones of 200 draws."""
@@ -103,16 +109,21 @@ def npm() -> Iterator[Row]:
 
 
 def openai_tests() -> Iterator[Row]:
-    """openai-python's own tests, against this server and against `transformers serve`."""
+    """openai-python's own tests, against this server and against `transformers serve`, over the same small random
+    model: they judge types and not texts, and `transformers serve` makes 1024 tokens where a request names none."""
     python = environment("openai", ("openai", *OPENAI_TESTS))
     sources = openai_sources(python)
     ours: list[Case] = []
-    for model, names in MODULES.items():
-        with serving(f"project.model_id={model}") as server:
-            for name in names:
-                ours += tested(python, sources, name, str(server.ready["base_url"]))
-    with transformers_serve() as base:
-        theirs = [case for names in MODULES.values() for name in names for case in tested(python, sources, name, base)]
+    theirs: list[Case] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model, names in MODULES.items():
+            with chat_server(Path(folder), f"project.model_id={model}", MOST_NEW) as server:
+                for name in names:
+                    ours += tested(python, sources, name, str(server.ready["base_url"]))
+        for model, names in MODULES.items():
+            with transformers_serve(Path(folder) / "model", model) as base:
+                for name in names:
+                    theirs += tested(python, sources, name, base)
     yield {
         "part": "openai_tests",
         "client": "openai",
@@ -154,6 +165,36 @@ def _share(cases: Sequence[Case]) -> float:
     """The passed ones among those that ran."""
     ran = [case for case in cases if case.outcome in (Outcome.passed, Outcome.failed)]
     return sum(case.outcome is Outcome.passed for case in ran) / len(ran)
+
+
+def schemathesis() -> Iterator[Row]:
+    """Requests that schemathesis makes from the OpenAPI document, right and wrong ones, to a small random model."""
+    python = environment("schemathesis", ("schemathesis",))
+    with tempfile.TemporaryDirectory() as name, chat_server(Path(name), *http_fuzz.WORDS) as server:
+        report = Path(name) / "report.json"
+        checks = ("--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--continue-on-failure")
+        options = ("--max-examples", EXAMPLES, "--seed", 1, "--generation-database", "none")
+        written = ("--report", "json", "--report-json-path", report)
+        address = f"http://127.0.0.1:{server.port}/openapi.json"
+        command = [python.with_name("schemathesis"), "run", *checks, *options, *written, address]
+        known = http_fuzz.Fuzzer(server).known_text
+        before = known()
+        subprocess.run(list(map(str, command)), cwd=name, stdout=sys.stderr, timeout=SECONDS, check=False)
+        found = json.loads(report.read_text(encoding="utf-8"))
+        same_text, tracebacks = before == known(), server.stderr().count("Traceback")
+    yield {
+        "part": "schemathesis",
+        "client": "schemathesis",
+        "version": found["schemathesis_version"],
+        "paths": found["operations"]["tested"],
+        "requests": found["test_cases"]["generated"],
+        "failures": found["test_cases"]["unique_failures"],
+        "errors": [error["title"] for error in found["errors"]],
+        "tracebacks": tracebacks,
+        "same_text_after": same_text,
+        "target": "every path tested, no 5xx, no traceback, the same text afterwards",
+        "holds": found["exit_code"] == 0 and found["complete"] and not tracebacks and same_text,
+    }
 
 
 def lm_eval() -> Iterator[Row]:
@@ -223,7 +264,9 @@ def _same_choices() -> list[tuple[int, int, int]]:
     ]
 
 
-PARTS: dict[str, Callable[[], Iterator[Row]]] = {part.__name__: part for part in (stock, npm, openai_tests, lm_eval)}
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    part.__name__: part for part in (stock, npm, openai_tests, schemathesis, lm_eval)
+}
 
 
 def environment(name: str, packages: Sequence[str], *, sees_lab: bool = False) -> Path:
@@ -285,16 +328,24 @@ def serving(*words: str) -> Iterator[Role]:
 
 
 @contextmanager
-def transformers_serve() -> Iterator[str]:
-    """`transformers serve` over the same weights; yields where its API begins."""
-    import socket
+def transformers_serve(folder: Path, model: str) -> Iterator[str]:
+    """`transformers serve` over a model's folder; yields where its API begins.
 
-    settings = compose_settings("serve", "tracking=none", ServeSettings)
+    It serves requests for one name only, that of its folder: so it gets the folder under the name that is asked for. It
+    lists the models of a cache, and fails where there is no folder for one.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", fetch(settings.model, None).path]
+    (folder.parent / model).symlink_to(folder, target_is_directory=True)
+    command = [Path(sys.executable).with_name("transformers").absolute(), "serve", model]
     options = ["--host", "127.0.0.1", "--port", port, "--device", "cpu", "--dtype", "float32"]
-    process = subprocess.Popen(list(map(str, [*command, *options])), stdout=sys.stderr, stderr=sys.stderr)
+    own = os.environ | {
+        "HF_HUB_CACHE": str(folder.parent),
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = subprocess.Popen(
+        list(map(str, [*command, *options])), cwd=folder.parent, stdout=sys.stderr, stderr=sys.stderr, env=own
+    )
 
     def is_ready() -> bool:
         assert process.poll() is None, "transformers serve ended"

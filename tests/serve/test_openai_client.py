@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -244,6 +246,14 @@ def test_a_wrong_value_is_a_bad_request_that_names_its_field(client: OpenAI, ask
         chat(client, **asked)
     assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
     assert text_of(chat(client)), "the server still works"
+
+
+def test_described_paths_have_their_parameters(server: Role) -> None:
+    paths = httpx.get(f"http://127.0.0.1:{server.port}/openapi.json").json()["paths"]
+    assert "/v1/streams/{name}" in paths
+    for path, operations in paths.items():
+        for about in operations.values():
+            assert {one["name"] for one in about.get("parameters", ())} == set(re.findall(r"{(\w+)}", path)), path
 
 
 def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
