@@ -1,6 +1,7 @@
 """The baseline of a federation: the same number of steps on the union of its data, in one place.
 
-R rounds x H steps at batch N x b, on the same examples, schedule and seed, with one optimizer that keeps its state.
+R rounds x H steps at batch N x b, for the N clients of a round, on the same examples, schedule and seed, with one
+optimizer that keeps its state.
 """
 
 import time
@@ -34,7 +35,7 @@ def train_centrally(settings: FederatedSettings, place: Run) -> dict[str, Any]:
     initial = first_adapter(settings)
     load_into(base.model, initial)
     folders = adapter_folders(settings, place)
-    optimization = union_batches(project.optimization, project.num_clients)
+    optimization = union_batches(project.optimization, project.asked)
     optimizer = adamw(base.model, optimization)
     everything: list[Example] = [example for split in splits for example in split.train]
     order = batches(everything, optimization.batch_size, derive_seed(settings.seed, "order", "central"))

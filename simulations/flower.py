@@ -50,6 +50,9 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     # Otherwise a long-lived worker that loads and trains in turn keeps much of the memory it freed (glibc's arenas). A
     # low MALLOC_TRIM_THRESHOLD_ would return more, but double a step of SmolLM2 in 4 bits: all tensors need new pages.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    # Ray gives its workers a low priority (nice 15), next to which any other program of a busy machine takes 30 times
+    # as much of a core, while the time to live of their messages goes on: clients would be left out for that alone.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     from flwr.simulation import run_simulation
 
     figures: dict[str, Any] = {}

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import conf
-from fl.bench.settings import FederatedBenchSettings, FederatedMeanBenchSettings
+from fl.bench.settings import FederatedBenchSettings, FederatedMeanBenchSettings, FederatedNaturalBenchSettings
 from fl.settings import FederatedSettings
 from lab.bench_engine import EngineBenchSettings
 from lab.command.entry import compose_settings
@@ -34,7 +34,7 @@ from split.training.settings import SplitTrainSettings
 
 CONF = Path(conf.__file__).parent
 FILES = sorted(CONF.rglob("*.y*ml"))
-FOUND = {"": 21, "matrix": 5, "model": 6, "tracking": 3}
+FOUND = {"": 22, "matrix": 5, "model": 6, "tracking": 3}
 """How many files each group has: raise the number when you add one, and see that it is composed below."""
 COMMANDS: dict[str, type[LabSettings]] = {
     "fed_learn": FederatedSettings,
@@ -43,6 +43,7 @@ COMMANDS: dict[str, type[LabSettings]] = {
     "link": LinkRunSettings,
     "fed_bench": FederatedBenchSettings,
     "fed_mean_bench": FederatedMeanBenchSettings,
+    "fed_natural_bench": FederatedNaturalBenchSettings,
     "split_inf": SplitSettings,
     "split_plan": PlanSettings,
     "split_bench": SplitBenchSettings,

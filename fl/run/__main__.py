@@ -52,6 +52,9 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     if any(word.startswith("--config-dir") for word in own_overrides()):
         raise UserError("settings must be key=value for a federation over sites, which have no --config-dir")
     require_writable(place.folder, "hydra.run.dir")
+    if (there := latest_rounds(place.folder)) is not None or attempts_of(place.folder):
+        remedy = f"project.resume={there} goes on with it" if there else "remove its attempts"
+        raise UserError(f"hydra.run.dir must be a folder without another run, got {str(place.folder)!r}: {remedy}")
     if "FLWR_HOME" not in os.environ and CONNECTION_HOME.exists():
         os.environ["FLWR_HOME"] = str(CONNECTION_HOME)
     allow_grace(STOP_SECONDS)
@@ -173,15 +176,12 @@ class _Attempt:
 
 
 def keep_the_last(root: Path) -> None:
-    """Move what the attempt with the most rounds has written up into the run folder; the others have less of it, and so
-    has what an earlier command left there, whose rounds the attempt has taken over."""
+    """Move what the attempt with the most rounds has written up into the run folder; the others have less of it."""
     if (best := latest_rounds(root)) is None:
         return
     for path in best.iterdir() if best != root.absolute() else ():
         if path.name not in ("result.json", PROCESS):
-            if path.is_dir():
-                shutil.rmtree(root / path.name, ignore_errors=True)  # a folder takes the place of empty ones only
-            path.replace(root / path.name)
+            path.rename(root / path.name)
     for folder in attempts_of(root):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -102,7 +102,7 @@ class LayerPlan:
     outputs: tuple[int, ...]
     """Number of outputs of each of `PROJECTIONS`."""
     kinds: tuple[str, ...]
-    """Dtype of the weight of each of `PROJECTIONS`, with `+` if it has a bias."""
+    """Of each of `PROJECTIONS`: dtype of its weight, or int8 or int4, with `+` if it has a bias."""
     dtype: str
     """Dtype of activations and cache."""
 
@@ -179,7 +179,7 @@ class _Projection:
     def __init__(self, kind: str, outputs: int, left: Any) -> None:
         self._outputs = outputs
         self._weight = next(left)
-        self._scales = next(left) if kind.startswith(("uint8", "int8")) else None
+        self._scales = next(left) if kind.startswith("int") else None
         self._bias = next(left) if kind.endswith("+") else None
 
     def __call__(self, rows_NK: Tensor) -> Tensor:
@@ -231,9 +231,13 @@ def plan_of(layer: nn.Module, dtype: torch.dtype) -> LayerPlan:
         window=getattr(attention.config if type(layer) is MistralDecoderLayer else attention, "sliding_window", None),
         has_head_norms=hasattr(attention, "q_norm"),
         outputs=tuple(part.out_features for part in parts),
-        kinds=tuple(str(part.weight.dtype)[6:] + ("+" if part.bias is not None else "") for part in parts),
+        kinds=tuple(_kind(part) + ("+" if part.bias is not None else "") for part in parts),
         dtype=str(dtype)[6:],
     )
+
+
+def _kind(part: nn.Linear) -> str:
+    return f"int{part.bits}" if isinstance(part, IntLinear) else str(part.weight.dtype)[6:]
 
 
 def tensors_of(layer: nn.Module) -> list[Tensor]:

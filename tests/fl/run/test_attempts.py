@@ -133,23 +133,16 @@ def test_who_is_interrupted_stops_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "adapters/round-0000").is_dir()
 
 
-def test_the_same_command_again_goes_on_in_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_awkward_folder_reaches_the_server_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / 'José 😀, [x]="1" \\'
 
     def play(attempt: Path, config: str) -> RunState:
-        count = 4 if "project.resume=" in config else 2
-        write_rounds(attempt, count, status="ok", adapter_path=str(attempt / f"adapters/round-{count - 1:04d}"))
-        (attempt / "metrics.jsonl").write_text(f"{count}\n")
+        write_rounds(attempt, 2, status="ok", adapter_path=str(attempt / "adapters/round-0001"))
         return COMPLETED
 
     flower = ScriptedFlower(monkeypatch, play)
-    for count in (2, 4):
-        last = watch(folder)["adapter_path"]
-        assert last == str(folder / f"adapters/round-{count - 1:04d}")
-        assert sorted(path.name for path in (folder / "adapters").iterdir())[-1] == f"round-{count - 1:04d}"
-        assert (folder / "metrics.jsonl").read_text() == f"{count}\n"
-        assert attempts_of(folder) == []
-    assert [tomllib.loads(text)["folder"] for text in flower.submitted] == [str(folder / "attempt-1")] * 2
+    assert watch(folder)["adapter_path"] == str(folder / "adapters/round-0001")
+    assert [tomllib.loads(text)["folder"] for text in flower.submitted] == [str(folder / "attempt-1")]
 
 
 def test_a_superlink_that_does_not_answer_is_waited_for_and_then_lost(
@@ -188,6 +181,22 @@ def test_the_latest_of_those_with_the_most_rounds_counts(tmp_path: Path) -> None
     for name, count in (("attempt-2", 3), ("attempt-10", 3), ("attempt-11", 1)):
         write_rounds(tmp_path / name, count)
     assert latest_rounds(tmp_path) == tmp_path / "attempt-10"
+
+
+@pytest.mark.parametrize(
+    ("there", "remedy"),
+    [(".", "project.resume={0} goes on with it"), ("attempt-1", "project.resume={0}/attempt-1 goes on with it")],
+)
+def test_a_folder_with_another_run_is_refused_unharmed(
+    there: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rounds(tmp_path / there, 2)
+    flower = ScriptedFlower(monkeypatch, lambda folder, config: COMPLETED)
+    with pytest.raises(UserError, match=r"hydra\.run\.dir must be a folder without another run") as refusal:
+        watch(tmp_path)
+    assert remedy.format(tmp_path) in str(refusal.value)
+    assert flower.submitted == []
+    assert (tmp_path / there / "adapters/round-0001").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _round_seconds(folder: Path, kind: str, rounds: int, words: list[str]) -> fl
 
 def killed_sites(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     """30 % of the sites killed (SIGKILL) in each round, against the same sites that refuse to work."""
-    words = ["project.workers=3", "project.max_failures=99", "project.worker_retries=5"]
+    words = ["project.workers=2", "project.max_failures=99", "project.worker_retries=5"]
     killed, refusing = (_run(folder / kind, kind, sites, rounds, words) for kind in ("killed", "refusing"))
     return {
         "sites": sites,
