@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import torch
 from flwr.app import Context
-from flwr.serverapp import Grid
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
 
 from fl.client import read_all
 from fl.client_app import make_client_app
@@ -47,14 +48,6 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     require_writable(place.folder, "hydra.run.dir")
     check(settings)
     warnings = place.folder / worker_log.FILE
-    # Otherwise a long-lived worker that loads and trains in turn keeps much of the memory it freed (glibc's arenas). A
-    # low MALLOC_TRIM_THRESHOLD_ would return more, but double a step of SmolLM2 in 4 bits: all tensors need new pages.
-    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-    # Ray gives its workers a low priority (nice 15), next to which any other program of a busy machine takes 30 times
-    # as much of a core, while the time to live of their messages goes on: clients would be left out for that alone.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    from flwr.simulation import run_simulation
-
     figures: dict[str, Any] = {}
     stop = threading.Event()
 
@@ -69,15 +62,25 @@ def simulate(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     ray_output = WorkerOutput(lambda: stop.is_set() or bool(figures))
     with quiet_flower(), redirect_stdout(ray_output), interruptible(stop), worker_log.warnings_from(warnings):
         try:
-            run_simulation(
-                make_server_app(work),
-                make_client_app(in_worker),
-                num_supernodes=settings.project.num_clients,
-                backend_config=backend(settings),
-            )
+            run_apps(make_server_app(work), make_client_app(in_worker), settings)
         except (RoundFailed, NodesMissing) as error:
             raise unfinished(error, place.folder) from None
     return figures
+
+
+def run_apps(server_app: ServerApp, client_app: ClientApp, settings: FederatedSettings) -> None:
+    """Run both apps, the client's once for each site, until the server's ends."""
+    # Otherwise a long-lived worker that loads and trains in turn keeps much of the memory it freed (glibc's arenas). A
+    # low MALLOC_TRIM_THRESHOLD_ would return more, but double a step of SmolLM2 in 4 bits: all tensors need new pages.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    # Ray gives its workers a low priority (nice 15), next to which any other program of a busy machine takes 30 times
+    # as much of a core, while the time to live of their messages goes on: clients would be left out for that alone.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    from flwr.simulation import run_simulation
+
+    run_simulation(
+        server_app, client_app, num_supernodes=settings.project.num_clients, backend_config=backend(settings)
+    )
 
 
 def check(settings: FederatedSettings) -> None:

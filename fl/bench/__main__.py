@@ -6,6 +6,8 @@ memory      tracemalloc's peak of `aggregate_train` over replies that are genera
 message     one train message as Flower serialises it, compared with its tensors' bytes, from conf/model alone.
 scale       a simulation with many clients on Ray, as a separate process: wall time, and the server's resident memory
             after every round.
+stock       the same simulation by Flower's own FedAvg (`simulations.stock`), in turn with ours: ratios of wall time and
+            of the server's largest resident memory.
 many_sites  a simulation of 1,000 sites of which 1 % train in a round: the slope of the server's resident memory over
             the second half of the rounds (least squares), and bytes, seconds and memory of a site and round.
 comparison  a federation over identically distributed parts compared with its central baseline, a process for each:
@@ -62,6 +64,8 @@ def run(settings: FederatedBenchSettings, place: entry.Run) -> dict[str, Any]:
     rows.extend(map(message, project.size_models))
     if project.scale:
         rows.append(scale(project, place.folder / "scale"))
+    if project.stock_turns:
+        rows.append(stock(project, place.folder / "stock"))
     if project.many_sites:
         rows.append(many_sites(project, place.folder / "many_sites"))
     if project.compare_seeds:
@@ -176,8 +180,7 @@ def adapter_of(model: ModelSettings, rank: int) -> dict[str, torch.Tensor]:
 def scale(project: FederatedBenchProjectSettings, folder: Path) -> Row:
     """Wall time and server memory of a simulation with many clients."""
     figures = simulate(project.scale, folder, project.run_timeout_seconds)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    memory_by_round = [row["server_rss_bytes"] for row in rows if "server_rss_bytes" in row]
+    memory_by_round = [row["server_rss_bytes"] for row in rounds_of(folder)]
     growth = memory_by_round[-1] / memory_by_round[1] - 1 if len(memory_by_round) > 1 else 0.0
     row: Row = {
         "part": "scale",
@@ -196,6 +199,38 @@ def scale(project: FederatedBenchProjectSettings, folder: Path) -> Row:
     return judged(row["part"], row, "wall_seconds at most 300, server_growth at most 0.05, nobody refused", holds)
 
 
+def rounds_of(folder: Path) -> list[Row]:
+    """The figures of every round of a run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "server_rss_bytes" in row]
+
+
+def stock(project: FederatedBenchProjectSettings, folder: Path) -> Row:
+    """Wall time and server memory relative to Flower's own FedAvg, over the same clients."""
+    ours, theirs = [], []
+    for turn in range(project.stock_turns):
+        place = folder / f"ours-{turn}"
+        figures = simulate(project.scale, place, project.run_timeout_seconds)
+        ours.append({**figures, "server_rss_bytes": [row["server_rss_bytes"] for row in rounds_of(place)]})
+        log.info("running simulations.stock %s", " ".join(project.scale))
+        place = folder / f"stock-{turn}"
+        theirs.append(run_to_end("simulations.stock", project.scale, place, project.run_timeout_seconds)[1])
+    losses = zip(ours[0]["train_loss_by_round"], theirs[0]["train_loss_by_round"], strict=True)
+    row: Row = {
+        "part": "stock",
+        "overrides": project.scale,
+        "wall_seconds": Sample.of(seconds := [each["wall_seconds"] for each in ours]),
+        "wall_ratio": ratio(seconds, [each["wall_seconds"] for each in theirs]),
+        "server_rss_bytes": Sample.of(largest := [max(each["server_rss_bytes"]) for each in ours]),
+        "memory_ratio": ratio(largest, [max(each["server_rss_bytes"]) for each in theirs]),
+        "largest_loss_difference": max(abs(a - b) for a, b in losses),
+        "load_average": load_average(),
+    }
+    holds = max(row["wall_ratio"].median, row["memory_ratio"].median) <= 1 and row["largest_loss_difference"] <= 1e-3
+    target = "wall_ratio and memory_ratio at most 1, largest_loss_difference at most 0.001"
+    return judged(row["part"], row, target, holds)
+
+
 def many_sites(project: FederatedBenchProjectSettings, folder: Path) -> Row:
     """Growth of the server's memory from round to round with many sites, and the figures of a site and round."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -206,8 +241,7 @@ def many_sites(project: FederatedBenchProjectSettings, folder: Path) -> Row:
             file.write(json.dumps(example) + "\n")
     overrides = [*project.many_sites, "project.data.source=jsonl", override("project.data.path", data)]
     figures = simulate(overrides, folder, project.run_timeout_seconds)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rounds = [row for row in rows if "server_rss_bytes" in row]
+    rounds = rounds_of(folder)
     late = rounds[len(rounds) // 2 :]
     slope = float(np.polyfit([row["step"] for row in late], [row["server_rss_bytes"] for row in late], 1)[0])
     sites = [site for row in rounds for site in row["by_site"].values()]

@@ -106,7 +106,8 @@ class Federations:
         if seed not in self._clients:
             self._clients[seed] = sites_of(self.settings(seed))
         found = {}
-        for client in self._clients[seed]:
+        for site in self._clients[seed]:
+            client = replace(site, project=settings.project)
             client.load(adapter)
             if method == ALONE:
                 client.load(alone(client).train(1)[0])

@@ -22,6 +22,8 @@ class FederatedBenchProjectSettings:
     """Models of conf/model whose messages are measured."""
     scale: list[str]
     """Overrides of the simulation whose time and server memory are measured."""
+    stock_turns: int
+    """Turns of that simulation and of the same by Flower's own FedAvg; 0: none."""
     many_sites: list[str]
     """Overrides of the simulation with many sites, whose memory is measured from round to round."""
     lines_of_many_sites: int
@@ -39,6 +41,7 @@ class FederatedBenchProjectSettings:
             self.adapter_bytes,
         )
         require_at_least(1, self, "turns", "lines_of_many_sites")
+        require_at_least(0, self, "stock_turns")
         require_at_least(2, self, "few_replies")
         require(
             self.many_replies > self.few_replies,

@@ -184,8 +184,8 @@ def try_out(config: PreTrainedConfig) -> Proof:
                 outline = find_structure(model)
                 made = _Trial(model, outline, Path(folder))
             except Exception as error:
-                against = _against(error)
-                return replace(found, slices=found.engine or against, training=against)
+                why = _against(error)
+                return replace(found, slices=found.engine or why, training=why)
             against = found.engine or _failure(made.try_inference)
             return replace(found, slices=against, training=_failure(made.try_training), structure=outline)
 

@@ -146,6 +146,28 @@ def test_a_server_that_grows_with_every_round_of_many_sites_is_caught(
     assert slope(0, 10**8, 10**8, 10**8 + 600_000) == (pytest.approx(600_000), False)
 
 
+def test_a_server_that_takes_more_than_flowers_own_or_computes_something_else_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(wall: float, memory: int, loss: float) -> tuple[bool, float, float]:
+        def simulate(overrides: list[str], folder: Path, timeout_seconds: float) -> dict[str, Any]:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "server_rss_bytes": memory}) + "\n")
+            return {"wall_seconds": wall, "train_loss_by_round": [loss]}
+
+        theirs = {"wall_seconds": 10.0, "train_loss_by_round": [2.0], "server_rss_bytes": [90, 100]}
+        monkeypatch.setattr(bench, "simulate", simulate)
+        monkeypatch.setattr(bench, "run_to_end", lambda *arguments: ([], theirs))
+        found = bench.stock(project("project.stock_turns=2"), tmp_path)
+        assert found["wall_ratio"].n == 2
+        return found["holds"], found["wall_ratio"].median, found["memory_ratio"].median
+
+    assert row(9.0, 100, 2.0) == (True, 0.9, 1.0)
+    assert not row(10.1, 100, 2.0)[0]
+    assert not row(9.0, 101, 2.0)[0]
+    assert not row(9.0, 100, 2.01)[0]
+
+
 @pytest.mark.real
 def test_a_toy_run_of_all_parts_writes_its_report(
     tmp_path: Path, simulated: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,7 +176,7 @@ def test_a_toy_run_of_all_parts_writes_its_report(
     here = f"[{','.join(json.dumps(word) for word in two_sites.words(simulated / 'shared.jsonl'))}]"
     overrides = [
         f"project.adapter_bytes={MIB}", "project.many_replies=20", "project.turns=2", "project.size_models=[random]",
-        f"project.scale={here}", f"project.many_sites={here}", f"project.compare={here}",
+        f"project.scale={here}", "project.stock_turns=0", f"project.many_sites={here}", f"project.compare={here}",
         f"project.compare_seeds=[{two_sites.SEED}]",
         f"project.report={tmp_path / 'report.json'}", "project.run_timeout_seconds=270",
     ]  # fmt: skip
