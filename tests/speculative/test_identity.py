@@ -57,7 +57,7 @@ def test_no_token_differs_over_compiled_layers_in_int4() -> None:
     assert compared.flips == []
     assert compared.tokens == 320
     assert compared.accepted > 50
-    assert compared.shared_passes > 10
+    assert compared.shared_passes > 2
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
