@@ -55,15 +55,16 @@ def test_a_full_disk_leaves_neither_an_open_file_nor_half_a_line(
 
     def of_a_disk(file: int, data: bytes) -> int:
         nonlocal room
-        if not (fits := data[:room]):
+        if not (written := data[:room]):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        room -= len(fits)
-        return write(file, fits)
+        room -= len(written)
+        return write(file, written)
 
     journals = Journals(tmp_path, 60, 10**6)
     monkeypatch.setattr(os, "write", of_a_disk)
     before = psutil.Process().num_fds()
-    for room in (0, 5):
+    for fits in (0, 5):
+        room = fits
         with pytest.raises(OSError, match="No space left on device"):
             journals.new(NAME, {"model": "m"})
         assert list(tmp_path.iterdir()) == []

@@ -25,11 +25,11 @@ def test_a_shard_that_ends_without_a_word_names_its_empty_log(tmp_path: Path) ->
 
 
 def test_a_shard_that_fails_is_not_the_users_fault(tmp_path: Path) -> None:
-    with pytest.raises(NotReady, match="^shard 1 did not start: .*No module named split.no_such_module$") as caught:
+    with pytest.raises(NotReady, match=r"^shard 1 did not start: .*No module named split\.no_such_module$") as caught:
         _started("split.no_such_module", tmp_path)
     assert caught.value.exit_code == 1
 
 
 def test_a_shard_that_refuses_its_settings_is_the_users_fault(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^shard 1 did not start: error: project.layers must be a setting "):
+    with pytest.raises(UserError, match=r"^shard 1 did not start: error: project\.layers must be a setting "):
         _started("simulations.link", tmp_path)
