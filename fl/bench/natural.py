@@ -41,9 +41,17 @@ BEFORE, ALONE, PLAIN = "before", "alone", "average"
 PAPERS = (
     ("average", "ffa", "FedEx-LoRA (arXiv 2410.09432): freezing A loses to averaging both factors"),
     ("rolora", "average", "RoLoRA (arXiv 2409.02346): alternating the factors gains on averaging both"),
-    ("svd", "average", "FlexLoRA (arXiv 2402.11505): the decomposed mean of the products gains on the mean of factors"),
+    (
+        "svd_of_the_rank",
+        "average",
+        "FlexLoRA (arXiv 2402.11505): the best part of the mean product gains on mean factors",
+    ),
+    ("svd", "average", "FlexLoRA, and what does not fit the rank is kept in a second adapter"),
 )
 """Method that is reported to have the lower perplexity, the other one, and where."""
+
+NO_DIFFERENCE = 0.005
+"""Largest relative difference of two perplexities that says nothing about two methods."""
 
 LARGEST_LOSS = {Codec.int8: 0.005, Codec.int4: 0.01, Codec.topk_int8: math.inf}
 """Largest relative change of the perplexity that a format may make; without limit where it is only reported."""
@@ -185,9 +193,14 @@ def papers(federations: Federations) -> list[Row]:
 
 
 def compared(better: str, worse: str, source: str, federations: Federations) -> Row:
-    """A report is confirmed, or contradicted, where all seeds agree."""
+    """A report is confirmed, or contradicted, where all seeds agree, and differ by more than `NO_DIFFERENCE`."""
     found = ratio(federations.perplexities(better), federations.perplexities(worse))
-    verdict = "confirmed" if found.high < 1 else "contradicted" if found.low > 1 else "undecided: seeds disagree"
+    if found.high < 1 - NO_DIFFERENCE:
+        verdict = "confirmed"
+    elif found.low > 1 + NO_DIFFERENCE:
+        verdict = "contradicted"
+    else:
+        verdict = f"undecided: seeds disagree, or differ by less than {NO_DIFFERENCE:.1%}"
     return {"name": f"{better} under {worse}", "source": source, "perplexity_ratio": found, "verdict": verdict}
 
 

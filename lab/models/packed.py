@@ -17,7 +17,7 @@ Shapes: N outputs, K inputs, G groups of a row, R rows.
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,7 +138,23 @@ def multiply(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
     """The product of bfloat16 rows and a weight in its kernel's order: bfloat16 R x N, N filled up to `KERNEL_ROWS`."""
     if numbers.shape[1] == rows_RK.shape[1]:  # 8 bits: both halves of a weight meet the same input
         rows_RK = torch.cat((rows_RK, rows_RK), 1)
+    scales = scales.contiguous()  # those of a joined layer are not; copying them takes less than many rows do
     return cast(Tensor, torch.ops.aten._weight_int4pack_mm_for_cpu(rows_RK, numbers, GROUP, scales))
+
+
+def join(layers: Sequence[IntLinear]) -> tuple[Tensor, Tensor]:
+    """The numbers and scales of layers with the same input as those of one layer, whose outputs follow each other, each
+    layer's filled up to `KERNEL_ROWS`. The layers themselves become views of it, so that no memory is added."""
+    if len(layers) == 1:
+        return layers[0].weight, layers[0].scales
+    numbers, scales = torch.cat([layer.weight for layer in layers]), torch.cat([layer.scales for layer in layers], 1)
+    first = 0
+    for layer in layers:
+        last = first + len(layer.weight)
+        layer.weight = nn.Parameter(numbers[first:last], requires_grad=False)
+        layer.scales = scales[:, first:last]
+        first = last
+    return numbers, scales
 
 
 def project(rows_RK: Tensor, numbers: Tensor, scales: Tensor, outputs: int, bias: Tensor | None) -> Tensor:

@@ -342,6 +342,7 @@ def transformers_serve(folder: Path, model: str) -> Iterator[str]:
     own = os.environ | {
         "HF_HUB_CACHE": str(folder.parent),
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # as our server has: two threads wait for each other on a busy machine
     }
     process = subprocess.Popen(
         list(map(str, [*command, *options])), cwd=folder.parent, stdout=sys.stderr, stderr=sys.stderr, env=own

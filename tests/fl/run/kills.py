@@ -12,6 +12,7 @@ from typing import Protocol
 from fl.run.folders import round_folders
 
 AT_WORK = 0.7
+BEGUN_AGAIN = 0.7
 
 
 class Process(Protocol):
@@ -52,7 +53,8 @@ def kill_at_random(
 ) -> Killed:
     """`start(run folder, overrides)` begins a run or goes on with one.
 
-    A kill comes up to `most_seconds` after the start, or, for `AT_WORK` of them, soon after one of the `rounds`.
+    A kill comes up to `most_seconds` after the start, or, for `AT_WORK` of them, soon after one of the `rounds`. Of the
+    runs that are killed after their last round, `BEGUN_AGAIN` are not resumed, and the next one begins anew.
     """
     came, moments = Killed(), random.Random(seed)
     left: Path | None = None
@@ -83,10 +85,12 @@ def kill_at_random(
         process.kill()
         process.join()
         came.kills += 1
-        if round_folders(here / "adapters"):
+        came.rounds_at_kill.append(max(round_folders(here / "adapters"), default=-1))
+        if came.rounds_at_kill[-1] >= 0:
             _compare(came, before, here)
             left = here
-        came.rounds_at_kill.append(max(round_folders(here / "adapters"), default=-1))
+        if came.rounds_at_kill[-1] == rounds and moments.random() < BEGUN_AGAIN:
+            left = None  # else every later kill would come after the last round
 
 
 def _compare(came: Killed, before: dict[str, bytes], here: Path) -> None:

@@ -66,6 +66,12 @@ def kill_simulations(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     seconds = rounds[-1].stat().st_mtime - rounds[0].stat().st_mtime
     came: Killed = kill_at_random(kills, seed, folder, ROUNDS, seconds, lambda where, words: begin(data, where, words))
     whole = adapters(folder / "whole")
-    same = came.adapters == whole and len(whole) == ROUNDS + 1
+    differing = [
+        f"{attempt.name}: {name}"
+        for attempt in sorted(folder.glob("attempt-*/"))
+        for name, held in adapters(attempt).items()
+        if whole[name] != held
+    ]
+    same = came.adapters == whole and len(whole) == ROUNDS + 1 and not differing
     figures = {key: value for key, value in asdict(came).items() if key != "adapters"}
-    return {"same_adapters": same, **figures}
+    return {"same_adapters": same, "differing": differing, **figures}

@@ -71,6 +71,20 @@ def test_a_row_depends_on_itself_alone(bits: int) -> None:
         assert torch.equal(layer(rows[:width]), alone[:width])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_joined_layers_say_what_each_says(bits: int) -> None:
+    layers = [IntLinear.of(torch.randn(outputs, 96), bits) for outputs in (200, 64, 30)]
+    rows, bytes_before = torch.randn(5, 96).bfloat16(), sum(layer.weight.nbytes for layer in layers)
+    before = [packed.multiply(rows, layer.weight, layer.scales) for layer in layers]
+    numbers, scales = packed.join(layers)
+    assert torch.equal(packed.multiply(rows, numbers, scales), torch.cat(before, 1))
+    after = [packed.multiply(rows, layer.weight, layer.scales) for layer in layers]
+    assert all(map(torch.equal, before, after))
+    storages = {layer.weight.untyped_storage().data_ptr() for layer in layers}
+    assert storages == {numbers.untyped_storage().data_ptr()}, "a second copy"
+    assert numbers.nbytes == bytes_before
+
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral", "qwen3_moe")
 
 
