@@ -29,7 +29,7 @@ def main() -> None:
 
 def sweep_or_draw(settings: MatrixSettings, command_line: CommandLine, place: entry.Run) -> dict[str, Any]:
     """Run or draw; return the figures of the last line."""
-    from matrix.drawing import draw, load_sweep, write_report
+    from matrix.drawing import draw, figures_of, load_sweep, write_report
     from matrix.sweep import run_sweep
 
     sweep = settings.matrix
@@ -38,12 +38,13 @@ def sweep_or_draw(settings: MatrixSettings, command_line: CommandLine, place: en
         began, document = time.monotonic(), load_sweep("matrix.plot", sweep.plot)
         folder = Path(sweep.plot).expanduser()
         require_writable(folder, "matrix.plot")
-        figures = write_report(document, folder, other) | draw(document, folder, sweep, other)
+        figures = figures_of(document) | write_report(document, folder, other) | draw(document, folder, sweep, other)
         return {**figures, "skipped": figures["cells"], "seconds": time.monotonic() - began}
     result = run_sweep(settings, command_line, place.folder)
-    figures = write_report(result.document, place.folder, other)
+    figures = figures_of(result.document)
     figures |= {"skipped": result.skipped, "seconds": result.document["sweep"]["seconds"]}
-    place.so_far = lambda: figures  # after a signal there may be no time left for drawing
+    place.so_far = lambda: figures  # the disk may have no room for a report, or a signal leave no time for drawing
+    figures |= write_report(result.document, place.folder, other)
     if isinstance(result.ended_by, KeyboardInterrupt):
         left = f"{figures['not_run']} of {figures['cells']}"
         log.warning("%s cells have no result; the same command continues the sweep", left)

@@ -36,16 +36,13 @@ def load_sweep(key: str, folder: str) -> Document:
 
 
 def write_report(document: Document, folder: Path, other: Document | None) -> dict[str, Any]:
-    """Write everything but the pictures, so that a failing picture loses nothing else. The figures of the last line."""
+    """Write everything but the pictures, so that a failing picture loses nothing else. The files, for the last line."""
     table = Table.of(document)
     report, title = folder / "report.html", _title(table)
     write_whole(folder / "sweep.json", json.dumps(document, indent=1) + "\n")
     write_whole(folder / "results.csv", table.csv())
     write_page(report, title, sections_of(table, [_NOT_YET], None if other is None else Table.of(other)))
     return {
-        **counts_of(table),
-        "rows": table.figures(),
-        "failures": [_failure(row) for row in table.failures if row.status == "failed"],
         "sweep": folder / "sweep.json",
         "results_csv": folder / "results.csv",
         "plots": [],
@@ -69,10 +66,18 @@ def _title(table: Table) -> str:
     return f"Matrix: {table.sweep['name']}"
 
 
-def counts_of(table: Table) -> dict[str, Any]:
-    """Numbers of cells by status."""
+def figures_of(document: Document) -> dict[str, Any]:
+    """Numbers of cells by status, the figures of each cell, and the failures, for the last line."""
+    table = Table.of(document)
     counts = Counter(row.status for row in table.rows)
-    return {"cells": len(table.rows), "ok": counts["ok"], "failed": counts["failed"], "not_run": counts["not run"]}
+    return {
+        "cells": len(table.rows),
+        "ok": counts["ok"],
+        "failed": counts["failed"],
+        "not_run": counts["not run"],
+        "rows": table.figures(),
+        "failures": [_failure(row) for row in table.failures if row.status == "failed"],
+    }
 
 
 _NOT_YET = "The pictures were not drawn: the sweep ended before that. `matrix.plot=` with this folder draws them."

@@ -198,7 +198,11 @@ def main() -> None:
     threading.Thread(target=wait_for_the_end_of_stdin, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: abandoned.set())
-    outcome = supervise(job, abandoned)
+    outcome: Outcome | None
+    try:
+        outcome = supervise(job, abandoned)
+    except OSError as error:  # a full disk: the cell could not begin, or be read
+        outcome = Outcome(failure="error", detail=str(error), figures={}, seconds=0.0, peak_rss_bytes=0, host="")
     if outcome is not None:
         print(json.dumps(asdict(outcome)), flush=True)
     os._exit(0)  # Python's own exit would wait for the thread that reads stdin

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.command import entry
 from lab.command.ending import allow_grace, run_async
+from lab.files import path_of
 from lab.network import address_for_peers, listener_tls
 from serve.settings import ServeSettings
 
@@ -53,8 +54,8 @@ def announce(address: str, models: Models, settings: ServeSettings) -> None:
         "system_fingerprint": first.fingerprint,
     }
     print(json.dumps(line), flush=True)
-    file = settings.network.key_file
-    key = f'-H "Authorization: Bearer $(cat {shlex.quote(file)})" ' if file else ""
+    file = settings.network.key_file and str(path_of(settings.network.key_file, "network.key_file"))
+    key = f'-H "Authorization: Bearer $(cat {shlex.quote(file)})" ' if file else ""  # no shell expands a quoted ~
     body = json.dumps({"model": first.id, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
     hint = f"try it: curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
     print(f"{hint}\nchat page: {address}/", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lab.command.entry import compose_config, compose_settings
 from lab.settings import digest
-from matrix.drawing import draw, write_report
+from matrix.drawing import draw, figures_of, write_report
 from matrix.grid import sort_overrides, without
 from matrix.results import CellRun
 from matrix.settings import MatrixSettings, SweepSettings
@@ -231,7 +231,7 @@ def _sweep(asked: Asked, results: Path, folder: Path, *, real_pictures: bool) ->
     )  # fmt: skip
     with patch("matrix.sweep.open_launcher", lambda _: InstantLauncher(asked.ends_after)):
         result = run_sweep(replace(_settings(), matrix=matrix), words, folder)
-    figures = write_report(result.document, folder, None)
+    figures = figures_of(result.document) | write_report(result.document, folder, None)
     if real_pictures:
         return result, figures | draw(result.document, folder, matrix, None)
     with patch("matrix.plots._picture", _no_picture), patch("matrix.plots.save", _save_no_picture):

@@ -153,6 +153,23 @@ def test_whatever_ends_a_sweep_the_report_is_there(
     assert (last["plots"], len(last["not_drawn"])) == ([], 2)
 
 
+def test_what_was_measured_is_in_the_last_line_where_no_report_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matrix.drawing.write_whole", full)
+    assert exit_code(main, *words_of(tmp_path, {"model.seed": [1, 2]}, f"hydra.run.dir={tmp_path}/sweep")) == 1
+    said = capsys.readouterr()
+    last = json.loads(said.out.splitlines()[-1])
+    assert (last["ended_by"], last["cells"], last["ok"], last["not_run"]) == ("disk_full", 2, 2, 0)
+    assert [row["model.seed"] for row in last["rows"]] == [1, 2]
+    assert not {"sweep", "results_csv", "report"} & last.keys(), "there are no such files"
+    assert "Traceback" not in said.err
+
+
 @pytest.mark.real
 def test_how_a_model_is_stored_can_be_an_axis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -70,6 +70,16 @@ def test_a_failure_says_why(tmp_path: Path, what: str, failure: str, detail: str
     assert outcome.figures == {}
 
 
+def test_a_cell_that_has_no_folder_says_why_and_prints_no_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on a full disk."""
+    (tmp_path / "ok").touch()
+    outcome = run_job(job(tmp_path, "ok"))
+    assert (outcome.failure, outcome.detail) == ("error", f"[Errno 17] File exists: '{tmp_path / 'ok'}'")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_cell_that_hangs_ends_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     outcome = run_job(job(tmp_path, "hang", time_limit_seconds=1.0))

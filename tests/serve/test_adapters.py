@@ -81,6 +81,26 @@ def test_load_and_unload(server: Client, root: Path) -> None:
     assert server.post("/v1/unload_lora_adapter", lora_name="random-1M").status_code == 404
 
 
+def test_an_adapter_behind_a_link_that_leaves_the_folder_has_streams(
+    server: Client, root: Path, tmp_path: Path
+) -> None:
+    """The owner's own link is followed; a client's path is not."""
+    (root / "linked").symlink_to(make_adapter(tmp_path / "elsewhere", 5))
+    asked = {"model": "linked", **ASKED}
+    deadline = time.monotonic() + 60
+    while "linked" not in server.get("/v1/models").text:
+        assert time.monotonic() < deadline, "the linked adapter is not served"
+        time.sleep(0.1)
+    with server.streaming(**asked) as events:
+        begun = list(events)
+    assert said(begun) == server.text(**asked)
+    assert server.post("/v1/load_lora_adapter", lora_name="other", lora_path="linked").status_code == 400
+    assert server.post("/v1/unload_lora_adapter", lora_name="linked").status_code == 200
+    time.sleep(1.0)  # several looks at the folder: the model is closed, and continuing opens it again
+    again = server.continued(begun[0].data["id"], begun[4].id)
+    assert said([*begun[:5], *again]) == said(begun)
+
+
 @pytest.mark.parametrize("path", ["..", "../../etc", "/etc", "french/../..", "nowhere", "", "\0"])
 def test_no_other_folder_is_loaded(server: Client, path: str) -> None:
     refused = server.post("/v1/load_lora_adapter", lora_name="other", lora_path=path)

@@ -13,8 +13,10 @@ import threading
 import time
 from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,7 +24,9 @@ import pytest
 
 from lab.command.entry import compose_settings
 from lab.settings import UserError
+from serve.__main__ import announce
 from serve.gate import Gate, Receive, Scope, Send
+from serve.models.served import Models
 from serve.settings import ServeSettings
 from tests.serve.servers import SMALL, Client, said, serving
 from tests.speculative.processes import role
@@ -51,6 +55,38 @@ def test_without_the_key_nothing_is_told(keyed: Client) -> None:
     assert refused.headers["www-authenticate"] == "Bearer"
     assert keyed.get("/health").status_code == 200
     assert keyed.get("/").status_code == 200, "the page, which asks for the key"
+
+
+def test_the_command_that_is_suggested_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the names of the model and of the key's file."""
+    file = tmp_path / 'José\'s $(key) "file"'
+    file.write_text(KEY)
+    settings = compose_settings("serve", ["model=random"], ServeSettings)
+    settings = replace(settings, network=replace(settings.network, key_file=str(file)))
+    model: Any = SimpleNamespace(id="Ann's $HOME", fingerprint="fp")
+    announce("http://127.0.0.1:1", Models(0, {model.id: model}), settings)
+    [hint, _] = capsys.readouterr().err.splitlines()
+    curl = """curl() { printf '%s\\0' "$@"; }; """
+    typed = subprocess.run(
+        ["sh", "-c", curl + hint.removeprefix("try it: ")], capture_output=True, text=True, check=True
+    )
+    words = typed.stdout.split("\0")
+    assert words[:5] == [
+        "http://127.0.0.1:1/v1/chat/completions",
+        *("-H", f"Authorization: Bearer {KEY}"),
+        *("-H", "Content-Type: application/json"),
+    ]
+    assert (words[5], json.loads(words[6])["model"], words[7:]) == ("-d", model.id, [""])
+
+
+def test_the_key_of_the_suggested_command_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = compose_settings("serve", ["model=random", "network.key_file=~/key"], ServeSettings)
+    model: Any = SimpleNamespace(id="m", fingerprint="fp")
+    announce("http://127.0.0.1:1", Models(0, {"m": model}), settings)
+    assert f"$(cat {tmp_path}/key)" in capsys.readouterr().err
 
 
 def test_pages_of_other_sites(keyed: Client) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from lab.engine.sampling import Sampling
@@ -44,6 +46,47 @@ def test_one_journal_has_one_writer(tmp_path: Path) -> None:
     assert taken.value.status == 409
     journal.close()
     Journals(tmp_path, 60, 10**6).read(NAME)[1].close()
+
+
+def test_a_full_disk_leaves_neither_an_open_file_nor_half_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, room = os.write, 0
+
+    def of_a_disk(file: int, data: bytes) -> int:
+        nonlocal room
+        if not (written := data[:room]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room -= len(written)
+        return write(file, written)
+
+    journals = Journals(tmp_path, 60, 10**6)
+    monkeypatch.setattr(os, "write", of_a_disk)
+    before = psutil.Process().num_fds()
+    for fits in (0, 5):
+        room = fits
+        with pytest.raises(OSError, match="No space left on device"):
+            journals.new(NAME, {"model": "m"})
+        assert list(tmp_path.iterdir()) == []
+        assert psutil.Process().num_fds() == before
+    for fits in (0, 5):
+        room = 1000
+        journal = journals.new(NAME, {"model": "m"})
+        journal.add(0, NewTokens([1, 2], 1))
+        room = fits
+        with pytest.raises(OSError, match="No space left on device"):
+            journal.add(0, NewTokens([3], 0))
+        journal.close()
+        room = 1000
+        events, again = journals.read(NAME)
+        again.add(0, NewTokens([3, 4], 0))
+        again.close()
+        assert events == [(0, NewTokens([1, 2], 1, (), []))]
+        events, again = journals.read(NAME)
+        again.close()
+        assert [new.ids for _, new in events] == [[1, 2], [3, 4]]
+        (tmp_path / f"{NAME}.jsonl").unlink()
+    assert psutil.Process().num_fds() == before
 
 
 def test_old_journals_go_and_the_oldest_when_there_are_too_many_bytes(tmp_path: Path) -> None:
