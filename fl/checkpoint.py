@@ -115,7 +115,7 @@ class AdapterFolders:
     def _card(self, server_round: int, metrics: Mapping[str, float]) -> str:
         figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())
         return f"""---
-base_model: {json.dumps(self.base.name)}
+base_model: {json.dumps(self.base.name, ensure_ascii=False)}
 library_name: peft
 tags: [lora, federated-learning]
 ---

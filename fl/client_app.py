@@ -9,7 +9,8 @@ An error leaves a site as one line without any of the site's text; Flower itself
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from fl.client import LoRAClient, Site, open_client
 from fl.compression.site import SiteLink
 from fl.messages import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND, WEIGHT
 from fl.settings import FederatedSettings, Share
+from lab.command.ending import disk_full
 from lab.command.entry import compose_settings, log_to_stderr
-from lab.files import whole_folder
+from lab.files import whole_folder, whose_place
 from lab.learning.examples import MalformedData
 from lab.learning.training import Diverged
 from lab.models.adapter import write_adapter
@@ -44,13 +46,19 @@ def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> Clie
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
-        return guarded(message, lambda: answer_train(message, open_client(settings_of(context), site_of(context))))
+        def answer() -> Message:
+            settings = settings_of(context)
+            with site_places(settings):
+                return answer_train(message, open_client(settings, site_of(context)))
+
+        return guarded(message, answer)
 
     @client_app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         def answer() -> Message:
             settings = settings_of(context)
-            return answer_evaluate(message, open_client(settings, site_of(context)), settings)
+            with site_places(settings):
+                return answer_evaluate(message, open_client(settings, site_of(context)), settings)
 
         return guarded(message, answer)
 
@@ -78,8 +86,20 @@ def guarded(message: Message, answer: Callable[[], Message]) -> Message:
     except Exception as error:  # the only place that can keep the site's text out of it
         frames = traceback.extract_tb(error.__traceback__)
         reason = f"{type(error).__name__} in {frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+        if disk_full(error):
+            reason = f"the site's disk is full: {reason}"
         log.error("%s\n%s", reason, "".join(traceback.format_list(frames)))
     return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
+
+
+@contextmanager
+def site_places(settings: FederatedSettings) -> Iterator[None]:
+    """Within the block, a folder of the site that cannot be used is a UserError with its key."""
+    try:
+        yield
+    except OSError as error:
+        places = {"project.site_folder": settings.project.site_folder, "model.cache_dir": settings.model.cache_dir}
+        raise (None if disk_full(error) else whose_place(error, places)) or error from None
 
 
 def answer_train(message: Message, client: LoRAClient) -> Message:

@@ -215,6 +215,9 @@ class RoundFold:
             uplink_bytes=uplink_bytes,
             counts=_counts(metrics_of(content, DATA)),
         )
+        others = (known.node_id for known in self._rows if known.partition_id == row.partition_id is not None)
+        if (other := next(others, None)) is not None:  # the same data would count twice
+            raise ValueError(f"{PARTITION} must differ between nodes, got {row.partition_id} like node {other}")
         if self._adapters:
             reply = self._decode(content, self._adapters.expected(row.partition_id))
             self._adapters.fold(reply, row.partition_id, row.train_weight)

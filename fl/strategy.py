@@ -322,10 +322,17 @@ class WeightedFedAvg(Strategy):
         return nodes
 
     def _by_partition(self, grid: Grid, nodes: list[int]) -> list[int]:
-        """The nodes that report their partition, by partition; each is asked once per run."""
-        unknown = [node_id for node_id in nodes if node_id not in self._partitions]
+        """The nodes that report their partition, by partition; each is asked once per run, again if it is late."""
+        self._drop_late(grid)
+        busy = {node_id for node_id, _ in self._unanswered.values()}
+        unknown = [node_id for node_id in nodes if node_id not in self._partitions and node_id not in busy]
         messages = [self._message(RecordDict(), node_id, MessageType.QUERY, 0) for node_id in unknown]
-        for node_id, reply in self._replies(grid, messages):
+
+        def is_over(waited_seconds: float) -> bool:
+            known = sum(node_id in self._partitions for node_id in nodes)
+            return waited_seconds >= self.deadline_seconds and known >= self.quorum
+
+        for node_id, reply in self._replies(grid, messages, is_over):
             try:
                 if reply is None or reply.has_error():
                     raise ValueError("no reply" if reply is None else describe_error(reply))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,10 @@ def announce(address: str, models: Models, settings: ServeSettings) -> None:
         "system_fingerprint": first.fingerprint,
     }
     print(json.dumps(line), flush=True)
-    has_key = bool(settings.network.key_file)
-    key = '-H "Authorization: Bearer $(cat ' + str(settings.network.key_file) + ')" ' if has_key else ""
+    file = settings.network.key_file
+    key = f'-H "Authorization: Bearer $(cat {shlex.quote(file)})" ' if file else ""
     body = json.dumps({"model": first.id, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
-    hint = f"try it: curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
+    hint = f"try it: curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
     print(f"{hint}\nchat page: {address}/", file=sys.stderr, flush=True)
 
 

@@ -10,8 +10,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,7 +109,8 @@ def make_app(state: State) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def refuse_path(request: Request, error: HTTPException) -> Response:
         about = f"{request.method} {request.url.path}"[:200]
-        fault = RequestFault(error.status_code, f"{about} is not served here: {error.detail}")
+        known = "texts come from /v1/chat/completions and /v1/completions, and /openapi.json lists all paths"
+        fault = RequestFault(error.status_code, f"{about} is not served here ({error.detail}): {known}")
         state.metrics.refused(fault.status)
         return JSONResponse(fault.body, fault.status, error.headers)
 
@@ -146,9 +148,9 @@ def make_app(state: State) -> FastAPI:
         return JSONResponse(state.models.listed())
 
     @app.get("/v1/models/{name:path}")
-    async def model(request: Request) -> Response:
+    async def model(name: str) -> Response:
         """One model."""
-        return JSONResponse(state.models.get(request.path_params["name"]).about(state.models.created))
+        return JSONResponse(state.models.get(name).about(state.models.created))
 
     @app.post("/tokenize", openapi_extra=bodies.body(bodies.TOKENIZE))
     @app.post("/v1/tokenize", include_in_schema=False)
@@ -197,9 +199,9 @@ def make_app(state: State) -> FastAPI:
         return await _answer(state, request, is_chat=False)
 
     @app.get("/v1/streams/{name}")
-    async def stream(request: Request) -> Response:
+    async def stream(request: Request, name: str) -> Response:
         """Continue a stream whose connection broke, from the position in Last-Event-ID."""
-        return await _continue(state, request, str(request.path_params["name"]))
+        return await _continue(state, request, name)
 
     if state.project.load_adapters:
         _add_loading(app, state)
@@ -267,6 +269,8 @@ async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
     fields = await _fields(request, state)
     state.check_open()
     model = state.models.get(fields.text("model"))
+    if is_chat and fields.raw("tools"):
+        _warn_of_tools()
     asked = await _in_thread(state, lambda: _read(model, fields, state.limits, is_chat=is_chat))
     most = [asked.new_tokens(len(prompt), model.writer.context, state.limits) for prompt in asked.prompts]
     state.check_room(asked.count)
@@ -306,6 +310,12 @@ async def _in_thread(state: State, work: Callable[[], Done]) -> Done:
         return await asyncio.to_thread(work)
 
 
+@cache
+def _warn_of_tools() -> None:
+    """Say once that tools are ignored: `tool_choice` auto, the only one that is served, allows any answer."""
+    log.warning("a request has tools: no model here is shown any, and none makes tool calls")
+
+
 def _read(model: ServedModel, fields: Fields, limits: Limits, *, is_chat: bool) -> TextRequest:
     asked = (read_chat if is_chat else read_completion)(fields, model.texts, limits)
     if asked.scores_prompt and not model.writer.scores_prompts:
@@ -324,7 +334,7 @@ def _generation(
 ) -> Generation:
     """A generation that counts among those that run."""
     each = [count for count in most for _ in range(asked.choices)]
-    generation = Generation(name, asked, model.writer, model.texts, each, _client(request, asked.user))
+    generation = Generation(name, asked, model.writer, model.texts, each, _client(request))
     state.running[name] = generation
     return generation
 
@@ -333,10 +343,10 @@ def _replies(model: ServedModel, generation: Generation, about: About) -> Replie
     return Replies(generation, model.texts, created=about.created, model=about.model, fingerprint=model.fingerprint)
 
 
-def _client(request: Request, user: str) -> Hashable:
-    """Whose request it is: clients behind one key or address are told apart by `user`, where they send it."""
-    address = request.client.host if request.client else ""
-    return address, request.headers.get("authorization", ""), user
+def _client(request: Request) -> str:
+    """Whose request it is: the address. The key tells no clients apart: all have the same one, and where the server has
+    none, a client may send any."""
+    return request.client.host if request.client else ""
 
 
 async def _whole(state: State, request: Request, model: ServedModel, generation: Generation, about: About) -> Response:

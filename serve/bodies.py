@@ -28,6 +28,7 @@ def whole(least: int, most: int | None = None) -> Schema:
 
 IDS: Schema = {"type": "array", "items": whole(0), "minItems": 1}
 STOP: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+NONE: Schema = {"type": "array", "maxItems": 0}
 PARTS: Schema = {"type": "array", "items": {**OBJECT, "required": ["type"]}}
 MESSAGES: Schema = {
     "type": "array",
@@ -35,7 +36,12 @@ MESSAGES: Schema = {
     "items": {
         "type": "object",
         "required": ["role"],
-        "properties": {"role": {"enum": list(ROLES)}, "content": {"anyOf": [TEXT, PARTS, {"type": "null"}]}},
+        "properties": {
+            "role": {"enum": list(ROLES)},
+            "content": {"anyOf": [TEXT, PARTS, {"type": "null"}]},
+            "tool_calls": NONE,
+            "function_call": {"type": "null"},
+        },
     },
 }
 SAMPLING: dict[str, Schema] = {
@@ -74,6 +80,7 @@ CHAT = SAMPLING | {
     "logprobs": FLAG,
     "top_logprobs": whole(0, MOST_TOP),
     "tool_choice": {"enum": ["auto", "none"]},
+    "function_call": {"enum": ["auto", "none"]},
 }
 COMPLETION = SAMPLING | {
     "prompt": {

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
 from serve.choice import Choice, Piece
@@ -42,7 +42,7 @@ class Generation:
         writer: The model.
         texts: Its tokenizer.
         most: Most new tokens of each choice.
-        client: Whose request it is: clients with fewer running texts come first.
+        client: Address that the request came from.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Generation:
         writer: Writer,
         texts: ModelTexts,
         most: Sequence[int],
-        client: Hashable,
+        client: str,
     ) -> None:
         self.name, self.request = name, request
         self.journal: Journal | None = None
@@ -173,7 +173,7 @@ class Generation:
         def receive(event: Event) -> None:
             self._events.put_nowait((number, event))
 
-        self.writer.begin(self._keys[number], own, self._client, receive)
+        self.writer.begin(self._keys[number], own, self._client, self.request.user, receive)
 
     def _request(self, number: int) -> GenerationRequest:
         prompt = self._prompt_of[number]

@@ -7,6 +7,7 @@ line that was cut by a kill is dropped; its tokens are computed again, and are t
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -33,7 +34,7 @@ class Journal:
             raise RequestFault(409, "another server continues this stream", code="stream_taken")
 
     def add(self, choice: int, new: NewTokens) -> None:
-        """Append the tokens of one event. Raises OSError."""
+        """Append the tokens of one event. Raises OSError, and a part of its line may be there then: add no more."""
         line: list[Any] = [choice, list(new.ids), new.guesses]
         if new.nll:
             line += [list(new.nll), [list(map(list, top)) for top in new.top]]
@@ -55,7 +56,12 @@ class Journal:
             self._file = -1
 
     def _write(self, line: Any) -> int:
-        return os.write(self._file, json.dumps(line, separators=(",", ":")).encode() + b"\n") if self._file >= 0 else 0
+        if self._file < 0:
+            return 0
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        if os.write(self._file, data) < len(data):  # of a disk that became full, the system writes what fits
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(data)
 
 
 def _lock(file: int) -> bool:
@@ -95,8 +101,14 @@ class Journals:
     def new(self, name: str, head: Mapping[str, Any]) -> Journal:
         """Begin a journal. Raises OSError."""
         self._tidy()
-        journal = Journal(self._path(name))
-        self._written += journal.begin(head)
+        path = self._path(name)
+        journal = Journal(path)
+        try:
+            self._written += journal.begin(head)
+        except BaseException:
+            journal.close()
+            path.unlink(missing_ok=True)
+            raise
         return journal
 
     def head(self, name: str) -> dict[str, Any]:

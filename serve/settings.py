@@ -70,13 +70,15 @@ class ServeProjectSettings(TargetSettings):
         require_at_least(0, self, "grace_seconds", "keep_seconds")
         if self.engine is EngineKind.speculative:
             kept = (DraftSource.ngram, DraftSource.none)
-            rule = "draft.source must be ngram or none for engine=speculative"
+            others = "python -m speculative.drafter has the others"
+            rule = f"draft.source must be ngram or none for engine=speculative ({others})"
             require(self.draft.source in kept, rule, self.draft.source.name)
             require(
                 not self.exact_shapes, "exact_shapes must be false for engine=speculative: it is the verifier's", True
             )
         is_local = self.engine is EngineKind.local
-        require(is_local or self.adapters is None, "adapters must be null but for engine=local", self.adapters)
+        rule = "adapters must be null unless engine=local (others serve one adapter: model.adapter at all roles)"
+        require(is_local or self.adapters is None, rule, self.adapters)
         rule = "load_adapters must be false without a folder of adapters"
         require(not self.load_adapters or self.adapters is not None, rule, self.load_adapters)
 

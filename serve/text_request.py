@@ -76,7 +76,7 @@ class TextRequest:
     shows_guesses: bool
     """Whether pieces of a stream say that they were draft tokens: a field that no other server has."""
     user: str
-    """Whose request this is, where clients share a key; empty: unknown."""
+    """Whose request this is, where users share an address; empty: unknown."""
 
     @property
     def scores_prompt(self) -> bool:
@@ -129,9 +129,9 @@ def read_chat(fields: Fields, texts: Texts, limits: Limits) -> TextRequest:
     top = fields.whole("top_logprobs", 0, MOST_TOP)
     if top is not None and not has_logprobs:
         raise wrong("top_logprobs", "must be absent unless logprobs is true", top)
-    choice = fields.raw("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise wrong("tool_choice", 'must be "auto" or "none": this server makes no tool calls', choice)
+    for name in ("tool_choice", "function_call"):
+        if fields.raw(name) not in (None, "auto", "none"):
+            raise wrong(name, 'must be "auto" or "none": this server makes no tool calls', fields.raw(name))
     return _request(
         fields,
         limits,
@@ -285,8 +285,13 @@ def _message(place: int, given: Any) -> dict[str, Any]:
     role = given.get("role")
     if role not in ROLES:
         raise wrong("messages", f"must hold roles of {', '.join(ROLES)}; {name}.role is another", role)
+    for part in ("tool_calls", "function_call"):
+        if given.get(part):
+            raise wrong(
+                "messages", f"must hold no tool calls: this server shows none; {name}.{part} has some", given[part]
+            )
     content = given.get("content")
-    if content is None and role == "assistant":  # one that made tool calls
+    if content is None and role == "assistant":
         content = ""
     if isinstance(content, list):
         content = "".join(_part(name, part) for part in content)

@@ -125,13 +125,13 @@ def own_architecture(model: ModelSettings) -> Architecture:
 
 def sized_architecture(model: ModelSettings) -> Architecture:
     """`model.architecture` with the size of its values in the model's precision."""
-    value_bytes, inputs = _VALUE_BYTES[model.dtype], model.architecture.hidden_size
+    value_bytes = _VALUE_BYTES[model.dtype]
     head = Quantization.none if model.quantization.bits is None else Quantization.int8
     return Architecture(
         **asdict(model.architecture),
         value_bytes=value_bytes,
-        weight_bytes=bytes_of_weight(model.quantization, inputs, value_bytes),
-        head_weight_bytes=bytes_of_weight(head, inputs, value_bytes),
+        weight_bytes=bytes_of_weight(model.quantization, value_bytes),
+        head_weight_bytes=bytes_of_weight(head, value_bytes),
     )
 
 

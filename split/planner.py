@@ -17,13 +17,13 @@ FRAME_BYTES = 40
 ANSWER_BYTES = 48
 
 
-def bytes_of_weight(quantization: Quantization, inputs: int, value_bytes: int) -> float:
-    """Size of a weight in a matrix with so many inputs, of a model whose values take `value_bytes`.
+def bytes_of_weight(quantization: Quantization, value_bytes: int) -> float:
+    """Size of a weight in a matrix of a model whose values take `value_bytes`.
 
-    nf4: four bits, and a float32 scale for each block of 64 (arXiv 2305.14314; no double quantisation); int8: eight,
-    and a scale in bfloat16 for each row; int4: four, and a scale and a zero in bfloat16 for each 32.
+    nf4: four bits, and a float32 scale for each block of 64 (arXiv 2305.14314; no double quantisation); int4: four, and
+    a scale and a zero in bfloat16 for each 32; int8: twice that (`lab.models.packed`).
     """
-    sizes = {Quantization.nf4: 0.5 + 4 / 64, Quantization.int8: 1 + 2 / inputs, Quantization.int4: 0.5 + 4 / 32}
+    sizes = {Quantization.nf4: 0.5 + 4 / 64, Quantization.int8: 1 + 8 / 32, Quantization.int4: 0.5 + 4 / 32}
     return sizes.get(quantization, value_bytes)
 
 

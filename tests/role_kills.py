@@ -14,13 +14,16 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from lab.command.processes import run_to_end
+from tests.serve.chat_server import base_url, chat_server
 from tests.speculative.processes import verifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +36,7 @@ WORK_SECONDS = 3.0
 MARK = "LAB_TEST_MARK"
 SMALL = ("model=random", "tracking=none", "device.threads=1")
 DATA = ("project.data.sequence_length=32", "project.data.max_examples=32", "project.data.max_held_out=2")
+KEPT = ("model.cache_dir={cache}", "project.checkpoints={checkpoints}")
 SYNTHETIC = ("project.engine=synthetic", "project.synthetic.vocabulary_size=258", "project.context=4096")
 
 
@@ -43,6 +47,7 @@ class RoleKind:
     command: tuple[str, ...]
     """Of the interpreter."""
     words: tuple[str, ...]
+    """With the names of `_places` in braces, and `{folder}`, a folder of its own."""
     seconds: float
     """From when it hears signals; loading and ending included."""
     serves: bool = False
@@ -53,7 +58,7 @@ class RoleKind:
 ROLES: dict[str, RoleKind] = {
     "drafter": RoleKind(
         ("-m", "speculative.drafter"),
-        ("prompt=first", "project.max_new_tokens=600", "tracking=none", "model=random"),
+        ("prompt=first", "project.max_new_tokens=600", "tracking=none", "model=random", "network.port={port}"),
         8,
         has_text=True,
     ),
@@ -86,7 +91,18 @@ ROLES: dict[str, RoleKind] = {
         (*SMALL, *DATA, "project.baseline=central", "project.num_clients=2", "project.rounds=500"),
         12,
     ),
-    "matrix": RoleKind(("run_matrix.py",), ("matrix=decode", "model=random", "project.context=64,128"), 20),
+    "matrix": RoleKind(
+        ("run_matrix.py",),
+        ("matrix=decode", "model=random", "project.context=64,128", "matrix.results={folder}/cells"),
+        20,
+    ),
+    "http": RoleKind(("-m", "serve"), ("network.port=0", "project.journal={folder}/journal", *SMALL), 8, serves=True),
+    "chat": RoleKind(("-m", "serve.chat"), ("prompt=first", "project.base_url={url}", "tracking=none"), 8),
+    "merge": RoleKind(
+        ("-m", "split.merge"), (*SMALL, "project.checkpoint={checkpoints}", "project.output={folder}/merged"), 5
+    ),
+    "doctor": RoleKind(("-m", "lab.doctor"), SMALL, 5),
+    "run": RoleKind(("-m", "fl.run"), (*SMALL, *DATA, "project.num_clients=2", "project.rounds=2"), 10),
     "bench": RoleKind(("-m", "speculative.bench"), ("project.bench.engine=synthetic", "tracking=none"), 20),
     "link": RoleKind(
         ("simulations/link.py",), ("network.port=0", "project.target_port=9", "tracking=none"), 5, serves=True
@@ -112,20 +128,44 @@ def kill_roles(count: int, seed: int, names: Sequence[str] = tuple(ROLES)) -> Ki
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and its children with it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     rng, killed = random.Random(seed), Killed()
-    with verifier("model=random", *SYNTHETIC) as running, tempfile.TemporaryDirectory() as cache:
+    with ExitStack() as stack:
+        places = _places(stack, names)
         for turn in range(count):
             name = names[turn % len(names)]
-            more = [f"network.port={running.port}"] if name == "drafter" else []
-            more += [f"model.cache_dir={cache}"]
             number = rng.choice([signal.SIGINT, signal.SIGTERM])
             is_at_work = rng.random() < AT_WORK
             delay = rng.uniform(0, WORK_SECONDS if is_at_work else ROLES[name].seconds)
-            kill_one(name, more, number, delay, killed, is_at_work=is_at_work)
+            kill_one(name, places, number, delay, killed, is_at_work=is_at_work)
     return killed
 
 
+def _places(stack: ExitStack, names: Sequence[str]) -> dict[str, str]:
+    """What the roles of these names need from others: a verifier, an HTTP server, a checkpoint."""
+    root = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    places = {"cache": str(root / "cache"), "checkpoints": str(root / "checkpoints"), "flower": str(root)}
+    (root / "config.toml").write_text('[superlink.lab]\naddress = "127.0.0.1:9"\ninsecure = true\n')  # no answer
+    if "drafter" in names:
+        places["port"] = str(stack.enter_context(verifier("model=random", *SYNTHETIC)).port)
+    if "chat" in names:
+        places["url"] = base_url(stack.enter_context(chat_server(root)))
+    if "merge" in names:
+        run_to_end(
+            "split.train",
+            [*SMALL, *DATA, "project.local_shards=2", "project.steps=1", *filled(KEPT, places)],
+            root / "trained",
+            SECONDS,
+        )
+        [places["checkpoints"]] = map(str, Path(places["checkpoints"]).iterdir())  # one run's
+    return places
+
+
+def filled(words: Sequence[str], places: Mapping[str, str]) -> list[str]:
+    """The words of a role with their places."""
+    return [word.format_map(places) for word in words]
+
+
 def kill_one(
-    name: str, more: Sequence[str], number: signal.Signals, delay: float, killed: Killed, *, is_at_work: bool
+    name: str, places: Mapping[str, str], number: signal.Signals, delay: float, killed: Killed, *, is_at_work: bool
 ) -> None:
     """One process, killed `delay` after it hears signals, or after its first text or figures; what is wrong with its
     end is in `killed.faults`."""
@@ -133,12 +173,12 @@ def kill_one(
     where = f"{name}, {number.name} after {delay:.2f} s{' of work' if is_at_work else ''}"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         out_path, err_path = Path(folder) / "out", Path(folder) / "err"
-        results = [f"matrix.results={folder}/cells"] if name == "matrix" else []
+        words = filled([*role.words, "model.cache_dir={cache}"], {**places, "folder": folder})
         with out_path.open("wb") as out, err_path.open("wb") as err:
             process = subprocess.Popen(
-                [sys.executable, *role.command, *role.words, *more, *results, f"hydra.run.dir={folder}/run"],
+                [sys.executable, *role.command, *words, f"hydra.run.dir={folder}/run"],
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT), MARK: mark},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "FLWR_HOME": places["flower"], MARK: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -219,7 +259,7 @@ def wrong_of(role: RoleKind, code: int, number: signal.Signals, out: Path, err: 
         return
     word = "interrupted" if number == signal.SIGINT else "terminated"
     good = last.get("status") == "ok"
-    if good and code == -number:  # all was said, and only the interpreter was still about
+    if code == -number and last.get("ended_by") != word:  # all was said, and only the interpreter was still about
         return
     if last.get("ended_by") != word and not (good and not role.serves):
         yield f"ended_by {last.get('ended_by')!r}, not {word!r}"

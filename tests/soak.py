@@ -50,6 +50,7 @@ from tests.serve.chat_server import chat_server
 from tests.settings_fuzz import change_settings, commands_that_end, reach_work
 from tests.speculative.identity import (
     Compared,
+    compare_compiled,
     compare_everything,
     compare_random,
     smollm2_subject,
@@ -76,6 +77,7 @@ CHANGED_FOLDERS = 1500
 CHANGED_SETTINGS = 5000
 REACHING_SETTINGS = 130
 COMPARED_TOKENS = 50_000
+COMPILED_TOKENS = 20_000
 LOGIT_RULES_TOKENS = 10_000
 SMOLLM2_TOKENS_A_TEXT = 40
 LARGEST_TIE = 1e-4
@@ -133,6 +135,17 @@ def async_identity() -> dict[str, Any]:
     """The same in mode async, at random delays."""
     compared = compare_random(COMPARED_TOKENS, Mode["async"])
     return {"ok": not compared.flips, **_figures(compared)}
+
+
+def compiled_identity() -> dict[str, Any]:
+    """The same over compiled layers, both modes, int4, int8 and bfloat16: no token differs where `row_invariant` is
+    true, which it is for int4 and int8 on any processor."""
+    found = {kind: compare_compiled(COMPILED_TOKENS, kind) for kind in ("int4", "int8", "none")}
+    compared = {
+        kind: {"row_invariant": one is not None, **(_figures(one) if one else {})} for kind, one in found.items()
+    }
+    is_proved = found["int4"] is not None and found["int8"] is not None
+    return {"ok": is_proved and not any(one.flips for one in found.values() if one), "by_quantization": compared}
 
 
 def logit_rules_identity() -> dict[str, Any]:
@@ -392,8 +405,16 @@ def sweeps_over_kept_cells() -> dict[str, Any]:
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
-        *(hostile_frames, http_fuzzed, speculative_identity, async_identity, smollm2_identity, drafting_killed),
-        *(shards_killed, shards_attacked, split_texts, learners_killed, model_folders, adapters_changed),
+        *(hostile_frames, http_fuzzed, speculative_identity, async_identity, compiled_identity, smollm2_identity),
+        *(
+            drafting_killed,
+            shards_killed,
+            shards_attacked,
+            split_texts,
+            learners_killed,
+            model_folders,
+            adapters_changed,
+        ),
         *(families_speculated, logit_rules_identity, shards_misused, shards_crowded, shards_left, chain_killed),
         *(unicode_texts, roles_killed, settings_changed),
         *(verifier_misused, verifier_crowded, verifier_left, sweeps_over_kept_cells),

@@ -24,6 +24,7 @@ from fl.run.commands import CHECKOUT, FlowerCommands, RunState, Unreachable
 from fl.run.folders import ATTEMPT, PROCESS, attempts_of, latest_rounds, process_is_gone
 from fl.settings import Baseline, FederatedSettings
 from lab.command import entry
+from lab.command.ending import allow_grace, calling_on_signal
 from lab.command.overrides import override
 from lab.command.processes import own_overrides
 from lab.faults import EndedBy, Fault, Lost
@@ -33,6 +34,9 @@ from lab.settings import UserError
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+STOP_SECONDS = 20.0
+"""Seconds more than other commands have to end after a signal: `flwr` is asked to stop the run, which takes it some."""
 
 
 def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
@@ -48,8 +52,12 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
     if any(word.startswith("--config-dir") for word in own_overrides()):
         raise UserError("settings must be key=value for a federation over sites, which have no --config-dir")
     require_writable(place.folder, "hydra.run.dir")
+    if (there := latest_rounds(place.folder)) is not None or attempts_of(place.folder):
+        remedy = f"project.resume={there} goes on with it" if there else "remove its attempts"
+        raise UserError(f"hydra.run.dir must be a folder without another run, got {str(place.folder)!r}: {remedy}")
     if "FLWR_HOME" not in os.environ and CONNECTION_HOME.exists():
         os.environ["FLWR_HOME"] = str(CONNECTION_HOME)
+    allow_grace(STOP_SECONDS)
     commands = FlowerCommands(project.superlink, project.command_timeout_seconds)
     reasons: list[str] = []
     place.so_far = lambda: {"attempts": len(reasons), "failures": reasons}
@@ -83,7 +91,7 @@ class _Attempt:
 
     def run(self) -> dict[str, Any]:
         """The result of the run. UserError if the server refuses it, Fault if it fails."""
-        run_id = self._patiently(lambda: self._commands.submit(self._run_config()))
+        run_id = self._patiently(lambda: self._submitted(self._run_config()))
         log.info("run %s is submitted; its results go to %s", run_id, self._root)
         follower = self._commands.follow(run_id)
         try:
@@ -94,6 +102,18 @@ class _Attempt:
         finally:
             _end(follower, self._settings.project.poll_seconds)
         return self._result(run_id, state)
+
+    def _submitted(self, run_config: Path) -> str:
+        """Submit the run; its id. A signal meanwhile stops the run: the SuperLink may have it before we know its id."""
+        run_ids: list[str] = []
+        try:
+            with calling_on_signal(lambda: None):
+                run_ids.append(self._commands.submit(run_config))
+        except BaseException:
+            for run_id in run_ids:
+                self._stop(run_id)
+            raise
+        return run_ids[0]
 
     def _stop(self, run_id: str) -> None:
         """Stop the run, if it is there and runs: what ended it is what the caller must hear."""
@@ -113,7 +133,7 @@ class _Attempt:
         }
         values["warm"] = self._settings.project.warm
         path = self._root / f"{self.folder.name}.toml"
-        write_whole(path, "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+        write_whole(path, "".join(f"{key} = {_as_toml(value)}\n" for key, value in values.items()))
         return path
 
     def _end_of(self, run_id: str) -> RunState:
@@ -164,6 +184,11 @@ def keep_the_last(root: Path) -> None:
             path.rename(root / path.name)
     for folder in attempts_of(root):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_toml(value: str | bool) -> str:
+    """A text or a flag in TOML, which is as in JSON, but that TOML knows no halves of surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _moved(figures: dict[str, Any], attempt: Path, root: Path) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class FlowerCommands:
                 text=True,
                 timeout=self.timeout_seconds,
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl+C in our terminal is ours: it must not end what submits or stops a run
             )
         except subprocess.TimeoutExpired as error:
             raise Unreachable(f"flwr {arguments[0]} had no answer within {error.timeout:g} s") from None

@@ -33,7 +33,7 @@ SAME_SECONDS = 0.5
 UNWIND_SECONDS = 7.0
 """Seconds between a signal and the forced end; containers kill after ten."""
 AGAIN_SECONDS = 0.05
-"""After this time a signal whose exception was lost in a finalizer is sent again."""
+"""After this time a signal whose exception was lost in a finalizer, or put off, is sent again."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})
 
 
@@ -64,6 +64,20 @@ class End:
 
 def end_of(error: BaseException) -> End:
     """The end of a run that raised `error`."""
+    end = _end_of(error)
+    if end.fault is not None and (stopped := _stopped_before(error)) is not None:  # what it hit has made another of it
+        return _end_of(stopped)
+    return end
+
+
+def _stopped_before(error: BaseException | None) -> Stopped | None:
+    """The signal among the causes of an error."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _end_of(error: BaseException) -> End:
     if isinstance(error, Stopped):
         return End(128 + error.number, error.ended_by, str(error))
     if isinstance(error, KeyboardInterrupt):
@@ -108,7 +122,7 @@ class Signals:
         """Seconds that a role may take, besides `UNWIND_SECONDS`, to finish what it does for others."""
         self._heard_at = 0.0
         self._is_lost = False
-        """Whether a finalizer has lost its exception."""
+        """Whether its exception was lost in a finalizer, or put off."""
         self._before: dict[int, Any] = {}
         self._heard, self._over = threading.Event(), threading.Event()
 
@@ -145,9 +159,12 @@ class Signals:
             self.number, self._heard_at = number, time.monotonic()
         self._is_lost = False
         self._heard.set()
-        if self.tell is None:
+        if self.tell is not None:
+            self.tell()
+        elif _imports_torch(frame):
+            self._is_lost = True
+        else:
             raise Stopped(self.number)
-        self.tell()
 
     def _note_lost(self, unraisable: Any) -> None:
         """Python cannot raise out of a finalizer or a callback of its collector: it calls this hook, and goes on."""
@@ -165,6 +182,16 @@ class Signals:
                 self._forced(self.number)
             elif self._is_lost:
                 _send_to_main_thread(self.number)
+
+
+def _imports_torch(frame: FrameType | None) -> bool:
+    """Whether a module of torch is being imported. Its C++ code calls Python where it can take no exception: one that
+    a signal raised there would abort the process, without a last line."""
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _send_to_main_thread(number: int) -> None:

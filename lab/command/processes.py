@@ -107,7 +107,7 @@ def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]
 def last_line(folder: Path) -> str:
     """The last line of a role's log, for the message that it did not start."""
     said = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return said[-1] if said else "it said nothing"
+    return said[-1] if said else f"it wrote nothing to {folder / LOG} (is the disk full?)"
 
 
 @contextmanager

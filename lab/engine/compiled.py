@@ -45,7 +45,7 @@ from lab.engine.base import MOST_ROWS
 from lab.engine.kv import SlotCache
 from lab.engine.wide_products import PackedLinear, WideLinear
 from lab.files import path_of
-from lab.models.packed import IntLinear, multiply, project
+from lab.models.packed import KERNEL_ROWS, IntLinear, join, multiply
 from lab.settings import DeviceSettings, ModelSettings, UserError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3Decode
 """Layers that are compiled: these exact classes of transformers."""
 DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 """Decoders whose layers are compiled: an embedding, the layers and a norm, nothing else."""
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""A layer's matrices; those of one group have the same input, and are one product where they are packed: it needs fewer
+starts, for which two threads wait for each other each time."""
 COMPILERS = ("g++", "clang++", "c++")
 INDUCTOR: dict[str, Any] = {
     "compile_threads": 1,
@@ -99,10 +101,10 @@ class LayerPlan:
     """Positions that a row sees, its own included; None: all before it."""
     has_head_norms: bool
     """Whether queries and keys are normed by head (Qwen3)."""
-    outputs: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
     """Number of outputs of each of `PROJECTIONS`."""
-    kinds: tuple[str, ...]
-    """Dtype of the weight of each of `PROJECTIONS`, with `+` if it has a bias."""
+    kinds: tuple[tuple[str, ...], ...]
+    """Of each of `PROJECTIONS`: dtype of its weight, or int8 or int4, with `+` if it has a bias."""
     dtype: str
     """Dtype of activations and cache."""
 
@@ -130,12 +132,12 @@ class CompiledLayer(nn.Module):
         plan, left = self.plan, iter(tensors)
         attention_norm, feed_forward_norm = next(left), next(left)
         head_norms = (next(left), next(left)) if plan.has_head_norms else None
-        projections = [_Projection(kind, outputs, left) for kind, outputs in zip(plan.kinds, plan.outputs, strict=True)]
-        query, key, value, out, gate, up, down = projections
-        normed_NC = _norm(hidden_NC, attention_norm, plan.epsilon)
-        query_NHD = query(normed_NC).unflatten(1, (plan.heads, plan.head_size))
-        key_NGD = key(normed_NC).unflatten(1, (plan.kv_heads, plan.head_size))
-        value_NGD = value(normed_NC).unflatten(1, (plan.kv_heads, plan.head_size))
+        groups = [_Projections(kinds, outputs, left) for kinds, outputs in zip(plan.kinds, plan.outputs, strict=True)]
+        into_attention, out, into_feed_forward, down = groups
+        query, key, value = into_attention(_norm(hidden_NC, attention_norm, plan.epsilon))
+        query_NHD = query.unflatten(1, (plan.heads, plan.head_size))
+        key_NGD = key.unflatten(1, (plan.kv_heads, plan.head_size))
+        value_NGD = value.unflatten(1, (plan.kv_heads, plan.head_size))
         if head_norms is not None:
             query_NHD = _norm(query_NHD, head_norms[0], plan.epsilon)
             key_NGD = _norm(key_NGD, head_norms[1], plan.epsilon)
@@ -144,9 +146,9 @@ class CompiledLayer(nn.Module):
         keys_SGLD.index_put_(where, key_NGD)
         values_SGLD.index_put_(where, value_NGD)
         seen_NHD = self._attend(query_NHD, slot_N, position_N, column_L, keys_SGLD, values_SGLD)
-        hidden_NC = hidden_NC + out(seen_NHD.flatten(1))
-        normed_NC = _norm(hidden_NC, feed_forward_norm, plan.epsilon)
-        outcome: Tensor = hidden_NC + down(functional.silu(gate(normed_NC)) * up(normed_NC))
+        hidden_NC = hidden_NC + out(seen_NHD.flatten(1))[0]
+        gate, up = into_feed_forward(_norm(hidden_NC, feed_forward_norm, plan.epsilon))
+        outcome: Tensor = hidden_NC + down(functional.silu(gate) * up)[0]
         return outcome
 
     def _attend(
@@ -173,19 +175,24 @@ class CompiledLayer(nn.Module):
         return seen_NGQD.flatten(1, 2).to(query_NHD.dtype)
 
 
-class _Projection:
-    """One matrix of a layer, from the tensors that are left."""
+class _Projections:
+    """The matrices of a group, from the tensors that are left."""
 
-    def __init__(self, kind: str, outputs: int, left: Any) -> None:
+    def __init__(self, kinds: Sequence[str], outputs: Sequence[int], left: Iterator[Tensor]) -> None:
         self._outputs = outputs
-        self._weight = next(left)
-        self._scales = next(left) if kind.startswith(("uint8", "int8")) else None
-        self._bias = next(left) if kind.endswith("+") else None
+        self._joined = (next(left), next(left)) if kinds[0].startswith("int") else None
+        self._weights = [] if self._joined else [next(left) for _ in kinds]
+        self._biases = [next(left) if kind.endswith("+") else None for kind in kinds]
 
-    def __call__(self, rows_NK: Tensor) -> Tensor:
-        if self._scales is None:
-            return _linear(rows_NK, self._weight, self._bias)
-        return project(rows_NK, self._weight, self._scales, self._outputs, self._bias)
+    def __call__(self, rows_NK: Tensor) -> list[Tensor]:
+        if self._joined is None:
+            return [_linear(rows_NK, *own) for own in zip(self._weights, self._biases, strict=True)]
+        product, first, found = multiply(rows_NK.to(torch.bfloat16), *self._joined).to(rows_NK.dtype), 0, []
+        for outputs, bias in zip(self._outputs, self._biases, strict=True):
+            part = product[:, first : first + outputs]
+            found.append(part if bias is None else part + bias)
+            first += outputs + -outputs % KERNEL_ROWS
+        return found
 
 
 def _linear(rows_NK: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -213,11 +220,14 @@ def plan_of(layer: nn.Module, dtype: torch.dtype) -> LayerPlan:
         raise NotCompiled(f"no code is compiled for a {type(layer).__name__}")
     any_layer = cast(Any, layer)
     attention, mlp, norm = any_layer.self_attn, any_layer.mlp, any_layer.input_layernorm
-    parts = [getattr(attention, name, None) or getattr(mlp, name) for name in PROJECTIONS]
+    groups = _projections_of(layer)
+    parts = [part for group in groups for part in group]
     if any(isinstance(part, PackedLinear | WideLinear) for part in parts):
         raise NotCompiled("this processor has no instructions for model.dtype=bfloat16")
     if odd := [type(part).__name__ for part in parts if type(part) not in (nn.Linear, IntLinear)]:
         raise NotCompiled(f"a layer holds a {odd[0]}")
+    if any(len({part.bits if isinstance(part, IntLinear) else None for part in group}) > 1 for group in groups):
+        raise NotCompiled("matrices with the same input are packed in different ways")
     if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
         raise NotCompiled(f"a layer's activation is {type(mlp.act_fn).__name__}")
     return LayerPlan(
@@ -230,23 +240,34 @@ def plan_of(layer: nn.Module, dtype: torch.dtype) -> LayerPlan:
         # Mistral's layers do not know their window: all of them have the config's.
         window=getattr(attention.config if type(layer) is MistralDecoderLayer else attention, "sliding_window", None),
         has_head_norms=hasattr(attention, "q_norm"),
-        outputs=tuple(part.out_features for part in parts),
-        kinds=tuple(str(part.weight.dtype)[6:] + ("+" if part.bias is not None else "") for part in parts),
+        outputs=tuple(tuple(part.out_features for part in group) for group in groups),
+        kinds=tuple(tuple(map(_kind, group)) for group in groups),
         dtype=str(dtype)[6:],
     )
 
 
-def tensors_of(layer: nn.Module) -> list[Tensor]:
-    """The tensors of a layer in the order in which its code takes them."""
+def _projections_of(layer: nn.Module) -> list[list[nn.Linear]]:
     any_layer = cast(Any, layer)
     attention, mlp = any_layer.self_attn, any_layer.mlp
+    return [[getattr(attention, name, None) or getattr(mlp, name) for name in group] for group in PROJECTIONS]
+
+
+def _kind(part: nn.Linear) -> str:
+    kind = f"int{part.bits}" if isinstance(part, IntLinear) else str(part.weight.dtype)[6:]
+    return kind + ("+" if part.bias is not None else "")
+
+
+def tensors_of(layer: nn.Module) -> list[Tensor]:
+    """The tensors of a layer in the order in which its code takes them; those of packed groups become views of one."""
+    any_layer = cast(Any, layer)
+    attention = any_layer.self_attn
     found = [any_layer.input_layernorm.weight, any_layer.post_attention_layernorm.weight]
     if hasattr(attention, "q_norm"):
         found += [attention.q_norm.weight, attention.k_norm.weight]
-    for name in PROJECTIONS:
-        part = getattr(attention, name, None) or getattr(mlp, name)
-        found += [part.weight, *([part.scales] if isinstance(part, IntLinear) else [])]
-        found += [part.bias] if part.bias is not None else []
+    for group in _projections_of(layer):
+        packed = [part for part in group if isinstance(part, IntLinear)]
+        found += join(packed) if packed else [part.weight for part in group]
+        found += [part.bias for part in group if part.bias is not None]
     return [tensor.detach() for tensor in found]
 
 
@@ -322,7 +343,7 @@ def _check_own(place: Path) -> None:
 def _digest(plan: LayerPlan) -> str:
     """All that the machine code depends on: plan, source, torch, processor, what torch uses of it, and threads."""
     machine = [platform.machine(), platform.processor(), _instructions(), torch.backends.cpu.get_cpu_capability()]
-    source = [Path(__file__).read_text(encoding="utf-8"), inspect.getsource(multiply), inspect.getsource(project)]
+    source = [Path(__file__).read_text(encoding="utf-8"), inspect.getsource(multiply)]
     known = "\n".join([torch.__version__, *machine, str(torch.get_num_threads()), str(asdict(plan)), *source])
     return hashlib.sha256(known.encode()).hexdigest()[:32]
 

@@ -25,7 +25,7 @@ from lab.device import TORCH_DTYPES
 from lab.file_digests import RECORD_FILE
 from lab.files import path_of, require_writable, share_like_parent
 from lab.models.folder import INDEX, ModelFolder
-from lab.models.gguf_blocks import KINDS, GgufBlocks, kinds_in_layers
+from lab.models.gguf_blocks import BITS, GgufBlocks, kinds_in_layers
 from lab.models.packed import linear_layers, write_packed
 from lab.models.quantized import load_options
 from lab.models.shape import ModelShape
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 CONVERSION = 2
 """Part of the cache key: raise it when the same source would be written differently."""
-PACKING = 1
+PACKING = 2
 """Likewise for packed models."""
 
 
@@ -212,7 +212,8 @@ def converted(settings: ModelSettings, identity: str) -> Path:
 def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
     """`<cache>/<digest>-<dtype>-int4`: a model's folder with its linear layers packed as `model.quantization` says.
 
-    The layers of a GGUF file whose blocks are Q4_0 or Q4_1 keep their own numbers (`lab.models.gguf_blocks`).
+    Matrices of a GGUF file whose numbers have as many bits keep them (`lab.models.gguf_blocks`): Q4_0 and Q4_1 in an
+    int4 model, Q8_0 in an int8 model and in the head of both.
 
     Args:
         settings: The model's.
@@ -230,17 +231,17 @@ def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
         log.info("packing %s to %s once (about 10 s for 135M parameters)", settings.name, settings.quantization.name)
         config = stored.config()
         file = gguf_file(settings) if settings.source is ModelSource.gguf else None
-        blocks = GgufBlocks(file, dtype) if file and bits == 4 else None
+        blocks = GgufBlocks(file, dtype) if file else None
         options = load_options(stored.weight_format(config), None, torch.device("cpu"), dtype)
         model = stored.load(config, dtype, **options)
         try:
-            write_packed(model, folder, bits, dtype, blocks.find if blocks else lambda weight: None)
+            write_packed(model, folder, bits, dtype, blocks.find if blocks else lambda weight, bits: None)
         except ValueError as error:
             rule = f"have widths that {settings.quantization.name} can pack"
             raise UserError(f"model must {rule}, got a {config.model_type}: {error}") from None
         if blocks is not None:
             log.info("%d of %d layers keep the numbers of the GGUF file", blocks.found, len(linear_layers(model)))
-        if others := kinds_in_layers(file) - (KINDS if blocks else set()) if file else None:
+        if others := {kind for kind in kinds_in_layers(file) if BITS.get(kind) != bits} if file else None:
             kinds = ", ".join(sorted(others))
             log.info("the GGUF file stores layers as %s: they are rounded to %s", kinds, settings.quantization.name)
         for part in stored.path.iterdir():

@@ -1,4 +1,4 @@
-"""The 4-bit numbers of a GGUF file, as `lab.models.packed` has them: a model is not rounded a second time.
+"""The numbers of 4 and 8 bits of a GGUF file, as `lab.models.packed` has them: a model is not rounded a second time.
 
 transformers reads a GGUF file into float matrices, and may reorder their rows (Llama's rotary pairs). So the numbers of
 a layer are found by the rows of its matrix: each is looked up among the dequantised rows of the file, and all must be
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.models.packed import GROUP, halves
+from lab.models.packed import GROUP, stored_form
 
 MULTIPLIER = 6364136223846793005
 """Multiplier of Knuth's linear congruential generator (MMIX): a row's digest is a polynomial in it."""
 
 
-KINDS = {"Q4_0", "Q4_1"}
-"""Kinds of blocks that are taken over."""
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+"""Bits of a number, by the kinds of blocks that are taken over."""
 
 
 def kinds_in_layers(file: Path) -> set[str]:
@@ -33,7 +33,8 @@ def kinds_in_layers(file: Path) -> set[str]:
 
 
 class GgufBlocks:
-    """The matrices of a file whose blocks are 32 weights of 4 bits: Q4_0 (w = d (q - 8)) and Q4_1 (w = d q + m).
+    """The matrices of a file whose blocks are 32 weights with one scale: Q4_0 (w = d (q - 8)), Q4_1 (w = d q + m) and
+    Q8_0 (w = d q).
 
     Args:
         file: The GGUF file.
@@ -48,15 +49,15 @@ class GgufBlocks:
         self._dtype = dtype
         self._tensors: dict[int, Any] = {}
         for tensor in GGUFReader(file).tensors:
-            if tensor.tensor_type.name in KINDS and len(tensor.shape) == 2:
+            if tensor.tensor_type.name in BITS and len(tensor.shape) == 2:
                 self._tensors[_digest(_digests(self._dequantised(tensor)))] = tensor
 
-    def find(self, weight_NK: Tensor) -> tuple[Tensor, Tensor] | None:
+    def find(self, weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
         """Numbers and scales of a matrix, as `lab.models.packed.quantise` returns them; None if the file does not have
-        it, or has it in other blocks. Scale and zero are rounded to bfloat16; the numbers are the file's."""
+        it, or not in numbers of so many bits. Scale and zero are rounded to bfloat16; the numbers are the file's."""
         digests_N = _digests(weight_NK)
         tensor = self._tensors.get(_digest(digests_N))
-        if tensor is None:
+        if tensor is None or BITS[tensor.tensor_type.name] != bits:
             return None
         dequantised_NK = self._dequantised(tensor)
         order_N = torch.from_numpy(_digests(dequantised_NK).argsort()[digests_N.argsort().argsort()])
@@ -64,8 +65,8 @@ class GgufBlocks:
             return None
         self.found += 1
         q_NK, scale_NG, minimum_NG = _blocks(tensor)
-        scales_NG2 = torch.stack((scale_NG, minimum_NG + 8 * scale_NG), 2)[order_N]
-        return halves(q_NK[order_N]), scales_NG2.bfloat16().transpose(0, 1).contiguous()
+        zero_NG = minimum_NG + 2 ** (bits - 1) * scale_NG
+        return stored_form(q_NK[order_N], scale_NG[order_N], zero_NG[order_N], bits)
 
     def _dequantised(self, tensor: Any) -> Tensor:
         q_NK, scale_NG, minimum_NG = _blocks(tensor)
@@ -76,16 +77,19 @@ class GgufBlocks:
 def _blocks(tensor: Any) -> tuple[Tensor, Tensor, Tensor]:
     """q of each weight (uint8 N x K), and scale and minimum of each block (float32 N x G): w = scale q + minimum.
 
-    A block is d, for Q4_1 m, both float16, and 16 bytes: the low halves are its first 16 weights.
+    A block is d, for Q4_1 m, both float16, and its numbers: 16 bytes whose low halves are the first 16 weights, or 32
+    signed bytes.
     """
-    name = tensor.tensor_type.name
+    name, outputs = tensor.tensor_type.name, int(tensor.shape[1])
     floats = 2 if name == "Q4_1" else 1
-    outputs = int(tensor.shape[1])
-    bytes_NGX = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(outputs, -1, 2 * floats + GROUP // 2)
+    size = 2 * floats + GROUP * BITS[name] // 8
+    bytes_NGX = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(outputs, -1, size)
     head_NGF = torch.from_numpy(bytes_NGX[..., : 2 * floats].copy().view(np.float16).astype(np.float32))
-    halves_NGX = torch.from_numpy(bytes_NGX[..., 2 * floats :].copy())
-    q_NK = torch.cat((halves_NGX & 15, halves_NGX >> 4), 2).flatten(1)
+    numbers_NGX = torch.from_numpy(bytes_NGX[..., 2 * floats :].copy())
     scale_NG = head_NGF[..., 0]
+    if name == "Q8_0":
+        return numbers_NGX.flatten(1) ^ 128, scale_NG, -128 * scale_NG  # a signed byte, counted from -128
+    q_NK = torch.cat((numbers_NGX & 15, numbers_NGX >> 4), 2).flatten(1)
     return q_NK, scale_NG, head_NGF[..., 1] if floats == 2 else -8 * scale_NG
 
 

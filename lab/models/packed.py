@@ -1,8 +1,12 @@
-"""Linear layers with weights of 8 or 4 bits, multiplied by torch's own kernels; and how transformers reads them.
+"""Linear layers with weights of 8 or 4 bits, multiplied by torch's int4 kernel; and how transformers reads them.
 
-`int4`: 32 weights in a row share a scale and a zero, w = (q - 8) * scale + zero with q in [0, 15]. `int8`: all weights
-of a row share a scale, w = q * scale, since torch's kernel has no groups. Inputs and outputs of a product are bfloat16,
-its sums float32. An output row depends on its input row alone, however many rows share the product.
+32 weights in a row share a scale and a zero. `int4`: w = (q - 8) * scale + zero, with q in [0, 15]. `int8`: w = (q -
+128) * scale + zero, with q in [0, 255]. torch's int8 kernel has one scale for a whole row, so that an outlier coarsens
+all of them; therefore the two halves of q are weights of 4 bits each, and the inputs are multiplied by both in one
+product of twice as many inputs.
+
+Inputs and outputs of a product are bfloat16, its sums float32. An output row depends on its input row alone, however
+many rows share the product.
 
 A folder holds the numbers in the order of the matrix. The order that this processor's kernel wants is made when they
 are loaded, whole or in a slice.
@@ -13,7 +17,7 @@ Shapes: N outputs, K inputs, G groups of a row, R rows.
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +35,7 @@ METHOD = "distributed-llm-lab"
 """`quant_method` in the config of a quantised folder."""
 HEAD_BITS = 8
 GROUP = 32
-"""Weights of a row that share a scale and a zero in int4."""
+"""Weights of a row that share a scale and a zero."""
 KERNEL_ROWS = 64
 """Outputs that the CPU's int4 kernel takes at once: matrices are filled up to a multiple of it."""
 MADV_PAGEOUT = 21
@@ -41,23 +45,30 @@ PACKED_AT_ONCE = 1024
 
 
 def quantise(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The nearest numbers of `bits` bits, and their scales.
+    """The nearest numbers of `bits` bits, and their scales, as `stored_form` returns them."""
+    grouped_NGK = weight_NK.float().unflatten(1, (-1, GROUP))
+    low_NG, high_NG = grouped_NGK.amin(2), grouped_NGK.amax(2)
+    largest, middle = 2**bits - 1, 2 ** (bits - 1)
+    scale_NG = ((high_NG - low_NG) / largest).bfloat16()
+    zero_NG = (low_NG + middle * scale_NG.float()).bfloat16()
+    step_NG1 = scale_NG.float().clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
+    q_NGK = ((grouped_NGK - zero_NG.float()[:, :, None]) / step_NG1 + middle).round_().clamp_(0, largest)
+    return stored_form(q_NGK.flatten(1).to(torch.uint8), scale_NG, zero_NG, bits)
+
+
+def stored_form(q_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Numbers of `bits` bits as weights of 4 bits: w = (q - 2 ** (bits - 1)) * scale + zero.
 
     Returns:
-        int4: uint8 N x K/2, the even column in the low half of a byte; bfloat16 K/32 x N x 2, scale and zero.
-        int8: int8 N x K; bfloat16 N.
+        int4: uint8 N x K/2, the even column in the low half of a byte; bfloat16 G x N x 2, scale and zero.
+        int8: uint8 N x K and bfloat16 2G x N x 2: the high halves of all numbers, then the low ones.
     """
-    wide_NK = weight_NK.float()
     if bits == 8:
-        scale_N = (wide_NK.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny).bfloat16()
-        return (wide_NK / scale_N.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale_N
-    grouped_NGK = wide_NK.unflatten(1, (-1, GROUP))
-    low_NG, high_NG = grouped_NGK.amin(2), grouped_NGK.amax(2)
-    scale_NG = ((high_NG - low_NG) / 15).bfloat16()
-    zero_NG = (low_NG + 8 * scale_NG.float()).bfloat16()
-    step_NG1 = scale_NG.float().clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
-    q_NGK = ((grouped_NGK - zero_NG.float()[:, :, None]) / step_NG1 + 8).round_().clamp_(0, 15)
-    return halves(q_NGK.flatten(1).to(torch.uint8)), torch.stack((scale_NG, zero_NG), 2).transpose(0, 1).contiguous()
+        # q - 128 is 16 * (high - 8) + (low - 8) + 8. Powers of two times a bfloat16 are exact.
+        q_NK = torch.cat((q_NK >> 4, q_NK & 15), 1)
+        scale_NG, zero_NG = torch.cat((16 * scale_NG, scale_NG), 1), torch.cat((zero_NG, 8 * scale_NG), 1)
+    scales_NG2 = torch.stack((scale_NG, zero_NG), 2).bfloat16()
+    return halves(q_NK), scales_NG2.transpose(0, 1).contiguous()
 
 
 def halves(q_NK: Tensor) -> Tensor:
@@ -72,12 +83,8 @@ class IntLinear(nn.Linear):
         nn.Module.__init__(self)  # a Linear by its interface (PEFT asks for it), without a Linear's weight
         self.bits, self.out_features, self.in_features = bits, outputs, inputs
         self.scales: Tensor
-        if bits == 4:
-            numbers = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
-            self.register_buffer("scales", torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16))
-        else:
-            numbers = torch.empty(outputs, inputs, dtype=torch.int8)
-            self.register_buffer("scales", torch.empty(outputs, dtype=torch.bfloat16))
+        self.register_buffer("scales", torch.empty(inputs * bits // (4 * GROUP), outputs, 2, dtype=torch.bfloat16))
+        numbers = torch.empty(outputs, inputs * bits // 8, dtype=torch.uint8)
         self.weight = nn.Parameter(numbers, requires_grad=False)
         self.register_parameter("bias", bias)
 
@@ -108,15 +115,11 @@ class IntLinear(nn.Linear):
     def pack(self) -> None:
         """Bring the numbers into the order of this device's kernel, once they have been read."""
         missing = -self.out_features % KERNEL_ROWS
-        numbers_NX = nn.functional.pad(self.weight, (0, 0, 0, missing))
-        scales = self.scales.to(torch.bfloat16)
-        # Always copies, never pages of the file: the kernels read beyond the end of what they need.
-        if self.bits == 4:
-            packed_NX, filled = _in_kernel_order(numbers_NX), nn.functional.pad(scales, (0, 0, 0, missing))
-        else:
-            packed_NX, filled = numbers_NX.clone(), nn.functional.pad(scales, (0, missing))
+        # Always copies, never pages of the file: the kernel reads beyond the end of what it needs.
+        packed_NX = _in_kernel_order(nn.functional.pad(self.weight, (0, 0, 0, missing)))
+        filled = nn.functional.pad(self.scales.to(torch.bfloat16), (0, 0, 0, missing)).clone()
         _forget_pages(self.weight)
-        self.weight, self.scales = nn.Parameter(packed_NX, requires_grad=False), filled.clone()
+        self.weight, self.scales = nn.Parameter(packed_NX, requires_grad=False), filled
 
 
 def _forget_pages(tensor: Tensor) -> None:
@@ -133,9 +136,25 @@ def _forget_pages(tensor: Tensor) -> None:
 
 def multiply(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
     """The product of bfloat16 rows and a weight in its kernel's order: bfloat16 R x N, N filled up to `KERNEL_ROWS`."""
-    if numbers.dtype == torch.int8:
-        return torch._weight_int8pack_mm(rows_RK, numbers, scales)
+    if numbers.shape[1] == rows_RK.shape[1]:  # 8 bits: both halves of a weight meet the same input
+        rows_RK = torch.cat((rows_RK, rows_RK), 1)
+    scales = scales.contiguous()  # those of a joined layer are not; copying them takes less than many rows do
     return cast(Tensor, torch.ops.aten._weight_int4pack_mm_for_cpu(rows_RK, numbers, GROUP, scales))
+
+
+def join(layers: Sequence[IntLinear]) -> tuple[Tensor, Tensor]:
+    """The numbers and scales of layers with the same input as those of one layer, whose outputs follow each other, each
+    layer's filled up to `KERNEL_ROWS`. The layers themselves become views of it, so that no memory is added."""
+    if len(layers) == 1:
+        return layers[0].weight, layers[0].scales
+    numbers, scales = torch.cat([layer.weight for layer in layers]), torch.cat([layer.scales for layer in layers], 1)
+    first = 0
+    for layer in layers:
+        last = first + len(layer.weight)
+        layer.weight = nn.Parameter(numbers[first:last], requires_grad=False)
+        layer.scales = scales[:, first:last]
+        first = last
+    return numbers, scales
 
 
 def project(rows_RK: Tensor, numbers: Tensor, scales: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
@@ -196,7 +215,7 @@ def write_packed(
     folder: Path,
     bits: int,
     dtype: torch.dtype,
-    own: Callable[[Tensor], tuple[Tensor, Tensor] | None] = lambda weight: None,
+    own: Callable[[Tensor, int], tuple[Tensor, Tensor] | None] = lambda weight, bits: None,
 ) -> None:
     """Write a model as a folder that `from_pretrained` reads with its linear layers packed.
 
@@ -206,7 +225,8 @@ def write_packed(
         folder: An empty one.
         bits: 8 or 4. The head of an int4 model has 8: in 4 bits it would cost more perplexity than all other layers.
         dtype: What all other tensors are stored in.
-        own: Returns the numbers and scales that a weight (N x K) was made from, where they are known.
+        own: Returns the numbers and scales that a weight (N x K) was made from, where they are known and have so many
+            bits.
 
     Raises:
         ValueError: a layer whose inputs are no multiple of the group.
@@ -218,7 +238,7 @@ def write_packed(
         if weight_NK.shape[1] % GROUP:
             raise ValueError(f"{name} has {weight_NK.shape[1]} inputs, which is no multiple of {GROUP}")
         layer_bits = HEAD_BITS if layer is head else bits
-        made = (own(weight_NK) if layer_bits == 4 else None) or quantise(weight_NK, layer_bits)
+        made = own(weight_NK, layer_bits) or quantise(weight_NK, layer_bits)
         tensors[f"{name}.weight"], tensors[f"{name}.scales"] = made
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config: Any = model.config

@@ -11,12 +11,14 @@ Shapes: B sequences, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import itertools
 import json
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +58,8 @@ from lab.settings import UserError
 
 log = logging.getLogger(__name__)
 
+OF_MACHINE = ("I/O error", "can't allocate memory", os.strerror(errno.ENOSPC), os.strerror(errno.ENOMEM))
+"""Words of errors that are about a machine without room, not about an architecture."""
 LONGEST = 64
 """Tokens of a sequence in a trial: more than a twin's windows, and than the length at which its rotary frequencies
 change."""
@@ -149,9 +153,7 @@ def prove(config: PreTrainedConfig, folder: Path, *, packed: WeightFormat | None
     try:
         proof = attempt(config)
     except (OSError, MemoryError) as error:
-        raise UserError(
-            f"model.cache_dir and TMPDIR must have room for a trial of the model, got {_in_one_line(error)}"
-        ) from None
+        raise _no_room(error) from None
     log.info("tried %s in %.1f s", what, time.monotonic() - began)
     try:
         write_whole(file, json.dumps(asdict(proof)), share=True)
@@ -181,10 +183,9 @@ def try_out(config: PreTrainedConfig) -> Proof:
             try:
                 outline = find_structure(model)
                 made = _Trial(model, outline, Path(folder))
-            except OSError:
-                raise
-            except Exception as error:  # as in `_failure`
-                return replace(found, slices=found.engine or _in_one_line(error), training=_in_one_line(error))
+            except Exception as error:
+                why = _against(error)
+                return replace(found, slices=found.engine or why, training=why)
             against = found.engine or _failure(made.try_inference)
             return replace(found, slices=against, training=_failure(made.try_training), structure=outline)
 
@@ -195,10 +196,8 @@ def try_packed(config: PreTrainedConfig, *, stored: WeightFormat) -> Proof:
     with _one_thread(), _quietly(), tempfile.TemporaryDirectory() as folder:
         try:
             trial = _packed_trial(config, stored, Path(folder))
-        except OSError:
-            raise
-        except Exception as error:  # as in `_failure`
-            found = _in_one_line(error)
+        except Exception as error:
+            found = _against(error)
             return Proof(str(config.model_type), found, found, found, None)
         whole = _failure(trial.try_packed_whole)
         slices = whole or _failure(trial.try_inference)
@@ -220,12 +219,23 @@ def _packed_trial(config: PreTrainedConfig, stored: WeightFormat, folder: Path) 
 def _failure(attempt: Callable[[], None]) -> str | None:
     try:
         attempt()
-    except (OSError, MemoryError):
-        raise  # of this machine, now: it says nothing of the architecture
-    except Exception as error:  # an architecture fails in its own way; whatever it is stands against it
-        log.debug("a trial failed", exc_info=error)
-        return _in_one_line(error)
+    except Exception as error:
+        return _against(error)
     return None
+
+
+def _against(error: Exception) -> str:
+    """What an error says against an architecture: it fails in its own way, whatever that is. UserError for one of this
+    machine, now: it says nothing of the architecture."""
+    log.debug("a trial failed", exc_info=error)
+    text = str(error)  # safetensors' and torch's own errors of that kind have no type of their own
+    if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError) or any(words in text for words in OF_MACHINE):
+        raise _no_room(error) from None
+    return _in_one_line(error)
+
+
+def _no_room(error: Exception) -> UserError:
+    return UserError(f"model.cache_dir and TMPDIR must have room for a trial of the model, got {_in_one_line(error)}")
 
 
 def _in_one_line(error: Exception) -> str:
@@ -404,7 +414,7 @@ class _Trial:
         """Check that matrices are packed, and that the logits of our packed layers are those of the same numbers in
         float, up to the rounding of bfloat16 products."""
         whole: Any = self.whole()
-        if not any(weight.dtype in (torch.uint8, torch.int8) for weight in whole.parameters()):
+        if not any(weight.dtype is torch.uint8 for weight in whole.parameters()):
             raise _Difference("none of its matrices is packed")
         if not any(isinstance(part, IntLinear) for part in whole.modules()):
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from speculative.drafter.target import RemoteTarget, Ticket, join_verifier
 from speculative.drafts import Drafts, NoDrafts
 from speculative.request import GenerationRequest
 from speculative.settings import Mode
+from speculative.verifier.line import in_turn
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class _Text:
     key: Hashable
     request: GenerationRequest
     client: Hashable
+    user: str
     receive: Receive
     left: threading.Event = field(default_factory=threading.Event)
     """Set when nobody wants it any more."""
@@ -85,21 +86,23 @@ class RemoteWriter(Writer):
         return
 
     @override
-    def begin(self, key: Hashable, request: GenerationRequest, client: Hashable, receive: Receive) -> None:
-        text = _Text(key, request, client, receive)
+    def begin(self, key: Hashable, request: GenerationRequest, client: str, user: str, receive: Receive) -> None:
+        text = _Text(key, request, client, user, receive)
         self._line.append(text)
         self._admit()
         if text in self._line:
-            receive(InLine(1 + self._line.index(text)))
+            receive(InLine(1 + self._in_turn().index(text)))
 
     def _admit(self) -> None:
-        """Give free places: first to the clients with the fewest running texts."""
+        """Give free places."""
         while self._line and len(self._running) < self._sessions:
-            ahead = Counter(text.client for text in self._running.values())
-            text = min(self._line, key=lambda one: ahead[one.client])
+            text = self._in_turn()[0]
             self._line.remove(text)
             self._running[text.key] = text
             threading.Thread(target=self._write, args=(text,), name="drafter", daemon=True).start()
+
+    def _in_turn(self) -> list[_Text]:
+        return in_turn(self._line, self._running.values())
 
     def _tell(self, text: _Text, event: Event) -> None:
         """Called in the thread of a text."""

@@ -88,7 +88,7 @@ class ScheduledWriter(Writer):
         self._thread.__enter__()
 
     @override
-    def begin(self, key: Hashable, request: GenerationRequest, client: Hashable, receive: Receive) -> None:
+    def begin(self, key: Hashable, request: GenerationRequest, client: str, user: str, receive: Receive) -> None:
         def received(outcome: Outcome) -> None:
             if isinstance(outcome, Waiting):
                 receive(InLine(outcome.place))
@@ -103,7 +103,7 @@ class ScheduledWriter(Writer):
             else:
                 receive(_ended(outcome))
 
-        self._thread.open(key, received, lambda scheduler: scheduler.open(key, request, client=client))
+        self._thread.open(key, received, lambda scheduler: scheduler.open(key, request, client=client, user=user))
 
     @override
     def check_schema(self, schema: str) -> None:

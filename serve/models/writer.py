@@ -115,8 +115,10 @@ class Writer(Protocol):
     def check_schema(self, schema: str) -> None:
         """ValueError for a JSON schema that texts here cannot follow; an empty one is none."""
 
-    def begin(self, key: Hashable, request: GenerationRequest, client: Hashable, receive: Receive) -> None:
-        """Continue a text under a new key; `receive` gets its events in order, the last one is `Ended`."""
+    def begin(self, key: Hashable, request: GenerationRequest, client: str, user: str, receive: Receive) -> None:
+        """Continue a text under a new key; `receive` gets its events in order, the last one is `Ended`.
+
+        Room is shared by clients, and that of a client by its users (`speculative.verifier.line`)."""
 
     def leave(self, key: Hashable) -> None:
         """Stop a text: no row is computed for it any more, and nothing more is received. Unknown keys do nothing."""

@@ -17,7 +17,6 @@ import hmac
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
@@ -31,6 +30,7 @@ from speculative.messages import Reason
 from speculative.policy import Pacing, PassCosts
 from speculative.request import Ending, GenerationRequest, Outcome, PromptScores, Verdict, Waiting
 from speculative.verifier.limits import SchedulerLimits, refusal_by_engine
+from speculative.verifier.line import in_turn
 from speculative.verifier.lookup import Lookup
 from speculative.verifier.prefixes import KeptPrefixes
 from speculative.verifier.sequence import VerifiedSequence
@@ -109,10 +109,11 @@ class Scheduler:
         request: GenerationRequest,
         *,
         client: Hashable,
+        user: str = "",
         name: int | None = None,
         owner: bytes = b"",
     ) -> list[Outcome]:
-        """Begin a sequence, or refuse it. `VerifiedSequence` says what `key`, `client`, `name` and `owner` are."""
+        """Begin a sequence, or refuse it. `VerifiedSequence` says what `key`, `client` and the other names are."""
         refusal = "request must have a new number, got one that is open" if key in self._sequences else None
         refusal = refusal or refusal_by_engine(request, self.engine) or self._refusal_by_client(request, client)
         if refusal is None and name in self._named:
@@ -127,6 +128,7 @@ class Scheduler:
             pacing=Pacing(self.costs, request.draft_length or None, limits.longest_check),
             lookup=self._lookup(request),
             client=client,
+            user=user,
             name=name,
             owner=owner,
         )
@@ -413,13 +415,8 @@ class Scheduler:
         sequence.place = 0
 
     def _order(self) -> list[VerifiedSequence]:
-        """The line in the order in which room is given: first the clients with the fewest running sequences."""
-        ahead = Counter(sequence.client for sequence in self._running)
-        turns = []
-        for sequence in self._line:
-            turns.append((ahead[sequence.client], sequence))
-            ahead[sequence.client] += 1
-        return [sequence for _, sequence in sorted(turns, key=lambda turn: turn[0])]
+        """The line in the order in which room is given."""
+        return in_turn(self._line, self._running)
 
     def _report_places(self, new: VerifiedSequence | None = None) -> list[Outcome]:
         """Report new places in line, once in `PLACE_SECONDS`; or at once, but only to the `new` sequence."""

@@ -68,11 +68,12 @@ class SequenceFigures(DraftCounts):
 class VerifiedSequence:
     """One sequence, from its OPEN to its end.
 
-    One request has five identities, each with its own scope:
+    One request has six identities, each with its own scope:
 
         session   a connection    number in the header of each frame; the drafter counts its requests
         key       a verifier      a new one with each OPEN or RESUME; names the sequence to the scheduler, in outcomes
-        client    a verifier      the connection; limits are counted by it
+        client    a verifier      the connection, or the address; limits are counted by it
+        user      a client        a name that the client gives; clients of an HTTP server do
         name      everywhere      64 random bits of OPEN; how RESUME finds the sequence, on whatever connection
         owner     everywhere      128 random bits of OPEN, secret: proves that RESUME comes from the sender of OPEN
 
@@ -81,7 +82,7 @@ class VerifiedSequence:
         window: Most draft tokens that may wait.
         pacing: When a pass begins and how many draft tokens it takes (mode async).
         lookup: Draft tokens of the verifier's own, for when there are no others or too few; None: none.
-        key, client, name, owner: As above; without a name it ends with its connection.
+        key, client, user, name, owner: As above; without a name it ends with its connection.
     """
 
     def __init__(
@@ -93,10 +94,11 @@ class VerifiedSequence:
         pacing: Pacing,
         lookup: Lookup | None,
         client: Hashable,
+        user: str,
         name: int | None,
         owner: bytes,
     ) -> None:
-        self.key, self.client, self.name, self.owner = key, client, name, owner
+        self.key, self.client, self.user, self.name, self.owner = key, client, user, name, owner
         self.request = request
         self.ids = request.ids
         self.epoch = 0

@@ -123,7 +123,9 @@ class LocalShards:
             ready = first_line(self.processes[index], deadline - time.monotonic())
         except NotReady as error:
             if error.ended:
-                raise UserError(f"shard {index + 1} did not start: {last_line(self._shard_folder(index))}") from None
+                line = f"shard {index + 1} did not start: {last_line(self._shard_folder(index))}"
+                is_refused = self.processes[index].wait(self._start_seconds) == 2
+                raise (UserError(line) if is_refused else NotReady(line, ended=True)) from None
             raise UserError(
                 f"project.start_seconds must be long enough for a shard to load, got {self._start_seconds:g}"
             ) from None

@@ -1,7 +1,7 @@
-"""lm-eval on the items of `cloze.jsonl`: `python evaluate.py local-completions|hf ADDRESS|FOLDER MODEL`.
+"""lm-eval on the items of `cloze.jsonl`: `python evaluate.py local-completions ADDRESS MODEL`, or `hf FOLDER DTYPE`.
 
-Runs in a virtual environment with lm-eval. Prints one line of JSON: the accuracy, and of each choice its log
-probability and whether it is the greedy continuation. Every fifth item has a wrong word twice: a tie.
+Runs in a virtual environment with lm-eval. Prints one line of JSON: its version, the accuracy, and of each choice
+its log probability and whether it is the greedy continuation. Every fifth item has a wrong word twice: a tie.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ TASK = {
 }
 
 
-def main(kind: str, where: str, model: str) -> None:
+def main(kind: str, where: str, what: str) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     options: dict[str, Any]
     if kind == "hf":
-        options = {"pretrained": where, "dtype": "float32", "device": "cpu"}
+        options = {"pretrained": where, "dtype": what, "device": "cpu"}
     else:
-        options = {"base_url": f"{where}/completions", "model": model, "num_concurrent": 1}
+        options = {"base_url": f"{where}/completions", "model": what, "num_concurrent": 1}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "cloze.yaml").write_text(json.dumps(TASK), encoding="utf-8")  # JSON is YAML
         tasks = TaskManager(include_path=folder, include_defaults=False)
@@ -43,7 +44,8 @@ def main(kind: str, where: str, model: str) -> None:
     samples = sorted(done["samples"]["cloze"], key=lambda sample: sample["doc_id"])
     scores = [[resp[0] for resp in sample["resps"]] for sample in samples]
     accuracy = {name: done["results"]["cloze"][f"{name},none"] for name in ("acc", "acc_norm")}
-    print(json.dumps({**accuracy, "scores": [[[float(nll), bool(best)] for nll, best in item] for item in scores]}))
+    plain = [[[float(log_probability), bool(best)] for log_probability, best in item] for item in scores]
+    print(json.dumps({"version": version("lm_eval"), **accuracy, "scores": plain}))
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from fl import client_app
 from fl.adapters import AdapterIndex, PackedAdapter
 from fl.client import LoRAClient, Site, open_client
 from fl.client_app import make_client_app
+from fl.compression.messages import RUN
 from fl.messages import (
     ARRAYS,
     CONFIG,
@@ -25,7 +28,7 @@ from fl.messages import (
     to_records,
 )
 from fl.server import serve
-from fl.settings import FederatedSettings, WireDtype
+from fl.settings import Codec, FederatedSettings, WireDtype
 from lab.command.entry import Run
 from lab.learning.counts import Counts
 from lab.models.conversion import byte_tokenizer
@@ -96,6 +99,31 @@ def test_an_error_of_ours_reaches_the_server_as_its_own_line(settings: Federated
 
     reply = ask(grid_of(settings, make_client_app(refuse)), message_of(settings, "train"))
     assert reply.error.reason == "project.data.path must be a JSONL file, got 'nothing'"
+
+
+@pytest.mark.parametrize("key", ["model.cache_dir", "project.site_folder"])
+def test_a_place_of_the_site_that_cannot_be_written_is_one_line_with_its_key(
+    settings: FederatedSettings, tmp_path: Path, key: str
+) -> None:
+    message = message_of(settings, "train")
+    message.content[CONFIG] = ConfigRecord({SERVER_ROUND: 1, RUN: "ab12"})
+    settings.project.compression.uplink = Codec.int8  # which a site keeps something for
+    settings.project.site_folder = str(tmp_path / "sites")
+    group, name = key.split(".")
+    place = write_dialogues(tmp_path / "file", 1, "") / "José, [x]"
+    setattr(getattr(settings, group), name, str(place))
+    reply = ask(grid_of(settings), message)
+    assert reply.error.reason == f"{key} must be a folder that can be written, got {str(place)!r} (Not a directory)"
+
+
+def test_a_full_disk_of_the_site_is_named(settings: FederatedSettings) -> None:
+    def full(context: Context) -> FederatedSettings:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), CANARY)
+
+    reason = ask(grid_of(settings, make_client_app(full)), message_of(settings, "train")).error.reason
+    assert reason is not None
+    assert reason.startswith("the site's disk is full: OSError in full (test_client_app.py:")
+    assert CANARY not in reason
 
 
 def quoting(context: Context) -> FederatedSettings:

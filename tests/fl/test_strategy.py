@@ -379,6 +379,15 @@ def test_a_client_that_never_answers_is_counted_out_after_its_time(monkeypatch: 
     assert len(report.clients) == 5
 
 
+def test_data_that_two_nodes_have_counts_once() -> None:
+    want, _, _ = run(FakeGrid(NODES, train), strategy_for(), num_rounds=1)
+    got, [report], _ = run(FakeGrid({**NODES, 2_000: 3}, train), strategy_for(), num_rounds=1)
+    [refusal] = report.refused
+    assert refusal.node_id == 2_000
+    assert "partition-id must differ between nodes, got 3 like node 1021" in refusal.reason
+    assert bytes_of(got) == bytes_of(want)
+
+
 def test_a_message_that_cannot_be_sent_is_counted_out() -> None:
     class Deaf(FakeGrid):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

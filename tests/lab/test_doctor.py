@@ -89,7 +89,7 @@ def test_nf4_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", doctor.PRODUCTS, ids=lambda kind: kind.name)
 def test_how_fast_a_layer_is_multiplied(kind: Dtype | Quantization) -> None:
     finding = doctor.check_product(CPU, kind)
-    bits, figures = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 5}[kind.name], finding.figures
+    bits, figures = {"float32": 32, "bfloat16": 16, "int8": 10, "int4": 5}[kind.name], finding.figures
     weights_bytes = figures["weights_bytes_per_second"] * figures["seconds"]
     assert weights_bytes == pytest.approx(doctor.OUTPUTS * doctor.INPUTS * bits / 8, rel=0.01)
     assert figures["relative_error"] < 0.1

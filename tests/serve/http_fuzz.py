@@ -49,7 +49,13 @@ scalar = st.one_of(
 anything = st.recursive(scalar, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4))
 roles = st.sampled_from(["system", "developer", "user", "assistant", "tool", "function"])
 part = st.fixed_dictionaries({"type": st.sampled_from(["text", "refusal", "image_url"])}, optional={"text": text})
-message = st.fixed_dictionaries({"role": roles}, optional={"content": text | st.lists(part, max_size=3) | st.none()})
+message = st.fixed_dictionaries(
+    {"role": roles},
+    optional={
+        "content": text | st.lists(part, max_size=3) | st.none(),
+        "tool_calls": st.none() | st.lists(anything, max_size=1),
+    },
+)
 ids = st.lists(st.integers(0, 260), min_size=1, max_size=8)
 prompt = text | ids | st.lists(text | ids, max_size=4)
 sampled: dict[str, st.SearchStrategy[Any]] = {
@@ -79,6 +85,7 @@ chat = {
     "max_completion_tokens": st.integers(-1, 8),
     "tools": st.just([]),
     "tool_choice": st.sampled_from(["auto", "none", "required"]),
+    "function_call": st.sampled_from(["auto", "none"]) | st.just({"name": "look"}),
     "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}, {"type": "x"}]),
 }
 completion = {

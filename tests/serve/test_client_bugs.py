@@ -148,7 +148,13 @@ def test_10_usage_has_its_details(http: httpx.Client) -> None:
     for usage in (whole(http)["usage"], last["usage"]):
         assert usage["prompt_tokens_details"]["cached_tokens"] >= 0
         assert usage["completion_tokens_details"]["accepted_prediction_tokens"] >= 0
-    assert http.post("/responses", json={"input": "Hello"}).status_code == 404
+    for refused, status in (
+        (http.post("/responses", json={"input": "Hello"}), 404),
+        (http.get("/chat/completions/chatcmpl-1"), 404),
+        (http.get("/chat/completions"), 405),
+    ):
+        assert refused.status_code == status
+        assert "/v1/chat/completions" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("key", [None, "", "none", "sk-dummy"])

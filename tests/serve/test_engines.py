@@ -71,6 +71,18 @@ def test_the_next_turn_of_a_chat_is_not_computed_again_and_says_the_same(servers
     assert told["local"][1]["cached_tokens"] > 128
 
 
+def test_a_prompt_is_scored_where_the_model_is_or_refused(servers: dict[str, Client]) -> None:
+    asked: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 0}
+    refused = servers["speculative"].post("/v1/completions", **asked)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "echo"
+    assert "verifier" in refused.json()["error"]["message"]
+    scores = [
+        servers[name].complete(**asked)["choices"][0]["logprobs"]["token_logprobs"] for name in ("local", "split")
+    ]
+    assert scores[0][1:] == pytest.approx(scores[1][1:], abs=1e-6)  # hidden states travel as float32
+
+
 def test_log_probabilities_are_those_of_every_engine(servers: dict[str, Client]) -> None:
     asked = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "logprobs": 3}
     found = [server.complete(**asked)["choices"][0]["logprobs"] for server in servers.values()]

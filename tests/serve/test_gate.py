@@ -128,8 +128,16 @@ def test_a_name_that_is_not_this_machine_s_is_not_served_without_a_key(tmp_path:
     ("words", "line"),
     [
         ("project.engine=split", "project.split.shards must name at least one shard"),
-        ("project.engine=split project.split.shards=[127.0.0.1:9] project.adapters=/tmp", "project.adapters must be"),
+        (
+            "project.engine=split project.split.shards=[127.0.0.1:9] project.adapters=/tmp",
+            "project.adapters must be null unless engine=local",
+        ),
+        ("project.engine=speculative project.adapters=/tmp", "project.adapters must be null unless engine=local"),
         ("project.engine=speculative project.draft.source=layers", "project.draft.source must be ngram or none"),
+        (
+            "project.engine=speculative project.draft.source=model project.draft.model=random",
+            "project.draft.source must be ngram or none",
+        ),
         ("project.load_adapters=true", "project.load_adapters must be false"),
         ("project.temperature=3", "project.temperature must be in [0, 2]"),
         ("project.max_new_tokens=0", "project.max_new_tokens must be at least 1"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -20,6 +22,7 @@ PLACES = 3
 """Texts that may run or wait at the second server."""
 KEY = "a long key for tests only"
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 LONG = CONTEXT - 100
 """Most tokens of texts that are left early."""
 
@@ -234,6 +237,8 @@ def test_the_stream_helper_of_the_client_gathers_the_same_text(client: OpenAI) -
         ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"functions": [], "function_call": {"name": "look"}}, "function_call"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL]}, *HELLO]}, "messages"),
     ],
 )
 def test_a_wrong_value_is_a_bad_request_that_names_its_field(client: OpenAI, asked: Any, param: str) -> None:
@@ -243,16 +248,26 @@ def test_a_wrong_value_is_a_bad_request_that_names_its_field(client: OpenAI, ask
     assert text_of(chat(client)), "the server still works"
 
 
+def test_described_paths_have_their_parameters(server: Role) -> None:
+    paths = httpx.get(f"http://127.0.0.1:{server.port}/openapi.json").json()["paths"]
+    assert "/v1/streams/{name}" in paths
+    for path, operations in paths.items():
+        for about in operations.values():
+            assert {one["name"] for one in about.get("parameters", ())} == set(re.findall(r"{(\w+)}", path)), path
+
+
 def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         chat(client, model="gpt-9")
     assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
 
 
-def test_tools_are_ignored_unless_one_is_demanded(client: OpenAI) -> None:
+def test_tools_are_ignored_unless_one_is_demanded(server: Role, client: OpenAI) -> None:
     """The server makes no tool calls."""
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
-    assert text_of(chat(client, tools=tools, tool_choice="auto")) == text_of(chat(client))
+    for choice in ("auto", "none"):
+        assert text_of(chat(client, tools=tools, tool_choice=choice)) == text_of(chat(client))
+    assert server.stderr().count("no model here is shown any") == 1, "said once"
     with pytest.raises(openai.BadRequestError):
         chat(client, tools=tools, tool_choice={"type": "function", "function": {"name": "look"}})
 

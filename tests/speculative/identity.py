@@ -23,6 +23,7 @@ import torch
 
 from lab.command.entry import compose_settings
 from lab.device import open_device
+from lab.engine.compiled import Compiler
 from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.models.shape import ModelShape
@@ -96,6 +97,7 @@ class Subject:
         self.grammars = grammars_of(self.settings.model)
         self._device = open_device(self.settings.device)
         self.model = load_model(self.settings.model, self._device).model
+        self._compiler = Compiler.of(self.settings.model, self.settings.device, lasts=True)
         self._own: dict[tuple[int, int, Sampling], list[int]] = {}
 
     def drafts(self, source: str, sampling: Sampling) -> Drafts:
@@ -107,7 +109,7 @@ class Subject:
 
     def engine(self, sessions: int = 1) -> LocalEngine:
         """The target."""
-        return local_engine(self.model, sessions, grammars=self.grammars)
+        return local_engine(self.model, sessions, grammars=self.grammars, compiler=self._compiler)
 
     def own_text(self, number: int, sampling: Sampling, count: int) -> list[int]:
         """What the target says to prompt `number` without any verifier."""
@@ -124,6 +126,19 @@ def random_subject() -> Subject:
     words = (
         *("model=random", "model.dtype=float64", "device.threads=1", "project.context=256"),
         *("project.draft.model=random", "project.draft.dtype=float32"),
+        *("project.draft.layers=3", "project.draft.noise=0.05"),
+    )
+    return Subject(words, prompts)
+
+
+def compiled_subject(quantization: str, model: str = "random") -> Subject:
+    """A model over compiled layers in bfloat16, whose numbers take as many bits as `model.quantization` says."""
+    numbers = random.Random(0)
+    prompts = [[numbers.randrange(256) for _ in range(numbers.randrange(1, 90))] for _ in range(len(ALONE) + 4)]
+    words = (
+        *(f"model={model}", "model.dtype=bfloat16", f"model.quantization={quantization}", "device.compile=true"),
+        *("device.threads=1", "project.context=256"),
+        *(f"project.draft.model={model}", "project.draft.dtype=float32"),
         *("project.draft.layers=3", "project.draft.noise=0.05"),
     )
     return Subject(words, prompts)
@@ -299,6 +314,16 @@ def compare_everything(subject: Subject, new_tokens: int, mode: Mode, *, whole: 
 def compare_random(at_least_tokens: int, mode: Mode) -> Compared:
     """The whole comparison of `model=random`."""
     return compare_everything(random_subject(), -(-at_least_tokens // TEXTS), mode, whole=True)
+
+
+def compare_compiled(at_least_tokens: int, quantization: str) -> Compared | None:
+    """The whole comparison over compiled layers, one half in each mode; None where they are not row-invariant here."""
+    subject, total = compiled_subject(quantization), Compared()
+    if not subject.engine(4).row_invariant:
+        return None
+    for mode in (Mode.sync, Mode["async"]):
+        total.add(compare_everything(subject, -(-at_least_tokens // (2 * TEXTS)), mode, whole=True))
+    return total
 
 
 if __name__ == "__main__":

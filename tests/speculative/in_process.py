@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from lab.engine.base import Engine
+from lab.engine.compiled import Compiler
 from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling
 from lab.text.grammars import Grammars
@@ -199,6 +200,7 @@ def local_engine(
     exact_rows: int | None = None,
     limit_bytes: int = 2**28,
     grammars: Grammars | None = None,
+    compiler: Compiler | None = None,
 ) -> LocalEngine:
     return LocalEngine(
         model,
@@ -209,6 +211,7 @@ def local_engine(
         prefill_chunk=64,
         exact_rows=exact_rows,
         grammars=grammars,
+        compiler=compiler,
     )
 
 

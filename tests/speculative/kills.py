@@ -22,6 +22,7 @@ from lab.engine.sampling import Sampling
 from lab.link import CutKind, Link, LinkSettings
 from lab.models.conversion import BYTE_EOS
 from lab.models.sources import load_model, load_tokenizer_only
+from lab.text.logit_rules import LogitRules
 from lab.text.prompts import prompt_ids
 from speculative.acceptance import until_end
 from speculative.drafter.loop import Target, speculate
@@ -35,9 +36,16 @@ from tests.speculative.in_process import decoded_alone, local_engine
 from tests.speculative.processes import RANDOM, Role, drafted, drafter_process, verifier
 
 KINDS = ("verifier", "drafter", "reset", "half_open", "stall")
-SAMPLING = Sampling(seed=5, temperature=1.0, top_k=60, top_p=0.98)
-SAMPLED = ("seed=5", "project.temperature=1.0", "project.top_k=60", "project.top_p=0.98")
-"""The same, for a drafter as people start it."""
+PENALTIES = {"repetition_penalty": 1.15, "presence_penalty": 0.2, "frequency_penalty": 0.1}
+BIASES = dict.fromkeys(range(0, 200, 3), 0.3)
+"""In the measure of the logits of random models. Both are functions of the whole text: who takes one up again must
+know all of it."""
+SAMPLED = (
+    *("seed=5", "project.temperature=1.0", "project.top_k=60", "project.top_p=0.98"),
+    *(f"project.{name}={value}" for name, value in PENALTIES.items()),
+    f"project.logit_bias={BIASES}".replace(" ", ""),
+)
+"""`_sampling`, for a drafter as people start it."""
 WORDS = (
     *RANDOM,
     *("project.draft.source=noisy", "project.draft.noise=0.05", "project.lookup=true"),
@@ -172,13 +180,15 @@ def _one_text(scene: _Scene, generator: random.Random, kinds: Sequence[str], cam
     settings = replace(scene.settings, network=replace(scene.settings.network, port=scene.link.port))
     prompt = [generator.randrange(256) for _ in range(30)]
     request = GenerationRequest(
-        prompt_ids=prompt, sampling=SAMPLING, max_new_tokens=count, mode=Mode["async"], threshold=None
+        prompt_ids=prompt, sampling=_sampling(prompt), max_new_tokens=count, mode=Mode["async"], threshold=None
     )
     texts = token_texts(load_tokenizer_only(settings.model))
     ids: list[int] = []
     harmed = False
     with join(settings, texts) as target:
-        drafts = open_drafts(settings, open_device(settings.device), SAMPLING, texts, target.welcome.vocabulary_size)
+        drafts = open_drafts(
+            settings, open_device(settings.device), request.sampling, texts, target.welcome.vocabulary_size
+        )
         before = target.resumes
         watched = _Watched(target)
         for done in speculate(cast(Target, watched), drafts, request, ENDS):
@@ -224,4 +234,9 @@ def _kill_drafter(scene: _Scene, generator: random.Random, came: Kills) -> None:
 def _own_text(scene: _Scene, prompt: Sequence[int], count: int) -> list[int]:
     """What the target says without any verifier."""
     loaded = load_model(scene.settings.model, open_device(scene.settings.device))
-    return decoded_alone(local_engine(loaded.model, 1, context=1024), prompt, SAMPLING, count)
+    return decoded_alone(local_engine(loaded.model, 1, context=1024), prompt, _sampling(prompt), count)
+
+
+def _sampling(prompt: Sequence[int]) -> Sampling:
+    rules = LogitRules(prompt_tokens=len(prompt), logit_bias=tuple(BIASES.items()), **PENALTIES)
+    return Sampling(seed=5, temperature=1.0, top_k=60, top_p=0.98, logit_rules=rules)

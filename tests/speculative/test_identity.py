@@ -20,10 +20,12 @@ from tests.speculative.identity import (
     SAMPLINGS,
     SOURCES,
     TEXTS,
+    Compared,
     Subject,
     cells,
     compare,
     compare_everything,
+    compiled_subject,
     random_subject,
     speculated_equals_alone,
 )
@@ -46,6 +48,16 @@ def test_no_token_differs_in_float64(subject: Subject, mode: Mode) -> None:
     least = 250 if mode is Mode.sync else 50
     assert compared.accepted > least, "guesses were hardly ever right: nothing was proved"
     assert compared.shared_passes > 30, "texts never shared a pass: nothing was proved about batches"
+
+
+def test_no_token_differs_over_compiled_layers_in_int4() -> None:
+    subject, compared = compiled_subject("int4"), Compared()
+    for source, sampling in itertools.product(("model", "noisy"), SAMPLINGS):
+        compared.add(compare(subject, source, sampling, (2, 6, 10, 14), 20))
+    assert compared.flips == []
+    assert compared.tokens == 320
+    assert compared.accepted > 50
+    assert compared.shared_passes > 10
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -6,8 +6,12 @@ The real Flower, with a server that is killed, is in tests/fl/test_deployment.py
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from fl.settings import FederatedSettings
 from lab.command.entry import Run, compose_settings
 from lab.faults import Fault
 from lab.settings import UserError
+from tests.fl.two_sites import ROOT
 
 FAILED = RunState("finished:failed", "RuntimeError: round 2")
 COMPLETED = RunState("finished:completed", "N/A")
@@ -45,8 +50,7 @@ class ScriptedFlower:
 
     def state(self, run_id: str) -> RunState:
         text = self.submitted[int(run_id) - 1]
-        folder = json.loads(next(line for line in text.splitlines() if line.startswith("folder")).partition(" = ")[2])
-        return self._play(Path(folder), text)
+        return self._play(Path(tomllib.loads(text)["folder"]), text)
 
 
 def write_rounds(folder: Path, count: int, **result: object) -> None:
@@ -129,6 +133,18 @@ def test_who_is_interrupted_stops_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "adapters/round-0000").is_dir()
 
 
+def test_an_awkward_folder_reaches_the_server_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / 'José 😀, [x]="1" \\'
+
+    def play(attempt: Path, config: str) -> RunState:
+        write_rounds(attempt, 2, status="ok", adapter_path=str(attempt / "adapters/round-0001"))
+        return COMPLETED
+
+    flower = ScriptedFlower(monkeypatch, play)
+    assert watch(folder)["adapter_path"] == str(folder / "adapters/round-0001")
+    assert [tomllib.loads(text)["folder"] for text in flower.submitted] == [str(folder / "attempt-1")]
+
+
 def test_a_superlink_that_does_not_answer_is_waited_for_and_then_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +184,22 @@ def test_the_latest_of_those_with_the_most_rounds_counts(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("there", "remedy"),
+    [(".", "project.resume={0} goes on with it"), ("attempt-1", "project.resume={0}/attempt-1 goes on with it")],
+)
+def test_a_folder_with_another_run_is_refused_unharmed(
+    there: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rounds(tmp_path / there, 2)
+    flower = ScriptedFlower(monkeypatch, lambda folder, config: COMPLETED)
+    with pytest.raises(UserError, match=r"hydra\.run\.dir must be a folder without another run") as refusal:
+        watch(tmp_path)
+    assert remedy.format(tmp_path) in str(refusal.value)
+    assert flower.submitted == []
+    assert (tmp_path / there / "adapters/round-0001").is_dir()
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
         (["project.baseline=central"], "project.baseline must be none for a federation over sites, got 'central'"),
@@ -181,3 +213,45 @@ def test_what_makes_no_sense_is_refused_before_anything_is_submitted(
     with pytest.raises(UserError, match=line):
         watch(tmp_path, *words)
     assert flower.submitted == []
+
+
+FLWR = """
+import json, sys, time
+with open({log!r}, "a") as file:
+    print(*sys.argv[1:3], file=file, flush=True)
+if sys.argv[1] == "run":
+    time.sleep(1)  # the SuperLink has the run, and nobody knows its id
+print(json.dumps({{"success": True, "run-id": "7"}}))
+"""
+SUBMITS = """
+import sys
+from fl.run import __main__ as command, commands
+commands.program = lambda: {flwr!r}
+command.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_run_is_submitted_stops_it(tmp_path: Path, number: signal.Signals) -> None:
+    log, flwr = tmp_path / "log", tmp_path / "flwr"
+    flwr.write_text(f"#!{sys.executable}\n" + FLWR.format(log=str(log)))
+    flwr.chmod(0o700)
+    words = ["model=random", "tracking=none", f"hydra.run.dir={tmp_path}/run"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUBMITS.format(flwr=str(flwr)), *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, number)  # as a terminal does
+        out, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, errors
+    assert json.loads(out)["attempts"] == 0
+    assert log.read_text() == "run .\nstop 7\n"

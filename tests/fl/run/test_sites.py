@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -33,11 +34,11 @@ def answer(message: Message, partition: int) -> RecordDict:
 
 class SlowGrid(FakeGrid):
     """Replies of the `slow` partitions can be pulled only after they were looked for `looks` times, and when a round
-    that is `rounds` later has begun."""
+    that is `rounds` later has begun. `kind` says which messages are slow."""
 
-    def __init__(self, slow: set[int], *, looks: int = 0, rounds: int = 0) -> None:
+    def __init__(self, slow: set[int], *, looks: int = 0, rounds: int = 0, kind: str = "train") -> None:
         super().__init__(NODES, answer)
-        self.slow, self.looks, self.rounds = slow, looks, rounds
+        self.slow, self.looks, self.rounds, self.kind = slow, looks, rounds, kind
         self.looked: dict[str, int] = {}
 
     def is_ready(self, message: Message) -> bool:
@@ -47,7 +48,7 @@ class SlowGrid(FakeGrid):
         newest = max(int(sent.metadata.group_id) for sent in self.sent)
         later = newest - int(message.metadata.group_id)
         is_slow = (
-            self.partitions[message.metadata.dst_node_id] in self.slow and message.metadata.message_type == "train"
+            self.partitions[message.metadata.dst_node_id] in self.slow and message.metadata.message_type == self.kind
         )
         return not is_slow or (self.looked[number] > self.looks and later >= self.rounds)
 
@@ -76,6 +77,19 @@ def test_a_round_ends_at_its_deadline_with_its_quorum_and_late_replies_are_dropp
     assert [number for number in range(1, 9) if 4 in asked(grid, number)] == [1, 5], "between, it works on round 1"
     assert [report.late for report in reports] == [0, 0, 0, 1, 0, 0, 0, 1]
     assert all(4 not in [row.partition_id for row in report.clients] for report in reports), "no late reply counts"
+
+
+def test_a_node_that_does_not_name_its_partition_holds_no_round_up() -> None:
+    """It is asked again once its late answer has come, and then takes part."""
+    grid, began = SlowGrid({4}, rounds=3, kind="query"), time.monotonic()
+    strategy = strategy_for(fraction=0.99, quorum=4, deadline_seconds=0.05, message_ttl_seconds=60.0)
+    _, reports, _ = run(grid, strategy, num_rounds=6)
+    assert time.monotonic() - began < 30
+    took_part = [4 in [row.partition_id for row in report.clients] for report in reports]
+    assert not any(took_part[:3])
+    queries = [m for m in grid.sent if m.metadata.message_type == "query" and NODES[m.metadata.dst_node_id] == 4]
+    assert len(queries) == 2
+    assert took_part[-1]
 
 
 def test_the_mean_is_that_of_the_replies_in_time() -> None:

@@ -385,6 +385,44 @@ def work(settings, place):
     assert "Exception ignored" not in errors
 
 
+TURNED = """
+class Named:
+    def __set_name__(self, owner, name):
+        try:
+            print("working", flush=True)
+            time.sleep(100)
+        except BaseException as error:  # as Python 3.11 does, and as libraries do
+            raise RuntimeError("Error calling __set_name__") from error
+
+def work(settings, place):
+    class Owner:
+        name = Named()
+    """
+IMPORTS = """
+def work(settings, place):
+    source = "print('working', flush=True); import time; time.sleep(2); print('imported', flush=True)"
+    exec(compile(source, "torch/part.py", "exec"), {"__name__": "torch.part"})
+    time.sleep(100)
+    """
+
+
+@pytest.mark.parametrize(("text", "after"), [(TURNED, ""), (IMPORTS, "imported\n")], ids=["turned", "put off"])
+def test_a_signal_that_hits_a_library_is_still_a_signal(tmp_path: Path, text: str, after: str) -> None:
+    """What it raises may become another exception there; in torch's imports it would abort the process."""
+    process = start(tmp_path, "seed=2", text=FAULTY.replace("def work(", f"{text.strip()}\n\ndef unused("))
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+        process.wait(DEADLINE)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert output.startswith(after)
+    assert json.loads(output.removeprefix(after))["ended_by"] == "interrupted"
+
+
 def test_ctrl_c_after_the_last_line_is_no_traceback(tmp_path: Path) -> None:
     """Libraries take their time to exit."""
     slow = "import atexit, time\natexit.register(time.sleep, 60)\n" + FAULTY.replace("time.sleep(100)", "return {}")

@@ -102,5 +102,5 @@ def test_the_planner_counts_in_4_bits_only_what_nf4_packs(tmp_path: Path) -> Non
     words = ("model.source=path", f"model.path={tmp_path / 'own'}", "model.dtype=bfloat16")
     attention, others, norms = 32 * 8 * (2 * 4 + 2 * 2), 32 * 4 + 4 * 3 * 32 * 48, 2 * 32
     packed = own_architecture(composed(*words, "model.quantization=nf4"))
-    assert packed.layer_bytes == attention * bytes_of_weight(Quantization.nf4, 32, 2) + 2 * (others + norms)
+    assert packed.layer_bytes == attention * bytes_of_weight(Quantization.nf4, 2) + 2 * (others + norms)
     assert own_architecture(composed(*words, "model.quantization=none")).layer_bytes == 2 * (attention + others + norms)

@@ -19,7 +19,7 @@ from lab.command.entry import compose_settings
 from lab.decode import DecodeSettings
 from lab.models import packed
 from lab.models.conversion import byte_tokenizer, gguf_file
-from lab.models.gguf_blocks import GgufBlocks
+from lab.models.gguf_blocks import BITS, GgufBlocks
 from lab.models.layers import load_layers, load_proved
 from lab.models.packed import IntLinear, halves
 from lab.models.proof import try_packed
@@ -51,11 +51,8 @@ def test_numbers_are_the_nearest_and_the_kernel_multiplies_by_them(bits: int, ou
     bias = nn.Parameter(torch.randn(outputs, generator=generator), requires_grad=False)
     layer = IntLinear.of(weight_NK, bits, bias)
     plain = layer.in_float()
-    if bits == 8:
-        step = weight_NK.abs().amax(1, keepdim=True) / 127
-    else:
-        groups = weight_NK.unflatten(1, (-1, 32))
-        step = ((groups.amax(2) - groups.amin(2)) / 15).repeat_interleave(32, 1)
+    groups = weight_NK.unflatten(1, (-1, 32))
+    step = ((groups.amax(2) - groups.amin(2)) / (2**bits - 1)).repeat_interleave(32, 1)
     # Half a step of rounding; scale, zero and the weight itself are bfloat16: 2 ** -8 of the largest.
     assert bool(((plain.weight - weight_NK).abs() <= 0.5 * step + weight_NK.abs().max() * 2**-7).all())
     rows = torch.randn(7, inputs, generator=generator)
@@ -72,6 +69,20 @@ def test_a_row_depends_on_itself_alone(bits: int) -> None:
     alone = torch.cat([layer(row[None]) for row in rows])
     for width in (2, 3, 4, 5, 8, 9, 16, 33):
         assert torch.equal(layer(rows[:width]), alone[:width])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_joined_layers_say_what_each_says(bits: int) -> None:
+    layers = [IntLinear.of(torch.randn(outputs, 96), bits) for outputs in (200, 64, 30)]
+    rows, bytes_before = torch.randn(5, 96).bfloat16(), sum(layer.weight.nbytes for layer in layers)
+    before = [packed.multiply(rows, layer.weight, layer.scales) for layer in layers]
+    numbers, scales = packed.join(layers)
+    assert torch.equal(packed.multiply(rows, numbers, scales), torch.cat(before, 1))
+    after = [packed.multiply(rows, layer.weight, layer.scales) for layer in layers]
+    assert all(map(torch.equal, before, after))
+    storages = {layer.weight.untyped_storage().data_ptr() for layer in layers}
+    assert storages == {numbers.untyped_storage().data_ptr()}, "a second copy"
+    assert numbers.nbytes == bytes_before
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral", "qwen3_moe")
@@ -173,7 +184,17 @@ def test_a_gguf_file_keeps_its_own_numbers() -> None:
         assert float(((ours - exact).abs().unflatten(1, (-1, 32)).amax(2) / step).max()) < 0.2, "a number differs"
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_outlier_coarsens_its_own_group_alone(bits: int) -> None:
+    weight_NK = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    before = IntLinear.of(weight_NK, bits).in_float().weight
+    weight_NK[:, 5] = 100
+    after = IntLinear.of(weight_NK, bits).in_float().weight
+    assert torch.equal(after[:, 32:], before[:, 32:])
+    assert not torch.equal(after[:, 6:32], before[:, 6:32])
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 
@@ -187,23 +208,29 @@ def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> Non
     writer.close()
     exact = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind]))
     order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
+    bits = BITS[kind]
     for dtype in (torch.float32, torch.bfloat16):
-        found = GgufBlocks(tmp_path / "a.gguf", dtype).find(exact[order].to(dtype))
+        file = GgufBlocks(tmp_path / "a.gguf", dtype)
+        assert file.find(exact[order].to(dtype), 12 - bits) is None, "numbers of other bits"
+        found = file.find(exact[order].to(dtype), bits)
         assert found is not None
         numbers, scales = found
         q = torch.stack((numbers & 15, numbers >> 4), 2).flatten(1).float()
         scale, zero = (scales[..., part].t().float().repeat_interleave(32, 1) for part in (0, 1))
-        assert torch.allclose((q - 8) * scale + zero, exact[order], atol=float(exact.abs().max()) * 2**-7)
+        summed = ((q - 8) * scale + zero).unflatten(1, (-1, 128)).sum(1)
+        # Only scale and zero are rounded; with another number a weight would be a whole step off.
+        most = exact[order].abs() * 2**-7.9 if bits == 8 else 0.1 * scale.abs()
+        assert bool(((summed - exact[order]).abs() <= most).all())
     other = exact[order].clone()
     other[3, 5] += 1
-    assert GgufBlocks(tmp_path / "a.gguf", torch.float32).find(other) is None
+    assert GgufBlocks(tmp_path / "a.gguf", torch.float32).find(other, bits) is None
 
 
 @pytest.mark.parametrize(
     ("quantization", "said"),
     [
         (Quantization.int4, ["3 of 8 layers keep the numbers", "stores layers as Q8_0: they are rounded to int4"]),
-        (Quantization.int8, ["stores layers as Q4_1, Q8_0: they are rounded to int8"]),
+        (Quantization.int8, ["4 of 8 layers keep the numbers", "stores layers as Q4_1: they are rounded to int8"]),
     ],
 )
 def test_what_is_not_repacked_is_said(

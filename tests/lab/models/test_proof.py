@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -155,16 +156,28 @@ def test_a_record_that_is_none_is_made_anew(text: str, tmp_path: Path, monkeypat
     assert prove(config, tmp_path) == outcome
 
 
+NO_SPACE = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("tempfile.TemporaryDirectory", OSError(NO_SPACE)),
+        ("_Trial", SafetensorError(f"Error while serializing: I/O error: {NO_SPACE} (os error 28)")),
+        ("find_structure", MemoryError("none")),
+        ("_try_engine", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")),
+    ],
+)
 def test_a_machine_without_room_says_nothing_of_an_architecture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
 ) -> None:
     def full(*arguments: object, **options: object) -> None:
-        raise OSError("No space left on device")
+        raise error
 
-    with monkeypatch.context() as here:
-        here.setattr(proof_module.tempfile, "TemporaryDirectory", full)
-        with pytest.raises(UserError, match="must have room for a trial of the model, got OSError: No space left"):
-            prove(config_of("llama"), tmp_path)
+    monkeypatch.setattr(f"lab.models.proof.{where}", full)
+    line = f"must have room for a trial of the model, got {type(error).__name__}: {error}"
+    with pytest.raises(UserError, match=re.escape(line)):
+        prove(config_of("llama"), tmp_path)
     assert not list(tmp_path.iterdir()), "and nothing is kept of it"
 
 
