@@ -42,6 +42,11 @@ from fl.run.state import Stateful
 EXPIRY_GRACE_SECONDS = 5.0
 """Flower's SuperLink reports a message that has expired; if that report does not arrive either, we stop waiting."""
 WAITING_LOG_SECONDS = 10.0
+PAUSE_PER_LOOK = 9.0
+"""Shortest pause after a look for replies, relative to the processor's time that the look took: of the cores of a
+simulation, which its clients need, a server that waits for many of them takes a tenth of one."""
+LONGEST_PAUSE_SECONDS = 1.0
+"""It is no longer than this, unless `poll_seconds` is."""
 
 log = logging.getLogger(__name__)
 
@@ -381,23 +386,28 @@ class WeightedFedAvg(Strategy):
         expires = begin + self.message_ttl_seconds + EXPIRY_GRACE_SECONDS
         while pending and (now := time.monotonic()) < expires and not is_over(now - begin):
             self._drop_late(grid)
+            looking_seconds = 0.0  # without what is made of the replies
             for message_id in [*pending]:
                 if is_over(0.0):
                     break
-                for reply in grid.pull_messages([message_id]) if message_id in pending else ():
+                looked = time.thread_time()
+                replies = grid.pull_messages([message_id]) if message_id in pending else ()
+                looking_seconds += time.thread_time() - looked
+                for reply in replies:
                     self._check_stopped()  # when we are stopped, clients are killed and reply with errors
                     if (node_id := pending.pop(reply.metadata.reply_to_message_id, None)) is not None:
                         yield node_id, reply
                     del reply
+                del replies
             if pending and not is_over(0.0):
-                self._pause()
+                self._pause(min(LONGEST_PAUSE_SECONDS, PAUSE_PER_LOOK * looking_seconds))
         if time.monotonic() < expires:
             self._unanswered |= {message_id: (node_id, expires) for message_id, node_id in pending.items()}
         yield from ((node_id, None) for node_id in pending.values())
 
-    def _pause(self) -> None:
+    def _pause(self, least_seconds: float = 0.0) -> None:
         self._check_stopped()
-        time.sleep(self.poll_seconds)
+        time.sleep(max(self.poll_seconds, least_seconds))
 
     def _check_stopped(self) -> None:
         if self._stopped():
