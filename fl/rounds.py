@@ -110,7 +110,10 @@ class RunReport:
 
 
 class RoundFailed(Fault):
-    """Too few clients gave a good reply, which ends the run. `adapter` is the last good one, `refused` the reasons."""
+    """Too few clients gave a good reply, or two nodes have one partition, which ends the run.
+
+    `adapter` is the last good one, `refused` the reasons.
+    """
 
     def __init__(
         self,
@@ -120,12 +123,16 @@ class RoundFailed(Fault):
         refused: list[Refusal],
         good: int = 0,
         quorum: int = 1,
+        *,
+        has_twins: bool = False,
     ) -> None:
         self.server_round = server_round
         self.adapter = adapter
         self.refused = refused
         reasons = "; ".join(f"node {refusal.node_id} {refusal.reason}" for refusal in refused)
         self.ended = f"with {good} good replies of the {quorum} that it needs" if good else "without one good reply"
+        if has_twins:
+            self.ended = "because two nodes have one partition"
         super().__init__(f"{phase} round {server_round} ended {self.ended}: {reasons or 'no node was asked'}")
 
 
@@ -155,6 +162,8 @@ class RoundFold:
         self._evaluate = MetricMean()
         self._rows: list[ClientRow] = []
         self.refused: list[Refusal] = []
+        self.has_twins = False
+        """Whether two nodes have one partition: which of them counted would depend on the order of their replies."""
         self.seconds = 0.0
         self.last_line = ""
 
@@ -216,7 +225,8 @@ class RoundFold:
             counts=_counts(metrics_of(content, DATA)),
         )
         others = (known.node_id for known in self._rows if known.partition_id == row.partition_id is not None)
-        if (other := next(others, None)) is not None:  # the same data would count twice
+        if (other := next(others, None)) is not None:
+            self.has_twins = True
             raise ValueError(f"{PARTITION} must differ between nodes, got {row.partition_id} like node {other}")
         if self._adapters:
             reply = self._decode(content, self._adapters.expected(row.partition_id))

@@ -98,6 +98,8 @@ class WeightedFedAvg(Strategy):
     _needed_nodes: int = field(default=1, init=False)
     _unanswered: dict[str, tuple[int, float]] = field(default_factory=dict, init=False)
     """Messages of earlier rounds whose replies nobody waits for: their node, and when they expire."""
+    _queries: dict[str, tuple[int, float]] = field(default_factory=dict, init=False)
+    """Messages that ask for a partition, likewise, until they are answered."""
     _share: int = field(default=1, init=False)
     """Good replies that the round waits for."""
     _late: int = field(default=0, init=False)
@@ -133,7 +135,7 @@ class WeightedFedAvg(Strategy):
 
         Raises NodesMissing, RoundFailed when a round (or the last evaluation) has no good reply, and RunStopped.
         """
-        self._unanswered, self._late = {}, 0
+        self._unanswered, self._queries, self._late = {}, {}, 0
         packed, self._first_asked, self._first_partitions = self._aggregator.start(initial), [], [*first_asked]
         self._on_reply, self._stopped = on_reply, stopped
         self.summary()
@@ -205,8 +207,7 @@ class WeightedFedAvg(Strategy):
         self._exchange(grid, messages, fold, self.quorum, min(self._share, len(messages)))
         left_out = self.sites.left_out(server_round)
         self._note(server_round, fold)
-        if len(fold.rows) < self.quorum:
-            raise RoundFailed("train", server_round, packed.unpack(), fold.refused, len(fold.rows), self.quorum)
+        self._check("train", server_round, packed, fold, self.quorum)
         packed = self._next(server_round, packed, fold)
         return packed, RoundReport(
             round=server_round,
@@ -236,9 +237,15 @@ class WeightedFedAvg(Strategy):
         arrays, fold = to_array_record(packed), RoundFold(None)
         messages = self._messages(MessageType.EVALUATE, server_round, arrays, ConfigRecord(), nodes)
         self._exchange(grid, messages, fold, 1, len(messages))
-        if not fold.rows:
-            raise RoundFailed("evaluate", server_round, packed.unpack(), fold.refused)
+        self._check("evaluate", server_round, packed, fold, 1)
         return fold
+
+    def _check(self, phase: str, server_round: int, sent: PackedAdapter | None, fold: RoundFold, needed: int) -> None:
+        """RoundFailed for a round with too few good replies, or with two of one partition."""
+        good = len(fold.rows)
+        if good < needed or fold.has_twins:
+            state = sent.unpack() if sent else {}
+            raise RoundFailed(phase, server_round, state, fold.refused, good, needed, has_twins=fold.has_twins)
 
     def _asked_first(self, grid: Grid) -> list[int]:
         """The nodes of round 1 that are still there. Node ids differ from run to run: a run that continues knows the
@@ -322,43 +329,62 @@ class WeightedFedAvg(Strategy):
         return nodes
 
     def _by_partition(self, grid: Grid, nodes: list[int]) -> list[int]:
-        """The nodes that report their partition, by partition; each is asked once per run, again if it is late."""
-        self._drop_late(grid)
-        busy = {node_id for node_id, _ in self._unanswered.values()}
-        unknown = [node_id for node_id in nodes if node_id not in self._partitions and node_id not in busy]
-        messages = [self._message(RecordDict(), node_id, MessageType.QUERY, 0) for node_id in unknown]
-
-        def is_over(waited_seconds: float) -> bool:
-            known = sum(node_id in self._partitions for node_id in nodes)
-            return waited_seconds >= self.deadline_seconds and known >= self.quorum
-
-        for node_id, reply in self._replies(grid, messages, is_over):
-            try:
-                if reply is None or reply.has_error():
-                    raise ValueError("no reply" if reply is None else describe_error(reply))
-                partition = partition_of(metrics_of(reply.content, METRICS).get(PARTITION))
-                if partition is None:
-                    raise ValueError(f"{METRICS}.{PARTITION} is missing")
-                self._partitions[node_id] = partition
-                self.sites.of(node_id, partition)
-            except ValueError as error:
-                log.warning("node %d did not name its partition and is left out: %s", node_id, error)
-        known = [node_id for node_id in nodes if node_id in self._partitions]
+        """The nodes that have named their partition, by partition. Each is asked once per run; one that is late takes
+        part from the round on that follows its answer."""
+        began = time.monotonic()
+        asked = {node_id for node_id, _ in self._queries.values()}
+        for node_id in nodes:
+            if node_id not in self._partitions and node_id not in asked:
+                query = self._message(RecordDict(), node_id, MessageType.QUERY, 0)
+                if message_id := next(iter(grid.push_messages([query])), None):
+                    self._queries[message_id] = node_id, began + self.message_ttl_seconds + EXPIRY_GRACE_SECONDS
+        while True:
+            looked = time.thread_time()
+            self._take_partitions(grid)
+            known = [node_id for node_id in nodes if node_id in self._partitions]
+            is_complete = not {*nodes} & {node_id for node_id, _ in self._queries.values()}
+            if is_complete or (time.monotonic() - began >= self.deadline_seconds and len(known) >= self.quorum):
+                break
+            self._pause(min(LONGEST_PAUSE_SECONDS, PAUSE_PER_LOOK * (time.thread_time() - looked)))
         if not known:
             raise NodesMissing(f"none of {len(nodes)} registered clients named its partition")
         return sorted(known, key=lambda node_id: (self._partitions[node_id], node_id))
+
+    def _take_partitions(self, grid: Grid) -> None:
+        """Take the answers to queries that have come, and give up those that have expired."""
+        for message_id, (node_id, expires) in [*self._queries.items()]:
+            for reply in grid.pull_messages([message_id]):
+                self._check_stopped()
+                del self._queries[message_id]
+                self._learn_partition(node_id, reply)
+            if time.monotonic() > expires and message_id in self._queries:
+                del self._queries[message_id]
+                self._learn_partition(node_id, None)
+
+    def _learn_partition(self, node_id: int, reply: Message | None) -> None:
+        try:
+            if reply is None or reply.has_error():
+                raise ValueError("no reply" if reply is None else describe_error(reply))
+            partition = partition_of(metrics_of(reply.content, METRICS).get(PARTITION))
+            if partition is None:
+                raise ValueError(f"{METRICS}.{PARTITION} is missing")
+            self._partitions[node_id] = partition
+            self.sites.of(node_id, partition)
+        except ValueError as error:
+            log.warning("node %d did not name its partition and is left out: %s", node_id, error)
 
     def _exchange(self, grid: Grid, messages: list[Message], fold: RoundFold, quorum: int, share: int) -> None:
         """Fold in replies until `share` of them are good, or the deadline has passed and `quorum` are."""
 
         def is_over(waited_seconds: float) -> bool:
             good = len(fold.rows)
-            return good >= share or (waited_seconds >= self.deadline_seconds and good >= quorum)
+            is_late = waited_seconds >= self.deadline_seconds and good >= quorum
+            return good >= share or is_late or fold.has_twins
 
         for node_id, reply in self._replies(grid, messages, is_over):
             if reply is None:
-                if len(fold.rows) >= share:
-                    continue  # asked in addition, and not needed
+                if len(fold.rows) >= share or fold.has_twins:
+                    continue  # asked in addition, and not needed; or of a round that fails
                 fold.refuse(node_id, ERRORS[3] if self.deadline_seconds == math.inf else "missed the round's deadline")
             else:
                 fold.add(node_id, reply, 0 if reply.has_error() else message_bytes(reply))
@@ -440,10 +466,7 @@ class WeightedFedAvg(Strategy):
         for reply in replies:
             fold.add(self._asked_node(reply), reply, 0)
             del reply
-        needed = self.quorum if phase == "train" else 1
-        if len(fold.rows) < needed:
-            state = sent.unpack() if sent else {}
-            raise RoundFailed(phase, server_round, state, fold.refused, len(fold.rows), needed)
+        self._check(phase, server_round, sent, fold, self.quorum if phase == "train" else 1)
         return fold
 
     def _asked_node(self, reply: Message) -> int:

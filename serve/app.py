@@ -269,9 +269,9 @@ async def _answer(state: State, request: Request, *, is_chat: bool) -> Response:
     fields = await _fields(request, state)
     state.check_open()
     model = state.models.get(fields.text("model"))
-    if is_chat and fields.raw("tools"):
-        _warn_of_tools()
     asked = await _in_thread(state, lambda: _read(model, fields, state.limits, is_chat=is_chat))
+    if is_chat and (fields.raw("tools") or fields.raw("functions")):
+        _warn_of_tools()
     most = [asked.new_tokens(len(prompt), model.writer.context, state.limits) for prompt in asked.prompts]
     state.check_room(asked.count)
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(16)}"

@@ -1,7 +1,8 @@
 """A federation by Flower's own FedAvg, with its defaults, to compare ours with: `python -m simulations.stock`.
 
-Its settings, clients and Ray workers are those of `simulations/fed_sim.py`. Flower's FedAvg has clients train in one
-message and evaluate the new adapter in another, where ours have both in one. The adapter travels as the same one array.
+Its clients and Ray workers are those of `simulations/fed_sim.py`, and so are its settings; those that Flower's FedAvg
+does not have are refused. With Flower's FedAvg clients train in one message and evaluate the new adapter in another;
+ours do both in one. The adapter travels as the same one array.
 """
 
 import time
@@ -21,11 +22,23 @@ from fl.server_app import make_server_app
 from fl.settings import FederatedSettings
 from lab.command import entry
 from lab.device import open_device, read_memory
+from lab.settings import UserError
 from simulations.flower import quiet_flower, run_apps
+
+OURS = (
+    *("fraction", "quorum", "oversample", "round_deadline_seconds", "aggregation", "site_ranks", "site_alphas"),
+    *("server_optimizer", "compression", "share", "baseline", "resume"),
+)
+"""Settings that have their defaults here."""
 
 
 def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
-    """Run all rounds; the figures of the last line have the names that our server gives them."""
+    """Run all rounds; the figures of the last line have the names that our server gives them. UserError for a setting
+    that Flower's FedAvg does not have."""
+    usual = entry.compose_settings("fed_learn", "", FederatedSettings).project
+    for name in OURS:
+        if getattr(settings.project, name) != getattr(usual, name):
+            raise UserError(f"project.{name} must be left out: Flower's FedAvg has nothing like it")
     figures: dict[str, Any] = {}
     initial = first_adapter(settings)
     index = AdapterIndex.of(initial, settings.project.wire_dtype)

@@ -107,7 +107,7 @@ class Federations:
         adapter = first_adapter(settings)
         if method not in (BEFORE, ALONE):
             folder = self._folder / "-".join([method, *more, str(seed)])
-            # All held-out examples are measured below; the simulation's own figures are not used.
+            # Held-out examples are measured below, `max_held_out` of each site; no figure of the simulation is used.
             few = "project.data.max_held_out=1"
             figures = simulate([*self.overrides(seed), *words, few], folder, self.project.run_timeout_seconds)
             adapter = adapter_of_run(settings, Path(figures["adapter_path"]), "project.resume")

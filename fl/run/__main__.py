@@ -104,7 +104,8 @@ class _Attempt:
         return self._result(run_id, state)
 
     def _submitted(self, run_config: Path) -> str:
-        """Submit the run; its id. A signal meanwhile stops the run: the SuperLink may have it before we know its id."""
+        """Submit the run; its id. After a signal meanwhile the run is stopped as soon as its id is known; a second one
+        ends us at once, whatever the SuperLink makes of the run."""
         run_ids: list[str] = []
         try:
             with calling_on_signal(lambda: None):
@@ -188,7 +189,7 @@ def keep_the_last(root: Path) -> None:
 
 def _as_toml(value: str | bool) -> str:
     """A text or a flag in TOML, which is as in JSON, but that TOML knows no halves of surrogate pairs."""
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _moved(figures: dict[str, Any], attempt: Path, root: Path) -> dict[str, Any]:

@@ -48,12 +48,17 @@ class SiteRecords:
         """The record of a node, whose partition may be known by now."""
         record = self._by_node.setdefault(node_id, SiteRecord(node_id=node_id))
         if partition is not None and record.partition is None:
-            earlier = self._earlier.pop(partition, None)
+            earlier = self._earlier.pop(partition, None) or self._taken_over(partition)
             if earlier is not None:
                 record = self._by_node[node_id] = earlier
                 record.node_id = node_id
             record.partition = partition
         return record
+
+    def _taken_over(self, partition: int) -> SiteRecord | None:
+        """The record of a partition whose node has started again, under another number."""
+        found = next((node for node, record in self._by_node.items() if record.partition == partition), None)
+        return None if found is None else self._by_node.pop(found)
 
     def succeeded(self, node_id: int, partition: int | None) -> None:
         """Note a good reply."""

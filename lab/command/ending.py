@@ -65,7 +65,8 @@ class End:
 def end_of(error: BaseException) -> End:
     """The end of a run that raised `error`."""
     end = _end_of(error)
-    if end.fault is not None and (stopped := _stopped_before(error)) is not None:  # what it hit has made another of it
+    # What a signal hit may have made another exception of it.
+    if (end.fault is not None or isinstance(error, UserError)) and (stopped := _stopped_before(error)) is not None:
         return _end_of(stopped)
     return end
 

@@ -26,7 +26,7 @@ from lab.file_digests import RECORD_FILE
 from lab.files import path_of, require_writable, share_like_parent
 from lab.models.folder import INDEX, ModelFolder
 from lab.models.gguf_blocks import BITS, GgufBlocks, kinds_in_layers
-from lab.models.packed import linear_layers, write_packed
+from lab.models.packed import HEAD_BITS, linear_layers, write_packed
 from lab.models.quantized import load_options
 from lab.models.shape import ModelShape
 from lab.settings import Dtype, ModelSettings, ModelSource, UserError, digest
@@ -231,7 +231,7 @@ def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
         log.info("packing %s to %s once (about 10 s for 135M parameters)", settings.name, settings.quantization.name)
         config = stored.config()
         file = gguf_file(settings) if settings.source is ModelSource.gguf else None
-        blocks = GgufBlocks(file, dtype) if file else None
+        blocks = GgufBlocks(file, dtype, {bits, HEAD_BITS}) if file else None
         options = load_options(stored.weight_format(config), None, torch.device("cpu"), dtype)
         model = stored.load(config, dtype, **options)
         try:

@@ -7,6 +7,7 @@ there, to the bit.
 Shapes: N outputs, K inputs, G blocks of a row.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,11 @@ class GgufBlocks:
 
     Args:
         file: The GGUF file.
+        bits: Numbers of these bits are looked for.
         dtype: Dtype to which the matrices were rounded after they had been dequantised.
     """
 
-    def __init__(self, file: Path, dtype: torch.dtype) -> None:
+    def __init__(self, file: Path, dtype: torch.dtype, bits: Collection[int]) -> None:
         from gguf import GGUFReader
 
         self.found = 0
@@ -49,7 +51,7 @@ class GgufBlocks:
         self._dtype = dtype
         self._tensors: dict[int, Any] = {}
         for tensor in GGUFReader(file).tensors:
-            if tensor.tensor_type.name in BITS and len(tensor.shape) == 2:
+            if BITS.get(tensor.tensor_type.name) in bits and len(tensor.shape) == 2:
                 self._tensors[_digest(_digests(self._dequantised(tensor)))] = tensor
 
     def find(self, weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:

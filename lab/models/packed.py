@@ -104,7 +104,7 @@ class IntLinear(nn.Linear):
         return outcome_RN.view(*input.shape[:-1], self.out_features)
 
     def in_float(self) -> nn.Linear:
-        """A plain layer in float32 with the weights that these numbers stand for."""
+        """A plain layer in float32 with the weights that these numbers stand for, rounded to bfloat16."""
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         # Each row of the identity meets one weight of each output: what comes out is that weight, in bfloat16.
         weight_KN = multiply(torch.eye(self.in_features, dtype=torch.bfloat16), self.weight, self.scales)

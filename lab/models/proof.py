@@ -227,6 +227,11 @@ def _failure(attempt: Callable[[], None]) -> str | None:
 def _against(error: Exception) -> str:
     """What an error says against an architecture: it fails in its own way, whatever that is. UserError for one of this
     machine, now: it says nothing of the architecture."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):  # a signal, of which a library has made another exception
+            raise cause
+        cause = cause.__cause__ or cause.__context__
     log.debug("a trial failed", exc_info=error)
     text = str(error)  # safetensors' and torch's own errors of that kind have no type of their own
     if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError) or any(words in text for words in OF_MACHINE):

@@ -379,13 +379,19 @@ def test_a_client_that_never_answers_is_counted_out_after_its_time(monkeypatch: 
     assert len(report.clients) == 5
 
 
-def test_data_that_two_nodes_have_counts_once() -> None:
-    want, _, _ = run(FakeGrid(NODES, train), strategy_for(), num_rounds=1)
-    got, [report], _ = run(FakeGrid({**NODES, 2_000: 3}, train), strategy_for(), num_rounds=1)
-    [refusal] = report.refused
-    assert refusal.node_id == 2_000
-    assert "partition-id must differ between nodes, got 3 like node 1021" in refusal.reason
-    assert bytes_of(got) == bytes_of(want)
+def test_two_nodes_with_one_partition_end_the_run_by_name() -> None:
+    """Whichever replies first: the adapter must not depend on that."""
+    orders: list[Callable[[list[str]], list[str]]] = [in_order, lambda ids: ids[::-1]]
+    for order in orders:
+        twin = FakeGrid({**NODES, 2_000: 3}, train, order)
+        with pytest.raises(RoundFailed) as failed:
+            run(twin, strategy_for(), num_rounds=1)
+        said = str(failed.value)
+        assert said.startswith("train round 1 ended because two nodes have one partition: node ")
+        assert "partition-id must differ between nodes, got 3 like node " in said
+        assert "2000" in said
+        assert "1021" in said
+        assert bytes_of(failed.value.adapter) == bytes_of(INITIAL)
 
 
 def test_a_message_that_cannot_be_sent_is_counted_out() -> None:
@@ -434,7 +440,9 @@ def test_start_names_the_node_that_the_superlink_answers_for(caplog: pytest.LogC
     grid = FakeGrid(NODES, train)
     messages = list(strategy.configure_train(1, arrays_of(INITIAL, INDEX_32), ConfigRecord(), grid))
     grid.push_messages(messages)
-    replies = [Message(train(message, 0), reply_to=message) for message in messages[1:]]
+    replies = [
+        Message(train(message, NODES[message.metadata.dst_node_id]), reply_to=message) for message in messages[1:]
+    ]
     gone = Message(Error(5), reply_to=messages[0])
     gone.metadata.__dict__["_src_node_id"] = 1
     strategy.aggregate_train(1, [*replies, gone])

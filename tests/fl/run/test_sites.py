@@ -79,17 +79,32 @@ def test_a_round_ends_at_its_deadline_with_its_quorum_and_late_replies_are_dropp
     assert all(4 not in [row.partition_id for row in report.clients] for report in reports), "no late reply counts"
 
 
-def test_a_node_that_does_not_name_its_partition_holds_no_round_up() -> None:
-    """It is asked again once its late answer has come, and then takes part."""
+def test_a_node_that_is_late_to_name_its_partition_holds_no_round_up() -> None:
+    """It takes part once its answer has come."""
     grid, began = SlowGrid({4}, rounds=3, kind="query"), time.monotonic()
     strategy = strategy_for(fraction=0.99, quorum=4, deadline_seconds=0.05, message_ttl_seconds=60.0)
     _, reports, _ = run(grid, strategy, num_rounds=6)
     assert time.monotonic() - began < 30
-    took_part = [4 in [row.partition_id for row in report.clients] for report in reports]
-    assert not any(took_part[:3])
+    assert [4 in [row.partition_id for row in report.clients] for report in reports] == [False] * 3 + [True] * 3
     queries = [m for m in grid.sent if m.metadata.message_type == "query" and NODES[m.metadata.dst_node_id] == 4]
-    assert len(queries) == 2
-    assert took_part[-1]
+    assert len(queries) == 1
+    assert [report.late for report in reports] == [0] * 6
+
+
+def test_nodes_that_have_not_named_their_partition_are_waited_for_where_the_quorum_needs_them() -> None:
+    strategy = strategy_for(fraction=0.99, quorum=5, deadline_seconds=0.001, message_ttl_seconds=60.0)
+    _, [report], _ = run(SlowGrid({2, 4}, looks=20, kind="query"), strategy, num_rounds=1)
+    assert len(report.clients) >= 5
+
+
+def test_a_node_that_starts_again_keeps_the_record_of_its_site() -> None:
+    sites = SiteRecords(3, 2)
+    sites.succeeded(7, 1)
+    sites.failed(7, 1)
+    sites.failed(7, 2)
+    sites.succeeded(8, 1)
+    [record] = sites.records
+    assert (record.node_id, record.partition, record.failures, record.failures_in_row) == (8, 1, 2, 0)
 
 
 def test_the_mean_is_that_of_the_replies_in_time() -> None:

@@ -27,12 +27,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lab.command import entry
+from lab.command.ending import Stopped, end_of
 from lab.command.typed import to_settings
 from lab.doctor import DoctorSettings
 from lab.engine.base import TargetStep
 from lab.engine.not_finite import NotFinite
 from lab.environment import PACKAGES
-from lab.faults import Lost
+from lab.faults import EndedBy, Lost
 from lab.settings import Dtype, UserError, digest
 
 Work = Callable[[DoctorSettings, entry.Run], dict[str, Any]]
@@ -404,6 +405,18 @@ def work(settings, place):
     exec(compile(source, "torch/part.py", "exec"), {"__name__": "torch.part"})
     time.sleep(100)
     """
+
+
+def test_a_signal_that_a_reader_takes_for_a_bad_file_is_still_a_signal() -> None:
+    try:
+        try:
+            raise Stopped(signal.SIGINT)
+        except BaseException as error:
+            raise UserError("model.path must be a file that can be read") from error
+    except UserError as error:
+        end = end_of(error)
+    assert (end.code, end.by, end.line) == (130, EndedBy.interrupted, "interrupted")
+    assert end_of(UserError("a bad value")).code == 2
 
 
 @pytest.mark.parametrize(("text", "after"), [(TURNED, ""), (IMPORTS, "imported\n")], ids=["turned", "put off"])

@@ -210,7 +210,7 @@ def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> Non
     order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
     bits = BITS[kind]
     for dtype in (torch.float32, torch.bfloat16):
-        file = GgufBlocks(tmp_path / "a.gguf", dtype)
+        file = GgufBlocks(tmp_path / "a.gguf", dtype, {4, 8})
         assert file.find(exact[order].to(dtype), 12 - bits) is None, "numbers of other bits"
         found = file.find(exact[order].to(dtype), bits)
         assert found is not None
@@ -223,7 +223,7 @@ def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> Non
         assert bool(((summed - exact[order]).abs() <= most).all())
     other = exact[order].clone()
     other[3, 5] += 1
-    assert GgufBlocks(tmp_path / "a.gguf", torch.float32).find(other, bits) is None
+    assert GgufBlocks(tmp_path / "a.gguf", torch.float32, {4, 8}).find(other, bits) is None
 
 
 @pytest.mark.parametrize(

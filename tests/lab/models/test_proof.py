@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
+from lab.command.ending import Stopped
 from lab.models import proof as proof_module
 from lab.models.proof import Use, prove, require, try_out
 from lab.settings import UserError
@@ -179,6 +181,19 @@ def test_a_machine_without_room_says_nothing_of_an_architecture(
     with pytest.raises(UserError, match=re.escape(line)):
         prove(config_of("llama"), tmp_path)
     assert not list(tmp_path.iterdir()), "and nothing is kept of it"
+
+
+@pytest.mark.parametrize("where", ["_Trial", "_try_engine"])
+def test_a_signal_that_a_library_makes_an_error_of_says_nothing_of_an_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        raise SystemError("returned a result with an exception set") from Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(f"lab.models.proof.{where}", stopped)
+    with pytest.raises(Stopped, match="terminated"):
+        prove(config_of("llama"), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("context", [8, 16, 30])
