@@ -1,6 +1,7 @@
 import json
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fl.bench.settings import FederatedBenchProjectSettings, FederatedBenchSetti
 from fl.rounds import RoundFold
 from fl.settings import FederatedSettings, WireDtype
 from lab.command.entry import Run, compose_settings
+from lab.command.processes import run_to_end
 from lab.models.lora import fresh_adapter
 from lab.settings import UserError, to_plain
 from tests.fl import two_sites
@@ -149,13 +151,17 @@ def test_a_server_that_grows_with_every_round_of_many_sites_is_caught(
 def test_a_server_that_takes_more_than_flowers_own_or_computes_something_else_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def row(wall: float, memory: int, loss: float) -> tuple[bool, float, float]:
+    def row(
+        wall: float, memory: int, loss: float, held_out: float = 3.0, refused: Sequence[str] = ()
+    ) -> tuple[bool, float, float]:
         def simulate(overrides: list[str], folder: Path, timeout_seconds: float) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "server_rss_bytes": memory}) + "\n")
-            return {"wall_seconds": wall, "train_loss_by_round": [loss]}
+            losses = {"train_loss_by_round": [loss], "eval_loss_by_round": [held_out]}
+            return {"wall_seconds": wall, "refused": refused, **losses}
 
-        theirs = {"wall_seconds": 10.0, "train_loss_by_round": [2.0], "server_rss_bytes": [90, 100]}
+        losses = {"train_loss_by_round": [2.0], "eval_loss_by_round": [3.0]}
+        theirs = {"wall_seconds": 10.0, "server_rss_bytes": [90, 100], **losses}
         monkeypatch.setattr(bench, "simulate", simulate)
         monkeypatch.setattr(bench, "run_to_end", lambda *arguments: ([], theirs))
         found = bench.stock(project("project.stock_turns=2"), tmp_path)
@@ -166,6 +172,20 @@ def test_a_server_that_takes_more_than_flowers_own_or_computes_something_else_is
     assert not row(10.1, 100, 2.0)[0]
     assert not row(9.0, 101, 2.0)[0]
     assert not row(9.0, 100, 2.01)[0]
+    assert not row(9.0, 100, 2.0, held_out=3.01)[0]
+    assert not row(9.0, 100, 2.0, refused=["client 1"])[0]
+
+
+@pytest.mark.real
+def test_flowers_own_fedavg_over_the_same_clients_comes_to_the_same_losses(simulated: Path, tmp_path: Path) -> None:
+    """Up to rounding: its mean is one of float32."""
+    ours = json.loads((simulated / "result.json").read_text())
+    theirs = run_to_end("simulations.stock", two_sites.words(simulated / "shared.jsonl"), tmp_path, 270)[1]
+    for name in ("train_loss_by_round", "eval_loss_by_round"):
+        assert theirs[name] == pytest.approx(ours[name], abs=1e-4), name
+        assert abs(theirs[name][0] - theirs[name][1]) > 1e-2, "rounds differ by more than that"
+    assert len(theirs["server_rss_bytes"]) == len(ours["train_loss_by_round"])
+    assert theirs["wall_seconds"] > 0
 
 
 @pytest.mark.real

@@ -33,7 +33,7 @@ class Scripted(Writer):
     def check_schema(self, schema: str) -> None:
         return
 
-    def begin(self, key: Hashable, request: GenerationRequest, client: Hashable, receive: Receive) -> None:
+    def begin(self, key: Hashable, request: GenerationRequest, client: str, user: str, receive: Receive) -> None:
         self.receive[key] = receive
 
     def leave(self, key: Hashable) -> None:
