@@ -65,14 +65,13 @@ class End:
 def end_of(error: BaseException) -> End:
     """The end of a run that raised `error`."""
     end = _end_of(error)
-    # What a signal hit may have made another exception of it.
-    if (end.fault is not None or isinstance(error, UserError)) and (stopped := _stopped_before(error)) is not None:
+    if (end.fault is not None or isinstance(error, UserError)) and (stopped := signal_among(error)) is not None:
         return _end_of(stopped)
     return end
 
 
-def _stopped_before(error: BaseException | None) -> Stopped | None:
-    """The signal among the causes of an error."""
+def signal_among(error: BaseException | None) -> Stopped | None:
+    """The signal among an error and its causes: what it hit, a library say, may have made another exception of it."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__cause__ or error.__context__
     return error

@@ -100,7 +100,10 @@ class IntLinear(nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         rows_RK = input.reshape(-1, self.in_features)
-        outcome_RN = project(rows_RK, self.weight, self.scales, self.out_features, self.bias)
+        product_RN = multiply(rows_RK.to(torch.bfloat16), self.weight, self.scales)
+        outcome_RN = product_RN[:, : self.out_features].to(input.dtype)
+        if self.bias is not None:
+            outcome_RN = outcome_RN + self.bias
         return outcome_RN.view(*input.shape[:-1], self.out_features)
 
     def in_float(self) -> nn.Linear:
@@ -155,12 +158,6 @@ def join(layers: Sequence[IntLinear]) -> tuple[Tensor, Tensor]:
         layer.scales = scales[:, first:last]
         first = last
     return numbers, scales
-
-
-def project(rows_RK: Tensor, numbers: Tensor, scales: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
-    """The output of a packed layer for rows of any dtype, in that dtype: R x N."""
-    outcome_RN = multiply(rows_RK.to(torch.bfloat16), numbers, scales)[:, :outputs].to(rows_RK.dtype)
-    return outcome_RN if bias is None else outcome_RN + bias
 
 
 def _in_kernel_order(halves_NX: Tensor) -> Tensor:

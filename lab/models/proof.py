@@ -38,6 +38,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
+from lab.command.ending import disk_full, signal_among
 from lab.engine import base, context, kv, local
 from lab.engine.base import Session
 from lab.engine.context import longest_text
@@ -58,8 +59,8 @@ from lab.settings import UserError
 
 log = logging.getLogger(__name__)
 
-OF_MACHINE = ("I/O error", "can't allocate memory", os.strerror(errno.ENOSPC), os.strerror(errno.ENOMEM))
-"""Words of errors that are about a machine without room, not about an architecture."""
+OF_MACHINE = ("I/O error", "can't allocate memory", os.strerror(errno.ENOMEM))
+"""Words of errors that are about a machine, not about an architecture."""
 LONGEST = 64
 """Tokens of a sequence in a trial: more than a twin's windows, and than the length at which its rotary frequencies
 change."""
@@ -227,14 +228,12 @@ def _failure(attempt: Callable[[], None]) -> str | None:
 def _against(error: Exception) -> str:
     """What an error says against an architecture: it fails in its own way, whatever that is. UserError for one of this
     machine, now: it says nothing of the architecture."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, KeyboardInterrupt):  # a signal, of which a library has made another exception
-            raise cause
-        cause = cause.__cause__ or cause.__context__
+    if (stopped := signal_among(error)) is not None:
+        raise stopped
     log.debug("a trial failed", exc_info=error)
-    text = str(error)  # safetensors' and torch's own errors of that kind have no type of their own
-    if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError) or any(words in text for words in OF_MACHINE):
+    # safetensors' and torch's own errors of that kind have no type of their own
+    has_words = any(words in str(error) for words in OF_MACHINE)
+    if has_words or disk_full(error) or isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):
         raise _no_room(error) from None
     return _in_one_line(error)
 

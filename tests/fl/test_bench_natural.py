@@ -97,7 +97,7 @@ def test_a_report_is_confirmed_or_contradicted_where_all_seeds_agree() -> None:
     measured = Measured(
         average=[4.0, 5.0], ffa=[4.1, 5.2], rolora=[4.1, 5.1], svd=[3.9, 5.1], svd_of_the_rank=[3.99, 4.99]
     )
-    rows = natural.papers(measured)  # type: ignore[arg-type]  # only its perplexities are read
+    rows = natural.papers(measured)  # only its perplexities are read
     assert [(row["name"], row["verdict"].split(":")[0]) for row in rows] == [
         ("average under ffa", "confirmed"),
         ("rolora under average", "contradicted"),
@@ -105,7 +105,7 @@ def test_a_report_is_confirmed_or_contradicted_where_all_seeds_agree() -> None:
         ("svd under average", "undecided"),
     ]
     del measured.methods["svd"]
-    assert len(natural.papers(measured)) == 3  # type: ignore[arg-type]
+    assert len(natural.papers(measured)) == 3
 
 
 def test_a_format_that_changes_one_seed_too_much_does_not_hold() -> None:
@@ -113,7 +113,7 @@ def test_a_format_that_changes_one_seed_too_much_does_not_hold() -> None:
         measured = Measured(
             average=[4.0, 5.0], average_int8=int8, average_int4=[4.03, 5.0], average_topk_int8=[9.0, 9.0]
         )
-        return {row["name"]: row for row in natural.uplink(measured)}  # type: ignore[arg-type]
+        return {row["name"]: row for row in natural.uplink(measured)}
 
     assert rows([4.01, 4.99])["int8"]["holds"]
     assert not rows([4.0, 5.03])["int8"]["holds"]
