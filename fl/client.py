@@ -185,7 +185,7 @@ def read_split(settings: FederatedSettings, site: Site, tokenizer: PreTrainedTok
         documents = source.documents()
     else:
         source = open_source(data)
-        documents = client_documents(source, site.index, project.num_clients, project.partition_by, settings.seed)
+        documents = client_documents(source, site.index, project.num_clients, project.partition_rule, settings.seed)
     return split_documents(settings, source, documents, tokenizer)
 
 
@@ -200,7 +200,7 @@ def read_all(settings: FederatedSettings, tokenizer: PreTrainedTokenizerBase) ->
     malformed: list[MalformedRecord] = []
     unusable: UserError | None = None
     documents = source.documents()
-    for part in partition(documents, project.num_clients, project.partition_by, settings.seed):
+    for part in partition(documents, project.num_clients, project.partition_rule, settings.seed):
         try:
             splits.append(split_documents(settings, source, part, tokenizer))
         except MalformedData as error:

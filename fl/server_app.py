@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from fl.checkpoint import latest_adapter
 from fl.client_app import log_beside_flower, settings_from_run
 from fl.rounds import NodesMissing, RoundFailed
-from fl.run.folders import say_process
+from fl.run.folders import claim
 from fl.server import serve
 from lab.command.entry import Run, finish
 from lab.faults import EndedBy, Fault, Lost
@@ -46,7 +46,10 @@ def deployed(grid: Grid, context: Context) -> None:
         settings = settings_from_run(context)
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{context.run_id}"
         place = Run(Path(str(context.run_config.get("folder") or f"results/fed_learn/{name}")).absolute())
-        say_process(place.folder)
+        try:
+            claim(place.folder, str(context.run_id))
+        except FileExistsError:
+            raise UserError(f"folder must be of no other run, got {str(place.folder)!r}") from None
         # Flower sends the code itself, not the checkout: the hash of that code says what ran.
         code = {"fab_hash": grid.run.fab_hash}
         try:

@@ -23,10 +23,29 @@ if TYPE_CHECKING:
 
 
 class PartitionBy(Enum):
-    """`package`: whole units go to clients (not identically distributed); `iid`: documents are shuffled first."""
+    """How documents go to the clients of a simulation.
+
+    `package`: whole units, in clients of equal size; `iid`: documents in random order, likewise. The others are those
+    of flwr-datasets. `natural`: a client for each unit; `dirichlet`: shares of each unit, drawn for every client;
+    `shards`: a few shards of the documents in the order of their units; `linear`: random documents, for client i
+    (from 0) in proportion to i + 1.
+    """
 
     package = "package"
     iid = "iid"
+    natural = "natural"
+    dirichlet = "dirichlet"
+    shards = "shards"
+    linear = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionRule:
+    """How documents go to clients, with the numbers that it takes."""
+
+    by: PartitionBy
+    alpha: float
+    shards: int
 
 
 class WireDtype(Enum):
@@ -184,6 +203,10 @@ class FederatedProjectSettings:
     pause_rounds: int
     """Rounds for which it is left out."""
     partition_by: PartitionBy
+    partition_alpha: float
+    """Concentration of partition_by=dirichlet: the smaller it is, the fewer clients share a unit (arXiv 1905.12022)."""
+    partition_shards: int
+    """Shards of a client with partition_by=shards (arXiv 1602.05629)."""
     weighting: Weighting
     aggregation: Aggregation
     residual_rank: int
@@ -221,6 +244,8 @@ class FederatedProjectSettings:
     """Deployment: connection in the config.toml of `FLWR_HOME`; its SuperLink runs on this machine."""
     command_timeout_seconds: float
     """Deployment: time limit of one call of `flwr`."""
+    watch_seconds: float
+    """Deployment: pause between two looks of `python -m fl.run` at the files of its run."""
     node_timeout_seconds: float
     """Time limit for `num_clients` nodes to connect; in a deployment, also for the SuperLink to answer."""
     reply_timeout_seconds: float
@@ -236,15 +261,19 @@ class FederatedProjectSettings:
     data: DataSettings
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "num_clients", "rounds", "local_steps", "attempts", "max_failures")
+        require_at_least(
+            1, self, "num_clients", "rounds", "local_steps", "attempts", "max_failures", "partition_shards"
+        )
         require_at_least(0, self, "proximal_mu", "workers", "worker_retries", "retry_seconds", "pause_rounds")
         require_above(
             0,
             self,
+            "partition_alpha",
             "node_timeout_seconds",
             "reply_timeout_seconds",
             "poll_seconds",
             "command_timeout_seconds",
+            "watch_seconds",
             "warm_limit_bytes",
         )
         require(0 < self.fraction <= 1, "fraction must be in (0, 1]", self.fraction)
@@ -296,6 +325,11 @@ class FederatedProjectSettings:
         if any(rank != most for rank in self.site_ranks):
             rule = f"aggregation must be stack or svd for sites of ranks {self.site_ranks}, with lora.rank={most}"
             require(self.aggregation.takes_ranks, rule, self.aggregation.name)
+
+    @property
+    def partition_rule(self) -> PartitionRule:
+        """How documents go to clients."""
+        return PartitionRule(by=self.partition_by, alpha=self.partition_alpha, shards=self.partition_shards)
 
     @property
     def remembers(self) -> bool:

@@ -9,7 +9,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -35,6 +35,7 @@ from fl.messages import (
     to_array_record,
     to_index_record,
 )
+from fl.pending import PendingMessages
 from fl.rounds import ERRORS, NodesMissing, RoundFailed, RoundFold, RoundReport, RunReport, RunStopped, describe_error
 from fl.run.sites import SiteRecords
 from fl.run.state import Stateful
@@ -42,11 +43,6 @@ from fl.run.state import Stateful
 EXPIRY_GRACE_SECONDS = 5.0
 """Flower's SuperLink reports a message that has expired; if that report does not arrive either, we stop waiting."""
 WAITING_LOG_SECONDS = 10.0
-PAUSE_PER_LOOK = 9.0
-"""Shortest pause after a look for replies, relative to the processor's time that the look took: of the cores of a
-simulation, which its clients need, a server that waits for many of them takes a tenth of one."""
-LONGEST_PAUSE_SECONDS = 1.0
-"""It is no longer than this, unless `poll_seconds` is."""
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +92,10 @@ class WeightedFedAvg(Strategy):
     _first_asked: list[int] = field(default_factory=list, init=False)
     _first_partitions: list[int] = field(default_factory=list, init=False)
     _needed_nodes: int = field(default=1, init=False)
-    _unanswered: dict[str, tuple[int, float]] = field(default_factory=dict, init=False)
-    """Messages of earlier rounds whose replies nobody waits for: their node, and when they expire."""
-    _queries: dict[str, tuple[int, float]] = field(default_factory=dict, init=False)
-    """Messages that ask for a partition, likewise, until they are answered."""
+    _unanswered: PendingMessages = field(default_factory=PendingMessages, init=False)
+    """Messages of earlier rounds, whose replies will be dropped."""
+    _queries: PendingMessages = field(default_factory=PendingMessages, init=False)
+    """Messages that ask for a partition."""
     _share: int = field(default=1, init=False)
     """Good replies that the round waits for."""
     _late: int = field(default=0, init=False)
@@ -135,7 +131,7 @@ class WeightedFedAvg(Strategy):
 
         Raises NodesMissing, RoundFailed when a round (or the last evaluation) has no good reply, and RunStopped.
         """
-        self._unanswered, self._queries, self._late = {}, {}, 0
+        self._unanswered, self._queries, self._late = PendingMessages(), PendingMessages(), 0
         packed, self._first_asked, self._first_partitions = self._aggregator.start(initial), [], [*first_asked]
         self._on_reply, self._stopped = on_reply, stopped
         self.summary()
@@ -236,7 +232,7 @@ class WeightedFedAvg(Strategy):
         nodes = self._asked_first(grid) or self._draw(grid, server_round)
         arrays, fold = to_array_record(packed), RoundFold(None)
         messages = self._messages(MessageType.EVALUATE, server_round, arrays, ConfigRecord(), nodes)
-        self._exchange(grid, messages, fold, 1, len(messages))
+        self._exchange(grid, messages, fold, self.quorum, len(messages))
         self._check("evaluate", server_round, packed, fold, 1)
         return fold
 
@@ -256,8 +252,7 @@ class WeightedFedAvg(Strategy):
         nodes = self._registered(grid, self._needed_nodes)
         if not self._first_partitions:
             return nodes
-        known = self._by_partition(grid, nodes)
-        return [node_id for node_id in known if self._partitions[node_id] in self._first_partitions]
+        return self._by_partition(grid, nodes, self._first_partitions)
 
     def _messages(
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int]
@@ -295,21 +290,18 @@ class WeightedFedAvg(Strategy):
         """The nodes that do not work on an earlier round any more, as soon as they suffice for the quorum."""
         while True:
             self._drop_late(grid)
-            busy = {node for node, _ in self._unanswered.values()}
+            busy = self._unanswered.nodes
             idle = [node for node in nodes if node not in busy]
             if len(idle) >= min(self.quorum, len(nodes)):
                 return idle
             self._pause()
 
     def _drop_late(self, grid: Grid) -> None:
-        """Drop and count replies to earlier rounds, and forget messages that have expired."""
-        for message_id, (node_id, expires) in [*self._unanswered.items()]:
-            for _ in grid.pull_messages([message_id]):
-                del self._unanswered[message_id]
+        """Drop and count replies to earlier rounds."""
+        for node_id, reply in self._unanswered.pull(grid):
+            if reply is not None:
                 self._late += 1
                 self.sites.was_late(node_id)
-            if time.monotonic() > expires:
-                self._unanswered.pop(message_id, None)
 
     def _registered(self, grid: Grid, needed: int) -> list[int]:
         """All registered nodes, once there are enough of them."""
@@ -328,38 +320,28 @@ class WeightedFedAvg(Strategy):
             log.warning("%d of %d clients are registered; going on without the rest", len(nodes), self.num_clients)
         return nodes
 
-    def _by_partition(self, grid: Grid, nodes: list[int]) -> list[int]:
-        """The nodes that have named their partition, by partition. Each is asked once per run; one that is late takes
-        part from the round on that follows its answer."""
+    def _by_partition(self, grid: Grid, nodes: list[int], wanted: Collection[int] = ()) -> list[int]:
+        """The nodes that have named their partition, by partition; only those of the `wanted` ones, if there are any.
+        Each is asked once per run; one that is late takes part from the round on that follows its answer."""
         began = time.monotonic()
-        asked = {node_id for node_id, _ in self._queries.values()}
-        for node_id in nodes:
-            if node_id not in self._partitions and node_id not in asked:
-                query = self._message(RecordDict(), node_id, MessageType.QUERY, 0)
-                if message_id := next(iter(grid.push_messages([query])), None):
-                    self._queries[message_id] = node_id, began + self.message_ttl_seconds + EXPIRY_GRACE_SECONDS
+        asked = self._partitions.keys() | self._queries.nodes
+        for node_id in (node for node in nodes if node not in asked):
+            query = self._message(RecordDict(), node_id, MessageType.QUERY, 0)
+            self._queries.push(grid, query, self.message_ttl_seconds + EXPIRY_GRACE_SECONDS)
         while True:
-            looked = time.thread_time()
-            self._take_partitions(grid)
-            known = [node_id for node_id in nodes if node_id in self._partitions]
-            is_complete = not {*nodes} & {node_id for node_id, _ in self._queries.values()}
-            if is_complete or (time.monotonic() - began >= self.deadline_seconds and len(known) >= self.quorum):
+            for node_id, reply in self._queries.pull(grid):
+                self._check_stopped()
+                self._learn_partition(node_id, reply)
+            known = [node for node in nodes if node in self._partitions]
+            if wanted:
+                known = [node for node in known if self._partitions[node] in wanted]
+            is_late = time.monotonic() - began >= self.deadline_seconds and len(known) >= self.quorum
+            if is_late or not self._queries.nodes & {*nodes}:
                 break
-            self._pause(min(LONGEST_PAUSE_SECONDS, PAUSE_PER_LOOK * (time.thread_time() - looked)))
-        if not known:
+            self._pause(self._queries.pause_seconds)
+        if not known and not wanted:
             raise NodesMissing(f"none of {len(nodes)} registered clients named its partition")
         return sorted(known, key=lambda node_id: (self._partitions[node_id], node_id))
-
-    def _take_partitions(self, grid: Grid) -> None:
-        """Take the answers to queries that have come, and give up those that have expired."""
-        for message_id, (node_id, expires) in [*self._queries.items()]:
-            for reply in grid.pull_messages([message_id]):
-                self._check_stopped()
-                del self._queries[message_id]
-                self._learn_partition(node_id, reply)
-            if time.monotonic() > expires and message_id in self._queries:
-                del self._queries[message_id]
-                self._learn_partition(node_id, None)
 
     def _learn_partition(self, node_id: int, reply: Message | None) -> None:
         try:
@@ -397,39 +379,24 @@ class WeightedFedAvg(Strategy):
         """(node, reply) as they arrive, None for a node that could not be asked or sent nothing in time.
 
         `is_over`, given the seconds waited, ends the waiting early. A later reply is dropped in a later round.
-
-        One message per pull: pulling many would hold every reply that has arrived. One message per push: if one of many
-        fails, the results of pushing differ between kinds of grid.
         """
-        pending: dict[str, int] = {}
+        pending = PendingMessages()
         for message in messages:
-            message_id = next(iter(grid.push_messages([message])), None)
-            if message_id:
-                pending[message_id] = message.metadata.dst_node_id
-            else:
+            if not pending.push(grid, message, self.message_ttl_seconds + EXPIRY_GRACE_SECONDS):
                 yield message.metadata.dst_node_id, None
-        begin = time.monotonic()
-        expires = begin + self.message_ttl_seconds + EXPIRY_GRACE_SECONDS
-        while pending and (now := time.monotonic()) < expires and not is_over(now - begin):
+        began = time.monotonic()
+        while pending and not is_over(time.monotonic() - began):
             self._drop_late(grid)
-            looking_seconds = 0.0  # without what is made of the replies
-            for message_id in [*pending]:
+            for node_id, reply in pending.pull(grid):
+                self._check_stopped()  # when we are stopped, clients are killed and reply with errors
+                yield node_id, reply
+                del reply
                 if is_over(0.0):
                     break
-                looked = time.thread_time()
-                replies = grid.pull_messages([message_id]) if message_id in pending else ()
-                looking_seconds += time.thread_time() - looked
-                for reply in replies:
-                    self._check_stopped()  # when we are stopped, clients are killed and reply with errors
-                    if (node_id := pending.pop(reply.metadata.reply_to_message_id, None)) is not None:
-                        yield node_id, reply
-                    del reply
-                del replies
             if pending and not is_over(0.0):
-                self._pause(min(LONGEST_PAUSE_SECONDS, PAUSE_PER_LOOK * looking_seconds))
-        if time.monotonic() < expires:
-            self._unanswered |= {message_id: (node_id, expires) for message_id, node_id in pending.items()}
-        yield from ((node_id, None) for node_id in pending.values())
+                self._pause(pending.pause_seconds)
+        self._unanswered.take(pending)
+        yield from ((node_id, None) for node_id in pending.nodes)
 
     def _pause(self, least_seconds: float = 0.0) -> None:
         self._check_stopped()

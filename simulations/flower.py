@@ -87,7 +87,7 @@ def check(settings: FederatedSettings) -> None:
     """UserError now for faults that clients or server would find later: data, model, adapter, device."""
     project = settings.project
     if project.data.source is DataSource.python_stdlib:  # always well formed, and takes seconds to read
-        client_documents(open_source(project.data), 0, project.num_clients, project.partition_by, settings.seed)
+        client_documents(open_source(project.data), 0, project.num_clients, project.partition_rule, settings.seed)
     else:
         read_all(settings, load_tokenizer_only(settings.model))
     device = open_device(settings.device)
@@ -112,6 +112,7 @@ def backend(settings: FederatedSettings) -> dict[str, Any]:
             "num_gpus": gpus,
             "logging_level": "ERROR",
             "log_to_driver": False,
+            "include_dashboard": False,
         },
         "client_resources": {
             "num_cpus": 1,

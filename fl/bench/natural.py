@@ -11,6 +11,7 @@ methods     held-out perplexity of every method: mean over the sites, worst site
             in the federation, all of them on the site's own text.
 papers      what papers report of two methods, compared with the ratio of their mean perplexities, seed by seed.
 uplink      mean perplexity with a compressed uplink relative to `average`, whose uplink is float32, seed by seed.
+large       `before` and `average` with a large base model, over the same sites, for one seed.
 """
 
 import json
@@ -18,6 +19,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ def run(settings: FederatedNaturalBenchSettings, place: entry.Run) -> dict[str, 
     project = settings.project
     return run_parts(
         "fed_natural",
-        {"base": base, "methods": methods, "papers": papers, "uplink": uplink},
+        {"base": base, "methods": methods, "papers": papers, "uplink": uplink, "large": large},
         project.parts,
         prepared(settings, place.folder),
         settings=settings,
@@ -76,6 +78,9 @@ class Federations:
 
     def __init__(self, settings: FederatedNaturalBenchSettings, cache: Path, folder: Path) -> None:
         self.project, self.cache, self._folder = settings.project, cache, folder
+        self.seeds = settings.project.seeds
+        plain = ["model.quantization=none", "model.dtype=float32"]
+        self._own = ["model=random", "model.source=path", override("model.path", cache / "model"), *plain]
         self.methods = {method.name: method.overrides for method in self.project.methods}
         self._known: dict[tuple[str, ...], list[SiteLosses]] = {}
         self._clients: dict[int, list[LoRAClient]] = {}
@@ -86,15 +91,20 @@ class Federations:
 
     def overrides(self, seed: int) -> list[str]:
         """Overrides of every federation."""
-        model = ["model=random", "model.source=path", override("model.path", self.cache / "model")]
         data = ["project.data.source=text", override("project.data.path", self.cache / "sites")]
-        plain = ["model.quantization=none", "model.dtype=float32", f"seed={seed}"]
-        return [*model, *plain, *self.project.federation, *data]
+        return [*self.project.federation, *self._own, f"seed={seed}", *data]
+
+    def with_large_model(self) -> "Federations":
+        """Federations over the same sites with the large base model, for the first seed."""
+        large = copy(self)
+        large.seeds, large._own, large._folder = self.seeds[:1], self.project.large, self._folder / "large"
+        large._known, large._clients = {}, {}
+        return large
 
     def losses(self, method: str, *more: str) -> list[SiteLosses]:
         """Held-out losses of the sites for every seed."""
         if (method, *more) not in self._known:
-            self._known[method, *more] = [self._losses(method, seed, more) for seed in self.project.seeds]
+            self._known[method, *more] = [self._losses(method, seed, more) for seed in self.seeds]
         return self._known[method, *more]
 
     def perplexities(self, method: str, *more: str) -> list[float]:
@@ -216,6 +226,13 @@ def uplink(federations: Federations) -> list[Row]:
             row = judged(f"uplink {codec.name}", row, f"over_float32 of every seed within {most:.1%}", holds)
         rows.append(row)
     return rows
+
+
+def large(federations: Federations) -> list[Row]:
+    """A row before and one after plain averaging."""
+    own = federations.with_large_model()
+    before = own.perplexities(BEFORE)
+    return [{"overrides": own.project.large, **row_of(name, own.losses(name), before)} for name in (BEFORE, PLAIN)]
 
 
 def mean_perplexity(losses: SiteLosses) -> float:

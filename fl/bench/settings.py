@@ -137,6 +137,8 @@ class NaturalBenchProjectSettings:
     base: BaseSettings
     federation: list[str]
     """Overrides of every federation."""
+    large: list[str]
+    """Overrides of the federation with a large base model, on top of `federation`; its model among them."""
     methods: list[MethodSettings]
     """Methods of the table, beside the base model as it is, and each site alone."""
     seeds: list[int]

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from fl.certificates import CONNECTION_HOME
 from fl.run.commands import CHECKOUT, FlowerCommands, RunState, Unreachable
-from fl.run.folders import ATTEMPT, PROCESS, attempts_of, latest_rounds, process_is_gone
+from fl.run.folders import ATTEMPT, PROCESS, attempts_of, claim, claimed_by, latest_rounds, process_is_gone
 from fl.settings import Baseline, FederatedSettings
 from lab.command import entry
 from lab.command.ending import allow_grace, calling_on_signal
@@ -37,6 +37,9 @@ Answer = TypeVar("Answer")
 
 STOP_SECONDS = 20.0
 """Seconds more than other commands have to end after a signal: `flwr` is asked to stop the run, which takes it some."""
+PAUSE_PER_LOOK = 9.0
+"""Pause after a look at the state of a run, relative to the time that it took: each starts a `flwr`, whose imports take
+more than a second of a core that the sites may need. The files of the run say at once that it may have ended."""
 
 
 def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
@@ -87,21 +90,36 @@ class _Attempt:
     def __init__(self, settings: FederatedSettings, root: Path, number: int, commands: FlowerCommands) -> None:
         self._settings, self._root, self._commands = settings, root, commands
         self.folder = root / ATTEMPT.format(number)
+        self._result_file = self.folder / "result.json"
         self._patience = settings.project.node_timeout_seconds
 
     def run(self) -> dict[str, Any]:
         """The result of the run. UserError if the server refuses it, Fault if it fails."""
-        run_id = self._patiently(lambda: self._submitted(self._run_config()))
-        log.info("run %s is submitted; its results go to %s", run_id, self._root)
+        config = self._run_config()
+        try:
+            # Without an answer it may be there nevertheless, and be submitted twice: the first to begin has the folder.
+            run_id = self._patiently(lambda: claimed_by(self.folder) or self._submitted(config))
+            log.info("run %s is submitted; its results go to %s", run_id, self._root)
+            state = self._followed(run_id)
+            if (first := claimed_by(self.folder) or run_id) != run_id:
+                log.info("run %s, an earlier submission, goes on instead", first)
+                run_id, state = first, self._followed(first)
+            return self._result(run_id, state)
+        except BaseException:  # we are stopped, or give the run up: it must not go on beside a later attempt
+            with suppress(FileExistsError):
+                claim(self.folder, "")  # nor begin
+            raise
+
+    def _followed(self, run_id: str) -> RunState:
+        """The state in which a run ends; meanwhile its log goes to our stderr."""
         follower = self._commands.follow(run_id)
         try:
-            state = self._end_of(run_id)
-        except BaseException:  # we are stopped, or give the run up: it must not go on beside a later attempt
+            return self._end_of(run_id, follower)
+        except BaseException:
             self._stop(run_id)
             raise
         finally:
             _end(follower, self._settings.project.poll_seconds)
-        return self._result(run_id, state)
 
     def _submitted(self, run_config: Path) -> str:
         """Submit the run; its id. After a signal meanwhile the run is stopped as soon as its id is known; a second one
@@ -137,19 +155,26 @@ class _Attempt:
         write_whole(path, "".join(f"{key} = {_as_toml(value)}\n" for key, value in values.items()))
         return path
 
-    def _end_of(self, run_id: str) -> RunState:
-        pause, gone = max(1.0, self._settings.project.poll_seconds), False
+    def _end_of(self, run_id: str, follower: "subprocess.Popen[bytes]") -> RunState:
+        gone, began = False, time.monotonic()
         while not (state := self._patiently(lambda: self._commands.state(run_id))).is_finished:
             if gone and process_is_gone(self.folder):  # twice: it ends a moment before the SuperLink knows
-                self._stop(run_id)
                 raise Lost(f"the server's process of run {run_id} is gone")
             gone = process_is_gone(self.folder)
-            time.sleep(pause)
+            next_look = time.monotonic() + PAUSE_PER_LOOK * (time.monotonic() - began)
+            while True:
+                time.sleep(self._settings.project.watch_seconds)
+                if time.monotonic() >= next_look or self._may_have_ended(follower):
+                    break
+            began = time.monotonic()
         return state
+
+    def _may_have_ended(self, follower: "subprocess.Popen[bytes]") -> bool:
+        return follower.poll() is not None or self._result_file.exists() or process_is_gone(self.folder)
 
     def _result(self, run_id: str, state: RunState) -> dict[str, Any]:
         try:
-            result: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+            result: dict[str, Any] = json.loads(self._result_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             result = {}
         if state.status == "finished:completed":

@@ -4,10 +4,9 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import psutil
-
-from lab.files import write_whole
 
 ATTEMPT = "attempt-{}"
 PROCESS = "process.json"
@@ -27,22 +26,36 @@ def attempts_of(root: Path) -> list[Path]:
     return sorted((path for path, name in found.items() if name), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def say_process(folder: Path) -> None:
-    """Write into a run's folder which process runs it, for `process_is_gone`."""
-    write_whole(folder / PROCESS, json.dumps({"pid": os.getpid(), "created": psutil.Process().create_time()}))
+def claim(folder: Path, run_id: str) -> None:
+    """Write into a run's folder which run it is of, and its process. FileExistsError if it is another run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / PROCESS).open("x", encoding="utf-8") as file:
+        json.dump({"run_id": run_id, "pid": os.getpid(), "created": psutil.Process().create_time()}, file)
+
+
+def claimed_by(folder: Path) -> str | None:
+    """The run that has claimed a folder; None if none has."""
+    return _claim(folder).get("run_id")
 
 
 def process_is_gone(folder: Path) -> bool:
     """Whether the process of the run in this folder has begun, and is there no more. Flower itself notices that after a
     minute without heartbeats."""
+    if not (said := _claim(folder)):
+        return False
     try:
-        said = json.loads((folder / PROCESS).read_text(encoding="utf-8"))
         process = psutil.Process(said["pid"])
         return bool(process.create_time() != said["created"] or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
-    except (OSError, ValueError):  # not begun
-        return False
+
+
+def _claim(folder: Path) -> dict[str, Any]:
+    try:
+        said: dict[str, Any] = json.loads((folder / PROCESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or one that is being written
+        return {}
+    return said
 
 
 def latest_rounds(root: Path) -> Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fl.report import RoundFigures
+from fl.report import RoundFigures, SiteLosses
 from fl.rounds import ClientRow, RoundReport
 from fl.run.sites import SiteRecord
 from lab.page import Section, write_page
@@ -72,6 +72,16 @@ def write_run_page(
             rows=[[report.round, *cells(report), ", ".join(report.left_out)] for report in reports],
         ),
         Section(title="Sites", header=SITE_COLUMNS, rows=_site_rows(reports, sites)),
+        Section(
+            title="How evenly the sites are served",
+            text="Held-out losses, each site counting once. Nine sites in ten stay below the worst tenth, or reach it.",
+            header=("", "median", "worst tenth", "worst", "worst site"),
+            rows=[
+                ["before" if name == "sites_before" else "after", *_spread(figures[name])]
+                for name in ("sites_before", "sites_after")
+                if name in figures and figures[name].worst is not None
+            ],
+        ),
         *([Section(title="Refused", header=("round", "why"), rows=refused)] if refused else []),
     ]
     return write_page(folder / PAGE, title, sections)
@@ -106,6 +116,11 @@ def _site_rows(reports: Sequence[RoundReport], sites: Sequence[SiteRecord]) -> l
             record.late if record else 0,
         ])  # fmt: skip
     return table
+
+
+def _spread(losses: SiteLosses) -> list[str]:
+    found = (losses.median, losses.worst_tenth, losses.worst)
+    return [*(f"{loss:.4f}" for loss in found if loss is not None), str(losses.worst_site)]
 
 
 def _refusals(states: Sequence[RoundFigures]) -> list[tuple[int, str]]:

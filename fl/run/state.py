@@ -36,10 +36,14 @@ FREE = (
     *("project.resume", "project.resume_changes", "project.warm_start"),
     *("project.workers", "project.worker_retries", "project.poll_seconds", "project.node_timeout_seconds"),
     *("project.warm", "project.warm_limit_bytes"),
-    *("project.attempts", "project.retry_seconds", "project.superlink", "project.command_timeout_seconds"),
+    *("project.attempts", "project.retry_seconds", "project.superlink"),
+    *("project.command_timeout_seconds", "project.watch_seconds"),
 )
 """Settings, or whole groups, that change no adapter. (Base models are compared by the digest of their tensors.)"""
-FIXED = ("model", "seed", "project.lora", "project.num_clients", "project.partition_by", "project.data")
+FIXED = (
+    *("model", "seed", "project.lora", "project.num_clients", "project.data"),
+    *("project.partition_by", "project.partition_alpha", "project.partition_shards"),
+)
 """Settings that make another model, another adapter or another partition: a run cannot continue with others."""
 
 log = logging.getLogger(__name__)

@@ -6,11 +6,8 @@ messages that it has answered before, so a new worker gives the same replies.
 """
 
 import logging
-import os
 import socket
 import sys
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -30,8 +27,6 @@ log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 10.0
 """Time limit of a client process for its handshake, for its message, and to take the reply."""
-WATCH_SECONDS = 0.5
-"""Pause between two looks for the SuperNode."""
 
 
 def serve(place: Place, work: Callable[[Message, Context], Message] = app) -> None:
@@ -94,18 +89,10 @@ def is_too_large(asked: Ask) -> bool:
     return bool(size > limit)
 
 
-def follow(place: Place) -> None:
-    """End this process, even in the middle of a computation, when the SuperNode has ended."""
-    while not place.is_over():
-        time.sleep(WATCH_SECONDS)
-    place.remove()
-    os._exit(0)
-
-
 def main(arguments: list[str]) -> None:
     """Run a worker until its SuperNode ends."""
     place = Place(int(arguments[0]), float(arguments[1]), Path(arguments[2]))
-    threading.Thread(target=follow, args=[place], daemon=True).start()
+    place.follow()
     with for_owner_alone():
         log_beside_flower()
         serve(place)

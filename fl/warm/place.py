@@ -6,6 +6,9 @@ Only the user of the SuperNode may read them. Loads no torch.
 import json
 import os
 import secrets
+import threading
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +20,13 @@ from lab.files import write_whole
 from lab.settings import UserError
 
 FOLDER = "warm"
-KEY_BYTES = 32
 """Below FLWR_HOME, where Flower keeps the code of the runs."""
-SUPERNODE = "flower-supernode"
+KEY_BYTES = 32
+SUPERNODE, CLIENT = "flower-supernode", "flwr-clientapp"
+WATCH_SECONDS = 0.5
+"""Pause between two looks for the SuperNode."""
+SAME_START_SECONDS = 2.0
+"""Largest difference between two readings of a process's start, which moves when the clock is set."""
 CODE = Path(__file__).resolve().parents[2]
 """The code of this run: Flower installs every version of it into a folder of its own."""
 
@@ -122,9 +129,29 @@ class Place:
         """Whether the SuperNode has ended."""
         return _process(self.pid, self.created) is None
 
+    def follow(self) -> None:
+        """When the SuperNode has ended, remove all files, and end its client processes and this one, even in the middle
+        of a computation."""
+        supernode = _process(self.pid, self.created)
+        executors: list[str] = []
+        if supernode is not None:
+            with suppress(psutil.NoSuchProcess):  # it ends now
+                executors = [str(child.pid) for child in supernode.children()]
+
+        def watch() -> None:
+            while supernode is not None and _is_running(supernode):
+                time.sleep(WATCH_SECONDS)
+            try:
+                self.remove()
+                _end_clients(executors)
+            finally:
+                os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
     def remove(self) -> None:
         """Remove all files, once the SuperNode has ended."""
-        for file in (self.address_file, self.key_file, self.lock_file):
+        for file in (self.address_file, self.key_file, self.lock_file, *self.folder.glob(f".{self.name}.*")):
             file.unlink(missing_ok=True)
 
 
@@ -138,10 +165,31 @@ def require_private(path: Path) -> None:
         raise UserError(f"{rule}, got {str(path)!r} of user {status.st_uid} with mode {status.st_mode & 0o777:o}")
 
 
+def _end_clients(executors: Sequence[str]) -> None:
+    """End the client processes that these SuperExecs, by their process numbers, have started.
+
+    Flower's own watch does not end one that fetches its message: it asks the SuperNode again and again.
+    """
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        is_client = any(Path(word).name == CLIENT for word in words[:3]) and "--parent-pid" in words
+        if is_client and words[words.index("--parent-pid") + 1] in executors and process.pid != os.getpid():
+            with suppress(psutil.Error):
+                process.kill()
+
+
 def _process(pid: int, created: float) -> psutil.Process | None:
+    """The running process of this number that was started then, None if it has ended."""
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < 1e-3 and process.status() != psutil.STATUS_ZOMBIE
-        return process if same else None
-    except psutil.Error:
+        is_same = abs(process.create_time() - created) < SAME_START_SECONDS
+    except psutil.NoSuchProcess:
         return None
+    return process if is_same and _is_running(process) else None
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,8 +1,9 @@
 """The Flower app of a client, in the process that Flower starts for every message: hands the message to a warm worker.
 
 Loads no torch, so it takes about two seconds instead of eight. The worker is started at the first message of a
-SuperNode, and again when it has ended. Without a SuperNode above this process, with `warm=false` in the run's
-configuration or in the node's, and for a message that is too large for a frame, this process does the work itself.
+SuperNode, and again when it has ended; this process ends when the SuperNode does. Without a SuperNode above this
+process, with `warm=false` in the run's configuration or in the node's, and for a message that is too large for a frame,
+this process does the work itself.
 """
 
 import logging
@@ -45,8 +46,12 @@ def make_stub(work: Callable[[Message, Context], Message]) -> ClientApp:
 
 def answer(message: Message, context: Context) -> Message:
     """The reply of the SuperNode's worker, or that of this process."""
-    place = Place.of_this_process() if is_warm(context) else None
-    if place is None:
+    place = Place.of_this_process()
+    if place is not None:
+        # Flower offers a reply again and again, also to a SuperNode that has ended. Its own watch looks for the
+        # SuperExec between the two, which stays as a zombie where nobody reaps it.
+        place.follow()
+    if place is None or not is_warm(context):
         return answer_here(message, context)
     try:
         return ask(place, message, context)

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from fl import certificates
+from tests.federated import leaks
 from tests.fl.run.kills import adapters
 from tests.fl.two_sites import OVERRIDES, ROOT, SITES, write_data
 
@@ -90,13 +91,13 @@ def running(process: psutil.Process) -> bool:
         return False
 
 
-def wait_for(what: str, there: Callable[[], Any], *programs: Program) -> Any:
+def wait_for(what: str, there: Callable[[], Any], *programs: Program, seconds: float = DEADLINE_SECONDS) -> Any:
     """The first true value of `there`; fails when a program has ended or the time is over."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + seconds
     while not (found := there()):
         for program in programs:
             assert program.process.poll() is None, f"waiting for {what}, but {program.text}"
-        assert time.monotonic() < deadline, f"no {what} after {DEADLINE_SECONDS:.0f} s"
+        assert time.monotonic() < deadline, f"no {what} after {seconds:.0f} s"
         time.sleep(0.05)
     return found
 
@@ -181,6 +182,13 @@ class Deployment:
     def adapters(self, run_id: str) -> dict[str, bytes]:
         """The adapters that a run has written so far, by round."""
         return adapters(next(iter(self.folder.glob(f"results/fed_learn/*_{run_id}")), self.folder / "absent"))
+
+    def leaking(self) -> list[str]:
+        """Files of server and sites that hold a part of the sites' text, but for the sites' data. The checkout has this
+        text in its tests, which do not travel."""
+        own = {self.folder / "shared.jsonl", *(self.folder / f"{site}.jsonl" for site in SITES)}
+        there = [path for path in self.folder.rglob("*") if path.is_file() and self.checkout not in path.parents]
+        return [str(path.relative_to(self.folder)) for path in {*there} - own if leaks([path.read_bytes()])]
 
     def node(self, site: str, *arguments: str, authority: Path | None = None, key: bool = True) -> Program:
         """A SuperNode of a site, by the command that `certificates site` prints."""

@@ -22,7 +22,8 @@ TOY = [
     "project.base.vocabulary=300",
     "project.base.optimization.warmup_steps=2",
     "project.seeds=[0]",
-    "project.parts=[base,methods]",
+    "project.parts=[base,methods,large]",
+    "project.large=['model=random', 'project.rounds=1']",
     "project.methods=[{name: average, overrides: ['project.lora.rank=4']}]",
 ]
 FEDERATION = (
@@ -60,10 +61,13 @@ def test_a_toy_run_measures_what_the_federation_measures(tmp_path: Path, monkeyp
     settings = compose_settings("fed_natural_bench", overrides, FederatedNaturalBenchSettings)
     done = natural.run(settings, Run(tmp_path / "run"))
     assert json.loads(report.read_text())["rows"] == to_plain(done["rows"])
-    base, before, alone, average = done["rows"]
+    base, before, alone, average, large_before, large_average = done["rows"]
     assert base["sites"] == 3
     assert base["vocabulary"] <= 300
     assert [row["name"] for row in (before, alone, average)] == ["before", "alone", "average"]
+    assert (large_before["name"], large_average["name"]) == ("before", "average")
+    assert large_before["mean_perplexity"]["median"] > 200, "another base model, which has not been trained"
+    assert large_average["over_before"]["median"] < 1
     assert average["holds"]
     assert alone["holds"]
     # Each site holds out one example here, in the simulation as well as in the measurement after it.

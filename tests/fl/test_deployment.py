@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 from fl import certificates
 from fl.client import Site, read_split
 from fl.client_app import site_of
+from fl.run.folders import claim
 from fl.server_app import deployed
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
@@ -94,6 +95,9 @@ def test_deployed_is_simulated(deployment: Deployment, simulated: Path) -> None:
     assert not list(folder.glob("attempt-*/")), "all is where the user asked for it"
     assert "round 1 of 2" in watched.text, "the log was streamed"
     assert len(deployment.workers()) == len(SITES), "each site has kept its model and data"
+    assert deployment.leaking() == []
+    (folder / "leak").write_bytes((deployment.folder / "alice.jsonl").read_bytes())
+    assert deployment.leaking() == ["watched/leak"], "a negative control"
     theirs = json.loads((simulated / "result.json").read_text())
     assert last["eval_loss_by_round"] == theirs["eval_loss_by_round"]
 
@@ -168,6 +172,17 @@ def test_a_bad_override_ends_the_run_with_one_line(
     assert f"the run failed: {line}" in printed
     assert printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_logging_as_before")
+def test_a_run_does_not_begin_in_the_folder_of_another(tmp_path: Path) -> None:
+    """`python -m fl.run` may have submitted it twice."""
+    claim(tmp_path, "6")
+    context = run_context("model=random")
+    context.run_config["folder"] = str(tmp_path)
+    with pytest.raises(UserError, match="folder must be of no other run, got"):
+        deployed(InProcessGrid(ClientApp(), 1), context)
+    assert [file.name for file in tmp_path.iterdir()] == ["process.json"], "no result.json in place of the other's"
 
 
 @pytest.mark.parametrize("value", ["zero", -1, 0.5, None])

@@ -13,6 +13,7 @@ from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
 from lab.learning.data import open_source
 from simulations import fed_sim
+from tests.federated import CANARY
 from tests.in_process import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,13 +38,13 @@ OVERRIDES = [
 def write_data(folder: Path) -> Path:
     """A shared file for the simulation; for each site a file with just the lines that the simulation gives it."""
     shared = folder / "shared.jsonl"
-    rows = [{"prompt": f"What is {n} times {n}?", "response": f"It is {n * n}" + "!" * (n % 7)} for n in range(30)]
+    rows = [{"prompt": f"What is {n} times {n}?", "response": f"{CANARY} {n * n}" + "!" * (n % 7)} for n in range(30)]
     shared.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     overrides = shlex.join([*OVERRIDES, f"project.data.path={shared}"])
     project = compose_settings("fed_learn", overrides, FederatedSettings).project
     source, text = open_source(project.data), shared.read_bytes()
     for index, site in enumerate(SITES):
-        documents = client_documents(source, index, len(SITES), project.partition_by, SEED)
+        documents = client_documents(source, index, len(SITES), project.partition_rule, SEED)
         lines = [text[document.position :].splitlines(keepends=True)[0] for document in documents]
         (folder / f"{site}.jsonl").write_bytes(b"".join(lines))
     return shared

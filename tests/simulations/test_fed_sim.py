@@ -241,6 +241,18 @@ def test_the_last_line_has_every_figure(watched: Done) -> None:
 
 
 @pytest.mark.real
+def test_the_page_says_how_evenly_the_sites_are_served(watched: Done) -> None:
+    line, page = watched.last_line, (watched.folder / "report.html").read_text(encoding="utf-8")
+    spread = page[page.index("How evenly the sites are served") :]
+    for when in ("sites_before", "sites_after"):
+        losses = line[when]
+        for name in ("median", "worst_tenth", "worst"):
+            assert f"{losses[name]:.4f}" in spread
+        assert losses["worst"] == max(losses["by_site"].values()) == losses["by_site"][losses["worst_site"]]
+    assert line["sites_before"]["worst"] != line["sites_after"]["worst"]
+
+
+@pytest.mark.real
 def test_the_run_goes_on_without_a_client_that_fails_and_says_why_in_a_line(watched: Done, data: Path) -> None:
     refused = watched.last_line["refused"]
     assert len(refused) == 2, "once a round"

@@ -13,6 +13,7 @@ from fl.run.folders import round_folders
 
 AT_WORK = 0.7
 BEGUN_AGAIN = 0.7
+MOST_ENDED_EARLY = 10
 
 
 class Process(Protocol):
@@ -34,6 +35,8 @@ class Killed:
     """Rounds that were finished when the process was killed; -1: not even the start."""
     lost: list[str] = field(default_factory=list)
     """Rounds that were on disk before a kill or a resumption, and not, or otherwise, afterwards."""
+    ended_early: int = 0
+    """Runs that failed by themselves, and were resumed: on a machine that is too busy, Ray may not start in time."""
     adapters: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -78,6 +81,11 @@ def kill_at_random(
         if not process.is_alive():
             came.adapters = adapters(here)
             _compare(came, before, here)
+            if max(round_folders(here / "adapters"), default=-1) < rounds:
+                came.ended_early += 1
+                assert came.ended_early < MOST_ENDED_EARLY, f"{here} ended before its last round"
+                left = here if came.adapters else left
+                continue
             if came.kills >= kills:
                 return came
             left = None  # it was done before it was killed: begin again

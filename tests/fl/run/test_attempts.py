@@ -19,7 +19,7 @@ import pytest
 
 from fl.run import __main__ as watching
 from fl.run.commands import FlowerCommands, RunState, Unreachable
-from fl.run.folders import attempts_of, latest_rounds, process_is_gone, say_process
+from fl.run.folders import attempts_of, claim, claimed_by, latest_rounds, process_is_gone
 from fl.settings import FederatedSettings
 from lab.command.entry import Run, compose_settings
 from lab.faults import Fault
@@ -37,6 +37,7 @@ class ScriptedFlower:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, play: Callable[[Path, str], RunState]) -> None:
         self.submitted: list[str] = []
         self.stopped: list[str] = []
+        self.asked = ""
         self._play = play
         monkeypatch.setattr(FlowerCommands, "submit", lambda _, config: self.submit(config))
         monkeypatch.setattr(FlowerCommands, "state", lambda _, run_id: self.state(run_id))
@@ -49,7 +50,7 @@ class ScriptedFlower:
         return str(len(self.submitted))
 
     def state(self, run_id: str) -> RunState:
-        text = self.submitted[int(run_id) - 1]
+        self.asked, text = run_id, self.submitted[int(run_id) - 1]
         return self._play(Path(tomllib.loads(text)["folder"]), text)
 
 
@@ -169,11 +170,57 @@ def test_a_superlink_that_does_not_answer_is_waited_for_and_then_lost(
 
 def test_a_server_that_is_gone_is_noticed(tmp_path: Path) -> None:
     assert not process_is_gone(tmp_path), "it has not begun"
-    say_process(tmp_path)
+    claim(tmp_path, "7")
     assert not process_is_gone(tmp_path)
+    assert claimed_by(tmp_path) == "7"
     said = json.loads((tmp_path / "process.json").read_text())
     (tmp_path / "process.json").write_text(json.dumps(said | {"created": 1.0}))
     assert process_is_gone(tmp_path), "another process has its number"
+
+
+@pytest.mark.parametrize("begins", ["at once", "after the next submission"])
+def test_of_two_submissions_of_an_attempt_one_run_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: str
+) -> None:
+    """`flwr run` was cut off, but the SuperLink has the run."""
+
+    def play(folder: Path, config: str) -> RunState:
+        if flower.asked == "2":  # refused: the folder is another run's
+            return FAILED
+        write_rounds(folder, 2, status="ok", adapter_path=str(folder / "adapters/round-0001"))
+        return COMPLETED
+
+    flower = ScriptedFlower(monkeypatch, play)
+    submit = flower.submit
+
+    def unheard(config: Path) -> str:
+        number, folder = submit(config), tmp_path / "attempt-1"
+        if (number == "1" and begins == "at once") or number == "2":
+            claim(folder, "1")
+        if number == "1":
+            raise Unreachable("no answer")
+        return number
+
+    monkeypatch.setattr(flower, "submit", unheard)
+    figures = watch(tmp_path)
+    assert (figures["attempts"], figures["failures"]) == (1, [])
+    assert len(flower.submitted) == (1 if begins == "at once" else 2)
+
+
+def test_a_run_that_was_given_up_cannot_begin_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def lost(config: Path) -> str:
+        raise Unreachable("no answer")
+
+    flower = ScriptedFlower(monkeypatch, lambda folder, config: COMPLETED)
+    monkeypatch.setattr(flower, "submit", lost)
+    monkeypatch.setattr(watching, "keep_the_last", lambda root: seen.extend(map(claimed_by, attempts_of(root))))
+    with pytest.raises(Fault, match="no answer; gave up"):
+        watch(tmp_path, "project.attempts=2", "project.node_timeout_seconds=0.1")
+    assert seen == ["", ""]
+    with pytest.raises(FileExistsError):
+        claim(tmp_path / "attempt-1", "7")
 
 
 def test_the_latest_of_those_with_the_most_rounds_counts(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fl.run.sites import SiteRecord, SiteRecords
 from fl.settings import FederatedSettings
 from lab.command.entry import compose_settings
 from lab.settings import UserError
-from tests.fl.test_strategy import NODES, FakeGrid, bytes_of, run, strategy_for, train
+from tests.fl.test_strategy import INITIAL, NODES, FakeGrid, bytes_of, run, strategy_for, train
 
 NODE = {partition: node for node, partition in NODES.items()}
 
@@ -130,6 +130,23 @@ def test_without_its_quorum_a_round_waits_beyond_the_deadline_and_then_fails() -
     ) as why:
         run(FakeGrid(NODES, fails), strategy_for(quorum=5))
     assert len(why.value.refused) == 2
+
+
+def test_the_last_evaluation_wants_its_quorum_beyond_the_deadline() -> None:
+    grid = SlowGrid({1, 2, 3, 4, 5}, looks=20, kind="evaluate")
+    strategy = strategy_for(quorum=4, deadline_seconds=0.001)
+    result = strategy.run(grid, INITIAL, num_rounds=1, on_round=lambda report: None)
+    assert len(result.clients) >= 4
+
+
+def test_a_run_that_continues_is_evaluated_at_the_quorum_of_the_sites_of_round_1() -> None:
+    """Although others have named their partition long before."""
+    grid = SlowGrid({3, 4, 5}, looks=20, kind="query")
+    strategy = strategy_for(fraction=0.5, quorum=3, deadline_seconds=0.001, message_ttl_seconds=60.0)
+    result = strategy.run(
+        grid, INITIAL, num_rounds=1, finished_rounds=1, first_asked=[3, 4, 5], on_round=lambda report: None
+    )
+    assert [row.partition_id for row in result.clients] == [3, 4, 5]
 
 
 def test_more_are_asked_than_are_needed_and_the_first_count() -> None:

@@ -14,37 +14,48 @@ from typing import Any
 import psutil
 
 from fl.run.folders import latest_rounds, round_folders
-from tests.fl.deployment import Deployment, adapters, copy_checkout, deployed, wait_for
+from tests.fl.deployment import DEADLINE_SECONDS, Deployment, Program, adapters, copy_checkout, deployed, wait_for
 from tests.fl.two_sites import SITES
 
 RUN_SECONDS = 3000.0
+ROUNDS_PER_KILL = 4
+"""A SuperNode that was killed is away for two or three rounds."""
 BOTH = f"project.num_clients={len(SITES)}"
 
 
-def warm_over_cold(folder: Path, rounds: int, *words: str) -> dict[str, Any]:
-    """Median seconds of a round with warm workers over those with a process per message, one run after the other."""
+def warm_over_cold(folder: Path, turns: int, *words: str) -> dict[str, Any]:
+    """Median seconds of a round with warm workers over those with a process per message, in runs that take turns."""
+    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+    found: list[dict[str, bytes]] = []
     with deployed(folder, copy_checkout(folder / "checkout")) as here:
-        seconds, found = {}, {}
-        for name, warm in (("cold", "false"), ("warm", "true")):
-            run = here.watch(folder / name, BOTH, f"project.rounds={rounds}", f"project.warm={warm}", *words)
-            assert run.wait(RUN_SECONDS) == 0, run.text
-            rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-            # The first round starts the worker.
-            seconds[name] = [row["round_seconds"] for row in rows if row.get("step", 0) > 1]
-            found[name] = adapters(folder / name)
-    ratio = statistics.median(seconds["warm"]) / statistics.median(seconds["cold"])
-    return {"round_seconds": seconds, "warm_over_cold": ratio, "same_adapters": found["warm"] == found["cold"]}
+        for turn in range(turns):
+            for name in seconds:
+                path = folder / f"{name}-{turn}"
+                run = here.watch(path, BOTH, "project.rounds=2", f"project.warm={name == 'warm'}", *words)
+                assert run.wait(RUN_SECONDS) == 0, run.text
+                found.append(adapters(path))
+                begin = 1 if turn == 0 else 0  # the first round starts the workers
+                seconds[name] += [row["round_seconds"] for row in rows_of(path)[begin:]]
+        leaking = here.leaking()
+    return {
+        "round_seconds": seconds,
+        "warm_over_cold": statistics.median(seconds["warm"]) / statistics.median(seconds["cold"]),
+        "same_adapters": all(one == found[0] for one in found),
+        "files_with_a_sites_text": leaking,
+    }
 
 
-def kill_sites(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, Any]:
-    """SIGKILL of a site's worker, of its SuperNode, or of both, at random points of a run; SuperNodes start again."""
-    moments, killed = random.Random(seed), {"worker": 0, "supernode": 0, "both": 0}
+def kill_sites(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """SIGKILL of a site's worker, of its SuperNode, or of both, at random points of a run; SuperNodes start again, and
+    the next kill comes when a round has ended since."""
+    moments, killed, back_after = random.Random(seed), {"worker": 0, "supernode": 0, "both": 0}, []
     with deployed(folder, copy_checkout(folder / "checkout")) as here:
-        words = [BOTH, f"project.rounds={rounds}", "project.max_failures=99", "project.quorum=1"]
-        run = here.watch(folder / "run", *words, "project.reply_timeout_seconds=120")
-        wait_for("round 1", lambda: (latest_rounds(folder / "run") or Path("none")).exists(), run)
-        while sum(killed.values()) < kills and run.process.poll() is None:
-            time.sleep(moments.uniform(0, 20))
+        path = folder / "run"
+        words = [BOTH, f"project.rounds={ROUNDS_PER_KILL * kills}", "project.max_failures=99", "project.quorum=1"]
+        run = here.watch(path, *words, "project.reply_timeout_seconds=120")
+        for _ in range(kills):
+            _wait_for_round(rounds_of(path) + 1, path, run)
+            time.sleep(moments.uniform(0, rows_of(path)[-1]["round_seconds"] if rows_of(path) else 0))
             kind, site = moments.choice([*killed]), moments.choice(SITES)
             if kind in ("worker", "both"):
                 for worker in here.workers():
@@ -55,56 +66,87 @@ def kill_sites(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, An
                 here.nodes[site].kill()
                 here.nodes[site] = _again(here, site)
             killed[kind] += 1
+            back_after.append(rounds_of(path))
         code = run.wait(RUN_SECONDS)
-        result = json.loads((folder / "run" / "result.json").read_text())
+        result = json.loads((path / "result.json").read_text())
         for node in here.nodes.values():
             node.end(signal.SIGTERM)
         deadline = time.monotonic() + 30
         while (left := here.workers()) and time.monotonic() < deadline:
             time.sleep(0.2)
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    refused = [row["refused"] for row in rows_of(path)]
+    asked = {row["step"]: row["replies"] + row["refused"] for row in rows_of(path)}
     return {
         "kills": killed,
         "exit_code": code,
         "rounds_completed": result["rounds_completed"],
-        "most_lost_in_a_round": max(row["refused"] for row in rows if "refused" in row and "step" in row),
+        "most_lost_in_a_round": max(refused),
+        "rounds_with_a_loss": sum(count > 0 for count in refused),
+        # The first round that begins after the site is back is the second one that ends then.
+        "all_asked_again": all(asked.get(after + 2, len(SITES)) == len(SITES) for after in back_after),
         "attempts": result["attempts"],
         "left_running": len(left),
     }
 
 
-def _again(here: Deployment, site: str) -> Any:
+def _again(here: Deployment, site: str) -> Program:
     """The SuperNode of a site once the server takes it again: after a kill, not before its heartbeats have run out."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + DEADLINE_SECONDS
     while True:
         node = here.node(site)
-        time.sleep(5)
-        if node.process.poll() is None:
-            return node
+        while node.process.poll() is None:
+            if "SuperNode ID" in node.text:
+                return node
+            time.sleep(0.1)
         assert time.monotonic() < deadline, node.text
 
 
 def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, Any]:
     """SIGKILL of the server's process at random points, resumed by `python -m fl.run`; the same run left alone."""
-    moments, killed = random.Random(seed), []
+    moments, rounds_at_kill = random.Random(seed), []
     with deployed(folder, copy_checkout(folder / "checkout")) as here:
         whole = here.watch(folder / "whole", BOTH, f"project.rounds={rounds}")
         assert whole.wait(RUN_SECONDS) == 0, whole.text
+        seconds = statistics.median(row["round_seconds"] for row in rows_of(folder / "whole"))
         run = here.watch(folder / "run", BOTH, f"project.rounds={rounds}", f"project.attempts={kills + 1}")
-        while len(killed) < kills and run.process.poll() is None:
-            servers = [p for p in here.superlink.family() if "flwr-serverapp" in "".join(_words(p))]
-            if not servers:
-                time.sleep(0.2)
-                continue
-            time.sleep(moments.uniform(0, 25))
-            if servers[0].is_running():
-                servers[0].kill()
-                best = latest_rounds(folder / "run")
-                killed.append(max(round_folders(best / "adapters")) if best else -1)
-                psutil.wait_procs(servers, timeout=60)
+        for finished in sorted(moments.choices(range(-1, rounds), k=kills)):
+            _wait_for_round(finished, folder / "run", run)
+            server = wait_for("server", lambda: _server(here), run)
+            time.sleep(moments.uniform(0, seconds))
+            server.kill()
+            server.wait(60)
+            rounds_at_kill.append(rounds_of(folder / "run"))
         code = run.wait(RUN_SECONDS)
         same = adapters(folder / "run") == adapters(folder / "whole")
-    return {"kills": len(killed), "rounds_at_kill": killed, "exit_code": code, "same_adapters": same}
+        attempts = json.loads((folder / "run" / "result.json").read_text())["attempts"]
+    return {
+        "kills": len(rounds_at_kill),
+        "rounds_at_kill": rounds_at_kill,
+        "exit_code": code,
+        "attempts": attempts,  # Flower itself replaces a process that is killed before it has begun
+        "same_adapters": same,
+    }
+
+
+def rounds_of(run: Path) -> int:
+    """Number of the last finished round of a run that is watched; -1 before its start."""
+    latest = latest_rounds(run)
+    return max(round_folders(latest / "adapters")) if latest else -1
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The figures of the finished rounds of a run."""
+    file = (latest_rounds(run) or run) / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [row for row in rows if row.get("step", 0) > 0]
+
+
+def _wait_for_round(number: int, path: Path, run: Program) -> None:
+    wait_for(f"round {number}", lambda: rounds_of(path) >= number, run, seconds=RUN_SECONDS)
+
+
+def _server(here: Deployment) -> psutil.Process | None:
+    return next((process for process in here.superlink.family() if "flwr-serverapp" in "".join(_words(process))), None)
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -9,27 +9,31 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from typing_extensions import override
 
-from fl.adapters import PackedAdapter
+from fl.adapters import AdapterIndex, PackedAdapter
 from fl.messages import ARRAYS, CONFIG, METRICS, SERVER_ROUND, to_records
 from fl.server import first_adapter
 from fl.settings import FederatedSettings
 from fl.warm import __main__ as warm
 from fl.warm import stub
 from fl.warm.frames import endpoint, packed, unpacked
-from fl.warm.place import Place, require_private
+from fl.warm.place import WATCH_SECONDS, Place, require_private
 from lab.command.entry import compose_settings
 from lab.settings import UserError
 from lab.wire.faults import WireError
 from lab.wire.frame_socket import FrameSocket
-from tests.federated import serialised, small_settings, write_dialogues
+from lab.wire.frames import Buffer, Frame, Head
+from tests.federated import CANARY, SMALL, files_below, leaks, serialised, small_settings, write_dialogues
 
 ENDS_WITHIN_SECONDS = 60.0
 
@@ -53,20 +57,12 @@ def place_of(process: subprocess.Popen[bytes], folder: Path) -> Place:
 
 
 def context_of(data: Path, *overrides: str, **run_config: Any) -> Context:
-    words = [*small_words(), "project.num_clients=1", "project.data.source=jsonl", *overrides]
+    words = [*SMALL.split(), "project.num_clients=1", "project.data.source=jsonl", *overrides]
     config = {"config-name": "fed_learn", "overrides": shlex.join(words), **run_config}
     return Context(7, 9, {"partition-id": 0, "data-path": str(data)}, RecordDict(), config)
 
 
-def small_words() -> list[str]:
-    from tests.federated import SMALL
-
-    return SMALL.split()
-
-
 def train_message(settings: FederatedSettings, server_round: int) -> Message:
-    from fl.adapters import AdapterIndex
-
     adapter = first_adapter(settings)
     content = to_records(PackedAdapter.pack(adapter, AdapterIndex.of(adapter, settings.project.wire_dtype)))
     content[CONFIG] = ConfigRecord({SERVER_ROUND: server_round})
@@ -119,6 +115,73 @@ def test_a_worker_gives_the_same_bytes_lives_on_and_is_replaced_when_it_dies(
     assert list((tmp_path / "warm").iterdir()) == [], "its key is gone too"
 
 
+CLIENT = """
+import time
+from flwr.app import Context, RecordDict
+from fl.warm import stub
+stub.{work} = lambda *arguments: print("at work", flush=True) or time.sleep(600)
+stub.answer(None, Context(7, 9, {{}}, RecordDict(), {{"warm": "{warm}"}}))
+"""
+
+
+@pytest.mark.parametrize(("work", "warm"), [("ask", "true"), ("answer_here", "false")])
+def test_a_client_process_ends_with_its_supernode_whatever_it_waits_for(tmp_path: Path, work: str, warm: str) -> None:
+    program = tmp_path / "flower-supernode"
+    program.write_text("import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])")
+    command = [sys.executable, str(program), CLIENT.format(work=work, warm=warm)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as supernode:
+        assert supernode.stdout is not None
+        assert supernode.stdout.readline() == b"at work\n"
+        client = psutil.Process(supernode.pid)
+        try:
+            (client,) = client.children()
+            time.sleep(2 * WATCH_SECONDS)
+            assert client.is_running(), "a negative control: it does not end by itself"
+            supernode.kill()
+            supernode.wait()
+            assert psutil.wait_procs([client], ENDS_WITHIN_SECONDS)[1] == []
+        finally:
+            supernode.kill()
+            with suppress(psutil.NoSuchProcess):
+                client.kill()
+
+
+EXECUTOR = "import os, subprocess, sys; subprocess.run([sys.executable, sys.argv[1], '--parent-pid', str(os.getpid())])"
+SUPERNODE = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+def test_client_processes_that_fetch_their_message_end_with_the_supernode(tmp_path: Path) -> None:
+    """Nothing of ours runs in them yet: the worker ends them."""
+    program = tmp_path / "flwr-clientapp"
+    program.write_text("import time; time.sleep(600)")
+    other = subprocess.Popen([sys.executable, str(program), "--parent-pid", "1"])
+    supernode = subprocess.Popen([sys.executable, "-c", SUPERNODE, EXECUTOR, str(program)])
+    place = place_of(supernode, tmp_path / "warm")
+    place.make()
+    started: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+        while len(started) < 2:  # the executor and its client
+            started = psutil.Process(supernode.pid).children(recursive=True)
+            assert time.monotonic() < deadline
+        worker = stub.start(place)
+        while place.worker() is None:
+            assert worker.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        supernode.kill()
+        supernode.wait()
+        worker.wait(ENDS_WITHIN_SECONDS)
+        assert psutil.wait_procs(started[1:], ENDS_WITHIN_SECONDS)[1] == []
+        assert other.poll() is None, "that of another SuperNode runs on"
+    finally:
+        for process in (other, supernode, *started):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        supernode.wait()
+        other.wait()
+
+
 class Serving:
     """A worker in a thread of this process, with `work` of its own."""
 
@@ -142,7 +205,7 @@ def own_place(folder: Path) -> Place:
 
 def test_a_worker_that_is_too_large_ends_after_its_reply(tmp_path: Path) -> None:
     data, place = tmp_path / "none.jsonl", own_place(tmp_path / "warm")
-    message = train_message(compose_settings("fed_learn", small_words(), FederatedSettings), 1)
+    message = train_message(compose_settings("fed_learn", SMALL, FederatedSettings), 1)
     serving = Serving(place, echo)
     assert stub.ask(place, message, context_of(data)).content[METRICS] == MetricRecord({"ttl": 300.0})
     assert place.worker() is not None
@@ -160,9 +223,53 @@ def test_strangers_get_nothing_and_the_worker_goes_on(tmp_path: Path) -> None:
     with pytest.raises(WireError):
         FrameSocket.connect("127.0.0.1", worker.port, endpoint("client process", b"0" * 64, 5.0), tls=None)
     assert asked == []
-    message = train_message(compose_settings("fed_learn", small_words(), FederatedSettings), 1)
+    message = train_message(compose_settings("fed_learn", SMALL, FederatedSettings), 1)
     assert not stub.ask(place, message, context_of(tmp_path)).has_error()
     assert len(asked) == 1
+
+
+def note(message: Message, context: Context) -> Message:
+    """A worker that lets the site's text go."""
+    return Message(RecordDict({"note": ConfigRecord({"note": CANARY})}), reply_to=message)
+
+
+@pytest.mark.timeout(300)
+def test_no_frame_and_no_file_of_a_warm_worker_holds_the_sites_text(
+    tmp_path: Path,
+    supernode: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data = write_dialogues(tmp_path / "own.jsonl", 20, CANARY)
+    place, frames = place_of(supernode, tmp_path / "warm"), bytearray()
+
+    class Watched(FrameSocket):
+        @override
+        def send(self, number: int, session: int, head: Head, *body: Buffer) -> None:
+            frames.extend(b"".join([msgspec.json.encode(head), *body]))
+            super().send(number, session, head, *body)
+
+        @override
+        def poll(self, timeout_seconds: float) -> Frame | None:
+            if (frame := super().poll(timeout_seconds)) is not None:
+                frames.extend(msgspec.json.encode(frame.head) + bytes(frame.body))
+            return frame
+
+    monkeypatch.setattr(stub, "FrameSocket", Watched)
+    context = context_of(data, f"model.cache_dir={tmp_path / 'models'}")
+    message = train_message(small_settings(data, 1), 1)
+    adapter, _ = result(stub.ask(place, message, context))
+    assert adapter in frames, "every byte of a frame was seen"
+    assert not leaks([frames])
+    assert not leaks(files_below(place.folder, tmp_path / "models"))
+    output = capfd.readouterr()
+    assert not leaks([output.out.encode(), output.err.encode()])
+
+    leaking = own_place(tmp_path / "leaking")
+    Serving(leaking, note)
+    stub.ask(leaking, message, context)
+    assert "text" in leaks([frames])
+    assert "text" in leaks(files_below(tmp_path)), "it is in the site's own file"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of files")
@@ -177,7 +284,7 @@ def test_a_key_that_others_can_read_is_refused_in_a_line(
     assert place.key_file.stat().st_mode & 0o777 == 0o600
     require_private(place.key_file)
     (place.key_file if which == "key" else place.folder).chmod(0o750 if which == "folder" else 0o640)
-    message = train_message(compose_settings("fed_learn", small_words(), FederatedSettings), 1)
+    message = train_message(compose_settings("fed_learn", SMALL, FederatedSettings), 1)
     reply = stub.answer(message, context_of(tmp_path))
     assert reply.has_error()
     reason = str(reply.error.reason)
@@ -201,7 +308,7 @@ def test_run_and_node_can_each_say_no(run: dict[str, Any], node: dict[str, Any],
 
 
 def test_a_message_is_read_as_it_was_written() -> None:
-    message = train_message(compose_settings("fed_learn", small_words(), FederatedSettings), 3)
+    message = train_message(compose_settings("fed_learn", SMALL, FederatedSettings), 3)
     number, parts, body = packed(message)
     again = unpacked(number, parts, b"".join(body))
     assert serialised(again) == serialised(message)
