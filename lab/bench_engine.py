@@ -9,20 +9,18 @@ perplexity  of held-out text, over that of the same model in float32
 memory      peak memory of an int4 process over that of one with a tiny model, in bytes of the packed weights
 start       seconds from a verifier's command to `listening`, with compiled layers and without, once they are compiled
 
-All readings of a part are interleaved in one process. llama.cpp is the wheel `xllamacpp`, with the GGUF file that the
-model comes from; without it, or where the model is no GGUF file, its figures are left out.
+All readings of a part are interleaved. llama.cpp is the wheel `xllamacpp` in a process of its own, with the GGUF file
+that the model comes from; without it, or where the model is no GGUF file, its figures are left out.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -35,8 +33,6 @@ from lab.command.processes import listening, own_overrides, run_to_end
 from lab.settings import (
     Dtype,
     LabSettings,
-    ModelSettings,
-    ModelSource,
     Quantization,
     register,
     require,
@@ -46,8 +42,7 @@ from lab.settings import (
 
 if TYPE_CHECKING:
     from lab.engine.local import LocalEngine
-
-log = logging.getLogger(__name__)
+    from lab.llama_cpp import LlamaCpp
 
 LEAST_OVER_LLAMA_CPP = {1: 1.0, 2: 1.25}
 """By threads: the least speed of int4 over llama.cpp's."""
@@ -158,58 +153,15 @@ class EngineRig(ExitStack):
         return self.engine(Quantization.none, compiles, 1, dtype)
 
     def _llama_cpp(self, slots: int) -> LlamaCpp | None:
-        return open_llama_cpp(self.settings.model, self.settings.device.threads, slots, self.project.context)
+        from lab.llama_cpp import open_llama_cpp
+
+        peer = open_llama_cpp(self.settings.model, self.settings.device.threads, slots, self.project.context)
+        return peer and self.enter_context(closing(peer))
 
     def ids(self, count: int, seed: int) -> list[int]:
         """Random ids."""
         draw, size = random.Random(seed), self.settings.model.architecture.vocabulary
         return [draw.randrange(size) for _ in range(count)]
-
-
-class LlamaCpp:
-    """llama.cpp in this process; ImportError where its wheel is not installed.
-
-    With `speculation` it drafts by n-grams of its text, by one of its own methods: NGRAM_SIMPLE, NGRAM_MAP_K,
-    NGRAM_MAP_K4V, NGRAM_MOD or NGRAM_CACHE.
-    """
-
-    def __init__(self, file: Path, threads: int, slots: int, context: int, speculation: str | None = None) -> None:
-        import xllamacpp
-
-        own = xllamacpp.CommonParams()
-        own.model.path, own.n_parallel, own.n_ctx = str(file), slots, slots * context
-        own.cpuparams.n_threads = own.cpuparams_batch.n_threads = threads
-        if speculation is not None:
-            kinds = xllamacpp.common_speculative_type
-            own.speculative.types = [getattr(kinds, f"COMMON_SPECULATIVE_TYPE_{speculation}")]
-        self._server = xllamacpp.Server(own)
-
-    def complete(self, ids: Sequence[int], new_tokens: int, *, ignore_end: bool = True) -> Mapping[str, float]:
-        """Greedy continuation of so many tokens, fewer if the model may end it sooner; its own timings."""
-        request = {"prompt": list(ids), "n_predict": new_tokens, "temperature": 0.0, "cache_prompt": False}
-        found = self._server.handle_completions(request | {"ignore_eos": ignore_end})
-        answer = json.loads(found) if isinstance(found, str) else found
-        timings: Mapping[str, float] = answer["timings"]
-        return timings
-
-    def prompt_speed(self, ids: Sequence[int]) -> float:
-        """Tokens a second of a prompt."""
-        return self.complete(ids, 1)["prompt_per_second"]
-
-
-def open_llama_cpp(
-    model: ModelSettings, threads: int, slots: int, context: int, speculation: str | None = None
-) -> LlamaCpp | None:
-    """llama.cpp with the GGUF file of a model; None where the model has none, or its wheel is not installed."""
-    from lab.models.conversion import gguf_file
-
-    if model.source is not ModelSource.gguf:
-        return None
-    try:
-        return LlamaCpp(gguf_file(model), threads, slots, context, speculation)
-    except ImportError:
-        log.warning("llama.cpp is left out: pip install '.[peers]' brings it")
-        return None
 
 
 def _continue(engine: LocalEngine, prompts: Sequence[Sequence[int]], count: int) -> tuple[float, list[list[int]]]:
@@ -247,15 +199,17 @@ def decode(rig: EngineRig) -> Row:
         cases["llama_cpp"] = lambda: peer.complete(ids, count)["predicted_per_second"]
     found = interleaved(cases, 1, project.repeats)
     row: Row = {"threads": threads, "tokens_per_second": {name: Sample.of(own) for name, own in found.items()}}
-    holds, target = True, f"bfloat16_over_eager at least {LEAST_OVER_EAGER}"
+    holds, targets = True, []
     if rig.has_bfloat16:
         row["bfloat16_over_eager"] = over_eager = ratio(found["bfloat16"], found["bfloat16_eager"])
         holds = over_eager.median >= LEAST_OVER_EAGER
+        targets.append(f"bfloat16_over_eager at least {LEAST_OVER_EAGER}")
     if peer is not None:
         row["int4_over_llama_cpp"] = over = ratio(found["int4"], found["llama_cpp"])
         least = LEAST_OVER_LLAMA_CPP.get(threads, 1.0)
-        holds, target = holds and over.median >= least, f"{target}, int4_over_llama_cpp at least {least}"
-    return judged("decode", row, target, holds)
+        holds = holds and over.median >= least
+        targets.append(f"int4_over_llama_cpp at least {least}")
+    return judged("decode", row, ", ".join(targets), holds) if targets else row
 
 
 def prompt(rig: EngineRig) -> list[Row]:
@@ -456,8 +410,8 @@ PARTS: dict[str, Callable[[EngineRig], Row | list[Row]]] = {
 def run(settings: EngineBenchSettings, place: entry.Run) -> dict[str, Any]:
     """Measure the chosen parts; return the figures of the last line."""
     report = Path(settings.project.report or place.folder / "bench.json")
-    rig = EngineRig(settings, place.folder)
-    return run_parts("engine", PARTS, settings.project.parts, rig, settings=settings, place=place, report=report)
+    with EngineRig(settings, place.folder) as rig:
+        return run_parts("engine", PARTS, settings.project.parts, rig, settings=settings, place=place, report=report)
 
 
 main = entry.command("engine_bench", EngineBenchSettings, run)

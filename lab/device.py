@@ -16,6 +16,8 @@ from lab.settings import DeviceName, DeviceSettings, Dtype, UserError
 
 log = logging.getLogger(__name__)
 
+GIB = 2**30
+
 TORCH_DTYPES = {
     Dtype.float64: torch.float64,
     Dtype.float32: torch.float32,
@@ -106,6 +108,11 @@ def read_memory(device: torch.device) -> Memory:
     rss = int(psutil.Process().memory_info().rss)
     used, peak, total = _device_memory(device)
     return Memory(rss, max(rss, peak_rss_bytes()), used, peak, total)
+
+
+def total_bytes(device: torch.device) -> int:
+    """All memory of a device: its own, or else the machine's."""
+    return _device_memory(device)[2] or int(psutil.virtual_memory().total)
 
 
 def peak_rss_bytes() -> int:

@@ -23,7 +23,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lab.command import entry
-from lab.device import TORCH_DTYPES, available, best_dtype, lacks_sixteen_bits, open_device, read_memory, synchronize
+from lab.device import (
+    GIB,
+    TORCH_DTYPES,
+    available,
+    best_dtype,
+    lacks_sixteen_bits,
+    open_device,
+    read_memory,
+    synchronize,
+)
 from lab.environment import describe_environment
 from lab.settings import (
     Dtype,
@@ -37,7 +46,6 @@ from lab.settings import (
     require,
 )
 
-GIB = 2**30
 PRODUCTS = (Dtype.float32, Dtype.bfloat16, Quantization.int8, Quantization.int4)
 """Precisions of weights that an engine multiplies by."""
 OUTPUTS, INPUTS = 1536, 576

@@ -265,6 +265,9 @@ class DataSettings:
     """datasets id (source=hub)."""
     split: str
     """Split of the hub dataset."""
+    unit: str | None
+    """Key of a JSONL line or of a hub row that names its unit, which a federation's partition goes by: an author, a
+    label, a language. null: each line and row is a unit of its own."""
     sequence_length: int
     """Tokens per example; longer texts are cut into several examples, longer dialogues at the end."""
     held_out_fraction: float

@@ -277,6 +277,11 @@ def pieces_of(position: int, count: int, prompt_tokens: int | None, chunk: int) 
         at = stop
 
 
+def is_long(count: int) -> bool:
+    """Whether a piece of so many tokens is too long to be computed row by row."""
+    return count > MOST_ROWS
+
+
 def check_sound(session: Session) -> None:
     """ValueError for a session that is closed, or that can only be closed."""
     if session.closed:
@@ -427,13 +432,13 @@ PieceT = TypeVar("PieceT", bound=_HasIds)
 
 
 def together(pieces: Sequence[PieceT], most_padding: float) -> list[list[PieceT]]:
-    """Groups of pieces that share a pass, longest first: pieces of similar length, with at most `most_padding` in
-    all."""
+    """Groups of pieces that share a pass, longest first: long ones or short ones of similar length, with at most
+    `most_padding` in all."""
     groups: list[list[PieceT]] = []
     padding = 0
     for piece in sorted(pieces, key=lambda piece: len(piece.ids), reverse=True):
         padding += len(groups[-1][0].ids) - len(piece.ids) if groups else 0
-        if not groups or padding > most_padding:
+        if not groups or padding > most_padding or is_long(len(groups[-1][0].ids)) != is_long(len(piece.ids)):
             groups.append([])
             padding = 0
         groups[-1].append(piece)

@@ -25,6 +25,7 @@ import shutil
 import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -379,6 +380,7 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
             torch.no_grad(),
             cast(Any, shapes).patch(backed_size_oblivious=True),
             inductor.patch(INDUCTOR),
+            warnings.catch_warnings(action="ignore", category=FutureWarning),  # torch's exporter warns of itself
         ):
             exported = export(CompiledLayer(plan), arguments, dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(exported, package_path=made)

@@ -17,7 +17,6 @@ from transformers.cache_utils import Cache
 from typing_extensions import override
 
 from lab.engine.base import (
-    MOST_ROWS,
     NOTHING,
     SWEEP_ROWS,
     Engine,
@@ -31,6 +30,7 @@ from lab.engine.base import (
     check_reopen,
     check_requests,
     check_set_aside,
+    is_long,
     pieces_of,
     read_steps,
     together,
@@ -238,17 +238,24 @@ class LocalEngine(Engine):
         return [_Piece(run, start, run.ids[start:end]) for start, end in cuts]
 
     def _groups(self, pieces: Sequence[_Piece]) -> list[list[_Piece]]:
-        """The pieces that share a pass. With compiled layers all short ones do, and a long one is alone: its rows
-        are rounded by its length."""
-        if self._compiled is None:
-            return together(pieces, math.inf if self._exact_rows else SWEEP_ROWS)
-        short = [piece for piece in pieces if len(piece.ids) <= MOST_ROWS]
-        return [*([short] if short else []), *([piece] for piece in pieces if len(piece.ids) > MOST_ROWS)]
+        """The pieces that share a pass. On a CPU a long one is alone: how a product of many rows rounds each of them
+        depends on the number of all, and further rows do not make it faster. On a GPU they do."""
+        if self._exact_rows:
+            return [list(pieces)]
+        groups = together(pieces, math.inf if self._compiled else SWEEP_ROWS)
+        if self._device.type != "cpu":
+            return groups
+        are_long = [is_long(len(group[0].ids)) for group in groups]
+        return [
+            part
+            for group, alone in zip(groups, are_long, strict=True)
+            for part in ([[one] for one in group] if alone else [group])
+        ]
 
     def _pass(self, pieces: Sequence[_Piece], want: Want) -> None:
         """Compute some pieces in one forward pass, and read the rows of logits that are asked for."""
         read = [want == "all" or piece.is_last for piece in pieces]
-        if self._compiled is not None and len(pieces[0].ids) <= MOST_ROWS:
+        if self._compiled is not None and not is_long(len(pieces[0].ids)):
             self._compiled_pass(self._compiled, pieces, read, want)
             return
         if not any(read) and not self._exact_rows:

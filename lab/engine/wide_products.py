@@ -57,7 +57,7 @@ class _Packed:
     """A weight in FBGEMM's layout, and the version of the weight that was packed."""
 
     weight: Tensor
-    version: int
+    version: int | None
     scale: float
     """Factor for the rows that undoes the scaling of the weight."""
     product: Any
@@ -87,11 +87,12 @@ class PackedLinear(nn.Linear):
         below 2**-40 of the largest, which float32 sums would lose as well.
         """
         weight, packed = self.weight, self._packed
-        if packed is None or packed.weight is not weight or packed.version != weight._version:
+        version = None if weight.is_inference() else weight._version  # one made for inference has none, and stays
+        if packed is None or packed.weight is not weight or packed.version != version:
             wide = weight.detach().float()
             up = FLOAT16_EXPONENT - int(torch.frexp(wide.abs().max()).exponent)
             product = torch.ops.quantized.linear_prepack_fp16(wide * 2.0**up, None)
-            self._packed = packed = _Packed(weight, weight._version, 2.0**-up, product)
+            self._packed = packed = _Packed(weight, version, 2.0**-up, product)
         return packed
 
 

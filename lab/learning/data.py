@@ -1,10 +1,11 @@
 """Sources of text: their documents, and the records in them.
 
-Knows nothing about clients, tokenizers or models. A source lists its documents from file sizes and line ends alone; a
-document is opened only by the client that reads it.
+Knows nothing about clients, tokenizers or models. A source lists its documents from file sizes and line ends alone,
+unless `project.data.unit` names a key; a document's text is learnt only by the client that reads it.
 """
 
 import codecs
+import json
 import logging
 import os
 import sysconfig
@@ -13,7 +14,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from lab.files import path_as_typed
 from lab.learning.records import MalformedRecord, Record, Text, bad_byte, parse_line, parse_row
@@ -47,7 +48,7 @@ class Document:
     name: str
     """Path below the source, or file:line, for messages."""
     unit: str
-    """Group of documents that a partition by package keeps together: a top-level package, a folder, a line."""
+    """Group of documents: a top-level package, a folder, a line, an author."""
     size_bytes: int
     position: int = 0
     """Position in the source: first byte of the line (jsonl), row (hub)."""
@@ -71,11 +72,11 @@ def open_source(settings: DataSettings) -> Source:
         case DataSource.python_stdlib:
             return PythonLibrary(Path(sysconfig.get_path("stdlib")))
         case DataSource.jsonl:
-            return JsonLines(path_as_typed(settings.path or "", "project.data.path"))
+            return JsonLines(path_as_typed(settings.path or "", "project.data.path"), settings.unit)
         case DataSource.text:
             return TextFolder(path_as_typed(settings.path or "", "project.data.path"))
         case DataSource.hub:
-            return HubDataset(settings.repo or "", settings.split)
+            return HubDataset(settings.repo or "", settings.split, settings.unit)
 
 
 class PythonLibrary:
@@ -130,21 +131,23 @@ class TextFolder:
 
 
 class JsonLines:
-    """A JSONL file: each line that is not blank is one document and one unit, of a format of `lab.learning.records`."""
+    """A JSONL file: each line that is not blank is one document, of a format of `lab.learning.records`. Its unit is the
+    value of `unit_key`, if there is one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, unit_key: str | None = None) -> None:
         _require(path.is_file(), "path", "a JSONL file", path)
-        self._path = path
+        self._path, self._unit_key = path, unit_key
 
     def documents(self) -> list[Document]:
-        """Every line that is not blank, found by its line end, not parsed."""
+        """Every line that is not blank, found by its line end; parsed only for its unit."""
         found, position = [], 0
         with _opened(self._path) as file:
             for number, line in enumerate(file, start=1):
                 text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if size := len(text.strip()):
                     name = f"{self._path}:{number}"
-                    found.append(Document(name=name, unit=name, size_bytes=size, position=position))
+                    unit = name if self._unit_key is None else _unit_of(text, self._unit_key, name)
+                    found.append(Document(name=name, unit=unit, size_bytes=size, position=position))
                 position += len(line)
         _require(bool(found), "path", "a JSONL file with at least one line", f"{self._path} (empty)")
         return found
@@ -157,13 +160,32 @@ class JsonLines:
         yield parse_line(line, document.name)
 
 
+def _unit_of(line: bytes, key: str, name: str) -> str:
+    """The unit of a line; its name if it has none: a malformed line is reported when its client reads it."""
+    try:
+        value = json.loads(line)[key]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return name
+    return _unit(value, key, name)
+
+
+def _unit(value: Any, key: str, name: str) -> str:
+    if not isinstance(value, str | int):
+        raise UserError(
+            f"project.data.unit must name a text or a whole number in each record, got {key!r}, of another"
+            f" type in {name}"
+        )
+    return str(value)
+
+
 class HubDataset:
-    """A dataset of the Hugging Face hub: each row is one document and one unit, of the same keys as a JSONL line.
+    """A dataset of the Hugging Face hub: each row is one document, of the same keys as a JSONL line. Its unit is the
+    value of `unit_key`, if there is one.
 
     The size of a row is not known before it is read, so all rows count as equal.
     """
 
-    def __init__(self, repo: str, split: str) -> None:
+    def __init__(self, repo: str, split: str, unit_key: str | None = None) -> None:
         try:
             import datasets
         except ModuleNotFoundError:
@@ -177,12 +199,20 @@ class HubDataset:
                 f"project.data.repo must be a dataset with split {split!r}, got {repo!r}: {first}"
             ) from None
         _require(len(self._rows) > 0, "repo", "a dataset with at least one row", repo)
-        self._repo = repo
+        has_key = unit_key is None or unit_key in self._rows.column_names
+        _require(has_key, "unit", f"a column of the dataset ({', '.join(self._rows.column_names)})", unit_key)
+        self._repo, self._unit_key = repo, unit_key
 
     def documents(self) -> list[Document]:
         """Every row, in the dataset's order."""
-        names = (f"{self._repo}:{row}" for row in range(len(self._rows)))
-        return [Document(name=name, unit=name, size_bytes=1, position=row) for row, name in enumerate(names)]
+        names = [f"{self._repo}:{row}" for row in range(len(self._rows))]
+        units = names
+        if (key := self._unit_key) is not None:
+            units = [_unit(value, key, name) for value, name in zip(self._rows[key], names, strict=True)]
+        return [
+            Document(name=name, unit=unit, size_bytes=1, position=row)
+            for row, (name, unit) in enumerate(zip(names, units, strict=True))
+        ]
 
     def read(self, document: Document) -> Iterator[Record]:
         """One record; MalformedRecord with repo:row, key, rule and value when its keys are not those of a line."""

@@ -17,6 +17,7 @@ from lab.models.shape import ModelShape
 from lab.models.slices import read_slice
 from lab.models.sources import (
     LoadedModel,
+    check_room,
     check_weight_format,
     fetch,
     load_config,
@@ -78,7 +79,9 @@ def load_layers(
     ties = ModelShape.of(config).is_tied
     names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=ties)
     folder = fetch(settings, names)
-    placement = load_options(check_weight_format(folder, config, settings), quantization, device, dtype)
+    stored = check_weight_format(folder, config, settings)
+    check_room([of for name, of in folder.shapes().items() if name in names], stored, settings, device, dtype)
+    placement = load_options(stored, quantization, device, dtype)
     with folder.lazy(names) as tensors:
         model = read_slice(config, tensors, structure, layers, embedding=embedding, head=head, dtype=dtype, **placement)
     return prepared(model, settings, device, dtype, moves="device_map" not in placement)

@@ -5,8 +5,9 @@
 all of them; therefore the two halves of q are weights of 4 bits each, and the inputs are multiplied by both in one
 product of twice as many inputs.
 
-Inputs and outputs of a product are bfloat16, its sums float32. An output row depends on its input row alone, however
-many rows share the product.
+Inputs and outputs of the kernel's product are bfloat16, its sums float32. An output row depends on its input row
+alone, however many rows share the product. For many rows of one sequence, as parts of prompts have, the weights are
+widened to floats piece by piece and multiplied by torch's ordinary product: half the time for 256 rows.
 
 A folder holds the numbers in the order of the matrix. The order that this processor's kernel wants is made when they
 are loaded, whole or in a slice.
@@ -18,6 +19,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +33,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
+from lab.device import lacks_sixteen_bits
+
 METHOD = "distributed-llm-lab"
 """`quant_method` in the config of a quantised folder."""
 HEAD_BITS = 8
@@ -40,6 +44,10 @@ KERNEL_ROWS = 64
 """Outputs that the CPU's int4 kernel takes at once: matrices are filled up to a multiple of it."""
 MADV_PAGEOUT = 21
 """Of Linux's madvise: give the pages back; those of a file are read from it again."""
+WIDE_ROWS = 96
+"""Rows of one sequence from which on widening its weights pays."""
+WIDENED_AT_ONCE = 512
+"""Outputs that are widened together: few enough for a cache where inputs are few; a multiple of `KERNEL_ROWS`."""
 PACKED_AT_ONCE = 1024
 """Outputs that are brought into the kernel's order together; a multiple of `KERNEL_ROWS`."""
 
@@ -100,7 +108,13 @@ class IntLinear(nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         rows_RK = input.reshape(-1, self.in_features)
-        product_RN = multiply(rows_RK.to(torch.bfloat16), self.weight, self.scales)
+        # Widened products round by the number of rows, so they are for a single sequence: an engine computes a long
+        # piece alone. Layers that flatten their batch first (OPT's, shared experts) do not show whose rows they get.
+        is_alone = input.ndim == 3 and input.shape[0] == 1
+        if is_alone and len(rows_RK) >= WIDE_ROWS and kernel_block():
+            product_RN = multiply_widened(rows_RK, self.weight, self.scales)
+        else:
+            product_RN = multiply(rows_RK.to(torch.bfloat16), self.weight, self.scales)
         outcome_RN = product_RN[:, : self.out_features].to(input.dtype)
         if self.bias is not None:
             outcome_RN = outcome_RN + self.bias
@@ -117,10 +131,9 @@ class IntLinear(nn.Linear):
 
     def pack(self) -> None:
         """Bring the numbers into the order of this device's kernel, once they have been read."""
-        missing = -self.out_features % KERNEL_ROWS
         # Always copies, never pages of the file: the kernel reads beyond the end of what it needs.
-        packed_NX = _in_kernel_order(nn.functional.pad(self.weight, (0, 0, 0, missing)))
-        filled = nn.functional.pad(self.scales.to(torch.bfloat16), (0, 0, 0, missing)).clone()
+        packed_NX = _in_kernel_order(self.weight)
+        filled = nn.functional.pad(self.scales.to(torch.bfloat16), (0, 0, 0, -self.out_features % KERNEL_ROWS)).clone()
         _forget_pages(self.weight)
         self.weight, self.scales = nn.Parameter(packed_NX, requires_grad=False), filled
 
@@ -145,6 +158,46 @@ def multiply(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.aten._weight_int4pack_mm_for_cpu(rows_RK, numbers, GROUP, scales))
 
 
+def multiply_widened(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
+    """The same product, R x N in the dtype of the rows, by weights that are widened to floats."""
+    dtype, inputs = _wide_dtype(), rows_RK.shape[1]
+    wide_RK, product_RN = rows_RK.detach().to(dtype), rows_RK.new_empty(len(rows_RK), len(numbers))
+    parts = [part.split(WIDENED_AT_ONCE, dim) for dim, part in ((0, numbers), (1, scales), (1, product_RN))]
+    for own_numbers, own_scales, own_product in zip(*parts, strict=True):
+        own_product.copy_(wide_RK @ widened(own_numbers, own_scales, inputs).to(dtype))
+    return product_RN
+
+
+def widened(numbers: Tensor, scales: Tensor, inputs: int) -> Tensor:
+    """The weights, float32 K x N, of numbers in their kernel's order."""
+    outputs, block = len(numbers), kernel_block()
+    bytes_KBX = numbers.view(outputs // block, -1, block // 2).transpose(0, 1)
+    q_GKN = torch.stack((bytes_KBX & 15, bytes_KBX >> 4), 2).view(-1, GROUP, outputs)
+    scale_G1N, zero_G1N = scales.float().unsqueeze(1).unbind(-1)
+    halves_HKN = torch.addcmul(zero_G1N - 8 * scale_G1N, q_GKN.float(), scale_G1N).view(-1, inputs, outputs)
+    return halves_HKN[0] if len(halves_HKN) == 1 else halves_HKN[0].add_(halves_HKN[1])
+
+
+@cache
+def kernel_block() -> int:
+    """Outputs of a block in the order of this processor's kernel: the low halves of a block's bytes are those of its
+    first half of outputs, input by input. 0 where the order is another one, as tried with random numbers."""
+    q_NK = torch.randint(0, 16, (KERNEL_ROWS, GROUP), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    packed_NX = _in_kernel_order(halves(q_NK))
+    for block in (64, 32, 16):
+        bytes_BKX = packed_NX.view(-1, GROUP, block // 2)
+        found_BKN = torch.cat((bytes_BKX & 15, bytes_BKX >> 4), 2)
+        if torch.equal(found_BKN.transpose(1, 2).flatten(0, 1), q_NK):
+            return block
+    return 0
+
+
+@cache
+def _wide_dtype() -> torch.dtype:
+    """bfloat16 where the processor has instructions for it."""
+    return torch.float32 if lacks_sixteen_bits(torch.device("cpu"), torch.bfloat16) else torch.bfloat16
+
+
 def join(layers: Sequence[IntLinear]) -> tuple[Tensor, Tensor]:
     """The numbers and scales of layers with the same input as those of one layer, whose outputs follow each other, each
     layer's filled up to `KERNEL_ROWS`. The layers themselves become views of it, so that no memory is added."""
@@ -161,10 +214,12 @@ def join(layers: Sequence[IntLinear]) -> tuple[Tensor, Tensor]:
 
 
 def _in_kernel_order(halves_NX: Tensor) -> Tensor:
-    """Numbers of 4 bits as torch's CPU kernel wants them: blocks of outputs, by the instructions of this processor."""
-    packed_NX = torch.empty_like(halves_NX)
+    """Numbers of 4 bits as torch's CPU kernel wants them: blocks of outputs, by the instructions of this processor. N
+    is filled up to `KERNEL_ROWS`."""
+    packed_NX = halves_NX.new_empty(-(-len(halves_NX) // KERNEL_ROWS) * KERNEL_ROWS, halves_NX.shape[1])
     for start in range(0, len(halves_NX), PACKED_AT_ONCE):  # in parts: in between each number takes 32 bits
         part_NX = halves_NX[start : start + PACKED_AT_ONCE]
+        part_NX = nn.functional.pad(part_NX, (0, 0, 0, -len(part_NX) % KERNEL_ROWS))
         q_NK = torch.stack((part_NX & 15, part_NX >> 4), 2).flatten(1).int()
         packed_NX[start : start + PACKED_AT_ONCE] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK, 1)
     return packed_NX

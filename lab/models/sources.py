@@ -7,7 +7,9 @@ import functools
 import glob
 import importlib.util
 import logging
-from collections.abc import Collection, Sequence
+import math
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from lab.device import check_dtype, lacks_sixteen_bits
+from lab.device import GIB, check_dtype, lacks_sixteen_bits, total_bytes
 from lab.engine.row_attention import attend_by_row
 from lab.engine.wide_products import widen_products
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
@@ -62,6 +64,7 @@ def load_model(settings: ModelSettings, device: torch.device) -> LoadedModel:
     config = folder.config()
     stored = check_weight_format(folder, config, settings)
     tokenizer = folder.tokenizer()
+    check_room(folder.shapes().values(), stored, settings, device, dtype)
     model = folder.load(config, dtype, **load_options(stored, quantization, device, dtype))
     model = prepared(
         model, settings, device, dtype, moves=quantization is None and stored in (WeightFormat.plain, WeightFormat.fp8)
@@ -104,6 +107,36 @@ def check_weight_format(folder: ModelFolder, config: PreTrainedConfig, settings:
             f"got {settings.quantization.name}"
         )
     return stored
+
+
+def check_room(
+    tensors: Iterable[tuple[str, tuple[int, ...]]],
+    stored: WeightFormat,
+    settings: ModelSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """UserError for weights that take more than all memory of the device: the system would swap, or end the process.
+
+    Args:
+        tensors: Dtype, as safetensors names it, and shape of each.
+        stored: Their format.
+        settings: The model's.
+        device: Where they will be.
+        dtype: What those in float become.
+    """
+    as_stored, becomes_nf4 = stored in PACKED, settings.quantization is Quantization.nf4 and stored not in PACKED
+    needed = 0.0
+    for name, shape in tensors:
+        bits = int((re.findall(r"\d+", name) or ["8"])[0])  # BF16, F8_E4M3, U8; BOOL
+        if not as_stored and "F" in name:
+            bits = 4 if becomes_nf4 else 8 * dtype.itemsize
+        needed += math.prod(shape) * bits / 8
+    if needed > (total := total_bytes(device)):
+        remedy = "int8 and int4 weights (model.quantization) need less; shards share them (python -m split.plan)"
+        raise UserError(
+            f"model must fit into the {total / GIB:.3g} GiB of memory here, got weights of {needed / GIB:.3g}: {remedy}"
+        )
 
 
 def load_config(settings: ModelSettings) -> PreTrainedConfig:

@@ -4,11 +4,12 @@
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 from lab.bench import Row, Sample, judged, ratio
-from lab.bench_engine import LlamaCpp, open_llama_cpp
+from lab.llama_cpp import LlamaCpp, open_llama_cpp
 from lab.ping_pong import measure as measure_frames
 from lab.text.prompts import prompt_ids
 from speculative.bench.assisted import AssistedRun
@@ -196,14 +197,19 @@ def texts(rig: Rig) -> list[Row]:
 def llama_cpp(rig: Rig) -> list[Row]:
     """Prompt lookup without a delay, compared with llama.cpp on one core: alone, and with the best of its own ways to
     draft by n-grams. All decode greedily until the model ends the text. No rows where `open_llama_cpp` has none."""
-    bench, settings = rig.settings.project.bench, rig.settings
-    peers: dict[str | None, LlamaCpp] = {}
-    for name in (None, *LLAMA_CPP_DRAFTS):
-        peer = open_llama_cpp(settings.model, 1, 1, settings.project.context, name)
-        if peer is None:
-            return []
-        peers[name] = peer
-    rows = []
+    settings = rig.settings
+    with ExitStack() as stack:
+        peers: dict[str | None, LlamaCpp] = {}
+        for name in (None, *LLAMA_CPP_DRAFTS):
+            peer = open_llama_cpp(settings.model, 1, 1, settings.project.context, name)
+            if peer is None:
+                return []
+            peers[name] = stack.enter_context(closing(peer))
+        return _beside(rig, peers)
+
+
+def _beside(rig: Rig, peers: Mapping[str | None, LlamaCpp]) -> list[Row]:
+    bench, rows = rig.settings.project.bench, []
     for text in bench.chosen_texts:
         ids = prompt_ids(rig.tokenizer, text.prompt, chat=True)
         speeds: dict[str | None, list[float]] = {name: [] for name in peers}

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from typing_extensions import override
 
-from lab.engine.base import MOST_ROWS, LogitRows, TargetStep, Want, check_ids, check_schema, read_steps
+from lab.engine.base import LogitRows, TargetStep, Want, check_ids, check_schema, is_long, read_steps
 from lab.engine.compiled import CompiledModel, Compiler
 from lab.engine.context import longest_text
 from lab.engine.first_fault import first_faults
@@ -273,17 +273,17 @@ class Shard:
         """
         check_ids(given.ids, self.vocabulary_size)
         requests = self._find(keys, given.pieces)
-        if self._compiled is None:
-            return self._pass(requests, given)
-        # As a LocalEngine does: short pieces share a pass by rows, and a long one is alone.
-        short = [place for place, piece in enumerate(given.pieces) if piece.count <= MOST_ROWS]
+        is_cpu = self.device.type == "cpu"  # where a long piece is alone, as in a LocalEngine
+        short = [place for place, piece in enumerate(given.pieces) if not (is_cpu and is_long(piece.count))]
+        if len(short) == len(given.pieces):
+            return self._short_pass(requests, given)
         groups = [*([short] if short else []), *([place] for place in range(len(given.pieces)) if place not in short)]
         found: dict[int, Any] = {}
         before = [request.before_V for request in requests]
         for places in groups:
             own, part = [requests[place] for place in places], given.only(places)
             try:
-                output = self._compiled_pass(self._compiled, own, part) if places == short else self._pass(own, part)
+                output = self._short_pass(own, part) if places == short else self._pass(own, part)
             except BaseException:  # each request is asked again as it was, those of the passes before this one, too
                 for request, row_V in zip(requests, before, strict=True):
                     request.before_V = row_V
@@ -296,15 +296,18 @@ class Shard:
         outputs = [found[place] for place in sorted(found)]
         return outputs if self.gives_steps else torch.cat(outputs)
 
-    def _compiled_pass(self, compiled: CompiledModel, requests: Sequence[_Request], given: PassInput) -> PassOutput:
+    def _short_pass(self, requests: Sequence[_Request], given: PassInput) -> PassOutput:
+        """A pass of short pieces: by rows where layers are compiled."""
+        if self._compiled is None:
+            return self._pass(requests, given)
         for request, piece in zip(requests, given.pieces, strict=True):
             self.cache.lengths[request.slot] = piece.position
         states = torch.tensor(given.ids) if self.takes_ids else given.hidden_NH
         assert states is not None
         counts = [piece.count for piece in given.pieces]
-        hidden_NH = compiled.run(states, [request.slot for request in requests], counts)
+        hidden_NH = self._compiled.run(states, [request.slot for request in requests], counts)
         self.cache.commit()
-        return self._of_rows(compiled, requests, given, hidden_NH)
+        return self._of_rows(self._compiled, requests, given, hidden_NH)
 
     def _of_rows(
         self, compiled: CompiledModel, requests: Sequence[_Request], given: PassInput, hidden_NH: Tensor

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from lab import bench_engine
 from lab.bench_engine import PARTS, EngineBenchSettings, EngineRig, run
 from lab.command.entry import Run, compose_settings
 from lab.settings import UserError
@@ -37,10 +37,8 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_without_its_wheel_llama_cpp_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(*_: object) -> None:
-        raise ImportError("no xllamacpp")
-
-    monkeypatch.setattr(bench_engine, "LlamaCpp", absent)
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.setattr("lab.models.conversion.gguf_file", lambda model: tmp_path)
     settings = compose_settings("engine_bench", "", EngineBenchSettings)
     assert EngineRig(settings, tmp_path).llama_cpp(1) is None
 

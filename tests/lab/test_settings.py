@@ -89,7 +89,8 @@ BAD = {
     ),
     "model.adapter=folder": "model.adapter must be null for this command, which loads none, got 'folder'",
     "device.name=gpu": "device.name must be one of auto, cuda, mps, cpu, got 'gpu'",
-    "project.partition_by=unit": "project.partition_by must be one of package, iid, got 'unit'",
+    "project.partition_by=unit": "project.partition_by must be one of package, iid, natural, "
+    "dirichlet, shards, linear, got 'unit'",
     "project.data.source=csv": "project.data.source must be one of python_stdlib, jsonl, text, hub, got 'csv'",
     # no such key
     "project.rouds=3": "project.rouds must be a setting (did you mean project.rounds?), got '3'",

@@ -131,13 +131,14 @@ def random_subject() -> Subject:
     return Subject(words, prompts)
 
 
-def compiled_subject(quantization: str, model: str = "random") -> Subject:
-    """A model over compiled layers in bfloat16, whose numbers take as many bits as `model.quantization` says."""
+def quantised_subject(quantization: str, model: str = "random", *, compiles: bool = True, threads: int = 1) -> Subject:
+    """A model in bfloat16, over compiled layers or eager, whose numbers take as many bits as `model.quantization`
+    says."""
     numbers = random.Random(0)
     prompts = [[numbers.randrange(256) for _ in range(numbers.randrange(1, 90))] for _ in range(len(ALONE) + 4)]
     words = (
-        *(f"model={model}", "model.dtype=bfloat16", f"model.quantization={quantization}", "device.compile=true"),
-        *("device.threads=1", "project.context=256"),
+        *(f"model={model}", "model.dtype=bfloat16", f"model.quantization={quantization}"),
+        *(f"device.compile={compiles}", f"device.threads={threads}", "project.context=256"),
         *(f"project.draft.model={model}", "project.draft.dtype=float32"),
         *("project.draft.layers=3", "project.draft.noise=0.05"),
     )
@@ -304,7 +305,7 @@ def cells(whole: bool) -> Iterator[tuple[str, Sampling, tuple[int, ...], int]]:
 
 def compare_everything(subject: Subject, new_tokens: int, mode: Mode, *, whole: bool) -> Compared:
     """All cells, `new_tokens` a text."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(subject.settings.device.threads)
     total = Compared()
     for source, sampling, lengths, first in cells(whole):
         total.add(compare(subject, source, sampling, lengths, new_tokens, first, mode))
@@ -316,14 +317,14 @@ def compare_random(at_least_tokens: int, mode: Mode) -> Compared:
     return compare_everything(random_subject(), -(-at_least_tokens // TEXTS), mode, whole=True)
 
 
-def compare_compiled(at_least_tokens: int, quantization: str) -> Compared | None:
-    """The whole comparison over compiled layers, one half in each mode; None where they are not row-invariant here."""
-    subject, total = compiled_subject(quantization), Compared()
-    if not subject.engine(4).row_invariant:
-        return None
+def compare_quantised(
+    at_least_tokens: int, quantization: str, *, compiles: bool, threads: int
+) -> tuple[bool, Compared]:
+    """The whole comparison of an engine, one half in each mode; and whether it says that it is row-invariant."""
+    subject, total = quantised_subject(quantization, compiles=compiles, threads=threads), Compared()
     for mode in (Mode.sync, Mode["async"]):
         total.add(compare_everything(subject, -(-at_least_tokens // (2 * TEXTS)), mode, whole=True))
-    return total
+    return subject.engine(4).row_invariant, total
 
 
 if __name__ == "__main__":

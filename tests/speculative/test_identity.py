@@ -25,7 +25,7 @@ from tests.speculative.identity import (
     cells,
     compare,
     compare_everything,
-    compiled_subject,
+    quantised_subject,
     random_subject,
     speculated_equals_alone,
 )
@@ -51,7 +51,7 @@ def test_no_token_differs_in_float64(subject: Subject, mode: Mode) -> None:
 
 
 def test_no_token_differs_over_compiled_layers_in_int4() -> None:
-    subject, compared = compiled_subject("int4"), Compared()
+    subject, compared = quantised_subject("int4"), Compared()
     for source, sampling in itertools.product(("model", "noisy"), SAMPLINGS):
         compared.add(compare(subject, source, sampling, (2, 6, 10, 14), 20))
     assert compared.flips == []

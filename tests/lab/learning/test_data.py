@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typing_extensions import override
 
 from lab.learning.data import Document, PythonLibrary, open_source
 from lab.learning.records import Dialogue, Message, Text
@@ -19,6 +20,7 @@ def data_settings(**changes: Any) -> DataSettings:
         "path": None,
         "repo": None,
         "split": "train",
+        "unit": None,
         "sequence_length": 64,
         "held_out_fraction": 0.1,
         "max_examples": 0,
@@ -185,8 +187,14 @@ def test_a_folder_of_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 class FakeRows(list[dict[str, str]]):
     """As `datasets` hands out rows: by number, one at a time."""
 
+    column_names = ("text", "prompt", "response", "author")
+
     def __iter__(self) -> Iterator[dict[str, str]]:
         raise AssertionError("reads rows of others")
+
+    @override
+    def __getitem__(self, key: Any) -> Any:
+        return ["Ann", "Bob"] if key == "author" else super().__getitem__(key)
 
 
 @pytest.fixture
@@ -210,6 +218,14 @@ def test_rows_of_a_hub_dataset() -> None:
 
 
 @pytest.mark.usefixtures("fake_hub")
+def test_a_column_of_a_hub_dataset_names_the_units() -> None:
+    source = open_source(data_settings(source=DataSource.hub, repo="org/texts", unit="author"))
+    assert [document.unit for document in source.documents()] == ["Ann", "Bob"]
+    with pytest.raises(UserError, match=r"^project\.data\.unit must be a column .*\(text, prompt, .*, got 'writer'$"):
+        open_source(data_settings(source=DataSource.hub, repo="org/texts", unit="writer"))
+
+
+@pytest.mark.usefixtures("fake_hub")
 def test_a_hub_dataset_that_does_not_exist() -> None:
     with pytest.raises(UserError, match=r"project\.data\.repo must be .* got 'org/none': Dataset .* on the Hub$"):
         open_source(data_settings(source=DataSource.hub, repo="org/none"))
@@ -219,3 +235,18 @@ def test_the_hub_needs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install distributed-llm-lab\[hub\]"):
         open_source(data_settings(source=DataSource.hub, repo="org/texts"))
+
+
+def test_a_key_of_each_line_names_its_unit(tmp_path: Path) -> None:
+    path = tmp_path / "letters.jsonl"
+    lines = ['{"text": "a", "author": "Ann"}', "broken", '{"text": "b", "author": 7}', '{"text": "c"}']
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = open_source(data_settings(source=DataSource.jsonl, path=str(path), unit="author"))
+    assert [document.unit for document in source.documents()] == ["Ann", f"{path}:2", "7", f"{path}:4"]
+    assert list(source.read(source.documents()[0])) == [Text("a", whole=True)]
+    path.write_text('{"text": "a", "author": ["secret"]}\n', encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"^project\.data\.unit must name a text or a whole number .*jsonl:1$"
+    ) as caught:
+        source.documents()
+    assert "secret" not in str(caught.value)

@@ -21,7 +21,7 @@ from lab.models import packed
 from lab.models.conversion import byte_tokenizer, gguf_file
 from lab.models.gguf_blocks import BITS, GgufBlocks
 from lab.models.layers import load_layers, load_proved
-from lab.models.packed import IntLinear, halves
+from lab.models.packed import WIDE_ROWS, IntLinear, halves
 from lab.models.proof import try_packed
 from lab.models.quantized import WeightFormat
 from lab.models.slices import run_slice
@@ -83,6 +83,40 @@ def test_joined_layers_say_what_each_says(bits: int) -> None:
     storages = {layer.weight.untyped_storage().data_ptr() for layer in layers}
     assert storages == {numbers.untyped_storage().data_ptr()}, "a second copy"
     assert numbers.nbytes == bytes_before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_many_rows_of_a_sequence_meet_the_same_weights_widened(
+    bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packed.kernel_block():
+        pytest.skip("the kernel's order of numbers is not known here")
+    monkeypatch.setattr(packed, "_wide_dtype", lambda: dtype)
+    monkeypatch.setattr(packed, "WIDENED_AT_ONCE", 128)
+    layer = IntLinear.of(torch.randn(200, 96), bits, nn.Parameter(torch.randn(200), requires_grad=False))
+    rows = torch.randn(1, WIDE_ROWS, 96).bfloat16().float()
+    expected, kernels = layer.in_float()(rows), layer(rows[:, :-1])
+    found = layer(rows)
+    assert found.dtype is torch.float32
+    assert torch.allclose(found, expected, rtol=2**-7, atol=float(expected.abs().max()) * 2**-7)
+    assert not torch.equal(found[:, :-1], kernels), "the kernel computed them"
+    assert torch.equal(layer(torch.cat((rows, rows)))[:, :-1], kernels.expand(2, -1, -1)), "a second sequence is there"
+    assert torch.equal(layer(rows[0])[:-1], kernels[0]), "whose rows they are is not known"
+    assert torch.equal(layer(rows.requires_grad_()), found)
+    rows.requires_grad_(False)
+    monkeypatch.setattr(packed, "kernel_block", lambda: 0)
+    assert torch.equal(layer(rows)[:, :-1], kernels), "widened in an order that is not known"
+
+
+def test_an_order_of_numbers_that_is_not_known_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packed.kernel_block() in (0, 16, 32, 64)
+    monkeypatch.setattr(packed, "_in_kernel_order", lambda halves_NX: halves_NX)
+    packed.kernel_block.cache_clear()
+    try:
+        assert packed.kernel_block() == 0
+    finally:
+        packed.kernel_block.cache_clear()
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral", "qwen3_moe")

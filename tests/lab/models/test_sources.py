@@ -672,3 +672,27 @@ def test_smollm2_answers(overrides: str) -> None:
     else:
         head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
         assert head.data_ptr() == embedding.data_ptr(), "tied, not copied"
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
+    tiny: ModelSettings, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what its weights become: as they are stored, in another dtype, in 4 bits; whole or a slice."""
+    weights = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    double = dataclasses.replace(tiny, dtype=Dtype.float64)
+    monkeypatch.setattr(models, "total_bytes", lambda device: 2 * weights - 1)
+    models.load_model(tiny, CPU)
+    rule = (
+        r"^model must fit into the [0-9.e-]+ GiB of memory here, got weights of [0-9.e-]+: int8 and int4 .*split\.plan"
+    )
+    with pytest.raises(UserError, match=rule):
+        models.load_model(double, CPU)
+    load_layers(double, CPU, range(1), embedding=True, head=False)
+    monkeypatch.setattr(models, "total_bytes", lambda device: weights // 9)
+    with pytest.raises(UserError, match=rule):
+        load_layers(tiny, CPU, range(2), embedding=True, head=False)
+    four = dataclasses.replace(tiny, quantization=Quantization.nf4)
+    with pytest.raises(UserError, match=rule):
+        models.load_model(four, CPU)
+    monkeypatch.setattr(models, "total_bytes", lambda device: weights // 4)
+    models.load_model(four, CPU)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -136,6 +136,8 @@ def test_a_real_pair_beside_transformers(tmp_path: Path) -> None:
 class _Peer:
     """A llama.cpp that makes 100 tokens a second alone and 200 with n-grams, prompts included."""
 
+    closed: ClassVar[list[bool]] = []
+
     def __init__(self, model: ModelSettings, threads: int, slots: int, context: int, speculation: str | None) -> None:
         self._factor = 2 if speculation == "NGRAM_CACHE" else 1
 
@@ -143,6 +145,9 @@ class _Peer:
         assert not ignore_end
         milliseconds = 1000 * new_tokens / (100 * self._factor)
         return {"predicted_n": new_tokens, "prompt_ms": 0.25 * milliseconds, "predicted_ms": 0.75 * milliseconds}
+
+    def close(self) -> None:
+        self.closed.append(True)
 
 
 def test_a_real_pair_beside_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +159,7 @@ def test_a_real_pair_beside_llama_cpp(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     monkeypatch.setattr("speculative.bench.loops.open_llama_cpp", _Peer)
     [row] = _rows(tmp_path, *words)
+    assert len(_Peer.closed) == 1 + len(loops.LLAMA_CPP_DRAFTS)
     assert row["its_best"] == "NGRAM_CACHE"
     assert row["llama_cpp_tokens_per_second"]["alone"]["median"] == pytest.approx(100)
     assert row["over_llama_cpp"]["median"] == pytest.approx(row["tokens_per_second"]["median"] / 100, rel=0.2)

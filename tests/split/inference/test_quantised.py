@@ -16,6 +16,7 @@ from lab.engine.base import Engine
 from lab.engine.compiled import COMPILERS, Compiler
 from lab.engine.sampling import Sampling
 from lab.models.conversion import byte_tokenizer
+from lab.models.packed import WIDE_ROWS
 from lab.models.sources import load_model
 from lab.settings import ModelSettings, Quantization
 from split.chain.boundary import Boundary
@@ -103,3 +104,27 @@ def test_a_text_that_shards_lost_goes_on_to_the_same_bits(model: ModelSettings) 
                 engine.extend([(session, session.step.next_ids[-1:])], "last")
             found.append(nll)
     assert found[0] == found[1]
+
+
+def test_a_long_prompt_does_not_depend_on_its_company(model: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts at once, one of which is long enough to meet widened weights; layers are not compiled."""
+    packed = replace(model, quantization=Quantization.int8)
+    whole = local_engine(load_model(packed, torch.device("cpu")).model)
+    split = as_engine(InProcess([InferenceStage(part, Boundary.bfloat16) for part in shards(packed, (0, 2, 4))]))
+    prompts = [some_ids(WIDE_ROWS + 5, 1), some_ids(WIDE_ROWS - 5, 2)]
+    for engine in (whole, split):
+        engine._chunk = 2 * WIDE_ROWS
+        alone = [_nll(engine, [prompt])[0] for prompt in prompts]
+        assert _nll(engine, prompts) == alone
+    monkeypatch.setattr("lab.engine.base.MOST_ROWS", 1000)
+    for engine in (whole, split):
+        assert _nll(engine, prompts) != [_nll(engine, [prompt])[0] for prompt in prompts], "the control"
+
+
+def _nll(engine: Engine, prompts: Sequence[list[int]]) -> list[list[float]]:
+    """Of the tokens of prompts that are computed at once."""
+    sessions = [engine.open([], Sampling.greedy()) for _ in prompts]
+    steps = engine.extend(list(zip(sessions, prompts, strict=True)), "all")
+    for session in sessions:
+        session.close()
+    return [step.nll[1:] for step in steps]
