@@ -402,6 +402,7 @@ async def _timed(
             async for one in events:
                 if isinstance(one, Told):
                     now = time.monotonic()
+                    state.metrics.accepted(model.id, one.guesses)
                     if is_first:
                         state.metrics.first_token(model.id, now - began)
                     else:

@@ -31,6 +31,8 @@ class Told:
     pieces: Sequence[Piece]
     is_end: bool = False
     """Whether the choice is complete with these pieces."""
+    guesses: int = 0
+    """Draft tokens that the target accepted in the pass of these pieces."""
 
 
 class Generation:
@@ -104,7 +106,7 @@ class Generation:
         choice = self.choices[number]
         was_open = choice.finish is None
         pieces = choice.add(new)
-        return Told(number, pieces, was_open and choice.finish is not None)
+        return Told(number, pieces, was_open and choice.finish is not None, new.guesses)
 
     async def run(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[Told | InLine | None]:
         """Generate all choices to their ends. Yields what can be sent, places in line, and None when nothing came for

@@ -34,6 +34,13 @@ class Metrics:
         self._refused = Counter(
             f"{prefix}request_refused", "Requests that were refused.", ["status"], registry=self._registry
         )
+        places = [*names, "position"]
+        self._accepted = Counter(
+            f"{prefix}spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens that the target accepted, by their place among those of one pass.",
+            places,
+            registry=self._registry,
+        )
         about = "Seconds to the first token."
         self._first = Histogram(
             f"{prefix}time_to_first_token_seconds", about, names, buckets=SECONDS, registry=self._registry
@@ -55,6 +62,11 @@ class Metrics:
     def refused(self, status: int) -> None:
         """Count a request that was refused."""
         self._refused.labels(str(status)).inc()
+
+    def accepted(self, model: str, guesses: int) -> None:
+        """Count the first so many draft tokens of a pass as accepted."""
+        for place in range(guesses):
+            self._accepted.labels(model, str(place)).inc()
 
     def first_token(self, model: str, seconds: float) -> None:
         """Count a first token."""

@@ -128,6 +128,7 @@ def _uvicorn(app: Gate, project: ServeProjectSettings, tls: ssl.SSLContext | Non
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=project.connection_idle_seconds,  # type: ignore[arg-type]  # goes to `call_later` as it is
         timeout_graceful_shutdown=1,
         ws="none",
     )

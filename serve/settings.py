@@ -35,6 +35,9 @@ class ServeProjectSettings(TargetSettings):
     """Concurrent connections; further ones get 503."""
     request_seconds: float
     """A request must arrive whole within so long; else its connection is closed."""
+    connection_idle_seconds: float
+    """A connection without a request is closed after so long. Clients must give theirs up before: most do so within
+    5 to 60 s, and a request that is sent while the server closes the connection is lost."""
     keep_alive_seconds: float
     """A stream that has nothing to say sends a comment as often as this, so that no proxy closes it."""
     grace_seconds: float
@@ -66,7 +69,7 @@ class ServeProjectSettings(TargetSettings):
         require(0 <= self.temperature <= 2, "temperature must be in [0, 2]", self.temperature)
         require_at_least(1, self, "max_choices", "max_connections", "max_adapters")
         require_at_least(1024, self, "max_body_bytes", "journal_bytes")
-        require_above(0, self, "request_seconds", "keep_alive_seconds", "follow_seconds")
+        require_above(0, self, "request_seconds", "connection_idle_seconds", "keep_alive_seconds", "follow_seconds")
         require_at_least(0, self, "grace_seconds", "keep_seconds")
         if self.engine is EngineKind.speculative:
             kept = (DraftSource.ngram, DraftSource.none)

@@ -89,11 +89,15 @@ class Tab:
 
     def click(self, selector: str) -> None:
         """Click with the mouse in the middle of an element."""
-        box = self.until(
+        look = (
             f"(() => {{ const one = document.querySelector({json.dumps(selector)}); if (!one) return null;"
             "one.scrollIntoView({block: 'nearest'}); const box = one.getBoundingClientRect();"
             "return box.width ? [box.x + box.width / 2, box.y + box.height / 2] : null; })()"
         )
+        box, before = self.until(look), None
+        while box != before:  # what is above it may still be growing
+            time.sleep(LOOK_SECONDS)
+            box, before = self.until(look), box
         for kind in ("mousePressed", "mouseReleased"):
             self.ask("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 

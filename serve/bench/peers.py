@@ -18,6 +18,7 @@ import httpx
 
 from lab.bench import pinned
 from lab.faults import Fault
+from lab.llama_cpp import MODULE as LLAMA_CPP
 from lab.models.conversion import gguf_file
 from lab.models.sources import fetch
 from lab.settings import ModelSource, Quantization
@@ -38,9 +39,9 @@ def llama_cpp(rig: Rig, port: int, slots: int) -> tuple[list[str], str]:
         raise LeftOut("the model is no GGUF file")
     if find_spec("xllamacpp") is None:
         raise LeftOut("pip install '.[peers]' brings xllamacpp")
-    numbers = [port, rig.settings.device.threads, slots, rig.project.context]
+    numbers = [rig.settings.device.threads, slots, rig.project.context]
     file = gguf_file(rig.settings.model)
-    return ["-m", "serve.bench.llama_cpp", str(file), *map(str, numbers)], "default"
+    return ["-m", LLAMA_CPP, str(file), *map(str, numbers), f"--port={port}"], "default"
 
 
 def transformers(rig: Rig, port: int, slots: int) -> tuple[list[str], str]:

@@ -45,11 +45,14 @@ MODULES = {
 }
 """Tests of openai-python by the model that they ask for."""
 SECONDS = 1800
-MOST_NEW = "project.max_new_tokens=24"
+NEW_TOKENS = 24
+MOST_NEW = f"project.max_new_tokens={NEW_TOKENS}"
 SERVER = ("tracking=none", "network.port=0", "project.context=1024", MOST_NEW)
 EXAMPLES = 100
 """Most requests of schemathesis for each path, besides those at the edges of each rule."""
 FLOATS = ("float32", "float64")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""As our server has: two threads wait for each other on a busy machine."""
 MOST_ROUNDING = 2.0
 """Most rounding error of the server's scores over that of the model in process: both are largest ones of 200 draws."""
 
@@ -110,7 +113,7 @@ def npm() -> Iterator[Row]:
 
 def openai_tests() -> Iterator[Row]:
     """openai-python's own tests, against this server and against `transformers serve`, over the same small random
-    model: they judge types and not texts, and `transformers serve` makes 1024 tokens where a request names none."""
+    model: they judge types and not texts."""
     python = environment("openai", ("openai", *OPENAI_TESTS))
     sources = openai_sources(python)
     ours: list[Case] = []
@@ -170,13 +173,15 @@ def _share(cases: Sequence[Case]) -> float:
 def schemathesis() -> Iterator[Row]:
     """Requests that schemathesis makes from the OpenAPI document, right and wrong ones, to a small random model."""
     python = environment("schemathesis", ("schemathesis",))
-    with tempfile.TemporaryDirectory() as name, chat_server(Path(name), *http_fuzz.WORDS) as server:
+    words = (*http_fuzz.WORDS, "project.context=128")  # a request may ask for as many tokens as there is room for
+    with tempfile.TemporaryDirectory() as name, chat_server(Path(name), *words) as server:
         report = Path(name) / "report.json"
         checks = ("--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--continue-on-failure")
         options = ("--max-examples", EXAMPLES, "--seed", 1, "--generation-database", "none")
+        deadline = ("--request-timeout", http_fuzz.ANSWER_SECONDS)
         written = ("--report", "json", "--report-json-path", report)
         address = f"http://127.0.0.1:{server.port}/openapi.json"
-        command = [python.with_name("schemathesis"), "run", *checks, *options, *written, address]
+        command = [python.with_name("schemathesis"), "run", *checks, *options, *deadline, *written, address]
         known = http_fuzz.Fuzzer(server).known_text
         before = known()
         subprocess.run(list(map(str, command)), cwd=name, stdout=sys.stderr, timeout=SECONDS, check=False)
@@ -204,7 +209,8 @@ def lm_eval() -> Iterator[Row]:
     folder = fetch(settings.model, None).path
     with serving() as server:
         served = json.loads(run([python, HERE / "evaluate.py", "local-completions", *_where(server)]))
-    whole, exact = (json.loads(run([python, HERE / "evaluate.py", "hf", folder, dtype])) for dtype in FLOATS)
+    hf = [python, HERE / "evaluate.py", "hf", folder]
+    whole, exact = (json.loads(run([*hf, dtype], env=os.environ | ONE_THREAD)) for dtype in FLOATS)
     yield {
         "part": "lm_eval",
         "client": "lm-eval",
@@ -332,18 +338,19 @@ def transformers_serve(folder: Path, model: str) -> Iterator[str]:
     """`transformers serve` over a model's folder; yields where its API begins.
 
     It serves requests for one name only, that of its folder: so it gets the folder under the name that is asked for. It
-    lists the models of a cache, and fails where there is no folder for one.
+    lists the models of a cache, and fails where there is no folder for one. Where a request names no number, it makes
+    1024 tokens at least, and no option says otherwise: so the model's own configuration makes a text end soon after
+    the number of tokens that our server makes then.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    generation = folder / "generation_config.json"
+    ends = {"exponential_decay_length_penalty": [NEW_TOKENS, 100.0]}
+    generation.write_text(json.dumps(json.loads(generation.read_text(encoding="utf-8")) | ends), encoding="utf-8")
     (folder.parent / model).symlink_to(folder, target_is_directory=True)
     command = [Path(sys.executable).with_name("transformers").absolute(), "serve", model]
     options = ["--host", "127.0.0.1", "--port", port, "--device", "cpu", "--dtype", "float32"]
-    own = os.environ | {
-        "HF_HUB_CACHE": str(folder.parent),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",  # as our server has: two threads wait for each other on a busy machine
-    }
+    own = os.environ | ONE_THREAD | {"HF_HUB_CACHE": str(folder.parent), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         list(map(str, [*command, *options])), cwd=folder.parent, stdout=sys.stderr, stderr=sys.stderr, env=own
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -23,11 +24,15 @@ from hypothesis import strategies as st
 from tests.speculative.processes import Role
 
 MOST_GROWTH_BYTES = 10 * 2**20
-REQUEST_SECONDS = 1.0
-"""`project.request_seconds` of the fuzzed server."""
+REQUEST_SECONDS = 5.0
+"""`project.request_seconds` of the fuzzed server: on a loaded machine, seconds pass between the head and the body."""
+IDLE_SECONDS = 5.0
+"""`project.connection_idle_seconds` of the fuzzed server, for whose end the broken requests wait."""
 ANSWER_SECONDS = 60.0
 """A deadline for a loaded machine, not an expectation."""
 WARM_UP = 100
+CLIENTS = 4
+"""Senders of bodies at once: texts share passes, and a busy machine is used."""
 CONNECTIONS = 16
 """Broken requests at once."""
 WORDS = (
@@ -37,8 +42,11 @@ WORDS = (
     "project.keep_seconds=1",
     "project.max_body_bytes=1000000",
     f"project.request_seconds={REQUEST_SECONDS}",
+    f"project.connection_idle_seconds={IDLE_SECONDS}",
 )
 """Settings of a server to be fuzzed: short texts, and bounded caches, so that growth is a leak."""
+LARGEST: dict[str, Any] = {"n": 4, "max_tokens": 6, "logprobs": 20}
+"""Fields of the largest answers that those settings allow."""
 KNOWN: dict[str, Any] = {"prompt": "What is left", "max_tokens": 24, "temperature": 0}
 
 text = st.text(st.characters(), max_size=12)  # halves of surrogate pairs included
@@ -243,13 +251,16 @@ class Fuzzer:
 
     def __init__(self, server: Role) -> None:
         self._server = server
-        self._http = httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=ANSWER_SECONDS)
+        kept = httpx.Limits(keepalive_expiry=IDLE_SECONDS / 5)  # the server must not close one that is in use
+        self._http = httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=ANSWER_SECONDS, limits=kept)
         self._process = psutil.Process(server.process.pid)
+        self._judging = threading.Lock()
         self.found = Fuzzed()
 
     def fuzz(self, count: int, number: int) -> Fuzzed:
-        """All broken requests, and `count` random bodies; the same ones for the same `number`."""
+        """All broken requests, and `count` random bodies; the same ones for the same `number`, in any order."""
         before = self.known_text()
+        self.largest()
         self.bodies(WARM_UP, number + 1)
         self.broken()
         warm = self._process.memory_info().rss
@@ -261,13 +272,32 @@ class Fuzzer:
         self.found.traceback = log[log.index("Traceback") :][:5000] if "Traceback" in log else ""
         return self.found
 
+    def largest(self) -> None:
+        """The largest requests from every sender at once: caches and buffers get the size that they keep."""
+        chat = {"messages": [{"role": "user", "content": "y" * 200}], **LARGEST, "logprobs": True, "top_logprobs": 20}
+        bodies = [
+            ("/v1/completions", {"prompt": "x" * 200, "echo": True, **LARGEST}),
+            ("/v1/chat/completions", chat),
+            ("/v1/chat/completions", chat | {"response_format": {"type": "json_object"}}),
+        ]
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            for path, body in bodies:
+                asked = [pool.submit(self._http.post, path, json=body | {"seed": seed}) for seed in range(3 * CLIENTS)]
+                assert {one.result().status_code for one in asked} <= {200, 429}
+
     def known_text(self) -> str:
         reply = self._http.post("/v1/completions", json=KNOWN)
         assert reply.status_code == 200, reply.text
         return str(reply.json()["choices"][0]["text"])
 
     def bodies(self, count: int, number: int) -> None:
-        """Random bodies for the endpoints."""
+        """Random bodies for the endpoints, from several senders."""
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            seeds = range(number * CLIENTS, (number + 1) * CLIENTS)
+            list(pool.map(lambda one: self._bodies(count // CLIENTS, one), seeds))
+
+    def _bodies(self, count: int, number: int) -> None:
+        """Random bodies from one sender."""
 
         @seed(number)
         @settings(
@@ -280,15 +310,27 @@ class Fuzzer:
         @given(requests())
         def send(request: tuple[str, bytes]) -> None:
             path, body = request
-            reply = self._http.post(path, content=body, headers={"Content-Type": "application/json"})
-            self.judge(f"{path} {body[:300]!r}", reply.status_code, reply.content)
+            what = f"{path} {body[:300]!r}"
+            try:
+                reply = self._http.post(path, content=body, headers={"Content-Type": "application/json"})
+            except httpx.TransportError as error:
+                self.lost(f"{what}: {error!r}")
+            else:
+                self.judge(what, reply.status_code, reply.content)
 
         send()
 
+    def lost(self, fault: str) -> None:
+        """Note a request without a reply."""
+        with self._judging:
+            self.found.requests += 1
+            self.found.faults.append(fault)
+
     def judge(self, what: str, status: int, body: bytes) -> None:
         """Note one reply."""
-        self.found.requests += 1
-        self.found.statuses[status] += 1
+        with self._judging:
+            self.found.requests += 1
+            self.found.statuses[status] += 1
         if status >= 500 and status != 503:
             self.found.faults.append(f"{what}: {status}")
         elif status >= 400:

@@ -31,12 +31,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Clie
 
         words = [word for word in FLOAT64 if not word.startswith("network")]
         two = stack.enter_context(shards([*words, "network.port=0"], ["0:2", "2:4"]))
+        three = stack.enter_context(shards([*words, "network.port=0"], ["0:1", "1:3", "3:4"]))
         verifier = stack.enter_context(role("speculative.verifier", *FLOAT64))
-        addresses = ",".join(two)
+        over = {count: f"project.split.shards=[{','.join(own)}]" for count, own in ((2, two), (3, three))}
         yield {
             "local": behind("local"),
             "without a cache": behind("plain", "project.prefix_tokens=0", "project.lookup=false"),
-            "split": behind("split", "project.engine=split", f"project.split.shards=[{addresses}]"),
+            "split": behind("split", "project.engine=split", over[2]),
+            "split in three": behind("three", "project.engine=split", over[3]),
             "speculative": behind(
                 "speculative", "project.engine=speculative", f"project.verifier.port={verifier.port}"
             ),
@@ -129,6 +131,7 @@ def test_the_page_is_told_what_runs_where(servers: dict[str, Client]) -> None:
     told = {name: [(one["role"], one["layers"]) for one in places(name)] for name in servers}
     assert told["local"] == [("model", [0, 4])]
     assert told["split"] == [("shard", [0, 2]), ("shard", [2, 4])]
+    assert told["split in three"] == [("shard", [0, 1]), ("shard", [1, 3]), ("shard", [3, 4])]
     assert told["speculative"] == [("drafter", None), ("verifier", None)]
     for one in places("split"):
         assert one["hop_seconds"] > 0

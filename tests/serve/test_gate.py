@@ -29,7 +29,7 @@ from serve.gate import Gate, Receive, Scope, Send
 from serve.models.served import Models
 from serve.settings import ServeSettings
 from tests.serve.servers import SMALL, Client, said, serving
-from tests.speculative.processes import role
+from tests.speculative.processes import role, wait_until
 
 KEY = "0123456789abcdef0123456789abcdef"
 PAGE = "http://pages.example:3000"
@@ -141,23 +141,44 @@ def test_a_name_that_is_not_this_machine_s_is_not_served_without_a_key(tmp_path:
         assert client.get("/v1/models", headers={"Host": f"localhost:{client.role.port}"}).status_code == 200
         form = httpx.post(f"{client.base}/v1/completions", data={"prompt": "a"})
         assert form.status_code == 415, "what a page may send without asking"
+        for switch in ("load", "unload"):
+            refused = client.post(f"/v1/{switch}_lora_adapter", lora_name="a", lora_path="a")
+            assert refused.status_code == 404, "only with project.load_adapters"
+
+        def state(name: str) -> int:
+            return int(client.get("/status").json()["models"]["random-1M"][name])
+
         # A client that goes away frees its place.
+        before = state("new_tokens")
         with client.streaming(prompt="abc", max_tokens=450, logit_bias={"256": -100, "257": -100}) as events:
             begun = list(islice(events, 2))
         deadline = time.monotonic() + 20
-        while client.get("/status").json()["models"]["random-1M"]["running"]:
+        while state("running"):
             assert time.monotonic() < deadline
+        assert 2 <= state("new_tokens") - before < 450, "it was not computed to its end"
         # SIGTERM: what runs is finished, what is new is refused.
-        text = client.text(prompt="abc", max_tokens=250, seed=1)
+        long: dict[str, Any] = {"prompt": "abc", "max_tokens": 450, "seed": 1, "logit_bias": {"256": -100, "257": -100}}
+        text = client.text(**long)
         whole: list[str] = []
-        with client.streaming(prompt="abc", max_tokens=250, seed=1) as events:
+        with client.streaming(**long) as events:
             begun = list(islice(events, 1))
             thread = threading.Thread(target=lambda: whole.append(said([*begun, *events])))
             client.role.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: is_refused(client.base), "an end of new requests")
+            assert client.role.process.poll() is None, "the text runs on"
             thread.start()
             thread.join(30)
         assert whole == [text]
         assert client.role.process.wait(20) == 0
+
+
+def is_refused(base: str) -> bool:
+    """Whether a new client gets no connection."""
+    try:
+        httpx.get(f"{base}/health", timeout=20)
+    except httpx.ConnectError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize(

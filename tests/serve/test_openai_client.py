@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx
@@ -23,6 +26,8 @@ PLACES = 3
 KEY = "a long key for tests only"
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+KEPT_SECONDS = 6.0
+"""httpx, and so openai's client, keeps a connection for 5 s."""
 LONG = CONTEXT - 100
 """Most tokens of texts that are left early."""
 
@@ -246,6 +251,74 @@ def test_a_wrong_value_is_a_bad_request_that_names_its_field(client: OpenAI, ask
         chat(client, **asked)
     assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
     assert text_of(chat(client)), "the server still works"
+
+
+def test_a_prompt_beyond_the_context_names_both_numbers(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="x" * (CONTEXT + 7), max_tokens=1)
+    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+    assert f"context of {CONTEXT} tokens, got {CONTEXT + 7} tokens" in str(caught.value)
+
+
+def test_a_text_follows_its_schema_also_as_a_stream(client: OpenAI) -> None:
+    schema = {"enum": [{"a": 1}, {"a": 2}]}
+    form = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    whole = text_of(chat(client, response_format=form, max_tokens=60))
+    assert json.loads(whole) in schema["enum"]
+    assert said(stream(client, response_format=form, max_tokens=60)) == whole
+    closing = {str(ord("}")): 100}  # the random model would go on for long
+    found = text_of(chat(client, response_format={"type": "json_object"}, max_tokens=60, logit_bias=closing))
+    assert isinstance(json.loads(found), dict)
+
+
+@pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"$ref": "#/nowhere"}, {"pattern": "(", "type": "string"}])
+def test_a_schema_that_cannot_be_compiled_is_one_line(client: OpenAI, schema: Any) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, response_format=form)
+    assert caught.value.param == "response_format"
+    assert "\n" not in str(caught.value.body)
+    assert text_of(chat(client)), "the server still works"
+
+
+def test_metrics_count_accepted_draft_tokens_by_place(server: Role, client: OpenAI) -> None:
+    found = chat(client, logit_bias={str(ord("a")): 100}, max_tokens=60)
+    assert found.usage is not None
+    assert found.usage.completion_tokens_details is not None
+    assert found.usage.completion_tokens_details.accepted_prediction_tokens
+    text = httpx.get(f"http://127.0.0.1:{server.port}/metrics").text
+    name = "lab:spec_decode_num_accepted_tokens"
+    by_place = re.findall(rf'{name}_per_pos_total{{model_name="{MODEL}",position="(\d+)"}} ([\d.]+)', text)
+    counts = [float(count) for _, count in sorted(by_place, key=lambda one: int(one[0]))]
+    [total] = re.findall(rf'{name}_total{{model_name="{MODEL}"}} ([\d.]+)', text)
+    assert len(counts) > 1
+    assert counts == sorted(counts, reverse=True), "a place counts only if all before it held"
+    assert 0 < sum(counts) <= float(total), "texts that were left early are in the total alone"
+
+
+def test_a_text_is_what_its_ids_are(server: Role) -> None:
+    def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        reply = httpx.post(f"http://127.0.0.1:{server.port}{path}", json=body)
+        assert reply.status_code == 200, reply.text
+        return dict(reply.json())
+
+    text = "Grüße <eos>"
+    ids = ask("/tokenize", {"prompt": text, "return_token_strs": True})
+    assert ids["count"] == len(ids["tokens"]) == len(ids["token_strs"]) == len(text.encode())
+    assert ids["max_model_len"] == CONTEXT
+    assert ask("/detokenize", {"tokens": ids["tokens"]}) == {"prompt": text}
+    shown = ask("/detokenize", {"tokens": ask("/tokenize", {"messages": HELLO})["tokens"]})["prompt"]
+    assert shown == "user: Hello there\nassistant: "
+    info = httpx.get(f"http://127.0.0.1:{server.port}/tokenizer_info").json()
+    assert (info["eos_token"], info["model_max_length"]) == ("<eos>", CONTEXT)
+
+
+def test_a_connection_that_a_client_still_keeps_is_not_closed(server: Role) -> None:
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
+        for pause in (KEPT_SECONDS, 0.0):
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b'{"status":"ok"}'
+            time.sleep(pause)
 
 
 def test_described_paths_have_their_parameters(server: Role) -> None:

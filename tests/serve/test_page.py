@@ -119,6 +119,7 @@ def test_answers_are_those_of_the_server_and_say_what_was_drafted(page: Tab, ser
 def test_speculation_off_drafts_nothing_and_says_the_same(page: Tab, server: Role) -> None:
     page.click("#settings-part summary")
     page.click("[name=speculative]")
+    page.until("!document.querySelector('[name=speculative]').checked")
     ask(page)
     page.until(IDLE)
     assert page.run(TEXT) == text_of(answer(server, QUESTION))
@@ -182,14 +183,19 @@ def test_a_second_tab_takes_the_answer_over_and_both_show_it(
     other = driver.tab()
     page.run("window.dispatchEvent(new Event('pagehide'))")  # what is due to be saved, is
     other.open(f"http://127.0.0.1:{relay.port}/")
-    other.run(f"sessionStorage.setItem('lab.key', {json.dumps(KEY)})")
+    other.until("document.activeElement.id === 'key'")
+    kept = "Object.keys(localStorage).filter((one) => one.startsWith('lab.chat.')).map((one) => localStorage.getItem(one))"
+    (chat,) = map(json.loads, other.run(kept))
+    assert chat["messages"][-1]["state"] == "running", "a tab without a key has no say about the answer of another"
+    assert not any("/v1/streams/" in one for one in other.requests)
+    other.type(KEY)
+    other.press("Enter")
+    other.until("document.querySelectorAll('#settings option').length === 1")
     relay.release()
-    other.reload()
-    other.until(IDLE)
-    page.until(IDLE)
     expected = text_of(answer(server, QUESTION))
-    assert other.run(TEXT) == expected
-    page.until(f"{TEXT} === {json.dumps(expected)}")
+    for tab in (other, page):
+        tab.until(f"{IDLE} && {TEXT} === {json.dumps(expected)}")
+    assert "went on from there" in other.run("document.querySelector('.told').textContent")
     other.ask("Page.close")
 
 
