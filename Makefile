@@ -42,7 +42,7 @@ soak: setup ## the long fault and fuzz runs
 	$(BIN)/python -m tests.soak
 
 clients: setup ## stock clients and openai-python's own tests against a server, each in its own environment
-	$(BIN)/python -m simulations.bench 'project.only=[clients]'
+	$(BIN)/python -m simulations.bench 'project.only=[clients,clients_openai,clients_lm_eval,clients_fuzz]'
 
 demo: setup ## every pillar once, on this machine, with a real model
 	$(BIN)/python simulations/demo.py

@@ -5,6 +5,7 @@ python -m simulations.results     # writes the page again; measures nothing
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ LONGEST_LIST = 16
 LONGEST_TEXT = 200
 """Longest value that is shown, in characters."""
 
-_KINDS = ("part", "row")
+_KINDS = ("part", "row", "run")
 """Columns in which benchmarks name the kind of a row."""
 _NAMING = ("name", "model", "text", "mode", "drafter", "draft_length", "rtt_seconds", "fourth", "seed", "micro_batches")
 """Columns that tell rows of one kind apart."""
@@ -53,6 +54,9 @@ def results_page(benchmarks: Sequence[BenchmarkSettings], reports: Path) -> str:
     found = {benchmark.name: known[benchmark.name] for benchmark in benchmarks if benchmark.name in known}
     commands = {each.name: " ".join(["python -m", each.command, *each.overrides]) for each in benchmarks}
     rows = [(name, row) for name, done in found.items() for row in done["rows"]]
+    shown = {row.get("part"): str(done["date"]) for done in found.values() for row in done["rows"]}
+    runs = {name: row for name, row in soak_rows(reports).items() if shown.get(name, "")[:10] < str(row["date"])}
+    rows += [("soak", {**row, "holds": row["ok"]}) for row in runs.values() if "target" in row]
     judged = sum("holds" in row for _, row in rows)
     short = [(name, row) for name, row in rows if missed([row])]
     lines = [
@@ -75,12 +79,10 @@ def results_page(benchmarks: Sequence[BenchmarkSettings], reports: Path) -> str:
             lines += ["", f"**Failed:** {done['failure']}"]
         for kind in dict.fromkeys(_kind(row) for row in done["rows"]):
             lines += ["", f"### {name}: {kind}", *_section([row for row in done["rows"] if _kind(row) == kind])]
-    shown = {row.get("part") for _, row in rows}
-    runs = {name: row for name, row in soak_rows(reports).items() if name not in shown}
     if runs:
         lines += ["", "## soak", "", "`python -m tests.soak NAME`"]
     for name, row in runs.items():
-        figures = {key: value for key, value in row.items() if key not in ("run", "date", "commit")}
+        figures = {key: value for key, value in row.items() if key not in ("date", "commit", "target")}
         where = f"{row['date']}, commit {row['commit']}"
         lines += ["", f"### soak: {name}", "", where, *_section([figures])]
     return "\n".join(lines) + "\n"
@@ -88,8 +90,8 @@ def results_page(benchmarks: Sequence[BenchmarkSettings], reports: Path) -> str:
 
 def _missed(name: str, row: Row) -> list[str]:
     known_by = [str(row[key]) for key in _NAMING if isinstance(row.get(key), str | int | float)]
-    words = row["target"].replace(",", " ").split()
-    measured = [f"{key} {_text(value)}" for key, value in row.items() if key in words]
+    words = re.findall(r"\w+", row["target"])
+    measured = [f"{key} {_text(value)}" for key, value in row.items() if key in words and key != "holds"]
     return [
         f"[{', '.join([f'{name}: {_kind(row)}', *known_by])}](#{name}-{_kind(row)})",
         row["target"],

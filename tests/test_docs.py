@@ -127,6 +127,7 @@ def at_a_glance() -> list[tuple[str, str]]:
     spread = f"{{}} ({number(ratio['low'])} – {number(ratio['high'])})"
     identity, proved = soak_rows(REPORTS)["async_identity"], measured("architectures", "architectures")
     chain, documents = soak_rows(REPORTS)["chain_killed"], measured("serve", "schema")
+    peers = measured("clients_openai", "openai_tests")
     loads = [measured("serve", "load", streams=streams) for streams in (1, 4, 16)]
     far, near = 0.1, 0.0
     message = measured("federated", "message", model="SmolLM2-135M-Instruct")
@@ -158,6 +159,10 @@ def at_a_glance() -> list[tuple[str, str]]:
         ("split_training-adapter", shown(measured("split_training", "adapter"), "largest_difference", "{}")),
         ("soak-chain_killed", f"{chain['differing']} of {chain['texts']}"),
         ("serve-load", ", ".join(_over_one(load["over_llama_cpp"]) for load in loads)),
+        (
+            "clients_openai-openai_tests",
+            ", ".join(number(peers[f"{who}_share"]) for who in ("passed", "transformers_serve")),
+        ),
         ("serve-schema", f"{documents['valid']} of {documents['documents']}, {number(documents['over_plain'])} x"),
         ("serve-second_turn", shown(measured("serve", "second_turn"), "over_cold")),
         ("architectures-architectures", f"{proved['proved']} of {proved['tried']}"),

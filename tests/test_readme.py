@@ -131,7 +131,8 @@ def test_another_federation_in_small(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with (tmp_path / "my.jsonl").open("w") as file:
-        file.writelines(json.dumps({"prompt": f"one and {n}?", "response": f"{n + 1}"}) + "\n" for n in range(40))
+        rows = ({"prompt": f"one and {n}?", "response": f"{n + 1}", "author": "abcd"[n % 4]} for n in range(40))
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     assert exit_code(fed_sim.main, *shlex.split(command)[2:], *TINY, *ONE_FILE) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (line["status"], line["rounds_completed"]) == ("ok", 1)

@@ -49,14 +49,19 @@ def test_what_rows_share_is_said_once_and_lists_of_rows_are_tables(tmp_path: Pat
 
 
 def test_soak_runs_stand_behind_the_benchmarks_but_for_those_that_are_one(tmp_path: Path) -> None:
-    report(tmp_path, "2026-01-01", [{"part": "kills", "holds": True, "target": "none"}])
-    runs = [{"run": "kills", "ok": True}, {"run": "fuzz", "ok": True, "frames": 1000}]
+    report(tmp_path, "2026-01-03", [{"part": "kills", "holds": True, "target": "none"}])
+    runs = [{"run": "kills", "ok": False, "target": "none"}, {"run": "fuzz", "ok": True, "frames": 1000}]
+    runs += [{"run": "slow", "ok": False, "ratio": 0.5, "target": "ratio at most 0.4; a page that holds"}]
     soak = {"date": "2026-01-03", "commit": "def", "rows": runs}
     (tmp_path / "soak-def.json").write_text(json.dumps(soak))
     page = results_page(ONE, tmp_path)
     assert "### soak: fuzz\n\n2026-01-03, commit def" in page
     assert "| frames | 1,000 |" in page
-    assert "soak: kills" not in page
+    assert "soak: kills" not in page, "the benchmark is as new"
+    assert "1 of 2 rows with a target hold" in page
+    assert "| [soak: slow](#soak-slow) | ratio at most 0.4; a page that holds | ratio 0.500 |" in page
+    (tmp_path / "soak-def.json").write_text(json.dumps(soak | {"date": "2026-01-04"}))
+    assert "[soak: kills](#soak-kills)" in results_page(ONE, tmp_path), "it is newer"
 
 
 def test_it_takes_no_settings(tmp_path: Path) -> None:
