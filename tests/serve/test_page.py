@@ -186,7 +186,9 @@ def test_a_second_tab_takes_the_answer_over_and_both_show_it(
     page.run("window.dispatchEvent(new Event('pagehide'))")  # what is due to be saved, is
     other.open(f"http://127.0.0.1:{relay.port}/")
     other.until("document.activeElement.id === 'key'")
-    kept = "Object.keys(localStorage).filter((one) => one.startsWith('lab.chat.')).map((one) => localStorage.getItem(one))"
+    kept = (
+        "Object.keys(localStorage).filter((one) => one.startsWith('lab.chat.')).map((one) => localStorage.getItem(one))"
+    )
     (chat,) = map(json.loads, other.run(kept))
     assert chat["messages"][-1]["state"] == "running", "a tab without a key has no say about the answer of another"
     assert not any("/v1/streams/" in one for one in other.requests)
