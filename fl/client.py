@@ -108,7 +108,7 @@ class LoRAClient:
         return weight_of(part, self.project.weighting)
 
     def peak_rss_bytes(self) -> int:
-        """Largest resident size of this process so far."""
+        """Largest resident size of this process since the message came; elsewhere than on Linux, since it started."""
         return read_memory(self.base.device).peak_rss_bytes
 
 

@@ -23,6 +23,7 @@ from fl.messages import CONFIG, DATA, EVALUATE, METRICS, PARTITION, SERVER_ROUND
 from fl.settings import FederatedSettings, Share
 from lab.command.ending import disk_full
 from lab.command.entry import compose_settings, log_to_stderr
+from lab.device import forget_peak_rss
 from lab.files import whole_folder, whose_place
 from lab.learning.examples import MalformedData
 from lab.learning.training import Diverged
@@ -47,6 +48,7 @@ def make_client_app(settings_of: Callable[[Context], FederatedSettings]) -> Clie
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
         def answer() -> Message:
+            forget_peak_rss()
             settings = settings_of(context)
             with site_places(settings):
                 return answer_train(message, open_client(settings, site_of(context)))

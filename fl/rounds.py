@@ -55,6 +55,8 @@ class ClientRow:
     evaluate: dict[str, float]
     uplink_bytes: int
     """Size of its reply as Flower serialises it; 0 under Flower's own `start()`, where it is not measured."""
+    downlink_bytes: int
+    """Size of the message it was sent, likewise."""
     counts: Counts | None = None
     """Counts of its lines (read, skipped, cut, ...); None if it does not report them."""
 
@@ -167,14 +169,15 @@ class RoundFold:
         self.seconds = 0.0
         self.last_line = ""
 
-    def add(self, node_id: int, reply: Message, uplink_bytes: int) -> None:
-        """Check a reply and fold it in, or refuse it as a whole with one warning."""
+    def add(self, node_id: int, reply: Message, uplink_bytes: int, downlink_bytes: int) -> None:
+        """Check a reply and fold it in, or refuse it as a whole with one warning. The bytes are those of the reply, and
+        of the message that it answers."""
         started = time.perf_counter()
         if reply.has_error():
             self.refuse(node_id, describe_error(reply))
         else:
             try:
-                self._rows.append(row := self._fold(node_id, reply.content, uplink_bytes))
+                self._rows.append(row := self._fold(node_id, reply.content, uplink_bytes, downlink_bytes))
                 self.last_line = _describe_row(row)
             except ValueError as error:
                 self.refuse(node_id, f"was refused: {error}")
@@ -211,7 +214,7 @@ class RoundFold:
         """Weighted means of the held-out figures."""
         return self._evaluate.means()
 
-    def _fold(self, node_id: int, content: RecordDict, uplink_bytes: int) -> ClientRow:
+    def _fold(self, node_id: int, content: RecordDict, uplink_bytes: int, downlink_bytes: int) -> ClientRow:
         """Check everything before adding anything, so that a refused reply changes nothing."""
         train, evaluate = metrics_of(content, METRICS), metrics_of(content, EVALUATE)
         row = ClientRow(
@@ -222,6 +225,7 @@ class RoundFold:
             train=_finite(METRICS, train),
             evaluate=_finite(EVALUATE, evaluate),
             uplink_bytes=uplink_bytes,
+            downlink_bytes=downlink_bytes,
             counts=_counts(metrics_of(content, DATA)),
         )
         others = (known.node_id for known in self._rows if known.partition_id == row.partition_id is not None)

@@ -198,9 +198,8 @@ class WeightedFedAvg(Strategy):
     def _train_round(self, grid: Grid, server_round: int, packed: PackedAdapter) -> tuple[PackedAdapter, RoundReport]:
         started = time.perf_counter()
         messages = list(self.configure_train(server_round, to_array_record(packed), ConfigRecord(), grid))
-        downlink_bytes = sum(map(message_bytes, messages))
         fold, late = self._fold_of(server_round, packed), self._late
-        self._exchange(grid, messages, fold, self.quorum, min(self._share, len(messages)))
+        downlink_bytes = self._exchange(grid, messages, fold, self.quorum, min(self._share, len(messages)))
         left_out = self.sites.left_out(server_round)
         self._note(server_round, fold)
         self._check("train", server_round, packed, fold, self.quorum)
@@ -355,8 +354,10 @@ class WeightedFedAvg(Strategy):
         except ValueError as error:
             log.warning("node %d did not name its partition and is left out: %s", node_id, error)
 
-    def _exchange(self, grid: Grid, messages: list[Message], fold: RoundFold, quorum: int, share: int) -> None:
-        """Fold in replies until `share` of them are good, or the deadline has passed and `quorum` are."""
+    def _exchange(self, grid: Grid, messages: list[Message], fold: RoundFold, quorum: int, share: int) -> int:
+        """Fold in replies until `share` of them are good, or the deadline has passed and `quorum` are. Returns the bytes
+        of the messages."""
+        sent_bytes = {message.metadata.dst_node_id: message_bytes(message) for message in messages}
 
         def is_over(waited_seconds: float) -> bool:
             good = len(fold.rows)
@@ -369,9 +370,10 @@ class WeightedFedAvg(Strategy):
                     continue  # asked in addition, and not needed; or of a round that fails
                 fold.refuse(node_id, ERRORS[3] if self.deadline_seconds == math.inf else "missed the round's deadline")
             else:
-                fold.add(node_id, reply, 0 if reply.has_error() else message_bytes(reply))
+                fold.add(node_id, reply, 0 if reply.has_error() else message_bytes(reply), sent_bytes[node_id])
             del reply  # before the next one is pulled
             self._on_reply(fold.last_line)
+        return sum(sent_bytes.values())
 
     def _replies(
         self, grid: Grid, messages: list[Message], is_over: Callable[[float], bool] = lambda seconds: False
@@ -431,7 +433,7 @@ class WeightedFedAvg(Strategy):
     ) -> RoundFold:
         """All replies, folded in one by one; RoundFailed when none is good."""
         for reply in replies:
-            fold.add(self._asked_node(reply), reply, 0)
+            fold.add(self._asked_node(reply), reply, 0, 0)
             del reply
         self._check(phase, server_round, sent, fold, self.quorum if phase == "train" else 1)
         return fold

@@ -46,6 +46,7 @@ def by_site(rows: Sequence[ClientRow]) -> dict[str, dict[str, float]]:
     return {
         str(row.site): {
             "uplink_bytes": row.uplink_bytes,
+            "downlink_bytes": row.downlink_bytes,
             **{name: value for name, value in (row.train | row.evaluate).items() if name in names},
         }
         for row in rows
@@ -88,7 +89,17 @@ def write_run_page(
 
 
 SITE_COLUMNS = (
-    *("site", "rounds", "first loss", "last loss", "up MB", "training seconds", "evaluation seconds", "peak MB"),
+    *(
+        "site",
+        "rounds",
+        "first loss",
+        "last loss",
+        "up MB",
+        "down MB",
+        "training seconds",
+        "evaluation seconds",
+        "peak MB",
+    ),
     *("failed rounds", "late replies"),
 )
 
@@ -109,6 +120,7 @@ def _site_rows(reports: Sequence[RoundReport], sites: Sequence[SiteRecord]) -> l
             len(parts),
             *([f"{losses[0]:.4f}", f"{losses[-1]:.4f}"] if losses else ["", ""]),
             f"{sum(row.uplink_bytes for row in parts) / MEGA:.1f}",
+            f"{sum(row.downlink_bytes for row in parts) / MEGA:.1f}",
             f"{sum(row.train.get('train_seconds', 0.0) for row in parts):.1f}",
             f"{sum(row.evaluate.get('eval_seconds', 0.0) for row in parts):.1f}",
             f"{peak / MEGA:.0f}",

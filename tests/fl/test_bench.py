@@ -47,9 +47,9 @@ def test_memory_does_not_grow_and_a_server_that_keeps_replies_is_caught(monkeypa
     assert row["peak_bytes"][0] > 4 * MIB, "the sums themselves are counted"
     add, kept = RoundFold.add, []
 
-    def keeping(self: RoundFold, node_id: int, reply: Any, uplink_bytes: int) -> None:
+    def keeping(self: RoundFold, node_id: int, reply: Any, *sizes: int) -> None:
         kept.append(reply)
-        add(self, node_id, reply, uplink_bytes)
+        add(self, node_id, reply, *sizes)
 
     monkeypatch.setattr(RoundFold, "add", keeping)
     hoarding = bench.memory(project())

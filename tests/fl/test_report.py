@@ -16,6 +16,7 @@ def row(partition: int | None, loss: float, examples: int = 10) -> ClientRow:
         train={"train_loss": loss + 1, "train_seconds": 2.0},
         evaluate={"eval_loss": loss},
         uplink_bytes=110,
+        downlink_bytes=100,
     )
 
 

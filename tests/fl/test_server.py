@@ -42,7 +42,8 @@ def test_every_round_leaves_an_adapter_and_a_row_and_the_result_says_what_they_s
     assert figures["eval_loss_after"] < figures["eval_loss_before"]
     assert [sorted(row["by_site"]) for row in rows[:2]] == [["0", "1", "2"]] * 2
     for row in rows[:2]:
-        assert sum(site["uplink_bytes"] for site in row["by_site"].values()) == row["uplink_bytes"]
+        for name in ("uplink_bytes", "downlink_bytes"):
+            assert sum(site[name] for site in row["by_site"].values()) == row[name]
         assert all(site["train_seconds"] > 0 and site["peak_rss_bytes"] > 2**27 for site in row["by_site"].values())
     page = Path(figures["report"]).read_text()
     assert page.count("<img") == len(figures["plots"]) == 1

@@ -537,6 +537,8 @@ def test_bytes_are_those_of_the_real_messages() -> None:
     [report] = reports
     assert 6 * index.tensor_bytes < report.downlink_bytes <= 6 * 1.01 * index.tensor_bytes
     assert report.uplink_bytes == sum(row.uplink_bytes for row in report.clients)
+    assert report.downlink_bytes == sum(row.downlink_bytes for row in report.clients)
+    assert all(index.tensor_bytes < row.downlink_bytes <= 1.01 * index.tensor_bytes for row in report.clients)
     assert 6 * index.tensor_bytes < report.uplink_bytes <= 6 * 1.01 * index.tensor_bytes
 
 

@@ -92,6 +92,10 @@ def test_cpu_memory_follows_an_allocation() -> None:
     after = device.read_memory(torch.device("cpu"))
     assert after.peak_rss_bytes > during.rss_bytes - 4 * 2**20, "the peak stays (Linux counts it in batches)"
     assert (after.device_used_bytes, after.device_peak_bytes, after.device_total_bytes) == (None, None, None)
+    device.forget_peak_rss()
+    forgotten = device.read_memory(torch.device("cpu"))
+    if sys.platform == "linux":
+        assert forgotten.peak_rss_bytes < during.rss_bytes - 48 * 2**20
 
 
 def test_cuda_counters(monkeypatch: pytest.MonkeyPatch) -> None:
