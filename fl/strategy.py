@@ -355,8 +355,10 @@ class WeightedFedAvg(Strategy):
             log.warning("node %d did not name its partition and is left out: %s", node_id, error)
 
     def _exchange(self, grid: Grid, messages: list[Message], fold: RoundFold, quorum: int, share: int) -> int:
-        """Fold in replies until `share` of them are good, or the deadline has passed and `quorum` are. Returns the bytes
-        of the messages."""
+        """Fold in replies until `share` of them are good, or the deadline has passed and `quorum` are.
+
+        Returns the bytes of the messages.
+        """
         sent_bytes = {message.metadata.dst_node_id: message_bytes(message) for message in messages}
 
         def is_over(waited_seconds: float) -> bool:
