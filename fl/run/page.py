@@ -89,18 +89,8 @@ def write_run_page(
 
 
 SITE_COLUMNS = (
-    *(
-        "site",
-        "rounds",
-        "first loss",
-        "last loss",
-        "up MB",
-        "down MB",
-        "training seconds",
-        "evaluation seconds",
-        "peak MB",
-    ),
-    *("failed rounds", "late replies"),
+    *("site", "rounds", "first loss", "last loss", "up MB", "down MB", "training seconds", "evaluation seconds"),
+    *("peak MB", "failed rounds", "late replies"),
 )
 
 

@@ -104,6 +104,7 @@ def _again(here: Deployment, site: str) -> Program:
 def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, Any]:
     """SIGKILL of the server's process at random points, resumed by `python -m fl.run`; the same run left alone."""
     moments, rounds_at_kill = random.Random(seed), []
+    finished_rows: dict[int, dict[str, Any]] = {}
     with deployed(folder, copy_checkout(folder / "checkout")) as here:
         whole = here.watch(folder / "whole", BOTH, f"project.rounds={rounds}")
         assert whole.wait(RUN_SECONDS) == 0, whole.text
@@ -116,8 +117,10 @@ def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, 
             server.kill()
             server.wait(60)
             rounds_at_kill.append(rounds_of(folder / "run"))
+            finished_rows |= {row["step"]: row for row in rows_of(folder / "run") if row["step"] <= rounds_at_kill[-1]}
         code = run.wait(RUN_SECONDS)
         same = adapters(folder / "run") == adapters(folder / "whole")
+        rows = {row["step"]: row for row in rows_of(folder / "run")}
         attempts = json.loads((folder / "run" / "result.json").read_text())["attempts"]
     return {
         "kills": len(rounds_at_kill),
@@ -125,6 +128,9 @@ def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, 
         "exit_code": code,
         "attempts": attempts,  # Flower itself replaces a process that is killed before it has begun
         "same_adapters": same,
+        # a round that was worked on again would have the same adapter, and other seconds in its row
+        "rounds_lost": sorted(step for step, row in finished_rows.items() if rows.get(step) != row),
+        "rounds_finished_at_a_kill": len(finished_rows),
     }
 
 
