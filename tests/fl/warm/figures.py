@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from fl.run.folders import latest_rounds, round_folders
+from fl.run.state import RECORD
 from tests.fl.deployment import DEADLINE_SECONDS, Deployment, Program, adapters, copy_checkout, deployed, wait_for
 from tests.fl.two_sites import SITES
 
@@ -104,23 +105,23 @@ def _again(here: Deployment, site: str) -> Program:
 def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, Any]:
     """SIGKILL of the server's process at random points, resumed by `python -m fl.run`; the same run left alone."""
     moments, rounds_at_kill = random.Random(seed), []
-    finished_rows: dict[int, dict[str, Any]] = {}
+    finished: dict[int, float] = {}
     with deployed(folder, copy_checkout(folder / "checkout")) as here:
         whole = here.watch(folder / "whole", BOTH, f"project.rounds={rounds}")
         assert whole.wait(RUN_SECONDS) == 0, whole.text
         seconds = statistics.median(row["round_seconds"] for row in rows_of(folder / "whole"))
         run = here.watch(folder / "run", BOTH, f"project.rounds={rounds}", f"project.attempts={kills + 1}")
-        for finished in sorted(moments.choices(range(-1, rounds), k=kills)):
-            _wait_for_round(finished, folder / "run", run)
+        for least in sorted(moments.choices(range(-1, rounds), k=kills)):
+            _wait_for_round(least, folder / "run", run)
             server = wait_for("server", lambda: _server(here), run)
             time.sleep(moments.uniform(0, seconds))
             server.kill()
             server.wait(60)
             rounds_at_kill.append(rounds_of(folder / "run"))
-            finished_rows |= {row["step"]: row for row in rows_of(folder / "run") if row["step"] <= rounds_at_kill[-1]}
+            finished |= seconds_of(folder / "run")
         code = run.wait(RUN_SECONDS)
         same = adapters(folder / "run") == adapters(folder / "whole")
-        rows = {row["step"]: row for row in rows_of(folder / "run")}
+        kept = seconds_of(folder / "run")
         attempts = json.loads((folder / "run" / "result.json").read_text())["attempts"]
     return {
         "kills": len(rounds_at_kill),
@@ -128,9 +129,9 @@ def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, 
         "exit_code": code,
         "attempts": attempts,  # Flower itself replaces a process that is killed before it has begun
         "same_adapters": same,
-        # a round that was worked on again would have the same adapter, and other seconds in its row
-        "rounds_lost": sorted(step for step, row in finished_rows.items() if rows.get(step) != row),
-        "rounds_finished_at_a_kill": len(finished_rows),
+        # a round that was worked on again would have the same adapter, and would have taken other seconds
+        "rounds_lost": sorted(number for number, seconds in finished.items() if kept.get(number) != seconds),
+        "rounds_finished_at_a_kill": len(finished),
     }
 
 
@@ -138,6 +139,14 @@ def rounds_of(run: Path) -> int:
     """Number of the last finished round of a run that is watched; -1 before its start."""
     latest = latest_rounds(run)
     return max(round_folders(latest / "adapters")) if latest else -1
+
+
+def seconds_of(run: Path) -> dict[int, float]:
+    """What each finished round of a run that is watched took, from its record; that of round 0 has none."""
+    latest = latest_rounds(run)
+    folders = round_folders(latest / "adapters") if latest else {}
+    reports = {number: json.loads((folder / RECORD).read_text())["report"] for number, folder in folders.items()}
+    return {number: report["round_seconds"] for number, report in reports.items() if report}
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
