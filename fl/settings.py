@@ -343,8 +343,11 @@ class FederatedProjectSettings:
 
     @property
     def stacked_rank(self) -> int:
-        """Most rows that a run's stack can have: those of all replies of all rounds."""
-        return self.rounds * sum(sorted(self.site_ranks, reverse=True)[: self.asked] or [self.asked * self.lora.rank])
+        """Most rows that a run's stack can have: those of all replies of all rounds, and those of an adapter to start
+        from, which sites of different ranks cannot train whole."""
+        first = self.lora.rank if self.warm_start is not None and self.site_ranks else 0
+        replies = sum(sorted(self.site_ranks, reverse=True)[: self.asked] or [self.asked * self.lora.rank])
+        return first + self.rounds * replies
 
     def lora_of(self, site: int) -> LoraSettings:
         """The adapter that a site trains. ValueError for a number without a place in `site_ranks` or `site_alphas`."""

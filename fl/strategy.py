@@ -196,11 +196,11 @@ class WeightedFedAvg(Strategy):
         )
 
     def _train_round(self, grid: Grid, server_round: int, packed: PackedAdapter) -> tuple[PackedAdapter, RoundReport]:
-        started = time.perf_counter()
+        started, late = time.perf_counter(), self._late
         messages = list(self.configure_train(server_round, to_array_record(packed), ConfigRecord(), grid))
-        fold, late = self._fold_of(server_round, packed), self._late
+        fold = self._fold_of(server_round, packed)
         downlink_bytes = self._exchange(grid, messages, fold, self.quorum, min(self._share, len(messages)))
-        left_out = self.sites.left_out(server_round)
+        left_out = self.sites.left_out(server_round, {message.metadata.dst_node_id for message in messages})
         self._note(server_round, fold)
         self._check("train", server_round, packed, fold, self.quorum)
         packed = self._next(server_round, packed, fold)
@@ -298,7 +298,7 @@ class WeightedFedAvg(Strategy):
     def _drop_late(self, grid: Grid) -> None:
         """Drop and count replies to earlier rounds."""
         for node_id, reply in self._unanswered.pull(grid):
-            if reply is not None:
+            if reply is not None and not reply.has_error():
                 self._late += 1
                 self.sites.was_late(node_id)
 

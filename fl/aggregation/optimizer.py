@@ -58,13 +58,17 @@ class ServerOptimizer:
         }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned. ValueError for the state of another kind of optimizer."""
         if not state:  # no step was taken yet
             return
         kept: dict[str, dict[str, torch.Tensor]] = {}
         for place, value in state.items():
             name, _, key = place.rpartition(SEPARATOR)
             kept.setdefault(name, {})[key] = value.clone()
+        is_adam = self._settings.name is ServerOptimizerName.fedadam
+        wanted = {"step", "exp_avg", "exp_avg_sq"} if is_adam else {"momentum_buffer"}
+        if any(values.keys() != wanted for values in kept.values()):
+            raise ValueError(f"it is not of project.server_optimizer.name={self._settings.name.name}")
         optimizer = self._over(kept)
         for name, values in kept.items():
             optimizer.state[self._parameters[name]] = values

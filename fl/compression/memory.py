@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lab.settings import UserError
+
 SECONDS_OF_A_DAY = 86_400
 ERROR, SENT, PERSONAL = "error", "sent", "personal"
 """Kinds of vectors: what was rounded away, the adapter as it was sent, and the site's own after its training."""
@@ -41,10 +43,17 @@ class SiteMemory:
         self._vectors = self._read()
 
     def error_after(self, server_round: int, size: int) -> torch.Tensor:
-        """What was rounded away up to a round whose reply was folded in; zeros for round 0, or where it is missing."""
+        """What was rounded away up to a round whose reply was folded in; zeros for round 0, or where it is missing.
+
+        UserError where the site has gone beyond that round: the run was continued from there before.
+        """
         found = self.vector(ERROR, server_round)
         if found is not None and found.shape == (size,):
             return found
+        later = [name for name in self._vectors if name.startswith(f"{ERROR}.") and int(name[6:]) > server_round]
+        if server_round and later:
+            rule = f"project.resume must be the newest continuation of its run, got one that is at round {server_round}"
+            raise UserError(f"{rule}: this site has compressed later rounds, and forgot what was rounded away before")
         if server_round:
             log.warning("%s has no error of round %d: it starts again from zero", self._file, server_round)
         return torch.zeros(size)

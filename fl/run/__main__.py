@@ -70,8 +70,9 @@ def run(settings: FederatedSettings, place: entry.Run) -> dict[str, Any]:
             try:
                 figures = attempt.run()
             except Fault as fault:
-                reasons.append(str(fault))
-                log.warning("attempt %d of %d failed: %s", len(reasons), project.attempts, fault)
+                # What it wrote is moved up in the end: a folder that is named must be there afterwards.
+                reasons.append(str(fault).replace(str(attempt.folder), str(place.folder)))
+                log.warning("attempt %d of %d failed: %s", len(reasons), project.attempts, reasons[-1])
             else:
                 return _moved(figures, attempt.folder, place.folder) | {
                     "attempts": len(reasons) + 1,
@@ -140,7 +141,9 @@ class _Attempt:
             self._commands.stop(run_id)
 
     def _run_config(self) -> Path:
-        words = own_overrides(but=("project.resume=", "hydra."))
+        words = own_overrides(but=("project.resume=", "project.warm_start=", "hydra."))
+        if (first := self._settings.project.warm_start) is not None:  # Flower starts the server in another folder
+            words.append(override("project.warm_start", Path(first).expanduser().absolute()))
         if (left := latest_rounds(self._root)) is not None:
             words.append(override("project.resume", left))
         elif (asked := self._settings.project.resume) is not None:

@@ -4,7 +4,7 @@ Knows nothing about messages: it is told what became of each site's reply.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
@@ -93,9 +93,10 @@ class SiteRecords:
         back = {*out[: max(0, needed - (len(nodes) - len(out)))]}
         return [node for node in nodes if node not in out or node in back]
 
-    def left_out(self, server_round: int) -> list[str]:
-        """Names of the sites that a round leaves out."""
-        return sorted(record.name for record in self.records if record.left_out_until >= server_round)
+    def left_out(self, server_round: int, asked: Collection[int]) -> list[str]:
+        """Names of the sites that a round leaves out; `asked` are its nodes, some of which came back for the quorum."""
+        out = [record for record in self.records if record.left_out_until >= server_round]
+        return sorted(record.name for record in out if record.node_id not in asked)
 
     @property
     def needs_partitions(self) -> bool:

@@ -169,6 +169,13 @@ def test_any_program_with_peft_loads_both_parts_at_once(rule: Aggregation, tmp_p
             r"project\.residual_rank must be at least 48 for aggregation=stack, which loses nothing, over 2 rounds of "
             r"3 sites \(aggregation=svd keeps the best part in any rank\), got 47",
         ),
+        (
+            (
+                *("project.aggregation=stack", "project.site_ranks=[8,8,4]", "project.warm_start=before"),
+                "project.residual_rank=47",
+            ),
+            r"project\.residual_rank must be at least 48 for aggregation=stack",
+        ),
     ],
 )
 def test_what_ranks_do_not_allow_is_refused(overrides: tuple[str, ...], line: str, tmp_path: Path) -> None:

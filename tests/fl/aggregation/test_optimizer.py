@@ -109,6 +109,16 @@ def test_a_checkpoint_goes_on_with_the_same_bytes(name: ServerOptimizerName, rul
     assert all(place.rpartition("/")[0] in adapter_of(4, 0) for place in state)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_of_another_kind_of_optimizer_is_refused(name: ServerOptimizerName) -> None:
+    other = ServerOptimizerName.fedadam if name is not ServerOptimizerName.fedadam else ServerOptimizerName.nesterov
+    first, sent = optimizer_of(other), adapter_of(4, 0)
+    first.step(sent, adapter_of(4, 1))
+    with pytest.raises(ValueError, match=rf"not of project\.server_optimizer\.name={name.name}"):
+        optimizer_of(name).load_state(first.state())
+    optimizer_of(other).load_state(first.state())
+
+
 def test_bfloat16_on_the_wire_is_rounded_after_the_step() -> None:
     aggregator = aggregator_of(Aggregation.average, 4)
     aggregator.index = type(aggregator.index)(aggregator.index.names, aggregator.index.shapes, WireDtype.bfloat16)

@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from fl.compression.memory import ERROR, SiteMemory
+from lab.settings import UserError
 
 LONG_AGO = 1.0
+
+
+def test_a_site_that_has_gone_further_refuses_an_older_round(tmp_path: Path) -> None:
+    """Its error feedback would begin at zero, and the run would end with other bytes and nothing said."""
+    memory = SiteMemory(tmp_path, "ab12", 0, keep_days=1)
+    memory.write({ERROR: {9: torch.ones(3), 10: torch.ones(3)}})
+    assert torch.equal(memory.error_after(9, 3), torch.ones(3))
+    with pytest.raises(UserError, match=r"project\.resume must be the newest continuation .* at round 5"):
+        memory.error_after(5, 3)
+    assert not memory.error_after(12, 3).any(), "a folder that was lost begins anew"
 
 
 def test_only_what_old_runs_left_is_removed(tmp_path: Path) -> None:

@@ -103,6 +103,34 @@ def test_a_run_that_fails_too_often_is_a_fault_with_its_rounds(tmp_path: Path, m
     assert (tmp_path / "adapters/round-0001").is_dir()
 
 
+def test_the_folder_that_a_failed_run_names_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(folder: Path, config: str) -> RunState:
+        error = f"round 2 ended; continue with project.resume={folder}"
+        write_rounds(folder, 2, status="failed", error=error, ended_by="failed")
+        return FAILED
+
+    ScriptedFlower(monkeypatch, play)
+    with pytest.raises(Fault) as caught:
+        watch(tmp_path, "project.attempts=2")
+    assert str(caught.value).endswith(f"continue with project.resume={tmp_path}")
+    assert latest_rounds(tmp_path) == tmp_path
+
+
+def test_an_adapter_to_start_from_is_that_of_the_command_s_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(folder: Path, config: str) -> RunState:
+        write_rounds(folder, 1, status="ok", adapter_path=str(folder / "adapters/round-0000"))
+        return COMPLETED
+
+    monkeypatch.chdir(tmp_path)
+    flower, typed = ScriptedFlower(monkeypatch, play), [*WORDS, "project.warm_start=mine"]
+    monkeypatch.setattr(watching, "own_overrides", lambda but=(): [word for word in typed if not word.startswith(but)])
+    watch(tmp_path / "run", "project.warm_start=mine")
+    assert str(tmp_path / "mine") in flower.submitted[0]
+    assert "=mine" not in flower.submitted[0]
+
+
 def test_what_the_server_refuses_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def play(folder: Path, config: str) -> RunState:
         write_rounds(folder, 0, status="failed", error="project.quorum must be at most 2, got 3", ended_by="refused")

@@ -79,6 +79,36 @@ def test_a_round_ends_at_its_deadline_with_its_quorum_and_late_replies_are_dropp
     assert all(4 not in [row.partition_id for row in report.clients] for report in reports), "no late reply counts"
 
 
+def test_a_reply_between_two_rounds_is_late_and_an_error_is_not() -> None:
+    class BetweenRounds(SlowGrid):
+        is_between = False
+
+        def get_node_ids(self) -> Iterable[int]:
+            self.is_between = True
+            return super().get_node_ids()
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            self.is_between = False
+            return super().push_messages(messages)
+
+        def is_ready(self, message: Message) -> bool:
+            return self.is_between or self.partitions[message.metadata.dst_node_id] not in self.slow
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+            for message_id in message_ids:
+                message = self.waiting[message_id]
+                if self.partitions[message.metadata.dst_node_id] == 5 and self.is_ready(message):
+                    del self.waiting[message_id]
+                    yield Message(Error(3, "gone"), reply_to=message)
+                else:
+                    yield from super().pull_messages([message_id])
+
+    strategy = strategy_for(quorum=4, deadline_seconds=0.01)
+    _, reports, _ = run(BetweenRounds({4, 5}), strategy, num_rounds=3)
+    assert [report.late for report in reports] == [0, 1, 1]
+    assert {record.partition: record.late for record in strategy.sites.records if record.late} == {None: 2}
+
+
 def test_a_node_that_is_late_to_name_its_partition_holds_no_round_up() -> None:
     """It takes part once its answer has come."""
     grid, began = SlowGrid({4}, rounds=3, kind="query"), time.monotonic()
@@ -192,6 +222,7 @@ def test_those_left_out_come_back_when_the_quorum_needs_them() -> None:
     assert records.present([1, 2, 3, 4], 4, 1) == [4]
     assert records.present([1, 2, 3, 4], 4, 2) == [2, 4], "the longest left out first"
     assert records.present([1, 2, 3, 4], 7, 1) == [2, 4], "its time is over"
+    assert records.left_out(4, {2, 4}) == ["node 1", "node 3"], "who came back is not left out"
 
 
 def test_a_run_that_continues_knows_its_sites_by_partition() -> None:
