@@ -6,6 +6,7 @@ Each is written once, below `model.cache_dir` by digest and dtype; every later s
 import importlib.util
 import json
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -21,11 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lab.device import TORCH_DTYPES
+from lab.device import GIB, TORCH_DTYPES, total_bytes
 from lab.file_digests import RECORD_FILE
 from lab.files import path_of, require_writable, share_like_parent
-from lab.models.folder import INDEX, ModelFolder
-from lab.models.gguf_blocks import BITS, GgufBlocks, kinds_in_layers
+from lab.models.folder import DESCRIPTIONS, INDEX, ModelFolder
+from lab.models.gguf_blocks import BITS, GgufBlocks, count_weights, stored_kinds
 from lab.models.packed import HEAD_BITS, linear_layers, write_packed
 from lab.models.quantized import load_options
 from lab.models.shape import ModelShape
@@ -93,6 +94,9 @@ def gguf_config(settings: ModelSettings) -> PreTrainedConfig:
 
 def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
     file = gguf_file(settings)
+    with _reading_gguf(file):
+        weights = count_weights(file)
+    _check_room(weights * torch.float32.itemsize)
     log.info("converting %s once (about 20 s for 135M parameters)", file.name)
     with _alone_in_a_folder(file) as place, _reading_gguf(file):
         model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
@@ -113,6 +117,16 @@ def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> No
     _write_model(folder, model, dtype)
     tokenizer.save_pretrained(folder)
     _drop_ids_from(folder / "tokenizer.json", ModelShape.of(model.config).vocabulary)
+
+
+def _check_room(needed: int) -> None:
+    """UserError for a model that would fill all memory while it is converted: the system would swap, or end us."""
+    if needed > (total := total_bytes(torch.device("cpu"))):
+        raise UserError(
+            f"model must fit into the {total / GIB:.3g} GiB of memory here in float, once, to be converted, got "
+            f"{needed / GIB:.3g}: convert it on a larger machine, and copy its folder out of model.cache_dir "
+            "(model.source=path)"
+        )
 
 
 def _drop_ids_from(file: Path, rows: int) -> None:
@@ -228,6 +242,7 @@ def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
     name = f"{digest(identity)}-v{PACKING}-{_stored_dtype(settings).name}-{settings.quantization.name}"
 
     def write(folder: Path) -> None:
+        _check_room(sum(math.prod(shape) for _, shape in stored.shapes().values()) * dtype.itemsize)
         log.info("packing %s to %s once (about 10 s for 135M parameters)", settings.name, settings.quantization.name)
         config = stored.config()
         file = gguf_file(settings) if settings.source is ModelSource.gguf else None
@@ -241,11 +256,11 @@ def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
             raise UserError(f"model must {rule}, got a {config.model_type}: {error}") from None
         if blocks is not None:
             log.info("%d of %d layers keep the numbers of the GGUF file", blocks.found, len(linear_layers(model)))
-        if others := {kind for kind in kinds_in_layers(file) if BITS.get(kind) != bits} if file else None:
-            kinds = ", ".join(sorted(others))
-            log.info("the GGUF file stores layers as %s: they are rounded to %s", kinds, settings.quantization.name)
+        for what, kinds, wanted in zip(("layers", "head"), stored_kinds(file), (bits, HEAD_BITS)) if file else ():
+            if others := sorted(kind for kind in kinds if BITS.get(kind) != wanted):
+                log.info("the GGUF file stores its %s as %s: rounded to int%d", what, ", ".join(others), wanted)
         for part in stored.path.iterdir():
-            is_described = part.suffix != ".safetensors" and part.name not in (INDEX, RECORD_FILE)
+            is_described = any(map(part.match, DESCRIPTIONS)) and part.name not in (INDEX, RECORD_FILE)
             if is_described and part.is_file() and not (folder / part.name).exists():
                 shutil.copyfile(part, folder / part.name)
 

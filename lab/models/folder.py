@@ -27,6 +27,8 @@ from lab.settings import UserError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+"""Files of a model besides its weights: config, index, tokenizer, chat template."""
 GENERATION = "generation_config.json"
 ATTENTIONS = (None, "eager", "sdpa")
 """Permitted values of `attn_implementation` in a config; transformers would fetch others from the hub, as code."""

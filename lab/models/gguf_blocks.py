@@ -25,12 +25,21 @@ BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 """Bits of a number, by the kinds of blocks that are taken over."""
 
 
-def kinds_in_layers(file: Path) -> set[str]:
-    """How a GGUF file stores the matrices of its layers, such as Q6_K."""
+def stored_kinds(file: Path) -> tuple[set[str], set[str]]:
+    """How a GGUF file stores the matrices of its layers, such as Q6_K, and that of its head: a tied one is the
+    embedding."""
     from gguf import GGUFReader
 
-    tensors = [tensor for tensor in GGUFReader(file).tensors if tensor.name.startswith("blk.")]
-    return {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
+    heads = [kinds[name] for name in ("output.weight", "token_embd.weight") if name in kinds]
+    return {kind for name, kind in kinds.items() if name.startswith("blk.")}, {*heads[:1]}
+
+
+def count_weights(file: Path) -> int:
+    """Number of weights in a GGUF file."""
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
 
 
 class GgufBlocks:

@@ -26,7 +26,7 @@ from lab.models.sources import (
     quantization_config,
 )
 from lab.models.structure import Structure
-from lab.settings import ModelSettings, UserError
+from lab.settings import ModelSettings, Quantization, UserError
 
 
 def load_proved(settings: ModelSettings, device: torch.device) -> LoadedModel:
@@ -61,14 +61,14 @@ def load_layers(
     disable_progress_bar()
     dtype = check_dtype(device, settings.dtype)
     quantization = quantization_config(settings, device, dtype)
-    is_packed = settings.quantization.bits is not None
-    described = fetch(settings, None if is_packed else ())
+    described = fetch(settings, ())
     if not described.has_weights:  # a hub repository without an index has one file, which every slice needs
         described = fetch(settings, None)
     config = described.config()
     check_layers(config, layers)
     stored = check_weight_format(described, config, settings)
-    as_packed = stored if quantization is None else WeightFormat.nf4
+    is_packed = settings.quantization is not Quantization.none
+    as_packed = WeightFormat[settings.quantization.name] if is_packed else stored
     structure = require(
         config,
         use,
@@ -76,6 +76,9 @@ def load_layers(
         packed=None if as_packed in (WeightFormat.plain, WeightFormat.fp8) else as_packed,
     ).structure
     assert structure is not None, "what is proved to be cut is known in its parts"
+    if settings.quantization.bits is not None:  # packed as a whole, once, after the architecture was proved
+        described = fetch(settings, None)
+        config = described.config()
     ties = ModelShape.of(config).is_tied
     names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=ties)
     folder = fetch(settings, names)

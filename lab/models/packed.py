@@ -182,10 +182,11 @@ def widened(numbers: Tensor, scales: Tensor, inputs: int) -> Tensor:
 def kernel_block() -> int:
     """Outputs of a block in the order of this processor's kernel: the low halves of a block's bytes are those of its
     first half of outputs, input by input. 0 where the order is another one, as tried with random numbers."""
-    q_NK = torch.randint(0, 16, (KERNEL_ROWS, GROUP), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    inputs, generator = 3 * GROUP, torch.Generator().manual_seed(0)
+    q_NK = torch.randint(0, 16, (KERNEL_ROWS, inputs), generator=generator, dtype=torch.uint8)
     packed_NX = _in_kernel_order(halves(q_NK))
     for block in (64, 32, 16):
-        bytes_BKX = packed_NX.view(-1, GROUP, block // 2)
+        bytes_BKX = packed_NX.view(-1, inputs, block // 2)
         found_BKN = torch.cat((bytes_BKX & 15, bytes_BKX >> 4), 2)
         if torch.equal(found_BKN.transpose(1, 2).flatten(0, 1), q_NK):
             return block

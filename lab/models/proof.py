@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,7 +168,8 @@ def _digest(config: PreTrainedConfig) -> str:
     """Digest of the twin's config and of everything else that a trial depends on."""
     ours = "".join(inspect.getsource(module) for module in (base, context, kv, local, packing, slices, structure, twin))
     known = [twin_config(config).to_json_string(use_diff=False), transformers.__version__, torch.__version__, ours]
-    known.append(Path(__file__).read_text(encoding="utf-8"))
+    known += [Path(__file__).read_text(encoding="utf-8"), platform.machine()]
+    known.append(torch.backends.cpu.get_cpu_capability())  # a shared cache: the kernels of int8 and int4 differ
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
 
 

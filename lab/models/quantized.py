@@ -117,8 +117,10 @@ def load_options(
 
 def can_become(stored: WeightFormat, wanted: Quantization) -> bool:
     """Whether a folder in this format can be used under `model.quantization`."""
+    if stored in PACKED:  # what is refused or tried for int8 and int4 goes by the setting
+        return stored.name == wanted.name
     if wanted.bits is not None:
-        return stored in (WeightFormat.plain, WeightFormat.fp8) or stored.name == wanted.name
+        return stored in (WeightFormat.plain, WeightFormat.fp8)
     return wanted is Quantization.none or stored in (WeightFormat.plain, WeightFormat.nf4)
 
 

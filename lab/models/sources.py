@@ -28,7 +28,7 @@ from lab.engine.wide_products import widen_products
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
 from lab.files import path_of
 from lab.models.conversion import cache_folder, converted, gguf_config, gguf_file, packed, random_config
-from lab.models.folder import CONFIG, INDEX, SINGLE, ModelFolder
+from lab.models.folder import CONFIG, DESCRIPTIONS, INDEX, SINGLE, ModelFolder
 from lab.models.quantized import PACKED, WeightFormat, can_become, check_packed, load_options
 from lab.settings import ModelSettings, ModelSource, Quantization, UserError, digest
 
@@ -102,8 +102,9 @@ def check_weight_format(folder: ModelFolder, config: PreTrainedConfig, settings:
     """The format of a folder's matrices; UserError if it cannot be read, or not under `model.quantization`."""
     stored = folder.weight_format(config)
     if not can_become(stored, settings.quantization):
+        allowed = stored.name if stored in PACKED else Quantization.none.name
         raise UserError(
-            f"model.quantization must be none for a model that is stored as {stored.name}, "
+            f"model.quantization must be {allowed} for a model that is stored as {stored.name}, "
             f"got {settings.quantization.name}"
         )
     return stored
@@ -253,10 +254,6 @@ def quantization_config(settings: ModelSettings, device: torch.device, dtype: to
     if dtype is torch.float64:
         raise UserError("model.dtype must be float32, bfloat16 or float16 for quantization=nf4, got float64")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja")
-"""Files of a hub repository besides weights: config, index, tokenizer, chat template."""
 
 
 def _from_hub(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:

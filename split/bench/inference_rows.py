@@ -19,6 +19,7 @@ from lab.engine.base import Engine, Session
 from lab.engine.sampling import Sampling
 from lab.models.sources import load_tokenizer_only, prepare_checkpoint
 from lab.ping_pong import measure
+from lab.settings import Quantization
 from split.bench.rig import OnCore, Rig
 from split.chain.boundary import Boundary
 from split.chain.local_shards import LocalShards
@@ -34,6 +35,7 @@ from split.transport.base import ShardReport
 WARM_UP = 2
 TEXTS = 4
 ADDED_TCP_SECONDS, ADDED_RPC_SECONDS = 0.001, 0.002
+ADDED_INT4_SECONDS = 0.0015
 HEADER_BYTES, ANSWER_BYTES = 64, 48
 ADDED_MEMORY_BYTES = 64 * 2**20
 PING_ROUNDS = 200
@@ -49,7 +51,8 @@ def added_tcp(rig: Rig) -> Row:
             "inproc": rig.inproc(rig.stages()),
             "whole": rig.whole(),
         }
-        return _added(rig, "tcp", engines, ADDED_TCP_SECONDS)
+        is_int4 = rig.model.quantization is Quantization.int4
+        return _added(rig, "tcp", engines, ADDED_INT4_SECONDS if is_int4 else ADDED_TCP_SECONDS)
 
 
 def added_rpc(rig: Rig) -> Row:

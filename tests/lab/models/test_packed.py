@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 
 from lab.command.entry import compose_settings
 from lab.decode import DecodeSettings
-from lab.models import packed
+from lab.models import conversion, packed
 from lab.models.conversion import byte_tokenizer, gguf_file
 from lab.models.gguf_blocks import BITS, GgufBlocks
 from lab.models.layers import load_layers, load_proved
@@ -25,7 +26,7 @@ from lab.models.packed import WIDE_ROWS, IntLinear, halves
 from lab.models.proof import try_packed
 from lab.models.quantized import WeightFormat
 from lab.models.slices import run_slice
-from lab.models.sources import load_model
+from lab.models.sources import load_model, prepare_checkpoint
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from speculative.drafter.sources import add_noise_to_head
 from tests.lab.models.adapters import make_adapter, peft_says, slices_say
@@ -263,8 +264,22 @@ def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("quantization", "said"),
     [
-        (Quantization.int4, ["3 of 8 layers keep the numbers", "stores layers as Q8_0: they are rounded to int4"]),
-        (Quantization.int8, ["4 of 8 layers keep the numbers", "stores layers as Q4_1: they are rounded to int8"]),
+        (
+            Quantization.int4,
+            [
+                "3 of 8 layers keep the numbers",
+                "stores its layers as Q8_0: rounded to int4",
+                "stores its head as F32: rounded to int8",
+            ],
+        ),
+        (
+            Quantization.int8,
+            [
+                "4 of 8 layers keep the numbers",
+                "stores its layers as Q4_1: rounded to int8",
+                "stores its head as F32: rounded to int8",
+            ],
+        ),
     ],
 )
 def test_what_is_not_repacked_is_said(
@@ -276,6 +291,43 @@ def test_what_is_not_repacked_is_said(
     lines = [record.message for record in caplog.records if " the GGUF file" in f" {record.message}"]
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines, strict=True))
+
+
+def test_a_packed_folder_is_one_only_under_its_own_setting(tmp_path: Path) -> None:
+    """Under `none`, no guard that goes by the setting would hold: of float64, training, other devices."""
+    settings = _settings(Quantization.int4, source=ModelSource.random, package=None, cache_dir=str(tmp_path))
+    folder = prepare_checkpoint(settings).folder
+    stored = replace(settings, source=ModelSource.path, path=str(folder))
+    assert load_model(stored, CPU).checkpoint.folder == folder
+    for other in (Quantization.none, Quantization.nf4, Quantization.int8):
+        refused = rf"^model\.quantization must be int4 for a model that is stored as int4, got {other.name}$"
+        with pytest.raises(UserError, match=refused):
+            load_model(replace(stored, quantization=other), CPU)
+        with pytest.raises(UserError, match=refused):
+            load_layers(replace(stored, quantization=other), CPU, range(1), embedding=True, head=True)
+
+
+def test_a_model_that_does_not_fit_in_float_is_refused_before_it_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(conversion, "total_bytes", lambda device: 2**10)
+    settings = _settings(Quantization.int4, package=None, path=str(file), cache_dir=str(tmp_path / "c"))
+    with pytest.raises(UserError, match=r"^model must fit into the .* GiB of memory here in float, once"):
+        load_model(settings, CPU)
+    random = replace(settings, source=ModelSource.random)
+    with pytest.raises(UserError, match=r"in float, once, to be converted"):
+        load_model(random, CPU)
+
+
+def test_weights_of_other_kinds_are_not_copied_beside_packed_ones(tmp_path: Path) -> None:
+    plain = _settings(Quantization.none, source=ModelSource.random, package=None, cache_dir=str(tmp_path / "c"))
+    shutil.copytree(prepare_checkpoint(plain).folder, tmp_path / "clone")
+    (tmp_path / "clone" / "pytorch_model.bin").write_bytes(b"as large as the model")
+    cloned = replace(plain, source=ModelSource.path, path=str(tmp_path / "clone"), quantization=Quantization.int4)
+    folder = prepare_checkpoint(cloned).folder
+    assert (folder / "tokenizer.json").exists()
+    assert not (folder / "pytorch_model.bin").exists()
 
 
 def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
