@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
 # Test processes share the cores: a thread that spins while it waits for another keeps that one from running, and 4-bit
@@ -26,3 +28,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Puts the wall clock forward by so many seconds, as psutil sees it: the start of every process moves with it."""
+    if sys.platform != "linux":
+        pytest.skip("elsewhere the lab takes psutil's word for the start of a process")
+    read = psutil.Process.create_time
+
+    def put_forward(seconds: float) -> None:
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: read(process) + seconds)
+
+    return put_forward

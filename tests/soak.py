@@ -352,10 +352,10 @@ def warm_sites() -> dict[str, Any]:
 
 def warm_sites_killed() -> dict[str, Any]:
     """SIGKILL of a site's worker, SuperNode, or both, at 20 random points: a round loses that site at most, the next
-    one asks it again, and nothing is left running."""
+    one has its reply again, and nothing is left running."""
     with tempfile.TemporaryDirectory() as folder:
         came = figures.kill_sites(Path(folder), SITE_KILLS, seed=1)
-    lost_less = came["most_lost_in_a_round"] <= 1 and came["all_asked_again"]
+    lost_less = came["most_lost_in_a_round"] <= 1 and came["all_replied_again"]
     ok = came["exit_code"] == 0 and lost_less and not came["left_running"]
     return {"ok": ok and sum(came["kills"].values()) == SITE_KILLS, **came}
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import psutil
 
+from lab.command.starts import start_of
+
 ATTEMPT = "attempt-{}"
 PROCESS = "process.json"
 
@@ -30,7 +32,7 @@ def claim(folder: Path, run_id: str) -> None:
     """Write into a run's folder which run it is of, and its process. FileExistsError if it is another run's."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / PROCESS).open("x", encoding="utf-8") as file:
-        json.dump({"run_id": run_id, "pid": os.getpid(), "created": psutil.Process().create_time()}, file)
+        json.dump({"run_id": run_id, "pid": os.getpid(), "created": start_of(psutil.Process())}, file)
 
 
 def claimed_by(folder: Path) -> str | None:
@@ -45,7 +47,7 @@ def process_is_gone(folder: Path) -> bool:
         return False
     try:
         process = psutil.Process(said["pid"])
-        return bool(process.create_time() != said["created"] or process.status() == psutil.STATUS_ZOMBIE)
+        return bool(start_of(process) != said["created"] or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

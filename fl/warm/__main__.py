@@ -91,7 +91,7 @@ def is_too_large(asked: Ask) -> bool:
 
 def main(arguments: list[str]) -> None:
     """Run a worker until its SuperNode ends."""
-    place = Place(int(arguments[0]), float(arguments[1]), Path(arguments[2]))
+    place = Place(int(arguments[0]), int(arguments[1]), Path(arguments[2]))
     place.follow()
     with for_owner_alone():
         log_beside_flower()

@@ -5,6 +5,8 @@ Only the user of the SuperNode may read them. Loads no torch.
 
 import json
 import os
+import platform
+import re
 import secrets
 import threading
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 import psutil
 from flwr.supercore.utils import get_flwr_home
 
+from lab.command.starts import start_of
 from lab.files import write_whole
 from lab.settings import UserError
 
@@ -25,8 +28,6 @@ KEY_BYTES = 32
 SUPERNODE, CLIENT = "flower-supernode", "flwr-clientapp"
 WATCH_SECONDS = 0.5
 """Pause between two looks for the SuperNode."""
-SAME_START_SECONDS = 2.0
-"""Largest difference between two readings of a process's start, which moves when the clock is set."""
 CODE = Path(__file__).resolve().parents[2]
 """The code of this run: Flower installs every version of it into a folder of its own."""
 
@@ -36,7 +37,7 @@ class Worker:
     """A running worker."""
 
     pid: int
-    created: float
+    created: int
     port: int
     code: str
 
@@ -52,8 +53,8 @@ class Place:
 
     pid: int
     """Number of the SuperNode's process."""
-    created: float
-    """When that was started: the number alone may come again."""
+    created: int
+    """When that was started (`lab.command.starts.start_of`): the number alone may come again."""
     folder: Path
 
     @classmethod
@@ -62,7 +63,9 @@ class Place:
         for process in psutil.Process().parents():
             try:
                 if any(Path(word).name == SUPERNODE for word in process.cmdline()[:3]):
-                    return cls(process.pid, process.create_time(), get_flwr_home().absolute() / FOLDER)
+                    # By machine: several may share a home, and none can tell whether another's SuperNode still runs.
+                    folder = get_flwr_home().absolute() / FOLDER / platform.node()
+                    return cls(process.pid, start_of(process), folder)
             except psutil.Error:
                 continue
         return None
@@ -70,7 +73,7 @@ class Place:
     @property
     def name(self) -> str:
         """Name of the files."""
-        return f"{self.pid}-{int(1000 * self.created)}"
+        return f"{self.pid}-{self.created}"
 
     @property
     def key_file(self) -> Path:
@@ -88,18 +91,22 @@ class Place:
         return self.folder / f"{self.name}.lock"
 
     def make(self) -> None:
-        """Make folder and key, if they are not there. UserError if others can read them."""
+        """Make folder and key, if they are not there; with a new key, remove files that earlier SuperNodes have left.
+        UserError if others can read the folder."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_private(self.folder)
         if self.key_file.exists():
             return
+        self._remove_left()
         # Whole from the first moment: two client processes may come at once, and one may be killed.
         unfinished = self.folder / f".{self.name}.{os.getpid()}"
-        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(secrets.token_hex(KEY_BYTES) + "\n")
-        with suppress(FileExistsError):
-            os.link(unfinished, self.key_file)
-        unfinished.unlink()
+        try:
+            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(secrets.token_hex(KEY_BYTES) + "\n")
+            with suppress(FileExistsError):
+                os.link(unfinished, self.key_file)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def key(self) -> bytes:
         """The key. UserError if others can read or have made its file, and for one that is not whole."""
@@ -122,7 +129,7 @@ class Place:
     def announce(self, port: int) -> None:
         """Say that this process is the worker."""
         ours = psutil.Process()
-        about = {"pid": ours.pid, "created": ours.create_time(), "port": port, "code": str(CODE)}
+        about = {"pid": ours.pid, "created": start_of(ours), "port": port, "code": str(CODE)}
         write_whole(self.address_file, json.dumps(about))
 
     def is_over(self) -> bool:
@@ -154,6 +161,17 @@ class Place:
         for file in (self.address_file, self.key_file, self.lock_file, *self.folder.glob(f".{self.name}.*")):
             file.unlink(missing_ok=True)
 
+    def _remove_left(self) -> None:
+        """Remove this user's files of SuperNodes that have ended when nobody was left to remove them: after a kill of
+        all processes, or a power cut."""
+        for file in self.folder.iterdir():
+            if (name := re.fullmatch(r"\.?([0-9]+)-([0-9]+)\..+", file.name)) is None:
+                continue
+            with suppress(OSError, psutil.Error):  # a file that cannot be removed is no reason to fail
+                is_ours = os.name != "posix" or file.lstat().st_uid == os.getuid()
+                if is_ours and Place(int(name[1]), int(name[2]), self.folder).is_over():
+                    file.unlink()
+
 
 def require_private(path: Path) -> None:
     """UserError if a file or folder is another user's, or can be read by others."""
@@ -178,11 +196,11 @@ def _end_clients(executors: Sequence[str]) -> None:
                 process.kill()
 
 
-def _process(pid: int, created: float) -> psutil.Process | None:
+def _process(pid: int, created: int) -> psutil.Process | None:
     """The running process of this number that was started then, None if it has ended."""
     try:
         process = psutil.Process(pid)
-        is_same = abs(process.create_time() - created) < SAME_START_SECONDS
+        is_same = start_of(process) == created
     except psutil.NoSuchProcess:
         return None
     return process if is_same and _is_running(process) else None

@@ -131,7 +131,7 @@ def start(place: Place) -> "subprocess.Popen[bytes]":
     """A worker for the SuperNode; what it logs goes where the SuperNode's log goes."""
     paths = [str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, "-m", "fl.warm", str(place.pid), repr(place.created), str(place.folder)],
+        [sys.executable, "-m", "fl.warm", str(place.pid), str(place.created), str(place.folder)],
         stdin=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         start_new_session=True,  # it outlives this process, and hears no Ctrl+C of the SuperNode's terminal

@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
+from lab.command.starts import start_of
 from lab.command.streams import StreamLeft
 from lab.faults import EndedBy, Fault
 from lab.settings import UserError
@@ -243,12 +244,12 @@ def run_async(work: Coroutine[Any, Any, Returned]) -> Returned:
             return loop.run_until_complete(task)
 
 
-CLOCK_TICK_SECONDS = 0.02
-"""Resolution of the start times of processes, in seconds."""
+CLOCK_TICK = 20
+"""Resolution of the start times of processes, in milliseconds."""
 
 
-def end_children(since: float) -> None:
-    """Kill all processes that this one has started since then (seconds of the epoch), and their descendants.
+def end_children(since: int) -> None:
+    """Kill all processes that this one has started since then (`lab.command.starts.now`), and their descendants.
 
     Older children are not ours: they belong to a program that runs a command as a part of itself.
     """
@@ -259,7 +260,7 @@ def end_children(since: float) -> None:
     ended = []
     for child in children:
         try:
-            if child.create_time() >= since - CLOCK_TICK_SECONDS:
+            if start_of(child) >= since - CLOCK_TICK:
                 child.kill()
                 ended.append(child)
         except psutil.Error:  # already gone

@@ -13,7 +13,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -44,6 +43,7 @@ from lab.command.ending import (
 )
 from lab.command.explain import explain
 from lab.command.overrides import override, parse_options, with_texts_as_typed
+from lab.command.starts import now
 from lab.command.terminal import has_room, one_line
 from lab.command.typed import texts_by_key, to_settings
 from lab.environment import PACKAGES, describe_environment, version
@@ -149,7 +149,7 @@ class _Command:
     """One command, from its overrides to its last line."""
 
     def __init__(self, out: TextIO) -> None:
-        self.began = time.time()
+        self.began = now()
         self._out = out
         self._settings: LabSettings | None = None
         self.place: Run | None = None

@@ -169,7 +169,9 @@ class Deployment:
         return [
             process
             for process in psutil.process_iter(["cmdline"])
-            if folder in (process.info["cmdline"] or []) and "fl.warm" in process.info["cmdline"] and running(process)
+            if "fl.warm" in (words := process.info["cmdline"] or [])
+            and words[-1].startswith(folder)
+            and running(process)
         ]
 
     def finished(self, run_id: str) -> tuple[str, str, str]:

@@ -206,6 +206,12 @@ def test_a_server_that_is_gone_is_noticed(tmp_path: Path) -> None:
     assert process_is_gone(tmp_path), "another process has its number"
 
 
+def test_a_server_is_not_gone_when_the_clock_is_set(tmp_path: Path, set_clock: Callable[[float], None]) -> None:
+    claim(tmp_path, "7")
+    set_clock(1.0)
+    assert not process_is_gone(tmp_path)
+
+
 @pytest.mark.parametrize("begins", ["at once", "after the next submission"])
 def test_of_two_submissions_of_an_attempt_one_run_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: str

@@ -8,6 +8,8 @@ import random
 import signal
 import statistics
 import time
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,38 @@ import psutil
 
 from fl.run.folders import latest_rounds, round_folders
 from fl.run.state import RECORD
-from tests.fl.deployment import DEADLINE_SECONDS, Deployment, Program, adapters, copy_checkout, deployed, wait_for
+from tests.fl.deployment import (
+    DEADLINE_SECONDS,
+    Deployment,
+    Program,
+    adapters,
+    copy_checkout,
+    deployed,
+    running,
+    wait_for,
+)
 from tests.fl.two_sites import SITES
 
 RUN_SECONDS = 3000.0
 ROUNDS_PER_KILL = 4
 """A SuperNode that was killed is away for two or three rounds."""
 BOTH = f"project.num_clients={len(SITES)}"
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A kill of a site's processes."""
+
+    site: str
+    before: int
+    """Rounds that had ended at the kill."""
+    after: int
+    """Rounds that had ended when the site was back."""
+
+    @property
+    def next_round(self) -> int:
+        """The first round that begins with the site back: the one after the round that it came back in."""
+        return self.after + 2
 
 
 def warm_over_cold(folder: Path, turns: int, *words: str) -> dict[str, Any]:
@@ -49,7 +76,7 @@ def warm_over_cold(folder: Path, turns: int, *words: str) -> dict[str, Any]:
 def kill_sites(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """SIGKILL of a site's worker, of its SuperNode, or of both, at random points of a run; SuperNodes start again, and
     the next kill comes when a round has ended since."""
-    moments, killed, back_after = random.Random(seed), {"worker": 0, "supernode": 0, "both": 0}, []
+    moments, killed, done = random.Random(seed), {"worker": 0, "supernode": 0, "both": 0}, list[Kill]()
     with deployed(folder, copy_checkout(folder / "checkout")) as here:
         path = folder / "run"
         words = [BOTH, f"project.rounds={ROUNDS_PER_KILL * kills}", "project.max_failures=99", "project.quorum=1"]
@@ -58,6 +85,7 @@ def kill_sites(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             _wait_for_round(rounds_of(path) + 1, path, run)
             time.sleep(moments.uniform(0, rows_of(path)[-1]["round_seconds"] if rows_of(path) else 0))
             kind, site = moments.choice([*killed]), moments.choice(SITES)
+            before = rounds_of(path)
             if kind in ("worker", "both"):
                 for worker in here.workers():
                     if str(here.nodes[site].process.pid) in worker.cmdline():
@@ -67,7 +95,7 @@ def kill_sites(folder: Path, kills: int, seed: int) -> dict[str, Any]:
                 here.nodes[site].kill()
                 here.nodes[site] = _again(here, site)
             killed[kind] += 1
-            back_after.append(rounds_of(path))
+            done.append(Kill(site, before, rounds_of(path)))
         code = run.wait(RUN_SECONDS)
         result = json.loads((path / "result.json").read_text())
         for node in here.nodes.values():
@@ -76,18 +104,32 @@ def kill_sites(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         while (left := here.workers()) and time.monotonic() < deadline:
             time.sleep(0.2)
     refused = [row["refused"] for row in rows_of(path)]
-    asked = {row["step"]: row["replies"] + row["refused"] for row in rows_of(path)}
+    replied = {row["step"]: [SITES[int(number)] for number in row["by_site"]] for row in rows_of(path)}
     return {
         "kills": killed,
         "exit_code": code,
         "rounds_completed": result["rounds_completed"],
         "most_lost_in_a_round": max(refused),
         "rounds_with_a_loss": sum(count > 0 for count in refused),
-        # The first round that begins after the site is back is the second one that ends then.
-        "all_asked_again": all(asked.get(after + 2, len(SITES)) == len(SITES) for after in back_after),
+        "all_replied_again": all_replied_again(done, replied, result["rounds_completed"]),
         "attempts": result["attempts"],
         "left_running": len(left),
     }
+
+
+def all_replied_again(kills: Sequence[Kill], replied: Mapping[int, Container[str]], rounds: int) -> bool:
+    """Whether every site gave a good reply in the first round that began with it back, of a run of so many rounds.
+
+    Args:
+        kills: In the order of time. One with no such round left in the run does not count, nor one whose site was
+            killed again by the end of that round: then the later kill tells.
+        replied: The sites with a good reply, by round.
+    """
+    for number, kill in enumerate(kills):
+        is_last = not any(later.site == kill.site and later.before < kill.next_round for later in kills[number + 1 :])
+        if is_last and kill.next_round <= rounds and kill.site not in replied.get(kill.next_round, ()):
+            return False
+    return True
 
 
 def _again(here: Deployment, site: str) -> Program:
@@ -115,8 +157,7 @@ def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, 
             _wait_for_round(least, folder / "run", run)
             server = wait_for("server", lambda: _server(here), run)
             time.sleep(moments.uniform(0, seconds))
-            server.kill()
-            server.wait(60)
+            kill(server)
             rounds_at_kill.append(rounds_of(folder / "run"))
             finished |= seconds_of(folder / "run")
         code = run.wait(RUN_SECONDS)
@@ -133,6 +174,12 @@ def kill_servers(folder: Path, kills: int, rounds: int, seed: int) -> dict[str, 
         "rounds_lost": sorted(number for number, seconds in finished.items() if kept.get(number) != seconds),
         "rounds_finished_at_a_kill": len(finished),
     }
+
+
+def kill(process: psutil.Process, seconds: float = 60) -> None:
+    """SIGKILL, until the process runs no more. As a zombie it may stay for long: Flower reaps it at its next look."""
+    process.kill()
+    wait_for("end of the process", lambda: not running(process), seconds=seconds)
 
 
 def rounds_of(run: Path) -> int:

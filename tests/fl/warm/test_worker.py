@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fl.warm import stub
 from fl.warm.frames import endpoint, packed, unpacked
 from fl.warm.place import WATCH_SECONDS, Place, require_private
 from lab.command.entry import compose_settings
+from lab.command.starts import start_of
 from lab.settings import UserError
 from lab.wire.faults import WireError
 from lab.wire.frame_socket import FrameSocket
@@ -53,7 +54,7 @@ def supernode() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def place_of(process: subprocess.Popen[bytes], folder: Path) -> Place:
-    return Place(process.pid, psutil.Process(process.pid).create_time(), folder)
+    return Place(process.pid, start_of(psutil.Process(process.pid)), folder)
 
 
 def context_of(data: Path, *overrides: str, **run_config: Any) -> Context:
@@ -200,7 +201,7 @@ def echo(message: Message, context: Context) -> Message:
 
 
 def own_place(folder: Path) -> Place:
-    return Place(os.getpid(), psutil.Process().create_time(), folder)
+    return Place(os.getpid(), start_of(psutil.Process()), folder)
 
 
 def test_a_worker_that_is_too_large_ends_after_its_reply(tmp_path: Path) -> None:
@@ -270,6 +271,74 @@ def test_no_frame_and_no_file_of_a_warm_worker_holds_the_sites_text(
     stub.ask(leaking, message, context)
     assert "text" in leaks([frames])
     assert "text" in leaks(files_below(tmp_path)), "it is in the site's own file"
+
+
+def test_place_and_worker_stay_when_the_clock_is_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, set_clock: Callable[[float], None]
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda process: ["flower-supernode"])
+    place = Place.of_this_process()
+    assert place is not None
+    place.make()
+    place.announce(1)
+    worker = place.worker()
+    assert worker is not None
+    set_clock(5.0)
+    assert Place.of_this_process() == place
+    assert place.worker() == worker
+    assert not place.is_over()
+
+
+def files_of(place: Place) -> set[Path]:
+    """One file of every kind that a place has."""
+    place.folder.mkdir(mode=0o700, exist_ok=True)
+    unfinished = [place.folder / f".{place.name}.7", place.folder / f".{place.name}.json.7"]
+    files = {place.key_file, place.address_file, place.lock_file, *unfinished}
+    for file in files:
+        file.touch()
+    return files
+
+
+def test_files_of_supernodes_that_have_ended_go_when_the_next_place_is_made(
+    tmp_path: Path, supernode: subprocess.Popen[bytes]
+) -> None:
+    place, folder = own_place(tmp_path / "warm"), tmp_path / "warm"
+    living = files_of(place_of(supernode, folder))
+    ended = files_of(Place(place.pid, place.created - 10, folder))  # its number has come again
+    other = folder / "notes-7.txt"
+    other.touch()
+    place.make()
+    assert {*folder.iterdir()} == living | {other, place.key_file}
+    supernode.kill()
+    supernode.wait()
+    place.make()
+    assert living < {*folder.iterdir()}, "only a new place looks"
+    place.remove()
+    place.make()
+    assert {*folder.iterdir()} == {other, place.key_file}
+    assert not any(file.exists() for file in ended)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="users of files")
+def test_files_of_other_users_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, user = own_place(tmp_path / "warm"), os.getuid()
+    theirs = files_of(Place(place.pid, place.created - 10, place.folder))
+    monkeypatch.setattr("fl.warm.place.require_private", lambda path: None)
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    place.make()
+    assert theirs < {*place.folder.iterdir()}
+
+
+def test_a_key_that_cannot_be_named_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise PermissionError("this file system has no links")
+
+    place = own_place(tmp_path / "warm")
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(PermissionError):
+        place.make()
+    assert list(place.folder.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of files")
