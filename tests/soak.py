@@ -10,8 +10,10 @@ runs those that RESULTS.md shows. Exit code 1 when a run found something.
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -150,6 +152,15 @@ def compiled_identity() -> dict[str, Any]:
 def compiled_identity_two_threads() -> dict[str, Any]:
     """The same on two threads."""
     return _identity_of(compiles=True, threads=2)
+
+
+def compiled_identity_avx2() -> dict[str, Any]:
+    """The same with the kernels for AVX2 alone, on any processor (ATEN_CPU_CAPABILITY=avx2)."""
+    code = "import json; from tests.soak import compiled_identity; print(json.dumps(compiled_identity()))"
+    own = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], env=own, stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def eager_identity() -> dict[str, Any]:
@@ -447,7 +458,8 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     run.__name__: run
     for run in (
         *(hostile_frames, http_fuzzed, speculative_identity, async_identity, smollm2_identity),
-        *(compiled_identity, compiled_identity_two_threads, eager_identity, eager_identity_two_threads),
+        *(compiled_identity, compiled_identity_two_threads, compiled_identity_avx2),
+        *(eager_identity, eager_identity_two_threads),
         *(
             drafting_killed,
             shards_killed,
