@@ -50,7 +50,7 @@ def test_the_last_line_is_the_figures(tmp_path: Path) -> None:
     assert (outcome.failure, outcome.detail) == (None, "")
     assert outcome.figures["speed"] == 200.0
     assert 0 < outcome.seconds < 60
-    assert outcome.peak_rss_bytes > 2**20
+    assert outcome.peak_rss_bytes > 0  # so short a cell may be read only once, as it begins
     assert (tmp_path / "ok" / "stderr.log").read_text() == "progress\n"
 
 
