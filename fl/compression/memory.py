@@ -50,12 +50,13 @@ class SiteMemory:
         found = self.vector(ERROR, server_round)
         if found is not None and found.shape == (size,):
             return found
-        later = [name for name in self._vectors if name.startswith(f"{ERROR}.") and int(name[6:]) > server_round]
-        if server_round and later:
+        if not server_round:
+            return torch.zeros(size)
+        kept = (name.partition(".") for name in self._vectors)
+        if any(kind == ERROR and int(number) > server_round for kind, _, number in kept):
             rule = f"project.resume must be the newest continuation of its run, got one that is at round {server_round}"
             raise UserError(f"{rule}: this site has compressed later rounds, and forgot what was rounded away before")
-        if server_round:
-            log.warning("%s has no error of round %d: it starts again from zero", self._file, server_round)
+        log.warning("%s has no error of round %d: it starts again from zero", self._file, server_round)
         return torch.zeros(size)
 
     @property
