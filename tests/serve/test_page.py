@@ -205,6 +205,53 @@ def test_a_second_tab_takes_the_answer_over_and_both_show_it(
     other.ask("Page.close")
 
 
+LATE = """
+const refused = window.refused = [];
+const fetchNow = window.fetch;
+window.fetch = async (...asked) => {
+    const response = await fetchNow(...asked);
+    if (response.status === 401) await new Promise((go) => refused.push(go));
+    return response;
+};
+"""
+"""Refusals reach the page only when the test lets them."""
+
+
+def test_a_refusal_of_an_earlier_key_changes_nothing(
+    page: Tab, driver: Driver, server: Role, relay: Relay
+) -> None:
+    """It may arrive after the next key was typed: then it neither asks again, nor lets the answer of another tab go."""
+    relay.hold(6)
+    ask(page)
+    page.until("document.querySelector('.assistant .text').textContent.length > 3")
+    other = driver.tab()
+    page.run("window.dispatchEvent(new Event('pagehide'))")
+    other.ask("Page.addScriptToEvaluateOnNewDocument", source=LATE)
+    other.open(f"http://127.0.0.1:{relay.port}/")
+    other.until("refused.length === 3")  # two looks at the status, and one at the models
+    other.run("refused.shift()()")
+    other.until("document.activeElement.id === 'key'")
+    other.type("not the key")
+    other.press("Enter")
+    other.until("refused.length >= 4")
+    other.run("refused.splice(0, 2).forEach((go) => go())")  # those of no key
+    other.run("new Promise((go) => setTimeout(go, 100))")
+    assert other.run("document.getElementById('key-form').hidden") is True
+    assert not any("/v1/streams/" in one for one in other.requests)
+    other.run("refused.shift()()")
+    other.until("document.activeElement.id === 'key'")
+    other.type(KEY)
+    other.press("Enter")
+    other.until("document.querySelectorAll('#settings option').length === 1")
+    other.run("refused.splice(0).forEach((go) => go())")  # those of the wrong key
+    other.run("new Promise((go) => setTimeout(go, 100))")
+    assert other.run("document.getElementById('key-form').hidden") is True
+    relay.release()
+    expected = text_of(answer(server, QUESTION))
+    other.until(f"{IDLE} && {TEXT} === {json.dumps(expected)}")
+    other.ask("Page.close")
+
+
 def test_a_key_is_asked_for_and_kept_for_the_tab(driver: Driver, relay: Relay) -> None:
     tab = driver.tab()
     tab.open(f"http://127.0.0.1:{relay.port}/")
