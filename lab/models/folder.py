@@ -6,7 +6,7 @@ safetensors are read; no code of a folder runs. Knows nothing about the source o
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -264,16 +264,13 @@ class ModelFolder:
     @contextmanager
     def _reading(self, rule: str, what: str) -> Iterator[None]:
         """Turn any error of transformers into a UserError of one line, and silence its other output."""
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise self._refused(rule, what, error) from None
-        finally:
-            transformers_logging.set_verbosity(verbosity)
+        with quietly():
+            try:
+                yield
+            except UserError:
+                raise
+            except Exception as error:
+                raise self._refused(rule, what, error) from None
 
     def _damaged(self, rule: str, got: str | None = None, error: Exception | None = None) -> UserError:
         refused = self._refused(rule, got, error)
@@ -284,6 +281,24 @@ class ModelFolder:
         got = str(self.path) if got is None else got
         reason = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})" if error else ""
         return UserError(f"{self.setting} must {rule}, got {got!r}{reason}")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Silence transformers' bars and reports, such as those of tensors that a part of a model does not need."""
+    transformers_logging.disable_progress_bar()  # weights are mapped, not read: its bar is over before it shows
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index of a folder: the file of each tensor, by the tensor's name."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(files)}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _is_file_name(file: Any) -> bool:

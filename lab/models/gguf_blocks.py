@@ -7,15 +7,15 @@ there, to the bit.
 Shapes: N outputs, K inputs, G blocks of a row.
 """
 
+import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lab.models.packed import GROUP, stored_form
+from lab.models.packed import GROUP, PACKED_AT_ONCE, stored_form
 
 MULTIPLIER = 6364136223846793005
 """Multiplier of Knuth's linear congruential generator (MMIX): a row's digest is a polynomial in it."""
@@ -25,21 +25,12 @@ BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 """Bits of a number, by the kinds of blocks that are taken over."""
 
 
-def stored_kinds(file: Path) -> tuple[set[str], set[str]]:
+def stored_kinds(reader: Any) -> tuple[set[str], set[str]]:
     """How a GGUF file stores the matrices of its layers, such as Q6_K, and that of its head: a tied one is the
     embedding."""
-    from gguf import GGUFReader
-
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
     heads = [kinds[name] for name in ("output.weight", "token_embd.weight") if name in kinds]
     return {kind for name, kind in kinds.items() if name.startswith("blk.")}, {*heads[:1]}
-
-
-def count_weights(file: Path) -> int:
-    """Number of weights in a GGUF file."""
-    from gguf import GGUFReader
-
-    return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
 
 
 class GgufBlocks:
@@ -47,46 +38,58 @@ class GgufBlocks:
     Q8_0 (w = d q).
 
     Args:
-        file: The GGUF file.
+        reader: gguf's `GGUFReader` of the file.
         bits: Numbers of these bits are looked for.
         dtype: Dtype to which the matrices were rounded after they had been dequantised.
+        layers: Only their matrices are looked at, and those of no layer; None: all.
     """
 
-    def __init__(self, file: Path, dtype: torch.dtype, bits: Collection[int]) -> None:
-        from gguf import GGUFReader
-
+    def __init__(
+        self, reader: Any, dtype: torch.dtype, bits: Collection[int], layers: Collection[int] | None = None
+    ) -> None:
         self.found = 0
         """Number of matrices found so far."""
         self._dtype = dtype
         self._tensors: dict[int, Any] = {}
-        for tensor in GGUFReader(file).tensors:
-            if BITS.get(tensor.tensor_type.name) in bits and len(tensor.shape) == 2:
-                self._tensors[_digest(_digests(self._dequantised(tensor)))] = tensor
+        for tensor in reader.tensors:
+            layer = re.match(r"blk\.(\d+)\.", tensor.name)
+            is_asked = layers is None or layer is None or int(layer[1]) in layers
+            if is_asked and BITS.get(tensor.tensor_type.name) in bits and len(tensor.shape) == 2:
+                self._tensors[_digest(self._row_digests(tensor))] = tensor
 
     def find(self, weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
         """Numbers and scales of a matrix, as `lab.models.packed.quantise` returns them; None if the file does not have
         it, or not in numbers of so many bits. Scale and zero are rounded to bfloat16; the numbers are the file's."""
-        digests_N = _digests(weight_NK)
+        digests_N = np.concatenate([_digests(rows_NK) for rows_NK in weight_NK.split(PACKED_AT_ONCE)])
         tensor = self._tensors.get(_digest(digests_N))
         if tensor is None or BITS[tensor.tensor_type.name] != bits:
             return None
-        dequantised_NK = self._dequantised(tensor)
-        order_N = torch.from_numpy(_digests(dequantised_NK).argsort()[digests_N.argsort().argsort()])
-        if not torch.equal(dequantised_NK[order_N], weight_NK):
-            return None
+        order_N = self._row_digests(tensor).argsort()[digests_N.argsort().argsort()]
+        made = []
+        for start in range(0, len(order_N), PACKED_AT_ONCE):
+            rows_N = order_N[start : start + PACKED_AT_ONCE]
+            q_NK, scale_NG, minimum_NG = _blocks(tensor, rows_N)
+            if not torch.equal(self._dequantised(q_NK, scale_NG, minimum_NG), weight_NK[start : start + len(rows_N)]):
+                return None
+            zero_NG = minimum_NG + 2 ** (bits - 1) * scale_NG
+            made.append(stored_form(q_NK, scale_NG, zero_NG, bits))
         self.found += 1
-        q_NK, scale_NG, minimum_NG = _blocks(tensor)
-        zero_NG = minimum_NG + 2 ** (bits - 1) * scale_NG
-        return stored_form(q_NK[order_N], scale_NG[order_N], zero_NG[order_N], bits)
+        numbers, scales = zip(*made, strict=True)
+        return torch.cat(numbers), torch.cat(scales, 1)
 
-    def _dequantised(self, tensor: Any) -> Tensor:
-        q_NK, scale_NG, minimum_NG = _blocks(tensor)
+    def _row_digests(self, tensor: Any) -> Any:
+        outputs = np.arange(int(tensor.shape[1]))
+        parts = np.split(outputs, range(PACKED_AT_ONCE, len(outputs), PACKED_AT_ONCE))
+        return np.concatenate([_digests(self._dequantised(*_blocks(tensor, rows_N))) for rows_N in parts])
+
+    def _dequantised(self, q_NK: Tensor, scale_NG: Tensor, minimum_NG: Tensor) -> Tensor:
         wide_NGK = scale_NG[:, :, None] * q_NK.unflatten(1, (-1, GROUP)) + minimum_NG[:, :, None]
         return torch.Tensor.to(wide_NGK.flatten(1), self._dtype)
 
 
-def _blocks(tensor: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """q of each weight (uint8 N x K), and scale and minimum of each block (float32 N x G): w = scale q + minimum.
+def _blocks(tensor: Any, rows_N: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some rows, q of each weight (uint8 N x K), and scale and minimum of each block (float32 N x G): w = scale q +
+    minimum.
 
     A block is d, for Q4_1 m, both float16, and its numbers: 16 bytes whose low halves are the first 16 weights, or 32
     signed bytes.
@@ -94,7 +97,7 @@ def _blocks(tensor: Any) -> tuple[Tensor, Tensor, Tensor]:
     name, outputs = tensor.tensor_type.name, int(tensor.shape[1])
     floats = 2 if name == "Q4_1" else 1
     size = 2 * floats + GROUP * BITS[name] // 8
-    bytes_NGX = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(outputs, -1, size)
+    bytes_NGX = np.ascontiguousarray(tensor.data.view(np.uint8).reshape(outputs, -1, size)[rows_N])
     head_NGF = torch.from_numpy(bytes_NGX[..., : 2 * floats].copy().view(np.float16).astype(np.float32))
     numbers_NGX = torch.from_numpy(bytes_NGX[..., 2 * floats :].copy())
     scale_NG = head_NGF[..., 0]

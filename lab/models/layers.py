@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
-
 import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -20,12 +17,12 @@ from lab.models.sources import (
     check_room,
     check_weight_format,
     fetch,
+    list_tensors,
     load_config,
     load_model,
     prepared,
     quantization_config,
 )
-from lab.models.structure import Structure
 from lab.settings import ModelSettings, Quantization, UserError
 
 
@@ -62,8 +59,6 @@ def load_layers(
     dtype = check_dtype(device, settings.dtype)
     quantization = quantization_config(settings, device, dtype)
     described = fetch(settings, ())
-    if not described.has_weights:  # a hub repository without an index has one file, which every slice needs
-        described = fetch(settings, None)
     config = described.config()
     check_layers(config, layers)
     stored = check_weight_format(described, config, settings)
@@ -76,11 +71,10 @@ def load_layers(
         packed=None if as_packed in (WeightFormat.plain, WeightFormat.fp8) else as_packed,
     ).structure
     assert structure is not None, "what is proved to be cut is known in its parts"
-    if settings.quantization.bits is not None:  # packed as a whole, once, after the architecture was proved
-        described = fetch(settings, None)
-        config = described.config()
+    listed = list_tensors(settings)
+    config = listed.config()
     ties = ModelShape.of(config).is_tied
-    names = stored_names(described.files, structure, layers, embedding=embedding, head=head, ties=ties)
+    names = structure.stored_names(listed.files, layers, embedding=embedding, head=head, ties=ties)
     folder = fetch(settings, names)
     stored = check_weight_format(folder, config, settings)
     check_room([of for name, of in folder.shapes().items() if name in names], stored, settings, device, dtype)
@@ -97,25 +91,6 @@ def check_layers(config: PreTrainedConfig, layers: range) -> None:
         raise UserError(
             f"layers must be a range within the model's {count} layers, got {layers.start} to {layers.stop}"
         )
-
-
-def stored_names(
-    names: Collection[str], structure: Structure, layers: range, *, embedding: bool, head: bool, ties: bool
-) -> set[str]:
-    """Names of the tensors of a checkpoint that a slice may need: all but those of other layers and of ends that it
-    lacks.
-
-    Stored names are not always the model's own, so only tensors that are certainly not needed are left out.
-    """
-    number = re.compile(rf"(?:^|\.){re.escape(structure.blocks.rpartition('.')[2])}\.(\d+)\.")
-    ends = {structure.embedding: embedding or (head and ties), structure.head: head or (embedding and ties)}
-    left_out = tuple(f"{name.rpartition('.')[2]}.weight" for name, is_needed in ends.items() if not is_needed)
-    return {
-        name
-        for name in names
-        if not ((found := number.search(name)) and int(found[1]) not in layers)
-        and not (left_out and name.endswith(left_out))
-    }
 
 
 def with_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:

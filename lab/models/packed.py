@@ -18,13 +18,11 @@ Shapes: N outputs, K inputs, G groups of a row, R rows.
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -49,11 +47,17 @@ WIDE_ROWS = 96
 WIDENED_AT_ONCE = 512
 """Outputs that are widened together: few enough for a cache where inputs are few; a multiple of `KERNEL_ROWS`."""
 PACKED_AT_ONCE = 1024
-"""Outputs that are brought into the kernel's order together; a multiple of `KERNEL_ROWS`."""
+"""Outputs that are rounded, or brought into the kernel's order, together; a multiple of `KERNEL_ROWS`."""
 
 
 def quantise(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The nearest numbers of `bits` bits, and their scales, as `stored_form` returns them."""
+    made = [_quantised_rows(rows_NK, bits) for rows_NK in weight_NK.split(PACKED_AT_ONCE)]
+    numbers, scales = zip(*made, strict=True)
+    return torch.cat(numbers), torch.cat(scales, 1)
+
+
+def _quantised_rows(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     grouped_NGK = weight_NK.float().unflatten(1, (-1, GROUP))
     low_NG, high_NG = grouped_NGK.amin(2), grouped_NGK.amax(2)
     largest, middle = 2**bits - 1, 2 ** (bits - 1)
@@ -261,46 +265,6 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """No gradient goes through packed weights."""
         return False
-
-
-def write_packed(
-    model: PreTrainedModel,
-    folder: Path,
-    bits: int,
-    dtype: torch.dtype,
-    own: Callable[[Tensor, int], tuple[Tensor, Tensor] | None] = lambda weight, bits: None,
-) -> None:
-    """Write a model as a folder that `from_pretrained` reads with its linear layers packed.
-
-    Args:
-        model: A model in float; its config is changed. A tied head becomes a matrix of its own, since an embedding is
-            looked up in float.
-        folder: An empty one.
-        bits: 8 or 4. The head of an int4 model has 8: in 4 bits it would cost more perplexity than all other layers.
-        dtype: What all other tensors are stored in.
-        own: Returns the numbers and scales that a weight (N x K) was made from, where they are known and have so many
-            bits.
-
-    Raises:
-        ValueError: a layer whose inputs are no multiple of the group.
-    """
-    tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
-    head = model.get_output_embeddings()
-    for name, layer in linear_layers(model).items():
-        weight_NK = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t().contiguous()
-        if weight_NK.shape[1] % GROUP:
-            raise ValueError(f"{name} has {weight_NK.shape[1]} inputs, which is no multiple of {GROUP}")
-        layer_bits = HEAD_BITS if layer is head else bits
-        made = own(weight_NK, layer_bits) or quantise(weight_NK, layer_bits)
-        tensors[f"{name}.weight"], tensors[f"{name}.scales"] = made
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config: Any = model.config
-    for part in (config, config.get_text_config(decoder=True)):
-        part.tie_word_embeddings = False
-    config.dtype, config.quantization_config = dtype, {"quant_method": METHOD, "bits": bits}
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:

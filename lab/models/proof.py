@@ -37,7 +37,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from lab.command.ending import disk_full, signal_among
 from lab.engine import base, context, kv, local
@@ -48,9 +47,10 @@ from lab.engine.local import LocalEngine
 from lab.engine.sampling import Sampling, nll
 from lab.files import path_of, write_whole
 from lab.learning.training import keep_differentiable
-from lab.models import packed as packing
-from lab.models import slices, structure, twin
-from lab.models.packed import IntLinear, write_packed
+from lab.models import packed, packed_folder, slices, structure, twin
+from lab.models.folder import quietly
+from lab.models.packed import IntLinear
+from lab.models.packed_folder import pack_model
 from lab.models.quantized import PACKED, WeightFormat
 from lab.models.shape import ModelShape
 from lab.models.slices import cut_of, read_slice, run_slice
@@ -166,7 +166,8 @@ def prove(config: PreTrainedConfig, folder: Path, *, packed: WeightFormat | None
 
 def _digest(config: PreTrainedConfig) -> str:
     """Digest of the twin's config and of everything else that a trial depends on."""
-    ours = "".join(inspect.getsource(module) for module in (base, context, kv, local, packing, slices, structure, twin))
+    modules = (base, context, kv, local, packed, packed_folder, slices, structure, twin)
+    ours = "".join(map(inspect.getsource, modules))
     known = [twin_config(config).to_json_string(use_diff=False), transformers.__version__, torch.__version__, ours]
     known += [Path(__file__).read_text(encoding="utf-8"), platform.machine()]
     known.append(torch.backends.cpu.get_cpu_capability())  # a shared cache: the kernels of int8 and int4 differ
@@ -180,7 +181,7 @@ def try_out(config: PreTrainedConfig) -> Proof:
         model = twin_model(config)
     except NoTwin as error:
         return Proof(name, str(error), str(error), str(error), None)
-    with _one_thread(), _quietly():
+    with _one_thread(), quietly():
         found = Proof(name, _failure(lambda: _try_engine(twin_model(config).double())), None, None, None)
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -196,7 +197,7 @@ def try_out(config: PreTrainedConfig) -> Proof:
 def try_packed(config: PreTrainedConfig, *, stored: WeightFormat) -> Proof:
     """Try a twin with its matrices quantised, on the CPU: slices against the whole, and for int8 and int4 the whole
     against the same numbers in float."""
-    with _one_thread(), _quietly(), tempfile.TemporaryDirectory() as folder:
+    with _one_thread(), quietly(), tempfile.TemporaryDirectory() as folder:
         try:
             trial = _packed_trial(config, stored, Path(folder))
         except Exception as error:
@@ -262,18 +263,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence transformers' bars and reports, which would be about a model that the user does not know."""
-    disable_progress_bar()
-    verbosity = get_verbosity()
-    set_verbosity_error()
-    try:
-        yield
-    finally:
-        set_verbosity(verbosity)
 
 
 def _ids(count: int, seed: int) -> list[int]:
@@ -385,7 +374,7 @@ class _Trial:
         if bits is None:
             model.save_pretrained(folder)
         else:
-            write_packed(model, folder, bits, torch.float32)
+            pack_model(model, outline, folder, bits, torch.float32)
         self._placement = {"dtype": torch.float32, **placement}
         self._folder, self._outline = folder, outline
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

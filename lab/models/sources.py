@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +28,9 @@ from lab.engine.row_attention import attend_by_row
 from lab.engine.wide_products import widen_products
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
 from lab.files import path_of
-from lab.models.conversion import cache_folder, converted, gguf_config, gguf_file, packed, random_config
+from lab.models.conversion import cache_folder, converted, described_gguf, pack, packed_folder, random_config
 from lab.models.folder import CONFIG, DESCRIPTIONS, INDEX, SINGLE, ModelFolder
+from lab.models.gguf_model import GgufModel, gguf_file
 from lab.models.quantized import PACKED, WeightFormat, can_become, check_packed, load_options
 from lab.settings import ModelSettings, ModelSource, Quantization, UserError, digest
 
@@ -151,7 +153,7 @@ def read_own_config(settings: ModelSettings) -> PreTrainedConfig:
         case ModelSource.path:
             return _model_folder(settings).config()
         case ModelSource.gguf:
-            return gguf_config(settings)
+            return GgufModel(gguf_file(settings)).config()
         case _:
             raise UserError(f"model.source must be path or gguf to read a config from here, got {settings.source.name}")
 
@@ -189,19 +191,45 @@ def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder
 
     Config, index and tokenizer are always there. Only hub models can lack weights: each file is downloaded when one of
     its tensors is requested, always from the commit that this process saw first. A model of quantization int8 or int4
-    is packed once, into the model cache; if no tensors are requested, its original description is returned.
+    is packed into the model cache, each layer once, when it is requested by its names there (`list_tensors`); if no
+    tensors are requested, its original description is returned.
 
     Raises:
         UserError: a model that cannot be loaded, a folder that is not whole.
     """
-    if settings.quantization.bits is None or (names is not None and not names):
+    described = _described(settings)
+    if _is_stored_as_used(settings, described):
         return _fetch_stored(settings, names)
-    stored = _fetch_stored(settings, None)
-    if check_weight_format(stored, stored.config(), settings) in PACKED:
-        return stored
-    folder = ModelFolder(packed(settings, model_identity(settings), stored), "model.cache_dir")
-    folder.check()
+    if names is not None and not names:
+        return described
+    made = packed_folder(settings, model_identity(settings), described)
+    folder = ModelFolder(made.path, "model.cache_dir")
+    wanted = folder.files.keys() if names is None else names
+    pack(settings, made, wanted, partial(_fetch_stored, settings))
+    folder.check({folder.files[name] for name in wanted})
     return folder
+
+
+def list_tensors(settings: ModelSettings) -> ModelFolder:
+    """The folder that `fetch` returns with the list of its tensors, which themselves need not be there."""
+    described = _described(settings)
+    if not _is_stored_as_used(settings, described):
+        return ModelFolder(packed_folder(settings, model_identity(settings), described).path, "model.cache_dir")
+    # A hub repository without an index has one file, which everybody needs.
+    return described if described.has_weights else _fetch_stored(settings, None)
+
+
+def _described(settings: ModelSettings) -> ModelFolder:
+    """A model's folder in float with config and tokenizer. If it is to be packed, no tensor of a GGUF file is read."""
+    if settings.quantization.bits is None or settings.source is not ModelSource.gguf:
+        return _fetch_stored(settings, ())
+    return ModelFolder(described_gguf(settings, model_identity(settings)), _SETTING[settings.source])
+
+
+def _is_stored_as_used(settings: ModelSettings, described: ModelFolder) -> bool:
+    if settings.quantization.bits is None:
+        return True
+    return check_weight_format(described, described.config(), settings) in PACKED
 
 
 def _fetch_stored(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder:

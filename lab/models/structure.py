@@ -2,7 +2,8 @@
 returns, which modules a text never passes. Nothing is derived from names.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,27 @@ class Structure:
         if not name.startswith(f"{self.blocks}."):
             return None
         return int(name[len(self.blocks) + 1 :].partition(".")[0])
+
+    def stored_names(
+        self, names: Collection[str], layers: Container[int], *, embedding: bool, head: bool, ties: bool
+    ) -> set[str]:
+        """Names of the tensors of a checkpoint that a slice may need: all but those of other layers and of ends that
+        it lacks.
+
+        Stored names are not always the model's own, so only tensors that are certainly not needed are left out.
+        """
+        number = re.compile(rf"(?:^|\.){re.escape(self.blocks.rpartition('.')[2])}\.(\d+)\.")
+        ends = {self.embedding: embedding or (head and ties), self.head: head or (embedding and ties)}
+        absent = [re.escape(name.rpartition(".")[2]) for name, is_needed in ends.items() if not is_needed]
+        of_ends = re.compile(rf"(?:^|\.)(?:{'|'.join(absent) or '(?!)'})\.\w+$")
+        closing = () if head else tuple(f"{name}." for name in self.closing if name != self.head)
+        return {
+            name
+            for name in names
+            if not ((found := number.search(name)) and int(found[1]) not in layers)
+            and not of_ends.search(name)
+            and not name.startswith(closing)
+        }
 
 
 @dataclass

@@ -217,9 +217,7 @@ window.fetch = async (...asked) => {
 """Refusals reach the page only when the test lets them."""
 
 
-def test_a_refusal_of_an_earlier_key_changes_nothing(
-    page: Tab, driver: Driver, server: Role, relay: Relay
-) -> None:
+def test_a_refusal_of_an_earlier_key_changes_nothing(page: Tab, driver: Driver, server: Role, relay: Relay) -> None:
     """It may arrive after the next key was typed: then it neither asks again, nor lets the answer of another tab go."""
     relay.hold(6)
     ask(page)

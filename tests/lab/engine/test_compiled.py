@@ -28,7 +28,7 @@ from lab.engine.local import LocalEngine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling, nll
 from lab.engine.wide_products import widen_products
-from lab.models.packed import write_packed
+from lab.models.packed_folder import pack_model
 from lab.models.slices import read_slice
 from lab.models.structure import find_structure
 from lab.settings import UserError
@@ -83,9 +83,13 @@ def _model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> P
 
 def _packed(model: PreTrainedModel, place: Path, bits: int = 4) -> PreTrainedModel:
     place.mkdir(exist_ok=True)
-    write_packed(model, place, bits, torch.bfloat16)
+    pack_model(model, find_structure(model), place, bits, torch.bfloat16)
     read = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, local_files_only=True)
     return read.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def _engine(model: PreTrainedModel, folder: Path, sessions: int = 4) -> LocalEngine:
@@ -323,7 +327,7 @@ def test_shards_say_what_the_whole_says(want: Any, folder: Path, tmp_path: Path)
     engine = _engine(whole, folder)
     structure = find_structure(_model("qwen3"))
     config = AutoConfig.from_pretrained(tmp_path / "m", local_files_only=True)
-    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors = _tensors(tmp_path / "m")
     limits = ShardLimits(sessions=4, context=200, bucket=32, kv_limit_bytes=10**8, idle_seconds=60.0)
     shards = []
     for kind, layers in ((FirstShard, range(1)), (LastShard, range(1, 3))):
@@ -362,7 +366,7 @@ def test_a_pass_that_fails_leaves_every_request_as_it_was(
     limits = ShardLimits(sessions=4, context=200, bucket=32, kv_limit_bytes=10**8, idle_seconds=60.0)
     _packed(_model("qwen3"), tmp_path / "m")
     config = AutoConfig.from_pretrained(tmp_path / "m", local_files_only=True)
-    tensors, structure = load_file(tmp_path / "m" / "model.safetensors"), find_structure(_model("qwen3"))
+    tensors, structure = _tensors(tmp_path / "m"), find_structure(_model("qwen3"))
     part = read_slice(config, tensors, structure, range(3), embedding=True, head=True, dtype=torch.bfloat16)
     shard = OnlyShard(part, range(3), limits, compiler=Compiler(True, True, True, folder))
     for key in range(2):

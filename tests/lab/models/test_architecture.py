@@ -18,7 +18,8 @@ from lab.settings import ModelSettings, Quantization, UserError
 from split.plan import own_architecture
 from split.planner import bytes_of_weight
 from tests.folder_fuzz import good_folder
-from tests.lab.models.test_sources import CPU, write_gguf
+from tests.lab.models.gguf_files import write_gguf
+from tests.lab.models.test_sources import CPU
 
 
 def composed(*words: str) -> ModelSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +19,22 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 
 from lab.command.entry import compose_settings
 from lab.decode import DecodeSettings
-from lab.models import conversion, packed
-from lab.models.conversion import byte_tokenizer, gguf_file
+from lab.models import conversion, packed, packed_folder
+from lab.models.conversion import byte_tokenizer
 from lab.models.gguf_blocks import BITS, GgufBlocks
+from lab.models.gguf_model import gguf_file
 from lab.models.layers import load_layers, load_proved
 from lab.models.packed import WIDE_ROWS, IntLinear, halves
+from lab.models.packed_folder import pack_model
 from lab.models.proof import try_packed
 from lab.models.quantized import WeightFormat
-from lab.models.slices import run_slice
-from lab.models.sources import load_model, prepare_checkpoint
+from lab.models.slices import read_slice, run_slice
+from lab.models.sources import list_tensors, load_model, prepare_checkpoint
+from lab.models.structure import find_structure
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from speculative.drafter.sources import add_noise_to_head
 from tests.lab.models.adapters import make_adapter, peft_says, slices_say
-from tests.lab.models.test_sources import write_gguf
+from tests.lab.models.gguf_files import write_gguf
 from tests.random_models import random_model
 
 CPU = torch.device("cpu")
@@ -161,14 +165,14 @@ def test_slices_are_the_whole_and_a_second_start_packs_nothing(quantization: Qua
     )
     whole: Any = load_proved(settings, CPU).model
     folder = next((tmp_path / "c").glob(f"*-float32-{quantization.name}"))
-    written = (folder / "model.safetensors").stat().st_mtime_ns
+    written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     first = load_layers(settings, CPU, range(0, 1), embedding=True, head=False)
     second = load_layers(settings, CPU, range(1, 4), embedding=False, head=True)
     ids = torch.arange(1, 20)[None]
     with torch.inference_mode():
         assert torch.equal(run_slice(second, run_slice(first, ids)), whole(ids).logits)
     assert all(type(part) is not nn.Linear for part in (*whole.modules(), *first.modules(), *second.modules()))
-    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == written
     plain: Any = load_model(replace(settings, quantization=Quantization.none), CPU).model
     with torch.inference_mode():
         assert not torch.equal(plain(ids).logits, whole(ids).logits)
@@ -192,7 +196,7 @@ def test_an_adapter_stays_beside_packed_layers(quantization: Quantization, tmp_p
 
 def test_noise_comes_over_a_packed_head(tmp_path: Path) -> None:
     model = random_model("qwen2", torch.float32, hidden_size=64, intermediate_size=96)
-    packed.write_packed(model, tmp_path, 4, torch.float32)
+    pack_model(model, find_structure(model), tmp_path, 4, torch.float32)
     read: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, local_files_only=True)
     ids = torch.arange(1, 20)[None]
     with torch.inference_mode():
@@ -231,7 +235,7 @@ def test_an_outlier_coarsens_its_own_group_alone(bits: int) -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> None:
-    from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 
     weight = np.random.default_rng(0).normal(size=(96, 128)).astype(np.float32)
     blocks = quantize(weight, GGMLQuantizationType[kind])
@@ -245,7 +249,7 @@ def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> Non
     order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
     bits = BITS[kind]
     for dtype in (torch.float32, torch.bfloat16):
-        file = GgufBlocks(tmp_path / "a.gguf", dtype, {4, 8})
+        file = GgufBlocks(GGUFReader(tmp_path / "a.gguf"), dtype, {4, 8})
         assert file.find(exact[order].to(dtype), 12 - bits) is None, "numbers of other bits"
         found = file.find(exact[order].to(dtype), bits)
         assert found is not None
@@ -258,7 +262,7 @@ def test_blocks_are_found_in_any_order_of_rows(kind: str, tmp_path: Path) -> Non
         assert bool(((summed - exact[order]).abs() <= most).all())
     other = exact[order].clone()
     other[3, 5] += 1
-    assert GgufBlocks(tmp_path / "a.gguf", torch.float32, {4, 8}).find(other, bits) is None
+    assert GgufBlocks(GGUFReader(tmp_path / "a.gguf"), torch.float32, {4, 8}).find(other, bits) is None
 
 
 @pytest.mark.parametrize(
@@ -307,17 +311,67 @@ def test_a_packed_folder_is_one_only_under_its_own_setting(tmp_path: Path) -> No
             load_layers(replace(stored, quantization=other), CPU, range(1), embedding=True, head=True)
 
 
-def test_a_model_that_does_not_fit_in_float_is_refused_before_it_is_converted(
+@pytest.mark.parametrize("source", [ModelSource.path, ModelSource.gguf])
+@pytest.mark.parametrize("quantization", INTEGERS)
+def test_a_shard_packs_its_own_layers_and_what_all_pack_is_the_whole(
+    quantization: Quantization, source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_model("llama", torch.float32, hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    place = tmp_path / "model" if source is ModelSource.path else write_gguf(tmp_path / "a.gguf", inner=64, layers=4)[0]
+    settings = _settings(quantization, source=source, path=str(place), package=None, cache_dir=str(tmp_path / "c"))
+    list_tensors(settings)  # tries the architecture in small
+    read: set[str] = set()
+    _watch_reads(monkeypatch, read)
+    first = load_layers(settings, CPU, range(0, 1), embedding=True, head=False)
+    assert {int(name.split(".")[2]) for name in read if ".layers." in name} == {0}
+    assert not any("lm_head" in name for name in read)
+    [folder] = (tmp_path / "c").glob(f"*-float32-{quantization.name}")
+    assert {file.name for file in folder.glob("*.safetensors")} == {"embedding.safetensors", "layer-00000.safetensors"}
+    read.clear()
+    second = load_layers(settings, CPU, range(2, 4), embedding=False, head=True)
+    third = load_layers(settings, CPU, range(1, 2), embedding=False, head=False)
+    assert {int(name.split(".")[2]) for name in read if ".layers." in name} == {1, 2, 3}
+    assert not any("embed_tokens" in name for name in read)
+    read.clear()
+    whole: Any = load_proved(settings, CPU).model
+    assert not read, "all parts are there"
+    assert not list((tmp_path / "c").glob("*-float32")), "a float copy of the file is left"
+    ids = torch.arange(1, 20)[None]
+    with torch.inference_mode():
+        states = run_slice(third, run_slice(first, ids))
+        assert torch.equal(run_slice(second, states), whole(ids).logits)
+    shutil.rmtree(folder)
+    monkeypatch.setattr(packed_folder, "FLOATS_AT_ONCE", 2**40)
+    again: Any = load_proved(settings, CPU).model
+    with torch.inference_mode():
+        assert torch.equal(again(ids).logits, whole(ids).logits), "how many layers are read together is no matter"
+
+
+def _watch_reads(monkeypatch: pytest.MonkeyPatch, read: set[str]) -> None:
+    """Note the names of all tensors of the model in float whose values are read."""
+
+    class Watched:
+        def __init__(self, name: str, tensor: Any) -> None:
+            self._name, self._tensor = name, tensor
+
+        def __getitem__(self, key: Any) -> Any:
+            read.add(self._name)
+            return self._tensor[key]
+
+    def watching(config: Any, tensors: Any, *arguments: Any, **options: Any) -> Any:
+        return read_slice(config, {name: Watched(name, one) for name, one in tensors.items()}, *arguments, **options)
+
+    monkeypatch.setattr(packed_folder, "read_slice", watching)
+
+
+def test_a_random_model_that_does_not_fit_is_refused_before_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, _ = write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setattr(conversion, "total_bytes", lambda device: 2**10)
-    settings = _settings(Quantization.int4, package=None, path=str(file), cache_dir=str(tmp_path / "c"))
+    settings = _settings(Quantization.int4, source=ModelSource.random, package=None, cache_dir=str(tmp_path / "c"))
     with pytest.raises(UserError, match=r"^model must fit into the .* GiB of memory here in float, once"):
         load_model(settings, CPU)
-    random = replace(settings, source=ModelSource.random)
-    with pytest.raises(UserError, match=r"in float, once, to be converted"):
-        load_model(random, CPU)
 
 
 def test_weights_of_other_kinds_are_not_copied_beside_packed_ones(tmp_path: Path) -> None:
@@ -338,8 +392,14 @@ def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
     settings = _settings(
         Quantization.int4, source=ModelSource.path, path=str(tmp_path / "thin"), package=None, cache_dir=str(tmp_path)
     )
-    with pytest.raises(UserError, match=r"widths that int4 can pack, got a gpt2: .*c_attn has 48 inputs, .* of 32"):
+    with pytest.raises(UserError, match=r"^model must .* gpt2: .*c_attn has 48 inputs, which is no multiple of 32$"):
         load_model(settings, CPU)
+    # In small, this one has another width.
+    odd = random_model("llama", torch.float32, hidden_size=64, intermediate_size=1000)
+    odd.save_pretrained(tmp_path / "odd")
+    byte_tokenizer().save_pretrained(tmp_path / "odd")
+    with pytest.raises(UserError, match=r"widths that int4 can pack, got a llama: .*down_proj has 1000 inputs, .* 32$"):
+        load_model(replace(settings, path=str(tmp_path / "odd")), CPU)
     assert not list(tmp_path.glob("*-int4")), "a half-written folder is left"
     with pytest.raises(UserError, match=r"model\.dtype must be float32 or bfloat16 for int4, got float64"):
         load_model(replace(settings, path=str(tmp_path / "other"), dtype=Dtype.float64), CPU)
@@ -371,3 +431,42 @@ def test_pages_of_a_file_that_was_copied_are_given_back_unharmed(tmp_path: Path)
         packed._forget_pages(large)
         assert of_files() < read - 2**14
         assert large.sum() == total
+
+
+PACK = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from lab.command.entry import compose_settings
+from lab.decode import DecodeSettings
+from lab.device import forget_peak_rss, peak_rss_bytes
+from lab.models import packed_folder
+from lab.models.sources import list_tensors, prepare_checkpoint
+from lab.settings import ModelSource, Quantization
+
+place = Path(sys.argv[1])
+model = compose_settings("decode", "", DecodeSettings).model
+model = replace(model, source=ModelSource.path, path=str(place / "model"), package=None, quantization=Quantization.int4)
+for at_once in (2**24, 2**40):
+    packed_folder.FLOATS_AT_ONCE = at_once
+    settings = replace(model, cache_dir=str(place / str(at_once)))
+    list_tensors(settings)
+    forget_peak_rss()
+    before = peak_rss_bytes()
+    prepare_checkpoint(settings)
+    print(peak_rss_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets the peak of a process's memory on request")
+def test_a_model_is_never_in_float_as_a_whole_while_it_is_packed(tmp_path: Path) -> None:
+    large = random_model("llama", torch.float32, hidden_size=512, intermediate_size=1408, num_hidden_layers=24)
+    large.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    in_float = sum(weight.nbytes for weight in large.parameters())
+    command = [sys.executable, "-c", PACK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    in_parts, at_once = map(int, done.stdout.split())
+    assert in_parts < 0.35 * in_float
+    assert at_once > 0.9 * in_float, "the negative control: all layers are read together"

