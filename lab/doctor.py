@@ -240,8 +240,10 @@ def check_compiler() -> Finding:
 def check_product(device: torch.device, kind: Dtype | Quantization, threads: int = 1) -> Finding:
     """How fast one row is multiplied by weights in a precision, as for each new token, and whether rightly; on one
     thread, as the pillars' commands compute, where `device.threads` says no other number."""
-    if isinstance(kind, Quantization) and device.type != "cpu":
-        return Finding(f"no kernel is used on {device.type}, only on a CPU", {"ok": False})
+    from lab.models.packed import kernel_fault
+
+    if isinstance(kind, Quantization) and (fault := kernel_fault(device)):
+        return Finding(f"not used on {device.type}: {fault}", {"ok": False})
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -277,7 +279,7 @@ def _layer(weight: Tensor, kind: Dtype | Quantization, device: torch.device) -> 
 
     if isinstance(kind, Quantization):
         assert kind.bits is not None, "nf4 has a check of its own"
-        return IntLinear.of(weight, kind.bits)
+        return IntLinear.of(weight.to(device), kind.bits)
     layer = nn.Linear(INPUTS, OUTPUTS, bias=False, device=device, dtype=TORCH_DTYPES[kind])
     layer.weight.copy_(weight)
     if lacks_sixteen_bits(device, TORCH_DTYPES[kind]):

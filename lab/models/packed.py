@@ -1,16 +1,17 @@
-"""Linear layers with weights of 8 or 4 bits, multiplied by torch's int4 kernel; and how transformers reads them.
+"""Linear layers with weights of 8 or 4 bits, multiplied by torch's int4 kernels; and how transformers reads them.
 
 32 weights in a row share a scale and a zero. `int4`: w = (q - 8) * scale + zero, with q in [0, 15]. `int8`: w = (q -
 128) * scale + zero, with q in [0, 255]. torch's int8 kernel has one scale for a whole row, so that an outlier coarsens
 all of them; therefore the two halves of q are weights of 4 bits each, and the inputs are multiplied by both in one
 product of twice as many inputs.
 
-Inputs and outputs of the kernel's product are bfloat16, its sums float32. An output row depends on its input row
-alone, however many rows share the product. For many rows of one sequence, as parts of prompts have, the weights are
-widened to floats piece by piece and multiplied by torch's ordinary product: half the time for 256 rows.
+Inputs and outputs of the kernel's product are bfloat16, its sums float32. On a CPU an output row depends on its input
+row alone, however many rows share the product. For many rows of one sequence, as parts of prompts have, the weights are
+widened there to floats piece by piece and multiplied by torch's ordinary product: half the time for 256 rows.
 
-A folder holds the numbers in the order of the matrix. The order that this processor's kernel wants is made when they
-are loaded, whole or in a slice.
+A folder holds the numbers in the order of the matrix. The order that the kernel of this processor, or of a CUDA device,
+wants is made when they are loaded, whole or in a slice. What is written for CUDA has not been run on a GPU: a device is
+used only if `kernel_fault` finds none.
 
 Shapes: N outputs, K inputs, G groups of a row, R rows.
 """
@@ -39,7 +40,9 @@ HEAD_BITS = 8
 GROUP = 32
 """Weights of a row that share a scale and a zero."""
 KERNEL_ROWS = 64
-"""Outputs that the CPU's int4 kernel takes at once: matrices are filled up to a multiple of it."""
+"""Outputs that the CPU's int4 kernel takes at once: matrices are filled up to a multiple of it. CUDA's takes 8."""
+CUDA_TILES = 2
+"""Tiles of 16 inputs that CUDA's kernel keeps together: with 2 any multiple of `GROUP` inputs will do."""
 MADV_PAGEOUT = 21
 """Of Linux's madvise: give the pages back; those of a file are read from it again."""
 WIDE_ROWS = 96
@@ -114,7 +117,7 @@ class IntLinear(nn.Linear):
         rows_RK = input.reshape(-1, self.in_features)
         # Widened products round by the number of rows, so they are for a single sequence: an engine computes a long
         # piece alone. Layers that flatten their batch first (OPT's, shared experts) do not show whose rows they get.
-        is_alone = input.ndim == 3 and input.shape[0] == 1
+        is_alone = input.ndim == 3 and input.shape[0] == 1 and not _is_cuda(input)
         if is_alone and len(rows_RK) >= WIDE_ROWS and kernel_block():
             product_RN = multiply_widened(rows_RK, self.weight, self.scales)
         else:
@@ -128,7 +131,8 @@ class IntLinear(nn.Linear):
         """A plain layer in float32 with the weights that these numbers stand for, rounded to bfloat16."""
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         # Each row of the identity meets one weight of each output: what comes out is that weight, in bfloat16.
-        weight_KN = multiply(torch.eye(self.in_features, dtype=torch.bfloat16), self.weight, self.scales)
+        one_KK = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.scales.device)
+        weight_KN = multiply(one_KK, self.weight, self.scales)
         plain.weight = nn.Parameter(weight_KN.t()[: self.out_features].float().contiguous(), requires_grad=False)
         plain.bias = self.bias
         return plain
@@ -150,15 +154,17 @@ def _forget_pages(tensor: Tensor) -> None:
     """
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = tensor.data_ptr() + tensor.nbytes - first
-    if sys.platform == "linux" and size > 0:
+    if sys.platform == "linux" and size > 0 and not tensor.is_cuda:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)
 
 
 def multiply(rows_RK: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
     """The product of bfloat16 rows and a weight in its kernel's order: bfloat16 R x N, N filled up to `KERNEL_ROWS`."""
-    if numbers.shape[1] == rows_RK.shape[1]:  # 8 bits: both halves of a weight meet the same input
+    if GROUP * len(scales) > rows_RK.shape[1]:  # 8 bits: both halves of a weight meet the same input
         rows_RK = torch.cat((rows_RK, rows_RK), 1)
     scales = scales.contiguous()  # those of a joined layer are not; copying them takes less than many rows do
+    if _is_cuda(rows_RK):
+        return cast(Tensor, torch.ops.aten._weight_int4pack_mm(rows_RK.contiguous(), numbers, GROUP, scales))
     return cast(Tensor, torch.ops.aten._weight_int4pack_mm_for_cpu(rows_RK, numbers, GROUP, scales))
 
 
@@ -219,8 +225,11 @@ def join(layers: Sequence[IntLinear]) -> tuple[Tensor, Tensor]:
 
 
 def _in_kernel_order(halves_NX: Tensor) -> Tensor:
-    """Numbers of 4 bits as torch's CPU kernel wants them: blocks of outputs, by the instructions of this processor. N
-    is filled up to `KERNEL_ROWS`."""
+    """Numbers of 4 bits as the device's kernel wants them: on a CPU blocks of outputs, by the instructions of this
+    processor. N is filled up to `KERNEL_ROWS`."""
+    if _is_cuda(halves_NX):  # it wants the even column in the high half, and a tensor core's tiles behind each other
+        turned_NX = nn.functional.pad(halves_NX << 4 | halves_NX >> 4, (0, 0, 0, -len(halves_NX) % KERNEL_ROWS))
+        return cast(Tensor, torch.ops.aten._convert_weight_to_int4pack(turned_NX, CUDA_TILES))
     packed_NX = halves_NX.new_empty(-(-len(halves_NX) // KERNEL_ROWS) * KERNEL_ROWS, halves_NX.shape[1])
     for start in range(0, len(halves_NX), PACKED_AT_ONCE):  # in parts: in between each number takes 32 bits
         part_NX = halves_NX[start : start + PACKED_AT_ONCE]
@@ -228,6 +237,44 @@ def _in_kernel_order(halves_NX: Tensor) -> Tensor:
         q_NK = torch.stack((part_NX & 15, part_NX >> 4), 2).flatten(1).int()
         packed_NX[start : start + PACKED_AT_ONCE] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK, 1)
     return packed_NX
+
+
+def _is_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+@cache
+def kernel_fault(device: torch.device) -> str | None:
+    """What is wrong with the kernel of a device, as tried with random numbers: it fails, or its products are not those
+    of the weights that were stored. None where all is well."""
+    if device.type not in ("cpu", "cuda"):
+        return "there is no kernel for it"
+    generator = torch.Generator().manual_seed(0)
+    weight_NK = torch.randn(KERNEL_ROWS + 8, 5 * GROUP, generator=generator)
+    rows_RK = torch.randn(70, 5 * GROUP, generator=generator).bfloat16()
+    for bits in (8, 4):
+        stored_NK = stored_weight(*quantise(weight_NK, bits), 5 * GROUP)
+        try:
+            layer = IntLinear.of(weight_NK.to(device), bits)
+            found_NK = layer.in_float().weight.cpu()
+            products = {rows: layer(rows_RK[:rows].to(device)).float().cpu() for rows in (1, 7, 70)}
+        except Exception as error:  # of a build of torch, or a device, without the kernel
+            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if not float((found_NK - stored_NK).abs().max() / stored_NK.abs().max()) <= 2**-7:
+            return f"its weights of {bits} bits are not those that were stored"
+        for rows, product_RN in products.items():
+            exact_RN = rows_RK[:rows].float() @ stored_NK.t()
+            if not float((product_RN - exact_RN).norm() / exact_RN.norm()) <= 2**-6:
+                return f"its products of {rows} rows and weights of {bits} bits are wrong"
+    return None
+
+
+def stored_weight(numbers: Tensor, scales: Tensor, inputs: int) -> Tensor:
+    """The weights, float32 N x K, of numbers in the order of a folder (`stored_form`)."""
+    q_NGK = torch.stack((numbers & 15, numbers >> 4), 2).flatten(1).float().unflatten(1, (-1, GROUP))
+    scale_NG1, zero_NG1 = scales.float().transpose(0, 1)[..., None].unbind(2)
+    halves_NHK: Tensor = ((q_NGK - 8) * scale_NG1 + zero_NG1).flatten(1).unflatten(1, (-1, inputs))
+    return halves_NHK.sum(1)
 
 
 @register_quantization_config(METHOD)

@@ -108,8 +108,8 @@ def load_options(
         return {"experts_implementation": "eager"}  # torch's grouped product has no float64
     if stored is WeightFormat.fp8:  # never its kernels: they would be fetched from the hub
         return {"quantization_config": FineGrainedFP8Config(dequantize=True)}
-    if stored in PACKED:
-        return {}  # its config says all of it
+    if stored in PACKED:  # its config says all of it but the device, whose kernel wants an order of its own
+        return {} if device.type == "cpu" else {"device_map": {"": device}}
     if stored is not WeightFormat.plain:
         return {"device_map": {"": device}}
     return {"quantization_config": wanted, "device_map": {"": device}} if wanted else {}

@@ -31,6 +31,7 @@ from lab.files import path_of
 from lab.models.conversion import cache_folder, converted, described_gguf, pack, packed_folder, random_config
 from lab.models.folder import CONFIG, DESCRIPTIONS, INDEX, SINGLE, ModelFolder
 from lab.models.gguf_model import GgufModel, gguf_file
+from lab.models.packed import kernel_fault
 from lab.models.quantized import PACKED, WeightFormat, can_become, check_packed, load_options
 from lab.settings import ModelSettings, ModelSource, Quantization, UserError, digest
 
@@ -90,7 +91,7 @@ def prepared(
     model.requires_grad_(False)
     if lacks_sixteen_bits(device, dtype):
         widen_products(model)
-    if lacks_sixteen_bits(device, dtype) or settings.quantization.bits is not None:
+    if lacks_sixteen_bits(device, dtype) or (settings.quantization.bits is not None and device.type == "cpu"):
         attend_by_row(model)
     return model
 
@@ -265,10 +266,9 @@ def quantization_config(settings: ModelSettings, device: torch.device, dtype: to
     if settings.quantization is Quantization.none:
         return None
     if settings.quantization.bits is not None:
-        if device.type != "cpu":
+        if (fault := kernel_fault(device)) is not None:
             raise UserError(
-                f"model.quantization must be none or nf4 on {device.type}, got {settings.quantization.name}: its "
-                "kernels are used on a CPU only"
+                f"model.quantization must be none or nf4 on {device.type}, got {settings.quantization.name}: {fault}"
             )
         if dtype is torch.float64:
             raise UserError(f"model.dtype must be float32 or bfloat16 for {settings.quantization.name}, got float64")

@@ -108,7 +108,7 @@ def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_device_without_a_kernel() -> None:
     finding = doctor.check_product(torch.device("mps"), Quantization.int4)
-    assert (finding.found, finding.figures) == ("no kernel is used on mps, only on a CPU", {"ok": False})
+    assert (finding.found, finding.figures) == ("not used on mps: there is no kernel for it", {"ok": False})
 
 
 def test_instructions_and_what_follows_from_them(monkeypatch: pytest.MonkeyPatch) -> None:

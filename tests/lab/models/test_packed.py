@@ -27,7 +27,7 @@ from lab.models.layers import load_layers, load_proved
 from lab.models.packed import WIDE_ROWS, IntLinear, halves
 from lab.models.packed_folder import pack_model
 from lab.models.proof import try_packed
-from lab.models.quantized import WeightFormat
+from lab.models.quantized import PACKED, WeightFormat, load_options
 from lab.models.slices import read_slice, run_slice
 from lab.models.sources import list_tensors, load_model, prepare_checkpoint
 from lab.models.structure import find_structure
@@ -122,6 +122,66 @@ def test_an_order_of_numbers_that_is_not_known_is_not_guessed(monkeypatch: pytes
         assert packed.kernel_block() == 0
     finally:
         packed.kernel_block.cache_clear()
+
+
+class _Cuda:
+    """What torch's kernels for CUDA do (aten/src/ATen/native/cuda/int4mm.cu), on a CPU: the order of an own making."""
+
+    def __init__(self, even_is_high: bool = True) -> None:
+        self._even_is_high = even_is_high
+
+    def order(self, halves_NX: Tensor, tiles: int) -> Tensor:
+        assert halves_NX.is_contiguous()
+        assert halves_NX.dtype == torch.uint8
+        assert len(halves_NX) % 8 == 0
+        assert 2 * halves_NX.shape[1] % (16 * tiles) == 0
+        pair = (halves_NX >> 4, halves_NX & 15) if self._even_is_high else (halves_NX & 15, halves_NX >> 4)
+        q_NK = torch.stack(pair, 2).flatten(1).int()
+        blocks = q_NK.view(len(q_NK) // 8, 8, -1, 16 * tiles).permute(0, 2, 3, 1)
+        words = sum(blocks[..., place] << 4 * place for place in range(8))
+        assert isinstance(words, Tensor)
+        return words.view(*words.shape[:2], 32, tiles // 2).int()
+
+    def product(self, rows_RK: Tensor, numbers: Tensor, group: int, scales: Tensor) -> Tensor:
+        assert rows_RK.dtype == scales.dtype == torch.bfloat16
+        assert numbers.dtype == torch.int32
+        assert numbers.dim() == 4
+        words = numbers.long().flatten(2)
+        q_NK = torch.stack([words >> 4 * place & 15 for place in range(8)], 1).flatten(2).flatten(0, 1)
+        scale_NK, zero_NK = (part.t().float().repeat_interleave(group, 1) for part in scales.unbind(2))
+        return (rows_RK.float() @ ((q_NK - 8) * scale_NK + zero_NK).t()).bfloat16()
+
+
+@pytest.mark.parametrize("even_is_high", [True, False])
+def test_what_is_written_for_cuda_is_tried_before_it_is_used(
+    even_is_high: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU here: a fake with the shapes and the order that torch's source describes, and one with another order."""
+    fake = _Cuda(even_is_high)
+    monkeypatch.setattr(packed, "_is_cuda", lambda tensor: True)
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", fake.order)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", fake.product)
+    packed.kernel_fault.cache_clear()
+    try:
+        fault = packed.kernel_fault(CPU)
+    finally:
+        packed.kernel_fault.cache_clear()
+    if even_is_high:
+        assert fault is None
+    else:
+        assert fault == "its weights of 8 bits are not those that were stored"
+
+
+def test_the_kernel_of_this_processor_is_right() -> None:
+    assert packed.kernel_fault(CPU) is None
+
+
+def test_a_cuda_device_gets_its_weights_before_they_are_ordered() -> None:
+    """The order depends on the device: a model must not be moved once its layers are packed."""
+    for stored in PACKED:
+        options = load_options(stored, None, torch.device("cuda"), torch.bfloat16)
+        assert options == {"device_map": {"": torch.device("cuda")}}
+        assert load_options(stored, None, CPU, torch.bfloat16) == {}
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral", "qwen3_moe")
@@ -403,8 +463,8 @@ def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*-int4")), "a half-written folder is left"
     with pytest.raises(UserError, match=r"model\.dtype must be float32 or bfloat16 for int4, got float64"):
         load_model(replace(settings, path=str(tmp_path / "other"), dtype=Dtype.float64), CPU)
-    for kind in map(torch.device, ("cuda", "mps")):
-        refused = rf"^model\.quantization must be none or nf4 on {kind}, got int4: .* on a CPU only$"
+    for kind, why in ((torch.device("cuda"), ".+"), (torch.device("mps"), "there is no kernel for it")):
+        refused = rf"^model\.quantization must be none or nf4 on {kind}, got int4: {why}$"
         with pytest.raises(UserError, match=refused):
             load_model(replace(settings, path=str(tmp_path / "other")), kind)
         with pytest.raises(UserError, match=refused):
