@@ -6,7 +6,9 @@ Attention is written as products and sums that the compiler fuses; the matrix pr
 know rows of their own (`lab.models.packed`).
 
 A layer of an architecture is exported once with sizes left open (rows, slots, columns) and compiled ahead of time by
-torch's inductor. The package lies in the model cache; a second start maps it.
+torch's inductor. The package lies in the model cache; a second start maps it. On CUDA all layers of a pass are one
+graph (`lab.engine.graphs`); no GPU has run this yet. On every device, code is compared at each start with the layer
+that it was made of.
 
 Shapes: N rows, C hidden size, H query heads, G key/value heads, D head size, S slots, L columns.
 """
@@ -43,6 +45,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Mod
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
 from lab.engine.base import MOST_ROWS
+from lab.engine.graphs import Graphs, cuda_recorder
 from lab.engine.kv import SlotCache
 from lab.engine.wide_products import PackedLinear, WideLinear
 from lab.files import path_of
@@ -143,7 +146,7 @@ class CompiledLayer(nn.Module):
             query_NHD = _norm(query_NHD, head_norms[0], plan.epsilon)
             key_NGD = _norm(key_NGD, head_norms[1], plan.epsilon)
         query_NHD, key_NGD = _rotated(query_NHD, cos_ND, sin_ND), _rotated(key_NGD, cos_ND, sin_ND)
-        where = (slot_N[:, None], torch.arange(plan.kv_heads)[None], position_N[:, None])
+        where = (slot_N[:, None], torch.arange(plan.kv_heads, device=slot_N.device)[None], position_N[:, None])
         keys_SGLD.index_put_(where, key_NGD)
         values_SGLD.index_put_(where, value_NGD)
         seen_NHD = self._attend(query_NHD, slot_N, position_N, column_L, keys_SGLD, values_SGLD)
@@ -283,7 +286,8 @@ def compiled_code(plan: LayerPlan, tensors: Sequence[Tensor], folder: Path, *, m
         NotCompiled: it has none and may not compile it; there is no C++ compiler, or it fails; the folder cannot be
             used, or others can change it.
     """
-    package = folder / f"{_digest(plan)}.pt2"
+    device = tensors[0].device
+    package = folder / f"{_digest(plan, device)}.pt2"
     try:
         if not _is_whole(package):
             if not may_compile:
@@ -298,7 +302,7 @@ def compiled_code(plan: LayerPlan, tensors: Sequence[Tensor], folder: Path, *, m
             _check_own(place)
     except OSError as error:
         raise NotCompiled(f"compiled layers cannot be kept in {str(folder)!r} ({error.strerror})") from None
-    return _load(package)
+    return _load(package, device)
 
 
 def _is_whole(package: Path) -> bool:
@@ -316,11 +320,14 @@ def _is_whole(package: Path) -> bool:
             return False
 
 
-def _load(package: Path) -> Code:
+def _load(package: Path, device: torch.device) -> Code:
     # torch's function for this first compiles and runs a probe of the processor, below /tmp; `_digest` names it.
     make_loader = cast(Any, torch._C)._aoti.AOTIModelPackageLoader
     try:
-        loader = make_loader(str(package), "model", False, 1, -1)  # one runner, for several threads, of any device
+        # One runner. For several threads it marks the end of each run with events, which CUDA graphs cannot hold.
+        loader = make_loader(
+            str(package), "model", device.type == "cuda", 1, -1 if device.index is None else device.index
+        )
     except Exception as error:  # whatever zip, file system and linker say
         raise NotCompiled(f"a compiled layer does not load: {_in_short(error)}") from None
     return cast(Code, loader.boxed_run)
@@ -341,9 +348,11 @@ def _check_own(place: Path) -> None:
             raise NotCompiled(f"other users can change {str(place)!r}, which holds machine code: {remedy}")
 
 
-def _digest(plan: LayerPlan) -> str:
-    """All that the machine code depends on: plan, source, torch, processor, what torch uses of it, and threads."""
+def _digest(plan: LayerPlan, device: torch.device) -> str:
+    """All that the machine code depends on: plan, source, torch, processor, what torch uses of it, threads, GPU."""
     machine = [platform.machine(), platform.processor(), _instructions(), torch.backends.cpu.get_cpu_capability()]
+    if device.type == "cuda":
+        machine += [torch.cuda.get_device_name(device), str(torch.cuda.get_device_capability(device))]
     source = [Path(__file__).read_text(encoding="utf-8"), inspect.getsource(multiply)]
     known = "\n".join([torch.__version__, *machine, str(torch.get_num_threads()), str(asdict(plan)), *source])
     return hashlib.sha256(known.encode()).hexdigest()[:32]
@@ -365,10 +374,11 @@ def _compile(plan: LayerPlan, tensors: Sequence[Tensor], package: Path) -> None:
     from torch.export import Dim, export
 
     log.info("compiling a layer once (about 20 s)")
-    began, dtype = time.monotonic(), getattr(torch, plan.dtype)
-    states = [torch.zeros(3, size, dtype=dtype) for size in (plan.hidden_size, plan.head_size, plan.head_size)]
-    stored = [torch.zeros(5, plan.kv_heads, 128, plan.head_size, dtype=dtype) for _ in range(2)]
-    arguments = (*states, torch.arange(3), torch.arange(3), torch.arange(64), *stored, list(tensors))
+    began, dtype, device = time.monotonic(), getattr(torch, plan.dtype), tensors[0].device
+    with torch.device(device):
+        states = [torch.zeros(3, size, dtype=dtype) for size in (plan.hidden_size, plan.head_size, plan.head_size)]
+        stored = [torch.zeros(5, plan.kv_heads, 128, plan.head_size, dtype=dtype) for _ in range(2)]
+        arguments = (*states, torch.arange(3), torch.arange(3), torch.arange(64), *stored, list(tensors))
     rows, slots, room = Dim("rows", min=1, max=2**16), Dim("slots", min=1, max=2**16), Dim("room", min=2, max=2**24)
     cache = {0: slots, 2: room}
     sizes: Any = (*[{0: rows}] * 5, {0: Dim("columns", min=2, max=2**24)}, cache, cache, [None] * len(tensors))
@@ -457,8 +467,9 @@ class CompiledModel:
         decoder = any_model.get_decoder()
         if type(decoder) not in DECODERS:
             raise NotCompiled(f"no code is compiled for a {type(decoder).__name__}")
-        if any_model.device.type != "cpu":
-            raise NotCompiled("layers are compiled for the CPU only")
+        self._device: torch.device = any_model.device
+        if self._device.type not in ("cpu", "cuda"):
+            raise NotCompiled(f"layers are compiled for CPUs and CUDA, not for {self._device.type}")
         if any_model.dtype not in (torch.bfloat16, torch.float32):
             raise NotCompiled(f"compiled layers compute in bfloat16 or float32, not in {any_model.dtype}")
         if (kind := getattr(decoder.rotary_emb, "rope_type", "default")) in ("dynamic", "longrope"):
@@ -472,7 +483,8 @@ class CompiledModel:
             if plan not in by_plan:
                 by_plan[plan] = compiled_code(plan, self._tensors[number], folder, may_compile=may_compile)
         self._codes = {number: by_plan[plan] for number, plan in plans.items()}
-        self._columns = torch.arange(0)
+        self._columns = torch.arange(0, device=self._device)
+        self._graphs = Graphs(cuda_recorder()) if self._device.type == "cuda" else None
         first = {plan: number for number, plan in reversed(plans.items())}
         for plan, number in first.items():
             self._check(number, plan, decoder.layers[number])
@@ -498,18 +510,26 @@ class CompiledModel:
         starts = [cache.lengths[slot] for slot in slots]
         columns = cache.begin_rows(slots, counts)
         if columns != len(self._columns):
-            self._columns = torch.arange(columns)
-        position_N = torch.tensor(
-            [start + row for start, count in zip(starts, counts, strict=True) for row in range(count)]
-        )
-        slot_N = torch.tensor([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
+            self._columns = torch.arange(columns, device=self._device)
+        positions = [start + row for start, count in zip(starts, counts, strict=True) for row in range(count)]
+        of_slots = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
+        position_N, slot_N = (torch.tensor(numbers, device=self._device) for numbers in (positions, of_slots))
+        states = states.to(self._device)
         hidden_NC = states if states.is_floating_point() else self._embedding(states)
         cos_1ND, sin_1ND = self._rotary(hidden_NC, position_N[None])
-        parts = [list(part) for part in zip(*map(self._parts, (hidden_NC, cos_1ND[0], sin_1ND[0], slot_N, position_N)))]
+        inputs = (hidden_NC, cos_1ND[0], sin_1ND[0], slot_N, position_N, self._columns)
+        if self._graphs is None:
+            return self._layers(inputs)
+        return self._graphs.run(self._layers, inputs, [part for number in self._codes for part in cache.stored(number)])
+
+    def _layers(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The hidden states behind all layers, of rows as the code of a layer takes them, and the columns."""
+        *of_rows, columns_L = inputs
+        parts = [list(part) for part in zip(*map(self._parts, of_rows), strict=True)]
         for number, code in self._codes.items():
-            stored, tensors = cache.stored(number), self._tensors[number]
+            stored, tensors = self._cache.stored(number), self._tensors[number]
             for part in parts:  # in order: a row sees the rows of its sequence that lie before it
-                [part[0]] = code([*part, self._columns, *stored, *tensors])
+                [part[0]] = code([*part, columns_L, *stored, *tensors])
         return torch.cat([part[0] for part in parts])
 
     def logits(self, hidden_NC: Tensor) -> Tensor:
@@ -529,16 +549,18 @@ class CompiledModel:
     @torch.inference_mode()
     def _check(self, number: int, plan: LayerPlan, layer: nn.Module) -> None:
         """NotCompiled for code that computes something else than its layer, as tried on a text of random rows."""
-        dtype, position_N = getattr(torch, plan.dtype), torch.arange(MOST_ROWS)
+        dtype, device = getattr(torch, plan.dtype), self._device
+        position_N = torch.arange(MOST_ROWS, device=device)
         noise = torch.randn(MOST_ROWS, plan.hidden_size, generator=torch.Generator().manual_seed(number))
-        hidden_NC = noise.to(dtype)
+        hidden_NC = noise.to(device, dtype)
         turns = self._rotary(hidden_NC, position_N[None])
-        stored = [torch.zeros(1, plan.kv_heads, MOST_ROWS, plan.head_size, dtype=dtype) for _ in range(2)]
+        room = (1, plan.kv_heads, MOST_ROWS, plan.head_size)
+        stored = [torch.zeros(room, dtype=dtype, device=device) for _ in range(2)]
         given = [turns[0][0], turns[1][0], torch.zeros_like(position_N), position_N, position_N]
         [ours_NC] = self._codes[number]([hidden_NC, *given, *stored, *self._tensors[number]])
         distance_NN = position_N[:, None] - position_N
         hidden_NN = (distance_NN < 0) | (distance_NN >= (plan.window or MOST_ROWS))
-        mask_NN = torch.zeros(hidden_NN.shape, dtype=dtype).masked_fill(hidden_NN, -math.inf)
+        mask_NN = torch.zeros(hidden_NN.shape, dtype=dtype, device=device).masked_fill(hidden_NN, -math.inf)
         theirs_NC = layer(hidden_NC[None], attention_mask=mask_NN[None, None], position_embeddings=turns)[0]
         added, rounding = (theirs_NC - hidden_NC.float()).norm(), torch.finfo(dtype).eps * theirs_NC.float().norm()
         error = float((ours_NC.float() - theirs_NC).norm() / (LARGEST_ERROR * added + rounding))
@@ -552,13 +574,13 @@ class CompiledModel:
         dtype = getattr(torch, plan.dtype)
 
         def noise(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(dtype)
+            return torch.randn(*shape, generator=generator).to(self._device, dtype)
 
         most = max(PROBED_ROWS)
         hidden_NC, cos_ND, sin_ND = (noise(most, size) for size in (plan.hidden_size, plan.head_size, plan.head_size))
         stored = [noise(2, plan.kv_heads, PROBED_COLUMNS, plan.head_size) for _ in range(2)]
-        slot_N, column_L = torch.arange(most) % 2, torch.arange(PROBED_COLUMNS)
-        position_N = PROBED_COLUMNS - most + torch.arange(most)
+        row_N, column_L = (torch.arange(count, device=self._device) for count in (most, PROBED_COLUMNS))
+        slot_N, position_N = row_N % 2, PROBED_COLUMNS - most + row_N
 
         def run(rows: slice) -> Tensor:
             given = [tensor[rows].contiguous() for tensor in (hidden_NC, cos_ND, sin_ND, slot_N, position_N)]

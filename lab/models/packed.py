@@ -215,12 +215,10 @@ def join(layers: Sequence[IntLinear]) -> tuple[Tensor, Tensor]:
     if len(layers) == 1:
         return layers[0].weight, layers[0].scales
     numbers, scales = torch.cat([layer.weight for layer in layers]), torch.cat([layer.scales for layer in layers], 1)
-    first = 0
-    for layer in layers:
-        last = first + len(layer.weight)
-        layer.weight = nn.Parameter(numbers[first:last], requires_grad=False)
-        layer.scales = scales[:, first:last]
-        first = last
+    own_numbers = numbers.split([len(layer.weight) for layer in layers])  # on CUDA tiles of outputs
+    own_scales = scales.split([layer.scales.shape[1] for layer in layers], 1)
+    for layer, its_numbers, its_scales in zip(layers, own_numbers, own_scales, strict=True):
+        layer.weight, layer.scales = nn.Parameter(its_numbers, requires_grad=False), its_scales
     return numbers, scales
 
 

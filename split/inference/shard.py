@@ -273,8 +273,9 @@ class Shard:
         """
         check_ids(given.ids, self.vocabulary_size)
         requests = self._find(keys, given.pieces)
-        is_cpu = self.device.type == "cpu"  # where a long piece is alone, as in a LocalEngine
-        short = [place for place, piece in enumerate(given.pieces) if not (is_cpu and is_long(piece.count))]
+        # On a CPU a long piece is alone, as in a LocalEngine; compiled layers are for short ones on any device.
+        parts_long = self.device.type == "cpu" or self._compiled is not None
+        short = [place for place, piece in enumerate(given.pieces) if not (parts_long and is_long(piece.count))]
         if len(short) == len(given.pieces):
             return self._short_pass(requests, given)
         groups = [*([short] if short else []), *([place] for place in range(len(given.pieces)) if place not in short)]

@@ -24,6 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lab.engine import compiled
 from lab.engine.base import Session, TargetStep
 from lab.engine.compiled import Compiler, NotCompiled
+from lab.engine.graphs import Graphs
 from lab.engine.local import LocalEngine
 from lab.engine.not_finite import NotFinite
 from lab.engine.sampling import Sampling, nll
@@ -35,6 +36,7 @@ from lab.settings import UserError
 from split.inference.messages import Piece
 from split.inference.shard import FirstShard, LastShard, OnlyShard, PassInput, ShardLimits
 from tests import reuse
+from tests.lab.engine.test_graphs import Recorder
 from tests.random_models import random_model
 
 SIZES = {
@@ -224,6 +226,28 @@ def test_a_text_that_goes_on_from_another_ones_session_has_the_same_bits(
         assert found == reuse.anew(engines[1], sampling, among_others=not among_others)
     wrong, right = reuse.again(engines[0], rules, rules, beyond=1), reuse.anew(engines[1], rules)
     assert not all(one.equal(other) for one, other in zip(wrong.held, right.held, strict=True))
+
+
+def test_recorded_passes_have_the_bits_of_plain_ones(folder: Path, tmp_path: Path) -> None:
+    """As on CUDA, with a recorder that stands in for it: alone, among others, while the cache grows and moves."""
+    model = _packed(_model("qwen3"), tmp_path / "m", 4)
+    recorder, found = Recorder(), []
+    for is_recorded in (False, True):
+        engine = _engine(model, folder)
+        assert engine._compiled is not None
+        engine._compiled._graphs = Graphs(recorder) if is_recorded else None
+        alone = _greedy(engine, _ids(9, 9), 50)
+        sessions = [engine.open(_ids(count, count), TOLD) for count in (3, 40)]
+        steps = [session.step for session in sessions]
+        for turn in range(40):
+            requests = [(session, _ids(1 + turn % 3, turn)) for session in sessions]
+            steps += engine.extend(requests, "all")
+        for session in sessions:
+            session.close()
+        found.append([*alone, *steps])
+    assert found[0] == found[1]
+    assert recorder.recorded > 5
+    assert recorder.replayed > 2 * recorder.recorded
 
 
 def test_a_code_that_looks_at_its_neighbours_is_not_invariant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,10 @@ def test_a_row_depends_on_itself_alone(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_joined_layers_say_what_each_says(bits: int) -> None:
+    _check_joined(bits)
+
+
+def _check_joined(bits: int) -> None:
     layers = [IntLinear.of(torch.randn(outputs, 96), bits) for outputs in (200, 64, 30)]
     rows, bytes_before = torch.randn(5, 96).bfloat16(), sum(layer.weight.nbytes for layer in layers)
     before = [packed.multiply(rows, layer.weight, layer.scales) for layer in layers]
@@ -149,7 +153,7 @@ class _Cuda:
         words = numbers.long().flatten(2)
         q_NK = torch.stack([words >> 4 * place & 15 for place in range(8)], 1).flatten(2).flatten(0, 1)
         scale_NK, zero_NK = (part.t().float().repeat_interleave(group, 1) for part in scales.unbind(2))
-        return (rows_RK.float() @ ((q_NK - 8) * scale_NK + zero_NK).t()).bfloat16()
+        return (rows_RK.double() @ ((q_NK - 8) * scale_NK + zero_NK).t().double()).bfloat16()
 
 
 @pytest.mark.parametrize("even_is_high", [True, False])
@@ -168,6 +172,8 @@ def test_what_is_written_for_cuda_is_tried_before_it_is_used(
         packed.kernel_fault.cache_clear()
     if even_is_high:
         assert fault is None
+        _check_joined(8)
+        _check_joined(4)
     else:
         assert fault == "its weights of 8 bits are not those that were stored"
 

@@ -1,0 +1,117 @@
+"""CUDA graphs: a pass over a few rows as one launch instead of one for each kernel.
+
+A graph is recorded when a pass of the same sizes comes for the second time, and replayed ever after. It reads and
+writes the memory that it was recorded with: so its inputs are copied into tensors of its own, and all graphs are
+forgotten when the cache moves.
+
+Not run on a GPU yet: what a graph computes at first is compared with what the pass itself computes, and graphs are
+given up if that differs or if they cannot be recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MOST_GRAPHS = 64
+"""Sizes that are kept; those that were not used for longest go first."""
+WARM_UP = 2
+"""Passes before one is recorded: by then kernels are loaded, which must not happen meanwhile."""
+
+Pass = Callable[[Sequence[Tensor]], Tensor]
+Recorder = Callable[[Pass, Sequence[Tensor]], tuple[Callable[[], None], Tensor]]
+"""Records a pass over tensors that stay where they are. Returns what replays it, and its output, which stays, too."""
+
+
+def cuda_recorder() -> Recorder:
+    """The recorder of CUDA, whose graphs share the memory of what they compute on the way."""
+    pools: list[Any] = []
+
+    def record(run: Pass, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], Tensor]:
+        device = inputs[0].device
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                run(inputs)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pools[0] if pools else None):
+            output = run(inputs)
+        pools[:] = pools or [graph.pool()]
+        return graph.replay, output
+
+    return record
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    output: Tensor
+
+
+class Graphs:
+    """Recorded passes.
+
+    Args:
+        recorder: What records them.
+        most: How many sizes are kept.
+    """
+
+    def __init__(self, recorder: Recorder, most: int = MOST_GRAPHS) -> None:
+        self._record, self._most = recorder, most
+        self._recorded: OrderedDict[tuple[torch.Size, ...], _Recorded | None] = OrderedDict()
+        """By the shapes of the inputs; None: a pass of them came once."""
+        self._places: list[tuple[int, torch.Size]] = []
+        self._works = True
+
+    def run(self, compute: Pass, inputs: Sequence[Tensor], memory: Sequence[Tensor]) -> Tensor:
+        """The result of a pass.
+
+        Args:
+            compute: The pass. Run twice with the same inputs, it leaves `memory` as it is after running once.
+            inputs: All that differs from one pass to the next.
+            memory: All other tensors that it reads or writes and that may move: the cache.
+        """
+        if not self._works:
+            return compute(inputs)
+        if (places := [(tensor.data_ptr(), tensor.shape) for tensor in memory]) != self._places:
+            self._recorded.clear()
+            self._places = places
+        sizes = tuple(tensor.shape for tensor in inputs)
+        is_first, recorded = sizes not in self._recorded, self._recorded.get(sizes)
+        if recorded is not None:
+            self._recorded.move_to_end(sizes)
+            for held, given in zip(recorded.inputs, inputs, strict=True):
+                held.copy_(given)
+            recorded.replay()
+            return recorded.output.clone()  # the next replay writes over it
+        expected = compute(inputs)
+        self._recorded[sizes] = None if is_first else self._try(compute, inputs, expected)
+        if len(self._recorded) > self._most:
+            self._recorded.popitem(last=False)
+        return expected
+
+    def _try(self, compute: Pass, inputs: Sequence[Tensor], expected: Tensor) -> _Recorded | None:
+        try:
+            held = [tensor.clone() for tensor in inputs]
+            replay, output = self._record(compute, held)
+            replay()
+            if torch.equal(output, expected):
+                return _Recorded(held, replay, output)
+            reason = "the result of one is not that of the pass that it was recorded from"
+        except Exception as error:  # whatever CUDA says of a kernel that cannot be recorded
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        log.warning("passes run without CUDA graphs: %s", reason)
+        self._works = False
+        self._recorded.clear()
+        return None
