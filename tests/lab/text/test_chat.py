@@ -1,6 +1,7 @@
 """Labels under chat templates of every habit: each answer counts, with the mark that ends it, and no more."""
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -229,8 +230,13 @@ def test_a_dialogue_that_is_nested_too_deeply_for_the_template_is_malformed(nest
         f'{{"name": "f", "arguments": {{"x": {arguments}}}}}}}]}}], '
         f'"tools": [{{"type": "function", "function": {{"name": "f", "parameters": {{"x": {parameters}}}}}}}]}}'
     )
-    with pytest.raises(MalformedRecord, match=r"^f:1 .*must not .*nest.* too deeply"):
-        examples([parse_line(line.encode(), "f:1")], tokenizer_with(TOOLS), 10_000)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)  # Python's own; torch raises it when it compiles
+    try:
+        with pytest.raises(MalformedRecord, match=r"^f:1 .*must not .*nest.* too deeply"):
+            examples([parse_line(line.encode(), "f:1")], tokenizer_with(TOOLS), 10_000)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_tools_need_a_template() -> None:
