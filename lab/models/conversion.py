@@ -38,6 +38,8 @@ CONVERSION = 3
 """Part of the cache key: raise it when the same source would be written differently."""
 PACKING = 3
 """Likewise for packed models."""
+SHARE = "int8 and int4 weights (model.quantization) need less; shards share them (python -m split.plan)"
+"""What to do about a model that is too large for a machine."""
 
 
 def cache_folder(settings: ModelSettings) -> Path:
@@ -62,7 +64,7 @@ def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> No
 def _gguf_tensors(model: GgufModel, config: PreTrainedConfig) -> Mapping[str, Any]:
     if not model.is_read_whole:
         return model.tensors(config)
-    _check_room(model.count_weights * torch.float32.itemsize)
+    _check_fits_in_float(model.count_weights)
     return model.whole()
 
 
@@ -79,21 +81,26 @@ def _some_at_once(tensors: Mapping[str, Any], dtype: torch.dtype) -> Iterator[di
         yield together
 
 
-def _check_room(needed: int) -> None:
-    """UserError for a model that would fill all memory while it is converted: the system would swap, or end us."""
-    if needed > (total := total_bytes(torch.device("cpu"))):
+def check_fits(needed: float, device: torch.device, how: str, remedy: str) -> None:
+    """UserError for weights of so many bytes that take more than all memory of a device: the system would swap, or end
+    the process."""
+    if needed > (total := total_bytes(device)):
         raise UserError(
-            f"model must fit into the {total / GIB:.3g} GiB of memory here in float, once, to be converted, got "
-            f"{needed / GIB:.3g}: convert it on a larger machine, and copy its folder out of model.cache_dir "
-            "(model.source=path)"
+            f"model must fit into the {total / GIB:.3g} GiB of memory here{how}, got weights of {needed / GIB:.3g}: "
+            f"{remedy}"
         )
+
+
+def _check_fits_in_float(weights: int) -> None:
+    remedy = "convert it on a larger machine, and copy its folder out of model.cache_dir (model.source=path)"
+    check_fits(weights * torch.float32.itemsize, torch.device("cpu"), " in float, once, to be converted", remedy)
 
 
 def _write_random(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> None:
     config = random_config(settings)
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    _check_room(sum(weight.numel() for weight in outline.parameters()) * torch.float32.itemsize)
+    _check_fits_in_float(sum(weight.numel() for weight in outline.parameters()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -226,9 +233,13 @@ def pack(
         names: Names in the packed folder.
         stored: Returns the folder of the same model in float with the files that hold some of its tensors, as
             `lab.models.sources.fetch` does. A GGUF file is read itself.
+
+    Raises:
+        UserError: so many packed weights do not fit into this machine's memory.
     """
     if not made.missing(names):
         return
+    check_fits(made.count_bytes(names), torch.device("cpu"), "", SHARE)
     require_writable(made.path, "model.cache_dir")
     lock = made.path.parent / f".{made.path.name}.lock"
     with _alone(lock, f"{settings.name} is being packed by another process"):

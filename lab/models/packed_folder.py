@@ -72,6 +72,10 @@ class PackedFolder:
         parts = {part for name, part in self._parts.items() if names is None or name in names}
         return {part for part in parts if not self.file(part).exists()}
 
+    def count_bytes(self, names: Collection[str]) -> int:
+        """Size of some of its tensors, written or not."""
+        return sum(tensor.nbytes for name, tensor in self._outline.state_dict().items() if name in names)
+
     def write(
         self, parts: Collection[str], tensors: Mapping[str, Any], own: Own = lambda weight, bits: None, **placement: Any
     ) -> int:

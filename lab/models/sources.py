@@ -23,12 +23,21 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from lab.device import GIB, check_dtype, lacks_sixteen_bits, total_bytes
+from lab.device import check_dtype, lacks_sixteen_bits
 from lab.engine.row_attention import attend_by_row
 from lab.engine.wide_products import widen_products
 from lab.file_digests import RECORD_FILE, file_digests, record_in_cache
 from lab.files import path_of
-from lab.models.conversion import cache_folder, converted, described_gguf, pack, packed_folder, random_config
+from lab.models.conversion import (
+    SHARE,
+    cache_folder,
+    check_fits,
+    converted,
+    described_gguf,
+    pack,
+    packed_folder,
+    random_config,
+)
 from lab.models.folder import CONFIG, DESCRIPTIONS, INDEX, SINGLE, ModelFolder
 from lab.models.gguf_model import GgufModel, gguf_file
 from lab.models.packed import kernel_fault
@@ -120,7 +129,7 @@ def check_room(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """UserError for weights that take more than all memory of the device: the system would swap, or end the process.
+    """UserError for weights that take more than all memory of the device.
 
     Args:
         tensors: Dtype, as safetensors names it, and shape of each.
@@ -136,11 +145,7 @@ def check_room(
         if not as_stored and "F" in name:
             bits = 4 if becomes_nf4 else 8 * dtype.itemsize
         needed += math.prod(shape) * bits / 8
-    if needed > (total := total_bytes(device)):
-        remedy = "int8 and int4 weights (model.quantization) need less; shards share them (python -m split.plan)"
-        raise UserError(
-            f"model must fit into the {total / GIB:.3g} GiB of memory here, got weights of {needed / GIB:.3g}: {remedy}"
-        )
+    check_fits(needed, device, "", SHARE)
 
 
 def load_config(settings: ModelSettings) -> PreTrainedConfig:
@@ -206,7 +211,8 @@ def fetch(settings: ModelSettings, names: Collection[str] | None) -> ModelFolder
     made = packed_folder(settings, model_identity(settings), described)
     folder = ModelFolder(made.path, "model.cache_dir")
     wanted = folder.files.keys() if names is None else names
-    pack(settings, made, wanted, partial(_fetch_stored, settings))
+    if not all((made.path / folder.files[name]).is_file() for name in wanted):
+        pack(settings, made, wanted, partial(_fetch_stored, settings))
     folder.check({folder.files[name] for name in wanted})
     return folder
 

@@ -638,7 +638,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     """In what its weights become: as they are stored, in another dtype, in 4 bits; whole or a slice."""
     weights = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     double = dataclasses.replace(tiny, dtype=Dtype.float64)
-    monkeypatch.setattr(models, "total_bytes", lambda device: 2 * weights - 1)
+    monkeypatch.setattr(conversion, "total_bytes", lambda device: 2 * weights - 1)
     models.load_model(tiny, CPU)
     rule = (
         r"^model must fit into the [0-9.e-]+ GiB of memory here, got weights of [0-9.e-]+: int8 and int4 .*split\.plan"
@@ -646,11 +646,28 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     with pytest.raises(UserError, match=rule):
         models.load_model(double, CPU)
     load_layers(double, CPU, range(1), embedding=True, head=False)
-    monkeypatch.setattr(models, "total_bytes", lambda device: weights // 9)
+    monkeypatch.setattr(conversion, "total_bytes", lambda device: weights // 9)
     with pytest.raises(UserError, match=rule):
         load_layers(tiny, CPU, range(2), embedding=True, head=False)
     four = dataclasses.replace(tiny, quantization=Quantization.nf4)
     with pytest.raises(UserError, match=rule):
         models.load_model(four, CPU)
-    monkeypatch.setattr(models, "total_bytes", lambda device: weights // 4)
+    monkeypatch.setattr(conversion, "total_bytes", lambda device: weights // 4)
     models.load_model(four, CPU)
+
+
+def test_a_model_that_does_not_fit_packed_is_refused_before_it_is_packed(
+    tiny: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = models.prepare_checkpoint(architecture(tiny, intermediate_size=64)).folder
+    settings = replace(
+        tiny, source=ModelSource.path, path=str(folder), quantization=Quantization.int4, cache_dir=str(tmp_path)
+    )
+    layer = sum(tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items() if ".0." in name)
+    monkeypatch.setattr(conversion, "total_bytes", lambda device: layer // 2)
+    with pytest.raises(UserError, match=r"^model must fit into .* of memory here, got weights of .* shards share them"):
+        models.load_model(settings, CPU)
+    [packed] = tmp_path.glob("*-int4")
+    assert not list(packed.glob("*.safetensors"))
+    load_layers(settings, CPU, range(1), embedding=False, head=False)
+    assert len(list(packed.glob("*.safetensors"))) == 1
