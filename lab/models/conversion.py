@@ -27,7 +27,7 @@ from lab.models.folder import DESCRIPTIONS, INDEX, ModelFolder, write_index
 from lab.models.gguf_blocks import BITS, GgufBlocks, stored_kinds
 from lab.models.gguf_model import GgufModel, gguf_file
 from lab.models.packed import HEAD_BITS
-from lab.models.packed_folder import FLOATS_AT_ONCE, PackedFolder
+from lab.models.packed_folder import PackedFolder
 from lab.models.proof import Use, require
 from lab.models.quantized import WeightFormat, load_options
 from lab.settings import Dtype, ModelSettings, ModelSource, UserError, digest
@@ -38,6 +38,8 @@ CONVERSION = 3
 """Part of the cache key: raise it when the same source would be written differently."""
 PACKING = 3
 """Likewise for packed models."""
+FLOATS_AT_ONCE = 2**28
+"""Bytes of tensors, or of layers, that are in float together while a model is converted; at least one is."""
 SHARE = "int8 and int4 weights (model.quantization) need less; shards share them (python -m split.plan)"
 """What to do about a model that is too large for a machine."""
 
@@ -243,7 +245,8 @@ def pack(
     require_writable(made.path, "model.cache_dir")
     lock = made.path.parent / f".{made.path.name}.lock"
     with _alone(lock, f"{settings.name} is being packed by another process"):
-        parts = made.missing(names)
+        if not (parts := made.missing(names)):
+            return
         log.info("packing %s to %s once (about 10 s for 135M parameters)", settings.name, settings.quantization.name)
         if settings.source is ModelSource.gguf:
             _pack_gguf(GgufModel(gguf_file(settings)), made, parts)
@@ -257,7 +260,7 @@ def _pack_folder(stored: Callable[[Collection[str] | None], ModelFolder], made: 
         listed = stored(None)
     folder = stored(made.needed(parts, listed.files))
     options = load_options(folder.weight_format(made.config), None, torch.device("cpu"), made.dtype)
-    for together in made.groups(parts):
+    for together in made.groups(parts, FLOATS_AT_ONCE):
         with folder.lazy(made.needed(together, folder.files)) as tensors:  # opened anew: what was read can be forgotten
             made.write(together, tensors, dtype=made.dtype, **options)
 
@@ -265,7 +268,8 @@ def _pack_folder(stored: Callable[[Collection[str] | None], ModelFolder], made: 
 def _pack_gguf(model: GgufModel, made: PackedFolder, parts: set[str]) -> None:
     blocks = GgufBlocks(model.reader, made.dtype, {made.bits, HEAD_BITS}, made.part_layers(parts))
     tensors = _gguf_tensors(model, made.config)
-    packed = sum(made.write(some, tensors, blocks.find, dtype=torch.float32) for some in made.groups(parts))
+    groups = made.groups(parts, FLOATS_AT_ONCE)
+    packed = sum(made.write(together, tensors, blocks.find, dtype=torch.float32) for together in groups)
     log.info("%d of %d layers keep the numbers of the GGUF file", blocks.found, packed)
     for what, kinds, wanted in zip(("layers", "head"), stored_kinds(model.reader), (made.bits, HEAD_BITS)):
         if others := sorted(kind for kind in kinds if BITS.get(kind) != wanted):

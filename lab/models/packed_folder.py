@@ -26,9 +26,6 @@ from lab.models.shape import ModelShape
 from lab.models.slices import read_slice
 from lab.models.structure import Structure
 
-FLOATS_AT_ONCE = 2**28
-"""Bytes of layers that are in float together; at least one layer is."""
-
 EMBEDDING, CLOSING, REST = "embedding", "closing", "rest"
 
 Own = Callable[[Tensor, int], tuple[Tensor, Tensor] | None]
@@ -122,20 +119,18 @@ class PackedFolder:
         ties = ModelShape.of(self.config).is_tied
         return self.structure.stored_names(names, self.part_layers(parts), ties=ties, **self.ends(parts))
 
-    def groups(self, parts: Collection[str]) -> Iterator[list[str]]:
-        """Parts to write together: each end alone, and as many neighbouring layers as `FLOATS_AT_ONCE` permits."""
+    def groups(self, parts: Collection[str], most_bytes: int) -> Iterator[list[str]]:
+        """Parts to write together: each end alone, and neighbouring layers of at most `most_bytes` in float."""
         yield from ([part] for part in (REST, EMBEDDING, CLOSING) if part in parts)
         sizes: dict[str, int] = defaultdict(int)
         for name, tensor in self._outline.state_dict().items():
-            sizes[self._parts[name]] += (
-                8 * tensor.numel()
-            )  # at most: a byte may hold two numbers, 4 bytes each in float
+            sizes[self._parts[name]] += 8 * tensor.numel()  # at most: two numbers of a byte have 4 bytes each in float
         layers = sorted(self.part_layers(parts))
         together: list[str] = []
         for layer in layers:
             part = _layer_part(layer)
             is_next = _layer_part(layer - 1) in together
-            if together and not (is_next and sum(sizes[one] for one in (*together, part)) <= FLOATS_AT_ONCE):
+            if together and not (is_next and sum(sizes[one] for one in (*together, part)) <= most_bytes):
                 yield together
                 together = []
             together.append(part)
@@ -187,7 +182,8 @@ def _layer_part(layer: int) -> str:
 
 
 def pack_model(model: PreTrainedModel, structure: Structure, folder: Path, bits: int, dtype: torch.dtype) -> None:
-    """Write a model that is in memory as a packed folder; the arguments are those of `PackedFolder`."""
-    made = PackedFolder(folder, model.config, structure, bits, dtype)
+    """Write a model that is in memory as a packed folder, layer by layer; the arguments are those of `PackedFolder`."""
+    made, tensors = PackedFolder(folder, model.config, structure, bits, dtype), model.state_dict()
     made.describe()
-    made.write(made.missing(), model.state_dict(), dtype=dtype)
+    for together in made.groups(made.missing(), most_bytes=0):
+        made.write(together, tensors, dtype=dtype)

@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lab.command.ending import disk_full, signal_among
 from lab.engine import base, context, kv, local
@@ -49,7 +50,7 @@ from lab.files import path_of, write_whole
 from lab.learning.training import keep_differentiable
 from lab.models import packed, packed_folder, slices, structure, twin
 from lab.models.folder import quietly
-from lab.models.packed import IntLinear
+from lab.models.packed import IntLinear, linear_layers
 from lab.models.packed_folder import pack_model
 from lab.models.quantized import PACKED, WeightFormat
 from lab.models.shape import ModelShape
@@ -75,7 +76,8 @@ costs more."""
 
 LARGEST_ROUNDING = 0.15
 """Largest difference of a token's logits with products in bfloat16 from those in float32, as a share of their norm:
-random layers add up their rounding errors. A wrong product costs all of the norm."""
+random layers add up their rounding errors. Also of a matrix in 4 bits from what it was made of, where 0.08 is usual. A
+wrong product, or a wrong matrix, costs all of the norm."""
 
 
 class Use(Enum):
@@ -375,7 +377,7 @@ class _Trial:
             model.save_pretrained(folder)
         else:
             pack_model(model, outline, folder, bits, torch.float32)
-        self._placement = {"dtype": torch.float32, **placement}
+        self._model, self._placement = model, {"dtype": torch.float32, **placement}
         self._folder, self._outline = folder, outline
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._count = ModelShape.of(self._config).layers
@@ -406,8 +408,9 @@ class _Trial:
 
     @torch.inference_mode()
     def try_packed_whole(self) -> None:
-        """Check that matrices are packed, and that the logits of our packed layers are those of the same numbers in
-        float, up to the rounding of bfloat16 products."""
+        """Check that matrices are packed, that our packed weights are those of the model up to their rounding and all
+        others to the bit, and that the logits of our packed layers are those of the same numbers in float, up to the
+        rounding of bfloat16 products."""
         whole: Any = self.whole()
         if not any(weight.dtype is torch.uint8 for weight in whole.parameters()):
             raise _Difference("none of its matrices is packed")
@@ -419,10 +422,24 @@ class _Trial:
         for name, part in list(whole.named_modules()):
             if isinstance(part, IntLinear):
                 whole.set_submodule(name, part.in_float())
+        self._check_weights(whole)
         exact_TV = whole(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
         wrong = float(((logits_TV - exact_TV).norm(dim=1) / exact_TV.norm(dim=1)).median())
         if not wrong <= LARGEST_ROUNDING:
             raise _Difference(f"its logits are off by {wrong:.1%} from those of the same numbers in float")
+
+    def _check_weights(self, unpacked: PreTrainedModel) -> None:
+        """`unpacked`: the packed model with its packed layers in float."""
+        packed, found = linear_layers(self._model), unpacked.state_dict()
+        for name, weight in self._model.state_dict().items():
+            layer = packed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if layer is None:
+                _check_same(found[name], weight, f"{name} of the packed model is not that of the model")
+                continue
+            wanted_NK = weight.t() if isinstance(layer, Conv1D) else weight
+            wrong = float((found[name] - wanted_NK).norm() / wanted_NK.norm())
+            if not wrong <= LARGEST_ROUNDING:
+                raise _Difference(f"its packed {name} is off by {wrong:.1%}")
 
     @torch.inference_mode()
     def try_inference(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -222,6 +223,15 @@ def test_wrong_products_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
         assert "from those of the same numbers in float" in against
 
 
+def test_wrong_weights_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole and slices would agree about them, and so would their numbers in float."""
+    right = packed.quantise
+    monkeypatch.setattr(packed_folder, "quantise", lambda weight_NK, bits: right(weight_NK.roll(1, 0), bits))
+    against = try_packed(CONFIG_MAPPING["gpt2"](), stored=WeightFormat.int4).engine
+    assert against is not None
+    assert re.fullmatch(r"its packed transformer\.h\.0\.attn\.c_attn\.weight is off by 1\d\d\.\d%", against)
+
+
 @pytest.mark.parametrize("quantization", INTEGERS)
 def test_slices_are_the_whole_and_a_second_start_packs_nothing(quantization: Quantization, tmp_path: Path) -> None:
     random_model("qwen2", torch.float32, hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "model")
@@ -408,7 +418,7 @@ def test_a_shard_packs_its_own_layers_and_what_all_pack_is_the_whole(
         states = run_slice(third, run_slice(first, ids))
         assert torch.equal(run_slice(second, states), whole(ids).logits)
     shutil.rmtree(folder)
-    monkeypatch.setattr(packed_folder, "FLOATS_AT_ONCE", 2**40)
+    monkeypatch.setattr(conversion, "FLOATS_AT_ONCE", 0)
     again: Any = load_proved(settings, CPU).model
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, whole(ids).logits), "how many layers are read together is no matter"
@@ -507,7 +517,7 @@ from pathlib import Path
 from lab.command.entry import compose_settings
 from lab.decode import DecodeSettings
 from lab.device import forget_peak_rss, peak_rss_bytes
-from lab.models import packed_folder
+from lab.models import conversion
 from lab.models.sources import list_tensors, prepare_checkpoint
 from lab.settings import ModelSource, Quantization
 
@@ -515,7 +525,7 @@ place = Path(sys.argv[1])
 model = compose_settings("decode", "", DecodeSettings).model
 model = replace(model, source=ModelSource.path, path=str(place / "model"), package=None, quantization=Quantization.int4)
 for at_once in (2**24, 2**40):
-    packed_folder.FLOATS_AT_ONCE = at_once
+    conversion.FLOATS_AT_ONCE = at_once
     settings = replace(model, cache_dir=str(place / str(at_once)))
     list_tensors(settings)
     forget_peak_rss()
