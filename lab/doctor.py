@@ -318,8 +318,8 @@ def check_torch_rpc() -> Finding:
 
 def check_model(model: ModelSettings) -> Finding:
     """Whether the model's files are on this machine; UserError with the remedy if they are not."""
-    from lab.models.conversion import converted_folder
-    from lab.models.gguf_model import gguf_file
+    from lab.models.conversion import converted_folder, packed_path
+    from lab.models.gguf.file import gguf_file
     from lab.models.sources import model_identity
 
     title = f"{model.name} ({model.source.name})"
@@ -328,9 +328,10 @@ def check_model(model: ModelSettings) -> Finding:
     identity = model_identity(model)
     if model.source is ModelSource.path:
         return Finding(f"{title}: {model.path}", {"ok": True, "identity": identity, "folder": model.path})
-    folder = converted_folder(model, identity)
+    done, place = ("packed", packed_path) if model.quantization.bits is not None else ("converted", converted_folder)
+    folder = place(model, identity)
     origin = f"{gguf_file(model).name} installed" if model.source is ModelSource.gguf else "made from its seed"
-    state = f"converted to {folder}" if folder.exists() else "converted once at its first use"
+    state = f"{done} to {folder}" if folder.exists() else f"{done} once at its first use"
     figures = {"ok": True, "identity": identity, "folder": folder, "converted": folder.exists()}
     return Finding(f"{title}: {origin}, {state}", figures)
 

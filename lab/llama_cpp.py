@@ -79,7 +79,7 @@ def open_llama_cpp(
     model: ModelSettings, threads: int, slots: int, context: int, speculation: str | None = None
 ) -> LlamaCpp | None:
     """llama.cpp with the GGUF file of a model; None where the model has none, or the wheel is not installed."""
-    from lab.models.gguf_model import gguf_file
+    from lab.models.gguf.file import gguf_file
 
     if model.source is not ModelSource.gguf:
         return None

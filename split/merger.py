@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lab.models.proof import Use, require
 from lab.models.shape import ModelShape
 from lab.models.sources import fetch, model_identity
 from lab.models.structure import Structure
-from lab.settings import ModelSettings, UserError
+from lab.settings import ModelSettings, Quantization, UserError
 from split.training.checkpoint import Manifest, Parts, latest_step, part_of, read_manifest
 from split.training.open import identity_of
 from split.training.settings import Train
@@ -69,7 +70,7 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
     """Write a transformers folder: config, weights, tokenizer."""
-    base = fetch(model, ())
+    base = fetch(replace(model, quantization=Quantization.none), ())
     config: Any = base.config()
     if ModelShape.of(config).is_tied:
         _drop_tied_head(weights, require(config, Use.training, model.cache_dir).structure)

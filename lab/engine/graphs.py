@@ -4,13 +4,15 @@ A graph is recorded when a pass of the same sizes comes for the second time, and
 writes the memory that it was recorded with: so its inputs are copied into tensors of its own, and all graphs are
 forgotten when the cache moves.
 
-Not run on a GPU yet: what a graph computes at first is compared with what the pass itself computes, and graphs are
-given up if that differs or if they cannot be recorded.
+Not run on a GPU yet: what a graph computes at first, of other rows, is compared with what the pass itself computes, and
+graphs are given up if that differs or if they cannot be recorded.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,19 +39,30 @@ def cuda_recorder() -> Recorder:
 
     def record(run: Pass, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], Tensor]:
         device = inputs[0].device
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                run(inputs)
-        torch.cuda.current_stream(device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pools[0] if pools else None):
-            output = run(inputs)
+        before = torch.cuda.current_stream(device)
+        with _ONE_AT_A_TIME, torch.cuda.device(device):
+            try:
+                aside = torch.cuda.Stream(device)
+                aside.wait_stream(before)
+                with torch.cuda.stream(aside):
+                    for _ in range(WARM_UP):
+                        run(inputs)
+                before.wait_stream(aside)
+                graph = torch.cuda.CUDAGraph()
+                # What other threads of the process do meanwhile is not this graph's.
+                pool = pools[0] if pools else None
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    output = run(inputs)
+            finally:
+                torch.cuda.set_stream(before)  # torch stays on the stream of a recording that fails
         pools[:] = pools or [graph.pool()]
         return graph.replay, output
 
     return record
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""torch has one stream for recordings in a process."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Graphs:
 
         Args:
             compute: The pass. Run twice with the same inputs, it leaves `memory` as it is after running once.
-            inputs: All that differs from one pass to the next.
+            inputs: All that differs from one pass to the next; the first one are rows of numbers.
             memory: All other tensors that it reads or writes and that may move: the cache.
         """
         if not self._works:
@@ -102,12 +115,12 @@ class Graphs:
         return expected
 
     def _try(self, compute: Pass, inputs: Sequence[Tensor], expected: Tensor) -> _Recorded | None:
+        if not bool(expected.isfinite().all()):
+            return None  # it could not be compared
         try:
-            held = [tensor.clone() for tensor in inputs]
-            replay, output = self._record(compute, held)
-            replay()
-            if torch.equal(output, expected):
-                return _Recorded(held, replay, output)
+            recorded = self._recording(compute, inputs)
+            if recorded is not None:
+                return recorded
             reason = "the result of one is not that of the pass that it was recorded from"
         except Exception as error:  # whatever CUDA says of a kernel that cannot be recorded
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -115,3 +128,17 @@ class Graphs:
         self._works = False
         self._recorded.clear()
         return None
+
+    def _recording(self, compute: Pass, inputs: Sequence[Tensor]) -> _Recorded | None:
+        """A recording, tried with other rows: what is left of the pass before must not pass for its result, neither in
+        its output nor in the memory. None for one that is wrong."""
+        held = [tensor.clone() for tensor in inputs]
+        replay, output = self._record(compute, held)
+        others = inputs[0].roll(1, -1)
+        held[0].copy_(others)
+        output.fill_(math.nan)
+        replay()
+        found = output.clone()
+        is_right = torch.equal(found, compute([others, *inputs[1:]]))
+        compute(inputs)  # the memory as it was
+        return _Recorded(held, replay, output) if is_right else None

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lab.device import GIB, TORCH_DTYPES, total_bytes
 from lab.file_digests import RECORD_FILE
-from lab.files import path_of, require_writable, share_like_parent
+from lab.files import cannot_use, path_of, require_writable, share_like_parent
 from lab.models.folder import DESCRIPTIONS, INDEX, ModelFolder, write_index
-from lab.models.gguf_blocks import BITS, GgufBlocks, stored_kinds
-from lab.models.gguf_model import GgufModel, gguf_file
+from lab.models.gguf.blocks import BITS, GgufBlocks, stored_kinds
+from lab.models.gguf.file import GgufModel, gguf_file
 from lab.models.packed import HEAD_BITS
 from lab.models.packed_folder import PackedFolder
 from lab.models.proof import Use, require
@@ -183,9 +183,15 @@ def described_gguf(settings: ModelSettings, identity: str) -> Path:
     return _written_once(target, settings.name, GgufModel(gguf_file(settings)).describe)
 
 
+def packed_path(settings: ModelSettings, identity: str) -> Path:
+    """`<cache>/<digest>-<dtype>-int4`, the folder of a packed model."""
+    name = f"{digest(identity)}-v{PACKING}-{_stored_dtype(settings).name}-{settings.quantization.name}"
+    return cache_folder(settings) / name
+
+
 def packed_folder(settings: ModelSettings, identity: str, described: ModelFolder) -> PackedFolder:
-    """`<cache>/<digest>-<dtype>-int4`: the folder of a model with its linear layers packed as `model.quantization`
-    says, with config, index and tokenizer; `pack` writes its parts.
+    """The folder of a model with its linear layers packed as `model.quantization` says, with config, index and
+    tokenizer; `pack` writes its parts.
 
     Args:
         settings: The model's.
@@ -199,9 +205,8 @@ def packed_folder(settings: ModelSettings, identity: str, described: ModelFolder
     assert quantization.bits is not None, "asked for where model.quantization says how"
     proof = require(config, Use.engine, settings.cache_dir, packed=WeightFormat[quantization.name])
     assert proof.structure is not None, "what is proved with packed layers was proved in slices"
-    name = f"{digest(identity)}-v{PACKING}-{_stored_dtype(settings).name}-{quantization.name}"
     dtype = TORCH_DTYPES[_stored_dtype(settings)]
-    made = PackedFolder(cache_folder(settings) / name, config, proof.structure, quantization.bits, dtype)
+    made = PackedFolder(packed_path(settings, identity), config, proof.structure, quantization.bits, dtype)
 
     def write(folder: Path) -> None:
         try:
@@ -226,7 +231,7 @@ def pack(
 ) -> None:
     """Write the parts that a packed folder lacks to have these tensors. No other layer is read.
 
-    Matrices of a GGUF file whose numbers have as many bits keep them (`lab.models.gguf_blocks`): Q4_0 and Q4_1 in an
+    Matrices of a GGUF file whose numbers have as many bits keep them (`lab.models.gguf.blocks`): Q4_0 and Q4_1 in an
     int4 model, Q8_0 in an int8 model and in the head of both.
 
     Args:
@@ -261,15 +266,22 @@ def _pack_folder(stored: Callable[[Collection[str] | None], ModelFolder], made: 
     folder = stored(made.needed(parts, listed.files))
     options = load_options(folder.weight_format(made.config), None, torch.device("cpu"), made.dtype)
     for together in made.groups(parts, FLOATS_AT_ONCE):
-        with folder.lazy(made.needed(together, folder.files)) as tensors:  # opened anew: what was read can be forgotten
-            made.write(together, tensors, dtype=made.dtype, **options)
+        with (
+            folder.lazy(made.needed(together, folder.files)) as tensors,  # opened anew: what was read can be forgotten
+            folder.reading("hold a model that transformers can load", folder.path.name),
+        ):
+            model = made.read(together, tensors, dtype=made.dtype, **options)
+        made.write(together, model)
 
 
 def _pack_gguf(model: GgufModel, made: PackedFolder, parts: set[str]) -> None:
-    blocks = GgufBlocks(model.reader, made.dtype, {made.bits, HEAD_BITS}, made.part_layers(parts))
-    tensors = _gguf_tensors(model, made.config)
-    groups = made.groups(parts, FLOATS_AT_ONCE)
-    packed = sum(made.write(together, tensors, blocks.find, dtype=torch.float32) for together in groups)
+    has_head = made.ends(parts)["head"]
+    blocks = GgufBlocks(model.reader, made.dtype, {made.bits, HEAD_BITS}, made.part_layers(parts), head=has_head)
+    tensors, packed = _gguf_tensors(model, made.config), 0
+    for together in made.groups(parts, FLOATS_AT_ONCE):
+        with model.reading():
+            read = made.read(together, tensors, dtype=made.dtype)
+        packed += made.write(together, read, blocks.find)
     log.info("%d of %d layers keep the numbers of the GGUF file", blocks.found, packed)
     for what, kinds, wanted in zip(("layers", "head"), stored_kinds(model.reader), (made.bits, HEAD_BITS)):
         if others := sorted(kind for kind in kinds if BITS.get(kind) != wanted):
@@ -304,6 +316,10 @@ def _alone(lock_file: Path, waiting_for: str) -> Iterator[None]:
             lock.acquire(timeout=10)
         except Timeout:
             log.info("waiting: %s (%.0f s so far)", waiting_for, time.monotonic() - since)
+        except PermissionError as error:
+            raise cannot_use("model.cache_dir", lock_file, error) from None
+    with suppress(OSError):  # of another user, who has done so
+        share_like_parent(lock_file)
     try:
         yield
     finally:

@@ -124,7 +124,7 @@ class ModelFolder:
         described = self._json(CONFIG)
         if "transformers_weights" in described:
             raise self._refused("have a config.json that names no weight files of its own", CONFIG)
-        with self._reading("have a config.json that transformers can read", CONFIG):
+        with self.reading("have a config.json that transformers can read", CONFIG):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
             )
@@ -155,7 +155,7 @@ class ModelFolder:
             dtype: Dtype of the computation.
             options: `lab.models.quantized.load_options`.
         """
-        with self._reading("hold a model that transformers can load", self.path.name):
+        with self.reading("hold a model that transformers can load", self.path.name):
             model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
                 self.path,
                 config=config,
@@ -180,14 +180,14 @@ class ModelFolder:
         """UserError for a model that cannot compute two tokens: some configs make a model that fails only then."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
         model.train()  # in evaluation mode bitsandbytes may repack 4-bit layers, which have no gradient then
-        with self._reading("hold a model that computes", self.path.name), torch.inference_mode():
+        with self.reading("hold a model that computes", self.path.name), torch.inference_mode():
             model(input_ids=ids, use_cache=True)
         model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, including the chat template; each of its ids has a row in the embedding."""
         config: Any = self.config().get_text_config(decoder=True)
-        with self._reading("have a tokenizer that transformers can read", self.path.name):
+        with self.reading("have a tokenizer that transformers can read", self.path.name):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
             )
@@ -211,7 +211,7 @@ class ModelFolder:
         text: Any = config.get_text_config(decoder=True)
         if (self.path / GENERATION).exists():
             self._json(GENERATION)
-            with self._reading("have a generation_config.json that transformers can read", GENERATION):
+            with self.reading("have a generation_config.json that transformers can read", GENERATION):
                 found = GenerationConfig.from_pretrained(
                     str(self.path), local_files_only=True, trust_remote_code=False
                 ).eos_token_id
@@ -262,7 +262,7 @@ class ModelFolder:
             yield tensors
 
     @contextmanager
-    def _reading(self, rule: str, what: str) -> Iterator[None]:
+    def reading(self, rule: str, what: str) -> Iterator[None]:
         """Turn any error of transformers into a UserError of one line, and silence its other output."""
         with quietly():
             try:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from lab.files import share_like_parent
-from lab.models.folder import quietly, write_index
+from lab.models.folder import write_index
 from lab.models.packed import GROUP, HEAD_BITS, METHOD, IntLinear, linear_layers, quantise
 from lab.models.shape import ModelShape
 from lab.models.slices import read_slice
@@ -73,28 +73,31 @@ class PackedFolder:
         """Size of some of its tensors, written or not."""
         return sum(tensor.nbytes for name, tensor in self._outline.state_dict().items() if name in names)
 
-    def write(
-        self, parts: Collection[str], tensors: Mapping[str, Any], own: Own = lambda weight, bits: None, **placement: Any
-    ) -> int:
-        """Write parts, which are in float together; each file is there as a whole or not at all.
+    def read(self, parts: Collection[str], tensors: Mapping[str, Any], **placement: Any) -> PreTrainedModel:
+        """The layers and modules of parts, in float.
 
         Args:
             parts: Which ones: one of `groups`.
             tensors: The model in float by its stored names, or what these parts need of it, read when it is used.
-            own: Where numbers are known already.
             placement: As `read_slice` takes it.
+        """
+        layers = self.part_layers(parts)
+        between = range(min(layers), max(layers) + 1) if layers else range(0)
+        structure = replace(self.structure, unused=[]) if REST in parts else self.structure
+        needed = {name: tensors[name] for name in self.needed(parts, tensors)}
+        return read_slice(self.config, needed, structure, between, **self.ends(parts), **placement)
+
+    def write(self, parts: Collection[str], model: PreTrainedModel, own: Own = lambda weight, bits: None) -> int:
+        """Write parts; each file is there as a whole or not at all.
+
+        Args:
+            parts: Which ones.
+            model: What `read` returned for them.
+            own: Where numbers are known already.
 
         Returns:
             The number of layers that were packed.
         """
-        layers, ends = self.part_layers(parts), self.ends(parts)
-        between = range(min(layers), max(layers) + 1) if layers else range(0)
-        structure = replace(self.structure, unused=[]) if REST in parts else self.structure
-        needed = self.needed(parts, tensors)
-        with quietly():
-            model = read_slice(
-                self.config, {name: tensors[name] for name in needed}, structure, between, **ends, **placement
-            )
         found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
         for name, value in model.state_dict().items():
             if (part := self._parts.get(name)) in found:
@@ -102,20 +105,25 @@ class PackedFolder:
         packed, head = 0, model.get_output_embeddings()
         for name, layer in linear_layers(model).items():
             if (part := self._parts[f"{name}.weight"]) in found:
-                bits, weight_NK = HEAD_BITS if layer is head else self.bits, found[part][f"{name}.weight"]
+                bits, weight_NK = HEAD_BITS if layer is head else self.bits, layer.weight
                 weight_NK = weight_NK if isinstance(layer, nn.Linear) else weight_NK.t().contiguous()
                 made = own(weight_NK, bits) or quantise(weight_NK, bits)
                 found[part][f"{name}.weight"], found[part][f"{name}.scales"] = made
                 packed += 1
         for part, its_tensors in found.items():
             begun = self.file(f".{part}")
-            save_file(its_tensors, begun, metadata={"format": "pt"})
-            share_like_parent(begun)
-            begun.replace(self.file(part))
+            try:
+                save_file(its_tensors, begun, metadata={"format": "pt"})
+                share_like_parent(begun)
+                begun.replace(self.file(part))
+            finally:
+                begun.unlink(missing_ok=True)  # of a disk that is full
         return packed
 
     def needed(self, parts: Collection[str], names: Collection[str]) -> set[str]:
         """Those of the stored names of the model in float that parts may need."""
+        if REST in parts and self.structure.unused:  # it has their tensors, too, whatever their names look like
+            return set(names)
         ties = ModelShape.of(self.config).is_tied
         return self.structure.stored_names(names, self.part_layers(parts), ties=ties, **self.ends(parts))
 
@@ -186,4 +194,4 @@ def pack_model(model: PreTrainedModel, structure: Structure, folder: Path, bits:
     made, tensors = PackedFolder(folder, model.config, structure, bits, dtype), model.state_dict()
     made.describe()
     for together in made.groups(made.missing(), most_bytes=0):
-        made.write(together, tensors, dtype=dtype)
+        made.write(together, made.read(together, tensors, dtype=dtype))

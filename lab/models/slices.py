@@ -183,6 +183,7 @@ def read_slice(
         config=own,
         state_dict=dict(tensors),
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused here, by name
         local_files_only=True,
         trust_remote_code=False,
         **placement,

@@ -39,7 +39,7 @@ from lab.models.conversion import (
     random_config,
 )
 from lab.models.folder import CONFIG, DESCRIPTIONS, INDEX, SINGLE, ModelFolder
-from lab.models.gguf_model import GgufModel, gguf_file
+from lab.models.gguf.file import GgufModel, gguf_file
 from lab.models.packed import kernel_fault
 from lab.models.quantized import PACKED, WeightFormat, can_become, check_packed, load_options
 from lab.settings import ModelSettings, ModelSource, Quantization, UserError, digest

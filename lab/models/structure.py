@@ -44,8 +44,8 @@ class Structure:
     def stored_names(
         self, names: Collection[str], layers: Container[int], *, embedding: bool, head: bool, ties: bool
     ) -> set[str]:
-        """Names of the tensors of a checkpoint that a slice may need: all but those of other layers and of ends that
-        it lacks.
+        """Names of the tensors of a checkpoint that a slice may need: all but those of other layers, of ends that it
+        lacks, and of modules that no text passes.
 
         Stored names are not always the model's own, so only tensors that are certainly not needed are left out.
         """
@@ -53,13 +53,13 @@ class Structure:
         ends = {self.embedding: embedding or (head and ties), self.head: head or (embedding and ties)}
         absent = [re.escape(name.rpartition(".")[2]) for name, is_needed in ends.items() if not is_needed]
         of_ends = re.compile(rf"(?:^|\.)(?:{'|'.join(absent) or '(?!)'})\.\w+$")
-        closing = () if head else tuple(f"{name}." for name in self.closing if name != self.head)
+        passed = [*self.unused, *(() if head else (name for name in self.closing if name != self.head))]
         return {
             name
             for name in names
             if not ((found := number.search(name)) and int(found[1]) not in layers)
             and not of_ends.search(name)
-            and not name.startswith(closing)
+            and not name.startswith(tuple(f"{module}." for module in passed))
         }
 
 

@@ -19,7 +19,7 @@ import httpx
 from lab.bench import pinned
 from lab.faults import Fault
 from lab.llama_cpp import MODULE as LLAMA_CPP
-from lab.models.gguf_model import gguf_file
+from lab.models.gguf.file import gguf_file
 from lab.models.sources import fetch
 from lab.settings import ModelSource, Quantization
 from serve.bench.client import Client

@@ -38,7 +38,7 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_without_its_wheel_llama_cpp_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    monkeypatch.setattr("lab.models.gguf_model.gguf_file", lambda model: tmp_path)
+    monkeypatch.setattr("lab.models.gguf.file.gguf_file", lambda model: tmp_path)
     settings = compose_settings("engine_bench", "", EngineBenchSettings)
     assert EngineRig(settings, tmp_path).llama_cpp(1) is None
 

@@ -71,7 +71,7 @@ def test_the_command_times_a_whole_model(tmp_path: Path) -> None:
     [
         (
             "device.name=mps model.quantization=int4",
-            "model.quantization must be none or nf4 on mps, got int4: its kernels",
+            "model.quantization must be none or nf4 on mps, got int4: there is no kernel for it",
         ),
         (
             "model.quantization=int8 model.architecture.intermediate_size=80",

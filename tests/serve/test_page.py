@@ -244,6 +244,8 @@ def test_a_refusal_of_an_earlier_key_changes_nothing(page: Tab, driver: Driver, 
     other.run("refused.splice(0).forEach((go) => go())")  # those of the wrong key
     other.run("new Promise((go) => setTimeout(go, 100))")
     assert other.run("document.getElementById('key-form').hidden") is True
+    assert other.run("document.querySelector('#status .fault')") is None
+    assert other.run("document.querySelectorAll('#status .place').length") == 1
     relay.release()
     expected = text_of(answer(server, QUESTION))
     other.until(f"{IDLE} && {TEXT} === {json.dumps(expected)}")

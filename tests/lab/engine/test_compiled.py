@@ -23,7 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lab.engine import compiled
 from lab.engine.base import Session, TargetStep
-from lab.engine.compiled import Compiler, NotCompiled
+from lab.engine.compiled import COMPILERS, Compiler, NotCompiled
 from lab.engine.graphs import Graphs
 from lab.engine.local import LocalEngine
 from lab.engine.not_finite import NotFinite
@@ -469,7 +469,7 @@ def test_a_damaged_package_is_compiled_again(
     own = tmp_path / "own"
     own.mkdir()
     plan = compiled.plan_of(model.model.layers[0], torch.float32)
-    good = folder / f"{compiled._digest(plan)}.pt2"
+    good = folder / f"{compiled._digest(plan, torch.device('cpu'))}.pt2"
     package = own / good.name
     shutil.copy(good, package)
     _spoil(package, kind)
@@ -523,7 +523,9 @@ def test_a_compiler_that_fails_is_quoted_in_one_line(
 ) -> None:
     """Of its pages, which begin with its whole command line, the first complaint."""
     caplog.set_level("INFO")
-    (tmp_path / "g++").write_text("#!/bin/sh\necho 'cc1plus: error: no space left' >&2\nexit 1\n")
+    own = next(filter(None, map(shutil.which, COMPILERS)))
+    script = f"test $1 = --version && exec {own} --version\necho 'cc1plus: error: no space left' >&2\nexit 1\n"
+    (tmp_path / "g++").write_text(f"#!/bin/sh\n{script}")
     (tmp_path / "g++").chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert not _open(_model("llama"), tmp_path / "own", "auto")
@@ -581,8 +583,9 @@ def test_code_that_computes_something_else_is_not_used(folder: Path, monkeypatch
     _engine(model, folder)
     for layer in model.model.layers:
         layer.self_attn.scaling *= 2
+    digest = compiled._digest
     monkeypatch.setattr(
-        compiled, "_digest", lambda plan, digest=compiled._digest: digest(replace(plan, scaling=plan.scaling / 2))
+        compiled, "_digest", lambda plan, device: digest(replace(plan, scaling=plan.scaling / 2), device)
     )
     with pytest.raises(UserError, match=r"compiled layer 0 differs from what it was made of, .* times too much"):
         _engine(model, folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,19 +24,20 @@ class Recorder:
     replayed: int = 0
     shift: float = 0.0
     """What is added to each result: a recording that is wrong."""
+    is_empty: bool = False
+    """Whether nothing was recorded."""
     fault: Exception | None = None
-    seen: list[Sequence[Tensor]] = field(default_factory=list)
 
     def __call__(self, run: Pass, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], Tensor]:
         if self.fault is not None:
             raise self.fault
         self.recorded += 1
-        self.seen.append(inputs)
-        output = torch.empty_like(run(inputs))
+        output = run(inputs)
 
         def replay() -> None:
             self.replayed += 1
-            output.copy_(run(inputs) + self.shift)
+            if not self.is_empty:
+                output.copy_(run(inputs) + self.shift)
 
         return replay, output
 
@@ -89,6 +91,15 @@ def test_a_cache_that_moved_is_not_written_to_where_it_was() -> None:
     assert larger[0].sum() == 0
 
 
+def test_a_pass_without_finite_results_is_not_recorded_yet() -> None:
+    recorder, memory = Recorder(), [torch.zeros(8, 4)]
+    found, run = Graphs(recorder), _sum_of(memory)
+    for value in (1.0, float("nan"), 2.0, 3.0):
+        found.run(run, (torch.full((2, 4), value), torch.tensor([0, 1])), memory)
+    assert recorder.recorded == 1
+    assert recorder.replayed == 2
+
+
 def test_few_sizes_are_kept() -> None:
     recorder, memory = Recorder(), [torch.zeros(8, 4)]
     found, run = Graphs(recorder, most=2), _sum_of(memory)
@@ -100,19 +111,26 @@ def test_few_sizes_are_kept() -> None:
     assert recorder.replayed == replayed, "it was dropped"
 
 
+WRONG = "the result of one is not that of the pass that it was recorded from"
+
+
 @pytest.mark.parametrize(
     ("recorder", "said"),
     [
         (Recorder(fault=RuntimeError("CUDA error: operation not permitted\nwhen capturing")), "not permitted when"),
-        (Recorder(shift=1e-6), "the result of one is not that of the pass that it was recorded from"),
+        (Recorder(shift=1e-6), WRONG),
+        (Recorder(is_empty=True), WRONG),
     ],
 )
 def test_graphs_are_given_up_where_they_fail(recorder: Recorder, said: str, caplog: pytest.LogCaptureFixture) -> None:
     memory = [torch.zeros(8, 4)]
     found, run = Graphs(recorder), _sum_of(memory)
-    inputs = (torch.ones(2, 4), torch.tensor([0, 1]))
-    for _ in range(5):
-        assert torch.equal(found.run(run, inputs, memory), run(inputs))
+    for turn in range(5):
+        inputs = (torch.arange(8.0).view(2, 4) + turn, torch.tensor([turn, turn + 1]))
+        oracle = [memory[0].clone()]
+        expected = _sum_of(oracle)(inputs)
+        assert torch.equal(found.run(run, inputs, memory), expected)
+        assert torch.equal(memory[0], oracle[0])
     [line] = [record.message for record in caplog.records]
     assert line.startswith("passes run without CUDA graphs: ")
     assert said in line
@@ -151,9 +169,11 @@ def test_cudas_recorder_warms_up_aside_and_shares_its_memory(monkeypatch: pytest
     class Cuda:
         Stream = staticmethod(lambda device: Stream())
         current_stream = staticmethod(lambda device: Stream())
+        set_stream = staticmethod(lambda stream: calls.append("stream as before"))
+        device = staticmethod(lambda device: nullcontext())
         stream = staticmethod(lambda stream: Within("aside"))
         CUDAGraph = Graph
-        graph = staticmethod(lambda graph, pool: Within("graph", pool=pool))
+        graph = staticmethod(lambda graph, pool, capture_error_mode: Within("graph", pool=pool))
 
     monkeypatch.setattr(graphs.torch, "cuda", Cuda)
     record = cuda_recorder()
@@ -166,7 +186,15 @@ def test_cudas_recorder_warms_up_aside_and_shares_its_memory(monkeypatch: pytest
     replay()
     assert output.tolist() == [1.0, 1.0]
     aside = ["wait", ("begin aside",), "pass", "pass", "end aside", "wait"]
-    assert calls == [*aside, ("begin graph", None), "pass", "end graph", "replay"]
+    assert calls == [*aside, ("begin graph", None), "pass", "end graph", "stream as before", "replay"]
     calls.clear()
     record(run, [torch.zeros(2)])
     assert ("begin graph", (0, 7)) in calls, "the memory of the first"
+    calls.clear()
+
+    def failing(inputs: Sequence[Tensor]) -> Tensor:
+        raise RuntimeError("not while a graph is recorded")
+
+    with pytest.raises(RuntimeError, match="not while"):
+        record(failing, [torch.zeros(2)])
+    assert calls[-1] == "stream as before"

@@ -29,7 +29,7 @@ from lab.doctor import DoctorSettings
 from lab.models import conversion
 from lab.models import sources as models
 from lab.models.folder import INDEX, ModelFolder
-from lab.models.gguf_model import gguf_file
+from lab.models.gguf.file import gguf_file
 from lab.models.layers import load_layers
 from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
 from tests.folder_fuzz import good_folder

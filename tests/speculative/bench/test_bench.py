@@ -171,7 +171,7 @@ def test_without_its_wheel_or_a_gguf_file_llama_cpp_is_left_out(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    monkeypatch.setattr("lab.models.gguf_model.gguf_file", lambda model: tmp_path)
+    monkeypatch.setattr("lab.models.gguf.file.gguf_file", lambda model: tmp_path)
     assert loops.llama_cpp(Rig(_settings(f"model={model}", "project.bench.engine=real"), tmp_path)) == []
 
 

@@ -12,7 +12,7 @@ from tests.split.bench.benchmark import rows_of
 
 SIZES = [
     "project.cut=2", "project.placements=[1,2]", "project.context=256", "project.prompt_tokens=64",
-    "project.prefill_chunk=16", "project.repeats=1", "project.new_tokens=3", "project.rtt_seconds=[0.0,0.05]",
+    "project.prefill_chunk=16", "project.repeats=1", "project.new_tokens=3", "project.rtt_seconds=[0.0,0.2]",
     "project.added_tokens=3", "project.added_repeats=1",
     "project.perplexity_tokens=40", "project.speculation_tokens=40",
     "project.memory_model.hidden_size=1024", "project.memory_model.intermediate_size=2048",
@@ -32,7 +32,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     """One run, whose parts share their shards."""
     rows = _rows(tmp_path)
     slow, fast = rows["link"]["token_seconds"][1], rows["link"]["token_seconds"][0]
-    assert slow - fast > 0.5 * 0.05, "the link's delay is in no token's time"
+    assert slow - fast > 0.5 * 0.2, "the link's delay is in no token's time"
     assert rows["batch"]["texts_identical"]
     assert rows["boundary"]["holds"]
     assert rows["boundary"]["perplexity_change"]["float32"] == 0 != rows["boundary"]["perplexity_change"]["int8"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.models.gguf_model import GgufModel
+from lab.models.gguf.file import GgufModel
 from lab.settings import UserError
 from tests.lab.models.gguf_files import write_gguf
 

@@ -41,11 +41,18 @@ class GgufBlocks:
         reader: gguf's `GGUFReader` of the file.
         bits: Numbers of these bits are looked for.
         dtype: Dtype to which the matrices were rounded after they had been dequantised.
-        layers: Only their matrices are looked at, and those of no layer; None: all.
+        layers: Only their matrices are looked at; None: those of all.
+        head: Whether matrices of no layer are looked at.
     """
 
     def __init__(
-        self, reader: Any, dtype: torch.dtype, bits: Collection[int], layers: Collection[int] | None = None
+        self,
+        reader: Any,
+        dtype: torch.dtype,
+        bits: Collection[int],
+        layers: Collection[int] | None = None,
+        *,
+        head: bool = True,
     ) -> None:
         self.found = 0
         """Number of matrices found so far."""
@@ -53,7 +60,7 @@ class GgufBlocks:
         self._tensors: dict[int, Any] = {}
         for tensor in reader.tensors:
             layer = re.match(r"blk\.(\d+)\.", tensor.name)
-            is_asked = layers is None or layer is None or int(layer[1]) in layers
+            is_asked = head if layer is None else layers is None or int(layer[1]) in layers
             if is_asked and BITS.get(tensor.tensor_type.name) in bits and len(tensor.shape) == 2:
                 self._tensors[_digest(self._row_digests(tensor))] = tensor
 
