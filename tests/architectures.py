@@ -260,8 +260,8 @@ spite of a `yes`, or accepted in spite of a `no`.
 - **split training**: the gradients of the slices: equal to the bit (a tied embedding: within 1e-4, since its copies are
   summed).
 - **nf4**, **int8**, **int4**, **LoRA**: slices in so many bits, and slices with an adapter on every linear layer: equal
-  to the whole, to the bit. And in int8 and int4 the whole's logits are those of the same numbers in float32, but for
-  what products in bfloat16 round.
+  to the whole, to the bit. And in int8 and int4 the weights are the model's, but for their rounding, and the whole's
+  logits are those of the same numbers in float32, but for what products in bfloat16 round.
 
 Proved for split inference: {proved} of {count}. Written by `python -m tests.architectures`.
 
