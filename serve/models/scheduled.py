@@ -210,7 +210,8 @@ def _shards(engine: ShardedModel) -> Sequence[Place]:
             rss_bytes=report.figures.rss_bytes,
             device_memory_used_bytes=report.figures.device_memory_used_bytes,
             compute_seconds=median(number, "compute"),
-            hop_seconds=median(number, "wire"),
+            # Between the clocks of two processes, which are compared to some microseconds.
+            hop_seconds=None if (wire := median(number, "wire")) is None else max(0.0, wire),
         )
         for number, report in enumerate(reports)
     ]

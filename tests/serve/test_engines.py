@@ -133,8 +133,9 @@ def test_the_page_is_told_what_runs_where(servers: dict[str, Client]) -> None:
     assert told["split"] == [("shard", [0, 2]), ("shard", [2, 4])]
     assert told["split in three"] == [("shard", [0, 1]), ("shard", [1, 3]), ("shard", [3, 4])]
     assert told["speculative"] == [("drafter", None), ("verifier", None)]
+    assert max(one["hop_seconds"] for one in places("split")) > 0
     for one in places("split"):
-        assert one["hop_seconds"] > 0
+        assert one["hop_seconds"] >= 0
         assert one["weights_bytes"] > 0
         assert one["cache_bytes"] > 0
         assert one["rss_bytes"] > one["weights_bytes"]
