@@ -5,7 +5,8 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lab.settings import UserError
 
 LOG = "stderr.log"
 """File in a role's run folder that holds its stderr."""
+SAY_SECONDS = 10.0
+"""Seconds after which it is said again what a command waits for."""
 
 
 class NotReady(Fault):
@@ -86,16 +89,25 @@ def say_listening(role: str, host: str, port: int, hint: str, **about: Any) -> N
     print(hint, file=sys.stderr, flush=True)
 
 
-def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
-    """The line of JSON that a role prints when it is ready. NotReady when it ends first, or takes longer."""
+def first_line(
+    process: subprocess.Popen[str], seconds: float, waiting: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """The line of JSON that a role prints when it is ready. NotReady when it ends first, or takes longer.
+
+    `waiting` is called every `SAY_SECONDS` until then.
+    """
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     out = process.stdout
     assert out is not None
     threading.Thread(target=lambda: lines.put(out.readline()), daemon=True).start()
-    try:
-        line = lines.get(timeout=max(0.1, seconds))
-    except queue.Empty:
-        raise NotReady(f"it was not ready within {seconds:g} s", ended=False) from None
+    deadline, line = time.monotonic() + max(0.1, seconds), None
+    while line is None:
+        try:
+            line = lines.get(timeout=max(0.0, min(SAY_SECONDS, deadline - time.monotonic())))
+        except queue.Empty:
+            if time.monotonic() >= deadline:
+                raise NotReady(f"it was not ready within {seconds:g} s", ended=False) from None
+            waiting()
     if not line:
         raise NotReady("it ended before it was ready", ended=True)
     ready: dict[str, Any] = json.loads(line)
@@ -106,8 +118,13 @@ def first_line(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]
 
 def last_line(folder: Path) -> str:
     """The last line of a role's log, for the message that it did not start."""
+    return last_said(folder) or f"it wrote nothing to {folder / LOG} (is the disk full?)"
+
+
+def last_said(folder: Path) -> str:
+    """The last line of a role's log so far; empty if there is none."""
     said = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return said[-1] if said else f"it wrote nothing to {folder / LOG} (is the disk full?)"
+    return said[-1] if said else ""
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from lab.bench import pinned
-from lab.command.processes import NotReady, first_line, last_line, start
+from lab.command.processes import NotReady, first_line, last_line, last_said, start
 from lab.settings import UserError
 from split.chain.address import Address
 
@@ -117,10 +117,16 @@ class LocalShards:
     def _shard_folder(self, index: int) -> Path:
         return self._folder / f"shard-{index + 1}"
 
+    def _say_waiting(self, index: int) -> None:
+        layers, said = self._layers[index], last_said(self._shard_folder(index))
+        log.info(
+            "waiting for shard %d (layers %d:%d)%s", index + 1, layers.start, layers.stop, f": {said}" * bool(said)
+        )
+
     def _address(self, index: int, deadline: float) -> Address:
         """Wait until a shard reports where it listens, or that it joins its group."""
         try:
-            ready = first_line(self.processes[index], deadline - time.monotonic())
+            ready = first_line(self.processes[index], deadline - time.monotonic(), lambda: self._say_waiting(index))
         except NotReady as error:
             if error.ended:
                 line = f"shard {index + 1} did not start: {last_line(self._shard_folder(index))}"
