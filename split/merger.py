@@ -46,7 +46,7 @@ def merge(model: ModelSettings, checkpoint: Path, output: Path) -> dict[str, Any
         if manifest.recipe.train is Train.lora:
             write_adapter(model, manifest, weights, unfinished, output)
         else:
-            write_model(model, manifest, weights, unfinished)
+            write_model(model, weights, unfinished)
     return {
         "kind": "peft" if manifest.recipe.train is Train.lora else "transformers",
         "step": manifest.step,
@@ -68,7 +68,7 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     return found
 
 
-def write_model(model: ModelSettings, manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
+def write_model(model: ModelSettings, weights: dict[str, Tensor], folder: Path) -> None:
     """Write a transformers folder: config, weights, tokenizer."""
     base = fetch(replace(model, quantization=Quantization.none), ())
     config: Any = base.config()

@@ -108,19 +108,25 @@ class Graphs:
                 held.copy_(given)
             recorded.replay()
             return recorded.output.clone()  # the next replay writes over it
-        expected = compute(inputs)
-        self._recorded[sizes] = None if is_first else self._try(compute, inputs, expected)
+        self._recorded[sizes] = None if is_first else self._try(compute, inputs)
         if len(self._recorded) > self._most:
             self._recorded.popitem(last=False)
-        return expected
+        return compute(inputs)  # last, and in any case: a trial leaves other rows in the memory
 
-    def _try(self, compute: Pass, inputs: Sequence[Tensor], expected: Tensor) -> _Recorded | None:
-        if not bool(expected.isfinite().all()):
-            return None  # it could not be compared
+    def _try(self, compute: Pass, inputs: Sequence[Tensor]) -> _Recorded | None:
+        """A recording, tried with other rows: what is left of an earlier pass must not pass for its result, neither in
+        its output nor in the memory."""
         try:
-            recorded = self._recording(compute, inputs)
-            if recorded is not None:
-                return recorded
+            held = [tensor.clone() for tensor in inputs]
+            replay, output = self._record(compute, held)
+            held[0].copy_(inputs[0].roll(1, -1))
+            output.fill_(math.nan)
+            replay()
+            found, expected = output.clone(), compute(held)
+            if torch.equal(found, expected):
+                return _Recorded(held, replay, output)
+            if not bool(expected.isfinite().all()):
+                return None  # nothing is equal to NaN: tried again next time
             reason = "the result of one is not that of the pass that it was recorded from"
         except Exception as error:  # whatever CUDA says of a kernel that cannot be recorded
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -128,17 +134,3 @@ class Graphs:
         self._works = False
         self._recorded.clear()
         return None
-
-    def _recording(self, compute: Pass, inputs: Sequence[Tensor]) -> _Recorded | None:
-        """A recording, tried with other rows: what is left of the pass before must not pass for its result, neither in
-        its output nor in the memory. None for one that is wrong."""
-        held = [tensor.clone() for tensor in inputs]
-        replay, output = self._record(compute, held)
-        others = inputs[0].roll(1, -1)
-        held[0].copy_(others)
-        output.fill_(math.nan)
-        replay()
-        found = output.clone()
-        is_right = torch.equal(found, compute([others, *inputs[1:]]))
-        compute(inputs)  # the memory as it was
-        return _Recorded(held, replay, output) if is_right else None

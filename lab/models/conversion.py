@@ -66,7 +66,7 @@ def _write_gguf(settings: ModelSettings, folder: Path, dtype: torch.dtype) -> No
 def _gguf_tensors(model: GgufModel, config: PreTrainedConfig) -> Mapping[str, Any]:
     if not model.is_read_whole:
         return model.tensors(config)
-    _check_fits_in_float(model.count_weights)
+    _check_fits_in_float(model.weight_count)
     return model.whole()
 
 
@@ -244,8 +244,6 @@ def pack(
     Raises:
         UserError: so many packed weights do not fit into this machine's memory.
     """
-    if not made.missing(names):
-        return
     check_fits(made.count_bytes(names), torch.device("cpu"), "", SHARE)
     require_writable(made.path, "model.cache_dir")
     lock = made.path.parent / f".{made.path.name}.lock"
@@ -267,7 +265,7 @@ def _pack_folder(stored: Callable[[Collection[str] | None], ModelFolder], made: 
     options = load_options(folder.weight_format(made.config), None, torch.device("cpu"), made.dtype)
     for together in made.groups(parts, FLOATS_AT_ONCE):
         with (
-            folder.lazy(made.needed(together, folder.files)) as tensors,  # opened anew: what was read can be forgotten
+            folder.lazy(folder.files) as tensors,  # opened anew: what was read can be forgotten
             folder.reading("hold a model that transformers can load", folder.path.name),
         ):
             model = made.read(together, tensors, dtype=made.dtype, **options)

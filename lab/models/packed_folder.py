@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lab.files import share_like_parent
 from lab.models.folder import write_index
-from lab.models.packed import GROUP, HEAD_BITS, METHOD, IntLinear, linear_layers, quantise
+from lab.models.packed import HEAD_BITS, METHOD, linear_layers, put_packed_layers, quantise
 from lab.models.shape import ModelShape
 from lab.models.slices import read_slice
 from lab.models.structure import Structure
@@ -36,8 +36,7 @@ Own = Callable[[Tensor, int], tuple[Tensor, Tensor] | None]
 class PackedFolder:
     """A folder that `from_pretrained` reads with its linear layers packed.
 
-    A tied head becomes a matrix of its own, since an embedding is looked up in float. It has 8 bits also in an int4
-    model: in 4 bits it would cost more perplexity than all other layers.
+    A tied head becomes a matrix of its own, since an embedding is looked up in float.
     """
 
     path: Path
@@ -161,15 +160,11 @@ class PackedFolder:
     def _outline(self) -> PreTrainedModel:
         """The packed model without its numbers."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
-            head = model.get_output_embeddings()
-            for name, layer in linear_layers(model).items():
-                outputs, inputs = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-                if inputs % GROUP:
-                    raise ValueError(f"{name} has {inputs} inputs, which is no multiple of {GROUP}")
-                bits = HEAD_BITS if layer is head else self.bits
-                model.set_submodule(name, IntLinear(bits, outputs, inputs, layer.bias))
-        return model  # type: ignore[no-any-return]  # transformers' from_config says nothing of what it returns
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self.config, dtype=self.dtype, trust_remote_code=False
+            )
+            put_packed_layers(model, self.bits)
+        return model
 
     @cached_property
     def _parts(self) -> dict[str, str]:

@@ -168,13 +168,15 @@ def test_no_torch_rpc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_torch_rpc().remedy == "use the tcp transport"
 
 
-def test_model_that_was_converted(tmp_path: Path) -> None:
-    model = settings(tmp_path).model
+@pytest.mark.parametrize(("quantization", "done"), [("none", "converted"), ("int4", "packed")])
+def test_model_that_was_converted(quantization: str, done: str, tmp_path: Path) -> None:
+    model = settings(tmp_path, f"model=random model.quantization={quantization}").model
     before = doctor.check_model(model)
-    models.prepare_checkpoint(model)
+    assert f"{done} once at its first use" in before.found
+    folder = models.prepare_checkpoint(model).folder
     after = doctor.check_model(model)
     assert (before.figures["converted"], after.figures["converted"]) == (False, True)
-    assert str(models.prepare_checkpoint(model).folder) in after.found
+    assert f"{done} to {folder}" in after.found
 
 
 def test_default_model_without_its_wheel(tmp_path: Path) -> None:

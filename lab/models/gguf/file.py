@@ -104,7 +104,7 @@ class GgufModel:
         return bool(is_gguf_arch_supported(self.architecture))
 
     @property
-    def count_weights(self) -> int:
+    def weight_count(self) -> int:
         """Number of its weights."""
         return sum(int(tensor.n_elements) for tensor in self.reader.tensors)
 

@@ -24,6 +24,8 @@ class Recorder:
     replayed: int = 0
     shift: float = 0.0
     """What is added to each result: a recording that is wrong."""
+    breaks: bool = False
+    """Whether a replay fails when it has written to the memory."""
     is_empty: bool = False
     """Whether nothing was recorded."""
     fault: Exception | None = None
@@ -36,6 +38,9 @@ class Recorder:
 
         def replay() -> None:
             self.replayed += 1
+            if self.breaks:
+                run(inputs)
+                raise RuntimeError("a launch that failed")
             if not self.is_empty:
                 output.copy_(run(inputs) + self.shift)
 
@@ -91,13 +96,13 @@ def test_a_cache_that_moved_is_not_written_to_where_it_was() -> None:
     assert larger[0].sum() == 0
 
 
-def test_a_pass_without_finite_results_is_not_recorded_yet() -> None:
+def test_a_pass_without_finite_results_says_nothing_about_graphs(caplog: pytest.LogCaptureFixture) -> None:
     recorder, memory = Recorder(), [torch.zeros(8, 4)]
     found, run = Graphs(recorder), _sum_of(memory)
     for value in (1.0, float("nan"), 2.0, 3.0):
         found.run(run, (torch.full((2, 4), value), torch.tensor([0, 1])), memory)
-    assert recorder.recorded == 1
-    assert recorder.replayed == 2
+    assert (recorder.recorded, recorder.replayed) == (2, 3), "two trials, and the last pass"
+    assert caplog.records == []
 
 
 def test_few_sizes_are_kept() -> None:
@@ -120,6 +125,7 @@ WRONG = "the result of one is not that of the pass that it was recorded from"
         (Recorder(fault=RuntimeError("CUDA error: operation not permitted\nwhen capturing")), "not permitted when"),
         (Recorder(shift=1e-6), WRONG),
         (Recorder(is_empty=True), WRONG),
+        (Recorder(breaks=True), "RuntimeError: a launch that failed"),
     ],
 )
 def test_graphs_are_given_up_where_they_fail(recorder: Recorder, said: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from lab.settings import Dtype, ModelSettings, UserError
-from split.merger import merge
+from lab.settings import Dtype, ModelSettings, ModelSource, Quantization, UserError
+from split.merger import merge, write_model
 from split.training.checkpoint import Manifest, latest_step, read_manifest
 from split.training.messages import Recipe
 from split.training.open import identity_of
 from split.training.trainer import DistributedTrainer
+from tests.lab.models.gguf_files import write_gguf
 from tests.split.training.unsplit import (
     ADAPTER,
     EVERYTHING,
@@ -145,3 +147,21 @@ def test_a_step_without_its_manifest_is_not_there(tmp_path: Path) -> None:
     (newest / "manifest.json").unlink()
     assert read_manifest(latest_step(tmp_path / RUN)).step == 2
     assert merge(settings, tmp_path / RUN, tmp_path / "merged")["step"] == 2
+
+
+def test_the_folder_of_trained_weights_is_described_as_in_float(tmp_path: Path) -> None:
+    """Also where the base, a GGUF file, is meant to be packed: then its folder has no tensors in float."""
+    file, _ = write_gguf(tmp_path / "base.gguf", inner=64)
+    settings = replace(
+        model_settings(tmp_path),
+        source=ModelSource.gguf,
+        path=str(file),
+        quantization=Quantization.int4,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    (tmp_path / "merged").mkdir()
+    write_model(settings, {"model.norm.weight": torch.ones(32)}, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "float32"
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
