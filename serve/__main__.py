@@ -56,7 +56,8 @@ def announce(address: str, models: Models, settings: ServeSettings) -> None:
     print(json.dumps(line), flush=True)
     file = settings.network.key_file and str(path_of(settings.network.key_file, "network.key_file"))
     key = f'-H "Authorization: Bearer $(cat {shlex.quote(file)})" ' if file else ""  # no shell expands a quoted ~
-    body = json.dumps({"model": first.id, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
+    question = {"role": "user", "content": "Why is the sky blue?"}
+    body = json.dumps({"model": first.id, "messages": [question], "max_tokens": 100})  # a few seconds on a laptop
     hint = f"try it: curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
     print(f"{hint}\nchat page: {address}/", file=sys.stderr, flush=True)
 
